@@ -192,6 +192,8 @@ def held_out_contents(contents: Iterable[tuple[str, str]]) -> set[tuple]:
 def held_out(scene: Scene) -> set[tuple]:
     """Every held-out combination that the scene shows, e.g. ("object", "ring", "red"); empty for training scenes."""
     found = held_out_contents((item.kind, item.colour) for item in scene.objects)
+    for size in RADII:  # "two small red circles and a large one" would teach "two red circles"
+        found |= held_out_contents((item.kind, item.colour) for item in scene.objects if item.size == size)
     for a, b in itertools.permutations(scene.objects, 2):
         for relation in ("left of", "above"):
             named = (a.kind, a.colour), relation, (b.kind, b.colour)
@@ -220,7 +222,7 @@ def apart(a: Object, b: Object) -> bool:
     return max(abs(a.y - b.y), abs(a.x - b.x)) >= RADII[a.size] + RADII[b.size] + MIN_GAP
 
 
-def _place(
+def place(
     rng: random.Random,
     described: Sequence[Described],
     height: int,
@@ -265,7 +267,7 @@ def arrange(
     the objects do not fit the canvas or nothing is accepted.
     """
     for _ in range(ATTEMPTS):
-        objects = _place(rng, described, height, width, relations, fixed)
+        objects = place(rng, described, height, width, relations, fixed)
         if objects is not None:
             scene = Scene(height, width, background or rng.choice(list(BACKGROUNDS)), objects)
             if accept(scene):
@@ -297,7 +299,7 @@ def sample_scene(
         contents = sample_contents(rng, count, choices)
         if training and held_out_contents(contents):
             continue
-        objects = _place(rng, [Described(*item) for item in contents], height, width, (), ())
+        objects = place(rng, [Described(*item) for item in contents], height, width, (), ())
         if objects is not None:
             scene = Scene(height, width, rng.choice(list(BACKGROUNDS)), objects)
             if not training or is_training_scene(scene):
