@@ -272,14 +272,16 @@ def arrange(
             scene = Scene(height, width, background or rng.choice(list(BACKGROUNDS)), objects)
             if accept(scene):
                 return scene
-    raise ValueError(f"no acceptable scene of {height}x{width} pixels found for {list(described)} beside {list(fixed)}")
+    raise ValueError(
+        f"no acceptable scene of {height}x{width} pixels found for {list(described)} beside {list(fixed)}"
+    )
 
 
 def sample_contents(rng: random.Random, count: int, choices: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     """Draw `count` (kind, colour); repeats are common enough for counting to be learnt."""
     contents = []
     for _ in range(count):
-        contents.append(rng.choice(contents if contents and rng.random() < 0.35 else choices))
+        contents.append(rng.choice(contents if contents and rng.random() < 0.25 else choices))
     return contents
 
 
