@@ -1,0 +1,87 @@
+"""What the training stages share: the learning-rate schedule, atomic checkpoints, and the log."""
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import torch
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int = 100, floor: float = 0.02) -> float:
+    """Linear warm-up, then a cosine to `floor * peak` at the last step."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(steps - warmup, 1)
+    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1))))
+
+
+def save_atomically(state: dict, path: Path) -> None:
+    """A kill while writing leaves the previous file whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    os.replace(partial, path)
+
+
+class Run:
+    """One stage's step counter, optimizer and log, resumed from its last checkpoint if there is one.
+
+    Every batch is drawn from a generator seeded by (stage, step), so a resumed run sees what an undisturbed one sees.
+    """
+
+    def __init__(self, folder: Path, stage: str, modules, parameters, steps: int, peak: float, decay: float = 0.05):
+        self.stage, self.steps, self.peak, self.modules = stage, steps, peak, modules
+        self.path, self.log_path = folder / f"{stage}.pt", folder / "log.jsonl"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.parameters = [p for p in parameters if p.requires_grad]
+        matrices = [p for p in self.parameters if p.ndim > 1]
+        others = [p for p in self.parameters if p.ndim <= 1]
+        groups = [{"params": matrices, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95))
+        self.step, self.seconds = 0, 0.0
+        if self.path.exists():
+            state = torch.load(self.path, weights_only=True)
+            self.modules.load_state_dict(state["modules"])
+            self.step, self.seconds = state["step"], state["seconds"]
+            if not self.done:
+                self.optimizer.load_state_dict(state["optimizer"])
+
+    @property
+    def done(self) -> bool:
+        return self.step >= self.steps
+
+    def update(self, loss: torch.Tensor, clip: float = 1.0) -> float:
+        """Backward and one optimizer step; returns the gradient norm before clipping."""
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, self.steps, self.peak)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return float(norm)
+
+    def save(self) -> None:
+        optimizer = {} if self.done else self.optimizer.state_dict()
+        state = {"modules": self.modules.state_dict(), "optimizer": optimizer, "step": self.step}
+        save_atomically({**state, "seconds": self.seconds}, self.path)
+
+    def train(self, step_fn, log_every: int = 50, save_every: int = 500) -> None:
+        """Run `step_fn(step) -> dict of floats` to the last step, logging means and saving on the way."""
+        started, sums, since = time.perf_counter() - self.seconds, {}, 0
+        while not self.done:
+            for name, value in step_fn(self.step).items():
+                sums[name] = sums.get(name, 0.0) + value
+            since += 1
+            self.seconds = time.perf_counter() - started
+            if self.step % log_every == 0 or self.done:
+                row = {"stage": self.stage, "step": self.step, "seconds": round(self.seconds, 1)}
+                row |= {name: round(value / since, 4) for name, value in sums.items()}
+                with open(self.log_path, "a") as file:
+                    file.write(json.dumps(row) + "\n")
+                print(json.dumps(row), flush=True)
+                sums, since = {}, 0
+            if self.step % save_every == 0 or self.done:
+                self.save()

@@ -1,0 +1,50 @@
+"""The sizes of the shapes model: what a small computer can train to master the world."""
+
+from transformers_nextflow.configuration_nextflow import NextFlowVQConfig
+
+SCHEDULES = [
+    [[1, 1], [2, 2], [3, 3], [4, 4], [6, 6], [8, 8]],
+    [[1, 1], [2, 2], [2, 3], [3, 5], [4, 7], [6, 10]],
+    [[1, 1], [2, 2], [3, 2], [5, 3], [7, 4], [10, 6]],
+]
+LEVELS = {"64": 6}
+PATCH_SIZE = 8
+CANVASES = ((64, 64), (48, 80), (80, 48))  # (height, width)
+CANVAS_WEIGHTS = (0.7, 0.15, 0.15)
+
+TEACHER_VISION = {
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "patch_size": PATCH_SIZE,
+    "num_patches": 64,
+}
+TEACHER_TEXT = {
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+
+
+def vq_config(decoder_blocks: int) -> NextFlowVQConfig:
+    """The tokenizer; the pixel decoder has `decoder_blocks` 1 until its own stage doubles it."""
+    return NextFlowVQConfig(
+        semantic_config={**TEACHER_VISION, "vision_use_head": False},
+        semantic_decoder_layers=2,
+        semantic_dim=16,
+        pixel_dim=16,
+        semantic_weight=0.25,
+        codebook_size=1024,
+        patch_size=PATCH_SIZE,
+        stem_stride=2,
+        base_channels=32,
+        channel_multipliers=[1, 2, 4],
+        latent_channels=64,
+        encoder_blocks=1,
+        decoder_blocks=decoder_blocks,
+        scale_schedules=SCHEDULES,
+        levels=LEVELS,
+    )

@@ -1,0 +1,195 @@
+"""Training of the vision tokenizer: the teacher, then NextFlow's three stages (sec. 3.1) at small size."""
+
+import random
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedTokenizerFast, Siglip2Config, Siglip2Model
+
+from transformers_nextflow.modeling_nextflow_vq import NextFlowVQModel, ResidualBlock, patchify, run_siglip
+from transformers_nextflow.quantizer import QuantizerOutput
+
+from .data import picture_batch, sample_canvas, to_pixel_values
+from .grammar import describe_scene
+from .loop import Run
+from .sizes import PATCH_SIZE, TEACHER_TEXT, TEACHER_VISION, vq_config
+from .world import render, sample_scene
+
+STEPS = {"teacher": 1000, "pixel": 1500, "joint": 5000, "decoder": 2500}
+BATCH = 64
+PHOTO_SHARE = 0.12
+COMMITMENT = 0.25
+DROP_PROBABILITY = 0.2  # of batches in which half of the scales are dropped
+
+
+def new_teacher(text_tokenizer: PreTrainedTokenizerFast) -> Siglip2Model:
+    text = {**TEACHER_TEXT, "vocab_size": len(text_tokenizer), "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
+    return Siglip2Model(Siglip2Config(vision_config=TEACHER_VISION, text_config=text))
+
+
+def train_teacher(folder: Path, text_tokenizer: PreTrainedTokenizerFast) -> Siglip2Model:
+    """A tiny SigLIP2, trained contrastively on scenes and full descriptions of them."""
+    torch.manual_seed(0)
+    teacher = new_teacher(text_tokenizer)
+    run = Run(folder, "teacher", teacher, teacher.parameters(), STEPS["teacher"], peak=1e-3)
+
+    def step_fn(step: int) -> dict[str, float]:
+        rng = random.Random(f"teacher {step}")
+        canvas = sample_canvas(rng)
+        scenes = [sample_scene(rng, *canvas) for _ in range(128)]
+        texts = [describe_scene(rng, scene).text for scene in scenes]
+        tokens = text_tokenizer(texts, padding="max_length", truncation=True, max_length=48, return_tensors="pt")
+        pixels = to_pixel_values([render(scene) for scene in scenes])
+        grid = (canvas[0] // PATCH_SIZE, canvas[1] // PATCH_SIZE)
+        with torch.autocast("cpu", torch.bfloat16):
+            vision = run_siglip(teacher.vision_model, patchify(pixels, PATCH_SIZE), grid).pooler_output
+            text = teacher.text_model(input_ids=tokens.input_ids).pooler_output
+        image_NC, text_NC = F.normalize(vision.float(), dim=-1), F.normalize(text.float(), dim=-1)
+        logits_NN = image_NC @ text_NC.T * teacher.logit_scale.exp() + teacher.logit_bias
+        signs_NN = 2 * torch.eye(len(scenes)) - 1
+        loss = -F.logsigmoid(signs_NN * logits_NN).sum() / len(scenes)
+        accuracy = (logits_NN.argmax(1) == torch.arange(len(scenes))).float().mean()
+        run.update(loss)
+        return {"loss": loss.item(), "accuracy": float(accuracy)}
+
+    if run.step == 0:
+        nn.init.constant_(teacher.logit_scale, 2.3)
+        nn.init.constant_(teacher.logit_bias, -10.0)
+    run.train(step_fn)
+    return teacher.eval().requires_grad_(False)
+
+
+def codebook_loss(features: torch.Tensor, quantization: QuantizerOutput) -> torch.Tensor:
+    """Codebook and commitment terms, averaged over the running sums of the scales (VAR)."""
+    terms = [
+        F.mse_loss(total, features.detach()) + COMMITMENT * F.mse_loss(total.detach(), features)
+        for total in quantization.partial_sums
+    ]
+    return torch.stack(terms).mean()
+
+
+def picture_loss(reconstruction: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Absolute and squared error, and absolute error of the finite differences, which carry the edges.
+
+    Differs from the paper: no perceptual network and no discriminator; the world has no texture for them to judge.
+    """
+    error = reconstruction.float() - pixel_values
+    edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    return error.abs().mean() + error.square().mean() + 0.5 * edges
+
+
+def keep_scales(rng: random.Random, num_scales: int) -> list[bool] | None:
+    """Random drop of half of the scales, never the first (NextFlow sec. 3.1)."""
+    if rng.random() >= DROP_PROBABILITY:
+        return None
+    return [True] + [rng.random() < 0.5 for _ in range(num_scales - 1)]
+
+
+def psnr(reconstruction: torch.Tensor, pixel_values: torch.Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of pictures in [-1, 1]."""
+    return float(-10 * torch.log10((reconstruction.float().clamp(-1, 1) - pixel_values).square().mean() / 4))
+
+
+def train_pixel(folder: Path) -> NextFlowVQModel:
+    """Stage 1: the pixel branch alone, its half of the codebook alone in the lookup."""
+    torch.manual_seed(1)
+    model = NextFlowVQModel(vq_config(decoder_blocks=1)).to(memory_format=torch.channels_last)
+    parts = nn.ModuleList([model.pixel_encoder, model.pixel_decoder, model.quantizer])
+    model.quantizer.semantic_codebook.requires_grad_(False)
+    model.quantizer.weights = (0.0, model.config.pixel_weight)
+    run = Run(folder, "pixel", parts, parts.parameters(), STEPS["pixel"], peak=1.5e-3)
+
+    def step_fn(step: int) -> dict[str, float]:
+        rng = random.Random(f"pixel {step}")
+        pixels = picture_batch(rng, BATCH, PHOTO_SHARE).contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            pixel_features = model.pixel_encoder(pixels).float()
+            semantic = pixel_features.new_zeros(len(pixels), model.config.semantic_dim, *pixel_features.shape[-2:])
+            features = torch.cat([semantic, pixel_features], dim=1)
+            schedule = model.schedules.by_grid(features.shape[-2:])
+            quantization = model.quantizer(features, schedule, keep_scales=keep_scales(rng, len(schedule)))
+            sums = [total[:, model.config.semantic_dim :] for total in quantization.partial_sums]
+            straight = pixel_features + (sums[-1] - pixel_features).detach()
+            reconstruction = model.pixel_decoder(straight)
+        quantization.partial_sums = sums
+        loss = picture_loss(reconstruction, pixels) + codebook_loss(pixel_features, quantization)
+        run.update(loss)
+        return {"loss": loss.item(), "psnr": psnr(reconstruction, pixels)} | norms(quantization)
+
+    run.train(step_fn)
+    model.quantizer.weights = (model.config.semantic_weight, model.config.pixel_weight)
+    return model.requires_grad_(True)
+
+
+def norms(quantization: QuantizerOutput) -> dict[str, float]:
+    used = len(quantization.target_codes.unique())
+    return {"used": used, "first_norm": float(quantization.residual_norms[0])}
+
+
+def train_joint(folder: Path, model: NextFlowVQModel, teacher: Siglip2Model) -> NextFlowVQModel:
+    """Stage 2: both branches, both decoders and the whole codebook, from stage 1 and the teacher."""
+    encoder_state = {name: value for name, value in teacher.vision_model.state_dict().items() if "head." not in name}
+    model.semantic_encoder.load_state_dict(encoder_state)
+    torch.manual_seed(2)
+    run = Run(folder, "joint", model, model.parameters(), STEPS["joint"], peak=1e-3)
+    layer = model.config.semantic_feature_layer
+
+    def step_fn(step: int) -> dict[str, float]:
+        rng = random.Random(f"joint {step}")
+        pixels = picture_batch(rng, BATCH, PHOTO_SHARE).contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            schedule = model.schedules.by_size(*pixels.shape[-2:])
+            with torch.no_grad():
+                patches = patchify(pixels, PATCH_SIZE)
+                output = run_siglip(teacher.vision_model, patches, schedule.final_grid, output_hidden_states=True)
+            target = output.hidden_states[layer]
+            output = model(pixels, keep_scales=keep_scales(rng, len(schedule)))
+        distillation = 1 - F.cosine_similarity(output.semantic_features.float(), target.float(), dim=-1).mean()
+        quantization = codebook_loss(output.features, output.quantization)
+        loss = picture_loss(output.reconstruction, pixels) + quantization + 0.2 * distillation
+        run.update(loss)
+        row = {"loss": loss.item(), "psnr": psnr(output.reconstruction, pixels)}
+        row |= {"distillation": distillation.item(), "quantization": quantization.item()}
+        return row | norms(output.quantization)
+
+    run.train(step_fn)
+    return model
+
+
+def enlarge_decoder(model: NextFlowVQModel) -> NextFlowVQModel:
+    """A copy with twice the residual blocks in the pixel decoder; the new ones begin as the identity."""
+    torch.manual_seed(3)
+    larger = NextFlowVQModel(vq_config(decoder_blocks=2))
+    state = model.state_dict()
+    for resolution in larger.pixel_decoder.resolutions:
+        blocks = [layer for layer in resolution if isinstance(layer, ResidualBlock)]
+        nn.init.zeros_(blocks[-1].conv2.weight)
+        nn.init.zeros_(blocks[-1].conv2.bias)
+    missing = larger.load_state_dict(state, strict=False)
+    if missing.unexpected_keys:
+        raise ValueError(f"the larger decoder has no place for {missing.unexpected_keys}")
+    return larger.to(memory_format=torch.channels_last)
+
+
+def train_decoder(folder: Path, model: NextFlowVQModel) -> NextFlowVQModel:
+    """Stage 3: the enlarged pixel decoder alone; the codes stay what they are."""
+    larger = enlarge_decoder(model).requires_grad_(False)
+    larger.pixel_decoder.requires_grad_(True)
+    run = Run(folder, "decoder", larger.pixel_decoder, larger.pixel_decoder.parameters(), STEPS["decoder"], peak=8e-4)
+
+    def step_fn(step: int) -> dict[str, float]:
+        rng = random.Random(f"decoder {step}")
+        pixels = picture_batch(rng, BATCH, PHOTO_SHARE).contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                features = larger.features(pixels)
+                quantized = larger.quantizer(features, larger.schedules.by_size(*pixels.shape[-2:])).quantized
+            reconstruction = larger.pixel_decoder(quantized[:, larger.config.semantic_dim :])
+        loss = picture_loss(reconstruction, pixels)
+        run.update(loss)
+        return {"loss": loss.item(), "psnr": psnr(reconstruction, pixels)}
+
+    run.train(step_fn)
+    return larger.requires_grad_(False)

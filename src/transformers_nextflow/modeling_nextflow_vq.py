@@ -1,0 +1,347 @@
+"""The vision tokenizer: semantic branch, pixel branch, dual codebook, two decoders (NextFlow sec. 2.1).
+
+- The semantic branch is transformers' own SigLIP2-naflex encoder, which reads any grid.
+- The pixel branch is a convolutional autoencoder.
+- Both meet on one grid; their concatenated channels are quantised together (`quantizer.py`).
+- The pixel decoder reads the pixel half alone, the semantic decoder the semantic half (TokenFlow).
+
+Shape suffixes: B batch, C channels, L codes of an image, h w final grid, H W pixels.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.models.siglip2.configuration_siglip2 import Siglip2VisionConfig
+from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionModel
+from transformers.utils import ModelOutput
+
+from .configuration_nextflow import NextFlowVQConfig
+from .quantizer import DualCodebookQuantizer, QuantizerOutput, SelfCorrection, to_map, to_sequence
+from .scales import Grid, ScaleSchedule
+
+
+def patchify(pixel_values: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """(B, 3, H, W) -> (B, h*w, p*p*3): patches row-major, each in (row, column, channel) order, as SigLIP2 reads."""
+    B, C, H, W = pixel_values.shape
+    patches = pixel_values.view(B, C, H // patch_size, patch_size, W // patch_size, patch_size)
+    return patches.permute(0, 2, 4, 3, 5, 1).reshape(B, -1, patch_size * patch_size * C)
+
+
+def unpatchify(patches: torch.Tensor, grid: Grid, patch_size: int) -> torch.Tensor:
+    """(B, h*w, p*p*3) -> (B, 3, H, W), the inverse of [`patchify`]."""
+    B, (h, w) = patches.shape[0], grid
+    pixels = patches.view(B, h, w, patch_size, patch_size, -1)
+    return pixels.permute(0, 5, 1, 3, 2, 4).reshape(B, -1, h * patch_size, w * patch_size)
+
+
+class ResidualBlock(nn.Module):
+    """GroupNorm-SiLU-Conv twice, beside a shortcut."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.norm1 = _norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = _norm(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        update = self.conv1(F.silu(self.norm1(hidden)))
+        update = self.conv2(F.silu(self.norm2(update)))
+        return self.shortcut(hidden) + update
+
+
+class SpatialAttention(nn.Module):
+    """Single-head self-attention over all positions of the coarsest resolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = _norm(channels)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.proj_out = nn.Linear(channels, channels)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        query, key, value = self.qkv(to_sequence(self.norm(hidden))).chunk(3, dim=-1)
+        update = F.scaled_dot_product_attention(query, key, value)
+        return hidden + to_map(self.proj_out(update), hidden.shape[-2:])
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
+
+
+def _resolution(in_channels: int, channels: int, blocks: int, attention: bool) -> nn.Sequential:
+    layers = [ResidualBlock(in_channels if block == 0 else channels, channels) for block in range(blocks)]
+    if attention:
+        layers.insert(1, SpatialAttention(channels))
+    return nn.Sequential(*layers)
+
+
+class PixelEncoder(nn.Module):
+    """(B, 3, H, W) -> (B, pixel_dim, h, w): convolutions, halving the resolution between `channel_multipliers`."""
+
+    def __init__(self, config: NextFlowVQConfig):
+        super().__init__()
+        widths = [config.base_channels * m for m in config.channel_multipliers]
+        self.stem_stride = config.stem_stride
+        self.conv_in = nn.Conv2d(3 * config.stem_stride**2, widths[0], 3, padding=1)
+        self.resolutions = nn.ModuleList(
+            _resolution(widths[max(i - 1, 0)], width, config.encoder_blocks, attention=i == len(widths) - 1)
+            for i, width in enumerate(widths)
+        )
+        self.downsamples = nn.ModuleList(nn.Conv2d(width, width, 3, stride=2) for width in widths[:-1])
+        self.norm_out = _norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1)
+        self.to_code = nn.Conv2d(config.latent_channels, config.pixel_dim, 1)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        hidden = self.conv_in(F.pixel_unshuffle(pixel_values, self.stem_stride))
+        for i, resolution in enumerate(self.resolutions):
+            hidden = resolution(hidden)
+            if i < len(self.downsamples):
+                hidden = self.downsamples[i](F.pad(hidden, (0, 1, 0, 1)))
+        return self.to_code(self.conv_out(F.silu(self.norm_out(hidden))))
+
+
+class PixelDecoder(nn.Module):
+    """(B, pixel_dim, h, w) -> (B, 3, H, W), the mirror of [`PixelEncoder`] with `decoder_blocks` per resolution."""
+
+    def __init__(self, config: NextFlowVQConfig):
+        super().__init__()
+        widths = [config.base_channels * m for m in reversed(config.channel_multipliers)]
+        self.from_code = nn.Conv2d(config.pixel_dim, config.latent_channels, 1)
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.resolutions = nn.ModuleList(
+            _resolution(widths[max(i - 1, 0)], width, config.decoder_blocks, attention=i == 0)
+            for i, width in enumerate(widths)
+        )
+        self.upsamples = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for width in widths[:-1])
+        self.norm_out = _norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], 3 * config.stem_stride**2, 3, padding=1)
+        self.stem_stride = config.stem_stride
+
+    def forward(self, quantized: torch.Tensor) -> torch.Tensor:
+        hidden = self.conv_in(self.from_code(quantized))
+        for i, resolution in enumerate(self.resolutions):
+            hidden = resolution(hidden)
+            if i < len(self.upsamples):
+                hidden = self.upsamples[i](F.interpolate(hidden, scale_factor=2.0, mode="nearest"))
+        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(hidden))), self.stem_stride)
+
+
+class SemanticDecoder(nn.Module):
+    """(B, semantic_dim, h, w) -> (B, h*w, teacher width): SigLIP2 layers over the quantised semantic entries.
+
+    SigLIP2-naflex's own model with one "pixel patch" per cell, so it reads any grid as the encoder does.
+    """
+
+    def __init__(self, config: NextFlowVQConfig):
+        super().__init__()
+        teacher = config.semantic_config
+        self.layers = Siglip2VisionModel(
+            Siglip2VisionConfig(
+                hidden_size=teacher.hidden_size,
+                intermediate_size=teacher.intermediate_size,
+                num_hidden_layers=config.semantic_decoder_layers,
+                num_attention_heads=teacher.num_attention_heads,
+                num_channels=config.semantic_dim,
+                patch_size=1,
+                num_patches=teacher.num_patches,
+                vision_use_head=False,
+                attn_implementation=teacher._attn_implementation,
+            )
+        )
+        self.to_features = nn.Sequential(
+            nn.Linear(teacher.hidden_size, teacher.hidden_size),
+            nn.Tanh(),
+            nn.Linear(teacher.hidden_size, teacher.hidden_size),
+        )
+
+    def forward(self, quantized: torch.Tensor) -> torch.Tensor:
+        cells = to_sequence(quantized)
+        return self.to_features(run_siglip(self.layers, cells, tuple(quantized.shape[-2:])).last_hidden_state)
+
+
+def run_siglip(model: Siglip2VisionModel, patches: torch.Tensor, grid: Grid, **kwargs):
+    """SigLIP2-naflex on a batch of equal grids: no padding, so the attention mask is all ones."""
+    batch, length, _ = patches.shape
+    mask = torch.ones(batch, length, dtype=torch.long, device=patches.device)
+    shapes = torch.tensor(grid, device=patches.device).expand(batch, 2)
+    return model(pixel_values=patches, pixel_attention_mask=mask, spatial_shapes=shapes, **kwargs)
+
+
+@dataclass
+class NextFlowVQOutput(ModelOutput):
+    """Output of [`NextFlowVQModel`], everything its training losses need.
+
+    Attributes:
+        reconstruction: (B, 3, H, W) in about [-1, 1], not clamped.
+        semantic_features: (B, h*w, D), the semantic decoder's estimate of the teacher's features.
+        features: (B, C, h, w) float32, what was quantised.
+        quantization: the quantizer's codes, partial sums and residual norms.
+    """
+
+    reconstruction: torch.Tensor | None = None
+    semantic_features: torch.Tensor | None = None
+    features: torch.Tensor | None = None
+    quantization: QuantizerOutput | None = None
+
+
+class NextFlowVQModel(PreTrainedModel):
+    """Images to multi-scale codes and back. Works on batches of one grid; callers group by grid."""
+
+    config_class = NextFlowVQConfig
+    config: NextFlowVQConfig
+    base_model_prefix = "vq_model"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    _no_split_modules = ["Siglip2EncoderLayer", "ResidualBlock", "SpatialAttention"]
+    _keep_in_fp32_modules_strict = ["quantizer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    supports_gradient_checkpointing = True
+
+    def __init__(self, config: NextFlowVQConfig):
+        super().__init__(config)
+        self.schedules = config.schedule_table()
+        width = config.semantic_config.hidden_size
+        self.semantic_encoder = Siglip2VisionModel(config.semantic_config)
+        self.semantic_to_code = nn.Sequential(
+            nn.Linear(width, width), nn.Tanh(), nn.Linear(width, config.semantic_dim)
+        )
+        self.pixel_encoder = PixelEncoder(config)
+        self.quantizer = DualCodebookQuantizer(config)
+        self.semantic_decoder = SemanticDecoder(config)
+        self.pixel_decoder = PixelDecoder(config)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        if isinstance(module, DualCodebookQuantizer):
+            init.normal_(module.semantic_codebook)
+            init.normal_(module.pixel_codebook)
+        elif isinstance(module, nn.Conv2d):
+            init.kaiming_uniform_(module.weight, a=5**0.5)
+            init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)
+
+    def semantic_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) -> (B, h*w, D): the semantic encoder's hidden state that is quantised."""
+        grid = self._schedule_of(pixel_values).final_grid
+        patches = patchify(pixel_values, self.config.patch_size)
+        output = run_siglip(self.semantic_encoder, patches, grid, output_hidden_states=True)
+        return output.hidden_states[self.config.semantic_feature_layer]
+
+    def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) in [-1, 1] -> (B, C, h, w) float32, semantic channels first: what is quantised."""
+        grid = self._schedule_of(pixel_values).final_grid
+        semantic = to_map(self.semantic_to_code(self.semantic_features(pixel_values)), grid)
+        return torch.cat([semantic.float(), self.pixel_encoder(pixel_values).float()], dim=1)
+
+    @torch.no_grad()
+    def encode(
+        self,
+        pixel_values: torch.Tensor,
+        correction: SelfCorrection | None = None,
+        seed: int = 0,
+        keys: Sequence[str | int] | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Images of one size to codes, in float32 whatever the autocast.
+
+        Args:
+            pixel_values: (B, 3, H, W) in [-1, 1]; (H, W) must belong to a scale schedule.
+            correction, seed, keys: self-correction; one key per image makes its draws independent of the batch.
+
+        Returns:
+            (B, L) int64 codes, scale by scale; with `correction` the pair (input codes, target codes).
+        """
+        schedule = self._schedule_of(pixel_values)
+        with torch.autocast(pixel_values.device.type, enabled=False):
+            dtype = self.pixel_encoder.conv_in.weight.dtype
+            features = self.features(pixel_values.to(dtype))
+            output = self.quantizer(features, schedule, correction, seed, keys)
+        if correction is None:
+            return output.target_codes
+        return output.input_codes, output.target_codes
+
+    @torch.no_grad()
+    def decode(self, codes: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """(B, L) codes of the schedule that ends in `grid` -> (B, 3, H, W) float32 in [-1, 1]."""
+        return self.decode_prefix(codes, grid, len(self.schedules.by_grid(grid)))
+
+    @torch.no_grad()
+    def decode_prefix(self, codes: torch.Tensor, grid: Grid, num_scales: int) -> torch.Tensor:
+        """The picture of the first `num_scales` scales alone, at full size: a preview."""
+        schedule = self.schedules.by_grid(grid)
+        length = schedule.prefix(num_scales).num_codes
+        self._check_codes(codes, schedule)
+        quantized = self.quantizer.decode(codes[:, :length], schedule)
+        pixels = self.pixel_decoder(self._pixel_half(quantized))
+        return pixels.float().clamp(-1, 1)
+
+    @torch.no_grad()
+    def condition_features(self, codes: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What conditions the diffusion decoder (NextFlow sec. 2.3).
+
+        Returns:
+            quantised semantic entries (B, semantic_dim, h, w), quantised pixel entries (B, pixel_dim, h, w), and the
+            semantic decoder's features (B, D, h, w).
+        """
+        schedule = self.schedules.by_grid(grid)
+        self._check_codes(codes, schedule)
+        quantized = self.quantizer.decode(codes, schedule)
+        semantic, pixel = quantized.split(self.quantizer.dims, dim=1)
+        decoded = self.semantic_decoder(semantic.to(self.semantic_decoder.to_features[0].weight.dtype))
+        return semantic, pixel, to_map(decoded, schedule.final_grid)
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        correction: SelfCorrection | None = None,
+        seed: int = 0,
+        keys: Sequence[str | int] | None = None,
+        keep_scales: Sequence[bool] | None = None,
+        **kwargs,
+    ) -> NextFlowVQOutput:
+        """Encode, quantise with a straight-through gradient, decode both branches.
+
+        Args:
+            pixel_values: (B, 3, H, W) in [-1, 1].
+            keep_scales: which scales take part (random scale drop in training, NextFlow sec. 3.1).
+        """
+        schedule = self._schedule_of(pixel_values)
+        features = self.features(pixel_values)
+        quantization = self.quantizer(features, schedule, correction, seed, keys, keep_scales)
+        quantized = features + (quantization.quantized - features).detach()
+        semantic, _ = quantized.split(self.quantizer.dims, dim=1)
+        return NextFlowVQOutput(
+            reconstruction=self.pixel_decoder(self._pixel_half(quantized)),
+            semantic_features=self.semantic_decoder(semantic),
+            features=features,
+            quantization=quantization,
+        )
+
+    def _pixel_half(self, quantized: torch.Tensor) -> torch.Tensor:
+        return quantized[:, self.config.semantic_dim :].to(self.pixel_decoder.conv_in.weight.dtype)
+
+    def _schedule_of(self, pixel_values: torch.Tensor) -> ScaleSchedule:
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
+            raise ValueError(f"pixel_values must have the shape (B, 3, H, W), got {tuple(pixel_values.shape)}")
+        return self.schedules.by_size(*pixel_values.shape[-2:])
+
+    def _check_codes(self, codes: torch.Tensor, schedule: ScaleSchedule) -> None:
+        if codes.ndim != 2 or codes.shape[1] != schedule.num_codes:
+            raise ValueError(
+                f"codes of the grid {schedule.final_grid} must have the shape (B, {schedule.num_codes}), "
+                f"got {tuple(codes.shape)}"
+            )
+        if codes.numel() and not (0 <= codes.min() and codes.max() < self.config.codebook_size):
+            raise ValueError(
+                f"codes must lie in [0, {self.config.codebook_size}), got {int(codes.min())} to {int(codes.max())}"
+            )

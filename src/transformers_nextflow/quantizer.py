@@ -1,0 +1,246 @@
+"""Dual codebook and multi-scale residual quantisation (NextFlow sec. 2.1 and 3.1; VAR for the scales).
+
+All arithmetic of codes lives here, in float32 whatever the autocast: lookup, residuals, self-correction, and the
+features from which the transformer predicts the next scale.
+
+Shape suffixes: B batch, L all codes of an image, l codes of one scale, C code channels, V codebook size, h w grid.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .scales import Grid, ScaleSchedule
+
+
+def resize_features(features_BChw: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Bicubic resize of features to `grid`; the upsampling used everywhere codes meet another scale."""
+    if features_BChw.shape[-2:] == torch.Size(grid):
+        return features_BChw
+    return F.interpolate(features_BChw, size=grid, mode="bicubic")
+
+
+def to_map(entries_BlC: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """(B, h*w, C) -> (B, C, h, w)."""
+    return entries_BlC.transpose(1, 2).unflatten(2, grid)
+
+
+def to_sequence(features_BChw: torch.Tensor) -> torch.Tensor:
+    """(B, C, h, w) -> (B, h*w, C), row-major."""
+    return features_BChw.flatten(2).transpose(1, 2)
+
+
+def next_scale_features(entries_BLC: torch.Tensor, schedule: ScaleSchedule, accumulate: bool = False) -> torch.Tensor:
+    """What the transformer reads to predict scales 2..K, from the codebook entries of scales 1..K-1.
+
+    Residual features (NextFlow sec. 2.2, the default): the input of scale k is scale k-1's own entries, bicubic from
+    grid k-1 to grid k. Accumulated features (VAR): every earlier scale's entries bicubic to the final grid, summed,
+    then area-resized to grid k.
+
+    Args:
+        entries_BLC: (B, L', C) entries of at least scales 1..K-1 in order; anything after is not read.
+
+    Returns:
+        (B, sum of h_k * w_k for k = 2..K, C), empty for a schedule of one scale.
+    """
+    features = [entries_BLC[:, :0]]
+    total_BChw = 0
+    for scale in range(len(schedule) - 1):
+        entries_BChw = to_map(entries_BLC[:, schedule.slice(scale)], schedule[scale])
+        if accumulate:
+            total_BChw = total_BChw + resize_features(entries_BChw, schedule.final_grid)
+            next_BChw = F.interpolate(total_BChw, size=schedule[scale + 1], mode="area")
+        else:
+            next_BChw = resize_features(entries_BChw, schedule[scale + 1])
+        features.append(to_sequence(next_BChw))
+    return torch.cat(features, dim=1)
+
+
+@dataclass(frozen=True)
+class SelfCorrection:
+    """How input codes are disturbed while the targets stay the nearest codes (NextFlow sec. 3.1).
+
+    A disturbed code is drawn from a multinomial over the `top_k` nearest entries, and the residual continues from it,
+    so that the later scales' targets correct it. The paper's best setting is the default: all samples, 60% of the
+    tokens of each scale. Open in the paper: `top_k` and the weights of the multinomial.
+
+    Args:
+        probability: share of samples that are disturbed at all.
+        token_share: share of the tokens of each scale, each token on its own; or `(low, high)`, from which each
+            sample draws a share for each scale.
+        top_k: entries to draw from; the nearest is one of them.
+        temperature: `None` draws uniformly, a number from softmax(-distance / temperature).
+        first_scale, last_scale: 0-based, inclusive; `last_scale=None` is the last of the schedule.
+
+    Raises:
+        ValueError: if a share lies outside [0, 1], or `top_k` or `temperature` is not positive.
+    """
+
+    probability: float = 1.0
+    token_share: float | tuple[float, float] = 0.6
+    top_k: int = 10
+    temperature: float | None = None
+    first_scale: int = 0
+    last_scale: int | None = None
+
+    def __post_init__(self):
+        low, high = self.share_range
+        if not (0 <= self.probability <= 1 and 0 <= low <= high <= 1):
+            raise ValueError(f"shares must lie in [0, 1], got {self.probability=} and {self.token_share=}")
+        if self.top_k < 1 or (self.temperature is not None and self.temperature <= 0):
+            raise ValueError(f"top_k and temperature must be positive, got {self.top_k=} and {self.temperature=}")
+
+    @property
+    def share_range(self) -> tuple[float, float]:
+        share = self.token_share
+        return tuple(share) if isinstance(share, Sequence) else (share, share)
+
+    def draws(self, schedule: ScaleSchedule, seed: int, keys: Sequence[str | int]) -> tuple[torch.Tensor, ...]:
+        """Uniform numbers for each sample, from `seed` and the sample's key alone.
+
+        Returns:
+            `disturb_BL`, bool: which tokens are drawn; `pick_BL` in [0, 1): where in the multinomial.
+        """
+        low, high = self.share_range
+        last = len(schedule) - 1 if self.last_scale is None else self.last_scale
+        share_S = torch.tensor([float(self.first_scale <= scale <= last) for scale in range(len(schedule))])
+        lengths = torch.tensor(schedule.lengths)
+        disturb, pick = [], []
+        for key in keys:
+            digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+            chosen, *shares = torch.rand(1 + len(schedule), generator=generator, dtype=torch.float64)
+            uniform = torch.rand(2, schedule.num_codes, generator=generator)
+            share = share_S * (low + (high - low) * torch.stack(shares)) * (chosen < self.probability)
+            disturb.append(uniform[0] < share.repeat_interleave(lengths))
+            pick.append(uniform[1])
+        return torch.stack(disturb), torch.stack(pick)
+
+
+@dataclass
+class QuantizerOutput:
+    """One pass of multi-scale quantisation.
+
+    Attributes:
+        target_codes: (B, L) int64, the nearest entry at every position, scale by scale.
+        input_codes: (B, L) int64, equal to the targets except where self-correction drew another entry.
+        quantized: (B, C, h, w) float32, the sum over scales of the input codes' entries.
+        partial_sums: the running sum after each scale, for the training losses.
+        residual_norms: (S,) root mean square of the residual before each scale.
+    """
+
+    target_codes: torch.Tensor
+    input_codes: torch.Tensor
+    quantized: torch.Tensor
+    partial_sums: list[torch.Tensor]
+    residual_norms: torch.Tensor
+
+
+class DualCodebookQuantizer(nn.Module):
+    """One shared index, two entries: the lookup minimises `w_sem * d_sem + w_pix * d_pix` over both halves.
+
+    Both halves are L2-normalised, entries and queries alike (TokenFlow); the residual itself is never normalised.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.dims = (config.semantic_dim, config.pixel_dim)
+        self.weights = (config.semantic_weight, config.pixel_weight)
+        self.semantic_codebook = nn.Parameter(torch.empty(config.codebook_size, config.semantic_dim))
+        self.pixel_codebook = nn.Parameter(torch.empty(config.codebook_size, config.pixel_dim))
+
+    def codebook(self) -> torch.Tensor:
+        """(V, C) float32 entries, each half of unit norm."""
+        halves = (self.semantic_codebook, self.pixel_codebook)
+        return torch.cat([F.normalize(half.float(), dim=-1) for half in halves], dim=-1)
+
+    def distances(self, features_NC: torch.Tensor, codebook_VC: torch.Tensor) -> torch.Tensor:
+        """(N, V) weighted sum of the squared distances of the normalised halves."""
+        halves = features_NC.split(self.dims, dim=-1)
+        query_NC = torch.cat([w * F.normalize(half, dim=-1) for w, half in zip(self.weights, halves)], dim=-1)
+        # |a - b|^2 = 2 - 2ab for unit vectors
+        return torch.addmm(query_NC.new_tensor(2.0 * sum(self.weights)), query_NC, codebook_VC.T, alpha=-2)
+
+    def forward(
+        self,
+        features_BChw: torch.Tensor,
+        schedule: ScaleSchedule,
+        correction: SelfCorrection | None = None,
+        seed: int = 0,
+        keys: Sequence[str | int] | None = None,
+        keep_scales: Sequence[bool] | None = None,
+    ) -> QuantizerOutput:
+        """Quantise features of the final grid, coarse to fine.
+
+        At each scale the residual is area-downsampled to the grid, looked up, and the entry, bicubic-upsampled to the
+        final grid, subtracted.
+
+        Args:
+            features_BChw: (B, C, h, w), semantic channels first, `(h, w)` the schedule's final grid.
+            correction, seed, keys: self-correction; `keys` names each sample, so that its draws depend on neither
+                the batch nor the order (required with `correction`).
+            keep_scales: which scales take part; a dropped scale subtracts nothing (tokenizer training only).
+        """
+        grid = tuple(features_BChw.shape[-2:])
+        if grid != schedule.final_grid:
+            raise ValueError(f"features have the grid {grid}, the schedule ends in {schedule.final_grid}")
+        batch = features_BChw.shape[0]
+        if correction is not None:
+            if keys is None or len(keys) != batch:
+                raise ValueError(f"self-correction needs one key for each of the {batch} samples")
+            draws = correction.draws(schedule, seed, keys)
+            disturb_BL, pick_BL = (draw.to(features_BChw.device) for draw in draws)
+
+        with torch.autocast(features_BChw.device.type, enabled=False):
+            codebook_VC = self.codebook()
+            residual_BChw = features_BChw.float()
+            total_BChw = torch.zeros_like(residual_BChw)
+            targets, inputs, partial_sums, norms = [], [], [], []
+            for scale, (h, w) in enumerate(schedule):
+                norms.append(residual_BChw.detach().square().mean().sqrt())
+                pooled_BChw = F.interpolate(residual_BChw, size=(h, w), mode="area")
+                distance_NV = self.distances(to_sequence(pooled_BChw).flatten(0, 1).detach(), codebook_VC.detach())
+                target_Bl = distance_NV.argmin(dim=-1).view(batch, h * w)
+                input_Bl = target_Bl
+                if correction is not None:
+                    at = schedule.slice(scale)
+                    drawn_Bl = self._draw(distance_NV, pick_BL[:, at].flatten(), correction).view(batch, h * w)
+                    input_Bl = torch.where(disturb_BL[:, at], drawn_Bl, target_Bl)
+                if keep_scales is None or keep_scales[scale]:
+                    entries_BChw = resize_features(to_map(F.embedding(input_Bl, codebook_VC), (h, w)), grid)
+                    total_BChw = total_BChw + entries_BChw
+                    residual_BChw = residual_BChw - entries_BChw.detach()
+                    partial_sums.append(total_BChw)
+                targets.append(target_Bl)
+                inputs.append(input_Bl)
+        return QuantizerOutput(
+            torch.cat(targets, 1), torch.cat(inputs, 1), total_BChw, partial_sums, torch.stack(norms)
+        )
+
+    @staticmethod
+    def _draw(distance_NV: torch.Tensor, pick_N: torch.Tensor, correction: SelfCorrection) -> torch.Tensor:
+        nearest = distance_NV.topk(min(correction.top_k, distance_NV.shape[-1]), dim=-1, largest=False)
+        if correction.temperature is None:
+            weights = torch.ones_like(nearest.values)
+        else:
+            weights = (-(nearest.values - nearest.values[:, :1]) / correction.temperature).exp()
+        cumulative = weights.cumsum(-1) / weights.sum(-1, keepdim=True)
+        slot = (cumulative[:, :-1] <= pick_N[:, None]).sum(-1, keepdim=True)
+        return nearest.indices.gather(-1, slot).squeeze(-1)
+
+    def decode(self, codes_BL: torch.Tensor, schedule: ScaleSchedule) -> torch.Tensor:
+        """(B, L) codes of the first scales of `schedule`, at least one -> (B, C, h, w) sum of their entries on the
+        final grid."""
+        codebook_VC = self.codebook()
+        total_BChw, done = 0, 0
+        for scale, (h, w) in enumerate(schedule):
+            if done == codes_BL.shape[1]:
+                break
+            entries_BlC = F.embedding(codes_BL[:, schedule.slice(scale)], codebook_VC)
+            total_BChw = total_BChw + resize_features(to_map(entries_BlC, (h, w)), schedule.final_grid)
+            done += h * w
+        return total_BChw
