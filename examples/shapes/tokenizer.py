@@ -17,7 +17,7 @@ from .loop import Run
 from .sizes import PATCH_SIZE, TEACHER_TEXT, TEACHER_VISION, vq_config
 from .world import render, sample_scene
 
-STEPS = {"teacher": 1000, "pixel": 1500, "joint": 5000, "decoder": 2500}
+STEPS = {"teacher": 600, "pixel": 1500, "joint": 4500, "decoder": 2500}
 BATCH = 64
 PHOTO_SHARE = 0.12
 COMMITMENT = 0.25
@@ -38,7 +38,7 @@ def train_teacher(folder: Path, text_tokenizer: PreTrainedTokenizerFast) -> Sigl
     def step_fn(step: int) -> dict[str, float]:
         rng = random.Random(f"teacher {step}")
         canvas = sample_canvas(rng)
-        scenes = [sample_scene(rng, *canvas) for _ in range(128)]
+        scenes = [sample_scene(rng, *canvas) for _ in range(BATCH)]
         texts = [describe_scene(rng, scene).text for scene in scenes]
         tokens = text_tokenizer(texts, padding="max_length", truncation=True, max_length=48, return_tensors="pt")
         pixels = to_pixel_values([render(scene) for scene in scenes])

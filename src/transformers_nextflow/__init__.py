@@ -1,0 +1,36 @@
+"""NextFlow (arXiv 2601.02204) for transformers: importing this package registers the model with the Auto classes."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
+
+from .configuration_nextflow import NextFlowConfig, NextFlowVQConfig
+from .generation_nextflow import NextFlowImageOutput
+from .modeling_nextflow import NextFlowForConditionalGeneration, NextFlowModel, NextFlowOutput, NextFlowPreTrainedModel
+from .modeling_nextflow_vq import NextFlowVQModel, NextFlowVQOutput
+from .quantizer import SelfCorrection
+from .sampling import LinearRamp
+from .scales import ScaleSchedule, ScheduleTable
+
+__version__ = "0.1.0"
+
+AutoConfig.register("nextflow", NextFlowConfig, exist_ok=True)
+AutoConfig.register("nextflow_vq", NextFlowVQConfig, exist_ok=True)
+AutoModel.register(NextFlowConfig, NextFlowModel, exist_ok=True)
+AutoModel.register(NextFlowVQConfig, NextFlowVQModel, exist_ok=True)
+AutoModelForMultimodalLM.register(NextFlowConfig, NextFlowForConditionalGeneration, exist_ok=True)
+AutoModelForImageTextToText.register(NextFlowConfig, NextFlowForConditionalGeneration, exist_ok=True)
+
+__all__ = [
+    "LinearRamp",
+    "NextFlowConfig",
+    "NextFlowForConditionalGeneration",
+    "NextFlowImageOutput",
+    "NextFlowModel",
+    "NextFlowOutput",
+    "NextFlowPreTrainedModel",
+    "NextFlowVQConfig",
+    "NextFlowVQModel",
+    "NextFlowVQOutput",
+    "ScaleSchedule",
+    "ScheduleTable",
+    "SelfCorrection",
+]

@@ -17,6 +17,29 @@ SO400M_NAFLEX = {
     "vision_use_head": False,
 }
 
+QWEN2_5_7B_TEXT = {
+    "vocab_size": 152064,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 128000,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+}
+
+# Open in the paper; TokenFlow samples with guidance 7.5 (a ramp), top-k 600 and top-p 0.6.
+IMAGE_GENERATION_DEFAULTS = {
+    "guidance_scale": 3.0,
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "aspect_ratio": "1:1",
+    "level": None,
+    "num_images_per_prompt": 1,
+}
+
 
 @strict
 class NextFlowVQConfig(PreTrainedConfig):
@@ -104,3 +127,87 @@ class NextFlowVQConfig(PreTrainedConfig):
     def schedule_table(self) -> ScheduleTable:
         """The schedules this tokenizer knows."""
         return ScheduleTable(self.scale_schedules or paper_schedules(), self.levels, self.patch_size)
+
+
+@strict
+class NextFlowConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`NextFlowForConditionalGeneration`]: Qwen2.5-VL's text decoder, which reads and writes text by
+    next token and images by next scale (NextFlow sec. 2.2). The defaults are the 7B model.
+
+    Args:
+        text_config (`Qwen2_5_VLTextConfig` or `dict`, *optional*):
+            The decoder. Its `rope_parameters["mrope_section"]` deals the rotary channels to the axes (counter, row,
+            column). Open in the paper; default `[1] * (head_dim // 2)`, in turn over the frequencies, so that every
+            axis gets high and low ones. Qwen's contiguous sections are possible. Text is unaffected by either.
+        vq_config (`NextFlowVQConfig` or `dict`, *optional*):
+            The vision tokenizer, frozen in transformer training.
+        boi_token_id, eoi_token_id, image_token_id (`int`):
+            Qwen's vision_start, vision_end and image_pad; no text row is added or changed. Code ids follow the text
+            rows: id = `text_config.vocab_size` + code.
+        feature_mode (`str`, defaults to `"residual"`):
+            The input of the next scale: one scale's own entries (`"residual"`, the paper) or VAR's running sum
+            (`"accumulated"`, for comparison).
+        position_scale (`float`, *optional*):
+            `C` of eq. 1. Open in the paper; `None` is the finest grid's edge (64 for table 14).
+        condition_last_scale (`bool`, defaults to `False`):
+            Whether images given as input carry one further block with their last scale's codes, which next-scale
+            inputs never hold. `False` is the paper.
+        scale_loss_alpha (`float`, defaults to 0.9):
+            Exponent of the scale weights in the loss (eq. 2).
+        image_generation (`dict`, *optional*):
+            Defaults of `generate(generation_mode="image")`, saved with the model: `guidance_scale`, `temperature`,
+            `top_k`, `top_p` (a number, or a list with one per scale), `aspect_ratio` ("width:height"), `level`,
+            `num_images_per_prompt`.
+    """
+
+    model_type = "nextflow"
+    sub_configs_defaults = {"text_config": Qwen2_5_VLTextConfig, "vq_config": NextFlowVQConfig}
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    text_config: dict | PreTrainedConfig | None = None
+    vq_config: dict | PreTrainedConfig | None = None
+    boi_token_id: int = 151652
+    eoi_token_id: int = 151653
+    image_token_id: int = 151655
+    feature_mode: str = "residual"
+    position_scale: float | int | None = None
+    condition_last_scale: bool = False
+    scale_loss_alpha: float | int = 0.9
+    image_generation: dict | None = None
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        if self.text_config is None:
+            self.text_config = dict(QWEN2_5_7B_TEXT)
+        super().__post_init__(**kwargs)
+        rope = self.text_config.rope_parameters
+        if "mrope_section" not in rope:
+            rope["mrope_section"] = [1] * (self._head_dim // 2)
+        if sum(rope["mrope_section"]) != self._head_dim // 2:
+            raise ValueError(
+                f"mrope_section must sum to half the head size, {self._head_dim // 2}, got {rope['mrope_section']}"
+            )
+        if self.feature_mode not in ("residual", "accumulated"):
+            raise ValueError(f'feature_mode must be "residual" or "accumulated", got {self.feature_mode!r}')
+        given = self.image_generation or {}
+        if unknown := set(given) - set(IMAGE_GENERATION_DEFAULTS):
+            raise ValueError(
+                f"image_generation knows {', '.join(IMAGE_GENERATION_DEFAULTS)}, got {', '.join(sorted(unknown))}"
+            )
+        self.image_generation = IMAGE_GENERATION_DEFAULTS | given
+        for name in ("boi_token_id", "eoi_token_id", "image_token_id"):
+            if not 0 <= getattr(self, name) < self.text_config.vocab_size:
+                raise ValueError(
+                    f"{name} must be a text row, 0 to {self.text_config.vocab_size - 1}, got {getattr(self, name)}"
+                )
+
+    @property
+    def _head_dim(self) -> int:
+        return self.text_config.hidden_size // self.text_config.num_attention_heads
+
+    @property
+    def text_vocab_size(self) -> int:
+        """Rows of the text embedding; code ids begin here."""
+        return self.text_config.vocab_size

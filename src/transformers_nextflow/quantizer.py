@@ -34,29 +34,39 @@ def to_sequence(features_BChw: torch.Tensor) -> torch.Tensor:
     return features_BChw.flatten(2).transpose(1, 2)
 
 
+def next_scale_step(
+    entries_BlC: torch.Tensor, schedule: ScaleSchedule, scale: int, total_BChw: torch.Tensor | float | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The input of scale `scale + 1` (0-based) from the codebook entries of `scale`.
+
+    Residual features (NextFlow sec. 2.2): the entries themselves, bicubic from grid to grid; `total_BChw` is None.
+    Accumulated features (VAR): the entries bicubic to the final grid, added to the running sum `total_BChw` (0.0
+    before the first scale), then area-resized to the next grid.
+
+    Returns:
+        (B, next h*w, C) features and the new running sum, or None.
+    """
+    entries_BChw = to_map(entries_BlC, schedule[scale])
+    if total_BChw is None:
+        return to_sequence(resize_features(entries_BChw, schedule[scale + 1])), None
+    total_BChw = total_BChw + resize_features(entries_BChw, schedule.final_grid)
+    return to_sequence(F.interpolate(total_BChw, size=schedule[scale + 1], mode="area")), total_BChw
+
+
 def next_scale_features(entries_BLC: torch.Tensor, schedule: ScaleSchedule, accumulate: bool = False) -> torch.Tensor:
     """What the transformer reads to predict scales 2..K, from the codebook entries of scales 1..K-1.
 
-    Residual features (NextFlow sec. 2.2, the default): the input of scale k is scale k-1's own entries, bicubic from
-    grid k-1 to grid k. Accumulated features (VAR): every earlier scale's entries bicubic to the final grid, summed,
-    then area-resized to grid k.
-
     Args:
         entries_BLC: (B, L', C) entries of at least scales 1..K-1 in order; anything after is not read.
+        accumulate: VAR's features instead of residual ones, see [`next_scale_step`].
 
     Returns:
         (B, sum of h_k * w_k for k = 2..K, C), empty for a schedule of one scale.
     """
-    features = [entries_BLC[:, :0]]
-    total_BChw = 0
+    features, total_BChw = [entries_BLC[:, :0]], 0.0 if accumulate else None
     for scale in range(len(schedule) - 1):
-        entries_BChw = to_map(entries_BLC[:, schedule.slice(scale)], schedule[scale])
-        if accumulate:
-            total_BChw = total_BChw + resize_features(entries_BChw, schedule.final_grid)
-            next_BChw = F.interpolate(total_BChw, size=schedule[scale + 1], mode="area")
-        else:
-            next_BChw = resize_features(entries_BChw, schedule[scale + 1])
-        features.append(to_sequence(next_BChw))
+        step_BlC, total_BChw = next_scale_step(entries_BLC[:, schedule.slice(scale)], schedule, scale, total_BChw)
+        features.append(step_BlC)
     return torch.cat(features, dim=1)
 
 

@@ -1,0 +1,67 @@
+"""Who sees whom: causal text, scale blocks that see themselves, documents that do not see each other.
+
+Masks are built by transformers' own functions, so that every attention backend gets the form it expects.
+"""
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+
+from .layout import SequenceLayout
+
+
+def sequence_mask(
+    config: PreTrainedConfig,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    layout: SequenceLayout,
+    document_ids: torch.Tensor | None,
+    past_key_values: Cache | None,
+) -> dict | torch.Tensor | None:
+    """The mask of whole sequences: position q sees k if k is not padding, both belong to one document, and k <= q or
+    both lie in one scale block (NextFlow sec. 2.2).
+
+    Returns what `Qwen2_5_VLTextModel` takes: pure unpacked text keeps the plain 2D mask, and with it Qwen's own path
+    bit for bit.
+    """
+    has_blocks = bool((layout.block_ids >= 0).any())
+    if not has_blocks and document_ids is None:
+        return attention_mask
+    if config._attn_implementation is not None and "flash" in config._attn_implementation:
+        raise ValueError(
+            f"attn_implementation={config._attn_implementation!r} cannot express scale blocks or packed documents in "
+            'one call; use "sdpa", "flex_attention" or "eager"'
+        )
+    same_document = None
+    if document_ids is not None:
+        same_document = lambda batch, head, q, kv: document_ids[batch, q] == document_ids[batch, kv]  # noqa: E731
+    mask = create_causal_mask(
+        config=config,
+        inputs_embeds=inputs_embeds,
+        attention_mask=attention_mask,
+        past_key_values=past_key_values,
+        position_ids=None,  # packed documents come from document_ids; positions repeat inside images
+        and_mask_function=same_document,
+        block_sequence_ids=layout.block_ids if has_blocks else None,
+    )
+    return {"full_attention": mask}
+
+
+def scale_step_mask(
+    config: PreTrainedConfig,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    past_key_values: Cache,
+) -> dict:
+    """The mask of one scale decoded over a cache: every position sees the whole cache but padding, and the scale.
+
+    Without padding it is `None`, which is exact only together with `is_causal=False`.
+    """
+    mask = create_bidirectional_mask(
+        config=config,
+        inputs_embeds=inputs_embeds,
+        attention_mask=attention_mask,
+        past_key_values=past_key_values,
+    )
+    return {"full_attention": mask}

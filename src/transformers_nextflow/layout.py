@@ -1,0 +1,195 @@
+"""Where text, `<boi>`, scale blocks and `<eoi>` stand in a sequence, and what follows from it.
+
+An image in `input_ids` is `<boi>`, one `<image>` per visual input position, `<eoi>`. Its final grid, in
+`image_grid_hw`, names its scale schedule of K scales. `<boi>` predicts scale 1; the block of scale k = 2..K has
+h_k * w_k positions and predicts scale k's codes position by position. An image that is only read may carry one
+further block, K + 1, with its last scale's codes.
+
+- The counter s (NextFlow fig. 5): text +1; `<boi>` p, the block of scale k p + k - 1, `<eoi>` after the last block.
+- Position rows are (s, i, j): text (t, t, t); a block's cell C / sqrt(h w) * (row + 0.5, column + 0.5) (eq. 1).
+- Blocks are bidirectional inside; text, `<boi>` and `<eoi>` are causal.
+
+Shape suffixes: B batch, L sequence, N images.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from .scales import ScaleSchedule, ScheduleTable
+
+
+@dataclass(frozen=True)
+class ImageSpan:
+    """One image of a sequence.
+
+    Attributes:
+        row, start: batch row and index of `<boi>`.
+        schedule: the image's scales.
+        num_inputs: `<image>` slots after `<boi>`.
+        is_open: whether the row ends in `<boi>` and the image is still to be generated.
+    """
+
+    row: int
+    start: int
+    schedule: ScaleSchedule
+    num_inputs: int
+    is_open: bool = False
+
+    @property
+    def slots(self) -> slice:
+        """`<boi>` and the `<image>` slots. Without the last-scale block, their outputs predict the codes in order."""
+        return slice(self.start, self.start + 1 + self.num_inputs)
+
+    @property
+    def has_last_scale(self) -> bool:
+        """Whether the image carries the further block with its last scale's codes."""
+        return self.num_inputs == self.schedule.num_codes - 1 + self.schedule.lengths[-1]
+
+
+@dataclass(frozen=True)
+class SequenceLayout:
+    """Everything about a batch of sequences that follows from ids and grids.
+
+    Attributes:
+        position_ids: (3, B, L) float32, rows (s, i, j).
+        scale_ids: (B, L) int64; 0 for text and `<eoi>`, 1 for `<boi>`, k for the block of scale k.
+        num_scales: (B, L) int64; the image's K where `scale_ids` > 0, else 0.
+        block_ids: (B, L) int64; -1 where attention is causal, else one id per block, unique in the batch.
+        images: in row-major order of `<boi>`.
+    """
+
+    position_ids: torch.Tensor
+    scale_ids: torch.Tensor
+    num_scales: torch.Tensor
+    block_ids: torch.Tensor
+    images: list[ImageSpan]
+
+    @property
+    def closed_images(self) -> list[ImageSpan]:
+        """The images whose codes are known."""
+        return [image for image in self.images if not image.is_open]
+
+
+@lru_cache(maxsize=512)
+def _block_template(grids: tuple, last_scale: bool, finest_edge: float) -> tuple[torch.Tensor, ...]:
+    """Of the positions after `<boi>`: scale ids, counter steps from `<boi>`, and (i, j)."""
+    scales = list(enumerate(grids, start=1))[1:]
+    if last_scale:
+        scales.append((len(grids) + 1, grids[-1]))
+    scale_ids, coordinates = [torch.empty(0, dtype=torch.long)], [torch.empty(2, 0)]
+    for scale, (h, w) in scales:
+        scale_ids.append(torch.full((h * w,), scale))
+        coordinates.append(scale_coordinates((h, w), finest_edge))
+    scale_ids = torch.cat(scale_ids)
+    return scale_ids, scale_ids - 1, torch.cat(coordinates, dim=1)
+
+
+def scale_coordinates(grid: tuple[int, int], finest_edge: float) -> torch.Tensor:
+    """(2, h*w) float32 coordinates (i, j) of a grid's cells, row-major (NextFlow eq. 1)."""
+    h, w = grid
+    step = finest_edge / (h * w) ** 0.5
+    rows = (torch.arange(h, dtype=torch.float64) + 0.5) * step
+    columns = (torch.arange(w, dtype=torch.float64) + 0.5) * step
+    return torch.stack([rows.repeat_interleave(w), columns.repeat(h)]).float()
+
+
+def num_image_slots(schedule: ScaleSchedule, last_scale: bool = False) -> int:
+    """`<image>` placeholders of one image: sum of h_k * w_k for k = 2..K, plus the last grid again if `last_scale`."""
+    return schedule.num_codes - 1 + (schedule.lengths[-1] if last_scale else 0)
+
+
+def build_layout(
+    input_ids: torch.Tensor,
+    image_grid_hw: torch.Tensor | Sequence | None,
+    schedules: ScheduleTable,
+    boi_token_id: int,
+    eoi_token_id: int,
+    image_token_id: int,
+    finest_edge: float,
+    valid: torch.Tensor | None = None,
+    document_ids: torch.Tensor | None = None,
+) -> SequenceLayout:
+    """Lay out a batch.
+
+    Args:
+        input_ids: (B, L).
+        image_grid_hw: (N, 2), the final grid of every image in row-major order of `<boi>`; `None` means that every
+            token is text. A row may end in `<boi>`: that image is still to be generated.
+        valid: (B, L) bool, False at padding.
+        document_ids: (B, L), documents packed in one row, -1 at padding; the counter restarts with each.
+
+    Raises:
+        ValueError: if images and grids do not match in number, or an image's placeholders do not fit its schedule.
+    """
+    batch, length = input_ids.shape
+    step_BL = torch.ones(batch, length, dtype=torch.long)  # how far the counter moves on arriving here
+    scale_BL = torch.zeros(batch, length, dtype=torch.long)
+    scales_BL = torch.zeros(batch, length, dtype=torch.long)
+    block_BL = torch.full((batch, length), -1)
+    cells_2BL = torch.zeros(2, batch, length)
+    images, ids = [], input_ids.detach().cpu()
+
+    if image_grid_hw is not None:
+        starts = (ids == boi_token_id).nonzero().tolist()
+        grids = image_grid_hw.tolist() if isinstance(image_grid_hw, torch.Tensor) else [tuple(g) for g in image_grid_hw]
+        if len(starts) != len(grids):
+            raise ValueError(f"input_ids hold {len(starts)} images (<boi> tokens), image_grid_hw has {len(grids)}")
+        placeholders = ids == image_token_id
+        for (row, start), grid in zip(starts, grids):
+            image = _read_span(ids, placeholders, row, start, schedules.by_grid(grid), eoi_token_id)
+            images.append(image)
+            slots = slice(start + 1, start + 1 + image.num_inputs)
+            scale_BL[row, start] = 1
+            scales_BL[row, start : slots.stop] = len(image.schedule)
+            if image.num_inputs:
+                scale_ids, steps, cells = _block_template(image.schedule.grids, image.has_last_scale, finest_edge)
+                scale_BL[row, slots] = scale_ids
+                step_BL[row, slots] = torch.diff(steps, prepend=steps.new_zeros(1))
+                block_BL[row, slots] = scale_ids + len(images) * (schedules.max_scales + 2)
+                cells_2BL[:, row, slots] = cells
+        if int(placeholders.sum()) != sum(image.num_inputs for image in images):
+            raise ValueError("input_ids hold <image> tokens that do not follow a <boi>")
+
+    starts_BL = torch.zeros(batch, length, dtype=torch.bool)  # where the counter is at 0
+    if document_ids is not None:
+        document_ids = document_ids.cpu()
+        valid = document_ids >= 0
+        starts_BL[:, 0] = True
+        starts_BL[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    elif valid is not None:
+        valid = valid.cpu().bool()
+        starts_BL[:, 0] = True
+        starts_BL[:, 1:] = valid[:, 1:] & ~valid[:, :-1]
+    else:
+        starts_BL[:, 0] = True
+    total_BL = step_BL.cumsum(1)
+    base_BL = torch.where(starts_BL, total_BL, 0).cummax(1).values
+    counter_BL = (total_BL - base_BL).float()
+    if valid is not None:
+        counter_BL = counter_BL.masked_fill(~valid, 0.0)
+    in_block_BL = block_BL >= 0
+    rows = [counter_BL, *(torch.where(in_block_BL, cells, counter_BL) for cells in cells_2BL)]
+    to = input_ids.device
+    return SequenceLayout(
+        torch.stack(rows).to(to), scale_BL.to(to), scales_BL.to(to), block_BL.to(to), images
+    )
+
+
+def _read_span(ids, placeholders, row: int, start: int, schedule: ScaleSchedule, eoi_token_id: int) -> ImageSpan:
+    after = placeholders[row, start + 1 :]
+    num_inputs = int(after.long().cumprod(0).sum())
+    end = start + 1 + num_inputs
+    is_open = end == ids.shape[1] and num_inputs == 0
+    if not is_open:
+        allowed = (num_image_slots(schedule), num_image_slots(schedule, last_scale=True))
+        if num_inputs not in allowed:
+            raise ValueError(
+                f"an image of the final grid {schedule.final_grid} takes {allowed[0]} <image> tokens "
+                f"({allowed[1]} with its last scale), got {num_inputs} in row {row}"
+            )
+        if end < ids.shape[1] and int(ids[row, end]) != eoi_token_id:
+            raise ValueError(f"the <image> tokens of row {row} must be followed by <eoi>, got id {int(ids[row, end])}")
+    return ImageSpan(row, start, schedule, num_inputs, is_open)

@@ -1,0 +1,436 @@
+"""NextFlow: Qwen2.5-VL's text decoder over one sequence of text and multi-scale image codes (NextFlow sec. 2.2).
+
+- Text is causal; an image is `<boi>`, scale blocks, `<eoi>`, and a block sees itself (`layout.py`, `attention.py`).
+- The block of scale k holds features of scale k-1's codes and predicts scale k's codes, position by position.
+- Positions are (counter, row, column), float32 whatever the model's dtype; text has all three equal, as in Qwen.
+- Text rows (`lm_head`) and code rows (`code_head`) share one softmax in training; a text step computes the first, a
+  scale step the second.
+
+Shape suffixes: B batch, L sequence, N images of one schedule, l visual inputs, C code channels, D hidden.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRotaryEmbedding, Qwen2_5_VLTextModel
+from transformers.utils import ModelOutput, can_return_tuple
+
+from .attention import sequence_mask
+from .configuration_nextflow import NextFlowConfig
+from .generation_nextflow import NextFlowGenerationMixin
+from .layout import SequenceLayout, build_layout
+from .losses import IGNORE, fill_code_targets, joint_cross_entropy, shift_labels_of
+from .modeling_nextflow_vq import NextFlowVQModel, unpatchify
+from .quantizer import next_scale_features
+from .scales import ScaleSchedule
+
+
+class NextFlowRotaryEmbedding(Qwen2_5_VLRotaryEmbedding):
+    """Qwen's rotary embedding whose frequencies stay float32 when the model is cast."""
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        if self.inv_freq.dtype != torch.float32:
+            device = self.inv_freq.device
+            inv_freq, _ = self.compute_default_rope_parameters(self.config)
+            self.inv_freq = inv_freq.to(device)
+            self.original_inv_freq = inv_freq.to(device, copy=True)
+        return self
+
+
+class ScaleEmbedding(nn.Module):
+    """Which scale a position belongs to, and how many scales its image has (NextFlow sec. 2.2).
+
+    A learnable embedding of the scale index, and a sinusoidal embedding of the number of scales through a linear map.
+    Open in the paper: both begin at zero, and `<boi>` gets them as scale 1.
+    """
+
+    def __init__(self, max_scales: int, hidden_size: int):
+        super().__init__()
+        self.max_scales = max_scales
+        self.index = nn.Embedding(max_scales + 2, hidden_size)  # 1..K, and K + 1 for an image's last codes
+        self.length = nn.Linear(hidden_size, hidden_size, bias=False)
+
+    def forward(self, scale_ids: torch.Tensor, num_scales: torch.Tensor) -> torch.Tensor:
+        """(...) scale indices and numbers of scales, both at least 1 -> (..., D)."""
+        half = self.length.in_features // 2
+        frequencies = torch.exp(torch.arange(half, device=num_scales.device) * (-math.log(10_000) / half))
+        angles = torch.arange(self.max_scales + 1, device=num_scales.device)[:, None] * frequencies
+        waves = torch.cat([angles.sin(), angles.cos()], dim=-1)  # one row for each number of scales
+        lengths = self.length(waves.to(self.length.weight.dtype))
+        return self.index(scale_ids) + F.embedding(num_scales, lengths)
+
+
+class NextFlowPreTrainedModel(PreTrainedModel):
+    config_class = NextFlowConfig
+    config: NextFlowConfig
+    base_model_prefix = "model"
+    input_modalities = ("text", "image")
+    output_modalities = ("text", "image")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Qwen2_5_VLDecoderLayer", "Siglip2EncoderLayer", "ResidualBlock"]
+    _keep_in_fp32_modules_strict = ["quantizer", "code_embeddings"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, ScaleEmbedding):
+            init.zeros_(module.index.weight)
+            init.zeros_(module.length.weight)
+        elif isinstance(module, NextFlowModel):
+            init.copy_(module.code_embeddings.weight, module.vq_model.quantizer.codebook())
+
+
+class NextFlowTextModel(Qwen2_5_VLTextModel):
+    """Qwen2.5-VL's text decoder with float32 rotary frequencies, and flex attention allowed."""
+
+    _supports_flex_attn = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.rotary_emb = NextFlowRotaryEmbedding(config=config)
+
+
+class NextFlowModel(NextFlowPreTrainedModel):
+    """The decoder with its visual inputs, without heads."""
+
+    def __init__(self, config: NextFlowConfig):
+        super().__init__(config)
+        width, code_dim = config.text_config.hidden_size, config.vq_config.code_dim
+        self.language_model = NextFlowTextModel(config.text_config)
+        self.vq_model = NextFlowVQModel(config.vq_config).requires_grad_(False)
+        self.code_embeddings = nn.Embedding(config.vq_config.codebook_size, code_dim)
+        self.connector = nn.Sequential(nn.Linear(code_dim, width), nn.GELU(), nn.Linear(width, width))
+        self.schedules = self.vq_model.schedules
+        self.scale_embedding = ScaleEmbedding(self.schedules.max_scales, width)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.language_model.embed_tokens
+
+    def set_input_embeddings(self, value):
+        self.language_model.embed_tokens = value
+
+    @property
+    def finest_edge(self) -> float:
+        """`C` of eq. 1."""
+        return float(self.config.position_scale or self.schedules.finest_edge)
+
+    def lay_out(
+        self,
+        input_ids: torch.Tensor,
+        image_grid_hw: torch.Tensor | Sequence | None = None,
+        attention_mask: torch.Tensor | None = None,
+        document_ids: torch.Tensor | None = None,
+    ) -> SequenceLayout:
+        """Positions, blocks and images of a batch, see [`build_layout`]."""
+        config = self.config
+        return build_layout(
+            input_ids,
+            image_grid_hw,
+            self.schedules,
+            config.boi_token_id,
+            config.eoi_token_id,
+            config.image_token_id,
+            self.finest_edge,
+            valid=attention_mask,
+            document_ids=document_ids,
+        )
+
+    def next_scale_inputs(self, codes: torch.Tensor, schedule: ScaleSchedule, last_scale: bool = False) -> torch.Tensor:
+        """(N, codes of at least scales 1..K-1) -> (N, l, D): what the blocks of scales 2..K hold, before their scale
+        embeddings; with `last_scale` the codes of scale K too, on their own grid."""
+        entries = self.code_embeddings(codes)
+        accumulate = self.config.feature_mode == "accumulated"
+        features = next_scale_features(entries, schedule, accumulate)
+        if last_scale:
+            features = torch.cat([features, entries[:, schedule.slice(len(schedule) - 1)]], dim=1)
+        return self.connect(features)
+
+    def connect(self, features: torch.Tensor) -> torch.Tensor:
+        """(..., C) features of codes -> (..., D)."""
+        return self.connector(features.to(self.connector[0].weight.dtype))
+
+    def image_codes_of(
+        self, layout: SequenceLayout, pixel_values: torch.Tensor | None, image_codes: torch.Tensor | None
+    ) -> list[torch.Tensor]:
+        """Each image's (L_i,) codes, from flat codes or by encoding flat patches; open images have none."""
+        closed = layout.closed_images
+        if pixel_values is not None and image_codes is not None:
+            raise ValueError("give either pixel_values or image_codes, not both")
+        if pixel_values is None and image_codes is None:
+            if closed:
+                raise ValueError(f"input_ids hold {len(closed)} images, but neither pixel_values nor image_codes came")
+            return []
+        if image_codes is not None:
+            lengths = [image.schedule.num_codes for image in closed]
+            _check_total("image_codes", len(image_codes), sum(lengths))
+            limit = self.config.vq_config.codebook_size
+            if image_codes.numel() and not (0 <= image_codes.min() and image_codes.max() < limit):
+                raise ValueError(
+                    f"image_codes must lie in [0, {limit}), got {int(image_codes.min())} to {int(image_codes.max())}"
+                )
+            return list(image_codes.split(lengths))
+        cells = [image.schedule.lengths[-1] for image in closed]
+        _check_total("pixel_values", len(pixel_values), sum(cells))
+        patches = pixel_values.split(cells)
+        codes: list[torch.Tensor | None] = [None] * len(closed)
+        groups: dict[ScaleSchedule, list[int]] = {}
+        for index, image in enumerate(closed):
+            groups.setdefault(image.schedule, []).append(index)
+        for schedule, members in groups.items():
+            batch = torch.stack([patches[index] for index in members])
+            pixels = unpatchify(batch, schedule.final_grid, self.config.vq_config.patch_size)
+            for index, row in zip(members, self.vq_model.encode(pixels)):
+                codes[index] = row
+        return codes
+
+    def embed_images(
+        self, inputs_embeds: torch.Tensor, layout: SequenceLayout, codes: list[torch.Tensor]
+    ) -> torch.Tensor:
+        """Put the visual inputs and the scale embeddings into (B, L, D) embeddings of the ids.
+
+        Args:
+            codes: each closed image's (L_i,) input codes.
+        """
+        at_image_BL = layout.scale_ids > 0
+        scale_embeds = self.scale_embedding(layout.scale_ids[at_image_BL], layout.num_scales[at_image_BL])
+        inputs_embeds = inputs_embeds.clone()
+        groups: dict[tuple, list[int]] = {}
+        for index, image in enumerate(layout.closed_images):
+            if image.num_inputs:
+                groups.setdefault((image.schedule, image.has_last_scale), []).append(index)
+        for (schedule, last_scale), members in groups.items():
+            images = [layout.closed_images[index] for index in members]
+            visual_NlD = self.next_scale_inputs(torch.stack([codes[i] for i in members]), schedule, last_scale)
+            rows = torch.tensor([[image.row] for image in images], device=inputs_embeds.device)
+            starts = torch.tensor([[image.start + 1] for image in images], device=inputs_embeds.device)
+            columns = starts + torch.arange(images[0].num_inputs, device=inputs_embeds.device)
+            inputs_embeds[rows, columns] = visual_NlD.to(inputs_embeds.dtype)
+        inputs_embeds[at_image_BL] = inputs_embeds[at_image_BL] + scale_embeds.to(inputs_embeds.dtype)
+        return inputs_embeds
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        image_codes: torch.LongTensor | None = None,
+        image_input_codes: torch.LongTensor | None = None,
+        image_grid_hw: torch.LongTensor | None = None,
+        document_ids: torch.LongTensor | None = None,
+        layout: SequenceLayout | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states of whole sequences, or of text that continues a cache.
+
+        Args:
+            input_ids: (B, L).
+            attention_mask: (B, past + L), 0 at padding.
+            position_ids: (3, B, L) rows (s, i, j); computed from the ids where absent.
+            pixel_values: (sum of final-grid cells, p*p*3) in [-1, 1], patches row-major, images in the order of
+                `<boi>`.
+            image_codes: (sum of codes,), scale by scale, instead of `pixel_values`.
+            image_input_codes: (sum of codes of scales 1..K-1,), where inputs differ from the targets.
+            image_grid_hw: (images, 2) final grids, one for each `<boi>`; a row's last `<boi>` may be open.
+            document_ids: (B, L) for packed rows, -1 at padding.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is not None or (past_key_values is not None and past_key_values.get_seq_length() > 0):
+            if image_grid_hw is not None:
+                raise ValueError("images cannot be given with inputs_embeds or a filled cache")
+            return self.language_model(
+                input_ids=input_ids,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        layout = layout or self.lay_out(input_ids, image_grid_hw, attention_mask, document_ids)
+        codes = self.image_codes_of(layout, pixel_values, image_codes)
+        inputs_embeds = self.language_model.embed_tokens(input_ids)
+        if layout.images:
+            inputs_embeds = self.embed_images(inputs_embeds, layout, _input_codes(layout, codes, image_input_codes))
+        mask = sequence_mask(
+            self.config.text_config, inputs_embeds, attention_mask, layout, document_ids, past_key_values
+        )
+        return self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=mask,
+            position_ids=layout.position_ids if position_ids is None else position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+
+@dataclass
+class NextFlowOutput(ModelOutput):
+    """Output of [`NextFlowForConditionalGeneration`].
+
+    Attributes:
+        loss: weighted mean of the cross-entropies, where labels came.
+        logits: (B, L, text rows + codes), or the rows asked for.
+        token_losses: (B, L) float32 unweighted cross-entropies, detached, 0 where nothing is supervised.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    token_losses: torch.FloatTensor | None = None
+
+
+class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerationMixin):
+    """NextFlow with its text and code heads: reads and writes text and images."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+
+    def __init__(self, config: NextFlowConfig):
+        super().__init__(config)
+        width = config.text_config.hidden_size
+        self.model = NextFlowModel(config)
+        self.lm_head = nn.Linear(width, config.text_vocab_size, bias=False)
+        self.code_head = nn.Linear(width, config.vq_config.codebook_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.model.set_input_embeddings(value)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        image_codes: torch.LongTensor | None = None,
+        image_input_codes: torch.LongTensor | None = None,
+        image_grid_hw: torch.LongTensor | None = None,
+        document_ids: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        shift_labels: torch.LongTensor | None = None,
+        loss_weights: torch.FloatTensor | None = None,
+        num_items_in_batch: torch.Tensor | float | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        logits_over: str = "all",
+        **kwargs,
+    ) -> NextFlowOutput:
+        """See [`NextFlowModel.forward`] for the inputs.
+
+        Args:
+            labels: (B, L), -100 where nothing is supervised. At `<boi>` and `<image>` slots a value is only a marker;
+                an image is supervised whole or not at all, and the model fills in its codes.
+            shift_labels: (B, L) targets already aligned with the outputs, with the same markers, instead of `labels`.
+            loss_weights: (B, L) weights of the targets; by default text weighs 1 and the scales as eq. 2 says.
+            num_items_in_batch: what the weighted sum is divided by; by default the sum of the weights.
+            logits_to_keep: the last positions, or indices, to compute logits for; 0 = all.
+            logits_over: `"all"` rows (text, then codes), `"text"` rows, `"codes"`, or `"none"`.
+        """
+        if logits_over not in ("all", "text", "codes", "none"):
+            raise ValueError(f'logits_over must be "all", "text", "codes" or "none", got {logits_over!r}')
+        supervised = labels is not None or shift_labels is not None
+        layout = None
+        if supervised:
+            if input_ids is None:
+                raise ValueError("labels need input_ids")
+            layout = self.model.lay_out(input_ids, image_grid_hw, attention_mask, document_ids)
+            codes = self.model.image_codes_of(layout, pixel_values, image_codes)
+            pixel_values, image_codes = None, torch.cat(codes) if codes else None
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            pixel_values=pixel_values,
+            image_codes=image_codes,
+            image_input_codes=image_input_codes,
+            image_grid_hw=image_grid_hw,
+            document_ids=document_ids,
+            layout=layout,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_BLD = outputs.last_hidden_state
+
+        loss = token_losses_BL = None
+        if supervised:
+            if shift_labels is None:
+                shift_labels = shift_labels_of(labels, layout, self.config.boi_token_id, document_ids)
+            alpha = self.config.scale_loss_alpha
+            targets_BL, weights_BL = fill_code_targets(
+                shift_labels, layout, codes, self.config.text_vocab_size, alpha
+            )
+            if loss_weights is not None:
+                weights_BL = loss_weights.masked_fill(targets_BL == IGNORE, 0.0)
+            at = targets_BL != IGNORE
+            losses_N = joint_cross_entropy(
+                hidden_BLD[at], self.lm_head.weight, self.code_head.weight, targets_BL[at]
+            )
+            normaliser = weights_BL.sum() if num_items_in_batch is None else num_items_in_batch
+            loss = (losses_N * weights_BL[at]).sum() / normaliser
+            token_losses_BL = torch.zeros_like(weights_BL).masked_scatter(at, losses_N.detach())
+
+        logits = None
+        if logits_over != "none":
+            indices = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            kept = hidden_BLD[:, indices, :]
+            heads = {"all": (self.lm_head, self.code_head), "text": (self.lm_head,), "codes": (self.code_head,)}
+            parts = [head(kept) for head in heads[logits_over]]
+            logits = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        return NextFlowOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            token_losses=token_losses_BL,
+        )
+
+
+def _check_total(name: str, got: int, expected: int) -> None:
+    if got != expected:
+        raise ValueError(f"{name} must hold {expected} rows for the images in input_ids, got {got}")
+
+
+def _input_codes(
+    layout: SequenceLayout, codes: list[torch.Tensor], image_input_codes: torch.Tensor | None
+) -> list[torch.Tensor]:
+    """Each image's codes as inputs: `image_input_codes` for scales 1..K-1 where given, the last scale's own codes."""
+    if image_input_codes is None:
+        return codes
+    closed = layout.closed_images
+    lengths = [image.schedule.num_codes - image.schedule.lengths[-1] for image in closed]
+    _check_total("image_input_codes", len(image_input_codes), sum(lengths))
+    return [
+        torch.cat([inputs, own[length:]])
+        for inputs, own, length in zip(image_input_codes.split(lengths), codes, lengths)
+    ]

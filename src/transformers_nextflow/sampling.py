@@ -1,0 +1,117 @@
+"""Guidance and sampling of the codes of one scale.
+
+Shape suffixes: B rows, l codes of one scale, V codebook size.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class LinearRamp:
+    """A value that grows linearly over the scales, from `start` at scale 1 to `end` at scale K."""
+
+    start: float
+    end: float
+
+    def over(self, num_scales: int) -> list[float]:
+        steps = max(num_scales - 1, 1)
+        return [self.start + (self.end - self.start) * scale / steps for scale in range(num_scales)]
+
+
+PerScale = float | int | Sequence[float] | LinearRamp
+
+
+def per_scale(name: str, value: PerScale, num_scales: int, low: float, high: float = float("inf")) -> list[float]:
+    """One value for each scale from a constant, a list or a ramp.
+
+    Raises:
+        ValueError: if a list has another length, or a value lies outside [low, high] (NaN does).
+    """
+    if isinstance(value, LinearRamp):
+        values = value.over(num_scales)
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        values = list(value)
+        if len(values) != num_scales:
+            raise ValueError(f"{name} must have one value for each of the {num_scales} scales, got {len(values)}")
+    else:
+        values = [value] * num_scales
+    for entry in values:
+        if not isinstance(entry, (int, float)) or not low <= entry <= high:
+            raise ValueError(f"{name} must lie in [{low}, {high}], got {entry!r}")
+    return values
+
+
+def guide(logits_2BlV: torch.Tensor, guidance_scale: float) -> torch.Tensor:
+    """`uncond + s * (cond - uncond)`, conditional rows first; (2B, l, V) -> (B, l, V)."""
+    conditional, unconditional = logits_2BlV.chunk(2)
+    return unconditional + guidance_scale * (conditional - unconditional)
+
+
+def sample(
+    logits_BlV: torch.Tensor, temperature: float, top_k: int, top_p: float, uniform_Bl: torch.Tensor
+) -> torch.Tensor:
+    """Draw one code at every position: (B, l, V) -> (B, l) int64.
+
+    Args:
+        temperature: 0 takes the most likely code.
+        top_k: how many of the most likely codes may be drawn; 0 = all.
+        top_p: the smallest set of most likely codes whose probability reaches this may be drawn; 1.0 = all.
+        uniform_Bl: numbers in [0, 1), one draw for each position.
+    """
+    if temperature == 0:
+        return logits_BlV.argmax(dim=-1)
+    logits_BlV = logits_BlV.float() / temperature
+    num_kept = min(top_k, logits_BlV.shape[-1]) if top_k else logits_BlV.shape[-1]
+    kept = logits_BlV.topk(num_kept, dim=-1)
+    probabilities = kept.values.softmax(dim=-1)
+    cumulative = probabilities.cumsum(dim=-1)
+    # the code that reaches top_p still belongs to the set
+    mass = torch.where(cumulative - probabilities < top_p, probabilities, 0).sum(dim=-1)
+    slot = (cumulative <= (uniform_Bl * mass)[..., None]).sum(dim=-1).clamp(max=num_kept - 1)
+    return kept.indices.gather(-1, slot[..., None]).squeeze(-1)
+
+
+class RowGenerators:
+    """One random stream for each row, so that a row draws the same in any batch."""
+
+    def __init__(self, generators: list[torch.Generator]):
+        self.generators = generators
+
+    @classmethod
+    def create(
+        cls,
+        num_prompts: int,
+        images_per_prompt: int,
+        seed: int | Sequence[int] | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    ) -> "RowGenerators":
+        """Streams for prompts x images, prompt by prompt.
+
+        A number as `seed` serves every prompt, a list has one for each; the n-th image of a prompt draws from
+        (seed, n), whatever the other rows are. A list of generators has one for each row; a single one, or without
+        either torch's global one, gives every row its seed.
+        """
+        rows = num_prompts * images_per_prompt
+        if seed is not None and generator is not None:
+            raise ValueError("give either seed or generator, not both")
+        if isinstance(generator, Sequence):
+            if len(generator) != rows:
+                raise ValueError(f"a list of generators needs one for each of the {rows} pictures, got {len(generator)}")
+            return cls(list(generator))
+        if seed is not None:
+            seeds = list(seed) if isinstance(seed, Sequence) else [seed] * num_prompts
+            if len(seeds) != num_prompts:
+                raise ValueError(f"a list of seeds needs one for each of the {num_prompts} prompts, got {len(seeds)}")
+            row_seeds = [prompt + (index << 32) for prompt in seeds for index in range(images_per_prompt)]
+        else:
+            device = generator.device if generator is not None else "cpu"
+            row_seeds = torch.randint(2**62, (rows,), generator=generator, device=device).tolist()
+        return cls([torch.Generator().manual_seed(row_seed) for row_seed in row_seeds])
+
+    def uniform(self, length: int, device: torch.device) -> torch.Tensor:
+        """(rows, length) in [0, 1), the next numbers of every row."""
+        draws = [torch.rand(length, generator=generator, device=generator.device) for generator in self.generators]
+        return torch.stack([draw.to(device) for draw in draws])
