@@ -43,7 +43,6 @@ from .world import (
     sample_scene,
 )
 
-
 CATEGORIES = ("single_object", "two_objects", "counting", "colors", "position", "color_attribution")
 TASKS = ("t2i", "caption", "vqa", "edit", "story", "text")
 EDITS = ("recolour", "kind", "remove", "add", "background")

@@ -18,7 +18,6 @@ from scipy import ndimage
 from .grammar import Edit, Request
 from .world import BACKGROUNDS, COLOURS, KINDS, RELATION_MARGIN, Described, Object
 
-
 UNKNOWN = "unknown"
 HUES = {"red": 0, "yellow": 52, "green": 128, "cyan": 186, "blue": 228, "purple": 289}  # degrees
 HUE_TOLERANCE = 30
