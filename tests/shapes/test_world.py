@@ -127,7 +127,7 @@ def test_what_is_held_out_consists_of_trained_parts():
 
 
 def test_a_held_out_relation_is_found_in_the_geometry():
-    a, relation, b = sorted(world.HELD_OUT_RELATIONS)[0]
+    a, relation, b = min(world.HELD_OUT_RELATIONS)
     scene = world.arrange(random.Random(0), [world.Described(*a), world.Described(*b)], relations=[(0, relation, 1)])
     mirrored = dataclasses.replace(
         scene,
@@ -181,7 +181,7 @@ def test_captions_read_back_and_tell_scenes_apart():
         assert Counter(request.objects) == Counter(
             world.Described(item.kind, item.colour, item.size) for item in scene.objects
         )
-    for scene, other in zip(drawn, drawn[1:]):
+    for scene, other in itertools.pairwise(drawn):
         same = grammar.caption(scene) == grammar.caption(other)
         assert grammar.caption_matches(grammar.caption(scene), other) == same
 
