@@ -26,7 +26,8 @@ COLOURLESS = 45  # largest minus smallest channel, below which a pixel may be ba
 LEAST_TINT = 0.3  # the same in parts of the contrast, below which an object has no colour
 FAINT = 40  # Euclidean distance from the background, in RGB, below which nothing is seen
 SPECK = 24  # pixels; smaller regions are noise
-LEAST_LIKENESS = 0.85  # correlation with the best template, below which a region is of no kind
+RAGGEDNESS = 0.15  # radii of gyration by which silhouettes are smoothed before they are compared
+LEAST_LIKENESS = 0.88  # correlation with the best template, below which a region is of no kind
 SMALL_UP_TO = 11.5  # radius in pixels
 SAME_PLACE = 4  # pixels that an object may seem to move in an edit that leaves it alone
 
@@ -80,6 +81,7 @@ def _moments(mask: np.ndarray) -> tuple[float, float, float]:
 def _pattern(mask: np.ndarray) -> np.ndarray:
     """Sample a soft mask on a grid fixed to its centre and scale; a unit vector of zero mean."""
     centre_y, centre_x, gyration = _moments(mask)
+    mask = ndimage.gaussian_filter(mask, RAGGEDNESS * gyration)
     steps = np.linspace(-2.3, 2.3, 25) * gyration
     points = np.stack(np.meshgrid(centre_y + steps, centre_x + steps, indexing="ij"))
     values = ndimage.map_coordinates(mask, points, order=1).ravel()
@@ -92,7 +94,7 @@ def _silhouettes() -> dict[str, Silhouette]:
     """The ideal of each kind, drawn 80 pixels high."""
     y, x = np.mgrid[-60:61, -60:61] / 40.0
     centre_distance = np.hypot(y, x)
-    boxes = {
+    shapes = {
         "circle": centre_distance < 1,
         "ring": abs(centre_distance - 0.75) < 0.25,
         "square": np.maximum(abs(y), abs(x)) < 1,
@@ -101,8 +103,8 @@ def _silhouettes() -> dict[str, Silhouette]:
     }
     silhouettes = {}
     for kind in KINDS:
-        mask = ndimage.gaussian_filter(boxes[kind].astype(float), 3)
-        centre_y, _, gyration = _moments(boxes[kind].astype(float))
+        mask = shapes[kind].astype(float)
+        centre_y, _, gyration = _moments(mask)
         silhouettes[kind] = Silhouette(_pattern(mask), 40 / gyration, (60 - centre_y) / gyration)
     return silhouettes
 
@@ -131,20 +133,25 @@ def _read_background(pixels: np.ndarray) -> tuple[str, np.ndarray]:
     return (names[0] if names and even else UNKNOWN), colour
 
 
+def _labelled(mask: np.ndarray, least: int) -> Iterator[np.ndarray]:
+    """The connected regions of at least that many pixels."""
+    labels, _ = ndimage.label(mask)
+    for index in np.flatnonzero(np.bincount(labels.ravel())[1:] >= least) + 1:
+        yield labels == index
+
+
 def _regions(visible: np.ndarray, contrast: np.ndarray) -> Iterator[np.ndarray]:
     """Soft masks of the separate objects among the visible pixels of one colour.
 
     An object's edge is where the contrast falls to half of its own, which parts neighbours that blur joins.
     """
     solid = np.zeros_like(contrast)
-    labels, count = ndimage.label(visible)
-    for index in range(1, count + 1):
-        region = labels == index
+    for region in _labelled(visible, SPECK):
         solid[region] = contrast[region] / np.percentile(contrast[region], 80)
     inside = solid > 0.5
-    labels, count = ndimage.label(ndimage.binary_opening(inside))  # opening cuts bridges of a pixel or two
-    for index in range(1, count + 1):
-        region = ndimage.binary_dilation(labels == index, iterations=2) & ((labels == index) | (labels == 0))
+    cores = ndimage.binary_opening(inside)  # cuts bridges of a pixel or two
+    for core in _labelled(cores, SPECK // 2):
+        region = ndimage.binary_dilation(core, iterations=2) & (core | ~cores)
         if (region & inside).sum() >= SPECK:
             yield region * np.clip(2 * solid - 0.5, 0, 1)
 
