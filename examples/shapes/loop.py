@@ -97,21 +97,21 @@ class Run:
 
     def train(self, step_fn, log_every: int = 50, save_every: int = 500) -> None:
         """Run `step_fn(step) -> dict of floats` to the last step, logging means and saving on the way."""
-        started, sums, since = time.perf_counter() - self.seconds, {}, 0
+        started, sums, counts = time.perf_counter() - self.seconds, {}, {}
         while not self.done:
             # fused attention has a slow backward at these lengths on a CPU
             with sdpa_kernel(SDPBackend.MATH):
                 row = step_fn(self.step)
             for name, value in row.items():
                 sums[name] = sums.get(name, 0.0) + value
-            since += 1
+                counts[name] = counts.get(name, 0) + 1
             self.seconds = time.perf_counter() - started
             if self.rank == 0 and (self.step % log_every == 0 or self.done):
                 row = {"stage": self.stage, "step": self.step, "seconds": round(self.seconds, 1)}
-                row |= {name: round(value / since, 4) for name, value in sums.items()}
+                row |= {name: round(value / counts[name], 4) for name, value in sums.items()}
                 with open(self.log_path, "a") as file:
                     file.write(json.dumps(row) + "\n")
                 print(json.dumps(row), flush=True)
-                sums, since = {}, 0
+                sums, counts = {}, {}
             if self.step % save_every == 0 or self.done:
                 self.save()

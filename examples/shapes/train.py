@@ -7,6 +7,7 @@ import argparse
 from pathlib import Path
 
 from .text import train_text_tokenizer
+from .transformer import train_transformer
 from .tokenizer import train_decoder, train_joint, train_pixel, train_teacher
 
 STAGES = ("pixel", "teacher", "joint", "decoder", "transformer")
@@ -21,11 +22,14 @@ def main() -> None:
 
     vq_model = train_pixel(arguments.output)
     if last >= 1:
-        teacher = train_teacher(arguments.output, train_text_tokenizer())
+        text_tokenizer = train_text_tokenizer()
+        teacher = train_teacher(arguments.output, text_tokenizer)
     if last >= 2:
         vq_model = train_joint(arguments.output, vq_model, teacher)
     if last >= 3:
         vq_model = train_decoder(arguments.output, vq_model)
+    if last >= 4:
+        train_transformer(arguments.output, text_tokenizer, vq_model)
 
 
 if __name__ == "__main__":
