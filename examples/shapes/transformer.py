@@ -18,8 +18,8 @@ from .world import Scene, render
 
 CORRECTION = SelfCorrection(token_share=(0.0, 0.6), top_k=4)
 VARIANTS = 2  # self-corrected encodings of each target picture
-PICTURES, EDITS = 60_000, 20_000
-BATCH_TOKENS = 5_500
+PICTURES, EDITS = 40_000, 16_000
+BATCH_TOKENS = 4_000  # of each process
 TASKS = ("t2i", "caption", "vqa", "edit")
 TASK_WEIGHTS = (0.55, 0.12, 0.05, 0.28)  # of batches
 NULL_PROMPT_SHARE = 0.1
@@ -155,7 +155,7 @@ def train_transformer(folder: Path, tokenizer: PreTrainedTokenizerFast, vq_model
     vq_model.requires_grad_(False).eval()
     pools = extract(folder, vq_model)
     model = new_model(tokenizer, vq_model)
-    model.set_attn_implementation("eager")  # the fastest backward at these lengths on a CPU
+    model.model.language_model.set_attn_implementation("eager")  # the fastest backward at these lengths on a CPU
     batches = Batches(pools, tokenizer, model)
     trained = torch.nn.ModuleDict(
         {
@@ -167,13 +167,17 @@ def train_transformer(folder: Path, tokenizer: PreTrainedTokenizerFast, vq_model
             "code_head": model.code_head,
         }
     )
+    for name, part in trained.items():
+        if name != "code_embeddings":
+            part.bfloat16()
+    for layer in model.model.language_model.layers:
+        layer.compile(dynamic=True)
     run = Run(folder, "transformer", trained, trained.parameters(), STEPS, peak=PEAK)
 
     def step_fn(step: int) -> dict[str, float]:
         batch = batches.draw(random.Random(f"transformer {step} {run.rank}"))
         task = batch.pop("task")
-        with torch.autocast("cpu", torch.bfloat16):
-            output = model(**batch, use_cache=False, logits_over="none")
+        output = model(**batch, use_cache=False, logits_over="none")
         norm = run.update(output.loss)
         if task != "t2i":
             return {}
