@@ -134,7 +134,7 @@ def build_layout(
 
     if image_grid_hw is not None:
         starts = (ids == boi_token_id).nonzero().tolist()
-        grids = image_grid_hw.tolist() if isinstance(image_grid_hw, torch.Tensor) else [tuple(g) for g in image_grid_hw]
+        grids = image_grid_hw.tolist() if isinstance(image_grid_hw, torch.Tensor) else list(map(tuple, image_grid_hw))
         if len(starts) != len(grids):
             raise ValueError(f"input_ids hold {len(starts)} images (<boi> tokens), image_grid_hw has {len(grids)}")
         placeholders = ids == image_token_id

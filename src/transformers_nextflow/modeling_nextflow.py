@@ -149,7 +149,9 @@ class NextFlowModel(NextFlowPreTrainedModel):
             document_ids=document_ids,
         )
 
-    def next_scale_inputs(self, codes: torch.Tensor, schedule: ScaleSchedule, last_scale: bool = False) -> torch.Tensor:
+    def next_scale_inputs(
+        self, codes: torch.Tensor, schedule: ScaleSchedule, last_scale: bool = False
+    ) -> torch.Tensor:
         """(N, codes of at least scales 1..K-1) -> (N, l, D): what the blocks of scales 2..K hold, before their scale
         embeddings; with `last_scale` the codes of scale K too, on their own grid."""
         entries = self.code_embeddings(codes)
