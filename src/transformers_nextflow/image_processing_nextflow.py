@@ -31,16 +31,16 @@ class NextFlowImageProcessor(PilBackend):
     r"""
     Brings every picture to the nearest size that has a scale schedule, and cuts it into patches.
 
-    A picture is turned upright (EXIF), put on white where it is transparent, scaled with its aspect ratio kept until it
-    covers the size of the schedule nearest in aspect ratio, and cropped around its centre. One that has the size already
-    is not resampled.
+    A picture is turned upright (EXIF), put on white where it is transparent, scaled with its aspect ratio kept until
+    it covers the size of the schedule nearest in aspect ratio, and cropped around its centre. One that has the size
+    already is not resampled.
 
     Args:
         patch_size (`int`, defaults to 16), scale_schedules (`list`, *optional*), levels (`dict`, *optional*):
             As in [`NextFlowVQConfig`], and to be the same as the model's.
         level (`str` or `int`, *optional*):
-            Level of the schedules to choose from. `None` keeps pictures that have a schedule's size already, and brings
-            others to the highest level.
+            Level of the schedules to choose from. `None` keeps pictures that have a schedule's size already, and
+            brings others to the highest level.
         do_resize, do_convert_rgb (`bool`, default to `True`):
             Without the first, pictures of other sizes are an error; without the second, other modes than RGB.
         resample (`PIL.Image.Resampling`, defaults to bicubic).
@@ -92,9 +92,7 @@ class NextFlowImageProcessor(PilBackend):
         """Open paths (nested as they come); pictures pass."""
         if isinstance(image_url_or_urls, (list, tuple)):
             return [self.fetch_images(entry) for entry in image_url_or_urls]
-        if isinstance(image_url_or_urls, Path) or (
-            isinstance(image_url_or_urls, str) and _is_file(image_url_or_urls)
-        ):
+        if isinstance(image_url_or_urls, Path) or (isinstance(image_url_or_urls, str) and _is_file(image_url_or_urls)):
             image = Image.open(image_url_or_urls)
             image.load()
             return image
@@ -111,8 +109,8 @@ class NextFlowImageProcessor(PilBackend):
     ) -> Image.Image | np.ndarray:
         """One input to an RGB picture of 8 bits, or to (3, H, W) float32 in [0, 1] where it holds more.
 
-        Arrays are (H, W), or with 1, 3 or 4 (RGBA) channels first or last. Integers hold 0 to 255, `uint16` 0 to 65535,
-        bool 0 and 1; floats 0 to 255, or 0 to 1 with `do_rescale=False`.
+        Arrays are (H, W), or with 1, 3 or 4 (RGBA) channels first or last. Integers hold 0 to 255, `uint16` 0 to
+        65535, bool 0 and 1; floats 0 to 255, or 0 to 1 with `do_rescale=False`.
         """
         if isinstance(image, Image.Image):
             image = ImageOps.exif_transpose(image)

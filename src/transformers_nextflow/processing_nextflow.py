@@ -127,7 +127,7 @@ class NextFlowProcessor(ProcessorMixin):
         counts = [sample.count(self.image_token) for sample in texts]
         for row, (sample, count) in enumerate(zip(texts, counts)):
             if sample.count(self.image_placeholder) != count:
-                raise ValueError(f"every {self.image_token} must stand in {self.image_placeholder}, text {row} differs")
+                raise ValueError(f"{self.image_token} stands outside {self.image_placeholder} in text {row}")
         if isinstance(images, (list, tuple)) and all(isinstance(entry, (list, tuple)) for entry in images):
             given = [len(entry) for entry in images]
             if given != counts:
@@ -140,7 +140,7 @@ class NextFlowProcessor(ProcessorMixin):
 
     def _check_negatives(self, texts: list[str], negatives: list[str]) -> None:
         if len(negatives) != len(texts):
-            raise ValueError(f"negative_text must have one text for each of the {len(texts)} texts, got {len(negatives)}")
+            raise ValueError(f"negative_text must have one entry for each of {len(texts)} texts, got {len(negatives)}")
         for row, (text, negative) in enumerate(zip(texts, negatives)):
             expected, got = (sample.count(self.image_placeholder) for sample in (text, negative))
             if expected != got:
@@ -177,8 +177,8 @@ class NextFlowProcessor(ProcessorMixin):
         Args:
             conversation: messages `{"role": ..., "content": ...}`; a content is a string or a list of
                 `{"type": "text", "text": ...}` and `{"type": "image", "image": ...}` (or `"path"`, `"url"`).
-            generation_mode: `"text"`, or `"image"`: the prompt ends in `<boi>`, and null prompts for guidance come with
-                it: the same chat without the user's texts, the last of which becomes `negative_prompt`.
+            generation_mode: `"text"`, or `"image"`: the prompt ends in `<boi>`, and null prompts for guidance come
+                with it: the same chat without the user's texts, the last of which becomes `negative_prompt`.
             negative_prompt: one for all chats, or one for each.
             processor_kwargs: passed to [`~NextFlowProcessor.__call__`], e.g. `{"level": "256"}`.
             kwargs: as in `ProcessorMixin.apply_chat_template`.
@@ -217,7 +217,8 @@ class NextFlowProcessor(ProcessorMixin):
             negative_prompt = [negative_prompt or ""] * len(conversations)
         if len(negative_prompt) != len(conversations):
             raise ValueError(
-                f"negative_prompt must be one text or {len(conversations)}, one for each chat, got {len(negative_prompt)}"
+                f"negative_prompt must be one text, or one for each of {len(conversations)} chats, "
+                f"got {len(negative_prompt)}"
             )
         nulls = [_without_user_texts(chat, prompt) for chat, prompt in zip(conversations, negative_prompt)]
         if sanitize_control_tokens:
