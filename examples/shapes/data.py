@@ -11,7 +11,14 @@ from PIL import Image
 from .sizes import CANVAS_WEIGHTS, CANVASES
 from .world import render, sample_scene
 
-TRAINING_PHOTOS = ("astronaut.png", "rocket.jpg", "motorcycle_left.png", "hubble_deep_field.jpg", "china.jpg", "flower.jpg")
+TRAINING_PHOTOS = (
+    "astronaut.png",
+    "rocket.jpg",
+    "motorcycle_left.png",
+    "hubble_deep_field.jpg",
+    "china.jpg",
+    "flower.jpg",
+)
 HELD_OUT_PHOTOS = ("chelsea.png", "coffee.png")
 
 

@@ -43,7 +43,6 @@ from .world import (
     sample_scene,
 )
 
-
 CATEGORIES = ("single_object", "two_objects", "counting", "colors", "position", "color_attribution")
 TASKS = ("t2i", "caption", "vqa", "edit", "story", "text")
 EDITS = ("recolour", "kind", "remove", "add", "background")
@@ -265,7 +264,7 @@ def _split(text: str) -> str:
 def held_out_prompts(category: str, n: int, seed: int, split: str = "test") -> list[Request]:
     """Draw n prompts of a held-out combination; the texts of the two splits are disjoint.
 
-    Texts differ from each other until the grammar runs out of them (from some 30 in "dev" on), then they repeat.
+    Texts differ from each other until the grammar runs out of them (some 60 in "dev"), then they repeat.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
@@ -390,9 +389,9 @@ def _moved(rng: random.Random, item: Object, scene: Scene) -> Object | None:
     places = [dataclasses.replace(item, x=x) for x in lattice(scene.width, item.size)]
     places += [dataclasses.replace(item, y=y) for y in lattice(scene.height, item.size)]
     free = [
-        place
-        for place in places
-        if abs(place.y - item.y) + abs(place.x - item.x) >= CLEAR_MARGIN and all(apart(place, o) for o in others)
+        there
+        for there in places
+        if abs(there.y - item.y) + abs(there.x - item.x) >= CLEAR_MARGIN and all(apart(there, o) for o in others)
     ]
     return rng.choice(free) if free else None
 

@@ -7,6 +7,17 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+def world() -> tuple[int, int]:
+    """(rank, processes); (0, 1) outside of torchrun."""
+    if "RANK" not in os.environ:
+        return 0, 1
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    return dist.get_rank(), dist.get_world_size()
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 100, floor: float = 0.02) -> float:
@@ -28,7 +39,8 @@ def save_atomically(state: dict, path: Path) -> None:
 class Run:
     """One stage's step counter, optimizer and log, resumed from its last checkpoint if there is one.
 
-    Every batch is drawn from a generator seeded by (stage, step), so a resumed run sees what an undisturbed one sees.
+    Every batch is drawn from a generator seeded by (stage, step, rank), so a resumed run sees what an undisturbed one
+    sees. Under torchrun every process computes its own batch and gradients are averaged.
     """
 
     def __init__(self, folder: Path, stage: str, modules, parameters, steps: int, peak: float, decay: float = 0.05):
@@ -41,6 +53,7 @@ class Run:
         groups = [{"params": matrices, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95))
         self.step, self.seconds = 0, 0.0
+        self.rank, self.processes = world()
         if self.path.exists():
             state = torch.load(self.path, weights_only=True)
             self.modules.load_state_dict(state["modules"])
@@ -55,6 +68,8 @@ class Run:
     def update(self, loss: torch.Tensor, clip: float = 1.0) -> float:
         """Backward and one optimizer step; returns the gradient norm before clipping."""
         loss.backward()
+        if self.processes > 1:
+            self._average_gradients()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, clip)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.steps, self.peak)
@@ -63,7 +78,19 @@ class Run:
         self.step += 1
         return float(norm)
 
+    def _average_gradients(self) -> None:
+        for parameter in self.parameters:
+            if parameter.grad is None:  # unused on this rank, perhaps not on another
+                parameter.grad = torch.zeros_like(parameter)
+        flat = torch.cat([parameter.grad.flatten() for parameter in self.parameters])
+        dist.all_reduce(flat)
+        flat /= self.processes
+        for parameter, gradient in zip(self.parameters, flat.split([p.numel() for p in self.parameters])):
+            parameter.grad.copy_(gradient.view_as(parameter))
+
     def save(self) -> None:
+        if self.rank != 0:
+            return
         optimizer = {} if self.done else self.optimizer.state_dict()
         state = {"modules": self.modules.state_dict(), "optimizer": optimizer, "step": self.step}
         save_atomically({**state, "seconds": self.seconds}, self.path)
@@ -72,11 +99,14 @@ class Run:
         """Run `step_fn(step) -> dict of floats` to the last step, logging means and saving on the way."""
         started, sums, since = time.perf_counter() - self.seconds, {}, 0
         while not self.done:
-            for name, value in step_fn(self.step).items():
+            # fused attention has a slow backward at these lengths on a CPU
+            with sdpa_kernel(SDPBackend.MATH):
+                row = step_fn(self.step)
+            for name, value in row.items():
                 sums[name] = sums.get(name, 0.0) + value
             since += 1
             self.seconds = time.perf_counter() - started
-            if self.step % log_every == 0 or self.done:
+            if self.rank == 0 and (self.step % log_every == 0 or self.done):
                 row = {"stage": self.stage, "step": self.step, "seconds": round(self.seconds, 1)}
                 row |= {name: round(value / since, 4) for name, value in sums.items()}
                 with open(self.log_path, "a") as file:

@@ -1,6 +1,8 @@
 """The sizes of the shapes model: what a small computer can train to master the world."""
 
-from transformers_nextflow.configuration_nextflow import NextFlowVQConfig
+from transformers import PreTrainedTokenizerFast
+
+from transformers_nextflow import NextFlowConfig, NextFlowVQConfig
 
 SCHEDULES = [
     [[1, 1], [2, 2], [3, 3], [4, 4], [6, 6], [8, 8]],
@@ -28,6 +30,8 @@ TEACHER_TEXT = {
     "max_position_embeddings": 64,
 }
 
+SPECIAL_IDS = {"boi_token_id": "<|vision_start|>", "eoi_token_id": "<|vision_end|>", "image_token_id": "<|image_pad|>"}
+
 
 def vq_config(decoder_blocks: int) -> NextFlowVQConfig:
     """The tokenizer; the pixel decoder has `decoder_blocks` 1 until its own stage doubles it."""
@@ -47,4 +51,27 @@ def vq_config(decoder_blocks: int) -> NextFlowVQConfig:
         decoder_blocks=decoder_blocks,
         scale_schedules=SCHEDULES,
         levels=LEVELS,
+    )
+
+
+def nextflow_config(text_tokenizer: PreTrainedTokenizerFast, vq: NextFlowVQConfig) -> NextFlowConfig:
+    """The transformer: 8 layers of width 256."""
+    ids = {name: text_tokenizer.convert_tokens_to_ids(token) for name, token in SPECIAL_IDS.items()}
+    return NextFlowConfig(
+        text_config={
+            "vocab_size": 512,
+            "hidden_size": 256,
+            "intermediate_size": 704,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 4096,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+            "bos_token_id": None,
+            "eos_token_id": text_tokenizer.eos_token_id,
+            "pad_token_id": text_tokenizer.pad_token_id,
+        },
+        vq_config=vq,
+        condition_last_scale=True,
+        **ids,
     )

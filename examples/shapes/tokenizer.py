@@ -8,7 +8,13 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedTokenizerFast, Siglip2Config, Siglip2Model
 
-from transformers_nextflow.modeling_nextflow_vq import NextFlowVQModel, ResidualBlock, patchify, run_siglip
+from transformers_nextflow.modeling_nextflow_vq import (
+    NextFlowVQModel,
+    OneGridEmbeddings,
+    ResidualBlock,
+    patchify,
+    run_siglip,
+)
 from transformers_nextflow.quantizer import QuantizerOutput
 
 from .data import picture_batch, sample_canvas, to_pixel_values
@@ -17,8 +23,8 @@ from .loop import Run
 from .sizes import PATCH_SIZE, TEACHER_TEXT, TEACHER_VISION, vq_config
 from .world import render, sample_scene
 
-STEPS = {"teacher": 600, "pixel": 1500, "joint": 4500, "decoder": 2500}
-BATCH = 64
+STEPS = {"teacher": 600, "pixel": 1500, "joint": 4000, "decoder": 2500}
+BATCH = 64  # pictures of a step, over all processes
 PHOTO_SHARE = 0.12
 COMMITMENT = 0.25
 DROP_PROBABILITY = 0.2  # of batches in which half of the scales are dropped
@@ -26,7 +32,9 @@ DROP_PROBABILITY = 0.2  # of batches in which half of the scales are dropped
 
 def new_teacher(text_tokenizer: PreTrainedTokenizerFast) -> Siglip2Model:
     text = {**TEACHER_TEXT, "vocab_size": len(text_tokenizer), "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
-    return Siglip2Model(Siglip2Config(vision_config=TEACHER_VISION, text_config=text))
+    teacher = Siglip2Model(Siglip2Config(vision_config=TEACHER_VISION, text_config=text))
+    teacher.vision_model.embeddings = OneGridEmbeddings(teacher.config.vision_config)
+    return teacher
 
 
 def train_teacher(folder: Path, text_tokenizer: PreTrainedTokenizerFast) -> Siglip2Model:
@@ -36,9 +44,9 @@ def train_teacher(folder: Path, text_tokenizer: PreTrainedTokenizerFast) -> Sigl
     run = Run(folder, "teacher", teacher, teacher.parameters(), STEPS["teacher"], peak=1e-3)
 
     def step_fn(step: int) -> dict[str, float]:
-        rng = random.Random(f"teacher {step}")
+        rng = random.Random(f"teacher {step} {run.rank}")
         canvas = sample_canvas(rng)
-        scenes = [sample_scene(rng, *canvas) for _ in range(BATCH)]
+        scenes = [sample_scene(rng, *canvas) for _ in range(BATCH // run.processes)]
         texts = [describe_scene(rng, scene).text for scene in scenes]
         tokens = text_tokenizer(texts, padding="max_length", truncation=True, max_length=48, return_tensors="pt")
         pixels = to_pixel_values([render(scene) for scene in scenes])
@@ -102,8 +110,8 @@ def train_pixel(folder: Path) -> NextFlowVQModel:
     run = Run(folder, "pixel", parts, parts.parameters(), STEPS["pixel"], peak=1.5e-3)
 
     def step_fn(step: int) -> dict[str, float]:
-        rng = random.Random(f"pixel {step}")
-        pixels = picture_batch(rng, BATCH, PHOTO_SHARE).contiguous(memory_format=torch.channels_last)
+        rng = random.Random(f"pixel {step} {run.rank}")
+        pixels = picture_batch(rng, BATCH // run.processes, PHOTO_SHARE).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
             pixel_features = model.pixel_encoder(pixels).float()
             semantic = pixel_features.new_zeros(len(pixels), model.config.semantic_dim, *pixel_features.shape[-2:])
@@ -137,8 +145,8 @@ def train_joint(folder: Path, model: NextFlowVQModel, teacher: Siglip2Model) -> 
     layer = model.config.semantic_feature_layer
 
     def step_fn(step: int) -> dict[str, float]:
-        rng = random.Random(f"joint {step}")
-        pixels = picture_batch(rng, BATCH, PHOTO_SHARE).contiguous(memory_format=torch.channels_last)
+        rng = random.Random(f"joint {step} {run.rank}")
+        pixels = picture_batch(rng, BATCH // run.processes, PHOTO_SHARE).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
             schedule = model.schedules.by_size(*pixels.shape[-2:])
             with torch.no_grad():
@@ -180,8 +188,8 @@ def train_decoder(folder: Path, model: NextFlowVQModel) -> NextFlowVQModel:
     run = Run(folder, "decoder", larger.pixel_decoder, larger.pixel_decoder.parameters(), STEPS["decoder"], peak=8e-4)
 
     def step_fn(step: int) -> dict[str, float]:
-        rng = random.Random(f"decoder {step}")
-        pixels = picture_batch(rng, BATCH, PHOTO_SHARE).contiguous(memory_format=torch.channels_last)
+        rng = random.Random(f"decoder {step} {run.rank}")
+        pixels = picture_batch(rng, BATCH // run.processes, PHOTO_SHARE).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
                 features = larger.features(pixels)

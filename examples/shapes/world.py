@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-
 KINDS = ("circle", "square", "triangle", "cross", "ring")
 COLOURS = {
     "red": (220, 40, 40),
@@ -36,7 +35,7 @@ LATTICE_STEP, LATTICE_OFFSET = 4, 2
 MIN_GAP = 3  # between bounding boxes
 RELATION_MARGIN = 12  # "left of" means that the centres differ by at least this
 CLEAR_MARGIN = 16  # what scenes drawn for a relation keep, so that a small reading error does not undo it
-SUBSAMPLES = 8  # per pixel and axis
+SUBSAMPLES = 16  # per pixel and axis
 ATTEMPTS = 2000
 
 

@@ -1,4 +1,4 @@
-"""Configurations of the vision tokenizer and of the transformer. Every choice the paper leaves open is a field here."""
+"""Configurations of the vision tokenizer and the transformer. Every choice the paper leaves open is a field here."""
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig

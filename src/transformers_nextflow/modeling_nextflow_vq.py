@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.models.siglip2.configuration_siglip2 import Siglip2VisionConfig
-from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionModel
+from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionEmbeddings, Siglip2VisionModel
 from transformers.utils import ModelOutput
 
 from .configuration_nextflow import NextFlowVQConfig
@@ -134,6 +134,22 @@ class PixelDecoder(nn.Module):
         return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(hidden))), self.stem_stride)
 
 
+class OneGridEmbeddings(Siglip2VisionEmbeddings):
+    """SigLIP2's embeddings for a batch of one grid: the positions are resized once, not once per image."""
+
+    @staticmethod
+    def resize_positional_embeddings(positional_embeddings, spatial_shapes, max_length):
+        resize = Siglip2VisionEmbeddings.resize_positional_embeddings
+        return resize(positional_embeddings, spatial_shapes[:1], max_length).expand(len(spatial_shapes), -1, -1)
+
+
+def one_grid_siglip(config: Siglip2VisionConfig) -> Siglip2VisionModel:
+    """transformers' SigLIP2-naflex vision model, for batches of one grid."""
+    model = Siglip2VisionModel(config)
+    model.embeddings = OneGridEmbeddings(config)
+    return model
+
+
 class SemanticDecoder(nn.Module):
     """(B, semantic_dim, h, w) -> (B, h*w, teacher width): SigLIP2 layers over the quantised semantic entries.
 
@@ -143,7 +159,7 @@ class SemanticDecoder(nn.Module):
     def __init__(self, config: NextFlowVQConfig):
         super().__init__()
         teacher = config.semantic_config
-        self.layers = Siglip2VisionModel(
+        self.layers = one_grid_siglip(
             Siglip2VisionConfig(
                 hidden_size=teacher.hidden_size,
                 intermediate_size=teacher.intermediate_size,
@@ -210,7 +226,7 @@ class NextFlowVQModel(PreTrainedModel):
         super().__init__(config)
         self.schedules = config.schedule_table()
         width = config.semantic_config.hidden_size
-        self.semantic_encoder = Siglip2VisionModel(config.semantic_config)
+        self.semantic_encoder = one_grid_siglip(config.semantic_config)
         self.semantic_to_code = nn.Sequential(
             nn.Linear(width, width), nn.Tanh(), nn.Linear(width, config.semantic_dim)
         )

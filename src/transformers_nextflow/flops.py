@@ -1,0 +1,147 @@
+"""Inference cost: the paper's own estimate (NextFlow appendix A.2), and beside it the count of a real configuration.
+
+Both walk the same list of forward passes. The convention under which the paper's figures come out to the last digit:
+
+- the prompt is prefilled in one pass, s_q = s_kv = its length (the whole square, causal or not);
+- then one pass per scale, s_q = the scale's codes, the first scale being the single `<boi>` position, which is not
+  part of the prompt;
+- with a KV cache, s_kv = the prompt and every code up to and including the pass's own scale;
+- guidance, output heads, connector and vision tokenizer are not counted.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
+
+from .scales import ScaleSchedule
+
+PAPER_WIDTHS = (2048, 4096)
+"""Hidden sizes at which the MMDiT's cost is 5.96 and 6.38 times NextFlow's (1:1, 1024-level, 100 prompt tokens)."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass through every layer.
+
+    Attributes:
+        queries: s_q, positions computed.
+        keys: s_kv, positions attended to, the cached ones and the pass's own.
+        text_logits, code_logits: positions whose text rows, or code rows, of the output head are computed.
+    """
+
+    queries: int
+    keys: int
+    text_logits: int = 0
+    code_logits: int = 0
+
+
+def prefill(prompt_tokens: int, text_logits: int = 0) -> list[Pass]:
+    """The pass over the prompt; none for an empty prompt."""
+    if prompt_tokens < 0:
+        raise ValueError(f"prompt_tokens must not be negative, got {prompt_tokens}")
+    return [Pass(prompt_tokens, prompt_tokens, text_logits=text_logits)] if prompt_tokens else []
+
+
+def image_passes(schedule: ScaleSchedule, prompt_tokens: int) -> list[Pass]:
+    """Prefill of the prompt (without `<boi>`), then one pass per scale; only code rows are computed."""
+    passes = prefill(prompt_tokens)
+    keys = prompt_tokens
+    for length in schedule.lengths:
+        keys += length
+        passes.append(Pass(length, keys, code_logits=length))
+    return passes
+
+
+def text_passes(prompt_tokens: int, new_tokens: int) -> list[Pass]:
+    """Prefill, which yields the first new token, then one pass for each further token; only text rows are computed."""
+    if prompt_tokens < 1 or new_tokens < 1:
+        raise ValueError(f"text needs at least one prompt and one new token, got {prompt_tokens=} and {new_tokens=}")
+    further = range(prompt_tokens + 1, prompt_tokens + new_tokens)
+    return prefill(prompt_tokens, text_logits=1) + [Pass(1, keys, text_logits=1) for keys in further]
+
+
+def mmdit_passes(schedule: ScaleSchedule, num_steps: int = 18) -> list[Pass]:
+    """Denoising steps of the diffusion transformer that the paper compares with: every step computes all cells of the
+    final grid (4,096 at 1:1 and 1024 pixels), s_q = s_kv, with no text tokens and no cache.
+
+    The paper's 884,736 = 12 * 18 * 4096 and 1,207,959,552 = 4 * 18 * 4096^2: 18 steps, as many as NextFlow has scales.
+    """
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be positive, got {num_steps}")
+    cells = schedule.lengths[-1]
+    return [Pass(cells, cells)] * num_steps
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """FLOPs of one layer as a polynomial of the hidden size: `quadratic * h^2 + linear * h`."""
+
+    quadratic: int
+    linear: int
+
+    def flops(self, hidden_size: int) -> int:
+        return self.quadratic * hidden_size**2 + self.linear * hidden_size
+
+
+def paper_layer_cost(passes: Sequence[Pass]) -> LayerCost:
+    """NextFlow appendix A.2: `12 * s_q * h^2 + 4 * s_q * s_kv * h` per layer, summed over the passes.
+
+    12 h^2 are the weights of a layer with square projections and a 4x MLP, each counted once; attention counts
+    multiplication and addition apart. [`model_cost`] counts both apart throughout.
+    """
+    return LayerCost(
+        quadratic=12 * sum(step.queries for step in passes),
+        linear=4 * sum(step.queries * step.keys for step in passes),
+    )
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """FLOPs of all layers and both output heads, by part.
+
+    Attributes:
+        projections: query, key, value and output projections.
+        attention: scores and weighted values.
+        mlp: the three matrices of SwiGLU.
+        text_head, code_head: rows of the output head.
+    """
+
+    projections: int
+    attention: int
+    mlp: int
+    text_head: int
+    code_head: int
+
+    @property
+    def total(self) -> int:
+        return sum(asdict(self).values())
+
+
+def model_cost(
+    config: Qwen2_5_VLTextConfig, codebook_size: int, passes: Sequence[Pass], guidance: bool = False
+) -> ModelCost:
+    """FLOPs of a real configuration, two for every multiply-add of a matrix product.
+
+    Differs from appendix A.2: key and value projections have the width of the grouped key-value heads, the MLP is
+    SwiGLU with its own intermediate size, and a pass computes only the head rows it needs: text rows
+    (`config.vocab_size`) or code rows (`codebook_size`). As there, attention is the whole s_q x s_kv product. Not
+    counted: norms, rotary embedding, softmax, connector, vision tokenizer.
+
+    Args:
+        passes: from [`image_passes`] or [`text_passes`].
+        guidance: whether every pass also runs for the null prompt, padded to the same length.
+    """
+    hidden = config.hidden_size
+    key_width = hidden // config.num_attention_heads * config.num_key_value_heads
+    queries = sum(step.queries for step in passes)
+    scores = sum(step.queries * step.keys for step in passes)
+    rows = 2 if guidance else 1
+    layers = rows * config.num_hidden_layers
+    return ModelCost(
+        projections=layers * 2 * queries * hidden * (2 * hidden + 2 * key_width),
+        attention=layers * 4 * scores * hidden,
+        mlp=layers * 6 * queries * hidden * config.intermediate_size,
+        text_head=rows * 2 * sum(step.text_logits for step in passes) * hidden * config.vocab_size,
+        code_head=rows * 2 * sum(step.code_logits for step in passes) * hidden * codebook_size,
+    )

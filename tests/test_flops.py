@@ -1,0 +1,186 @@
+"""Inference cost: the paper's figures to the last digit, and a real configuration against counted FLOPs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
+
+from transformers_nextflow.cli import main
+from transformers_nextflow.flops import (
+    LayerCost,
+    Pass,
+    image_passes,
+    mmdit_passes,
+    model_cost,
+    paper_layer_cost,
+    text_passes,
+)
+from transformers_nextflow.scales import PAPER_LEVELS, ScaleSchedule, ScheduleTable, paper_schedules
+
+SQUARE_1024 = ScheduleTable(paper_schedules(), PAPER_LEVELS, patch_size=16).by_aspect_ratio("1:1", "1024")
+TINY_SCHEDULE = ScaleSchedule(((1, 1), (2, 2), (3, 4)))
+TINY = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
+}
+
+
+def test_nextflow_layer_cost_is_the_papers():
+    cost = paper_layer_cost(image_passes(SQUARE_1024, prompt_tokens=100))
+    assert cost == LayerCost(quadratic=122_208, linear=256_215_912)
+
+
+def test_mmdit_layer_cost_is_the_papers():
+    assert paper_layer_cost(mmdit_passes(SQUARE_1024)) == LayerCost(quadratic=884_736, linear=1_207_959_552)
+
+
+@pytest.mark.parametrize("hidden_size, ratio", [(2048, 5.96), (4096, 6.38)])
+def test_ratio(hidden_size, ratio):
+    nextflow, mmdit = paper_layer_cost(image_passes(SQUARE_1024, 100)), paper_layer_cost(mmdit_passes(SQUARE_1024))
+    assert round(mmdit.flops(hidden_size) / nextflow.flops(hidden_size), 2) == ratio
+    assert round(mmdit.quadratic / nextflow.quadratic, 1) == 7.2
+    assert round(mmdit.linear / nextflow.linear, 1) == 4.7
+
+
+def test_passes_of_a_small_image():
+    assert image_passes(TINY_SCHEDULE, prompt_tokens=5) == [
+        Pass(5, 5),
+        Pass(1, 6, code_logits=1),
+        Pass(4, 10, code_logits=4),
+        Pass(12, 22, code_logits=12),
+    ]
+    assert image_passes(TINY_SCHEDULE, prompt_tokens=0)[0] == Pass(1, 1, code_logits=1)
+
+
+def test_text_is_one_pass_per_token():
+    assert text_passes(5, 3) == [Pass(5, 5, 1), Pass(1, 6, 1), Pass(1, 7, 1)]
+
+
+def test_model_cost_equals_counted_flops():
+    """Qwen2.5-VL's own decoder, driven pass by pass over its cache under torch's FLOP counter."""
+    torch.manual_seed(0)
+    config = Qwen2_5_VLTextConfig(**TINY)
+    config._attn_implementation = "eager"  # whose two products the counter sees as such on every device
+    decoder = Qwen2_5_VLTextModel(config).eval()
+    text_head, code_head = torch.nn.Linear(32, 50, bias=False), torch.nn.Linear(32, 70, bias=False)
+    passes = [*image_passes(TINY_SCHEDULE, prompt_tokens=5), Pass(2, 24, text_logits=2)]
+    cache = DynamicCache(config=config)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        for step in passes:
+            embeds = torch.randn(1, step.queries, 32)
+            positions = torch.arange(step.keys - step.queries, step.keys).expand(3, 1, -1)
+            output = decoder(
+                inputs_embeds=embeds,
+                position_ids=positions,
+                attention_mask={"full_attention": None},
+                past_key_values=cache,
+            )
+            text_head(output.last_hidden_state[:, : step.text_logits])
+            code_head(output.last_hidden_state[:, : step.code_logits])
+    assert counter.get_total_flops() == model_cost(config, 70, passes).total
+
+
+def test_guidance_doubles_every_part():
+    config, passes = Qwen2_5_VLTextConfig(**TINY), image_passes(TINY_SCHEDULE, 5)
+    once, twice = model_cost(config, 70, passes), model_cost(config, 70, passes, guidance=True)
+    assert twice.total == 2 * once.total
+    assert twice.code_head == 2 * once.code_head == 4 * TINY_SCHEDULE.num_codes * 32 * 70
+    assert once.text_head == 0
+
+
+def test_seven_billion_parameters_cost_two_flops_each_at_the_least():
+    config = Qwen2_5_VLTextConfig(
+        vocab_size=152064,
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+    )
+    cost = model_cost(config, 32768, [Pass(1, 1, text_logits=1)])
+    weights = 7_615_616_512 - 152064 * 3584  # Qwen2.5-7B without its embedding table
+    norms_and_biases = 28 * (2 * 3584 + 3584 + 2 * 512) + 3584
+    assert cost.projections + cost.mlp + cost.text_head == 2 * (weights - norms_and_biases)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: image_passes(TINY_SCHEDULE, -1), "got -1"),
+        (lambda: text_passes(0, 1), "prompt_tokens=0"),
+        (lambda: mmdit_passes(TINY_SCHEDULE, 0), "got 0"),
+    ],
+)
+def test_impossible_counts_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_command_prints_json_in_its_own_process():
+    command = [sys.executable, "-m", "transformers_nextflow", "flops", "--json", "--prompt-tokens", "100"]
+    source = str(Path(__file__).parents[1] / "src")
+    result = subprocess.run(
+        [*command, "--aspect-ratio", "1:1", "--level", "1024"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": source},
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    figures = json.loads(result.stdout)
+    assert figures["paper_per_layer"]["nextflow"] == {"quadratic": 122208, "linear": 256215912}
+    assert figures["paper_per_layer"]["mmdit"] == {"quadratic": 884736, "linear": 1207959552, "steps": 18}
+    model = figures["model"]
+    assert (model["hidden_size"], model["num_hidden_layers"], model["guidance"]) == (3584, 28, True)
+    assert model["total"] == sum(
+        model[part] for part in ("projections", "attention", "mlp", "text_head", "code_head")
+    )
+
+
+def test_command_prints_a_table(capsys):
+    assert main(["flops", "--aspect-ratio", "2:1", "--level", "256", "--no-guidance"]) == 0
+    output = capsys.readouterr().out
+    assert "352x176 pixels (width x height), 12 scales" in output
+    assert "without guidance" in output
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--aspect-ratio", "16:9"], "error: no scale schedule has the aspect ratio 16:9"),
+        (["--prompt-tokens", "-3"], "error: prompt_tokens must not be negative, got -3"),
+        (["--model", "no/such/model"], "error: there is no model directory no/such/model"),
+    ],
+)
+def test_user_errors_are_one_line_and_status_2(capsys, arguments, message):
+    assert main(["flops", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(message) and captured.err.count("\n") == 1
+
+
+def test_command_reads_a_model_directory(tmp_path, capsys):
+    from transformers_nextflow.configuration_nextflow import NextFlowConfig
+
+    config = NextFlowConfig(text_config=TINY, boi_token_id=0, eoi_token_id=1, image_token_id=2)
+    config.save_pretrained(tmp_path)
+    assert main(["flops", "--json", "--model", str(tmp_path)]) == 0
+    assert json.loads(capsys.readouterr().out)["model"]["hidden_size"] == 32
+
+
+def test_command_refuses_another_models_directory(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    assert main(["flops", "--model", str(tmp_path)]) == 2
+    assert "type \"nextflow\", got 'qwen2'" in capsys.readouterr().err

@@ -1,0 +1,296 @@
+"""The dual codebook, multi-scale residual quantisation, self-correction, and the features of the next scale."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from transformers_nextflow.quantizer import (
+    DualCodebookQuantizer,
+    SelfCorrection,
+    next_scale_features,
+    to_map,
+    to_sequence,
+)
+from transformers_nextflow.scales import ScaleSchedule
+
+SQUARE = ScaleSchedule(((1, 1), (2, 2), (3, 3), (5, 5)))
+WIDE = ScaleSchedule(((1, 1), (1, 2), (2, 4), (3, 7)))
+SCHEDULES = pytest.mark.parametrize("schedule", [SQUARE, WIDE], ids=["square", "wide"])
+CODES, SEMANTIC, PIXEL, WEIGHTS = 50, 6, 4, (0.25, 1.0)
+
+
+@pytest.fixture(scope="module")
+def quantizer():
+    torch.manual_seed(0)
+    config = SimpleNamespace(
+        semantic_dim=SEMANTIC,
+        pixel_dim=PIXEL,
+        semantic_weight=WEIGHTS[0],
+        pixel_weight=WEIGHTS[1],
+        codebook_size=CODES,
+    )
+    quantizer = DualCodebookQuantizer(config).requires_grad_(False)
+    quantizer.semantic_codebook.normal_()
+    quantizer.pixel_codebook.normal_()
+    return quantizer
+
+
+def features(schedule: ScaleSchedule, batch: int = 3, seed: int = 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return 2 * torch.randn(batch, SEMANTIC + PIXEL, *schedule.final_grid, generator=generator)
+
+
+def squared_distances(quantizer: DualCodebookQuantizer, vectors_NC: torch.Tensor) -> torch.Tensor:
+    """(N, V), written out: each half normalised, the difference squared, summed, weighted."""
+    total = 0
+    codebooks = (quantizer.semantic_codebook, quantizer.pixel_codebook)
+    for half, codebook, weight in zip(vectors_NC.split((SEMANTIC, PIXEL), -1), codebooks, WEIGHTS):
+        unit, entries = half / half.norm(dim=-1, keepdim=True), codebook / codebook.norm(dim=-1, keepdim=True)
+        total = total + weight * (unit[:, None] - entries[None]).square().sum(-1)
+    return total
+
+
+def entry_maps(quantizer: DualCodebookQuantizer, codes_BL: torch.Tensor, schedule: ScaleSchedule) -> list:
+    """Each scale's normalised entries on the final grid."""
+    codebooks = (quantizer.semantic_codebook, quantizer.pixel_codebook)
+    table = torch.cat([codebook / codebook.norm(dim=-1, keepdim=True) for codebook in codebooks], -1)
+    maps = []
+    for scale, (h, w) in enumerate(schedule):
+        cells = table[codes_BL[:, schedule.slice(scale)]].view(-1, h, w, SEMANTIC + PIXEL).permute(0, 3, 1, 2)
+        maps.append(F.interpolate(cells, size=schedule.final_grid, mode="bicubic"))
+    return maps
+
+
+def nearest_by_hand(quantizer, features_BChw, input_codes_BL, schedule) -> torch.Tensor:
+    """(B, L, V) distances at every scale of the residual that the codes of the scales before leave over."""
+    residual, distances = features_BChw, []
+    for (h, w), entries in zip(schedule, entry_maps(quantizer, input_codes_BL, schedule)):
+        pooled = F.adaptive_avg_pool2d(residual, (h, w))
+        flat = pooled.permute(0, 2, 3, 1).reshape(-1, SEMANTIC + PIXEL)
+        distances.append(squared_distances(quantizer, flat).view(len(features_BChw), h * w, CODES))
+        residual = residual - entries
+    return torch.cat(distances, dim=1)
+
+
+@SCHEDULES
+def test_targets_are_the_nearest_entries(quantizer, schedule):
+    source = features(schedule)
+    output = quantizer(source, schedule)
+    assert output.target_codes.shape == (3, schedule.num_codes)
+    assert torch.equal(output.input_codes, output.target_codes)
+    distances = nearest_by_hand(quantizer, source, output.target_codes, schedule)
+    assert torch.equal(output.target_codes, distances.argmin(-1))
+
+
+def test_distances_are_weighted_squared_distances(quantizer):
+    vectors = features(SQUARE).permute(0, 2, 3, 1).reshape(-1, SEMANTIC + PIXEL)
+    torch.testing.assert_close(
+        quantizer.distances(vectors, quantizer.codebook()), squared_distances(quantizer, vectors), atol=1e-5, rtol=0
+    )
+
+
+@SCHEDULES
+def test_quantized_is_the_decoded_codes(quantizer, schedule):
+    output = quantizer(features(schedule), schedule, SelfCorrection(), keys="abc")
+    torch.testing.assert_close(output.quantized, quantizer.decode(output.input_codes, schedule))
+    torch.testing.assert_close(output.quantized, sum(entry_maps(quantizer, output.input_codes, schedule)))
+
+
+def test_partial_sums_decode_the_scales_so_far(quantizer):
+    output = quantizer(features(SQUARE), SQUARE)
+    assert len(output.partial_sums) == len(SQUARE)
+    for scale, partial in enumerate(output.partial_sums, start=1):
+        codes = output.target_codes[:, : SQUARE.prefix(scale).num_codes]
+        torch.testing.assert_close(partial, quantizer.decode(codes, SQUARE))
+
+
+def test_residual_norms_precede_each_scale(quantizer):
+    source = features(SQUARE)
+    output = quantizer(source, SQUARE)
+    residuals = [source, *(source - partial for partial in output.partial_sums[:-1])]
+    expected = torch.stack([residual.square().mean().sqrt() for residual in residuals])
+    torch.testing.assert_close(output.residual_norms, expected)
+
+
+def test_a_dropped_scale_subtracts_nothing(quantizer):
+    source = features(SQUARE)
+    dropped = quantizer(source, SQUARE, keep_scales=[True, False, True, True])
+    maps = entry_maps(quantizer, dropped.target_codes, SQUARE)
+    torch.testing.assert_close(dropped.quantized, maps[0] + maps[2] + maps[3])
+    third = F.adaptive_avg_pool2d(source - maps[0], SQUARE[2]).permute(0, 2, 3, 1).reshape(-1, SEMANTIC + PIXEL)
+    expected = squared_distances(quantizer, third).argmin(-1).view(3, -1)
+    assert torch.equal(dropped.target_codes[:, SQUARE.slice(2)], expected)
+
+
+@SCHEDULES
+@pytest.mark.parametrize("temperature", [None, 0.5])
+def test_the_residual_continues_from_the_drawn_code(quantizer, schedule, temperature):
+    source = features(schedule)
+    correction = SelfCorrection(top_k=4, temperature=temperature)
+    output = quantizer(source, schedule, correction, seed=3, keys=[0, 1, 2])
+    drawn = output.input_codes != output.target_codes
+    assert drawn.any()
+    distances = nearest_by_hand(quantizer, source, output.input_codes, schedule)
+    assert torch.equal(output.target_codes, distances.argmin(-1))
+    plain = quantizer(source, schedule).target_codes
+    assert not torch.equal(output.target_codes, plain)  # later targets correct the disturbance
+    nearest = distances.topk(4, largest=False).indices
+    assert (nearest == output.input_codes[..., None]).any(-1).all()
+
+
+def test_draws_depend_on_seed_and_key_alone(quantizer):
+    source, keys, correction = features(SQUARE), ["cat", "dog", 7], SelfCorrection()
+    together = quantizer(source, SQUARE, correction, seed=5, keys=keys)
+    for i, key in enumerate(keys):
+        alone = quantizer(source[i : i + 1], SQUARE, correction, seed=5, keys=[key])
+        assert torch.equal(alone.input_codes[0], together.input_codes[i])
+        assert torch.equal(alone.target_codes[0], together.target_codes[i])
+    order = [2, 0, 1]
+    permuted = quantizer(source[order], SQUARE, correction, seed=5, keys=[keys[i] for i in order])
+    assert torch.equal(permuted.input_codes, together.input_codes[order])
+    torch.manual_seed(99)
+    assert torch.equal(quantizer(source, SQUARE, correction, 5, keys).input_codes, together.input_codes)
+    for other in (quantizer(source, SQUARE, correction, 6, keys), quantizer(source, SQUARE, correction, 5, "xyz")):
+        assert not torch.equal(other.input_codes, together.input_codes)
+
+
+@pytest.mark.parametrize(
+    "correction", [SelfCorrection(token_share=0.0), SelfCorrection(probability=0.0), SelfCorrection(top_k=1)]
+)
+def test_nothing_to_disturb_is_plain(quantizer, correction):
+    plain = quantizer(features(SQUARE), SQUARE)
+    output = quantizer(features(SQUARE), SQUARE, correction, keys="abc")
+    assert torch.equal(output.input_codes, plain.target_codes)
+    assert torch.equal(output.target_codes, plain.target_codes)
+    assert torch.equal(output.quantized, plain.quantized)
+
+
+def test_share_of_disturbed_tokens():
+    schedule = ScaleSchedule(((1, 1), (16, 16), (32, 32)))
+    disturb, pick = SelfCorrection().draws(schedule, seed=0, keys=range(20))
+    assert disturb.shape == pick.shape == (20, schedule.num_codes)
+    for scale in (1, 2):  # standard error 0.007 and 0.003
+        assert abs(disturb[:, schedule.slice(scale)].float().mean() - 0.6) < 0.025
+    assert 0 <= pick.min() and pick.max() < 1 and abs(pick.mean() - 0.5) < 0.02
+
+
+def test_share_range_is_drawn_per_sample_and_scale():
+    schedule = ScaleSchedule(((1, 1), (32, 32), (32, 32)))
+    disturb, _ = SelfCorrection(token_share=(0.2, 0.8)).draws(schedule, seed=0, keys=range(40))
+    shares = torch.stack([disturb[:, schedule.slice(scale)].float().mean(1) for scale in (1, 2)])
+    assert 0.15 < shares.min() < 0.3 and 0.7 < shares.max() < 0.85
+    assert (shares[0] - shares[1]).abs().max() > 0.2
+
+
+def test_probability_is_the_share_of_disturbed_samples():
+    disturb, _ = SelfCorrection(probability=0.5).draws(SQUARE, seed=0, keys=range(400))
+    assert abs(disturb.any(1).float().mean() - 0.5) < 0.1
+
+
+def test_uniform_draws_are_uniform_over_the_top_k():
+    distance = torch.arange(8.0).expand(20000, 8)
+    pick = torch.rand(20000, generator=torch.Generator().manual_seed(0))
+    counts = DualCodebookQuantizer._draw(distance, pick, SelfCorrection(top_k=4)).bincount(minlength=8)
+    torch.testing.assert_close(counts / 20000, torch.tensor([0.25] * 4 + [0.0] * 4), atol=0.02, rtol=0)
+
+
+def test_temperature_draws_follow_the_softmax_of_distance():
+    distance = torch.arange(8.0).expand(20000, 8)
+    pick = torch.rand(20000, generator=torch.Generator().manual_seed(0))
+    correction = SelfCorrection(top_k=4, temperature=2.0)
+    counts = DualCodebookQuantizer._draw(distance, pick, correction).bincount(minlength=8)
+    expected = F.pad((-torch.arange(4.0) / 2).softmax(0), (0, 4))
+    torch.testing.assert_close(counts / 20000, expected, atol=0.02, rtol=0)
+
+
+def test_the_largest_pick_stays_in_the_top_k():
+    almost_one = torch.tensor([1 - 2**-24])
+    for temperature in (None, 0.3):
+        correction = SelfCorrection(top_k=7, temperature=temperature)
+        assert DualCodebookQuantizer._draw(torch.arange(9.0)[None], almost_one, correction) <= 6
+        assert DualCodebookQuantizer._draw(torch.arange(9.0)[None], torch.zeros(1), correction) == 0
+
+
+def test_top_k_beyond_the_codebook_is_the_codebook(quantizer):
+    output = quantizer(features(SQUARE), SQUARE, SelfCorrection(top_k=CODES + 5), keys="abc")
+    assert output.input_codes.max() < CODES
+
+
+@pytest.mark.parametrize("first, last", [(1, 2), (0, 0), (2, None)])
+def test_only_scales_within_the_limits_are_disturbed(quantizer, first, last):
+    correction = SelfCorrection(token_share=1.0, first_scale=first, last_scale=last, top_k=20)
+    disturb, _ = correction.draws(SQUARE, seed=0, keys="abc")
+    output = quantizer(features(SQUARE), SQUARE, correction, keys="abc")
+    for scale in range(len(SQUARE)):
+        inside = first <= scale <= (len(SQUARE) - 1 if last is None else last)
+        at = SQUARE.slice(scale)
+        assert disturb[:, at].all() if inside else not disturb[:, at].any()
+        assert torch.equal(output.input_codes[:, at], output.target_codes[:, at]) != inside
+
+
+def test_bfloat16_autocast_changes_no_code(quantizer):
+    source = features(SQUARE, batch=8)
+    plain = quantizer(source, SQUARE, SelfCorrection(), keys=range(8))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        autocast = quantizer(source, SQUARE, SelfCorrection(), keys=range(8))
+    assert torch.equal(autocast.target_codes, plain.target_codes)
+    assert torch.equal(autocast.input_codes, plain.input_codes)
+    assert autocast.quantized.dtype == torch.float32
+    assert torch.equal(autocast.quantized, plain.quantized)
+
+
+@SCHEDULES
+def test_residual_features_are_one_scales_entries_on_the_next_grid(quantizer, schedule):
+    entries = quantizer.codebook()[quantizer(features(schedule), schedule).target_codes]
+    expected = []
+    for scale in range(1, len(schedule)):
+        (h0, w0), (h1, w1) = schedule[scale - 1], schedule[scale]
+        previous = entries[:, schedule.slice(scale - 1)].view(3, h0, w0, -1).permute(0, 3, 1, 2)
+        upsampled = F.interpolate(previous, size=(h1, w1), mode="bicubic")
+        expected += [upsampled[:, :, row, column] for row in range(h1) for column in range(w1)]
+    result = next_scale_features(entries, schedule)
+    assert result.shape == (3, schedule.num_codes - 1, SEMANTIC + PIXEL)
+    torch.testing.assert_close(result, torch.stack(expected, 1))
+
+
+@SCHEDULES
+def test_accumulated_features_are_the_running_sum_on_the_next_grid(quantizer, schedule):
+    codes = quantizer(features(schedule), schedule).target_codes
+    maps = entry_maps(quantizer, codes, schedule)
+    expected = [
+        F.adaptive_avg_pool2d(sum(maps[:scale]), schedule[scale]).flatten(2).transpose(1, 2)
+        for scale in range(1, len(schedule))
+    ]
+    result = next_scale_features(quantizer.codebook()[codes], schedule, accumulate=True)
+    torch.testing.assert_close(result, torch.cat(expected, 1))
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_the_last_scale_is_not_read(quantizer, accumulate):
+    entries = torch.randn(2, SQUARE.num_codes, 10, generator=torch.Generator().manual_seed(0))
+    whole = next_scale_features(entries, SQUARE, accumulate)
+    assert torch.equal(whole, next_scale_features(entries[:, : SQUARE.offsets[-1]], SQUARE, accumulate))
+    assert next_scale_features(entries, SQUARE.prefix(1), accumulate).shape == (2, 0, 10)
+
+
+def test_maps_and_sequences_are_row_major():
+    source = torch.arange(2 * 3 * 2 * 4).view(2, 3, 2, 4)
+    assert torch.equal(to_sequence(source)[:, 5], source[:, :, 1, 1])
+    assert torch.equal(to_map(to_sequence(source), (2, 4)), source)
+
+
+def test_errors(quantizer):
+    with pytest.raises(ValueError, match=r"grid \(3, 7\), the schedule ends in \(5, 5\)"):
+        quantizer(features(WIDE), SQUARE)
+    for keys in (None, ["one"]):
+        with pytest.raises(ValueError, match="one key for each of the 3 samples"):
+            quantizer(features(SQUARE), SQUARE, SelfCorrection(), keys=keys)
+    for wrong in ({"probability": 1.5}, {"token_share": -0.1}, {"token_share": (0.8, 0.2)}):
+        with pytest.raises(ValueError, match="shares must lie in"):
+            replace(SelfCorrection(), **wrong)
+    for wrong in ({"top_k": 0}, {"temperature": 0.0}):
+        with pytest.raises(ValueError, match="must be positive"):
+            replace(SelfCorrection(), **wrong)
