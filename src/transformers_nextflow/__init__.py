@@ -1,11 +1,20 @@
 """NextFlow (arXiv 2601.02204) for transformers: importing this package registers the model with the Auto classes."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+)
 
 from .configuration_nextflow import NextFlowConfig, NextFlowVQConfig
 from .generation_nextflow import NextFlowImageOutput
+from .image_processing_nextflow import NextFlowImageProcessor
 from .modeling_nextflow import NextFlowForConditionalGeneration, NextFlowModel, NextFlowOutput, NextFlowPreTrainedModel
 from .modeling_nextflow_vq import NextFlowVQModel, NextFlowVQOutput
+from .processing_nextflow import NextFlowProcessor
 from .quantizer import SelfCorrection
 from .sampling import LinearRamp
 from .scales import ScaleSchedule, ScheduleTable
@@ -18,15 +27,20 @@ AutoModel.register(NextFlowConfig, NextFlowModel, exist_ok=True)
 AutoModel.register(NextFlowVQConfig, NextFlowVQModel, exist_ok=True)
 AutoModelForMultimodalLM.register(NextFlowConfig, NextFlowForConditionalGeneration, exist_ok=True)
 AutoModelForImageTextToText.register(NextFlowConfig, NextFlowForConditionalGeneration, exist_ok=True)
+AutoImageProcessor.register(NextFlowConfig, image_processor_classes={"pil": NextFlowImageProcessor}, exist_ok=True)
+AutoImageProcessor.register(NextFlowVQConfig, image_processor_classes={"pil": NextFlowImageProcessor}, exist_ok=True)
+AutoProcessor.register(NextFlowConfig, NextFlowProcessor, exist_ok=True)
 
 __all__ = [
     "LinearRamp",
     "NextFlowConfig",
     "NextFlowForConditionalGeneration",
     "NextFlowImageOutput",
+    "NextFlowImageProcessor",
     "NextFlowModel",
     "NextFlowOutput",
     "NextFlowPreTrainedModel",
+    "NextFlowProcessor",
     "NextFlowVQConfig",
     "NextFlowVQModel",
     "NextFlowVQOutput",

@@ -1,0 +1,257 @@
+"""Pictures of any size, mode and orientation to patches of a scale schedule's size, and pixels back to pictures."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from transformers import BatchFeature
+from transformers.image_processing_backends import PilBackend
+from transformers.image_utils import ImageInput, infer_channel_dimension_format
+from transformers.processing_utils import ImagesKwargs, Unpack
+
+from .modeling_nextflow_vq import patchify
+from .scales import PAPER_LEVELS, ScaleSchedule, ScheduleTable, paper_schedules
+
+SIXTEEN_BIT_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
+
+
+class NextFlowImageProcessorKwargs(ImagesKwargs, total=False):
+    """
+    level (`str` or `int`, *optional*):
+        Level of the schedules to choose from; `None` keeps pictures that have a schedule's size already, and brings
+        others to the highest level.
+    """
+
+    level: str | int | None
+
+
+class NextFlowImageProcessor(PilBackend):
+    r"""
+    Brings every picture to the nearest size that has a scale schedule, and cuts it into patches.
+
+    A picture is turned upright (EXIF), put on white where it is transparent, scaled with its aspect ratio kept until
+    it covers the size of the schedule nearest in aspect ratio, and cropped around its centre. One that has the size
+    already is not resampled.
+
+    Args:
+        patch_size (`int`, defaults to 16), scale_schedules (`list`, *optional*), levels (`dict`, *optional*):
+            As in [`NextFlowVQConfig`], and to be the same as the model's.
+        level (`str` or `int`, *optional*):
+            Level of the schedules to choose from. `None` keeps pictures that have a schedule's size already, and
+            brings others to the highest level.
+        do_resize, do_convert_rgb (`bool`, default to `True`):
+            Without the first, pictures of other sizes are an error; without the second, other modes than RGB.
+        resample (`PIL.Image.Resampling`, defaults to bicubic).
+        do_rescale, rescale_factor, do_normalize, image_mean, image_std:
+            `(pixel * rescale_factor - image_mean) / image_std`; the defaults take [0, 255] to the model's [-1, 1].
+            `do_rescale=False` says that float arrays hold [0, 1] already; integers are rescaled either way.
+    """
+
+    do_convert_rgb = True
+    do_resize = True
+    resample = Image.Resampling.BICUBIC
+    do_rescale = True
+    rescale_factor = 1 / 255
+    do_normalize = True
+    image_mean = [0.5, 0.5, 0.5]
+    image_std = [0.5, 0.5, 0.5]
+    level = None
+    valid_kwargs = NextFlowImageProcessorKwargs
+    model_input_names = ["pixel_values", "image_grid_hw"]
+
+    def __init__(
+        self,
+        patch_size: int = 16,
+        scale_schedules: Sequence | None = None,
+        levels: dict[str, int] | None = None,
+        **kwargs: Unpack[NextFlowImageProcessorKwargs],
+    ):
+        super().__init__(**kwargs)
+        self.patch_size = patch_size
+        self.scale_schedules = scale_schedules and [[list(grid) for grid in row] for row in scale_schedules]
+        self.levels = levels and dict(levels)
+        if self.level is not None:
+            self.schedule_table().of_level(self.level)  # raises where there is none
+
+    def schedule_table(self) -> ScheduleTable:
+        """The schedules pictures are brought to."""
+        return ScheduleTable(self.scale_schedules or paper_schedules(), self.levels or PAPER_LEVELS, self.patch_size)
+
+    def schedule_of(self, height: int, width: int, level: str | int | None = None) -> ScaleSchedule:
+        """The schedule of a picture of `height` x `width` pixels; `level` as in the class."""
+        table = self.schedule_table()
+        if level is None:
+            for schedule in table:
+                if table.image_size(schedule) == (height, width):
+                    return schedule
+        return table.nearest_to_image(height, width, level)
+
+    def fetch_images(self, image_url_or_urls):
+        """Open paths (nested as they come); pictures pass."""
+        if isinstance(image_url_or_urls, (list, tuple)):
+            return [self.fetch_images(entry) for entry in image_url_or_urls]
+        if isinstance(image_url_or_urls, Path) or (isinstance(image_url_or_urls, str) and _is_file(image_url_or_urls)):
+            image = Image.open(image_url_or_urls)
+            image.load()
+            return image
+        return super().fetch_images(image_url_or_urls)
+
+    def process_image(
+        self,
+        image: ImageInput,
+        do_convert_rgb: bool | None = None,
+        do_rescale: bool | None = None,
+        rescale_factor: float | None = None,
+        input_data_format=None,
+        **kwargs,
+    ) -> Image.Image | np.ndarray:
+        """One input to an RGB picture of 8 bits, or to (3, H, W) float32 in [0, 1] where it holds more.
+
+        Arrays are (H, W), or with 1, 3 or 4 (RGBA) channels first or last. Integers hold 0 to 255, `uint16` 0 to
+        65535, bool 0 and 1; floats 0 to 255, or 0 to 1 with `do_rescale=False`.
+        """
+        if isinstance(image, Image.Image):
+            image = ImageOps.exif_transpose(image)
+            if image.mode in SIXTEEN_BIT_MODES:
+                image = _sixteen_bits(image)
+            elif do_convert_rgb:
+                return _to_rgb(image)
+            elif image.mode != "RGB":
+                raise ValueError(f"do_convert_rgb=False takes RGB pictures, got mode {image.mode}")
+            else:
+                return image
+        if isinstance(image, torch.Tensor):
+            image = image.detach().cpu()
+            image = (image.float() if image.is_floating_point() else image).numpy()
+        image = _channels_last(image, input_data_format)
+        if image.shape[-1] != 3 and not do_convert_rgb:
+            raise ValueError(f"do_convert_rgb=False takes 3 channels, got {image.shape[-1]}")
+        if image.dtype == np.uint16:
+            pixels = image.astype(np.float32) / 65535
+        elif np.issubdtype(image.dtype, np.floating):
+            pixels = _unit_floats(image, rescale_factor if do_rescale else None)
+        else:
+            return _to_rgb(_eight_bits(image))
+        if pixels.shape[-1] == 4:
+            alpha = pixels[..., 3:]
+            pixels = pixels[..., :3] * alpha + (1 - alpha)
+        return np.broadcast_to(pixels, (*pixels.shape[:2], 3)).transpose(2, 0, 1)
+
+    def _validate_preprocess_kwargs(self, do_resize=None, **kwargs):
+        super()._validate_preprocess_kwargs(**kwargs)  # resizing needs no `size`, it follows from the schedules
+
+    def _preprocess(
+        self,
+        images: list[Image.Image | np.ndarray],
+        level: str | int | None,
+        do_resize: bool,
+        resample: int,
+        do_rescale: bool,
+        rescale_factor: float,
+        do_normalize: bool,
+        image_mean: Sequence[float],
+        image_std: Sequence[float],
+        return_tensors: str | None,
+        **kwargs,
+    ) -> BatchFeature:
+        """
+        Returns:
+            `pixel_values`: (sum of final-grid cells, p*p*3) float32, patches row-major, image after image.
+            `image_grid_hw`: (images, 2) int64 final grids.
+        """
+        table = self.schedule_table()
+        patches, grids = [], []
+        for image in images:
+            height, width = (image.height, image.width) if isinstance(image, Image.Image) else image.shape[1:]
+            schedule = self.schedule_of(height, width, level) if do_resize else table.by_size(height, width)
+            image = _fit(image, table.image_size(schedule), resample)
+            if isinstance(image, Image.Image):
+                pixels = np.asarray(image, dtype=np.float64).transpose(2, 0, 1) * rescale_factor
+            else:
+                pixels = image.astype(np.float64)
+            if do_normalize:
+                mean, std = (np.broadcast_to(v, 3)[:, None, None] for v in (image_mean, image_std))
+                pixels = (pixels - mean) / std
+            pixels = torch.from_numpy(np.ascontiguousarray(pixels, dtype=np.float32))
+            patches.append(patchify(pixels[None], self.patch_size)[0].numpy())
+            grids.append(schedule.final_grid)
+        data = {"pixel_values": np.concatenate(patches), "image_grid_hw": np.array(grids, dtype=np.int64)}
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def postprocess(self, pixel_values: torch.Tensor) -> list[Image.Image]:
+        """(B, 3, H, W) pixels as the model has them, in [-1, 1] -> pictures."""
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
+            raise ValueError(f"pixel_values must be (B, 3, H, W), got {tuple(pixel_values.shape)}")
+        mean, std = (torch.as_tensor(v).expand(3)[:, None, None] for v in (self.image_mean, self.image_std))
+        pixels = (pixel_values.detach().float().cpu() * std + mean) / self.rescale_factor
+        pixels = pixels.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+        return [Image.fromarray(picture.numpy()) for picture in pixels]
+
+    def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
+        """Patches of a picture of `height` x `width` pixels: cells of its final grid."""
+        return self.schedule_of(height, width, (images_kwargs or {}).get("level", self.level)).lengths[-1]
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return Path(name).is_file()
+    except OSError:  # base64 is too long for a name
+        return False
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode of 8 bits a channel to RGB; what is transparent shows white."""
+    if image.mode == "F":
+        raise ValueError("a picture of mode F has no known range; give a float array in [0, 1] with do_rescale=False")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _sixteen_bits(image: Image.Image) -> np.ndarray:
+    pixels = np.asarray(image)
+    if pixels.min() < 0 or pixels.max() > 65535:
+        raise ValueError(f"a picture of mode I must hold 16 bits, got {pixels.min()} to {pixels.max()}")
+    return pixels.astype(np.uint16)
+
+
+def _eight_bits(image: np.ndarray) -> Image.Image:
+    """(H, W, 1, 3 or 4) integers or bools as a picture."""
+    if image.dtype == np.bool_:
+        image = image.astype(np.uint8) * 255
+    if image.min() < 0 or image.max() > 255:
+        raise ValueError(f"pixels of {image.dtype} must lie in [0, 255], got {image.min()} to {image.max()}")
+    image = np.ascontiguousarray(image, dtype=np.uint8)
+    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+
+
+def _unit_floats(image: np.ndarray, rescale_factor: float | None) -> np.ndarray:
+    """Float pixels as float32 in [0, 1]."""
+    low, high = float(image.min()), float(image.max())
+    if rescale_factor is not None and 0 < high <= 1:
+        raise ValueError(f"float pixels in [{low}, {high}] look rescaled already; pass do_rescale=False")
+    pixels = image.astype(np.float32) * np.float32(1 if rescale_factor is None else rescale_factor)
+    if not (pixels.min() >= 0 and pixels.max() <= 1):  # NaN too
+        raise ValueError(f"float pixels must lie in [0, {1 if rescale_factor is None else 255}], got {low} to {high}")
+    return pixels
+
+
+def _channels_last(image: np.ndarray, input_data_format) -> np.ndarray:
+    if image.ndim == 2:
+        return image[..., None]
+    layout = input_data_format or infer_channel_dimension_format(image, num_channels=(1, 3, 4))
+    return np.moveaxis(image, 0, -1) if layout == "channels_first" else image
+
+
+def _fit(image: Image.Image | np.ndarray, size: tuple[int, int], resample: int) -> Image.Image | np.ndarray:
+    """Scale until (height, width) is covered, aspect ratio kept, and crop around the centre."""
+    height, width = size
+    if isinstance(image, Image.Image):
+        return image if image.size == (width, height) else ImageOps.fit(image, (width, height), resample)
+    if image.shape[1:] == size:
+        return image
+    channels = [ImageOps.fit(Image.fromarray(channel), (width, height), resample) for channel in image]
+    return np.stack([np.asarray(channel) for channel in channels]).clip(0, 1)

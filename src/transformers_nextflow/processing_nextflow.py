@@ -1,0 +1,275 @@
+"""Text and pictures to the model's inputs, chats to prompts, and outputs back to text and pictures."""
+
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from transformers import BatchFeature
+from transformers.processing_utils import MultiModalData, ProcessorMixin
+
+from .layout import num_image_slots
+
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{{- '<|im_start|>' + message['role'] + '\\n' -}}
+{%- set content = message['content'] if message['content'] is not string
+    else [{'type': 'text', 'text': message['content']}] -%}
+{%- set body -%}
+{%- for item in content -%}
+{%- if item['type'] == 'text' -%}
+{{- item['text'] -}}
+{%- elif item['type'] == 'image' -%}
+{{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
+{%- else -%}
+{{- raise_exception('content items are of type text or image, got ' + item['type']) -}}
+{%- endif -%}
+{%- endfor -%}
+{%- endset -%}
+{%- if message['role'] == 'assistant' -%}
+{%- generation -%}
+{{- body + '<|im_end|>' -}}
+{%- endgeneration -%}
+{%- else -%}
+{{- body + '<|im_end|>' -}}
+{%- endif -%}
+{{- '\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- '<|im_start|>assistant\\n' -}}
+{%- if generation_mode == 'image' -%}
+{{- '<|vision_start|>' -}}
+{%- endif -%}
+{%- endif -%}"""
+
+
+class NextFlowProcessor(ProcessorMixin):
+    r"""
+    An image processor and a text tokenizer.
+
+    In a text, `<|vision_start|><|image_pad|><|vision_end|>` (Qwen's own tokens) stands for one picture; the processor
+    repeats the middle one as often as the picture's scale schedule asks.
+
+    Args:
+        image_processor ([`NextFlowImageProcessor`]), tokenizer:
+            The tokenizer may name other tokens by its attributes `boi_token`, `image_token` and `eoi_token`.
+        chat_template (`str`, *optional*):
+            Default: Qwen's ChatML, without a system prompt of its own.
+        condition_last_scale (`bool`, defaults to `False`):
+            As in [`NextFlowConfig`], and to be the same as the model's.
+    """
+
+    text_kwargs = {"padding": True, "padding_side": "left", "return_token_type_ids": False}
+
+    def __init__(self, image_processor, tokenizer, chat_template=None, condition_last_scale=False):
+        self.boi_token = getattr(tokenizer, "boi_token", None) or "<|vision_start|>"
+        self.image_token = getattr(tokenizer, "image_token", None) or "<|image_pad|>"
+        self.eoi_token = getattr(tokenizer, "eoi_token", None) or "<|vision_end|>"
+        vocabulary = tokenizer.get_vocab()
+        for token in (self.boi_token, self.image_token, self.eoi_token):
+            if token not in vocabulary:
+                raise ValueError(f"the text tokenizer must have the token {token}")
+        self.boi_token_id, self.image_token_id, self.eoi_token_id = (
+            vocabulary[token] for token in (self.boi_token, self.image_token, self.eoi_token)
+        )
+        self.condition_last_scale = condition_last_scale
+        if chat_template is None:
+            chat_template = CHAT_TEMPLATE.replace("<|vision_start|>", self.boi_token)
+            chat_template = chat_template.replace("<|image_pad|>", self.image_token)
+            chat_template = chat_template.replace("<|vision_end|>", self.eoi_token)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    @property
+    def image_placeholder(self) -> str:
+        """What stands for one picture in a text."""
+        return self.boi_token + self.image_token + self.eoi_token
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return [*super().model_input_names, "negative_input_ids", "negative_attention_mask"]
+
+    def __call__(
+        self, images=None, text=None, negative_text: str | Sequence[str] | None = None, **kwargs
+    ) -> BatchFeature:
+        """Texts with pictures to model inputs.
+
+        Args:
+            images: pictures in the order of their placeholders, flat or a list for each text.
+            text: one text or several.
+            negative_text: null prompts for guidance, one for each text or one for all, with the same pictures.
+            kwargs: of the text tokenizer and the image processor (`level`, ...). Texts are padded on the left.
+
+        Returns:
+            `input_ids`, `attention_mask`; with pictures `pixel_values`, `image_grid_hw`; with `negative_text`
+            `negative_input_ids`, `negative_attention_mask`.
+
+        Raises:
+            ValueError: if placeholders and pictures differ in number, over all or for one text.
+        """
+        if _is_empty(images):
+            images = None
+        if "padding_side" not in kwargs.get("text_kwargs", {}):
+            kwargs.setdefault("padding_side", "left")
+        inputs = super().__call__(images=images, text=text, **kwargs)
+        if negative_text is not None:
+            texts = [text] if isinstance(text, str) else list(text)
+            negatives = [negative_text] * len(texts) if isinstance(negative_text, str) else list(negative_text)
+            if not kwargs.get("sanitize_control_tokens"):  # marked tokens are no placeholders; chats match anyway
+                self._check_negatives(texts, negatives)
+            negative_inputs = self._tokenize_negatives(negatives, inputs, **kwargs)
+            inputs |= {f"negative_{name}": negative_inputs[name] for name in ("input_ids", "attention_mask")}
+        return inputs
+
+    def validate_inputs(self, images=None, text=None, **kwargs):
+        super().validate_inputs(images=images, text=text, **kwargs)
+        if text is None:
+            return
+        texts = [text] if isinstance(text, str) else text
+        counts = [sample.count(self.image_token) for sample in texts]
+        for row, (sample, count) in enumerate(zip(texts, counts)):
+            if sample.count(self.image_placeholder) != count:
+                raise ValueError(f"{self.image_token} stands outside {self.image_placeholder} in text {row}")
+        if isinstance(images, (list, tuple)) and all(isinstance(entry, (list, tuple)) for entry in images):
+            given = [len(entry) for entry in images]
+            if given != counts:
+                raise ValueError(f"the texts hold {counts} placeholders {self.image_placeholder}, images {given}")
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        grid = image_inputs["image_grid_hw"][image_idx].tolist()
+        schedule = self.image_processor.schedule_table().by_grid(grid)
+        return self.image_token * num_image_slots(schedule, self.condition_last_scale)
+
+    def _check_negatives(self, texts: list[str], negatives: list[str]) -> None:
+        if len(negatives) != len(texts):
+            raise ValueError(f"negative_text must have one entry for each of {len(texts)} texts, got {len(negatives)}")
+        for row, (text, negative) in enumerate(zip(texts, negatives)):
+            expected, got = (sample.count(self.image_placeholder) for sample in (text, negative))
+            if expected != got:
+                raise ValueError(f"negative_text {row} must have the {expected} images of its text, got {got}")
+
+    def _tokenize_negatives(self, negatives: list[str], inputs: BatchFeature, **kwargs) -> BatchFeature:
+        """Null prompts with the placeholders of the pictures in `inputs`."""
+        pictures = range(len(inputs.get("image_grid_hw", ())))
+        negatives, _ = self.get_text_with_replacements(
+            negatives, [self.replace_image_token(inputs, picture) for picture in pictures]
+        )
+        text_kwargs = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)["text_kwargs"]
+        for name in ("return_mm_token_type_ids", "return_text_replacement_offsets"):  # of the processor's own
+            text_kwargs.pop(name, None)
+        negative_inputs = self.tokenizer(negatives, **text_kwargs)
+        self._check_special_mm_tokens(negatives, negative_inputs, modalities=["image"])
+        return negative_inputs
+
+    def apply_chat_template(
+        self,
+        conversation: list[dict] | list[list[dict]],
+        chat_template: str | None = None,
+        generation_mode: str = "text",
+        negative_prompt: str | Sequence[str] | None = None,
+        add_generation_prompt: bool = True,
+        tokenize: bool = True,
+        return_dict: bool = True,
+        return_tensors: str | None = "pt",
+        processor_kwargs: dict | None = None,
+        **kwargs,
+    ) -> BatchFeature | str | list[str]:
+        """A chat, or a batch of chats, to the prompt of an answer in text or of a picture.
+
+        Args:
+            conversation: messages `{"role": ..., "content": ...}`; a content is a string or a list of
+                `{"type": "text", "text": ...}` and `{"type": "image", "image": ...}` (or `"path"`, `"url"`).
+            generation_mode: `"text"`, or `"image"`: the prompt ends in `<boi>`, and null prompts for guidance come
+                with it: the same chat without the user's texts, the last of which becomes `negative_prompt`.
+            negative_prompt: one for all chats, or one for each.
+            processor_kwargs: passed to [`~NextFlowProcessor.__call__`], e.g. `{"level": "256"}`.
+            kwargs: as in `ProcessorMixin.apply_chat_template`.
+
+        Returns:
+            What [`~NextFlowProcessor.__call__`] returns; without `return_dict` the ids; without `tokenize` the prompt.
+        """
+        if generation_mode not in ("text", "image"):
+            raise ValueError(f'generation_mode must be "text" or "image", got {generation_mode!r}')
+        if generation_mode == "text" and negative_prompt is not None:
+            raise ValueError('negative_prompt guides pictures: it needs generation_mode="image"')
+        render = {"chat_template": chat_template, "add_generation_prompt": add_generation_prompt, **kwargs}
+        processor_kwargs = dict(processor_kwargs or {})
+        if generation_mode == "image":
+            if not add_generation_prompt:
+                raise ValueError('generation_mode="image" needs add_generation_prompt=True')
+            if "generation_mode" not in self._resolve_chat_template(chat_template):
+                raise ValueError("the chat template must open a picture where generation_mode is 'image'")
+            render["generation_mode"] = generation_mode
+            if tokenize:
+                processor_kwargs["negative_text"] = self._render_null_prompts(conversation, negative_prompt, **render)
+        return super().apply_chat_template(
+            conversation,
+            tokenize=tokenize,
+            return_dict=return_dict,
+            return_tensors=return_tensors,
+            processor_kwargs=processor_kwargs,
+            **render,
+        )
+
+    def _render_null_prompts(
+        self, conversation, negative_prompt, chat_template=None, sanitize_control_tokens: bool = False, **kwargs
+    ) -> list[str]:
+        conversations, _ = self._normalize_conversations(conversation)
+        if negative_prompt is None or isinstance(negative_prompt, str):
+            negative_prompt = [negative_prompt or ""] * len(conversations)
+        if len(negative_prompt) != len(conversations):
+            raise ValueError(
+                f"negative_prompt must be one text, or one for each of {len(conversations)} chats, "
+                f"got {len(negative_prompt)}"
+            )
+        nulls = [_without_user_texts(chat, prompt) for chat, prompt in zip(conversations, negative_prompt)]
+        if sanitize_control_tokens:
+            template = self._resolve_chat_template(chat_template)
+            nulls, *_ = self.tokenizer._mark_chat_inputs(template, nulls, None, None, {}, True, False)
+        return super().apply_chat_template(nulls, chat_template=chat_template, tokenize=False, **kwargs)
+
+    def post_process_multimodal_output(
+        self, generated_outputs, skip_special_tokens: bool = True, generation_mode: str | None = None, **kwargs
+    ) -> list[str] | list[Image.Image]:
+        """Ids to texts; in image mode pixels, as `model.decode_image_tokens` gives them, to pictures."""
+        if generation_mode == "image":
+            return self.post_process_image(generated_outputs)
+        return super().post_process_multimodal_output(
+            generated_outputs, skip_special_tokens=skip_special_tokens, generation_mode=generation_mode, **kwargs
+        )
+
+    def post_process_image(self, pixel_values: torch.Tensor) -> list[Image.Image]:
+        """(B, 3, H, W) pixels in [-1, 1] -> pictures."""
+        return self.image_processor.postprocess(pixel_values)
+
+    def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
+        """Placeholders and patches of pictures of `(height, width)` pixels."""
+        if image_sizes is None:
+            return MultiModalData()
+        images_kwargs = self._merge_kwargs(**kwargs)["images_kwargs"]
+        level = images_kwargs.get("level", self.image_processor.level)
+        schedules = [self.image_processor.schedule_of(height, width, level) for height, width in image_sizes]
+        return MultiModalData(
+            num_image_tokens=[num_image_slots(schedule, self.condition_last_scale) for schedule in schedules],
+            num_image_patches=[schedule.lengths[-1] for schedule in schedules],
+        )
+
+
+def _is_empty(images) -> bool:
+    return isinstance(images, (list, tuple)) and all(map(_is_empty, images))
+
+
+def _without_user_texts(conversation: list[dict], negative_prompt: str) -> list[dict]:
+    """The same chat and pictures, without the user's texts but for `negative_prompt` in the last message's place."""
+    of_user = [index for index, message in enumerate(conversation) if message["role"] == "user"]
+    if not of_user:
+        raise ValueError("the prompt of a picture needs a message of the user")
+    chat = list(conversation)
+    for index in of_user:
+        content, replacement = chat[index]["content"], negative_prompt if index == of_user[-1] else ""
+        if isinstance(content, str):
+            content = [{"type": "text", "text": content}]
+        texts = [place for place, item in enumerate(content) if item["type"] == "text"]
+        kept = [item for item in content if item["type"] != "text"]
+        place = texts[-1] - len(texts) + 1 if texts else len(kept)
+        kept.insert(place, {"type": "text", "text": replacement})
+        chat[index] = chat[index] | {"content": kept}
+    return chat
