@@ -49,7 +49,9 @@ class Run:
         self.path, self.log_path = folder / f"{stage}.pt", folder / "log.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
         self.parameters = [p for p in parameters if p.requires_grad]
-        self.masters = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in self.parameters]
+        self.masters = [
+            p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in self.parameters
+        ]
         matrices = [p for p in self.masters if p.ndim > 1]
         others = [p for p in self.masters if p.ndim <= 1]
         groups = [{"params": matrices, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]

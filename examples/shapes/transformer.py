@@ -23,7 +23,7 @@ BATCH_TOKENS = 4_000  # of each process
 TASKS = ("t2i", "caption", "vqa", "edit")
 TASK_WEIGHTS = (0.55, 0.12, 0.05, 0.28)  # of batches
 NULL_PROMPT_SHARE = 0.1
-STEPS, PEAK = 12_000, 1e-3
+STEPS, PEAK = 5_600, 1.2e-3
 IGNORE = -100
 
 
@@ -96,7 +96,10 @@ class Batches:
         number = rng.randrange(len(self.pools[kind]))
         shard, scenes = self.pools[kind][number], self.scenes[kind][number]
         schedule = self.model.model.schedules.by_size(*shard["canvas"])
-        condition, target = self.image_ids(schedule, self.model.config.condition_last_scale), self.image_ids(schedule, False)
+        condition, target = (
+            self.image_ids(schedule, self.model.config.condition_last_scale),
+            self.image_ids(schedule, False),
+        )
         length = {"t2i": 24 + len(target), "edit": 24 + len(condition) + len(target)}.get(task, 40 + len(condition))
         chosen = [rng.randrange(len(scenes)) for _ in range(BATCH_TOKENS // length)]
         variant = rng.randrange(VARIANTS)
@@ -150,14 +153,9 @@ def new_model(tokenizer: PreTrainedTokenizerFast, vq_model: NextFlowVQModel) -> 
     return model
 
 
-def train_transformer(folder: Path, tokenizer: PreTrainedTokenizerFast, vq_model: NextFlowVQModel):
-    """All tasks together from the start: text-to-image, captions, questions and edits."""
-    vq_model.requires_grad_(False).eval()
-    pools = extract(folder, vq_model)
-    model = new_model(tokenizer, vq_model)
-    model.model.language_model.set_attn_implementation("eager")  # the fastest backward at these lengths on a CPU
-    batches = Batches(pools, tokenizer, model)
-    trained = torch.nn.ModuleDict(
+def trained_parts(model: NextFlowForConditionalGeneration) -> torch.nn.ModuleDict:
+    """Everything but the vision tokenizer."""
+    return torch.nn.ModuleDict(
         {
             "language_model": model.model.language_model,
             "code_embeddings": model.model.code_embeddings,
@@ -167,6 +165,16 @@ def train_transformer(folder: Path, tokenizer: PreTrainedTokenizerFast, vq_model
             "code_head": model.code_head,
         }
     )
+
+
+def train_transformer(folder: Path, tokenizer: PreTrainedTokenizerFast, vq_model: NextFlowVQModel):
+    """All tasks together from the start: text-to-image, captions, questions and edits."""
+    vq_model.requires_grad_(False).eval()
+    pools = extract(folder, vq_model)
+    model = new_model(tokenizer, vq_model)
+    model.model.language_model.set_attn_implementation("eager")  # the fastest backward at these lengths on a CPU
+    batches = Batches(pools, tokenizer, model)
+    trained = trained_parts(model)
     for name, part in trained.items():
         if name != "code_embeddings":
             part.bfloat16()

@@ -173,9 +173,7 @@ def build_layout(
     in_block_BL = block_BL >= 0
     rows = [counter_BL, *(torch.where(in_block_BL, cells, counter_BL) for cells in cells_2BL)]
     to = input_ids.device
-    return SequenceLayout(
-        torch.stack(rows).to(to), scale_BL.to(to), scales_BL.to(to), block_BL.to(to), images
-    )
+    return SequenceLayout(torch.stack(rows).to(to), scale_BL.to(to), scales_BL.to(to), block_BL.to(to), images)
 
 
 def _read_span(ids, placeholders, row: int, start: int, schedule: ScaleSchedule, eoi_token_id: int) -> ImageSpan:
