@@ -37,12 +37,12 @@ class NextFlowRotaryEmbedding(Qwen2_5_VLRotaryEmbedding):
     """Qwen's rotary embedding whose frequencies stay float32 when the model is cast."""
 
     def _apply(self, fn, recurse=True):
+        kept = {name: getattr(self, name) for name in ("inv_freq", "original_inv_freq")}
         super()._apply(fn, recurse)
-        if self.inv_freq.dtype != torch.float32:
-            device = self.inv_freq.device
-            inv_freq, _ = self.compute_default_rope_parameters(self.config)
-            self.inv_freq = inv_freq.to(device)
-            self.original_inv_freq = inv_freq.to(device, copy=True)
+        for name, frequencies in kept.items():
+            cast = getattr(self, name)
+            if cast.dtype != frequencies.dtype:
+                setattr(self, name, frequencies.to(cast.device))
         return self
 
 
