@@ -83,6 +83,17 @@ class NextFlowPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
 
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.base_model.vq_model.requires_grad_(False)  # loading replaces parameters and thaws them
+        return loaded
+
+    def _initialize_weights(self, module, is_custom_code=False):
+        # transformers skips out-of-tree modules without parameters of their own, which `_init_weights` is for
+        super()._initialize_weights(module)
+
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
