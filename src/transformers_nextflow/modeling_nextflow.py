@@ -397,7 +397,9 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
         loss = token_losses_BL = None
         if supervised:
             if shift_labels is None:
-                shift_labels = shift_labels_of(labels, layout, self.config.boi_token_id, document_ids)
+                shift_labels = shift_labels_of(
+                    labels, layout, self.config.boi_token_id, valid=attention_mask, document_ids=document_ids
+                )
             alpha = self.config.scale_loss_alpha
             targets_BL, weights_BL = fill_code_targets(shift_labels, layout, codes, self.config.text_vocab_size, alpha)
             if loss_weights is not None:
