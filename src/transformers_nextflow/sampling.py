@@ -69,9 +69,10 @@ def sample(
     probabilities = kept.values.softmax(dim=-1)
     cumulative = probabilities.cumsum(dim=-1)
     # the code that reaches top_p still belongs to the set
-    mass = torch.where(cumulative - probabilities < top_p, probabilities, 0).sum(dim=-1)
-    slot = (cumulative <= (uniform_Bl * mass)[..., None]).sum(dim=-1).clamp(max=num_kept - 1)
-    return kept.indices.gather(-1, slot[..., None]).squeeze(-1)
+    last = (cumulative - probabilities < top_p).sum(dim=-1, keepdim=True) - 1
+    mass = cumulative.gather(-1, last)
+    slot = (cumulative <= uniform_Bl[..., None] * mass).sum(dim=-1, keepdim=True).minimum(last)
+    return kept.indices.gather(-1, slot).squeeze(-1)
 
 
 class RowGenerators:
