@@ -3,8 +3,10 @@
 Shape suffixes: B rows, l codes of one scale, V codebook size.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf, isfinite
 
 import torch
 
@@ -91,9 +93,9 @@ class RowGenerators:
     ) -> "RowGenerators":
         """Streams for prompts x images, prompt by prompt.
 
-        A number as `seed` serves every prompt, a list has one for each; the n-th image of a prompt draws from
-        (seed, n), whatever the other rows are. A list of generators has one for each row; a single one, or without
-        either torch's global one, gives every row its seed.
+        A number as `seed` serves every prompt, a list has one for each; the first image of a prompt draws from the
+        seed, the n-th from (seed, n), whatever the other rows are. A list of generators has one for each row; a single
+        one, or without either torch's global one, gives every row its seed.
         """
         rows = num_prompts * images_per_prompt
         if seed is not None and generator is not None:
@@ -106,13 +108,20 @@ class RowGenerators:
             seeds = list(seed) if isinstance(seed, Sequence) else [seed] * num_prompts
             if len(seeds) != num_prompts:
                 raise ValueError(f"a list of seeds needs one for each of the {num_prompts} prompts, got {len(seeds)}")
-            row_seeds = [prompt + (index << 32) for prompt in seeds for index in range(images_per_prompt)]
+            row_seeds = [_image_seed(prompt, index) for prompt in seeds for index in range(images_per_prompt)]
         else:
             device = generator.device if generator is not None else "cpu"
-            row_seeds = torch.randint(2**62, (rows,), generator=generator, device=device).tolist()
+            row_seeds = torch.randint(2**32, (rows,), generator=generator, device=device).tolist()
         return cls([torch.Generator().manual_seed(row_seed) for row_seed in row_seeds])
 
     def uniform(self, length: int, device: torch.device) -> torch.Tensor:
         """(rows, length) in [0, 1), the next numbers of every row."""
         draws = [torch.rand(length, generator=generator, device=generator.device) for generator in self.generators]
         return torch.stack([draw.to(device) for draw in draws])
+
+
+def _image_seed(seed: int, index: int) -> int:
+    """The seed of a prompt's image `index`; torch's CPU generator reads 32 bits of it."""
+    if index == 0:
+        return seed
+    return int.from_bytes(hashlib.sha256(f"{seed} {index}".encode()).digest()[:4], "big")
