@@ -107,7 +107,7 @@ class NextFlowGenerationMixin(GenerationMixin):
         pick = lambda name, value: defaults[name] if value is None else value  # noqa: E731
         guidance_S = per_scale("guidance_scale", pick("guidance_scale", guidance_scale), len(schedule), 0.0)
         temperature_S = per_scale("temperature", pick("temperature", temperature), len(schedule), 0.0)
-        top_k_S = per_scale("top_k", pick("top_k", top_k), len(schedule), 0)
+        top_k_S = per_scale("top_k", pick("top_k", top_k), len(schedule), 0, whole=True)
         top_p_S = per_scale("top_p", pick("top_p", top_p), len(schedule), 1e-6, 1.0)
         guided = any(value != 1.0 for value in guidance_S)
         batch = len(input_ids)

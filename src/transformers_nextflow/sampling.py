@@ -26,14 +26,19 @@ class LinearRamp:
 PerScale = float | int | Sequence[float] | LinearRamp
 
 
-def per_scale(name: str, value: PerScale, num_scales: int, low: float, high: float = float("inf")) -> list[float]:
-    """One value for each scale from a constant, a list or a ramp.
+def per_scale(
+    name: str, value: PerScale, num_scales: int, low: float, high: float = inf, whole: bool = False
+) -> list[float]:
+    """One value for each scale from a constant, a list or a ramp; with `whole` a ramp takes the nearest integers.
 
     Raises:
-        ValueError: if a list has another length, or a value lies outside [low, high] (NaN does).
+        ValueError: if a list has another length, or a value lies outside [low, high], is not finite, or with `whole`
+            is no integer.
     """
     if isinstance(value, LinearRamp):
         values = value.over(num_scales)
+        if whole and all(map(isfinite, values)):
+            values = list(map(round, values))
     elif isinstance(value, Sequence) and not isinstance(value, str):
         values = list(value)
         if len(values) != num_scales:
@@ -41,8 +46,10 @@ def per_scale(name: str, value: PerScale, num_scales: int, low: float, high: flo
     else:
         values = [value] * num_scales
     for entry in values:
-        if not isinstance(entry, (int, float)) or not low <= entry <= high:
-            raise ValueError(f"{name} must lie in [{low}, {high}], got {entry!r}")
+        if not isinstance(entry, int if whole else (int, float)) or not isfinite(entry) or not low <= entry <= high:
+            kind = "an integer" if whole else "a number"
+            limits = f"of at least {low}" if high == inf else f"in [{low}, {high}]"
+            raise ValueError(f"{name} must be {kind} {limits}, got {entry!r}")
     return values
 
 
