@@ -210,6 +210,13 @@ class NextFlowGenerationMixin(GenerationMixin):
         ]
         if len(ids[0]) != len(ids[1]):
             raise ValueError(f"negative_input_ids must have {len(ids[0])} rows, got {len(ids[1])}")
+        images, null_images = (
+            ((rows == self.config.boi_token_id) & mask.bool()).sum(dim=1).tolist() for rows, mask in zip(ids, masks)
+        )
+        if images != null_images:
+            raise ValueError(
+                f"null prompts must hold the images of their prompts, got {null_images} <boi> tokens for {images}"
+            )
         length = max(rows.shape[1] for rows in ids)
         pad = lambda rows: torch.nn.functional.pad(rows, (length - rows.shape[1], 0))  # noqa: E731
         return {"input_ids": torch.cat(list(map(pad, ids))), "attention_mask": torch.cat(list(map(pad, masks)))}
@@ -228,9 +235,8 @@ class NextFlowGenerationMixin(GenerationMixin):
         row is padded."""
         if attention_mask is not None and bool(attention_mask.all()):
             attention_mask = None
-        closed = (input_ids == self.config.boi_token_id).sum(dim=1) - 1
-        if attention_mask is not None:
-            closed = ((input_ids == self.config.boi_token_id) & attention_mask.bool()).sum(dim=1) - 1
+        opened = input_ids == self.config.boi_token_id
+        closed = (opened if attention_mask is None else opened & attention_mask.bool()).sum(dim=1) - 1
         given = [] if image_grid_hw is None else torch.as_tensor(image_grid_hw).tolist()
         if int(closed.sum()) != len(given) * copies:
             raise ValueError(
@@ -241,14 +247,13 @@ class NextFlowGenerationMixin(GenerationMixin):
             grids += unread[:count] + [list(schedule.final_grid)]
             unread = unread[count:]
         layout = self.model.lay_out(input_ids, grids, attention_mask)
-        if given:
-            half = self.model.lay_out(input_ids[: len(input_ids) // copies], grids[: len(grids) // copies])
-            image_codes = torch.cat(self.model.image_codes_of(half, pixel_values, image_codes)).repeat(copies)
+        half = self.model.lay_out(input_ids[: len(input_ids) // copies], grids[: len(grids) // copies])
+        codes = self.model.image_codes_of(half, pixel_values, image_codes)
         cache = DynamicCache(config=self.config.text_config)
         hidden_RLD = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            image_codes=image_codes if given else None,
+            image_codes=torch.cat(codes).repeat(copies) if codes else None,
             layout=layout,
             past_key_values=cache,
             use_cache=True,
