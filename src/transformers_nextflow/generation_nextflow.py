@@ -293,6 +293,31 @@ class NextFlowGenerationMixin(GenerationMixin):
         layout = self.model.lay_out(input_ids, model_kwargs["image_grid_hw"], model_kwargs.get("attention_mask"))
         return layout.position_ids
 
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids=None, **model_kwargs
+    ):
+        """Rows repeat for beams and several answers; of the flat tensors of images, each row's own do."""
+        grids = model_kwargs.get("image_grid_hw")
+        if expand_size == 1 or grids is None:
+            return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
+        images = self.model.lay_out(input_ids, grids, model_kwargs.get("attention_mask")).images
+        of_row = [[index for index, image in enumerate(images) if image.row == row] for row in range(len(input_ids))]
+        order = [index for indices in of_row for _ in range(expand_size) for index in indices]
+        lengths = {
+            "image_grid_hw": lambda image: 1,
+            "pixel_values": lambda image: 0 if image.is_open else image.schedule.lengths[-1],
+            "image_codes": lambda image: 0 if image.is_open else image.schedule.num_codes,
+            "image_input_codes": lambda image: 0 if image.is_open else image.schedule.offsets[-1],
+        }
+        flat = {name: model_kwargs.pop(name) for name in lengths if model_kwargs.get(name) is not None}
+        for name, rows in flat.items():
+            parts = rows.split([lengths[name](image) for image in images])
+            flat[name] = torch.cat([parts[index] for index in order])
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        )
+        return input_ids, model_kwargs | flat
+
     def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):
         inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
         if not is_first_iteration and kwargs.get("use_cache", True):
