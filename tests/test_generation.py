@@ -165,13 +165,17 @@ def test_text_ignores_null_prompts(model):
 
 @GRIDS
 @pytest.mark.parametrize("features", ["model", "accumulated"])
-@pytest.mark.parametrize("prompts", [PROMPTS, EDITS, with_last_scale(EDITS)], ids=["text", "edits", "last scale"])
+@pytest.mark.parametrize(
+    "prompts",
+    [PROMPTS, EDITS, with_last_scale(EDITS), EDITS[:1]],
+    ids=["text", "edits", "last scale", "unpadded"],
+)
 def test_sampled_logits_are_those_of_one_forward(request, features, grid, prompts):
     model = request.getfixturevalue(features)
     output = draw(model, *prompts, grid=grid)
     schedule = model.model.schedules.by_grid(grid)
-    assert [logits.shape for logits in output.logits] == [(3, length, CODES) for length in schedule.lengths]
-    assert output.image_grid_hw.tolist() == [list(grid)] * 3
+    assert [logits.shape for logits in output.logits] == [(len(prompts), length, CODES) for length in schedule.lengths]
+    assert output.image_grid_hw.tolist() == [list(grid)] * len(prompts)
     expected = forced(model, *prompts, sequences=output.sequences, grid=grid)
     assert relative(joined(output), expected) < 1e-5
 
