@@ -144,9 +144,7 @@ def test_command_prints_json_in_its_own_process():
     assert figures["paper_per_layer"]["mmdit"] == {"quadratic": 884736, "linear": 1207959552, "steps": 18}
     model = figures["model"]
     assert (model["hidden_size"], model["num_hidden_layers"], model["guidance"]) == (3584, 28, True)
-    assert model["total"] == sum(
-        model[part] for part in ("projections", "attention", "mlp", "text_head", "code_head")
-    )
+    assert model["total"] == sum(model[part] for part in ("projections", "attention", "mlp", "text_head", "code_head"))
 
 
 def test_command_prints_a_table(capsys):

@@ -212,6 +212,10 @@ def test_the_largest_pick_stays_in_the_top_k():
         correction = SelfCorrection(top_k=7, temperature=temperature)
         assert DualCodebookQuantizer._draw(torch.arange(9.0)[None], almost_one, correction) <= 6
         assert DualCodebookQuantizer._draw(torch.arange(9.0)[None], torch.zeros(1), correction) == 0
+    # rounding can leave the last cumulative weight below the pick
+    distance = torch.rand(2000, 64, generator=torch.Generator().manual_seed(0))
+    drawn = DualCodebookQuantizer._draw(distance, almost_one.expand(2000), SelfCorrection(top_k=64, temperature=0.1))
+    assert drawn.max() < 64
 
 
 def test_top_k_beyond_the_codebook_is_the_codebook(quantizer):

@@ -40,7 +40,8 @@ class Run:
     """One stage's step counter, optimizer and log, resumed from its last checkpoint if there is one.
 
     Every batch is drawn from a generator seeded by (stage, step, rank), so a resumed run sees what an undisturbed one
-    sees. Under torchrun every process computes its own batch and gradients are averaged.
+    sees. Under torchrun every process computes its own batch and gradients are averaged. Parameters of lower precision
+    are updated through float32 masters.
     """
 
     def __init__(self, folder: Path, stage: str, modules, parameters, steps: int, peak: float, decay: float = 0.05):
@@ -48,8 +49,11 @@ class Run:
         self.path, self.log_path = folder / f"{stage}.pt", folder / "log.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
         self.parameters = [p for p in parameters if p.requires_grad]
-        matrices = [p for p in self.parameters if p.ndim > 1]
-        others = [p for p in self.parameters if p.ndim <= 1]
+        self.masters = [
+            p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in self.parameters
+        ]
+        matrices = [p for p in self.masters if p.ndim > 1]
+        others = [p for p in self.masters if p.ndim <= 1]
         groups = [{"params": matrices, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95))
         self.step, self.seconds = 0, 0.0
@@ -57,6 +61,8 @@ class Run:
         if self.path.exists():
             state = torch.load(self.path, weights_only=True)
             self.modules.load_state_dict(state["modules"])
+            for master, loaded in zip(self.masters, self._named(state["modules"])):
+                master.data.copy_(loaded)
             self.step, self.seconds = state["step"], state["seconds"]
             if not self.done:
                 self.optimizer.load_state_dict(state["optimizer"])
@@ -68,50 +74,60 @@ class Run:
     def update(self, loss: torch.Tensor, clip: float = 1.0) -> float:
         """Backward and one optimizer step; returns the gradient norm before clipping."""
         loss.backward()
-        if self.processes > 1:
-            self._average_gradients()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, clip)
+        self._collect_gradients()
+        norm = torch.nn.utils.clip_grad_norm_(self.masters, clip)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.steps, self.peak)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for parameter, master in zip(self.parameters, self.masters):
+            if parameter is not master:
+                parameter.data.copy_(master)
+            parameter.grad = None
         self.step += 1
         return float(norm)
 
-    def _average_gradients(self) -> None:
-        for parameter in self.parameters:
-            if parameter.grad is None:  # unused on this rank, perhaps not on another
-                parameter.grad = torch.zeros_like(parameter)
-        flat = torch.cat([parameter.grad.flatten() for parameter in self.parameters])
-        dist.all_reduce(flat)
-        flat /= self.processes
-        for parameter, gradient in zip(self.parameters, flat.split([p.numel() for p in self.parameters])):
-            parameter.grad.copy_(gradient.view_as(parameter))
+    def _collect_gradients(self) -> None:
+        """Float32 gradients of the masters, averaged over processes."""
+        zero = lambda p: torch.zeros_like(p) if p.grad is None else p.grad  # noqa: E731, unused on this rank alone
+        flat = torch.cat([zero(parameter).flatten().float() for parameter in self.parameters])
+        if self.processes > 1:
+            dist.all_reduce(flat)
+            flat /= self.processes
+        for master, gradient in zip(self.masters, flat.split([p.numel() for p in self.masters])):
+            master.grad = gradient.view_as(master)
+
+    def _named(self, state: dict) -> list[torch.Tensor]:
+        """The entries of a state dict that belong to `parameters`, in their order."""
+        names = {id(parameter): name for name, parameter in self.modules.named_parameters()}
+        return [state[names[id(parameter)]] for parameter in self.parameters]
 
     def save(self) -> None:
         if self.rank != 0:
             return
+        modules = self.modules.state_dict()
+        names = {id(parameter): name for name, parameter in self.modules.named_parameters()}
+        modules |= {names[id(p)]: master.detach() for p, master in zip(self.parameters, self.masters)}
         optimizer = {} if self.done else self.optimizer.state_dict()
-        state = {"modules": self.modules.state_dict(), "optimizer": optimizer, "step": self.step}
+        state = {"modules": modules, "optimizer": optimizer, "step": self.step}
         save_atomically({**state, "seconds": self.seconds}, self.path)
 
     def train(self, step_fn, log_every: int = 50, save_every: int = 500) -> None:
         """Run `step_fn(step) -> dict of floats` to the last step, logging means and saving on the way."""
-        started, sums, since = time.perf_counter() - self.seconds, {}, 0
+        started, sums, counts = time.perf_counter() - self.seconds, {}, {}
         while not self.done:
             # fused attention has a slow backward at these lengths on a CPU
             with sdpa_kernel(SDPBackend.MATH):
                 row = step_fn(self.step)
             for name, value in row.items():
                 sums[name] = sums.get(name, 0.0) + value
-            since += 1
+                counts[name] = counts.get(name, 0) + 1
             self.seconds = time.perf_counter() - started
             if self.rank == 0 and (self.step % log_every == 0 or self.done):
                 row = {"stage": self.stage, "step": self.step, "seconds": round(self.seconds, 1)}
-                row |= {name: round(value / since, 4) for name, value in sums.items()}
+                row |= {name: round(value / counts[name], 4) for name, value in sums.items()}
                 with open(self.log_path, "a") as file:
                     file.write(json.dumps(row) + "\n")
                 print(json.dumps(row), flush=True)
-                sums, since = {}, 0
+                sums, counts = {}, {}
             if self.step % save_every == 0 or self.done:
                 self.save()

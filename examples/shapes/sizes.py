@@ -55,14 +55,14 @@ def vq_config(decoder_blocks: int) -> NextFlowVQConfig:
 
 
 def nextflow_config(text_tokenizer: PreTrainedTokenizerFast, vq: NextFlowVQConfig) -> NextFlowConfig:
-    """The transformer: 8 layers of width 256."""
+    """The transformer: 6 layers of width 256."""
     ids = {name: text_tokenizer.convert_tokens_to_ids(token) for name, token in SPECIAL_IDS.items()}
     return NextFlowConfig(
         text_config={
             "vocab_size": 512,
             "hidden_size": 256,
             "intermediate_size": 704,
-            "num_hidden_layers": 8,
+            "num_hidden_layers": 6,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "max_position_embeddings": 4096,

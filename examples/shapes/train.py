@@ -1,6 +1,7 @@
-"""Train the shapes checkpoint from nothing: `python -m examples.shapes.train --output runs/shapes`.
+"""Train the shapes checkpoint from nothing: `torchrun --nproc-per-node 2 -m examples.shapes.train --output runs/shapes`.
 
-Stages run in order and each resumes from its last checkpoint, so the same command continues a stopped run.
+Stages run in order and each resumes from its last checkpoint, so the same command continues a stopped run. One process
+works too; two with `OMP_NUM_THREADS=1` use two cores best.
 """
 
 import argparse
@@ -8,8 +9,9 @@ from pathlib import Path
 
 from .text import train_text_tokenizer
 from .tokenizer import train_decoder, train_joint, train_pixel, train_teacher
+from .transformer import train_transformer
 
-STAGES = ("pixel", "teacher", "joint", "decoder", "transformer")
+STAGES = ("pixel", "teacher", "joint", "transformer", "decoder")
 
 
 def main() -> None:
@@ -17,15 +19,18 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/shapes"), help="folder of checkpoints and log")
     parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="last stage to run")
     arguments = parser.parse_args()
-    last = STAGES.index(arguments.until)
+    last, folder = STAGES.index(arguments.until), arguments.output
 
-    vq_model = train_pixel(arguments.output)
+    text_tokenizer = train_text_tokenizer()
+    vq_model = train_pixel(folder)
     if last >= 1:
-        teacher = train_teacher(arguments.output, train_text_tokenizer())
+        teacher = train_teacher(folder, text_tokenizer)
     if last >= 2:
-        vq_model = train_joint(arguments.output, vq_model, teacher)
+        vq_model = train_joint(folder, vq_model, teacher)
     if last >= 3:
-        vq_model = train_decoder(arguments.output, vq_model)
+        train_transformer(folder, text_tokenizer, vq_model)
+    if last >= 4:  # the codes do not depend on it
+        train_decoder(folder, vq_model)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The console command `transformers-nextflow`.
 
 Each subcommand is one function of the parsed arguments and one that adds its parser; `SUBCOMMANDS` lists the latter.
-Libraries are imported where a subcommand needs them, so that `--help` is immediate.
+Libraries are imported where a subcommand needs them.
 """
 
 import argparse

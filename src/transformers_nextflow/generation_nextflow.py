@@ -191,12 +191,12 @@ class NextFlowGenerationMixin(GenerationMixin):
             return schedules.by_aspect_ratio(aspect_ratio or defaults["aspect_ratio"], level or defaults["level"])
         if height is None or width is None or aspect_ratio is not None or level is not None:
             raise ValueError(
-                f"give aspect_ratio and level, or else height and width: {aspect_ratio=}, {level=}, {height=}, {width=}"
+                f"give aspect_ratio and level, or height and width: {aspect_ratio=}, {level=}, {height=}, {width=}"
             )
         return schedules.by_size(height, width)
 
     def _check_open(self, input_ids: torch.Tensor) -> None:
-        if input_ids.ndim != 2 or input_ids.shape[1] == 0 or bool((input_ids[:, -1] != self.config.boi_token_id).any()):
+        if input_ids.ndim != 2 or input_ids.shape[1] == 0 or (input_ids[:, -1] != self.config.boi_token_id).any():
             raise ValueError(
                 f"every prompt of an image must end in <boi> (id {self.config.boi_token_id}) and be padded on the left"
             )

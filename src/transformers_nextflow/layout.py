@@ -134,7 +134,7 @@ def build_layout(
 
     if image_grid_hw is not None:
         starts = (ids == boi_token_id).nonzero().tolist()
-        grids = image_grid_hw.tolist() if isinstance(image_grid_hw, torch.Tensor) else [tuple(g) for g in image_grid_hw]
+        grids = image_grid_hw.tolist() if isinstance(image_grid_hw, torch.Tensor) else list(map(tuple, image_grid_hw))
         if len(starts) != len(grids):
             raise ValueError(f"input_ids hold {len(starts)} images (<boi> tokens), image_grid_hw has {len(grids)}")
         placeholders = ids == image_token_id
@@ -173,9 +173,7 @@ def build_layout(
     in_block_BL = block_BL >= 0
     rows = [counter_BL, *(torch.where(in_block_BL, cells, counter_BL) for cells in cells_2BL)]
     to = input_ids.device
-    return SequenceLayout(
-        torch.stack(rows).to(to), scale_BL.to(to), scales_BL.to(to), block_BL.to(to), images
-    )
+    return SequenceLayout(torch.stack(rows).to(to), scale_BL.to(to), scales_BL.to(to), block_BL.to(to), images)
 
 
 def _read_span(ids, placeholders, row: int, start: int, schedule: ScaleSchedule, eoi_token_id: int) -> ImageSpan:

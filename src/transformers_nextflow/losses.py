@@ -1,4 +1,4 @@
-"""Targets, weights, and the weighted cross-entropy over the joint softmax of text and code rows (NextFlow sec. 2.2, eq. 2).
+"""Targets, weights, weighted cross-entropy over the joint softmax of text and code rows (NextFlow sec. 2.2, eq. 2).
 
 Shape suffixes: B batch, L sequence, N supervised positions, D hidden, V all rows (text, then codes).
 """

@@ -149,7 +149,9 @@ class NextFlowModel(NextFlowPreTrainedModel):
             document_ids=document_ids,
         )
 
-    def next_scale_inputs(self, codes: torch.Tensor, schedule: ScaleSchedule, last_scale: bool = False) -> torch.Tensor:
+    def next_scale_inputs(
+        self, codes: torch.Tensor, schedule: ScaleSchedule, last_scale: bool = False
+    ) -> torch.Tensor:
         """(N, codes of at least scales 1..K-1) -> (N, l, D): what the blocks of scales 2..K hold, before their scale
         embeddings; with `last_scale` the codes of scale K too, on their own grid."""
         entries = self.code_embeddings(codes)
@@ -386,15 +388,11 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
             if shift_labels is None:
                 shift_labels = shift_labels_of(labels, layout, self.config.boi_token_id, document_ids)
             alpha = self.config.scale_loss_alpha
-            targets_BL, weights_BL = fill_code_targets(
-                shift_labels, layout, codes, self.config.text_vocab_size, alpha
-            )
+            targets_BL, weights_BL = fill_code_targets(shift_labels, layout, codes, self.config.text_vocab_size, alpha)
             if loss_weights is not None:
                 weights_BL = loss_weights.masked_fill(targets_BL == IGNORE, 0.0)
             at = targets_BL != IGNORE
-            losses_N = joint_cross_entropy(
-                hidden_BLD[at], self.lm_head.weight, self.code_head.weight, targets_BL[at]
-            )
+            losses_N = joint_cross_entropy(hidden_BLD[at], self.lm_head.weight, self.code_head.weight, targets_BL[at])
             normaliser = weights_BL.sum() if num_items_in_batch is None else num_items_in_batch
             loss = (losses_N * weights_BL[at]).sum() / normaliser
             token_losses_BL = torch.zeros_like(weights_BL).masked_scatter(at, losses_N.detach())

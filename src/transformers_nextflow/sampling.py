@@ -99,7 +99,7 @@ class RowGenerators:
             raise ValueError("give either seed or generator, not both")
         if isinstance(generator, Sequence):
             if len(generator) != rows:
-                raise ValueError(f"a list of generators needs one for each of the {rows} pictures, got {len(generator)}")
+                raise ValueError(f"a list of generators needs one for each of {rows} pictures, got {len(generator)}")
             return cls(list(generator))
         if seed is not None:
             seeds = list(seed) if isinstance(seed, Sequence) else [seed] * num_prompts

@@ -1,0 +1,59 @@
+"""Put the trained parts together: `python -m examples.shapes.assemble RUN OUTPUT` writes a checkpoint to load."""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowImageProcessor, NextFlowProcessor
+from transformers_nextflow.modeling_nextflow_vq import NextFlowVQModel
+
+from .sizes import LEVELS, PATCH_SIZE, SCHEDULES, vq_config
+from .text import train_text_tokenizer
+from .tokenizer import enlarge_decoder
+from .transformer import new_model, trained_parts
+
+IMAGE_GENERATION = {"guidance_scale": 3.0, "top_k": 0, "top_p": 1.0, "temperature": 1.0}
+
+
+def load_vq_model(folder: Path) -> NextFlowVQModel:
+    """The tokenizer of a run, with the enlarged decoder if its stage has begun."""
+    model = NextFlowVQModel(vq_config(decoder_blocks=1))
+    model.load_state_dict(torch.load(folder / "joint.pt", weights_only=True)["modules"])
+    if (folder / "decoder.pt").exists():
+        model = enlarge_decoder(model)
+        model.pixel_decoder.load_state_dict(torch.load(folder / "decoder.pt", weights_only=True)["modules"])
+    return model.eval()
+
+
+def assemble(folder: Path) -> tuple[NextFlowForConditionalGeneration, NextFlowProcessor]:
+    """Model and processor of a run's last checkpoints, in float32."""
+    tokenizer = train_text_tokenizer()
+    model = new_model(tokenizer, load_vq_model(folder))
+    trained_parts(model).load_state_dict(torch.load(folder / "transformer.pt", weights_only=True)["modules"])
+    model.config.image_generation |= IMAGE_GENERATION
+    image_processor = NextFlowImageProcessor(patch_size=PATCH_SIZE, scale_schedules=SCHEDULES, levels=LEVELS)
+    processor = NextFlowProcessor(image_processor, tokenizer, condition_last_scale=model.config.condition_last_scale)
+    return model.eval(), processor
+
+
+def save(model: NextFlowForConditionalGeneration, processor: NextFlowProcessor, output: Path) -> None:
+    """The transformer is stored in bfloat16, the tokenizer in float32; both load as float32."""
+    for part in trained_parts(model).values():
+        if part is not model.model.code_embeddings:
+            part.bfloat16()
+    model.config.dtype = "float32"
+    model.save_pretrained(output)
+    processor.save_pretrained(output)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, help="folder that examples.shapes.train wrote")
+    parser.add_argument("output", type=Path, help="folder of the checkpoint")
+    arguments = parser.parse_args()
+    save(*assemble(arguments.run), arguments.output)
+
+
+if __name__ == "__main__":
+    main()
