@@ -3,6 +3,7 @@
 Shape suffixes: B rows, l codes of one scale, V codebook size.
 """
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -74,6 +75,11 @@ def sample(
     return kept.indices.gather(-1, slot[..., None]).squeeze(-1)
 
 
+def _image_seed(seed: int, index: int) -> int:
+    """The seed of a prompt's `index`-th image. torch's CPU generator reads the lowest 32 bits of a seed alone."""
+    return seed if index == 0 else random.Random(f"{seed} {index}").getrandbits(32)
+
+
 class RowGenerators:
     """One random stream for each row, so that a row draws the same in any batch."""
 
@@ -105,7 +111,7 @@ class RowGenerators:
             seeds = list(seed) if isinstance(seed, Sequence) else [seed] * num_prompts
             if len(seeds) != num_prompts:
                 raise ValueError(f"a list of seeds needs one for each of the {num_prompts} prompts, got {len(seeds)}")
-            row_seeds = [prompt + (index << 32) for prompt in seeds for index in range(images_per_prompt)]
+            row_seeds = [_image_seed(seed, index) for seed in seeds for index in range(images_per_prompt)]
         else:
             device = generator.device if generator is not None else "cpu"
             row_seeds = torch.randint(2**62, (rows,), generator=generator, device=device).tolist()
