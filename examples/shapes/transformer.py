@@ -16,7 +16,7 @@ from .loop import Run, save_atomically, world
 from .sizes import nextflow_config
 from .world import Scene, render
 
-CORRECTION = SelfCorrection(token_share=(0.0, 0.6), top_k=4)
+CORRECTION = SelfCorrection(probability=0.5, token_share=(0.0, 0.6), top_k=4)
 VARIANTS = 2  # self-corrected encodings of each target picture
 PICTURES, EDITS = 40_000, 16_000
 BATCH_TOKENS = 4_000  # of each process
