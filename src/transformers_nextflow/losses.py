@@ -12,15 +12,21 @@ IGNORE = -100
 
 
 def shift_labels_of(
-    labels: torch.Tensor, layout: SequenceLayout, boi_token_id: int, document_ids: torch.Tensor | None = None
+    labels: torch.Tensor,
+    layout: SequenceLayout,
+    boi_token_id: int,
+    valid: torch.Tensor | None = None,
+    document_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """(B, L) labels the Hugging Face way -> (B, L) targets aligned with the outputs.
 
     Text targets move one to the left. At `<boi>` and `<image>` slots the value stays a marker (anything but -100:
     supervise), because scales do not shift; the token before a supervised `<boi>` predicts `<boi>`; `<eoi>` is never a
-    target. Nothing is predicted across documents.
+    target. Nothing is predicted across documents, nor from padding (where `valid` is 0).
     """
     shifted_BL = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+    if valid is not None:
+        shifted_BL = shifted_BL.masked_fill(valid == 0, IGNORE)
     if document_ids is not None:
         crosses = document_ids != F.pad(document_ids[:, 1:], (0, 1), value=-1)
         shifted_BL = shifted_BL.masked_fill(crosses, IGNORE)

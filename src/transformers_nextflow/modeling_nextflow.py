@@ -37,12 +37,12 @@ class NextFlowRotaryEmbedding(Qwen2_5_VLRotaryEmbedding):
     """Qwen's rotary embedding whose frequencies stay float32 when the model is cast."""
 
     def _apply(self, fn, recurse=True):
+        kept = {name: getattr(self, name) for name in ("inv_freq", "original_inv_freq")}
         super()._apply(fn, recurse)
-        if self.inv_freq.dtype != torch.float32:
-            device = self.inv_freq.device
-            inv_freq, _ = self.compute_default_rope_parameters(self.config)
-            self.inv_freq = inv_freq.to(device)
-            self.original_inv_freq = inv_freq.to(device, copy=True)
+        for name, frequencies in kept.items():
+            cast = getattr(self, name)
+            if cast.dtype != frequencies.dtype:
+                setattr(self, name, frequencies.to(cast.device))
         return self
 
 
@@ -82,6 +82,17 @@ class NextFlowPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.base_model.vq_model.requires_grad_(False)  # loading replaces parameters and thaws them
+        return loaded
+
+    def _initialize_weights(self, module, is_custom_code=False):
+        # transformers skips out-of-tree modules without parameters of their own, which `_init_weights` is for
+        super()._initialize_weights(module)
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -386,7 +397,9 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
         loss = token_losses_BL = None
         if supervised:
             if shift_labels is None:
-                shift_labels = shift_labels_of(labels, layout, self.config.boi_token_id, document_ids)
+                shift_labels = shift_labels_of(
+                    labels, layout, self.config.boi_token_id, valid=attention_mask, document_ids=document_ids
+                )
             alpha = self.config.scale_loss_alpha
             targets_BL, weights_BL = fill_code_targets(shift_labels, layout, codes, self.config.text_vocab_size, alpha)
             if loss_weights is not None:
