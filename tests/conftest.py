@@ -37,10 +37,7 @@ def tiny_config(text_tokenizer) -> NextFlowConfig:
 @pytest.fixture(scope="session")
 def tiny_model(text_tokenizer) -> NextFlowForConditionalGeneration:
     torch.manual_seed(0)
-    model = NextFlowForConditionalGeneration(build_config(text_tokenizer)).eval()
-    model.generation_config.eos_token_id = text_tokenizer.eos_token_id
-    model.generation_config.pad_token_id = text_tokenizer.pad_token_id
-    return model
+    return NextFlowForConditionalGeneration(build_config(text_tokenizer)).eval()
 
 
 @pytest.fixture(scope="session")
@@ -70,6 +67,9 @@ def build_config(tokenizer) -> NextFlowConfig:
             "num_key_value_heads": 1,
             "max_position_embeddings": 4096,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+            "bos_token_id": None,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
         },
         vq_config={
             "semantic_config": {

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoProcessor
+from transformers import AutoProcessor, pipeline
 
 from transformers_nextflow import NextFlowProcessor
 
@@ -256,3 +256,21 @@ def test_picture_to_text(tiny_processor, tiny_model):
     assert text.startswith("user\ndescribe\nassistant\n")
     (raw,) = tiny_processor.post_process_multimodal_output(output, skip_special_tokens=False)
     assert raw.startswith("<|im_start|>user\n<|vision_start|>")
+
+
+def test_pipeline_reads_pictures(tiny_processor, tiny_model):
+    chat = [user(picture(), "describe")]
+    describe = pipeline("image-text-to-text", model=tiny_model, processor=tiny_processor)
+    settings = {"max_new_tokens": 5, "do_sample": False}
+    (answer,) = describe(chat, return_full_text=False, generate_kwargs=settings)
+    inputs = tiny_processor.apply_chat_template(chat)
+    output = tiny_model.generate(**inputs, **settings)[:, inputs["input_ids"].shape[1] :]
+    assert [answer["generated_text"]] == tiny_processor.post_process_multimodal_output(output)
+
+
+def test_chat_ids_are_those_of_its_pieces(tiny_processor):
+    """Training may build a prompt piece by piece."""
+    encode = tiny_processor.tokenizer.encode
+    pieces = ["<|im_start|>user\n", expanded(PICTURE, 13), "make it blue", "<|im_end|>\n<|im_start|>assistant\n"]
+    ids = tiny_processor.apply_chat_template([user(picture(), "make it blue")])["input_ids"][0].tolist()
+    assert ids == sum(map(encode, pieces), [])
