@@ -30,7 +30,7 @@ from .loop import Run
 from .sizes import PATCH_SIZE, TEACHER_TEXT, TEACHER_VISION, vq_config
 from .world import render, sample_scene
 
-STEPS = {"teacher": 600, "pixel": 1500, "joint": 2400, "decoder": 2500}
+STEPS = {"teacher": 600, "pixel": 1500, "joint": 2400, "decoder": 700}
 BATCH = 64  # pictures of a step, over all processes
 PHOTO_SHARE = 0.12
 COMMITMENT = 0.25
