@@ -215,14 +215,12 @@ def test_who_sees_whom_in_packed_documents(one_layer):
 
 def test_who_sees_whom_in_packed_text(one_layer):
     documents = [0, 0, 0, 1, 1]
-    changes = influence(
-        one_layer, input_ids=torch.tensor([[5, 6, 7, 8, 9]]), document_ids=torch.tensor([documents])
-    )[0].T
-    assert torch.equal(changes, rule(documents, [-1] * 5))
+    inputs = {"input_ids": torch.tensor([[5, 6, 7, 8, 9]]), "document_ids": torch.tensor([documents])}
+    assert torch.equal(influence(one_layer, **inputs)[0].T, rule(documents, [-1] * 5))
 
 
 def test_who_sees_whom_with_the_last_scale(one_layer):
-    inputs = batch_of(one_layer, [A, Picture(SQUARE), OK], last_scale=True)
+    inputs = batch_of(one_layer, [A, Picture(SQUARE, last_scale=True), OK])
     blocks = [-1, *BLOCKS_SQUARE[:-1], *[4] * 9, -1, -1]
     assert torch.equal(influence(one_layer, **inputs)[0].T, rule([0] * 26, blocks))
 

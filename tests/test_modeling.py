@@ -203,7 +203,7 @@ def test_a_batch_of_mixed_grids_is_each_row_alone(model):
 
 def test_the_last_codes_are_read_only_with_the_last_scale(model):
     for last_scale in (False, True):
-        inputs = batch_of(model, [10, Picture(SQUARE), 11], last_scale=last_scale)
+        inputs = batch_of(model, [10, Picture(SQUARE, last_scale=last_scale), 11])
         changed = inputs | {"image_codes": inputs["image_codes"].clone()}
         changed["image_codes"][-1] = (changed["image_codes"][-1] + 1) % CODES
         with torch.no_grad():
@@ -296,17 +296,13 @@ def test_packed_documents_are_each_alone(trainable, order):
     """Logits and the gradients of every parameter, with self-corrected inputs; padding at the end."""
 
     def of(*documents):
-        inputs = batch_of(trainable, [part for document in documents for part in document])
-        pictures = [part for document in documents for part in document if isinstance(part, Picture)]
-        if pictures:
-            inputs["image_input_codes"] = torch.cat(
-                [codes_of(trainable, Picture(grid, 100 + seed)) for grid, seed in pictures]
-            )
-            coarse = [trainable.model.schedules.by_grid(picture.grid) for picture in pictures]
-            chunks = inputs["image_input_codes"].split([schedule.num_codes for schedule in coarse])
-            kept = [chunk[: -schedule.lengths[-1]] for chunk, schedule in zip(chunks, coarse)]
-            inputs["image_input_codes"] = torch.cat(kept)
-        return inputs
+        parts = [part for document in documents for part in document]
+        inputs = batch_of(trainable, parts)
+        corrected = []
+        for picture in filter(lambda part: isinstance(part, Picture), parts):
+            coarse = trainable.model.schedules.by_grid(picture.grid).offsets[-1]
+            corrected.append(codes_of(trainable, Picture(picture.grid, 100 + picture.seed))[:coarse])
+        return inputs | ({"image_input_codes": torch.cat(corrected)} if corrected else {})
 
     logits, losses = [], []
     for index in order:
@@ -440,7 +436,7 @@ def test_an_image_is_supervised_whole_or_not_at_all(model, index):
 
 
 def test_an_image_with_its_last_scale_cannot_be_supervised(model):
-    inputs = batch_of(model, [10, Picture(WIDE), 11], last_scale=True)
+    inputs = batch_of(model, [10, Picture(WIDE, last_scale=True), 11])
     with pytest.raises(ValueError, match="carries its last scale as input cannot be supervised"):
         model(**inputs, labels=inputs["input_ids"])
 

@@ -14,10 +14,12 @@ PATCH = 4
 
 
 class Picture(NamedTuple):
-    """A whole image of a prompt, with codes of its own seed."""
+    """A whole image of a sequence, with random codes of its own seed unless `codes` are given."""
 
     grid: tuple[int, int]
     seed: int = 0
+    last_scale: bool = False
+    codes: torch.Tensor | None = None
 
 
 def tiny_config(text: dict | None = None, vq: dict | None = None, **overrides) -> NextFlowConfig:
@@ -83,11 +85,13 @@ def tiny_model(config: NextFlowConfig | None = None, seed: int = 0) -> NextFlowF
 
 
 def codes_of(model, picture: Picture) -> torch.Tensor:
+    if picture.codes is not None:
+        return picture.codes
     generator = torch.Generator().manual_seed(picture.seed)
     return torch.randint(CODES, (model.model.schedules.by_grid(picture.grid).num_codes,), generator=generator)
 
 
-def batch_of(model, *rows, last_scale: bool = False) -> dict:
+def batch_of(model, *rows) -> dict:
     """Rows of text ids and pictures to the model's inputs, padded on the left. A row may end in `BOI`."""
     pictures = [part for row in rows for part in row if isinstance(part, Picture)]
     ids = []
@@ -96,7 +100,7 @@ def batch_of(model, *rows, last_scale: bool = False) -> dict:
         for part in row:
             if isinstance(part, Picture):
                 schedule = model.model.schedules.by_grid(part.grid)
-                slots = schedule.num_codes - 1 + (schedule.lengths[-1] if last_scale else 0)
+                slots = schedule.num_codes - 1 + (schedule.lengths[-1] if part.last_scale else 0)
                 ids[-1] += [BOI, *[IMAGE] * slots, EOI]
             else:
                 ids[-1].append(part)

@@ -107,7 +107,7 @@ class NextFlowGenerationMixin(GenerationMixin):
         pick = lambda name, value: defaults[name] if value is None else value  # noqa: E731
         guidance_S = per_scale("guidance_scale", pick("guidance_scale", guidance_scale), len(schedule), 0.0)
         temperature_S = per_scale("temperature", pick("temperature", temperature), len(schedule), 0.0)
-        top_k_S = per_scale("top_k", pick("top_k", top_k), len(schedule), 0)
+        top_k_S = per_scale("top_k", pick("top_k", top_k), len(schedule), 0, whole=True)
         top_p_S = per_scale("top_p", pick("top_p", top_p), len(schedule), 1e-6, 1.0)
         guided = any(value != 1.0 for value in guidance_S)
         batch = len(input_ids)
@@ -210,6 +210,13 @@ class NextFlowGenerationMixin(GenerationMixin):
         ]
         if len(ids[0]) != len(ids[1]):
             raise ValueError(f"negative_input_ids must have {len(ids[0])} rows, got {len(ids[1])}")
+        images, null_images = (
+            ((rows == self.config.boi_token_id) & mask.bool()).sum(dim=1).tolist() for rows, mask in zip(ids, masks)
+        )
+        if images != null_images:
+            raise ValueError(
+                f"null prompts must hold the images of their prompts, got {null_images} <boi> tokens for {images}"
+            )
         length = max(rows.shape[1] for rows in ids)
         pad = lambda rows: torch.nn.functional.pad(rows, (length - rows.shape[1], 0))  # noqa: E731
         return {"input_ids": torch.cat(list(map(pad, ids))), "attention_mask": torch.cat(list(map(pad, masks)))}
@@ -228,9 +235,8 @@ class NextFlowGenerationMixin(GenerationMixin):
         row is padded."""
         if attention_mask is not None and bool(attention_mask.all()):
             attention_mask = None
-        closed = (input_ids == self.config.boi_token_id).sum(dim=1) - 1
-        if attention_mask is not None:
-            closed = ((input_ids == self.config.boi_token_id) & attention_mask.bool()).sum(dim=1) - 1
+        opened = input_ids == self.config.boi_token_id
+        closed = (opened if attention_mask is None else opened & attention_mask.bool()).sum(dim=1) - 1
         given = [] if image_grid_hw is None else torch.as_tensor(image_grid_hw).tolist()
         if int(closed.sum()) != len(given) * copies:
             raise ValueError(
@@ -241,14 +247,13 @@ class NextFlowGenerationMixin(GenerationMixin):
             grids += unread[:count] + [list(schedule.final_grid)]
             unread = unread[count:]
         layout = self.model.lay_out(input_ids, grids, attention_mask)
-        if given:
-            half = self.model.lay_out(input_ids[: len(input_ids) // copies], grids[: len(grids) // copies])
-            image_codes = torch.cat(self.model.image_codes_of(half, pixel_values, image_codes)).repeat(copies)
+        half = self.model.lay_out(input_ids[: len(input_ids) // copies], grids[: len(grids) // copies])
+        codes = self.model.image_codes_of(half, pixel_values, image_codes)
         cache = DynamicCache(config=self.config.text_config)
         hidden_RLD = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            image_codes=image_codes if given else None,
+            image_codes=torch.cat(codes).repeat(copies) if codes else None,
             layout=layout,
             past_key_values=cache,
             use_cache=True,
@@ -287,6 +292,31 @@ class NextFlowGenerationMixin(GenerationMixin):
             return positions[None].expand(3, *positions.shape)
         layout = self.model.lay_out(input_ids, model_kwargs["image_grid_hw"], model_kwargs.get("attention_mask"))
         return layout.position_ids
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids=None, **model_kwargs
+    ):
+        """Rows repeat for beams and several answers; of the flat tensors of images, each row's own do."""
+        grids = model_kwargs.get("image_grid_hw")
+        if expand_size == 1 or grids is None:
+            return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
+        images = self.model.lay_out(input_ids, grids, model_kwargs.get("attention_mask")).images
+        of_row = [[index for index, image in enumerate(images) if image.row == row] for row in range(len(input_ids))]
+        order = [index for indices in of_row for _ in range(expand_size) for index in indices]
+        lengths = {
+            "image_grid_hw": lambda image: 1,
+            "pixel_values": lambda image: 0 if image.is_open else image.schedule.lengths[-1],
+            "image_codes": lambda image: 0 if image.is_open else image.schedule.num_codes,
+            "image_input_codes": lambda image: 0 if image.is_open else image.schedule.offsets[-1],
+        }
+        flat = {name: model_kwargs.pop(name) for name in lengths if model_kwargs.get(name) is not None}
+        for name, rows in flat.items():
+            parts = rows.split([lengths[name](image) for image in images])
+            flat[name] = torch.cat([parts[index] for index in order])
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        )
+        return input_ids, model_kwargs | flat
 
     def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):
         inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)

@@ -3,9 +3,10 @@
 Shape suffixes: B rows, l codes of one scale, V codebook size.
 """
 
-import random
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf, isfinite
 
 import torch
 
@@ -25,14 +26,19 @@ class LinearRamp:
 PerScale = float | int | Sequence[float] | LinearRamp
 
 
-def per_scale(name: str, value: PerScale, num_scales: int, low: float, high: float = float("inf")) -> list[float]:
-    """One value for each scale from a constant, a list or a ramp.
+def per_scale(
+    name: str, value: PerScale, num_scales: int, low: float, high: float = inf, whole: bool = False
+) -> list[float]:
+    """One value for each scale from a constant, a list or a ramp; with `whole` a ramp takes the nearest integers.
 
     Raises:
-        ValueError: if a list has another length, or a value lies outside [low, high] (NaN does).
+        ValueError: if a list has another length, or a value lies outside [low, high], is not finite, or with `whole`
+            is no integer.
     """
     if isinstance(value, LinearRamp):
         values = value.over(num_scales)
+        if whole and all(map(isfinite, values)):
+            values = list(map(round, values))
     elif isinstance(value, Sequence) and not isinstance(value, str):
         values = list(value)
         if len(values) != num_scales:
@@ -40,8 +46,10 @@ def per_scale(name: str, value: PerScale, num_scales: int, low: float, high: flo
     else:
         values = [value] * num_scales
     for entry in values:
-        if not isinstance(entry, (int, float)) or not low <= entry <= high:
-            raise ValueError(f"{name} must lie in [{low}, {high}], got {entry!r}")
+        if not isinstance(entry, int if whole else (int, float)) or not isfinite(entry) or not low <= entry <= high:
+            kind = "an integer" if whole else "a number"
+            limits = f"of at least {low}" if high == inf else f"in [{low}, {high}]"
+            raise ValueError(f"{name} must be {kind} {limits}, got {entry!r}")
     return values
 
 
@@ -70,14 +78,10 @@ def sample(
     probabilities = kept.values.softmax(dim=-1)
     cumulative = probabilities.cumsum(dim=-1)
     # the code that reaches top_p still belongs to the set
-    mass = torch.where(cumulative - probabilities < top_p, probabilities, 0).sum(dim=-1)
-    slot = (cumulative <= (uniform_Bl * mass)[..., None]).sum(dim=-1).clamp(max=num_kept - 1)
-    return kept.indices.gather(-1, slot[..., None]).squeeze(-1)
-
-
-def _image_seed(seed: int, index: int) -> int:
-    """The seed of a prompt's `index`-th image. torch's CPU generator reads the lowest 32 bits of a seed alone."""
-    return seed if index == 0 else random.Random(f"{seed} {index}").getrandbits(32)
+    last = (cumulative - probabilities < top_p).sum(dim=-1, keepdim=True) - 1
+    mass = cumulative.gather(-1, last)
+    slot = (cumulative <= uniform_Bl[..., None] * mass).sum(dim=-1, keepdim=True).minimum(last)
+    return kept.indices.gather(-1, slot).squeeze(-1)
 
 
 class RowGenerators:
@@ -96,9 +100,9 @@ class RowGenerators:
     ) -> "RowGenerators":
         """Streams for prompts x images, prompt by prompt.
 
-        A number as `seed` serves every prompt, a list has one for each; the n-th image of a prompt draws from
-        (seed, n), whatever the other rows are. A list of generators has one for each row; a single one, or without
-        either torch's global one, gives every row its seed.
+        A number as `seed` serves every prompt, a list has one for each; the first image of a prompt draws from the
+        seed, the n-th from (seed, n), whatever the other rows are. A list of generators has one for each row; a single
+        one, or without either torch's global one, gives every row its seed.
         """
         rows = num_prompts * images_per_prompt
         if seed is not None and generator is not None:
@@ -111,13 +115,20 @@ class RowGenerators:
             seeds = list(seed) if isinstance(seed, Sequence) else [seed] * num_prompts
             if len(seeds) != num_prompts:
                 raise ValueError(f"a list of seeds needs one for each of the {num_prompts} prompts, got {len(seeds)}")
-            row_seeds = [_image_seed(seed, index) for seed in seeds for index in range(images_per_prompt)]
+            row_seeds = [_image_seed(prompt, index) for prompt in seeds for index in range(images_per_prompt)]
         else:
             device = generator.device if generator is not None else "cpu"
-            row_seeds = torch.randint(2**62, (rows,), generator=generator, device=device).tolist()
+            row_seeds = torch.randint(2**32, (rows,), generator=generator, device=device).tolist()
         return cls([torch.Generator().manual_seed(row_seed) for row_seed in row_seeds])
 
     def uniform(self, length: int, device: torch.device) -> torch.Tensor:
         """(rows, length) in [0, 1), the next numbers of every row."""
         draws = [torch.rand(length, generator=generator, device=generator.device) for generator in self.generators]
         return torch.stack([draw.to(device) for draw in draws])
+
+
+def _image_seed(seed: int, index: int) -> int:
+    """The seed of a prompt's image `index`; torch's CPU generator reads 32 bits of it."""
+    if index == 0:
+        return seed
+    return int.from_bytes(hashlib.sha256(f"{seed} {index}".encode()).digest()[:4], "big")

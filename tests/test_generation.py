@@ -1,0 +1,485 @@
+"""`generate`: text as Qwen2.5-VL writes it, images scale by scale over a cache."""
+
+import pytest
+import torch
+from test_modeling import qwen_of
+from tiny_models import (
+    BOI,
+    CODES,
+    EOS,
+    IMAGE,
+    PAD,
+    PATCH,
+    SQUARE,
+    TEXT_ROWS,
+    WIDE,
+    Picture,
+    batch_of,
+    relative,
+    tiny_config,
+    tiny_model,
+)
+
+from transformers_nextflow import LinearRamp, NextFlowImageOutput
+from transformers_nextflow.modeling_nextflow_vq import patchify
+from transformers_nextflow.sampling import RowGenerators, guide, per_scale, sample
+
+RATIOS = {SQUARE: "1:1", WIDE: "2:1"}
+GRIDS = pytest.mark.parametrize("grid", [SQUARE, WIDE], ids=["square", "wide"])
+PROMPTS = [[10, 11, 12, BOI], [13, BOI], [14, 15, BOI]]
+NULLS = [[20, BOI], [20, 21, 22, BOI], [23, 20, BOI]]
+EDITS = [
+    [10, Picture(SQUARE, 1), 11, BOI],
+    [12, BOI],
+    [Picture(WIDE, 2), Picture(SQUARE, 3), 13, 14, BOI],
+]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def accumulated():
+    return tiny_model(tiny_config(feature_mode="accumulated"))
+
+
+def draw(model, *rows, nulls=None, grid=SQUARE, **kwargs) -> NextFlowImageOutput:
+    """`generate` in image mode; without null prompts unguided."""
+    inputs = batch_of(model, *rows)
+    if nulls is None:
+        kwargs.setdefault("guidance_scale", 1.0)
+    else:
+        negative = batch_of(model, *nulls)
+        inputs |= {"negative_" + name: negative[name] for name in ("input_ids", "attention_mask")}
+    kwargs = {"seed": 0, "aspect_ratio": RATIOS[grid], "output_logits": True} | kwargs
+    return model.generate(**inputs, generation_mode="image", return_dict_in_generate=True, **kwargs)
+
+
+def forced(model, *rows, sequences: torch.Tensor, grid=SQUARE) -> torch.Tensor:
+    """(B, codes, V): what one forward without a cache says about codes already known."""
+    whole = [[*row[:-1], Picture(grid, codes=codes - TEXT_ROWS)] for row, codes in zip(rows, sequences)]
+    with torch.no_grad():
+        logits = model(**batch_of(model, *whole)).logits
+    return logits[:, -1 - sequences.shape[1] : -1, TEXT_ROWS:]
+
+
+def joined(output: NextFlowImageOutput) -> torch.Tensor:
+    return torch.cat(output.logits, dim=1)
+
+
+def with_last_scale(rows: list) -> list:
+    return [[p._replace(last_scale=True) if isinstance(p, Picture) else p for p in row] for row in rows]
+
+
+# Text
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [{"do_sample": False}, {"do_sample": True, "top_k": 0, "temperature": 1.5}, {"num_beams": 3}],
+    ids=["greedy", "sampled", "beams"],
+)
+def test_text_is_qwens_token_by_token(model, strategy):
+    qwen = qwen_of(model)
+    qwen.generation_config.pad_token_id, qwen.generation_config.eos_token_id = PAD, EOS
+    inputs = batch_of(model, [10, 11, 12, 13, 14], [15, 16], [17, 18, 19])
+    kwargs = strategy | {"max_new_tokens": 12, "output_logits": True, "return_dict_in_generate": True}
+    outputs = []
+    for each in (model, qwen):
+        torch.manual_seed(0)
+        outputs.append(each.generate(**inputs, **kwargs))
+    ours, theirs = outputs
+    assert torch.equal(ours.sequences, theirs.sequences)
+    assert all(torch.equal(mine, other) for mine, other in zip(ours.logits, theirs.logits))
+    assert len(ours.sequences[:, 5:].unique()) > 4
+
+
+CHATS = [[10, Picture(SQUARE, 1), Picture(WIDE, 2), 11], [12, 13], [14, Picture(SQUARE, 3), 15, 16]]
+TEXT_ONLY = {"suppress_tokens": [BOI, IMAGE, EOS], "max_new_tokens": 6}
+
+
+@pytest.mark.parametrize("last_scale", [False, True], ids=["paper", "last scale"])
+def test_captions_are_those_of_full_forwards(model, last_scale):
+    """Greedy over a cache, greedy without one, and a loop of forwards over the growing sequence."""
+    chats = with_last_scale(CHATS) if last_scale else CHATS
+    inputs = batch_of(model, *chats)
+    cached = model.generate(**inputs, **TEXT_ONLY, output_logits=True, return_dict_in_generate=True)
+    uncached = model.generate(**inputs, **TEXT_ONLY, use_cache=False)
+    length = inputs["input_ids"].shape[1]
+    with torch.no_grad():
+        for step in range(6):
+            logits = model(**inputs, logits_over="text").logits[:, -1]
+            assert relative(cached.logits[step], logits) < 1e-5
+            logits[:, TEXT_ONLY["suppress_tokens"]] = -torch.inf
+            following = logits.argmax(-1, keepdim=True)
+            inputs["input_ids"] = torch.cat([inputs["input_ids"], following], dim=1)
+            inputs["attention_mask"] = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
+    assert torch.equal(cached.sequences, inputs["input_ids"]) and torch.equal(uncached, inputs["input_ids"])
+    assert cached.sequences.shape[1] == length + 6
+
+
+def test_a_batch_of_captions_is_each_alone(model):
+    together = model.generate(**batch_of(model, *CHATS), **TEXT_ONLY)
+    for row, chat in zip(together, CHATS):
+        assert torch.equal(row[-6:], model.generate(**batch_of(model, chat), **TEXT_ONLY)[0, -6:])
+
+
+@pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
+@pytest.mark.parametrize("by_pixels", [False, True], ids=["codes", "pixels"])
+def test_several_answers_keep_each_rows_images(model, use_cache, by_pixels):
+    def inputs_of(*rows):
+        inputs = batch_of(model, *rows)
+        if by_pixels and "image_codes" in inputs:
+            del inputs["image_codes"]
+            seeds = [part.seed for row in rows for part in row if isinstance(part, Picture)]
+            patches = []
+            for seed, (h, w) in zip(seeds, inputs["image_grid_hw"].tolist()):
+                generator = torch.Generator().manual_seed(seed)
+                picture = 2 * torch.rand(1, 3, PATCH * h, PATCH * w, generator=generator) - 1
+                patches.append(patchify(picture, PATCH)[0])
+            inputs["pixel_values"] = torch.cat(patches)
+        return inputs
+
+    kwargs = {**TEXT_ONLY, "use_cache": use_cache}
+    inputs = inputs_of(*CHATS)
+    greedy = model.generate(**inputs, **kwargs)
+    likeliest = model.generate(**inputs, **kwargs, do_sample=True, top_k=1, num_return_sequences=3)
+    assert torch.equal(likeliest, greedy.repeat_interleave(3, dim=0))
+    beams = model.generate(**inputs, **kwargs, num_beams=3, num_return_sequences=2)
+    for index, chat in enumerate(CHATS):
+        alone = model.generate(**inputs_of(chat), **kwargs, num_beams=3, num_return_sequences=2)
+        assert torch.equal(beams[2 * index : 2 * index + 2, -6:], alone[:, -6:])
+
+
+def test_text_ignores_null_prompts(model):
+    inputs = batch_of(model, [10, 11])
+    expected = model.generate(**inputs, max_new_tokens=3)
+    negative = {"negative_input_ids": inputs["input_ids"], "negative_attention_mask": inputs["attention_mask"]}
+    assert torch.equal(model.generate(**inputs, **negative, max_new_tokens=3), expected)
+
+
+# Images: logits
+
+
+@GRIDS
+@pytest.mark.parametrize("features", ["model", "accumulated"])
+@pytest.mark.parametrize("prompts", [PROMPTS, EDITS, with_last_scale(EDITS)], ids=["text", "edits", "last scale"])
+def test_sampled_logits_are_those_of_one_forward(request, features, grid, prompts):
+    model = request.getfixturevalue(features)
+    output = draw(model, *prompts, grid=grid)
+    schedule = model.model.schedules.by_grid(grid)
+    assert [logits.shape for logits in output.logits] == [(3, length, CODES) for length in schedule.lengths]
+    assert output.image_grid_hw.tolist() == [list(grid)] * 3
+    expected = forced(model, *prompts, sequences=output.sequences, grid=grid)
+    assert relative(joined(output), expected) < 1e-5
+
+
+@GRIDS
+@pytest.mark.parametrize("features", ["model", "accumulated"])
+def test_greedy_codes_are_those_of_a_loop_of_full_forwards(request, features, grid):
+    """Each scale from scratch: blocks do not see later ones, so what stands there does not matter."""
+    model = request.getfixturevalue(features)
+    schedule = model.model.schedules.by_grid(grid)
+    sequences = torch.full((3, schedule.num_codes), TEXT_ROWS)
+    for scale in range(len(schedule)):
+        at = schedule.slice(scale)
+        sequences[:, at] = TEXT_ROWS + forced(model, *EDITS, sequences=sequences, grid=grid)[:, at].argmax(-1)
+    assert torch.equal(draw(model, *EDITS, grid=grid, temperature=0.0).sequences, sequences)
+
+
+@pytest.mark.parametrize("scales", [2.5, 0.0, [1.0, 4.0, 0.5], LinearRamp(1.0, 7.5)], ids=str)
+@pytest.mark.parametrize("edits", [False, True], ids=["text", "edits"])
+def test_guidance_adds_the_difference_of_two_forwards(model, scales, edits):
+    prompts, nulls = (EDITS, NULLS) if edits else (PROMPTS, NULLS)
+    if edits:
+        pictures = [[part for part in row if isinstance(part, Picture)] for row in EDITS]
+        nulls = [[*kept, *row] for kept, row in zip(pictures, NULLS)]
+    output = draw(model, *prompts, nulls=nulls, guidance_scale=scales)
+    conditional = forced(model, *prompts, sequences=output.sequences)
+    unconditional = forced(model, *nulls, sequences=output.sequences)
+    schedule = model.model.schedules.by_grid(SQUARE)
+    factors = torch.tensor(per_scale("guidance_scale", scales, 3, 0.0))
+    factors = factors.repeat_interleave(torch.tensor(schedule.lengths))[:, None]
+    expected = unconditional + factors * (conditional - unconditional)
+    assert relative(joined(output), expected) < 1e-5
+    assert relative(expected, conditional) > 0.1
+
+
+def test_guidance_of_one_is_the_conditional_alone(model):
+    plain = draw(model, *PROMPTS)
+    with_null = draw(model, *PROMPTS, nulls=NULLS, guidance_scale=1.0)
+    assert torch.equal(plain.sequences, with_null.sequences)
+    assert not torch.equal(plain.sequences, draw(model, *PROMPTS, nulls=NULLS, guidance_scale=3.0).sequences)
+
+
+def test_guide_by_hand():
+    logits = torch.tensor([[[1.0, 5.0]], [[3.0, 1.0]]])
+    assert guide(logits, 3.0).tolist() == [[[-3.0, 13.0]]]
+
+
+def test_eager_attention_draws_the_same(model):
+    eager = tiny_model()
+    eager.set_attn_implementation("eager")
+    assert relative(joined(draw(eager, *EDITS)), joined(draw(model, *EDITS))) < 1e-5
+
+
+def test_a_bfloat16_model_draws(model):
+    output = draw(tiny_model().to(torch.bfloat16), *EDITS)
+    assert output.logits[0].dtype == torch.float32 and joined(output).isfinite().all()
+    expected = joined(draw(model, *EDITS))[:, :1]
+    assert relative(joined(output)[:, :1], expected) < 0.1
+
+
+# Images: batches and randomness
+
+
+@pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
+def test_a_batch_is_each_prompt_alone(model, guided):
+    kwargs = {"guidance_scale": 2.0} if guided else {}
+    together = draw(model, *PROMPTS, nulls=NULLS if guided else None, seed=[5, 6, 7], **kwargs).sequences
+    for index, prompt in enumerate(PROMPTS):
+        nulls = NULLS[index : index + 1] if guided else None
+        assert torch.equal(together[index], draw(model, prompt, nulls=nulls, seed=5 + index, **kwargs).sequences[0])
+
+
+@pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
+def test_several_images_of_a_prompt(model, guided):
+    kwargs = {"guidance_scale": 2.0, "nulls": NULLS} if guided else {}
+    several = draw(model, *PROMPTS, seed=[5, 6, 7], num_images_per_prompt=3, **kwargs).sequences
+    assert len(several) == 9 and len(several.unique(dim=0)) == 9
+    assert torch.equal(several[::3], draw(model, *PROMPTS, seed=[5, 6, 7], **kwargs).sequences)
+    fewer = draw(model, *PROMPTS, seed=[5, 6, 7], num_images_per_prompt=2, **kwargs).sequences
+    assert torch.equal(several.view(3, 3, -1)[:, :2].flatten(0, 1), fewer)
+
+
+def test_several_images_of_an_edit_see_its_pictures(model):
+    output = draw(model, *EDITS, num_images_per_prompt=2)
+    rows = [row for row in EDITS for _ in range(2)]
+    assert relative(joined(output), forced(model, *rows, sequences=output.sequences)) < 1e-5
+
+
+def test_one_seed_serves_every_prompt(model):
+    output = draw(model, PROMPTS[0], PROMPTS[0], seed=3)
+    assert torch.equal(output.sequences[0], output.sequences[1])
+    assert torch.equal(output.sequences, draw(model, PROMPTS[0], PROMPTS[0], seed=[3, 3]).sequences)
+    assert not torch.equal(output.sequences, draw(model, PROMPTS[0], PROMPTS[0], seed=4).sequences)
+
+
+def test_generators_repeat_themselves(model):
+    def generator(seed):
+        return torch.Generator().manual_seed(seed)
+
+    one = [draw(model, *PROMPTS, seed=None, generator=generator(1)).sequences for _ in range(2)]
+    assert torch.equal(*one) and len(one[0].unique(dim=0)) == 3
+    running = generator(1)
+    draw(model, *PROMPTS, seed=None, generator=running)
+    assert not torch.equal(draw(model, *PROMPTS, seed=None, generator=running).sequences, one[0])
+    listed = draw(model, *PROMPTS, seed=None, generator=[generator(seed) for seed in (5, 6, 7)]).sequences
+    assert torch.equal(listed, draw(model, *PROMPTS, seed=[5, 6, 7]).sequences)
+
+
+def test_without_a_seed_torchs_global_one_counts(model):
+    drawn = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        drawn.append(draw(model, *PROMPTS, seed=None).sequences)
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+
+
+# Sampling
+
+
+@pytest.mark.parametrize(
+    "control",
+    [{"temperature": 0.0}, {"top_k": 1}, {"top_p": 1e-6}, {"temperature": [0.0, 0, 0.0]}, {"top_k": [1, 1, 1]}],
+    ids=str,
+)
+def test_greedy_in_every_way(model, control):
+    output = draw(model, *PROMPTS, **control)
+    assert torch.equal(output.sequences - TEXT_ROWS, joined(output).argmax(-1))
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_k", "top_p"])
+def test_controls_are_per_scale(model, name):
+    loose, tight = {"temperature": (1.5, 0.0), "top_k": (0, 1), "top_p": (1.0, 1e-6)}[name]
+    output = draw(model, *PROMPTS, num_images_per_prompt=4, **{name: [loose, tight, loose]})
+    greedy = output.sequences - TEXT_ROWS == joined(output).argmax(-1)
+    schedule = model.model.schedules.by_grid(SQUARE)
+    assert greedy[:, schedule.slice(1)].all()
+    assert not greedy[:, schedule.slice(0)].all() and not greedy[:, schedule.slice(2)].all()
+
+
+def test_constants_lists_and_ramps_agree(model):
+    expected = draw(model, *PROMPTS, temperature=0.8, top_k=5, top_p=0.9).sequences
+    listed = draw(model, *PROMPTS, temperature=[0.8] * 3, top_k=[5] * 3, top_p=(0.9, 0.9, 0.9)).sequences
+    ramps = {"temperature": LinearRamp(0.8, 0.8), "top_k": LinearRamp(5, 5), "top_p": LinearRamp(0.9, 0.9)}
+    assert torch.equal(listed, expected)
+    assert torch.equal(draw(model, *PROMPTS, **ramps).sequences, expected)
+
+
+def test_a_ramp_is_linear_over_the_scales():
+    assert per_scale("s", LinearRamp(1.0, 7.0), 4, 0.0) == [1.0, 3.0, 5.0, 7.0]
+    assert per_scale("s", LinearRamp(2.0, 7.0), 1, 0.0) == [2.0]
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 2.0])
+@pytest.mark.parametrize(("top_k", "top_p", "kept"), [(0, 1.0, 6), (3, 1.0, 3), (0, 0.5, None), (4, 0.6, None)])
+def test_codes_are_drawn_as_often_as_the_softmax_says(temperature, top_k, top_p, kept):
+    draws, logits = 40_000, torch.tensor([0.3, 2.0, -1.0, 1.1, 0.0, 1.6])
+    probabilities = (logits / temperature).softmax(-1)
+    order = probabilities.argsort(descending=True)
+    likeliest = order[: top_k or None]
+    masses = probabilities[likeliest] / probabilities[likeliest].sum()
+    if kept is None:
+        kept = int((masses.cumsum(0) < top_p).sum()) + 1
+    expected = torch.zeros(6)
+    expected[likeliest[:kept]] = masses[:kept] / masses[:kept].sum()
+    uniform = torch.rand(1, draws, generator=torch.Generator().manual_seed(0))
+    codes = sample(logits.expand(1, draws, 6), temperature, top_k, top_p, uniform)
+    frequencies = codes[0].bincount(minlength=6) / draws
+    deviation = (expected * (1 - expected) / draws).sqrt()
+    assert ((frequencies - expected).abs() <= 4.5 * deviation).all()
+    assert (frequencies > 0).sum() == kept
+
+
+def test_the_largest_number_draws_from_the_kept_set():
+    """1 - 2^-24, the last float32 below 1, after which rounding must not reach the next code."""
+    logits = 3 * torch.randn(4000, 1, 200, generator=torch.Generator().manual_seed(0))
+    for top_p in (0.3, 0.6, 0.9):
+        codes = sample(logits, 1.0, 0, top_p, torch.full((4000, 1), 1 - 2**-24))
+        ordered = logits.softmax(-1).sort(descending=True)
+        kept = (ordered.values.cumsum(-1) - ordered.values < top_p).sum(-1)
+        rank = (ordered.indices == codes[..., None]).int().argmax(-1)
+        assert (rank < kept).all()
+
+
+def test_streams_of_rows_do_not_depend_on_their_neighbours():
+    both = RowGenerators.create(2, 2, seed=[1, 2])
+    alone = RowGenerators.create(1, 2, seed=2)
+    for length in (1, 4):
+        drawn = both.uniform(length, torch.device("cpu"))
+        assert torch.equal(drawn[2:], alone.uniform(length, torch.device("cpu")))
+        assert len(drawn.unique(dim=0)) == 4
+
+
+# Sizes and defaults
+
+
+def test_sizes_by_ratio_or_by_pixels(model):
+    inputs = batch_of(model, [10, BOI])
+    for size, codes in (
+        ({"aspect_ratio": "1:1", "level": "12"}, 14),
+        ({"aspect_ratio": "2:1"}, 11),
+        ({"level": 12}, 14),
+        ({"height": 8, "width": 16}, 11),
+        ({"height": 12, "width": 12}, 14),
+    ):
+        output = model.generate(**inputs, generation_mode="image", guidance_scale=1.0, **size)
+        assert output.shape == (1, codes)
+        assert TEXT_ROWS <= output.min() and output.max() < TEXT_ROWS + CODES
+
+
+def test_defaults_are_the_configs(tmp_path):
+    defaults = {"guidance_scale": 1.0, "temperature": 0.0, "aspect_ratio": "2:1", "num_images_per_prompt": 2}
+    model = tiny_model(tiny_config(image_generation=defaults))
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    inputs = batch_of(model, [10, BOI])
+    output = again.generate(**inputs, generation_mode="image")
+    assert output.shape == (2, 11) and torch.equal(output[0], output[1])
+    greedy = draw(model, [10, BOI], grid=WIDE, temperature=0.0, num_images_per_prompt=1)
+    assert torch.equal(output[:1], greedy.sequences)
+
+
+def test_one_scale_images():
+    model = tiny_model(tiny_config(vq={"scale_schedules": [[[1, 1]]], "levels": {"4": 1}}))
+    output = draw(model, *PROMPTS, nulls=NULLS, guidance_scale=2.0)
+    assert output.sequences.shape == (3, 1) and len(output.logits) == 1
+    prompt = [Picture((1, 1), 1), 10, BOI]
+    plain = draw(model, prompt)
+    assert relative(joined(plain), forced(model, prompt, sequences=plain.sequences, grid=(1, 1))) < 1e-5
+
+
+@GRIDS
+def test_decoded_pictures(model, grid):
+    output = draw(model, *PROMPTS, grid=grid)
+    expected = model.model.vq_model.decode(output.sequences - TEXT_ROWS, grid)
+    assert expected.shape == (3, 3, PATCH * grid[0], PATCH * grid[1])
+    for named in (output.image_grid_hw, list(grid), None):
+        assert torch.equal(model.decode_image_tokens(output.sequences, named), expected)
+
+
+def test_ambiguous_pictures_must_be_named():
+    rows = [[[1, 1], [1, 2], [2, 4]], [[1, 1], [2, 1], [4, 2]]]
+    model = tiny_model(tiny_config(vq={"scale_schedules": rows}))
+    tokens = torch.full((2, 11), TEXT_ROWS)
+    with pytest.raises(ValueError, match=r"11 codes fit 2 schedules .*name one by image_grid_hw"):
+        model.decode_image_tokens(tokens)
+    assert model.decode_image_tokens(tokens, [4, 2]).shape == (2, 3, 16, 8)
+    with pytest.raises(ValueError, match="one grid at a time"):
+        model.decode_image_tokens(tokens, torch.tensor([[4, 2], [2, 4]]))
+    with pytest.raises(ValueError, match="12 codes fit 0 schedules"):
+        model.decode_image_tokens(torch.full((1, 12), TEXT_ROWS))
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"generation_mode": "video"}, "generation_mode must be .* got 'video'"),
+        ({"input_ids": torch.tensor([[10, 11]])}, r"must end in <boi> \(id 45\) and be padded on the left"),
+        ({"input_ids": torch.tensor([[10, BOI], [BOI, PAD]])}, "must end in <boi>"),
+        ({"guidance_scale": 2.0}, "needs negative_input_ids"),
+        ({"guidance_scale": 2.0, "negative_input_ids": torch.tensor([[20]])}, "must end in <boi>"),
+        ({"guidance_scale": 2.0, "negative_input_ids": torch.tensor([[BOI], [BOI]])}, "must have 1 rows, got 2"),
+        ({"guidance_scale": float("nan")}, "guidance_scale must .* got nan"),
+        ({"guidance_scale": float("inf")}, "guidance_scale must be a number of at least 0.0, got inf"),
+        ({"guidance_scale": LinearRamp(1.0, float("inf"))}, "guidance_scale must"),
+        ({"guidance_scale": -1.0}, r"guidance_scale must .* got -1\.0"),
+        ({"guidance_scale": [1.0, 1.0]}, "guidance_scale must have one value for each of the 3 scales, got 2"),
+        ({"guidance_scale": "high"}, "guidance_scale must .* got 'high'"),
+        ({"temperature": -0.1}, r"temperature must .* got -0\.1"),
+        ({"temperature": [1.0, float("inf"), 1.0]}, "temperature must .* got inf"),
+        ({"top_p": 0.0}, r"top_p must .* got 0\.0"),
+        ({"top_p": 1.5}, r"top_p must .* got 1\.5"),
+        ({"top_k": -1}, "top_k must .* got -1"),
+        ({"top_k": 2.5}, r"top_k must be an integer of at least 0, got 2\.5"),
+        ({"top_k": [1, 1, 1, 1]}, "top_k must have one value for each of the 3 scales, got 4"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt must be at least 1, got 0"),
+        ({"aspect_ratio": "3:1"}, r"no scale schedule has the aspect ratio 3:1 .* nearest: 2:1, 1:1"),
+        ({"aspect_ratio": "wide"}, "aspect_ratio must read"),
+        ({"level": "256"}, "level must be one of 12, got 256"),
+        ({"height": 12, "width": 16}, "no scale schedule for an image of 12x16 .* nearest: 12x12"),
+        ({"height": 12}, "give aspect_ratio and level, or height and width"),
+        ({"height": 12, "width": 12, "level": "12"}, "give aspect_ratio and level, or height and width"),
+        ({"seed": 1, "generator": torch.Generator()}, "either seed or generator, not both"),
+        ({"seed": [1, 2]}, "one for each of the 1 prompts, got 2"),
+        ({"generator": [torch.Generator()] * 2}, "one for each of 1 pictures, got 2"),
+        ({"image_grid_hw": torch.tensor([SQUARE])}, "hold 0 finished images, image_grid_hw has 1"),
+        ({"image_codes": torch.zeros(14, dtype=torch.long)}, "image_codes must hold 0 rows"),
+        ({"pixel_values": torch.zeros(9, 48)}, "pixel_values must hold 0 rows"),
+    ],
+)
+def test_wrong_requests_are_refused(model, change, message):
+    request = {"input_ids": torch.tensor([[10, BOI]]), "generation_mode": "image", "guidance_scale": 1.0}
+    with pytest.raises(ValueError, match=message):
+        model.generate(**request | change)
+
+
+def test_prompts_and_grids_must_match_in_number(model):
+    inputs = batch_of(model, *EDITS)
+    with pytest.raises(ValueError, match="hold 3 finished images, image_grid_hw has 2"):
+        model.generate(
+            **inputs | {"image_grid_hw": inputs["image_grid_hw"][:2]}, generation_mode="image", guidance_scale=1.0
+        )
+
+
+def test_null_prompts_must_hold_the_same_images(model):
+    one, two = Picture(SQUARE, 1), Picture(SQUARE, 2)
+    for nulls in ([[BOI], [BOI]], [[one, two, BOI], [BOI]]):
+        with pytest.raises(ValueError, match="null prompts must hold the images of their prompts"):
+            draw(model, [10, one, BOI], [11, two, BOI], nulls=nulls, guidance_scale=2.0)
