@@ -1,7 +1,7 @@
 """Draw what a checkpoint does on one sheet: `python -m examples.shapes.sheet --output docs/shapes.png`.
 
 Rows: pictures for held-out prompts, one column for each category; edits, source above result; photographs that no
-training saw, original above reconstruction. Nothing is picked by hand: the first prompts and edits of a seed are shown.
+training saw, original above reconstruction. Nothing is picked by hand: the first prompts and edits of a seed.
 """
 
 import argparse
