@@ -32,6 +32,8 @@ def assemble(folder: Path) -> tuple[NextFlowForConditionalGeneration, NextFlowPr
     model = new_model(tokenizer, load_vq_model(folder))
     trained_parts(model).load_state_dict(torch.load(folder / "transformer.pt", weights_only=True)["modules"])
     model.config.image_generation |= IMAGE_GENERATION
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
     image_processor = NextFlowImageProcessor(patch_size=PATCH_SIZE, scale_schedules=SCHEDULES, levels=LEVELS)
     processor = NextFlowProcessor(image_processor, tokenizer, condition_last_scale=model.config.condition_last_scale)
     return model.eval(), processor

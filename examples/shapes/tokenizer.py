@@ -15,7 +15,14 @@ from transformers_nextflow.modeling_nextflow_vq import (
     patchify,
     run_siglip,
 )
-from transformers_nextflow.quantizer import QuantizerOutput
+from transformers_nextflow.quantizer import (
+    DualCodebookQuantizer,
+    QuantizerOutput,
+    resize_features,
+    to_map,
+    to_sequence,
+)
+from transformers_nextflow.scales import ScaleSchedule
 
 from .data import picture_batch, sample_canvas, to_pixel_values
 from .grammar import describe_scene
@@ -23,7 +30,7 @@ from .loop import Run
 from .sizes import PATCH_SIZE, TEACHER_TEXT, TEACHER_VISION, vq_config
 from .world import render, sample_scene
 
-STEPS = {"teacher": 600, "pixel": 1500, "joint": 2400, "decoder": 2500}
+STEPS = {"teacher": 600, "pixel": 1500, "joint": 2400, "decoder": 700}
 BATCH = 64  # pictures of a step, over all processes
 PHOTO_SHARE = 0.12
 COMMITMENT = 0.25
@@ -78,6 +85,26 @@ def codebook_loss(features: torch.Tensor, quantization: QuantizerOutput) -> torc
     return torch.stack(terms).mean()
 
 
+@torch.no_grad()
+def draw_codebook(quantizer: DualCodebookQuantizer, features: torch.Tensor, schedule: ScaleSchedule) -> None:
+    """Set every entry to a residual that occurs: each scale in turn gives entries for what the earlier ones leave."""
+    shares = torch.tensor(schedule.lengths).float().sqrt()
+    counts = (shares / shares.sum() * len(quantizer.pixel_codebook)).int().tolist()
+    counts[-1] += len(quantizer.pixel_codebook) - sum(counts)
+    residual, done = features.float(), 0
+    for grid, count in zip(schedule, counts):
+        pooled = to_sequence(F.interpolate(residual, size=grid, mode="area")).flatten(0, 1)
+        drawn = pooled[torch.randint(len(pooled), (count,))]
+        semantic, pixel = drawn.split(quantizer.dims, dim=-1)
+        quantizer.semantic_codebook[done : done + count] = semantic
+        quantizer.pixel_codebook[done : done + count] = pixel
+        nearest = quantizer.distances(pooled, drawn).argmin(-1)
+        residual = residual - resize_features(
+            to_map(drawn[nearest].unflatten(0, (len(features), -1)), grid), features.shape[-2:]
+        )
+        done += count
+
+
 def picture_loss(reconstruction: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
     """Absolute and squared error, and absolute error of the finite differences, which carry the edges.
 
@@ -107,6 +134,13 @@ def train_pixel(folder: Path) -> NextFlowVQModel:
     parts = nn.ModuleList([model.pixel_encoder, model.pixel_decoder, model.quantizer])
     model.quantizer.semantic_codebook.requires_grad_(False)
     model.quantizer.weights = (0.0, model.config.pixel_weight)
+    with torch.no_grad():
+        pixels = picture_batch(random.Random("pixel codebook"), 4 * BATCH, PHOTO_SHARE)
+        features = model.pixel_encoder(pixels)
+        semantic = features.new_zeros(len(pixels), model.config.semantic_dim, *features.shape[-2:])
+        draw_codebook(
+            model.quantizer, torch.cat([semantic, features], 1), model.schedules.by_grid(features.shape[-2:])
+        )
     run = Run(folder, "pixel", parts, parts.parameters(), STEPS["pixel"], peak=1.5e-3)
 
     def step_fn(step: int) -> dict[str, float]:
@@ -141,6 +175,10 @@ def train_joint(folder: Path, model: NextFlowVQModel, teacher: Siglip2Model) -> 
     encoder_state = {name: value for name, value in teacher.vision_model.state_dict().items() if "head." not in name}
     model.semantic_encoder.load_state_dict(encoder_state)
     torch.manual_seed(2)
+    with torch.no_grad():
+        pixels = picture_batch(random.Random("joint codebook"), 4 * BATCH, PHOTO_SHARE)
+        features = model.features(pixels)
+        draw_codebook(model.quantizer, features, model.schedules.by_grid(features.shape[-2:]))
     run = Run(folder, "joint", model, model.parameters(), STEPS["joint"], peak=1e-3)
     layer = model.config.semantic_feature_layer
 

@@ -1,4 +1,4 @@
-"""Train the shapes checkpoint from nothing: `torchrun --nproc-per-node 2 -m examples.shapes.train --output runs/shapes`.
+"""Train the shapes checkpoint: `torchrun --nproc-per-node 2 -m examples.shapes.train --output runs/shapes`.
 
 Stages run in order and each resumes from its last checkpoint, so the same command continues a stopped run. One process
 works too; two with `OMP_NUM_THREADS=1` use two cores best.

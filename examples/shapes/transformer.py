@@ -16,14 +16,14 @@ from .loop import Run, save_atomically, world
 from .sizes import nextflow_config
 from .world import Scene, render
 
-CORRECTION = SelfCorrection(token_share=(0.0, 0.6), top_k=4)
+CORRECTION = SelfCorrection(probability=0.5, token_share=(0.0, 0.6), top_k=4)
 VARIANTS = 2  # self-corrected encodings of each target picture
 PICTURES, EDITS = 40_000, 16_000
 BATCH_TOKENS = 4_000  # of each process
 TASKS = ("t2i", "caption", "vqa", "edit")
 TASK_WEIGHTS = (0.55, 0.12, 0.05, 0.28)  # of batches
 NULL_PROMPT_SHARE = 0.1
-STEPS, PEAK = 5_600, 1.2e-3
+STEPS, PEAK = 4_600, 1.2e-3
 IGNORE = -100
 
 

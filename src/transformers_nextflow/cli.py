@@ -6,14 +6,84 @@ Libraries are imported where a subcommand needs them.
 
 import argparse
 import json
+import random
+import re
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from .configuration_nextflow import NextFlowConfig
+    from .image_processing_nextflow import NextFlowImageProcessor
+    from .modeling_nextflow import NextFlowForConditionalGeneration
+    from .modeling_nextflow_vq import NextFlowVQModel
+    from .processing_nextflow import NextFlowProcessor
+
+SHAPES_MODEL = Path(__file__).parents[2] / "checkpoints" / "nextflow-shapes"  # in a checkout of the repository
+
+
+def model_name(model: str | None) -> str:
+    """A local model folder or an id on the Hub, by default the repository's own checkpoint.
+
+    Raises:
+        ValueError: if none is named and there is no such checkpoint, or the name is a URL.
+        NotADirectoryError: if it can only be a folder, and there is none.
+    """
+    if model is None:
+        if not (SHAPES_MODEL / "config.json").is_file():
+            raise ValueError(f"name a model with --model: the default, {SHAPES_MODEL}, does not exist")
+        return str(SHAPES_MODEL)
+    if "://" in model:
+        raise ValueError(f"a model is a local folder or an id on the Hub, got {model}")
+    if not Path(model).is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
+        raise NotADirectoryError(f"there is no model directory {model}")
+    return model
+
+
+def load_model(model: str | None) -> "tuple[NextFlowForConditionalGeneration, NextFlowProcessor]":
+    """A model, on the GPU where there is one, and its processor."""
+    import torch
+
+    from . import NextFlowForConditionalGeneration, NextFlowProcessor
+
+    name = model_name(model)
+    check_model_type(name, "nextflow")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    loaded = NextFlowForConditionalGeneration.from_pretrained(name).to(device).eval()
+    return loaded, NextFlowProcessor.from_pretrained(name)
+
+
+def load_vision_tokenizer(model: str | None) -> "tuple[NextFlowVQModel, NextFlowImageProcessor]":
+    """The vision tokenizer of a model, or one saved alone, and its image processor."""
+    import torch
+
+    from . import NextFlowImageProcessor, NextFlowVQModel
+
+    name = model_name(model)
+    if check_model_type(name, "nextflow", "nextflow_vq") == "nextflow":
+        whole, processor = load_model(name)
+        return whole.model.vq_model, processor.image_processor
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    loaded = NextFlowVQModel.from_pretrained(name).to(device).eval()
+    config = loaded.config
+    return loaded, NextFlowImageProcessor(config.patch_size, config.scale_schedules, config.levels)
+
+
+def check_model_type(name: str, *known: str) -> str:
+    """The model type in a model's `config.json`, which must be one of `known`."""
+    from transformers import PreTrainedConfig
+
+    values, _ = PreTrainedConfig.get_config_dict(name)
+    model_type = values.get("model_type")
+    if model_type not in known:
+        types = " or ".join(f'"{entry}"' for entry in known)
+        raise ValueError(f"{name} must hold a model of type {types}, got {model_type!r}")
+    return model_type
 
 
 def load_config(model: str | None) -> "NextFlowConfig":
@@ -29,12 +99,221 @@ def load_config(model: str | None) -> "NextFlowConfig":
         return NextFlowConfig()
     if not Path(model).is_dir():
         raise NotADirectoryError(f"there is no model directory {model}")
-    values, _ = NextFlowConfig.get_config_dict(model)
-    if values.get("model_type") != NextFlowConfig.model_type:
-        raise ValueError(
-            f'{model} must hold a model of type "{NextFlowConfig.model_type}", got {values.get("model_type")!r}'
-        )
-    return NextFlowConfig.from_dict(values)
+    check_model_type(model, NextFlowConfig.model_type)
+    return NextFlowConfig.from_pretrained(model)
+
+
+def open_image(path: str) -> "Image":
+    """A local picture, upright."""
+    from PIL import Image, ImageOps
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no image file {path}")
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot read the image {path}: {error}") from error
+
+
+def output_paths(output: str, count: int) -> list[Path]:
+    """Where `count` pictures go: `picture.png`, or `picture-0.png`, `picture-1.png`, ..."""
+    path = Path(output)
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"--output must end in .png, got {output}")
+    return [path] if count == 1 else [path.with_stem(f"{path.stem}-{index}") for index in range(count)]
+
+
+def save_png(image: "Image", path: Path) -> None:
+    """Write a whole file or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        image.save(partial, format="PNG")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", metavar="NAME", help="local folder or Hub id (default: the repository's checkpoint)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def add_picture_options(parser: argparse.ArgumentParser, aspect_ratio: str) -> None:
+    """What `generate` and `edit` share; defaults that are not said here are in the model's configuration."""
+    add_model_options(parser)
+    parser.add_argument("--output", metavar="PNG", default="picture.png", help="default: %(default)s")
+    parser.add_argument("--seed", type=int, metavar="N", help="default: a new one, which is printed")
+    parser.add_argument("--num-images", type=int, default=1, metavar="N", help="files get -0, -1, ... from 2 on")
+    size = parser.add_argument_group("size")
+    size.add_argument("--aspect-ratio", metavar="W:H", help=f"width:height (default: {aspect_ratio})")
+    size.add_argument("--level", help="level of the scale schedules, e.g. 256, 512, 1024")
+    size.add_argument("--height", type=int, metavar="PIXELS", help="with --width, instead of ratio and level")
+    size.add_argument("--width", type=int, metavar="PIXELS")
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument("--negative-prompt", metavar="TEXT", help="what guidance leads away from")
+    sampling.add_argument("--guidance-scale", type=float, metavar="S", help="1 is off")
+    add_sampling_options(sampling)
+
+
+def add_sampling_options(group) -> None:
+    group.add_argument("--temperature", type=float, metavar="T", help="0 takes the most likely")
+    group.add_argument("--top-k", type=int, metavar="K", help="draw from the K most likely; 0 = all")
+    group.add_argument(
+        "--top-p", type=float, metavar="P", help="draw from the most likely of this probability together"
+    )
+
+
+def add_generate(subparsers) -> None:
+    parser = subparsers.add_parser("generate", help="a picture for a prompt")
+    parser.add_argument("prompt", metavar="PROMPT")
+    add_picture_options(parser, "the model's")
+    parser.set_defaults(run=generate)
+
+
+def generate(args: argparse.Namespace) -> None:
+    make_pictures(args, [], args.prompt)
+
+
+def add_edit(subparsers) -> None:
+    parser = subparsers.add_parser("edit", help="a picture made of others by an instruction")
+    parser.add_argument("images", nargs="+", metavar="IMAGE")
+    parser.add_argument("instruction", metavar="INSTRUCTION")
+    add_picture_options(parser, "the first image's")
+    parser.set_defaults(run=edit)
+
+
+def edit(args: argparse.Namespace) -> None:
+    make_pictures(args, [open_image(path) for path in args.images], args.instruction)
+
+
+def make_pictures(args: argparse.Namespace, images: "list[Image]", text: str) -> None:
+    """Generate from pictures and a text, write the files, say what was made."""
+    paths = output_paths(args.output, args.num_images)
+    model, processor = load_model(args.model)
+    size = {name: getattr(args, name) for name in ("aspect_ratio", "level", "height", "width")}
+    if images and args.aspect_ratio is None and args.height is None and args.width is None:
+        first = processor.image_processor.schedule_of(images[0].height, images[0].width, args.level)
+        height, width = model.model.schedules.image_size(first)
+        size = {"height": height, "width": width}
+    seed = random.randrange(2**31) if args.seed is None else args.seed
+
+    inputs = chat_inputs(processor, images, text, generation_mode="image", negative_prompt=args.negative_prompt)
+    start = time.perf_counter()
+    output = model.generate(
+        **inputs.to(model.device),
+        **size,
+        generation_mode="image",
+        seed=seed,
+        num_images_per_prompt=args.num_images,
+        guidance_scale=args.guidance_scale,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        return_dict_in_generate=True,
+    )
+    pictures = processor.post_process_image(model.decode_image_tokens(output.sequences, output.image_grid_hw))
+    seconds = time.perf_counter() - start
+    for picture, path in zip(pictures, paths, strict=True):
+        save_png(picture, path)
+    if args.json:
+        width, height = pictures[0].size
+        figures = {"paths": list(map(str, paths)), "width": width, "height": height, "seed": seed, "seconds": seconds}
+        print(json.dumps(figures, indent=2))
+        return
+    for picture, path in zip(pictures, paths):
+        print(f"{path}  {picture.width}x{picture.height} pixels, seed {seed}")
+    print(f"{seconds:.1f} s")
+
+
+def chat_inputs(processor: "NextFlowProcessor", images: "list[Image]", text: str, **kwargs):
+    """Model inputs of a chat of one message; tokens with a meaning for the model are plain text in it."""
+    content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": text}]
+    chat = [{"role": "user", "content": content}]
+    return processor.apply_chat_template(chat, sanitize_control_tokens=True, **kwargs)
+
+
+def add_describe(subparsers) -> None:
+    parser = subparsers.add_parser("describe", help="a picture in words, or the answer to a question about it")
+    parser.add_argument("image", metavar="IMAGE")
+    parser.add_argument("question", metavar="QUESTION", nargs="?", default="describe the picture")
+    add_model_options(parser)
+    parser.add_argument("--output", metavar="FILE", help="also write the text to a file")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default: %(default)s")
+    add_sampling_options(parser.add_argument_group("sampling (default: the most likely)"))
+    parser.set_defaults(run=describe)
+
+
+def describe(args: argparse.Namespace) -> None:
+    import torch
+
+    image = open_image(args.image)
+    model, processor = load_model(args.model)
+    inputs = chat_inputs(processor, [image], args.question).to(model.device)
+    sampling = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p")}
+    sampling = {name: value for name, value in sampling.items() if value is not None}
+    do_sample = bool(sampling) and sampling.get("temperature") != 0
+    eos = model.generation_config.eos_token_id
+    torch.manual_seed(args.seed)
+    start = time.perf_counter()
+    output = model.generate(
+        **inputs,
+        do_sample=do_sample,
+        **(sampling if do_sample else {}),
+        max_new_tokens=args.max_new_tokens,
+        eos_token_id=processor.tokenizer.eos_token_id if eos is None else eos,
+        pad_token_id=processor.tokenizer.pad_token_id,
+    )
+    seconds = time.perf_counter() - start
+    (text,) = processor.post_process_multimodal_output(output[:, inputs["input_ids"].shape[1] :])
+    text = text.strip()
+    if args.output:
+        Path(args.output).write_text(text + "\n", encoding="utf-8")
+    print(json.dumps({"text": text, "seconds": seconds}, indent=2) if args.json else text)
+
+
+def add_reconstruct(subparsers) -> None:
+    parser = subparsers.add_parser("reconstruct", help="a picture beside what its codes keep of it, and the PSNR")
+    parser.add_argument("image", metavar="IMAGE")
+    add_model_options(parser)
+    parser.add_argument("--output", metavar="PNG", default="reconstruction.png", help="default: %(default)s")
+    parser.add_argument("--level", help="level of the scale schedules (default: the picture's, or the highest)")
+    parser.set_defaults(run=reconstruct)
+
+
+def reconstruct(args: argparse.Namespace) -> None:
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    from .modeling_nextflow_vq import unpatchify
+
+    image = open_image(args.image)
+    (path,) = output_paths(args.output, 1)
+    vq_model, image_processor = load_vision_tokenizer(args.model)
+    inputs = image_processor(image, level=args.level or image_processor.level, return_tensors="pt")
+    grid = tuple(inputs["image_grid_hw"][0].tolist())
+    pixels = unpatchify(inputs["pixel_values"][None], grid, image_processor.patch_size).to(vq_model.device)
+    start = time.perf_counter()
+    decoded = vq_model.decode(vq_model.encode(pixels), grid)
+    seconds = time.perf_counter() - start
+    original, reconstruction = image_processor.postprocess(torch.cat([pixels, decoded]))
+    difference = np.asarray(original, dtype=np.float64) - np.asarray(reconstruction)
+    psnr = float(10 * np.log10(255**2 / np.square(difference).mean().clip(1e-10)))
+    width, height = original.size
+    pair = Image.new("RGB", (2 * width, height))
+    pair.paste(original, (0, 0))
+    pair.paste(reconstruction, (width, 0))
+    save_png(pair, path)
+    if args.json:
+        figures = {"path": str(path), "width": width, "height": height, "psnr": psnr, "seconds": seconds}
+        print(json.dumps(figures, indent=2))
+    else:
+        print(f"{path}  original and reconstruction, {width}x{height} pixels each, PSNR {psnr:.2f} dB")
 
 
 def add_flops(subparsers) -> None:
@@ -108,7 +387,7 @@ def print_rows(*rows: tuple[str, str]) -> None:
         print(f"  {name:<{width}}  {value}")
 
 
-SUBCOMMANDS = (add_flops,)
+SUBCOMMANDS = (add_generate, add_edit, add_describe, add_reconstruct, add_flops)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -127,6 +406,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args.run(args)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     return 0

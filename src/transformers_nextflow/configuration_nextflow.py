@@ -60,6 +60,9 @@ class NextFlowVQConfig(PreTrainedConfig):
             Entries of the codebook; one index selects both halves.
         semantic_weight, pixel_weight (`float`, default to 1.0):
             Weights of the two squared distances in the lookup (sec. 2.1).
+        normalize_entries (`bool`, defaults to `True`):
+            Whether both halves are L2-normalised, entries and queries alike (TokenFlow); `False` is VAR's plain
+            Euclidean lookup, whose short entries leave flat regions alone and so make fine scales predictable.
         patch_size (`int`, defaults to 16):
             Pixels along the edge of one cell of the final grid: the downsampling of both branches.
         base_channels (`int`, defaults to 128), channel_multipliers (`list[int]`, defaults to `[1, 1, 2, 2, 4]`):
@@ -90,6 +93,7 @@ class NextFlowVQConfig(PreTrainedConfig):
     codebook_size: int = 32768
     semantic_weight: float | int = 1.0
     pixel_weight: float | int = 1.0
+    normalize_entries: bool = True
     patch_size: int = 16
     base_channels: int = 128
     channel_multipliers: list[int] | None = None

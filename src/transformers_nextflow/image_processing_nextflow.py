@@ -89,13 +89,15 @@ class NextFlowImageProcessor(PilBackend):
         return table.nearest_to_image(height, width, level)
 
     def fetch_images(self, image_url_or_urls):
-        """Open paths (nested as they come); pictures pass."""
+        """Open paths, give grey (H, W) arrays their channel; other pictures pass, nested as they come."""
         if isinstance(image_url_or_urls, (list, tuple)):
             return [self.fetch_images(entry) for entry in image_url_or_urls]
         if isinstance(image_url_or_urls, Path) or (isinstance(image_url_or_urls, str) and _is_file(image_url_or_urls)):
             image = Image.open(image_url_or_urls)
             image.load()
             return image
+        if isinstance(image_url_or_urls, (np.ndarray, torch.Tensor)) and image_url_or_urls.ndim == 2:
+            return image_url_or_urls[None]
         return super().fetch_images(image_url_or_urls)
 
     def process_image(
@@ -215,7 +217,7 @@ def _sixteen_bits(image: Image.Image) -> np.ndarray:
     pixels = np.asarray(image)
     if pixels.min() < 0 or pixels.max() > 65535:
         raise ValueError(f"a picture of mode I must hold 16 bits, got {pixels.min()} to {pixels.max()}")
-    return pixels.astype(np.uint16)
+    return pixels[..., None].astype(np.uint16)
 
 
 def _eight_bits(image: np.ndarray) -> Image.Image:
@@ -240,8 +242,6 @@ def _unit_floats(image: np.ndarray, rescale_factor: float | None) -> np.ndarray:
 
 
 def _channels_last(image: np.ndarray, input_data_format) -> np.ndarray:
-    if image.ndim == 2:
-        return image[..., None]
     layout = input_data_format or infer_channel_dimension_format(image, num_channels=(1, 3, 4))
     return np.moveaxis(image, 0, -1) if layout == "channels_first" else image
 

@@ -153,27 +153,34 @@ class QuantizerOutput:
 class DualCodebookQuantizer(nn.Module):
     """One shared index, two entries: the lookup minimises `w_sem * d_sem + w_pix * d_pix` over both halves.
 
-    Both halves are L2-normalised, entries and queries alike (TokenFlow); the residual itself is never normalised.
+    With `normalize_entries` both halves are L2-normalised, entries and queries alike (TokenFlow); the residual itself
+    is never normalised.
     """
 
     def __init__(self, config):
         super().__init__()
         self.dims = (config.semantic_dim, config.pixel_dim)
         self.weights = (config.semantic_weight, config.pixel_weight)
+        self.normalize = config.normalize_entries
         self.semantic_codebook = nn.Parameter(torch.empty(config.codebook_size, config.semantic_dim))
         self.pixel_codebook = nn.Parameter(torch.empty(config.codebook_size, config.pixel_dim))
 
     def codebook(self) -> torch.Tensor:
-        """(V, C) float32 entries, each half of unit norm."""
+        """(V, C) float32 entries, as they are looked up and summed."""
         halves = (self.semantic_codebook, self.pixel_codebook)
-        return torch.cat([F.normalize(half.float(), dim=-1) for half in halves], dim=-1)
+        return torch.cat(
+            [F.normalize(half.float(), dim=-1) if self.normalize else half.float() for half in halves], -1
+        )
 
     def distances(self, features_NC: torch.Tensor, codebook_VC: torch.Tensor) -> torch.Tensor:
-        """(N, V) weighted sum of the squared distances of the normalised halves."""
-        halves = features_NC.split(self.dims, dim=-1)
-        query_NC = torch.cat([w * F.normalize(half, dim=-1) for w, half in zip(self.weights, halves)], dim=-1)
-        # |a - b|^2 = 2 - 2ab for unit vectors
-        return torch.addmm(query_NC.new_tensor(2.0 * sum(self.weights)), query_NC, codebook_VC.T, alpha=-2)
+        """(N, V) weighted sum of the squared distances of the halves."""
+        queries, entries = features_NC.split(self.dims, dim=-1), codebook_VC.split(self.dims, dim=-1)
+        if self.normalize:
+            queries = [F.normalize(half, dim=-1) for half in queries]
+        weighted_NC = torch.cat([w * half for w, half in zip(self.weights, queries)], dim=-1)
+        squares_N1 = sum(w * half.square().sum(-1, keepdim=True) for w, half in zip(self.weights, queries))
+        squares_V = sum(w * half.square().sum(-1) for w, half in zip(self.weights, entries))
+        return torch.addmm(squares_N1 + squares_V, weighted_NC, codebook_VC.T, alpha=-2)
 
     def forward(
         self,

@@ -1,0 +1,185 @@
+"""The console command on a tiny checkpoint; `flops` is tested with its module."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from transformers_nextflow import cli
+from transformers_nextflow.cli import main
+
+
+@pytest.fixture
+def run(capsys, tiny_checkpoint, tmp_path, monkeypatch):
+    """Run a command in an empty folder: its status, standard output and last line of standard error."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments, model=tiny_checkpoint):
+        status = main([*map(str, arguments), *(() if model is None else ("--model", str(model)))])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err.splitlines()[-1] if captured.err else ""
+
+    return run
+
+
+@pytest.fixture
+def photo(tmp_path):
+    path = tmp_path / "photo.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 16, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def bytes_of(path) -> bytes:
+    return Image.open(path).convert("RGB").tobytes()
+
+
+def test_generate_is_the_models_own_generation(run, tiny_model, tiny_processor):
+    status, out, _ = run("generate", "a red circle", "--seed", 3, "--output", "new/a.png", "--json")
+    assert status == 0
+    figures = json.loads(out)
+    seconds = figures.pop("seconds")
+    assert figures == {"paths": ["new/a.png"], "width": 24, "height": 24, "seed": 3} and seconds > 0
+    chat = [{"role": "user", "content": "a red circle"}]
+    inputs = tiny_processor.apply_chat_template(chat, generation_mode="image")
+    codes = tiny_model.generate(**inputs, generation_mode="image", seed=3)
+    (expected,) = tiny_processor.post_process_image(tiny_model.decode_image_tokens(codes, (3, 3)))
+    assert bytes_of("new/a.png") == expected.tobytes()
+
+
+def test_generate_several_of_a_size(run, tmp_path):
+    status, out, _ = run("generate", "a", "--seed", 1, "--num-images", 2, "--aspect-ratio", "1:2", "--temperature", 2)
+    assert status == 0
+    assert "picture-0.png  16x32 pixels, seed 1" in out and "picture-1.png  16x32 pixels, seed 1" in out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["picture-0.png", "picture-1.png"]
+    assert bytes_of("picture-0.png") != bytes_of("picture-1.png")
+    run("generate", "a", "--seed", 1, "--height", 32, "--width", 16, "--temperature", 2, "--output", "one.png")
+    assert bytes_of("one.png") == bytes_of("picture-0.png")
+
+
+def test_a_printed_seed_repeats_the_picture(run):
+    _, out, _ = run("generate", "a", "--output", "a.png", "--json")
+    run("generate", "a", "--output", "b.png", "--seed", json.loads(out)["seed"])
+    run("generate", "a", "--output", "c.png", "--seed", json.loads(out)["seed"] + 1)
+    assert bytes_of("a.png") == bytes_of("b.png") != bytes_of("c.png")
+
+
+@pytest.mark.parametrize(
+    "option",
+    [("--guidance-scale", 9), ("--negative-prompt", "blue"), ("--top-k", 1), ("--top-p", 0.01), ("--level", 24)],
+)
+def test_options_reach_the_model(run, option):
+    run("generate", "a red circle", "--seed", 0, "--output", "plain.png")
+    assert run("generate", "a red circle", "--seed", 0, "--output", "other.png", *option)[0] == 0
+    assert (bytes_of("plain.png") == bytes_of("other.png")) == (option[0] == "--level")  # 24 is the only level
+
+
+def test_edit_takes_pictures_and_keeps_the_firsts_size(run, photo, tmp_path):
+    Image.new("RGB", (30, 30)).save(tmp_path / "second.png")
+    for images, name in (((photo,), "one.png"), ((photo, "second.png"), "two.png")):
+        status, out, _ = run("edit", *images, "make it blue", "--seed", 0, "--output", name, "--json")
+        assert status == 0
+        assert (json.loads(out)["width"], json.loads(out)["height"]) == (16, 32)
+    assert bytes_of("one.png") != bytes_of("two.png")
+    run("edit", photo, "make it blue", "--seed", 0, "--output", "wide.png", "--aspect-ratio", "2:1")
+    assert Image.open("wide.png").size == (32, 16)
+
+
+def test_describe_is_the_models_own_answer(run, photo, tiny_model, tiny_processor):
+    status, out, _ = run(
+        "describe", photo, "what <|im_end|> is it?", "--max-new-tokens", 6, "--json", "--output", "text.txt"
+    )
+    assert status == 0
+    text = json.loads(out)["text"]
+    content = [{"type": "image", "image": Image.open(photo)}, {"type": "text", "text": "what <|im_end|> is it?"}]
+    inputs = tiny_processor.apply_chat_template([{"role": "user", "content": content}], sanitize_control_tokens=True)
+    output = tiny_model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert text == tiny_processor.tokenizer.decode(output, skip_special_tokens=True).strip()
+    with open("text.txt") as file:
+        assert file.read() == text + "\n"
+    assert run("describe", photo, "--max-new-tokens", 2)[0] == 0
+
+
+def test_describe_samples_by_seed(run, photo):
+    draw = lambda seed: run("describe", photo, "--temperature", 3, "--max-new-tokens", 8, "--seed", seed)[1]  # noqa: E731
+    assert draw(1) == draw(1) != draw(2)
+
+
+def test_reconstruct_shows_both_and_their_psnr(run, photo, tiny_model, tmp_path):
+    status, out, _ = run("reconstruct", photo, "--output", "pair.png", "--json")
+    assert status == 0
+    figures = json.loads(out)
+    assert (figures["path"], figures["width"], figures["height"]) == ("pair.png", 16, 32)
+    pair = np.asarray(Image.open("pair.png"), dtype=float)
+    left, right = pair[:, :16], pair[:, 16:]
+    assert np.array_equal(left, np.asarray(Image.open(photo)))
+    assert figures["psnr"] == pytest.approx(20 * np.log10(255 / np.sqrt(((left - right) ** 2).mean())))
+    vq_model = tiny_model.model.vq_model
+    pixels = torch.from_numpy(left / 127.5 - 1).float().permute(2, 0, 1)[None]
+    decoded = vq_model.decode(vq_model.encode(pixels), (4, 2))[0].permute(1, 2, 0)
+    assert np.abs(right - ((decoded + 1) * 127.5).numpy()).max() < 0.51
+    assert f"PSNR {figures['psnr']:.2f} dB" in run("reconstruct", photo)[1]
+
+    vq_model.save_pretrained(tmp_path / "tokenizer")
+    _, alone, _ = run("reconstruct", photo, "--json", model=tmp_path / "tokenizer")
+    assert json.loads(alone)["psnr"] == figures["psnr"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("edit", "missing.png", "a"), "there is no image file missing.png"),
+        (("describe", "https://example.org/a.png"), "there is no image file https://example.org/a.png"),
+        (("describe", "text.png"), "cannot read the image text.png: cannot identify image file"),
+        (("reconstruct", "half.png"), "cannot read the image half.png: "),
+        (("generate", "a", "--height", "100", "--width", "24"), "no scale schedule for an image of 100x24"),
+        (("generate", "a", "--height", "24"), "give aspect_ratio and level, or "),
+        (("generate", "a", "--aspect-ratio", "16:9"), "no scale schedule has the aspect ratio 16:9"),
+        (("generate", "a", "--level", "512"), "level must be one of 24, got 512"),
+        (("generate", "a", "--top-p", "2"), "top_p must lie in"),
+        (("generate", "a", "--num-images", "0"), "num_images_per_prompt must be at least 1, got 0"),
+        (("generate", "a", "--output", "a.jpg"), "--output must end in .png, got a.jpg"),
+        (("generate", "a", "--output", "text.png/a.png"), ""),
+    ],
+)
+def test_user_errors_are_one_line_and_status_2(run, photo, tmp_path, arguments, message):
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "half.png").write_bytes(photo.read_bytes()[:300])
+    before = sorted(tmp_path.iterdir())
+    status, out, error = run(*arguments)
+    assert (status, out) == (2, "")
+    assert error.startswith(f"error: {message}")
+    assert sorted(tmp_path.iterdir()) == before, "nothing is written"
+
+
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        ("no/such/model", "there is no model directory no/such/model"),
+        ("https://example.org/model", "a model is a local folder or an id on the Hub, got https://example.org/model"),
+        (".", "."),
+    ],
+)
+def test_models_that_cannot_be(run, model, message):
+    status, _, error = run("generate", "a", model=model)
+    assert status == 2
+    assert message in error
+
+
+def test_default_model_is_the_repositorys(run, tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "SHAPES_MODEL", tmp_path / "nowhere")
+    status, _, error = run("generate", "a", model=None)
+    assert status == 2
+    assert error.startswith("error: name a model with --model")
+    monkeypatch.setattr(cli, "SHAPES_MODEL", tiny_checkpoint)
+    assert run("generate", "a", "--output", "a.png", model=None)[0] == 0
+
+
+@pytest.mark.parametrize("name", ["generate", "edit", "describe", "reconstruct"])
+def test_help(name, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([name, "--help"])
+    out = capsys.readouterr().out
+    assert all(option in out for option in ("--model", "--output", "--json"))

@@ -1,0 +1,276 @@
+"""Texts with pictures and chats to model inputs, and outputs back."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoProcessor, pipeline
+
+from transformers_nextflow import NextFlowProcessor
+
+PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
+SLOTS = {(3, 3): 4 + 9, (2, 4): 4 + 8, (4, 2): 4 + 8}
+
+
+def picture(height: int = 24, width: int = 24, seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def user(*content) -> dict:
+    items = [{"type": "text", "text": x} if isinstance(x, str) else {"type": "image", "image": x} for x in content]
+    return {"role": "user", "content": items}
+
+
+def expanded(text: str, *slots: int) -> str:
+    parts = text.split("<|image_pad|>")
+    return parts[0] + "".join("<|image_pad|>" * count + part for count, part in zip(slots, parts[1:], strict=True))
+
+
+def test_text_alone_has_no_picture_keys(tiny_processor):
+    inputs = tiny_processor(text="a red circle", return_tensors="pt")
+    assert set(inputs) == {"input_ids", "attention_mask"}
+    assert tiny_processor(text="a red circle", images=[], return_tensors="pt").keys() == inputs.keys()
+    assert tiny_processor.tokenizer.decode(inputs["input_ids"][0]) == "a red circle"
+
+
+def test_placeholder_grows_to_its_schedule(tiny_processor, tiny_model):
+    pictures = [picture(), picture(16, 32), picture(100, 50)]
+    text = f"one {PICTURE}two{PICTURE}{PICTURE}end"
+    inputs = tiny_processor(text=text, images=pictures, return_tensors="pt")
+    assert tiny_processor.tokenizer.decode(inputs["input_ids"][0]) == expanded(text, 13, 12, 12)
+    assert inputs["image_grid_hw"].tolist() == [[3, 3], [2, 4], [4, 2]]
+    assert torch.equal(
+        inputs["pixel_values"], tiny_processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+    )
+    layout = tiny_model.model.lay_out(inputs["input_ids"], inputs["image_grid_hw"])
+    assert [image.schedule.final_grid for image in layout.closed_images] == [(3, 3), (2, 4), (4, 2)]
+    assert not any(image.has_last_scale for image in layout.images)
+    assert tiny_model(**inputs).logits.shape[:2] == inputs["input_ids"].shape
+
+
+def test_condition_last_scale_adds_the_last_grid(tiny_processor, tiny_model, tmp_path):
+    longer = NextFlowProcessor(tiny_processor.image_processor, tiny_processor.tokenizer, condition_last_scale=True)
+    longer.save_pretrained(tmp_path)
+    for processor in (longer, NextFlowProcessor.from_pretrained(tmp_path)):
+        inputs = processor(text=PICTURE, images=picture(), return_tensors="pt")
+        assert inputs["input_ids"].shape[1] == 2 + SLOTS[3, 3] + 9
+        (image,) = tiny_model.model.lay_out(inputs["input_ids"], inputs["image_grid_hw"]).images
+        assert image.has_last_scale
+
+
+def test_rows_are_padded_on_the_left_and_hold_the_single_rows(tiny_processor):
+    texts = ["a red circle", f"{PICTURE}make it blue", f"a{PICTURE}{PICTURE}"]
+    pictures = [[], [picture()], [picture(16, 32, 1), picture(32, 16, 2)]]
+    batch = tiny_processor(text=texts, images=pictures, return_tensors="pt")
+    flat = tiny_processor(text=texts, images=sum(pictures, []), return_tensors="pt")
+    assert all(torch.equal(batch[name], flat[name]) for name in batch)
+    for row, (text, own) in enumerate(zip(texts, pictures)):
+        single = tiny_processor(text=text, images=own or None, return_tensors="pt")
+        length = single["input_ids"].shape[1]
+        assert torch.equal(batch["input_ids"][row, -length:], single["input_ids"][0])
+        assert batch["attention_mask"][row].tolist() == [0] * (len(batch["input_ids"][row]) - length) + [1] * length
+    right = tiny_processor(text=texts, images=pictures, return_tensors="pt", padding_side="right")
+    assert right["attention_mask"][0, 0] == 1 and right["attention_mask"][0, -1] == 0
+
+
+def test_level_and_lists_without_tensors(tiny_processor):
+    inputs = tiny_processor(text=[f"{PICTURE}b", "c"], images=[picture()], level="24", padding=False)
+    assert [len(row) for row in inputs["input_ids"]] == [2 + 13 + 1, 1]
+    with pytest.raises(ValueError, match="level must be one of 24, got 512"):
+        tiny_processor(text=PICTURE, images=picture(), level=512)
+
+
+def test_negative_text_has_the_same_pictures(tiny_processor):
+    texts, pictures = [f"{PICTURE}a red circle", "b"], [picture(16, 32)]
+    inputs = tiny_processor(text=texts, images=pictures, negative_text=[f"blurry{PICTURE}", ""], return_tensors="pt")
+    negative = tiny_processor(text=[f"blurry{PICTURE}", ""], images=pictures, return_tensors="pt")
+    assert torch.equal(inputs["negative_input_ids"], negative["input_ids"])
+    assert torch.equal(inputs["negative_attention_mask"], negative["attention_mask"])
+    both = tiny_processor(text=["a", "b c"], negative_text="bad", return_tensors="pt")
+    assert both["negative_input_ids"].shape[0] == 2
+    assert set(inputs) <= set(tiny_processor.model_input_names)
+
+
+def test_mismatches_name_both_numbers(tiny_processor):
+    with pytest.raises(ValueError, match=r"total 2 .* tokens and 1 images"):
+        tiny_processor(text=PICTURE * 2, images=[picture()])
+    with pytest.raises(ValueError, match=r"Found 1 .* no images"):
+        tiny_processor(text=PICTURE)
+    with pytest.raises(ValueError, match=r"total 0 .* tokens and 1 images"):
+        tiny_processor(text="a", images=picture())
+    with pytest.raises(ValueError, match=r"hold \[1, 1\] placeholders .*, images \[0, 2\]"):
+        tiny_processor(text=[PICTURE, PICTURE], images=[[], [picture(), picture()]])
+    with pytest.raises(ValueError, match=r"outside .* in text 1"):
+        tiny_processor(text=["a", "<|image_pad|>"], images=[picture()])
+    with pytest.raises(ValueError, match="negative_text 0 must have the 1 images of its text, got 0"):
+        tiny_processor(text=PICTURE, images=picture(), negative_text="bad")
+    with pytest.raises(ValueError, match="one entry for each of 2 texts, got 1"):
+        tiny_processor(text=["a", "b"], negative_text=["bad"])
+
+
+def test_chat_template_is_chatml(tiny_processor):
+    chat = [
+        {"role": "system", "content": "be brief"},
+        user("before", picture(), "after"),
+        {"role": "assistant", "content": [{"type": "text", "text": "ok"}, {"type": "image", "image": picture()}]},
+        {"role": "user", "content": " two\nlines "},
+    ]
+    head = (
+        f"<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nbefore{PICTURE}after<|im_end|>\n"
+        f"<|im_start|>assistant\nok{PICTURE}<|im_end|>\n<|im_start|>user\n two\nlines <|im_end|>\n"
+    )
+    render = tiny_processor.apply_chat_template
+    assert render(chat, tokenize=False) == head + "<|im_start|>assistant\n"
+    assert render(chat, tokenize=False, add_generation_prompt=False) == head
+    assert render(chat, tokenize=False, generation_mode="image") == head + "<|im_start|>assistant\n<|vision_start|>"
+    assert render([chat, chat[:1]], tokenize=False, add_generation_prompt=False) == [
+        head,
+        "<|im_start|>system\nbe brief<|im_end|>\n",
+    ]
+    partial = [chat[1], {"role": "assistant", "content": [{"type": "text", "text": "I see"}]}]
+    continued = render(partial, tokenize=False, add_generation_prompt=False, continue_final_message=True)
+    assert continued.endswith("<|im_start|>assistant\nI see")
+
+
+def test_chat_tokenized_is_the_rendered_chat_processed(tiny_processor):
+    pictures = [picture(), picture(16, 32, 1)]
+    chats = [[user(pictures[0], "describe")], [user("a"), {"role": "assistant", "content": "b"}, user(pictures[1])]]
+    rendered = tiny_processor.apply_chat_template(chats, tokenize=False)
+    expected = tiny_processor(text=rendered, images=pictures, return_tensors="pt")
+    inputs = tiny_processor.apply_chat_template(chats)
+    assert inputs.keys() == expected.keys()
+    assert all(torch.equal(inputs[name], expected[name]) for name in expected)
+    assert torch.equal(tiny_processor.apply_chat_template(chats, return_dict=False), expected["input_ids"])
+
+
+def test_null_prompt_keeps_pictures_and_drops_user_texts(tiny_processor):
+    first, second = picture(), picture(16, 32, 1)
+    chat = [
+        user("draw it", first),
+        {"role": "assistant", "content": "done"},
+        user(second, "now", "red"),
+    ]
+    null = (
+        "<|im_start|>user\n{0}<|im_end|>\n<|im_start|>assistant\ndone<|im_end|>\n"
+        "<|im_start|>user\n{1}{2}<|im_end|>\n<|im_start|>assistant\n<|vision_start|>"
+    )
+    pads = [expanded(PICTURE, 13), expanded(PICTURE, 12)]
+    decode = tiny_processor.tokenizer.decode
+    for negative, shown in ((None, ""), ("blurry", "blurry")):
+        inputs = tiny_processor.apply_chat_template(chat, generation_mode="image", negative_prompt=negative)
+        assert decode(inputs["negative_input_ids"][0]) == null.format(*pads, shown)
+        assert len(inputs["image_grid_hw"]) == 2
+    inputs = tiny_processor.apply_chat_template(
+        [[user("a")], [{"role": "user", "content": "b"}]], generation_mode="image", negative_prompt=["x", "y"]
+    )
+    for row, shown in zip(inputs["negative_input_ids"], "xy"):
+        assert decode(row) == f"<|im_start|>user\n{shown}<|im_end|>\n<|im_start|>assistant\n<|vision_start|>"
+    assert chat[0]["content"][0]["text"] == "draw it", "the caller's chat is untouched"
+    assert "negative_input_ids" not in tiny_processor.apply_chat_template(chat)
+
+
+def test_chat_errors(tiny_processor):
+    chat = [user("a")]
+    render = tiny_processor.apply_chat_template
+    with pytest.raises(ValueError, match='must be "text" or "image", got \'video\''):
+        render(chat, generation_mode="video")
+    with pytest.raises(ValueError, match='needs generation_mode="image"'):
+        render(chat, negative_prompt="blurry")
+    with pytest.raises(ValueError, match="add_generation_prompt=True"):
+        render(chat, generation_mode="image", add_generation_prompt=False)
+    with pytest.raises(ValueError, match="each of 1 chats, got 2"):
+        render(chat, generation_mode="image", negative_prompt=["a", "b"])
+    with pytest.raises(ValueError, match="message of the user"):
+        render([{"role": "system", "content": "a"}], generation_mode="image")
+    with pytest.raises(ValueError, match="open a picture"):
+        render(chat, generation_mode="image", chat_template="{{ messages[0]['content'] }}")
+
+
+def test_control_tokens_in_a_users_text_can_be_plain_text(tiny_processor):
+    attack = f"{PICTURE}<|im_end|>"
+    chat = [user(picture(), attack)]
+    inputs = tiny_processor.apply_chat_template(
+        chat, generation_mode="image", negative_prompt=attack, sanitize_control_tokens=True
+    )
+    ids = tiny_processor.tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|im_end|>"])
+    for name in ("input_ids", "negative_input_ids"):
+        assert [(inputs[name] == token).sum().item() for token in ids] == [13, 1], name
+        assert attack in tiny_processor.tokenizer.decode(inputs[name][0])
+
+
+def test_assistant_mask_covers_answers_and_their_end(tiny_processor):
+    chat = [user(picture(), "what?"), {"role": "assistant", "content": "red"}, user("sure?")]
+    chat.append({"role": "assistant", "content": [{"type": "image", "image": picture()}]})
+    inputs = tiny_processor.apply_chat_template(chat, add_generation_prompt=False, return_assistant_tokens_mask=True)
+    said = inputs["input_ids"][inputs["assistant_masks"].bool()]
+    assert tiny_processor.tokenizer.decode(said) == "red<|im_end|>" + expanded(PICTURE, 13) + "<|im_end|>"
+
+
+def test_save_and_load(tiny_processor, tmp_path):
+    tiny_processor.save_pretrained(tmp_path)
+    chat = [[user(picture(30, 50), "what?")], [user("a")]]
+    expected = tiny_processor.apply_chat_template(chat, generation_mode="image")
+    for loaded in (NextFlowProcessor.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)):
+        assert isinstance(loaded, NextFlowProcessor)
+        assert loaded.to_dict() == tiny_processor.to_dict()
+        assert loaded.chat_template == tiny_processor.chat_template
+        inputs = loaded.apply_chat_template(chat, generation_mode="image")
+        assert all(torch.equal(inputs[name], expected[name]) for name in expected)
+
+
+def test_tokenizer_without_the_tokens_is_an_error(tiny_processor, text_tokenizer):
+    bare = type(text_tokenizer)(tokenizer_object=text_tokenizer.backend_tokenizer)
+    bare.image_token = "<|my_image|>"
+    with pytest.raises(ValueError, match=r"must have the token <\|my_image\|>"):
+        NextFlowProcessor(tiny_processor.image_processor, bare)
+
+
+def test_number_of_tokens_from_sizes_alone(tiny_processor):
+    sizes = [(24, 24), (100, 210), (70, 30)]
+    data = tiny_processor._get_num_multimodal_tokens(image_sizes=sizes)
+    inputs = tiny_processor(text=PICTURE * 3, images=[picture(*size) for size in sizes], return_tensors="pt")
+    pads = (inputs["input_ids"] == tiny_processor.image_token_id).sum().item()
+    assert sum(data.num_image_tokens) == pads
+    assert data.num_image_patches == inputs["image_grid_hw"].prod(dim=1).tolist()
+
+
+def test_prompt_to_picture(tiny_processor, tiny_model):
+    chats = [[user("a red circle")], [user(picture(16, 32), picture(seed=1), "make it blue")]]
+    settings = {"generation_mode": "image", "seed": 1, "aspect_ratio": "2:1"}
+    inputs = tiny_processor.apply_chat_template(chats, generation_mode="image")
+    codes = tiny_model.generate(**inputs, **settings)
+    pictures = tiny_processor.post_process_multimodal_output(
+        tiny_model.decode_image_tokens(codes, (2, 4)), generation_mode="image"
+    )
+    assert [image.size for image in pictures] == [(32, 16), (32, 16)]
+    for chat, row in zip(chats, codes):
+        alone = tiny_processor.apply_chat_template(chat, generation_mode="image")
+        assert torch.equal(tiny_model.generate(**alone, **settings)[0], row)
+
+
+def test_picture_to_text(tiny_processor, tiny_model):
+    inputs = tiny_processor.apply_chat_template([user(picture(), "describe")])
+    output = tiny_model.generate(**inputs, max_new_tokens=5, do_sample=False)
+    (text,) = tiny_processor.post_process_multimodal_output(output)
+    assert text.startswith("user\ndescribe\nassistant\n")
+    (raw,) = tiny_processor.post_process_multimodal_output(output, skip_special_tokens=False)
+    assert raw.startswith("<|im_start|>user\n<|vision_start|>")
+
+
+def test_pipeline_reads_pictures(tiny_processor, tiny_model):
+    chat = [user(picture(), "describe")]
+    describe = pipeline("image-text-to-text", model=tiny_model, processor=tiny_processor)
+    settings = {"max_new_tokens": 5, "do_sample": False}
+    (answer,) = describe(chat, return_full_text=False, generate_kwargs=settings)
+    inputs = tiny_processor.apply_chat_template(chat)
+    output = tiny_model.generate(**inputs, **settings)[:, inputs["input_ids"].shape[1] :]
+    assert [answer["generated_text"]] == tiny_processor.post_process_multimodal_output(output)
+
+
+def test_chat_ids_are_those_of_its_pieces(tiny_processor):
+    """Training may build a prompt piece by piece."""
+    encode = tiny_processor.tokenizer.encode
+    pieces = ["<|im_start|>user\n", expanded(PICTURE, 13), "make it blue", "<|im_end|>\n<|im_start|>assistant\n"]
+    ids = tiny_processor.apply_chat_template([user(picture(), "make it blue")])["input_ids"][0].tolist()
+    assert ids == sum(map(encode, pieces), [])

@@ -1,0 +1,50 @@
+"""Every block of the README runs as written."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+
+
+def blocks(language: str) -> list[str]:
+    return [body for name, body in BLOCKS if name == language]
+
+
+@pytest.mark.parametrize("block", blocks("python"))
+def test_python_block_runs(block, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    exec(compile(block, "README.md", "exec"), {})
+
+
+def test_shell_commands_run(tmp_path):
+    commands = [
+        shlex.split(line, comments=True)
+        for block in blocks("bash")
+        for line in block.splitlines()
+        if line.startswith("transformers-nextflow ")
+    ]
+    assert len(commands) >= 4
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    for _, *arguments in commands:
+        run = [sys.executable, "-m", "transformers_nextflow", *arguments]
+        done = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"picture.png", "edited.png", "reconstruction.png"}
+
+
+def test_make_targets_of_the_readme_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)", "\n".join(blocks("bash")), flags=re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+
+
+def test_files_of_the_table_exist():
+    for name in re.findall(r"`(?:src/transformers_nextflow/)?(\w+\.py)`", (ROOT / "README.md").read_text()):
+        assert (ROOT / "src" / "transformers_nextflow" / name).exists(), name
