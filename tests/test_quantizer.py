@@ -22,8 +22,8 @@ SCHEDULES = pytest.mark.parametrize("schedule", [SQUARE, WIDE], ids=["square", "
 CODES, SEMANTIC, PIXEL, WEIGHTS = 50, 6, 4, (0.25, 1.0)
 
 
-@pytest.fixture(scope="module")
-def quantizer():
+@pytest.fixture(scope="module", params=[True, False], ids=["normalized", "euclidean"])
+def quantizer(request):
     torch.manual_seed(0)
     config = SimpleNamespace(
         semantic_dim=SEMANTIC,
@@ -31,6 +31,7 @@ def quantizer():
         semantic_weight=WEIGHTS[0],
         pixel_weight=WEIGHTS[1],
         codebook_size=CODES,
+        normalize_entries=request.param,
     )
     quantizer = DualCodebookQuantizer(config).requires_grad_(False)
     quantizer.semantic_codebook.normal_()
@@ -44,19 +45,22 @@ def features(schedule: ScaleSchedule, batch: int = 3, seed: int = 1) -> torch.Te
 
 
 def squared_distances(quantizer: DualCodebookQuantizer, vectors_NC: torch.Tensor) -> torch.Tensor:
-    """(N, V), written out: each half normalised, the difference squared, summed, weighted."""
+    """(N, V), written out: each half normalised if so configured, the difference squared, summed, weighted."""
     total = 0
     codebooks = (quantizer.semantic_codebook, quantizer.pixel_codebook)
     for half, codebook, weight in zip(vectors_NC.split((SEMANTIC, PIXEL), -1), codebooks, WEIGHTS):
-        unit, entries = half / half.norm(dim=-1, keepdim=True), codebook / codebook.norm(dim=-1, keepdim=True)
-        total = total + weight * (unit[:, None] - entries[None]).square().sum(-1)
+        if quantizer.normalize:
+            half, codebook = (rows / rows.norm(dim=-1, keepdim=True) for rows in (half, codebook))
+        total = total + weight * (half[:, None] - codebook[None]).square().sum(-1)
     return total
 
 
 def entry_maps(quantizer: DualCodebookQuantizer, codes_BL: torch.Tensor, schedule: ScaleSchedule) -> list:
-    """Each scale's normalised entries on the final grid."""
+    """Each scale's entries, normalised if so configured, on the final grid."""
     codebooks = (quantizer.semantic_codebook, quantizer.pixel_codebook)
-    table = torch.cat([codebook / codebook.norm(dim=-1, keepdim=True) for codebook in codebooks], -1)
+    if quantizer.normalize:
+        codebooks = [codebook / codebook.norm(dim=-1, keepdim=True) for codebook in codebooks]
+    table = torch.cat(list(codebooks), -1)
     maps = []
     for scale, (h, w) in enumerate(schedule):
         cells = table[codes_BL[:, schedule.slice(scale)]].view(-1, h, w, SEMANTIC + PIXEL).permute(0, 3, 1, 2)
@@ -88,7 +92,7 @@ def test_targets_are_the_nearest_entries(quantizer, schedule):
 def test_distances_are_weighted_squared_distances(quantizer):
     vectors = features(SQUARE).permute(0, 2, 3, 1).reshape(-1, SEMANTIC + PIXEL)
     torch.testing.assert_close(
-        quantizer.distances(vectors, quantizer.codebook()), squared_distances(quantizer, vectors), atol=1e-5, rtol=0
+        quantizer.distances(vectors, quantizer.codebook()), squared_distances(quantizer, vectors), atol=1e-5, rtol=1e-6
     )
 
 
