@@ -138,7 +138,7 @@ def test_reconstruct_shows_both_and_their_psnr(run, photo, tiny_model, tmp_path)
         (("generate", "a", "--height", "24"), "give aspect_ratio and level, or "),
         (("generate", "a", "--aspect-ratio", "16:9"), "no scale schedule has the aspect ratio 16:9"),
         (("generate", "a", "--level", "512"), "level must be one of 24, got 512"),
-        (("generate", "a", "--top-p", "2"), "top_p must lie in"),
+        (("generate", "a", "--top-p", "2"), "top_p must be a number in"),
         (("generate", "a", "--num-images", "0"), "num_images_per_prompt must be at least 1, got 0"),
         (("generate", "a", "--output", "a.jpg"), "--output must end in .png, got a.jpg"),
         (("generate", "a", "--output", "text.png/a.png"), ""),
