@@ -45,8 +45,10 @@ def save(model: NextFlowForConditionalGeneration, processor: NextFlowProcessor, 
     for part in trained_parts(model).values():
         if part is not model.model.code_embeddings:
             part.bfloat16()
-    model.config.dtype = "float32"
     model.save_pretrained(output)
+    for config in (model.config, model.config.text_config, model.config.vq_config):
+        config.dtype = torch.float32
+    model.config.save_pretrained(output)
     processor.save_pretrained(output)
 
 
