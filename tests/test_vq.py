@@ -248,11 +248,27 @@ def test_wrong_codes_are_refused(model):
         model.decode_prefix(codes, SQUARE, 4)
 
 
+@GRIDS
+@pytest.mark.parametrize("padding_mode, uniform", [("replicate", True), ("reflect", True), ("zeros", False)])
+def test_replicated_borders_give_flat_pictures_one_pixel_feature(grid, padding_mode, uniform):
+    torch.manual_seed(0)
+    encoder = NextFlowVQModel(tiny_config(padding_mode=padding_mode)).pixel_encoder
+    with torch.no_grad():
+        features = encoder(torch.full((1, 3, PATCH * grid[0], PATCH * grid[1]), 0.5))
+    spread = (features - features[..., :1, :1]).abs().max() / features.abs().max()
+    assert (spread < 1e-5) == uniform
+
+
 def test_configurations_whose_branches_disagree_are_refused():
     with pytest.raises(ValueError, match="downsample by 4, but patch_size is 8"):
         tiny_config(stem_stride=1)
     with pytest.raises(ValueError, match="semantic patch_size 8, pixel patch_size 16"):
         tiny_config(stem_stride=4, patch_size=16)
+
+
+def test_unknown_padding_is_refused():
+    with pytest.raises(ValueError, match="padding_mode must be .* got 'circular'"):
+        tiny_config(padding_mode="circular")
 
 
 def test_full_size_model_builds():

@@ -72,6 +72,9 @@ class NextFlowVQConfig(PreTrainedConfig):
             `stem_stride * 2 ** (len(channel_multipliers) - 1)` must equal `patch_size`.
         latent_channels (`int`, defaults to 256):
             Channels between the CNN and the codebook's pixel half.
+        padding_mode (`str`, defaults to `"zeros"`):
+            How the CNN continues pictures beyond their border (`"zeros"`, TokenFlow's, `"replicate"` or `"reflect"`).
+            With zeros, flat regions get other codes near the border.
         encoder_blocks, decoder_blocks (`int`, default to 2 and 6):
             Residual blocks at each resolution. Open in the paper: how the pixel decoder's capacity is doubled in the
             third training stage; here it is the depth, 3 blocks (TokenFlow's) becoming 6.
@@ -99,6 +102,7 @@ class NextFlowVQConfig(PreTrainedConfig):
     channel_multipliers: list[int] | None = None
     stem_stride: int = 1
     latent_channels: int = 256
+    padding_mode: str = "zeros"
     encoder_blocks: int = 2
     decoder_blocks: int = 6
     scale_schedules: list | None = None
@@ -111,6 +115,8 @@ class NextFlowVQConfig(PreTrainedConfig):
         self.channel_multipliers = self.channel_multipliers or [1, 1, 2, 2, 4]
         self.levels = self.levels or dict(PAPER_LEVELS)
         super().__post_init__(**kwargs)
+        if self.padding_mode not in ("zeros", "replicate", "reflect"):
+            raise ValueError(f'padding_mode must be "zeros", "replicate" or "reflect", got {self.padding_mode!r}')
         downsampling = self.stem_stride * 2 ** (len(self.channel_multipliers) - 1)
         if downsampling != self.patch_size:
             raise ValueError(

@@ -42,12 +42,12 @@ def unpatchify(patches: torch.Tensor, grid: Grid, patch_size: int) -> torch.Tens
 class ResidualBlock(nn.Module):
     """GroupNorm-SiLU-Conv twice, beside a shortcut."""
 
-    def __init__(self, in_channels: int, out_channels: int):
+    def __init__(self, in_channels: int, out_channels: int, padding_mode: str):
         super().__init__()
         self.norm1 = _norm(in_channels)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = _conv(in_channels, out_channels, padding_mode)
         self.norm2 = _norm(out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = _conv(out_channels, out_channels, padding_mode)
         self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -75,8 +75,13 @@ def _norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
 
 
-def _resolution(in_channels: int, channels: int, blocks: int, attention: bool) -> nn.Sequential:
-    layers = [ResidualBlock(in_channels if block == 0 else channels, channels) for block in range(blocks)]
+def _conv(in_channels: int, out_channels: int, padding_mode: str) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, 3, padding=1, padding_mode=padding_mode)
+
+
+def _resolution(in_channels: int, channels: int, blocks: int, attention: bool, padding_mode: str) -> nn.Sequential:
+    widths = [in_channels] + [channels] * (blocks - 1)
+    layers = [ResidualBlock(width, channels, padding_mode) for width in widths]
     if attention:
         layers.insert(1, SpatialAttention(channels))
     return nn.Sequential(*layers)
@@ -89,14 +94,17 @@ class PixelEncoder(nn.Module):
         super().__init__()
         widths = [config.base_channels * m for m in config.channel_multipliers]
         self.stem_stride = config.stem_stride
-        self.conv_in = nn.Conv2d(3 * config.stem_stride**2, widths[0], 3, padding=1)
+        self.conv_in = _conv(3 * config.stem_stride**2, widths[0], config.padding_mode)
         self.resolutions = nn.ModuleList(
-            _resolution(widths[max(i - 1, 0)], width, config.encoder_blocks, attention=i == len(widths) - 1)
+            _resolution(
+                widths[max(i - 1, 0)], width, config.encoder_blocks, i == len(widths) - 1, config.padding_mode
+            )
             for i, width in enumerate(widths)
         )
         self.downsamples = nn.ModuleList(nn.Conv2d(width, width, 3, stride=2) for width in widths[:-1])
         self.norm_out = _norm(widths[-1])
-        self.conv_out = nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1)
+        self.conv_out = _conv(widths[-1], config.latent_channels, config.padding_mode)
+        self.border = "constant" if config.padding_mode == "zeros" else config.padding_mode
         self.to_code = nn.Conv2d(config.latent_channels, config.pixel_dim, 1)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -104,7 +112,7 @@ class PixelEncoder(nn.Module):
         for i, resolution in enumerate(self.resolutions):
             hidden = resolution(hidden)
             if i < len(self.downsamples):
-                hidden = self.downsamples[i](F.pad(hidden, (0, 1, 0, 1)))
+                hidden = self.downsamples[i](F.pad(hidden, (0, 1, 0, 1), mode=self.border))
         return self.to_code(self.conv_out(F.silu(self.norm_out(hidden))))
 
 
@@ -115,14 +123,14 @@ class PixelDecoder(nn.Module):
         super().__init__()
         widths = [config.base_channels * m for m in reversed(config.channel_multipliers)]
         self.from_code = nn.Conv2d(config.pixel_dim, config.latent_channels, 1)
-        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.conv_in = _conv(config.latent_channels, widths[0], config.padding_mode)
         self.resolutions = nn.ModuleList(
-            _resolution(widths[max(i - 1, 0)], width, config.decoder_blocks, attention=i == 0)
+            _resolution(widths[max(i - 1, 0)], width, config.decoder_blocks, i == 0, config.padding_mode)
             for i, width in enumerate(widths)
         )
-        self.upsamples = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for width in widths[:-1])
+        self.upsamples = nn.ModuleList(_conv(width, width, config.padding_mode) for width in widths[:-1])
         self.norm_out = _norm(widths[-1])
-        self.conv_out = nn.Conv2d(widths[-1], 3 * config.stem_stride**2, 3, padding=1)
+        self.conv_out = _conv(widths[-1], 3 * config.stem_stride**2, config.padding_mode)
         self.stem_stride = config.stem_stride
 
     def forward(self, quantized: torch.Tensor) -> torch.Tensor:
