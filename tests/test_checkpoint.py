@@ -34,12 +34,12 @@ def test_checkpoint_loads_as_float32(evaluator):
 
 
 def test_pictures_show_held_out_prompts_about_as_often_as_the_card_says(evaluator, card_scores):
-    score = text_to_image(evaluator, prompts=8, copies=1, split="test")["overall"]
+    score = text_to_image(evaluator, prompts=25, copies=1, split="test")["overall"]
     assert score["high"] >= card_scores["text_to_image"]["overall"]["low"]
 
 
 def test_captions_are_about_as_true_as_the_card_says(evaluator, card_scores):
-    requests = [request for category in CATEGORIES for request in held_out_prompts(category, 6, seed=1)]
+    requests = [request for category in CATEGORIES for request in held_out_prompts(category, 20, seed=1)]
     score = captions(evaluator, [request.reference_scene(random.Random(request.text)) for request in requests])
     assert score["high"] >= card_scores["caption_scene_match"]["low"]
 
