@@ -44,11 +44,14 @@ class Run:
     are updated through float32 masters.
     """
 
-    def __init__(self, folder: Path, stage: str, modules, parameters, steps: int, peak: float, decay: float = 0.05):
+    def __init__(
+        self, folder: Path, stage: str, modules: torch.nn.Module, steps: int, peak: float, decay: float = 0.05
+    ):
         self.stage, self.steps, self.peak, self.modules = stage, steps, peak, modules
         self.path, self.log_path = folder / f"{stage}.pt", folder / "log.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
-        self.parameters = [p for p in parameters if p.requires_grad]
+        named = [(name, p) for name, p in modules.named_parameters() if p.requires_grad]
+        self.names, self.parameters = map(list, zip(*named))
         self.masters = [
             p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in self.parameters
         ]
@@ -61,8 +64,8 @@ class Run:
         if self.path.exists():
             state = torch.load(self.path, weights_only=True)
             self.modules.load_state_dict(state["modules"])
-            for master, loaded in zip(self.masters, self._named(state["modules"])):
-                master.data.copy_(loaded)
+            for name, master in zip(self.names, self.masters):
+                master.data.copy_(state["modules"][name])
             self.step, self.seconds = state["step"], state["seconds"]
             if not self.done:
                 self.optimizer.load_state_dict(state["optimizer"])
@@ -96,17 +99,11 @@ class Run:
         for master, gradient in zip(self.masters, flat.split([p.numel() for p in self.masters])):
             master.grad = gradient.view_as(master)
 
-    def _named(self, state: dict) -> list[torch.Tensor]:
-        """The entries of a state dict that belong to `parameters`, in their order."""
-        names = {id(parameter): name for name, parameter in self.modules.named_parameters()}
-        return [state[names[id(parameter)]] for parameter in self.parameters]
-
     def save(self) -> None:
         if self.rank != 0:
             return
         modules = self.modules.state_dict()
-        names = {id(parameter): name for name, parameter in self.modules.named_parameters()}
-        modules |= {names[id(p)]: master.detach() for p, master in zip(self.parameters, self.masters)}
+        modules |= {name: master.detach() for name, master in zip(self.names, self.masters)}
         optimizer = {} if self.done else self.optimizer.state_dict()
         state = {"modules": modules, "optimizer": optimizer, "step": self.step}
         save_atomically({**state, "seconds": self.seconds}, self.path)

@@ -48,7 +48,7 @@ def train_teacher(folder: Path, text_tokenizer: PreTrainedTokenizerFast) -> Sigl
     """A tiny SigLIP2, trained contrastively on scenes and full descriptions of them."""
     torch.manual_seed(0)
     teacher = new_teacher(text_tokenizer)
-    run = Run(folder, "teacher", teacher, teacher.parameters(), STEPS["teacher"], peak=1e-3)
+    run = Run(folder, "teacher", teacher, STEPS["teacher"], peak=1e-3)
 
     def step_fn(step: int) -> dict[str, float]:
         rng = random.Random(f"teacher {step} {run.rank}")
@@ -141,7 +141,7 @@ def train_pixel(folder: Path) -> NextFlowVQModel:
         draw_codebook(
             model.quantizer, torch.cat([semantic, features], 1), model.schedules.by_grid(features.shape[-2:])
         )
-    run = Run(folder, "pixel", parts, parts.parameters(), STEPS["pixel"], peak=1.5e-3)
+    run = Run(folder, "pixel", parts, STEPS["pixel"], peak=1.5e-3)
 
     def step_fn(step: int) -> dict[str, float]:
         rng = random.Random(f"pixel {step} {run.rank}")
@@ -179,7 +179,7 @@ def train_joint(folder: Path, model: NextFlowVQModel, teacher: Siglip2Model) -> 
         pixels = picture_batch(random.Random("joint codebook"), 4 * BATCH, PHOTO_SHARE)
         features = model.features(pixels)
         draw_codebook(model.quantizer, features, model.schedules.by_grid(features.shape[-2:]))
-    run = Run(folder, "joint", model, model.parameters(), STEPS["joint"], peak=1e-3)
+    run = Run(folder, "joint", model, STEPS["joint"], peak=1e-3)
     layer = model.config.semantic_feature_layer
 
     def step_fn(step: int) -> dict[str, float]:
@@ -223,7 +223,7 @@ def train_decoder(folder: Path, model: NextFlowVQModel) -> NextFlowVQModel:
     """Stage 3: the enlarged pixel decoder alone; the codes stay what they are."""
     larger = enlarge_decoder(model).requires_grad_(False)
     larger.pixel_decoder.requires_grad_(True)
-    run = Run(folder, "decoder", larger.pixel_decoder, larger.pixel_decoder.parameters(), STEPS["decoder"], peak=8e-4)
+    run = Run(folder, "decoder", larger.pixel_decoder, STEPS["decoder"], peak=8e-4)
 
     def step_fn(step: int) -> dict[str, float]:
         rng = random.Random(f"decoder {step} {run.rank}")

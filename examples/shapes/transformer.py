@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowVQModel, SelfCorrection
 from transformers_nextflow.layout import num_image_slots
+from transformers_nextflow.losses import IGNORE
 from transformers_nextflow.scales import ScaleSchedule
 
 from .data import sample_canvas, to_pixel_values
@@ -24,7 +25,6 @@ TASKS = ("t2i", "caption", "vqa", "edit")
 TASK_WEIGHTS = (0.55, 0.12, 0.05, 0.28)  # of batches
 NULL_PROMPT_SHARE = 0.1
 STEPS, PEAK = 4_600, 1.2e-3
-IGNORE = -100
 
 
 def extract(folder: Path, vq_model: NextFlowVQModel) -> dict[str, list]:
@@ -104,7 +104,7 @@ class Batches:
         chosen = [rng.randrange(len(scenes)) for _ in range(BATCH_TOKENS // length)]
         variant = rng.randrange(VARIANTS)
         rows, targets, inputs = [], [], []
-        coarse = schedule.num_codes - schedule.lengths[-1]
+        coarse = schedule.offsets[-1]  # codes of all scales but the last
         for index in chosen:
             scene = scenes[index]
             if task in ("caption", "vqa"):
@@ -180,7 +180,7 @@ def train_transformer(folder: Path, tokenizer: PreTrainedTokenizerFast, vq_model
             part.bfloat16()
     for layer in model.model.language_model.layers:
         layer.compile(dynamic=True)
-    run = Run(folder, "transformer", trained, trained.parameters(), STEPS, peak=PEAK)
+    run = Run(folder, "transformer", trained, STEPS, peak=PEAK)
 
     def step_fn(step: int) -> dict[str, float]:
         batch = batches.draw(random.Random(f"transformer {step} {run.rank}"))

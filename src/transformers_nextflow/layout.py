@@ -46,7 +46,7 @@ class ImageSpan:
     @property
     def has_last_scale(self) -> bool:
         """Whether the image carries the further block with its last scale's codes."""
-        return self.num_inputs == self.schedule.num_codes - 1 + self.schedule.lengths[-1]
+        return self.num_inputs == num_image_slots(self.schedule, last_scale=True)
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class SequenceLayout:
 
 @lru_cache(maxsize=512)
 def _block_template(grids: tuple, last_scale: bool, finest_edge: float) -> tuple[torch.Tensor, ...]:
-    """Of the positions after `<boi>`: scale ids, counter steps from `<boi>`, and (i, j)."""
+    """Of the positions after `<boi>`: scale ids and (i, j)."""
     scales = list(enumerate(grids, start=1))[1:]
     if last_scale:
         scales.append((len(grids) + 1, grids[-1]))
@@ -83,8 +83,7 @@ def _block_template(grids: tuple, last_scale: bool, finest_edge: float) -> tuple
     for scale, (h, w) in scales:
         scale_ids.append(torch.full((h * w,), scale))
         coordinates.append(scale_coordinates((h, w), finest_edge))
-    scale_ids = torch.cat(scale_ids)
-    return scale_ids, scale_ids - 1, torch.cat(coordinates, dim=1)
+    return torch.cat(scale_ids), torch.cat(coordinates, dim=1)
 
 
 def scale_coordinates(grid: tuple[int, int], finest_edge: float) -> torch.Tensor:
@@ -145,26 +144,23 @@ def build_layout(
             scale_BL[row, start] = 1
             scales_BL[row, start : slots.stop] = len(image.schedule)
             if image.num_inputs:
-                scale_ids, steps, cells = _block_template(image.schedule.grids, image.has_last_scale, finest_edge)
+                scale_ids, cells = _block_template(image.schedule.grids, image.has_last_scale, finest_edge)
                 scale_BL[row, slots] = scale_ids
-                step_BL[row, slots] = torch.diff(steps, prepend=steps.new_zeros(1))
+                step_BL[row, slots] = torch.diff(scale_ids, prepend=scale_ids.new_ones(1))
                 block_BL[row, slots] = scale_ids + len(images) * (schedules.max_scales + 2)
                 cells_2BL[:, row, slots] = cells
         if int(placeholders.sum()) != sum(image.num_inputs for image in images):
             raise ValueError("input_ids hold <image> tokens that do not follow a <boi>")
 
     starts_BL = torch.zeros(batch, length, dtype=torch.bool)  # where the counter is at 0
+    starts_BL[:, :1] = True
     if document_ids is not None:
         document_ids = document_ids.cpu()
         valid = document_ids >= 0
-        starts_BL[:, 0] = True
         starts_BL[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
     elif valid is not None:
         valid = valid.cpu().bool()
-        starts_BL[:, 0] = True
         starts_BL[:, 1:] = valid[:, 1:] & ~valid[:, :-1]
-    else:
-        starts_BL[:, 0] = True
     total_BL = step_BL.cumsum(1)
     base_BL = torch.where(starts_BL, total_BL, 0).cummax(1).values
     counter_BL = (total_BL - base_BL).float()

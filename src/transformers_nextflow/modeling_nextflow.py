@@ -439,7 +439,7 @@ def _input_codes(
     if image_input_codes is None:
         return codes
     closed = layout.closed_images
-    lengths = [image.schedule.num_codes - image.schedule.lengths[-1] for image in closed]
+    lengths = [image.schedule.offsets[-1] for image in closed]  # all but the last scale
     _check_total("image_input_codes", len(image_input_codes), sum(lengths))
     return [
         torch.cat([inputs, own[length:]])
