@@ -525,7 +525,7 @@ def ask(rng: random.Random, scene: Scene) -> tuple[str, str]:
         questions.append((f"what shape is the {item.colour} object?", item.kind))
     the = _the(item, scene)
     for relation in RELATIONS:
-        related = [other for other in scene.objects if relation_holds(other, relation, item, LATTICE_STEP)]
+        related = [other for other in scene.objects if relation_holds(other, relation, item, LATTICE_STEP // 2)]
         if the and len(related) == 1 and relation_holds(related[0], relation, item, CLEAR_MARGIN):
             answer = _group(Described(related[0].kind, related[0].colour), 1)
             questions.append((f"what is {RELATION_WORDS[relation][0]} {the}?", answer))

@@ -5,11 +5,11 @@ from transformers import PreTrainedTokenizerFast
 from transformers_nextflow import NextFlowConfig, NextFlowVQConfig
 
 SCHEDULES = [
-    [[1, 1], [2, 2], [3, 3], [4, 4], [6, 6], [8, 8]],
-    [[1, 1], [2, 2], [2, 3], [3, 5], [4, 7], [6, 10]],
-    [[1, 1], [2, 2], [3, 2], [5, 3], [7, 4], [10, 6]],
+    [[1, 1], [2, 2], [4, 4], [8, 8]],
+    [[1, 1], [2, 3], [3, 5], [6, 10]],
+    [[1, 1], [3, 2], [5, 3], [10, 6]],
 ]
-LEVELS = {"64": 6}
+LEVELS = {"64": 4}
 PATCH_SIZE = 8
 CANVASES = ((64, 64), (48, 80), (80, 48))  # (height, width)
 CANVAS_WEIGHTS = (0.7, 0.15, 0.15)
@@ -44,12 +44,13 @@ def vq_config(decoder_blocks: int) -> NextFlowVQConfig:
         padding_mode="replicate",
         normalize_entries=False,
         codebook_size=1024,
+        pixel_encoder="patch",
         patch_size=PATCH_SIZE,
-        stem_stride=2,
-        base_channels=32,
-        channel_multipliers=[1, 2, 4],
+        stem_stride=8,
+        base_channels=256,
+        channel_multipliers=[1],
         latent_channels=64,
-        encoder_blocks=1,
+        encoder_blocks=2,
         decoder_blocks=decoder_blocks,
         scale_schedules=SCHEDULES,
         levels=LEVELS,

@@ -30,8 +30,11 @@ from .loop import Run
 from .sizes import PATCH_SIZE, TEACHER_TEXT, TEACHER_VISION, vq_config
 from .world import render, sample_scene
 
-STEPS = {"teacher": 600, "pixel": 1500, "joint": 2400, "decoder": 700}
-BATCH = 64  # pictures of a step, over all processes
+STEPS = {"teacher": 500, "pixel": 3200, "joint": 1600, "decoder": 1500}
+UNQUANTISED = 2000  # first steps of the pixel stage, in which the decoder sees the features themselves
+TEACHER_BATCH = 64  # pairs of a step
+BATCH = 32  # pictures of a step, over all processes
+CODEBOOK_PICTURES = 256  # from whose features the entries are drawn
 PHOTO_SHARE = 0.12
 COMMITMENT = 0.25
 DROP_PROBABILITY = 0.2  # of batches in which half of the scales are dropped
@@ -53,7 +56,7 @@ def train_teacher(folder: Path, text_tokenizer: PreTrainedTokenizerFast) -> Sigl
     def step_fn(step: int) -> dict[str, float]:
         rng = random.Random(f"teacher {step} {run.rank}")
         canvas = sample_canvas(rng)
-        scenes = [sample_scene(rng, *canvas) for _ in range(BATCH // run.processes)]
+        scenes = [sample_scene(rng, *canvas) for _ in range(TEACHER_BATCH // run.processes)]
         texts = [describe_scene(rng, scene).text for scene in scenes]
         tokens = text_tokenizer(texts, padding="max_length", truncation=True, max_length=48, return_tensors="pt")
         pixels = to_pixel_values([render(scene) for scene in scenes])
@@ -77,12 +80,12 @@ def train_teacher(folder: Path, text_tokenizer: PreTrainedTokenizerFast) -> Sigl
 
 
 def codebook_loss(features: torch.Tensor, quantization: QuantizerOutput) -> torch.Tensor:
-    """Codebook and commitment terms, averaged over the running sums of the scales (VAR)."""
-    terms = [
-        F.mse_loss(total, features.detach()) + COMMITMENT * F.mse_loss(total.detach(), features)
-        for total in quantization.partial_sums
-    ]
-    return torch.stack(terms).mean()
+    """Codebook term, averaged over the running sums of the scales (VAR), and commitment to the last of them.
+
+    Differs from VAR, which commits features to every running sum: the coarse ones would flatten the features.
+    """
+    codebook = torch.stack([F.mse_loss(total, features.detach()) for total in quantization.partial_sums]).mean()
+    return codebook + COMMITMENT * F.mse_loss(quantization.partial_sums[-1].detach(), features)
 
 
 @torch.no_grad()
@@ -124,41 +127,50 @@ def keep_scales(rng: random.Random, num_scales: int) -> list[bool] | None:
 
 def psnr(reconstruction: torch.Tensor, pixel_values: torch.Tensor) -> float:
     """Peak signal-to-noise ratio in dB of pictures in [-1, 1]."""
-    return float(-10 * torch.log10((reconstruction.float().clamp(-1, 1) - pixel_values).square().mean() / 4))
+    return float(-10 * torch.log10((reconstruction.detach().float().clamp(-1, 1) - pixel_values).square().mean() / 4))
 
 
 def train_pixel(folder: Path) -> NextFlowVQModel:
-    """Stage 1: the pixel branch alone, its half of the codebook alone in the lookup."""
+    """Stage 1: the pixel branch, first as a plain autoencoder, then with its half of the codebook alone in the lookup.
+
+    The codebook is drawn from features that have already learned to tell pictures apart; from the start, the
+    commitment to an untrained codebook holds them together.
+    """
     torch.manual_seed(1)
     model = NextFlowVQModel(vq_config(decoder_blocks=1)).to(memory_format=torch.channels_last)
     parts = nn.ModuleList([model.pixel_encoder, model.pixel_decoder, model.quantizer])
     model.quantizer.semantic_codebook.requires_grad_(False)
     model.quantizer.weights = (0.0, model.config.pixel_weight)
-    with torch.no_grad():
-        pixels = picture_batch(random.Random("pixel codebook"), 4 * BATCH, PHOTO_SHARE)
-        features = model.pixel_encoder(pixels)
-        semantic = features.new_zeros(len(pixels), model.config.semantic_dim, *features.shape[-2:])
-        draw_codebook(
-            model.quantizer, torch.cat([semantic, features], 1), model.schedules.by_grid(features.shape[-2:])
-        )
-    run = Run(folder, "pixel", parts, STEPS["pixel"], peak=1.5e-3)
+    run = Run(folder, "pixel", parts, STEPS["pixel"], peak=3e-3)
+
+    def with_semantic(pixel_features: torch.Tensor) -> torch.Tensor:
+        return F.pad(pixel_features, (0, 0, 0, 0, model.config.semantic_dim, 0))  # the half that is not there yet
 
     def step_fn(step: int) -> dict[str, float]:
+        if step == UNQUANTISED:
+            torch.manual_seed(1)
+            with torch.no_grad():
+                pixels = picture_batch(random.Random("pixel codebook"), CODEBOOK_PICTURES, PHOTO_SHARE)
+                features = with_semantic(model.pixel_encoder(pixels))
+                draw_codebook(model.quantizer, features, model.schedules.by_grid(features.shape[-2:]))
         rng = random.Random(f"pixel {step} {run.rank}")
         pixels = picture_batch(rng, BATCH // run.processes, PHOTO_SHARE).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
-            pixel_features = model.pixel_encoder(pixels).float()
-            semantic = pixel_features.new_zeros(len(pixels), model.config.semantic_dim, *pixel_features.shape[-2:])
-            features = torch.cat([semantic, pixel_features], dim=1)
-            schedule = model.schedules.by_grid(features.shape[-2:])
-            quantization = model.quantizer(features, schedule, keep_scales=keep_scales(rng, len(schedule)))
-            sums = [total[:, model.config.semantic_dim :] for total in quantization.partial_sums]
-            straight = pixel_features + (sums[-1] - pixel_features).detach()
-            reconstruction = model.pixel_decoder(straight)
-        quantization.partial_sums = sums
-        loss = picture_loss(reconstruction, pixels) + codebook_loss(pixel_features, quantization)
+            features = model.pixel_encoder(pixels).float()
+            if step < UNQUANTISED:
+                reconstruction, quantization = model.pixel_decoder(features), None
+            else:
+                schedule = model.schedules.by_grid(features.shape[-2:])
+                dropped = keep_scales(rng, len(schedule))
+                quantization = model.quantizer(with_semantic(features), schedule, keep_scales=dropped)
+                sums = [total[:, model.config.semantic_dim :] for total in quantization.partial_sums]
+                quantization.partial_sums = sums
+                reconstruction = model.pixel_decoder(features + (sums[-1] - features).detach())
+        loss, row = picture_loss(reconstruction, pixels), {"psnr": psnr(reconstruction, pixels)}
+        if quantization is not None:
+            loss, row = loss + codebook_loss(features, quantization), row | norms(quantization)
         run.update(loss)
-        return {"loss": loss.item(), "psnr": psnr(reconstruction, pixels)} | norms(quantization)
+        return {"loss": loss.item()} | row
 
     run.train(step_fn)
     model.quantizer.weights = (model.config.semantic_weight, model.config.pixel_weight)
@@ -176,7 +188,7 @@ def train_joint(folder: Path, model: NextFlowVQModel, teacher: Siglip2Model) -> 
     model.semantic_encoder.load_state_dict(encoder_state)
     torch.manual_seed(2)
     with torch.no_grad():
-        pixels = picture_batch(random.Random("joint codebook"), 4 * BATCH, PHOTO_SHARE)
+        pixels = picture_batch(random.Random("joint codebook"), CODEBOOK_PICTURES, PHOTO_SHARE)
         features = model.features(pixels)
         draw_codebook(model.quantizer, features, model.schedules.by_grid(features.shape[-2:]))
     run = Run(folder, "joint", model, STEPS["joint"], peak=1e-3)

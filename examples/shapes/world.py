@@ -1,7 +1,7 @@
 """The shapes world: scenes of coloured shapes, their exact rendering, and the combinations kept out of training.
 
 - A `Scene` is one to four `Object`s on a plain background; lengths are pixels, y grows downwards.
-- Centres lie on a lattice of whole pixels, so `render` only copies cached antialiased patches.
+- Objects lie on a lattice of 8 pixels, small ones on 2 x 2 of its cells and large ones on 3 x 3.
 - Everything random takes a `random.Random`: the same seed gives the same scene on every machine.
 - `held_out(scene)` names the combinations that no training scene may contain.
 """
@@ -26,12 +26,13 @@ COLOURS = {
     "cyan": (40, 200, 220),
 }
 BACKGROUNDS = {"black": (16, 16, 16), "gray": (128, 128, 128), "white": (240, 240, 240)}
-RADII = {"small": 9.5, "large": 13.5}  # half the side of the bounding box
+RADII = {"small": 7.5, "large": 11.5}  # half the side of the bounding box
 RELATIONS = ("left of", "right of", "above", "below")
 INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
 MAX_OBJECTS = 4
-LATTICE_STEP, LATTICE_OFFSET = 4, 2
+LATTICE_STEP = 8
+LATTICE_OFFSETS = {"small": 0, "large": 4}  # of the centres
 MIN_GAP = 3  # between bounding boxes
 RELATION_MARGIN = 12  # "left of" means that the centres differ by at least this
 CLEAR_MARGIN = 16  # what scenes drawn for a relation keep, so that a small reading error does not undo it
@@ -213,7 +214,7 @@ def is_training_scene(scene: Scene) -> bool:
 def lattice(length: int, size: str) -> tuple[int, ...]:
     """The coordinates at which an object of this size lies wholly inside an edge of `length` pixels."""
     radius = RADII[size]
-    return tuple(at for at in range(LATTICE_OFFSET, length, LATTICE_STEP) if radius <= at <= length - radius)
+    return tuple(at for at in range(LATTICE_OFFSETS[size], length, LATTICE_STEP) if radius <= at <= length - radius)
 
 
 def apart(a: Object, b: Object) -> bool:

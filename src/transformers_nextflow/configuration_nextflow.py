@@ -75,6 +75,9 @@ class NextFlowVQConfig(PreTrainedConfig):
         padding_mode (`str`, defaults to `"zeros"`):
             How the CNN continues pictures beyond their border (`"zeros"`, TokenFlow's, `"replicate"` or `"reflect"`).
             With zeros, flat regions get other codes near the border.
+        pixel_encoder (`str`, defaults to `"cnn"`):
+            The pixel branch's encoder: a CNN with attention (`"cnn"`, TokenFlow's) or a perceptron on each patch
+            alone (`"patch"`), whose codes a small transformer learns sooner.
         encoder_blocks, decoder_blocks (`int`, default to 2 and 6):
             Residual blocks at each resolution. Open in the paper: how the pixel decoder's capacity is doubled in the
             third training stage; here it is the depth, 3 blocks (TokenFlow's) becoming 6.
@@ -103,6 +106,7 @@ class NextFlowVQConfig(PreTrainedConfig):
     stem_stride: int = 1
     latent_channels: int = 256
     padding_mode: str = "zeros"
+    pixel_encoder: str = "cnn"
     encoder_blocks: int = 2
     decoder_blocks: int = 6
     scale_schedules: list | None = None
@@ -117,6 +121,8 @@ class NextFlowVQConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if self.padding_mode not in ("zeros", "replicate", "reflect"):
             raise ValueError(f'padding_mode must be "zeros", "replicate" or "reflect", got {self.padding_mode!r}')
+        if self.pixel_encoder not in ("cnn", "patch"):
+            raise ValueError(f'pixel_encoder must be "cnn" or "patch", got {self.pixel_encoder!r}')
         downsampling = self.stem_stride * 2 ** (len(self.channel_multipliers) - 1)
         if downsampling != self.patch_size:
             raise ValueError(

@@ -116,6 +116,33 @@ class PixelEncoder(nn.Module):
         return self.to_code(self.conv_out(F.silu(self.norm_out(hidden))))
 
 
+class PatchEncoder(nn.Module):
+    """(B, 3, H, W) -> (B, pixel_dim, h, w): a perceptron on each patch alone, so that equal patches get equal features.
+
+    Differs from the paper, whose pixel branch is a CNN: normalisation over the picture and attention make a patch's
+    features, and so its codes, depend on everything around it, which takes a transformer long to learn.
+    """
+
+    def __init__(self, config: NextFlowVQConfig):
+        super().__init__()
+        self.patch_size = config.patch_size
+        width = config.base_channels * config.channel_multipliers[-1]
+        self.patch_in = nn.Linear(3 * config.patch_size**2, width)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
+            for _ in range(config.encoder_blocks)
+        )
+        self.norm_out = nn.LayerNorm(width)
+        self.to_code = nn.Linear(width, config.pixel_dim)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        grid = tuple(length // self.patch_size for length in pixel_values.shape[-2:])
+        hidden = self.patch_in(patchify(pixel_values, self.patch_size))
+        for block in self.blocks:
+            hidden = hidden + block(hidden)
+        return to_map(self.to_code(self.norm_out(hidden)), grid)
+
+
 class PixelDecoder(nn.Module):
     """(B, pixel_dim, h, w) -> (B, 3, H, W), the mirror of [`PixelEncoder`] with `decoder_blocks` per resolution."""
 
@@ -238,7 +265,7 @@ class NextFlowVQModel(PreTrainedModel):
         self.semantic_to_code = nn.Sequential(
             nn.Linear(width, width), nn.Tanh(), nn.Linear(width, config.semantic_dim)
         )
-        self.pixel_encoder = PixelEncoder(config)
+        self.pixel_encoder = PixelEncoder(config) if config.pixel_encoder == "cnn" else PatchEncoder(config)
         self.quantizer = DualCodebookQuantizer(config)
         self.semantic_decoder = SemanticDecoder(config)
         self.pixel_decoder = PixelDecoder(config)
@@ -287,7 +314,7 @@ class NextFlowVQModel(PreTrainedModel):
         """
         schedule = self._schedule_of(pixel_values)
         with torch.autocast(pixel_values.device.type, enabled=False):
-            dtype = self.pixel_encoder.conv_in.weight.dtype
+            dtype = self.pixel_encoder.to_code.weight.dtype
             features = self.features(pixel_values.to(dtype))
             output = self.quantizer(features, schedule, correction, seed, keys)
         if correction is None:

