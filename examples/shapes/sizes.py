@@ -76,5 +76,6 @@ def nextflow_config(text_tokenizer: PreTrainedTokenizerFast, vq: NextFlowVQConfi
         },
         vq_config=vq,
         condition_last_scale=True,
+        feature_mode="accumulated",
         **ids,
     )
