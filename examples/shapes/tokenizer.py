@@ -91,7 +91,7 @@ def codebook_loss(features: torch.Tensor, quantization: QuantizerOutput) -> torc
 
 @torch.no_grad()
 def fit_codebook(quantizer: DualCodebookQuantizer, features: torch.Tensor, schedule: ScaleSchedule) -> None:
-    """Set the entries to means of residuals that occur: each scale in turn gets k-means of what the earlier ones leave.
+    """Set the entries to means of residuals that occur: each scale in turn gets k-means of what earlier ones leave.
 
     Gradients alone move entries too slowly to follow the features; k-means leaves about half of the error.
     """
@@ -108,9 +108,9 @@ def fit_codebook(quantizer: DualCodebookQuantizer, features: torch.Tensor, sched
             members = torch.bincount(nearest, minlength=count)[:, None]
             means = torch.zeros_like(entries).index_add_(0, nearest, pooled) / members.clamp(min=1)
             entries = torch.where(members > 0, means, entries)
-        quantizer.semantic_codebook[done : done + count], quantizer.pixel_codebook[done : done + count] = entries.split(
-            quantizer.dims, dim=-1
-        )
+        semantic, pixel = entries.split(quantizer.dims, dim=-1)
+        quantizer.semantic_codebook[done : done + count] = semantic
+        quantizer.pixel_codebook[done : done + count] = pixel
         chosen = entries[_nearest(quantizer, pooled, entries)].unflatten(0, (len(features), -1))
         residual = residual - resize_features(to_map(chosen, grid), features.shape[-2:])
         done += count

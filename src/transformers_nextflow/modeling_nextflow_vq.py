@@ -96,9 +96,7 @@ class PixelEncoder(nn.Module):
         self.stem_stride = config.stem_stride
         self.conv_in = _conv(3 * config.stem_stride**2, widths[0], config.padding_mode)
         self.resolutions = nn.ModuleList(
-            _resolution(
-                widths[max(i - 1, 0)], width, config.encoder_blocks, i == len(widths) - 1, config.padding_mode
-            )
+            _resolution(widths[max(i - 1, 0)], width, config.encoder_blocks, i == len(widths) - 1, config.padding_mode)
             for i, width in enumerate(widths)
         )
         self.downsamples = nn.ModuleList(nn.Conv2d(width, width, 3, stride=2) for width in widths[:-1])
@@ -117,7 +115,7 @@ class PixelEncoder(nn.Module):
 
 
 class PatchEncoder(nn.Module):
-    """(B, 3, H, W) -> (B, pixel_dim, h, w): a perceptron on each patch alone, so that equal patches get equal features.
+    """(B, 3, H, W) -> (B, pixel_dim, h, w): a perceptron on each patch alone, so equal patches get equal features.
 
     Differs from the paper, whose pixel branch is a CNN: normalisation over the picture and attention make a patch's
     features, and so its codes, depend on everything around it, which takes a transformer long to learn.
