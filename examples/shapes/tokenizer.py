@@ -30,7 +30,7 @@ from .loop import Run
 from .sizes import PATCH_SIZE, TEACHER_TEXT, TEACHER_VISION, vq_config
 from .world import render, sample_scene
 
-STEPS = {"teacher": 500, "pixel": 2400, "joint": 1600, "decoder": 1500}
+STEPS = {"teacher": 500, "pixel": 2400, "joint": 1600, "decoder": 800}
 UNQUANTISED = 1800  # first steps of the pixel stage, in which the decoder sees the features themselves
 TEACHER_BATCH = 64  # pairs of a step
 BATCH = 32  # pictures of a step, over all processes

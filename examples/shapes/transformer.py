@@ -22,9 +22,9 @@ VARIANTS = 2  # self-corrected encodings of each target picture
 PICTURES, EDITS = 60_000, 24_000
 BATCH_TOKENS = 4_000  # of each process
 TASKS = ("t2i", "caption", "vqa", "edit")
-TASK_WEIGHTS = (0.55, 0.12, 0.05, 0.28)  # of batches
+TASK_WEIGHTS = (0.4, 0.25, 0.05, 0.3)  # of batches
 NULL_PROMPT_SHARE = 0.1
-STEPS, PEAK = 6_000, 1.2e-3
+STEPS, PEAK = 4_000, 1.2e-3
 
 
 def extract(folder: Path, vq_model: NextFlowVQModel) -> dict[str, list]:
