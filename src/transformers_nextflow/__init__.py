@@ -16,6 +16,7 @@ from .modeling_nextflow import NextFlowForConditionalGeneration, NextFlowModel, 
 from .modeling_nextflow_vq import NextFlowVQModel, NextFlowVQOutput
 from .processing_nextflow import NextFlowProcessor
 from .quantizer import SelfCorrection
+from .regions import codes_of_region
 from .sampling import LinearRamp, ScaleInterval
 from .scales import ScaleSchedule, ScheduleTable
 
@@ -49,4 +50,5 @@ __all__ = [
     "ScaleSchedule",
     "ScheduleTable",
     "SelfCorrection",
+    "codes_of_region",
 ]

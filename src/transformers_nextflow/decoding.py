@@ -248,9 +248,6 @@ def draw_images(
         return torch.where(mask_Bl, codes_Bl, drawn_Bl)
 
     for scale in range(len(schedule)):
-        if not keep_contexts:
-            contexts = contexts[: max(needed[scale:])]
-            hidden_rlD = hidden_rlD[: len(contexts) * len(codes_BL)]
         if scale == forced_scales and repeats > 1:
             decoder.select([row for context in contexts for row in context for _ in range(repeats)])
             rows, count = iter(range(decoder.cache.num_rows)), len(codes_BL) * repeats
@@ -288,6 +285,9 @@ def draw_images(
             for picture, so_far in enumerate(codes_BL.repeat_interleave(pictures // len(codes_BL), dim=0)):
                 on_scale_end(picture, scale, so_far)
         if scale + 1 < len(schedule):
+            if not keep_contexts:
+                contexts = contexts[: max(needed[scale + 1 :])]
+                rows = [row for context in contexts for row in context]
             features_BlC, total = next_scale_step(model.model.code_embeddings(codes_Bl), schedule, scale, total)
             inputs_rlD = model.model.connect(features_BlC).repeat(len(contexts), 1, 1)
             hidden_rlD = decoder.write_scale(rows, inputs_rlD, schedule, scale + 1)

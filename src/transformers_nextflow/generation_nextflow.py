@@ -364,10 +364,9 @@ class NextFlowGenerationMixin(GenerationMixin):
         for image, codes in zip(layout.images, new_codes):
             new[image.row].append((image.schedule.final_grid, codes))
         old = [[] for _ in range(len(input_ids))]
-        if output.image_grid_hw is not None:
-            layout = self.model.lay_out(output.sequences, output.image_grid_hw, output.attention_mask)
-            for image, codes in zip(layout.images, self.model.image_codes_of(layout, None, output.image_codes)):
-                old[image.row].append((image.schedule.final_grid, codes))
+        layout = self.model.lay_out(output.sequences, output.image_grid_hw, output.attention_mask)
+        for image, codes in zip(layout.images, self.model.image_codes_of(layout, None, output.image_codes)):
+            old[image.row].append((image.schedule.final_grid, codes))
         inputs |= _flat_images([before + after for before, after in zip(old, new)], input_ids.device)
         return inputs
 
@@ -664,11 +663,8 @@ def _num_scales(codes: torch.Tensor, schedule: ScaleSchedule) -> int:
 
 
 def _flat_images(rows: list[list[tuple]], device: torch.device) -> dict:
-    """Each row's images as (grid, codes) to the flat tensors of the model's inputs; none where there is no image."""
+    """Each row's images as (grid, codes) to the flat tensors of the model's inputs."""
     images = [image for row in rows for image in row]
-    if not images:
-        return {}
-    return {
-        "image_grid_hw": torch.tensor([grid for grid, _ in images], device=device),
-        "image_codes": torch.cat([codes for _, codes in images]),
-    }
+    codes = [torch.empty(0, dtype=torch.long, device=device), *(codes for _, codes in images)]
+    grids = torch.tensor([grid for grid, _ in images], dtype=torch.long, device=device).reshape(-1, 2)
+    return {"image_grid_hw": grids, "image_codes": torch.cat(codes)}

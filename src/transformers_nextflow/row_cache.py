@@ -101,11 +101,6 @@ class RowLayer(CacheLayerMixin):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
         rows, past, length = self.cache.rows, self.cache.past, self.cache.length
-        if len(rows) != len(key_states) or length != key_states.shape[-2]:
-            raise ValueError(
-                f"this cache was prepared for {length} new tokens of the rows {rows}, got {key_states.shape[-2]} of "
-                f"{len(key_states)}; it serves generate(generation_mode='interleaved') and 'image' alone"
-            )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if (missing := self.cache.capacity - self.keys.shape[2]) > 0:
@@ -124,6 +119,8 @@ class RowLayer(CacheLayerMixin):
         return self.keys[held, :, :end], self.values[held, :, :end]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if not self.cache.rows:
+            raise ValueError("past_key_values of interleaved generation go on in interleaved generation alone")
         return max(self.cache.past) + query_length, 0
 
     def get_seq_length(self) -> int:
