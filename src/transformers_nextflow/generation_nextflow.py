@@ -393,6 +393,11 @@ class NextFlowGenerationMixin(GenerationMixin):
         return self.model.vq_model.decode(image_tokens - self.config.text_vocab_size, grid)
 
     @torch.no_grad()
+    def encode_images(self, pixel_values: torch.FloatTensor, image_grid_hw: torch.LongTensor) -> torch.LongTensor:
+        """Flat patches of pictures, as the image processor gives them, to their flat codes; see [`decode_images`]."""
+        return torch.cat(self.model.encode_images(pixel_values, torch.as_tensor(image_grid_hw).tolist()))
+
+    @torch.no_grad()
     def decode_images(self, image_codes: torch.LongTensor, image_grid_hw: torch.LongTensor) -> list[torch.Tensor]:
         """Flat codes of pictures of any grids, as a [`NextFlowInterleavedOutput`] holds them, to float32 pictures
         (3, H, W) in [-1, 1]."""
