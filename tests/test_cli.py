@@ -107,6 +107,48 @@ def test_describe_samples_by_seed(run, photo):
     assert draw(1) == draw(1) != draw(2)
 
 
+def test_interleave_writes_text_and_pictures_in_order(run, photo, tiny_model, tiny_processor, monkeypatch, tmp_path):
+    boi = tiny_model.config.boi_token_id
+    monkeypatch.setattr(tiny_model.generation_config, "sequence_bias", [[[boi], 5.0]])
+    tiny_model.save_pretrained(tmp_path / "model")
+    tiny_processor.save_pretrained(tmp_path / "model")
+    options = ("--seed", 3, "--temperature", 1.5, "--max-new-tokens", 16, "--max-images", 2, "--aspect-ratio", "2:1")
+    command = ("interleave", "a story", "--image", photo, "--output", "new/story", *options)
+    status, out, _ = run(*command, "--json", model=tmp_path / "model")
+    assert status == 0
+    figures = json.loads(out)
+    content = [{"type": "image", "image": Image.open(photo)}, {"type": "text", "text": "a story"}]
+    inputs = tiny_processor.apply_chat_template([{"role": "user", "content": content}], generation_mode="interleaved")
+    output = tiny_model.generate(
+        **inputs,
+        generation_mode="interleaved",
+        seed=3,
+        do_sample=True,
+        temperature=1.5,
+        max_new_tokens=16,
+        max_new_images=2,
+        image_generation={"aspect_ratio": "2:1"},
+    )
+    pictures = tiny_model.decode_images(output.image_codes, output.image_grid_hw)
+    (parts,) = tiny_processor.post_process_multimodal_output(output, generation_mode="interleaved", pictures=pictures)
+    drawn = [part for part in parts if not isinstance(part, str)]
+    assert len(drawn) == 2 and len(parts) > 2 and figures["seed"] == 3
+    lines = []
+    for part, entry in zip(parts, figures["parts"], strict=True):
+        if isinstance(part, str):
+            assert entry == {"text": part}
+            lines.append(part)
+        else:
+            assert (entry["width"], entry["height"]) == (32, 16) and bytes_of(entry["path"]) == part.tobytes()
+            lines.append(f"![]({entry['path'].removeprefix('new/story/')})")
+    with open("new/story/answer.md", newline="") as file:
+        assert file.read() == "\n\n".join(lines) + "\n"
+    status, out, _ = run(*command, model=tmp_path / "model")
+    assert status == 0 and "picture-1.png  32x16 pixels" in out
+    if isinstance(parts[0], str):
+        assert parts[0].split()[0] in out, "text is printed as it comes"
+
+
 def test_reconstruct_shows_both_and_their_psnr(run, photo, tiny_model, tmp_path):
     status, out, _ = run("reconstruct", photo, "--output", "pair.png", "--json")
     assert status == 0
@@ -142,6 +184,9 @@ def test_reconstruct_shows_both_and_their_psnr(run, photo, tiny_model, tmp_path)
         (("generate", "a", "--num-images", "0"), "num_images_per_prompt must be at least 1, got 0"),
         (("generate", "a", "--output", "a.jpg"), "--output must end in .png, got a.jpg"),
         (("generate", "a", "--output", "text.png/a.png"), ""),
+        (("interleave", "a", "--output", "text.png"), "--output must be a folder, got the file text.png"),
+        (("interleave", "a", "--image", "missing.png"), "there is no image file missing.png"),
+        (("interleave", "a", "--max-images", "-1"), "max_new_images must be at least 0, got -1"),
     ],
 )
 def test_user_errors_are_one_line_and_status_2(run, photo, tmp_path, arguments, message):
@@ -177,7 +222,7 @@ def test_default_model_is_the_repositorys(run, tiny_checkpoint, tmp_path, monkey
     assert run("generate", "a", "--output", "a.png", model=None)[0] == 0
 
 
-@pytest.mark.parametrize("name", ["generate", "edit", "describe", "reconstruct"])
+@pytest.mark.parametrize("name", ["generate", "edit", "describe", "interleave", "reconstruct"])
 def test_help(name, capsys):
     with pytest.raises(SystemExit, match="0"):
         main([name, "--help"])

@@ -20,8 +20,9 @@ from tiny_models import (
     tiny_model,
 )
 
-from transformers_nextflow import LinearRamp, NextFlowImageOutput
+from transformers_nextflow import LinearRamp, NextFlowImageOutput, ScaleInterval, codes_of_region
 from transformers_nextflow.modeling_nextflow_vq import patchify
+from transformers_nextflow.quantizer import resize_features, to_map, to_sequence
 from transformers_nextflow.sampling import RowGenerators, guide, per_scale, sample
 
 RATIOS = {SQUARE: "1:1", WIDE: "2:1"}
@@ -234,6 +235,200 @@ def test_a_bfloat16_model_draws(model):
     assert output.logits[0].dtype == torch.float32 and joined(output).isfinite().all()
     expected = joined(draw(model, *EDITS))[:, :1]
     assert relative(joined(output)[:, :1], expected) < 0.1
+
+
+# Guidance by images, intervals, further passes
+
+
+@pytest.mark.parametrize("scales", [(2.0, 3.0), (1.0, 2.0), ([1.0, 2.0, 1.0], [2.0, 1.0, 1.0])], ids=str)
+def test_image_guidance_adds_the_difference_of_a_third_forward(model, scales):
+    text_scale, image_scale = scales
+    pictures = [[part for part in row if isinstance(part, Picture)] for row in EDITS]
+    nulls = [[20, *kept, *row] for kept, row in zip(pictures, NULLS)]
+    output = draw(model, *EDITS, nulls=nulls, guidance_scale=text_scale, image_guidance_scale=image_scale)
+    bare = [[20, *row] for row in NULLS]
+    conditional, unconditional, none = (
+        forced(model, *rows, sequences=output.sequences) for rows in (EDITS, nulls, bare)
+    )
+    lengths = torch.tensor(model.model.schedules.by_grid(SQUARE).lengths)
+    text_scale, image_scale = (
+        torch.tensor(per_scale("s", scale, 3, 0.0)).repeat_interleave(lengths)[:, None] for scale in scales
+    )
+    expected = none + image_scale * (unconditional - none) + text_scale * (conditional - unconditional)
+    assert relative(joined(output), expected) < 1e-5
+    assert relative(none[[0, 2]], unconditional[[0, 2]]) > 0.1
+
+
+def test_image_guidance_of_one_is_text_guidance(model):
+    pictures = [[part for part in row if isinstance(part, Picture)] for row in EDITS]
+    nulls = [[*kept, *row] for kept, row in zip(pictures, NULLS)]
+    expected = draw(model, *EDITS, nulls=nulls, guidance_scale=3.0)
+    off = draw(model, *EDITS, nulls=nulls, guidance_scale=3.0, image_guidance_scale=1.0)
+    assert torch.equal(off.sequences, expected.sequences)
+    nearly = draw(model, *EDITS, nulls=nulls, guidance_scale=3.0, image_guidance_scale=[1.0, 1.0, 1.0 + 1e-7])
+    assert relative(joined(nearly), joined(expected)) < 1e-5
+
+
+def test_guidance_in_an_interval(model):
+    everywhere = draw(model, *PROMPTS, nulls=NULLS, guidance_scale=3.0)
+    covering = draw(model, *PROMPTS, nulls=NULLS, guidance_scale=ScaleInterval(3.0, 0, 2))
+    assert torch.equal(covering.sequences, everywhere.sequences)
+    middle = draw(model, *PROMPTS, nulls=NULLS, guidance_scale=ScaleInterval(3.0, 1, 1))
+    assert torch.equal(middle.sequences, draw(model, *PROMPTS, nulls=NULLS, guidance_scale=[1.0, 3.0, 1.0]).sequences)
+    with pytest.raises(ValueError, match="an interval of 3 scales lies within 0 to 2"):
+        draw(model, *PROMPTS, nulls=NULLS, guidance_scale=ScaleInterval(3.0, 1, 3))
+
+
+def decoder_rows(model, *args, **kwargs) -> list[tuple[int, int]]:
+    """(rows, length) of every forward of the decoder."""
+    seen = []
+    hook = model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(tuple(kwargs["inputs_embeds"].shape[:2])), with_kwargs=True
+    )
+    draw(model, *args, **kwargs)
+    hook.remove()
+    return seen
+
+
+def test_null_rows_stop_after_the_last_guided_scale(model):
+    rows = lambda scales: [count for count, _ in decoder_rows(model, *PROMPTS, nulls=NULLS, guidance_scale=scales)]  # noqa: E731
+    assert rows([3.0, 3.0, 3.0]) == [6, 6, 6]
+    assert rows([1.0, 1.0, 3.0]) == [6, 6, 6]  # the last scale reads what the null rows held before
+    assert rows([3.0, 3.0, 1.0]) == [6, 6, 3]
+    assert rows([3.0, 1.0, 1.0]) == [6, 3, 3]
+    assert rows([1.0, 1.0, 1.0]) == [3, 3, 3]
+
+
+@pytest.mark.parametrize("features", ["model", "accumulated"])
+def test_a_further_pass_reads_the_scale_itself(request, features):
+    """By hand: the last scale again, from its own codes on its own grid, over everything before it."""
+    model = request.getfixturevalue(features)
+    plain = draw(model, *PROMPTS)
+    assert torch.equal(draw(model, *PROMPTS, refine_top_k=()).sequences, plain.sequences)
+    once = draw(model, *PROMPTS, temperature=0.0)
+    refined = draw(model, *PROMPTS, temperature=0.0, refine_top_k=(5,), forced_codes=once.sequences[:, :5] - TEXT_ROWS)
+    whole = [[*row[:-1], Picture(SQUARE, codes=codes - TEXT_ROWS)] for row, codes in zip(PROMPTS, once.sequences)]
+    inner, schedule = model.model, model.model.schedules.by_grid(SQUARE)
+    entries = inner.code_embeddings(once.sequences - TEXT_ROWS)
+    own = entries[:, 5:]
+    if features == "accumulated":
+        maps = [to_map(entries[:, schedule.slice(scale)], grid) for scale, grid in enumerate(schedule)]
+        own = to_sequence(sum(resize_features(each, SQUARE) for each in maps))
+    replaced = inner.connect(own) + inner.scale_embedding(torch.tensor([3]), torch.tensor([3]))
+    inputs = batch_of(model, *whole)
+    seen = {}
+    hook = inner.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.update(embeds=kwargs["inputs_embeds"], **kwargs), with_kwargs=True
+    )
+    with torch.no_grad():
+        model(**inputs)
+        hook.remove()
+        kwargs = {name: seen[name] for name in ("position_ids", "attention_mask")}
+        embeds = torch.cat([seen["embeds"][:, :-10], replaced, seen["embeds"][:, -1:]], dim=1)
+        logits = model.code_head(inner.language_model(inputs_embeds=embeds, **kwargs).last_hidden_state[:, -10:-1])
+    assert relative(refined.logits[2], logits) < 1e-5
+    assert torch.equal(refined.sequences[:, 5:] - TEXT_ROWS, logits.argmax(-1))
+    assert relative(refined.logits[2], once.logits[2]) > 0.1
+
+
+def test_later_scales_see_the_block_as_first_read(model):
+    output = draw(model, *PROMPTS, nulls=NULLS, guidance_scale=2.0, refine_top_k=(3,), temperature=0.0)
+    plain = draw(
+        model,
+        *PROMPTS,
+        nulls=NULLS,
+        guidance_scale=2.0,
+        temperature=0.0,
+        forced_codes=output.sequences[:, :5] - TEXT_ROWS,
+    )
+    again = draw(
+        model,
+        *PROMPTS,
+        nulls=NULLS,
+        guidance_scale=2.0,
+        temperature=0.0,
+        refine_top_k=(3,),
+        forced_codes=output.sequences[:, :5] - TEXT_ROWS,
+    )
+    assert relative(again.logits[2], output.logits[2]) < 1e-5
+    assert relative(again.logits[2], plain.logits[2]) > 1e-3
+
+
+# Prefix fork
+
+
+@pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
+@pytest.mark.parametrize("features", ["model", "accumulated"])
+@pytest.mark.parametrize("refine", [(), (4,)], ids=["one pass", "two passes"])
+def test_forcing_what_is_drawn_anyway_changes_nothing(request, features, guided, refine):
+    model = request.getfixturevalue(features)
+    kwargs = {"refine_top_k": refine} | ({"guidance_scale": 2.0, "nulls": NULLS} if guided else {})
+    free = draw(model, *PROMPTS, **kwargs)
+    codes = free.sequences - TEXT_ROWS
+    for length in (1, 5, 14):
+        kept = draw(model, *PROMPTS, forced_codes=codes[:, :length], **kwargs)
+        assert torch.equal(kept.sequences, free.sequences)
+        if not refine:
+            assert relative(joined(kept), joined(free)) < 1e-5
+    if not refine:  # a region is forced in every pass, in the first too
+        mask = torch.rand(3, 14, generator=torch.Generator().manual_seed(0)) < 0.5
+        kept = draw(model, *PROMPTS, forced_codes=codes, forced_mask=mask, **kwargs)
+        assert torch.equal(kept.sequences, free.sequences)
+
+
+def test_variations_share_a_prefix_and_its_cost(model):
+    codes = draw(model, *EDITS).sequences - TEXT_ROWS
+    kwargs = {"num_images_per_prompt": 4, "forced_codes": codes[:, :5], "seed": 7}
+    varied = draw(model, *EDITS, **kwargs)
+    each = codes.repeat_interleave(4, dim=0)
+    assert torch.equal(varied.sequences[:, :5] - TEXT_ROWS, each[:, :5])
+    assert len(varied.sequences.unique(dim=0)) == 12
+    rows = [row for row in EDITS for _ in range(4)]
+    assert relative(joined(varied), forced(model, *rows, sequences=varied.sequences)) < 1e-5
+    assert [count for count, _ in decoder_rows(model, *EDITS, **kwargs)] == [3, 3, 3]
+    whole = draw(model, *EDITS, num_images_per_prompt=2, forced_codes=codes)
+    assert torch.equal(whole.sequences - TEXT_ROWS, codes.repeat_interleave(2, dim=0))
+    assert len(joined(whole)) == 6
+    alone = draw(model, EDITS[2], num_images_per_prompt=4, forced_codes=codes[2:, :5], seed=7)
+    assert torch.equal(alone.sequences, varied.sequences[8:])
+
+
+@GRIDS
+def test_inpainting_keeps_every_code_of_the_region(model, grid):
+    schedule = model.model.schedules.by_grid(grid)
+    codes = draw(model, *PROMPTS, grid=grid).sequences - TEXT_ROWS
+    region = torch.zeros(PATCH * grid[0], PATCH * grid[1], dtype=torch.bool)
+    region[: PATCH + 1, :3] = True  # reaches one pixel into the second row of cells
+    mask = codes_of_region(region, schedule)
+    drawn = draw(model, *PROMPTS, grid=grid, forced_codes=codes, forced_mask=mask, seed=5).sequences - TEXT_ROWS
+    assert torch.equal(drawn[:, mask], codes[:, mask]) and not torch.equal(drawn, codes)
+    for scale, (h, w) in enumerate(schedule):
+        cells = mask[schedule.slice(scale)].view(h, w)
+        for row in range(h):
+            for column in range(w):
+                top, bottom = row * region.shape[0] / h, (row + 1) * region.shape[0] / h
+                left, right = column * region.shape[1] / w, (column + 1) * region.shape[1] / w
+                assert cells[row, column] == (top < PATCH + 1 and left < 3), (scale, row, column, bottom, right)
+    expected = forced(model, *PROMPTS, sequences=drawn + TEXT_ROWS, grid=grid)
+    again = draw(model, *PROMPTS, grid=grid, forced_codes=codes, forced_mask=mask.expand(3, -1), seed=5)
+    assert relative(joined(again), expected) < 1e-5
+
+
+def test_previews(model):
+    seen = []
+    record = lambda *scale: seen.append(scale)  # noqa: E731
+    output = draw(model, *PROMPTS, num_images_per_prompt=2, on_scale_end=record)
+    assert torch.equal(output.sequences, draw(model, *PROMPTS, num_images_per_prompt=2).sequences)
+    assert [scale[:2] for scale in seen] == [(picture, scale) for scale in range(3) for picture in range(6)]
+    for picture, scale, codes in seen:
+        assert torch.equal(codes, output.sequences[picture, : (1, 5, 14)[scale]] - TEXT_ROWS)
+    vq_model, codes = model.model.vq_model, output.sequences - TEXT_ROWS
+    for scale, length in enumerate((1, 5, 14)):
+        expected = vq_model.decode_prefix(codes, SQUARE, scale + 1)
+        assert torch.equal(model.decode_preview(codes[:, :length], SQUARE), expected)
+    assert torch.equal(model.decode_preview(codes[0], SQUARE), vq_model.decode(codes[:1], SQUARE)[0])
+    with pytest.raises(ValueError, match=r"have 1, 5, 14 codes, got 4"):
+        model.decode_preview(codes[:, :4], SQUARE)
 
 
 # Images: batches and randomness
@@ -453,6 +648,17 @@ def test_ambiguous_pictures_must_be_named():
         ({"top_k": -1}, "top_k must .* got -1"),
         ({"top_k": 2.5}, r"top_k must be an integer of at least 0, got 2\.5"),
         ({"top_k": [1, 1, 1, 1]}, "top_k must have one value for each of the 3 scales, got 4"),
+        ({"guidance_scale": 1.0, "image_guidance_scale": 2.0}, "needs negative_input_ids"),
+        ({"image_guidance_scale": -1.0}, r"image_guidance_scale must .* got -1\.0"),
+        ({"refine_top_k": [-1]}, "refine_top_k must be an integer of at least 0, got -1"),
+        ({"forced_codes": torch.zeros(2, 5, dtype=torch.long)}, r"shape \(1, codes\), got \(2, 5\)"),
+        ({"forced_codes": torch.zeros(1, 6, dtype=torch.long)}, "have 1, 5, 14 codes, got 6"),
+        ({"forced_codes": torch.full((1, 5), TEXT_ROWS)}, r"must lie in \[0, 24\), without the text rows, got 48"),
+        ({"forced_mask": torch.ones(1, 5, dtype=torch.bool)}, "forced_mask needs forced_codes"),
+        (
+            {"forced_codes": torch.zeros(1, 5, dtype=torch.long), "forced_mask": torch.ones(5)},
+            r"bool of the shape \(1, 5\), got torch.float32 \(5,\)",
+        ),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt must be at least 1, got 0"),
         ({"aspect_ratio": "3:1"}, r"no scale schedule has the aspect ratio 3:1 .* nearest: 2:1, 1:1"),
         ({"aspect_ratio": "wide"}, "aspect_ratio must read"),

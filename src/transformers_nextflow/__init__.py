@@ -10,13 +10,14 @@ from transformers import (
 )
 
 from .configuration_nextflow import NextFlowConfig, NextFlowVQConfig
-from .generation_nextflow import NextFlowImageOutput
+from .generation_nextflow import NextFlowImageOutput, NextFlowInterleavedOutput
 from .image_processing_nextflow import NextFlowImageProcessor
 from .modeling_nextflow import NextFlowForConditionalGeneration, NextFlowModel, NextFlowOutput, NextFlowPreTrainedModel
 from .modeling_nextflow_vq import NextFlowVQModel, NextFlowVQOutput
 from .processing_nextflow import NextFlowProcessor
 from .quantizer import SelfCorrection
-from .sampling import LinearRamp
+from .regions import codes_of_region
+from .sampling import LinearRamp, ScaleInterval
 from .scales import ScaleSchedule, ScheduleTable
 
 __version__ = "0.1.0"
@@ -37,6 +38,7 @@ __all__ = [
     "NextFlowForConditionalGeneration",
     "NextFlowImageOutput",
     "NextFlowImageProcessor",
+    "NextFlowInterleavedOutput",
     "NextFlowModel",
     "NextFlowOutput",
     "NextFlowPreTrainedModel",
@@ -44,7 +46,9 @@ __all__ = [
     "NextFlowVQConfig",
     "NextFlowVQModel",
     "NextFlowVQOutput",
+    "ScaleInterval",
     "ScaleSchedule",
     "ScheduleTable",
     "SelfCorrection",
+    "codes_of_region",
 ]

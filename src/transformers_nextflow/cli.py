@@ -135,6 +135,16 @@ def save_png(image: "Image", path: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
+def write_text(text: str, path: Path) -> None:
+    """Write a whole file or none."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", metavar="NAME", help="local folder or Hub id (default: the repository's checkpoint)"
@@ -254,26 +264,102 @@ def describe(args: argparse.Namespace) -> None:
     image = open_image(args.image)
     model, processor = load_model(args.model)
     inputs = chat_inputs(processor, [image], args.question).to(model.device)
-    sampling = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p")}
-    sampling = {name: value for name, value in sampling.items() if value is not None}
-    do_sample = bool(sampling) and sampling.get("temperature") != 0
-    eos = model.generation_config.eos_token_id
     torch.manual_seed(args.seed)
     start = time.perf_counter()
-    output = model.generate(
-        **inputs,
-        do_sample=do_sample,
-        **(sampling if do_sample else {}),
-        max_new_tokens=args.max_new_tokens,
-        eos_token_id=processor.tokenizer.eos_token_id if eos is None else eos,
-        pad_token_id=processor.tokenizer.pad_token_id,
-    )
+    output = model.generate(**inputs, **text_sampling(args, model, processor))
     seconds = time.perf_counter() - start
     (text,) = processor.post_process_multimodal_output(output[:, inputs["input_ids"].shape[1] :])
     text = text.strip()
     if args.output:
-        Path(args.output).write_text(text + "\n", encoding="utf-8")
+        write_text(text + "\n", Path(args.output))
     print(json.dumps({"text": text, "seconds": seconds}, indent=2) if args.json else text)
+
+
+def add_interleave(subparsers) -> None:
+    parser = subparsers.add_parser("interleave", help="an answer of text and pictures in turn")
+    parser.add_argument("prompt", metavar="PROMPT")
+    parser.add_argument("--image", action="append", default=[], metavar="IMAGE", help="one of the prompt; repeatable")
+    add_model_options(parser)
+    parser.add_argument(
+        "--output", metavar="FOLDER", default="answer", help="gets answer.md and its pictures (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="default: a new one, which is printed")
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="of text (default: %(default)s)")
+    parser.add_argument("--max-images", type=int, metavar="N", help="pictures of the answer (default: any number)")
+    add_sampling_options(parser.add_argument_group("sampling of text (default: the most likely)"))
+    pictures = parser.add_argument_group("pictures (default: the model's)")
+    pictures.add_argument("--aspect-ratio", metavar="W:H", help="width:height")
+    pictures.add_argument("--level", help="level of the scale schedules, e.g. 256, 512, 1024")
+    pictures.add_argument("--guidance-scale", type=float, metavar="S", help="1 is off")
+    pictures.add_argument("--image-guidance-scale", type=float, metavar="S", help="guidance by earlier pictures")
+    pictures.add_argument("--negative-prompt", metavar="TEXT", help="what guidance leads away from")
+    parser.set_defaults(run=interleave)
+
+
+def interleave(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+    from transformers import TextStreamer
+
+    images = [open_image(path) for path in args.image]
+    folder = Path(args.output)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"--output must be a folder, got the file {folder}")
+    model, processor = load_model(args.model)
+    seed = random.randrange(2**31) if args.seed is None else args.seed
+    inputs = chat_inputs(
+        processor, images, args.prompt, generation_mode="interleaved", negative_prompt=args.negative_prompt
+    ).to(model.device)
+    names = ("aspect_ratio", "level", "guidance_scale", "image_guidance_scale")
+    streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    start = time.perf_counter()
+    with tqdm(desc="scales", unit="scale", disable=None, leave=False) as progress:
+        output = model.generate(
+            **inputs,
+            **text_sampling(args, model, processor),
+            generation_mode="interleaved",
+            image_generation={name: getattr(args, name) for name in names if getattr(args, name) is not None},
+            max_new_images=args.max_images,
+            seed=seed,
+            streamer=None if args.json else streamer,
+            on_scale_end=lambda *scale: progress.update(),
+        )
+    pictures = model.decode_images(output.image_codes, output.image_grid_hw)
+    (parts,) = processor.post_process_multimodal_output(output, generation_mode="interleaved", pictures=pictures)
+    seconds = time.perf_counter() - start
+
+    listed: list[dict] = []
+    for part in parts:
+        if isinstance(part, str):
+            listed.append({"text": part})
+        else:
+            path = folder / f"picture-{sum('path' in entry for entry in listed)}.png"
+            save_png(part, path)
+            listed.append({"path": str(path), "width": part.width, "height": part.height})
+    lines = [entry["text"] if "text" in entry else f"![]({Path(entry['path']).name})" for entry in listed]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text("\n\n".join(lines) + "\n", folder / "answer.md")
+    if args.json:
+        print(json.dumps({"parts": listed, "seed": seed, "seconds": seconds}, indent=2))
+        return
+    for entry in listed:
+        if "path" in entry:
+            print(f"{entry['path']}  {entry['width']}x{entry['height']} pixels")
+    print(f"{folder / 'answer.md'}, seed {seed}, {seconds:.1f} s")
+
+
+def text_sampling(args: argparse.Namespace, model, processor) -> dict:
+    """Arguments of `generate` for text: greedy unless one of the sampling options says otherwise."""
+    given = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p")}
+    given = {name: value for name, value in given.items() if value is not None}
+    do_sample = bool(given) and given.get("temperature") != 0
+    eos = model.generation_config.eos_token_id
+    return {
+        "do_sample": do_sample,
+        **(given if do_sample else {}),
+        "max_new_tokens": args.max_new_tokens,
+        "eos_token_id": processor.tokenizer.eos_token_id if eos is None else eos,
+        "pad_token_id": processor.tokenizer.pad_token_id,
+    }
 
 
 def add_reconstruct(subparsers) -> None:
@@ -387,7 +473,7 @@ def print_rows(*rows: tuple[str, str]) -> None:
         print(f"  {name:<{width}}  {value}")
 
 
-SUBCOMMANDS = (add_generate, add_edit, add_describe, add_reconstruct, add_flops)
+SUBCOMMANDS = (add_generate, add_edit, add_describe, add_interleave, add_reconstruct, add_flops)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -32,9 +32,11 @@ QWEN2_5_7B_TEXT = {
 # Open in the paper; TokenFlow samples with guidance 7.5 (a ramp), top-k 600 and top-p 0.6.
 IMAGE_GENERATION_DEFAULTS = {
     "guidance_scale": 3.0,
+    "image_guidance_scale": 1.0,
     "temperature": 1.0,
     "top_k": 0,
     "top_p": 1.0,
+    "refine_top_k": [],
     "aspect_ratio": "1:1",
     "level": None,
     "num_images_per_prompt": 1,
@@ -172,9 +174,9 @@ class NextFlowConfig(PreTrainedConfig):
         scale_loss_alpha (`float`, defaults to 0.9):
             Exponent of the scale weights in the loss (eq. 2).
         image_generation (`dict`, *optional*):
-            Defaults of `generate(generation_mode="image")`, saved with the model: `guidance_scale`, `temperature`,
-            `top_k`, `top_p` (a number, or a list with one per scale), `aspect_ratio` ("width:height"), `level`,
-            `num_images_per_prompt`.
+            Defaults of `generate(generation_mode="image")`, saved with the model: `guidance_scale`,
+            `image_guidance_scale`, `temperature`, `top_k`, `top_p` (a number, or a list with one per scale),
+            `refine_top_k` (a list), `aspect_ratio` ("width:height"), `level`, `num_images_per_prompt`.
     """
 
     model_type = "nextflow"

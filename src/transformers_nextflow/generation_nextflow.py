@@ -1,20 +1,25 @@
-"""`generate`: text by next token (transformers' own loop), images by next scale (NextFlow sec. 2.2).
+"""`generate`: text by next token (transformers' own loop), images by next scale (NextFlow sec. 2.2), and both in turn.
 
-Shape suffixes: R rows (conditional, then unconditional), B pictures, l codes of one scale, D hidden, V codebook size.
+The steps themselves are in `decoding.py`. Shape suffixes: B prompts or pictures, R rows (prompts, then null prompts,
+then those without images), L prompt, l codes of one scale, D hidden, V vocabulary or codebook size.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from math import inf
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache
+from torch.nn.utils.rnn import pad_sequence
+from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import GenerationMixin
+from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
-from .attention import scale_step_mask
-from .layout import scale_coordinates
-from .quantizer import next_scale_step
-from .sampling import PerScale, RowGenerators, guide, per_scale, sample
+from .decoding import ImageControls, RowDecoder, draw_images
+from .interleaved import Answer, interleave
+from .layout import num_image_slots
+from .row_cache import RowCache
+from .sampling import PerScale, RowGenerators, per_scale
 from .scales import ScaleSchedule
 
 IMAGE_INPUTS = ("pixel_values", "image_codes", "image_input_codes", "image_grid_hw", "document_ids")
@@ -35,26 +40,56 @@ class NextFlowImageOutput(ModelOutput):
     logits: tuple[torch.FloatTensor, ...] | None = None
 
 
+@dataclass
+class NextFlowInterleavedOutput(ModelOutput):
+    """Prompts and answers of text and pictures; what [`~NextFlowGenerationMixin.next_turn`] goes on from.
+
+    Attributes:
+        sequences, attention_mask: (B, L) the prompts as they came, then the answers, padded on the right. A picture is
+            `<boi>`, its `<image>` slots, `<eoi>`, as in the model's inputs.
+        image_grid_hw: (N, 2) final grids of all pictures of prompts and answers, in row-major order of `<boi>`.
+        image_codes: (sum of codes,) their codes, scale by scale.
+        prompt_length: columns of the prompts.
+        negative_sequences, negative_attention_mask: (B, L') the null prompts, then the answers' pictures; where
+            guided.
+        logits: of each row, in the order of its steps, (1, V) text logits before processors and (l, V) guided code
+            logits of each scale, all float32; with `output_logits`.
+        past_key_values: the cache of all rows; a next call writes into it.
+    """
+
+    sequences: torch.LongTensor | None = None
+    attention_mask: torch.LongTensor | None = None
+    image_grid_hw: torch.LongTensor | None = None
+    image_codes: torch.LongTensor | None = None
+    prompt_length: int | None = None
+    negative_sequences: torch.LongTensor | None = None
+    negative_attention_mask: torch.LongTensor | None = None
+    logits: tuple[tuple[torch.FloatTensor, ...], ...] | None = None
+    past_key_values: RowCache | None = None
+
+
 class NextFlowGenerationMixin(GenerationMixin):
     """Adds images to transformers' generation."""
 
     def generate(self, inputs: torch.Tensor | None = None, *args, generation_mode: str = "text", **kwargs):
-        """Generate text or pictures.
+        """Generate text, pictures, or both in turn.
 
         Args:
             inputs: (B, L) prompt ids; also as `input_ids`.
-            generation_mode: `"text"`, with every argument of transformers' `generate`; or `"image"`, see
-                [`generate_image`], for prompts that end in `<boi>`.
+            generation_mode: `"text"`, with every argument of transformers' `generate`; `"image"`, see
+                [`generate_image`], for prompts that end in `<boi>`; or `"interleaved"`, see [`generate_interleaved`].
         """
         if generation_mode == "text":
             for name in ("negative_input_ids", "negative_attention_mask"):
                 kwargs.pop(name, None)  # what the processor gives for guidance
             return super().generate(inputs, *args, **kwargs)
+        if inputs is not None:
+            kwargs["input_ids"] = inputs
         if generation_mode == "image":
-            if inputs is not None:
-                kwargs["input_ids"] = inputs
             return self.generate_image(*args, **kwargs)
-        raise ValueError(f'generation_mode must be "text" or "image", got {generation_mode!r}')
+        if generation_mode == "interleaved":
+            return self.generate_interleaved(*args, **kwargs)
+        raise ValueError(f'generation_mode must be "text", "image" or "interleaved", got {generation_mode!r}')
 
     @torch.no_grad()
     def generate_image(
@@ -67,9 +102,11 @@ class NextFlowGenerationMixin(GenerationMixin):
         image_codes: torch.LongTensor | None = None,
         image_grid_hw: torch.LongTensor | None = None,
         guidance_scale: PerScale | None = None,
+        image_guidance_scale: PerScale | None = None,
         temperature: PerScale | None = None,
         top_k: PerScale | None = None,
         top_p: PerScale | None = None,
+        refine_top_k: Sequence[int] | None = None,
         seed: int | Sequence[int] | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         num_images_per_prompt: int | None = None,
@@ -77,6 +114,9 @@ class NextFlowGenerationMixin(GenerationMixin):
         level: str | int | None = None,
         height: int | None = None,
         width: int | None = None,
+        forced_codes: torch.LongTensor | None = None,
+        forced_mask: torch.BoolTensor | None = None,
+        on_scale_end: Callable[[int, int, torch.Tensor], None] | None = None,
         output_logits: bool = False,
         return_dict_in_generate: bool = False,
     ) -> torch.LongTensor | NextFlowImageOutput:
@@ -90,77 +130,245 @@ class NextFlowGenerationMixin(GenerationMixin):
                 nothing, and the same images); needed with guidance, and given by the processor.
             pixel_values, image_codes, image_grid_hw: the prompts' images, as in the model's forward.
             guidance_scale: `uncond + s * (cond - uncond)`; 1.0 everywhere is off.
-            temperature, top_k, top_p: see [`sample`]. These four are a number, one per scale, or a [`LinearRamp`].
+            image_guidance_scale: guidance by the prompts' images, apart: `none + s_image * (uncond - none) +
+                s * (cond - uncond)`, where `none` is the null prompt without its images; 1.0 everywhere is off.
+            temperature, top_k, top_p: see [`sample`]. These five are a number, one per scale, a [`LinearRamp`] or a
+                [`ScaleInterval`].
+            refine_top_k: top-k of further passes, each of which predicts a scale (but the first) again from its own
+                codes; TokenFlow samples with top-k 1200, then (100, 1).
             seed, generator: see [`RowGenerators.create`].
             num_images_per_prompt: pictures for each prompt, next to each other in the output.
             aspect_ratio, level: `"width:height"` and level name; or else `height` and `width` in pixels.
+            forced_codes: (B, n) codes, without the text rows, of the first scales of each prompt's pictures (or of
+                all). The rest is sampled, with the random numbers it would have got if nothing was forced. Scales
+                that are forced as a whole are run once for all pictures of a prompt, which then share them.
+            forced_mask: (B, n) or (n,) bool, which of `forced_codes` are forced; default all.
+            on_scale_end: called after each scale with (picture, scale from 0 on, (n,) codes so far).
             output_logits: also return each scale's logits (with `return_dict_in_generate`).
 
         Returns:
             (B * num_images_per_prompt, codes) ids, text rows + code; or [`NextFlowImageOutput`].
         """
-        defaults = self.config.image_generation
-        num_images = defaults["num_images_per_prompt"] if num_images_per_prompt is None else num_images_per_prompt
+        controls = self._image_controls(
+            guidance_scale=guidance_scale,
+            image_guidance_scale=image_guidance_scale,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            refine_top_k=refine_top_k,
+            aspect_ratio=aspect_ratio,
+            level=level,
+            height=height,
+            width=width,
+        )
+        schedule = controls.schedule
+        num_images = self.config.image_generation["num_images_per_prompt"]
+        num_images = num_images if num_images_per_prompt is None else num_images_per_prompt
         if num_images < 1:
             raise ValueError(f"num_images_per_prompt must be at least 1, got {num_images}")
-        schedule = self._target_schedule(aspect_ratio, level, height, width)
-        pick = lambda name, value: defaults[name] if value is None else value  # noqa: E731
-        guidance_S = per_scale("guidance_scale", pick("guidance_scale", guidance_scale), len(schedule), 0.0)
-        temperature_S = per_scale("temperature", pick("temperature", temperature), len(schedule), 0.0)
-        top_k_S = per_scale("top_k", pick("top_k", top_k), len(schedule), 0, whole=True)
-        top_p_S = per_scale("top_p", pick("top_p", top_p), len(schedule), 1e-6, 1.0)
-        guided = any(value != 1.0 for value in guidance_S)
-        batch = len(input_ids)
-        rows = RowGenerators.create(batch, num_images, seed, generator)
-        self._check_open(input_ids)
+        generators = RowGenerators.create(len(input_ids), num_images, seed, generator)
+        if forced_codes is not None:
+            forced_codes, forced_mask = self._check_forced(forced_codes, forced_mask, len(input_ids), schedule)
+        elif forced_mask is not None:
+            raise ValueError("forced_mask needs forced_codes")
+        if not self._is_open(input_ids) or not (negative_input_ids is None or self._is_open(negative_input_ids)):
+            raise ValueError(
+                f"every prompt of an image must end in <boi> (id {self.config.boi_token_id}) and be padded on the left"
+            )
 
-        prompt = {"input_ids": input_ids, "attention_mask": attention_mask}
-        if guided:
-            if negative_input_ids is None:
-                raise ValueError(
-                    f"guidance_scale {guidance_S} needs negative_input_ids, which the processor gives; "
-                    "guidance_scale=1.0 samples without"
-                )
-            self._check_open(negative_input_ids)
-            prompt = self._stack_prompts(prompt, negative_input_ids, negative_attention_mask)
-        cache, hidden_R1D, counter_R, mask_RL = self._prefill_image(
-            **prompt,
-            pixel_values=pixel_values,
-            image_codes=image_codes,
-            image_grid_hw=image_grid_hw,
-            schedule=schedule,
-            copies=2 if guided else 1,
+        prompts, nulls = (input_ids, attention_mask), (negative_input_ids, negative_attention_mask)
+        rows = self._context_rows(prompts, nulls, controls)
+        decoder, hidden_R1D, _ = self._read_prompts(
+            rows, len(input_ids), pixel_values, image_codes, image_grid_hw, schedule, is_open=True
         )
-        if num_images > 1:
-            cache.batch_repeat_interleave(num_images)
-            hidden_R1D, counter_R = (x.repeat_interleave(num_images, dim=0) for x in (hidden_R1D, counter_R))
-            mask_RL = None if mask_RL is None else mask_RL.repeat_interleave(num_images, dim=0)
-
-        codes, logits = [], []
-        total = 0.0 if self.config.feature_mode == "accumulated" else None
-        hidden_RlD = hidden_R1D
-        for scale, (h, w) in enumerate(schedule):
-            logits_BlV = self.code_head(hidden_RlD).float()
-            if guided:
-                logits_BlV = guide(logits_BlV, guidance_S[scale])
-            uniform_Bl = rows.uniform(h * w, logits_BlV.device)
-            codes_Bl = sample(logits_BlV, temperature_S[scale], top_k_S[scale], top_p_S[scale], uniform_Bl)
-            codes.append(codes_Bl)
-            if output_logits:
-                logits.append(logits_BlV)
-            if scale + 1 == len(schedule):
-                break
-            entries_BlC = self.model.code_embeddings(codes_Bl)
-            features_BlC, total = next_scale_step(entries_BlC, schedule, scale, total)
-            inputs_BlD = self.model.connect(features_BlC)
-            inputs_RlD = torch.cat([inputs_BlD, inputs_BlD]) if guided else inputs_BlD
-            hidden_RlD, mask_RL = self._scale_step(inputs_RlD, schedule, scale + 1, counter_R, mask_RL, cache)
-
-        sequences = torch.cat(codes, dim=1) + self.config.text_vocab_size
+        contexts = [list(range(start, start + len(input_ids))) for start in range(0, len(rows[0]), len(input_ids))]
+        codes, logits = draw_images(
+            decoder,
+            contexts,
+            hidden_R1D,
+            controls,
+            generators,
+            repeats=num_images,
+            forced_codes=forced_codes,
+            forced_mask=forced_mask,
+            keep_contexts=False,
+            output_logits=output_logits,
+            on_scale_end=on_scale_end,
+        )
+        sequences = codes + self.config.text_vocab_size
         if not return_dict_in_generate:
             return sequences
         grids = torch.tensor(schedule.final_grid, device=sequences.device).expand(len(sequences), 2)
         return NextFlowImageOutput(sequences, grids, tuple(logits) if output_logits else None)
+
+    @torch.no_grad()
+    def generate_interleaved(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        negative_input_ids: torch.LongTensor | None = None,
+        negative_attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        image_codes: torch.LongTensor | None = None,
+        image_grid_hw: torch.LongTensor | None = None,
+        past_key_values: RowCache | None = None,
+        image_generation: dict | None = None,
+        max_new_images: int | None = None,
+        seed: int | Sequence[int] | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        streamer: BaseStreamer | None = None,
+        on_scale_end: Callable[[int, int, torch.Tensor], None] | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        output_logits: bool = False,
+        generation_config=None,
+        tokenizer=None,
+        **kwargs,
+    ) -> NextFlowInterleavedOutput:
+        """Answer in text and pictures: text by next token until `<boi>` is sampled, then a picture scale by scale,
+        `<eoi>`, and text again, until end of text, `max_new_tokens`, or a stopping criterion.
+
+        Rows at a picture wait for the others' text, and then draw together; a row gives the same alone. A picture that
+        was begun is finished. Under guidance a picture's null context is the null prompt and all earlier pictures of
+        the row, without the answer's text, which describes what to draw; image guidance drops the pictures too.
+
+        Args:
+            input_ids, attention_mask: (B, L) prompts, padded on the left.
+            negative_input_ids, negative_attention_mask: (B, L') the null prompts, as for an image but without `<boi>`.
+            pixel_values, image_codes, image_grid_hw: the prompts' images, as in the model's forward.
+            past_key_values: of an earlier output, whose tokens are not run again; the other inputs still hold them,
+                see [`next_turn`].
+            image_generation: controls of the pictures over the defaults in `config.image_generation`: guidance and
+                sampling, size and `refine_top_k` as in [`generate_image`]. They hold for all pictures of the call.
+            max_new_images: pictures of an answer, after which `<boi>` is not sampled any more; default any number.
+            seed, generator: see [`RowGenerators.create`]; a row's text and pictures draw from one stream.
+            streamer: as in transformers, for one prompt; gets the prompt, then every token of text. Of a picture it
+                gets `<boi>` and `<eoi>`.
+            on_scale_end: called after each scale with (row, scale from 0 on, (n,) codes so far).
+            logits_processor, stopping_criteria, generation_config, kwargs: of transformers' `generate`, for the text.
+                Processors and criteria see each row alone, (1, n) ids without padding and without the answer's
+                `<image>` slots and `<eoi>`; `max_new_tokens` (default 512) counts the same.
+
+        Returns:
+            [`NextFlowInterleavedOutput`].
+        """
+        if "max_length" in kwargs:
+            raise ValueError("interleaved answers are bounded by max_new_tokens and max_new_images, got max_length")
+        generation_config, unknown = self._prepare_generation_config(generation_config, **kwargs)
+        if unknown := {name: value for name, value in unknown.items() if value is not None}:
+            raise ValueError(f"interleaved generation does not know the arguments {', '.join(sorted(unknown))}")
+        if (generation_config.num_beams or 1) > 1 or (generation_config.num_return_sequences or 1) > 1:
+            raise ValueError(
+                "interleaved generation samples one answer for each prompt, got num_beams="
+                f"{generation_config.num_beams}, num_return_sequences={generation_config.num_return_sequences}"
+            )
+        if streamer is not None and len(input_ids) > 1:
+            raise ValueError(f"a streamer follows one prompt, got {len(input_ids)}")
+        if max_new_images is not None and max_new_images < 0:
+            raise ValueError(f"max_new_images must be at least 0, got {max_new_images}")
+        if self._is_open(input_ids, any_row=True):
+            raise ValueError("a prompt of interleaved generation must not end in <boi>")
+        generation_config.max_length = None
+        if generation_config.max_new_tokens is None:
+            generation_config.max_new_tokens = 512
+        controls = self._image_controls(**(image_generation or {}))
+        generators = RowGenerators.create(len(input_ids), 1, seed, generator)
+        prompts, nulls = (input_ids, attention_mask), (negative_input_ids, negative_attention_mask)
+        rows = self._context_rows(prompts, nulls, controls)
+        self._prepare_special_tokens(generation_config, True, device=input_ids.device, batch_size=len(input_ids))
+        if streamer is not None:
+            streamer.put(input_ids.cpu())
+        decoder, hidden_R1D, pictures = self._read_prompts(
+            rows,
+            len(input_ids),
+            pixel_values,
+            image_codes,
+            image_grid_hw,
+            controls.schedule,
+            past_key_values=past_key_values,
+        )
+        prompt_ids = [ids[mask].tolist() for ids, mask in zip(*(each[: len(input_ids)] for each in rows))]
+        pad_id = self.config.eoi_token_id if generation_config.pad_token_id is None else generation_config.pad_token_id
+        answers = [
+            Answer(
+                text_ids,
+                self._get_logits_processor(
+                    generation_config,
+                    input_ids_seq_length=len(text_ids),
+                    logits_processor=logits_processor or LogitsProcessorList(),
+                    device=input_ids.device,
+                    model_kwargs={},
+                ),
+                self._get_stopping_criteria(
+                    generation_config, stopping_criteria or StoppingCriteriaList(), tokenizer=tokenizer
+                ),
+            )
+            for text_ids in prompt_ids
+        ]
+        interleave(
+            decoder,
+            answers,
+            hidden_R1D,
+            controls,
+            generators,
+            do_sample=bool(generation_config.do_sample),
+            max_new_tokens=generation_config.max_new_tokens,
+            max_new_images=max_new_images,
+            streamer=streamer,
+            output_logits=output_logits,
+            on_scale_end=on_scale_end,
+        )
+        return self._interleaved_output(prompts, nulls, pictures, answers, controls.schedule, decoder.cache, pad_id)
+
+    @torch.no_grad()
+    def next_turn(
+        self,
+        output: NextFlowInterleavedOutput,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        negative_input_ids: torch.LongTensor | None = None,
+        negative_attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        image_codes: torch.LongTensor | None = None,
+        image_grid_hw: torch.LongTensor | None = None,
+    ) -> dict:
+        """Inputs of the next interleaved call: an output, followed by new messages.
+
+        Args:
+            output: of the turn before.
+            input_ids and the others: the new messages alone, as [`~NextFlowProcessor.apply_next_turn`] gives them.
+
+        Returns:
+            `input_ids`, `attention_mask`, the null prompts, `image_grid_hw`, `image_codes` of both, and
+            `past_key_values`, without which everything is run again with the same result.
+        """
+
+        def follow(before, mask_before, after, mask_after):
+            mask_after = torch.ones_like(after) if mask_after is None else mask_after
+            return torch.cat([before, after], dim=1), torch.cat([mask_before, mask_after.to(mask_before)], dim=1)
+
+        if len(input_ids) != len(output.sequences):
+            raise ValueError(f"the new messages must have {len(output.sequences)} rows, got {len(input_ids)}")
+        ids, mask = follow(output.sequences, output.attention_mask, input_ids, attention_mask)
+        inputs = {"input_ids": ids, "attention_mask": mask, "past_key_values": output.past_key_values}
+        if output.negative_sequences is not None:
+            if negative_input_ids is None:
+                raise ValueError("the turn before was guided: the new messages need negative_input_ids")
+            inputs["negative_input_ids"], inputs["negative_attention_mask"] = follow(
+                output.negative_sequences, output.negative_attention_mask, negative_input_ids, negative_attention_mask
+            )
+        grids = [] if image_grid_hw is None else torch.as_tensor(image_grid_hw).tolist()
+        layout = self.model.lay_out(input_ids, grids, attention_mask)
+        new_codes = self.model.image_codes_of(layout, pixel_values, image_codes)
+        new = [[] for _ in range(len(input_ids))]
+        for image, codes in zip(layout.images, new_codes):
+            new[image.row].append((image.schedule.final_grid, codes))
+        old = [[] for _ in range(len(input_ids))]
+        layout = self.model.lay_out(output.sequences, output.image_grid_hw, output.attention_mask)
+        for image, codes in zip(layout.images, self.model.image_codes_of(layout, None, output.image_codes)):
+            old[image.row].append((image.schedule.final_grid, codes))
+        inputs |= _flat_images([before + after for before, after in zip(old, new)], input_ids.device)
+        return inputs
 
     @torch.no_grad()
     def decode_image_tokens(
@@ -184,6 +392,42 @@ class NextFlowGenerationMixin(GenerationMixin):
             grid = tuple(grids[0].tolist())
         return self.model.vq_model.decode(image_tokens - self.config.text_vocab_size, grid)
 
+    @torch.no_grad()
+    def encode_images(self, pixel_values: torch.FloatTensor, image_grid_hw: torch.LongTensor) -> torch.LongTensor:
+        """Flat patches of pictures, as the image processor gives them, to their flat codes; see [`decode_images`]."""
+        return torch.cat(self.model.encode_images(pixel_values, torch.as_tensor(image_grid_hw).tolist()))
+
+    @torch.no_grad()
+    def decode_images(self, image_codes: torch.LongTensor, image_grid_hw: torch.LongTensor) -> list[torch.Tensor]:
+        """Flat codes of pictures of any grids, as a [`NextFlowInterleavedOutput`] holds them, to float32 pictures
+        (3, H, W) in [-1, 1]."""
+        grids = [tuple(grid) for grid in torch.as_tensor(image_grid_hw).tolist()]
+        lengths = [self.model.schedules.by_grid(grid).num_codes for grid in grids]
+        if len(image_codes) != sum(lengths):
+            raise ValueError(f"image_codes must hold {sum(lengths)} codes for {grids}, got {len(image_codes)}")
+        codes = image_codes.split(lengths)
+        pictures: dict[int, torch.Tensor] = {}
+        for grid in dict.fromkeys(grids):
+            members = [index for index, other in enumerate(grids) if other == grid]
+            decoded = self.model.vq_model.decode(torch.stack([codes[index] for index in members]), grid)
+            pictures |= dict(zip(members, decoded))
+        return [pictures[index] for index in range(len(grids))]
+
+    @torch.no_grad()
+    def decode_preview(self, codes: torch.LongTensor, image_grid_hw: Sequence[int]) -> torch.Tensor:
+        """(B, n) or (n,) codes of the first scales, as `on_scale_end` gets them -> (B, 3, H, W) or (3, H, W) float32
+        pictures of the final size in [-1, 1].
+
+        Raises:
+            ValueError: if the codes do not end with a scale.
+        """
+        schedule = self.model.schedules.by_grid(tuple(image_grid_hw))
+        num_scales = _num_scales(codes, schedule)
+        missing = schedule.num_codes - codes.shape[-1]
+        codes_BL = torch.nn.functional.pad(codes.reshape(-1, codes.shape[-1]), (0, missing))
+        pictures = self.model.vq_model.decode_prefix(codes_BL, schedule.final_grid, num_scales)
+        return pictures if codes.ndim == 2 else pictures[0]
+
     def _target_schedule(self, aspect_ratio, level, height, width) -> ScaleSchedule:
         schedules = self.model.schedules
         if height is None and width is None:
@@ -195,93 +439,178 @@ class NextFlowGenerationMixin(GenerationMixin):
             )
         return schedules.by_size(height, width)
 
-    def _check_open(self, input_ids: torch.Tensor) -> None:
-        if input_ids.ndim != 2 or input_ids.shape[1] == 0 or (input_ids[:, -1] != self.config.boi_token_id).any():
-            raise ValueError(
-                f"every prompt of an image must end in <boi> (id {self.config.boi_token_id}) and be padded on the left"
-            )
+    def _image_controls(
+        self, aspect_ratio=None, level=None, height=None, width=None, refine_top_k=None, **controls: PerScale | None
+    ) -> ImageControls:
+        """Controls over the defaults in the config, one value for each scale."""
+        schedule = self._target_schedule(aspect_ratio, level, height, width)
+        limits = {
+            "guidance_scale": (0.0,),
+            "image_guidance_scale": (0.0,),
+            "temperature": (0.0,),
+            "top_k": (0, inf, True),
+            "top_p": (1e-6, 1.0),
+        }
+        if unknown := set(controls) - set(limits):
+            raise ValueError(f"the controls of pictures do not include {', '.join(sorted(unknown))}")
+        defaults = self.config.image_generation
+        values = []
+        for name, limit in limits.items():
+            value = defaults[name] if controls.get(name) is None else controls[name]
+            values.append(per_scale(name, value, len(schedule), *limit))
+        refine_top_k = list(defaults["refine_top_k"] if refine_top_k is None else refine_top_k)
+        per_scale("refine_top_k", refine_top_k, len(refine_top_k), 0, inf, True)
+        return ImageControls(schedule, *values, refine_top_k=tuple(refine_top_k))
 
-    def _stack_prompts(self, prompt: dict, negative_input_ids, negative_attention_mask) -> dict:
-        """Conditional rows, then unconditional ones, padded on the left to one length."""
-        ids = [prompt["input_ids"], negative_input_ids]
-        masks = [
-            torch.ones_like(rows) if mask is None else mask
-            for rows, mask in zip(ids, (prompt["attention_mask"], negative_attention_mask))
-        ]
-        if len(ids[0]) != len(ids[1]):
-            raise ValueError(f"negative_input_ids must have {len(ids[0])} rows, got {len(ids[1])}")
-        images, null_images = (
-            ((rows == self.config.boi_token_id) & mask.bool()).sum(dim=1).tolist() for rows, mask in zip(ids, masks)
+    def _is_open(self, input_ids: torch.Tensor, any_row: bool = False) -> bool:
+        """Whether every row, or any, ends in `<boi>`."""
+        if input_ids.ndim != 2 or input_ids.shape[1] == 0:
+            return False
+        ends = input_ids[:, -1] == self.config.boi_token_id
+        return bool(ends.any() if any_row else ends.all())
+
+    def _check_forced(
+        self, codes: torch.Tensor, mask: torch.Tensor | None, num_prompts: int, schedule: ScaleSchedule
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if codes.ndim != 2 or len(codes) != num_prompts:
+            raise ValueError(f"forced_codes must have the shape ({num_prompts}, codes), got {tuple(codes.shape)}")
+        _num_scales(codes, schedule)
+        mask = torch.ones_like(codes, dtype=torch.bool) if mask is None else mask
+        if mask.dtype != torch.bool or mask.shape not in (codes.shape, codes.shape[1:]):
+            raise ValueError(
+                f"forced_mask must be bool of the shape {tuple(codes.shape)}, got {mask.dtype} {tuple(mask.shape)}"
+            )
+        limit = self.config.vq_config.codebook_size
+        mask = mask.to(codes.device).expand_as(codes)
+        if mask.any() and not (0 <= codes[mask].min() and codes[mask].max() < limit):
+            low, high = int(codes[mask].min()), int(codes[mask].max())
+            raise ValueError(f"forced_codes must lie in [0, {limit}), without the text rows, got {low} to {high}")
+        return codes.to(self.device), mask.to(self.device)
+
+    def _context_rows(
+        self, prompts: tuple, nulls: tuple, controls: ImageControls
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(R, L) ids and mask: the prompts, and the null prompts and those without images where they guide, padded on
+        the left."""
+        contexts = [prompts]
+        if controls.max_contexts > 1:
+            ids, mask = nulls
+            if ids is None:
+                raise ValueError(
+                    f"guidance_scale {controls.guidance} needs negative_input_ids, which the processor gives; "
+                    "guidance_scale=1.0 samples without"
+                )
+            if len(prompts[0]) != len(ids):
+                raise ValueError(f"negative_input_ids must have {len(prompts[0])} rows, got {len(ids)}")
+            contexts.append(nulls)
+        contexts = [(ids, torch.ones_like(ids) if mask is None else mask) for ids, mask in contexts]
+        images, *null_images = (
+            ((ids == self.config.boi_token_id) & mask.bool()).sum(dim=1).tolist() for ids, mask in contexts
         )
-        if images != null_images:
+        if null_images and null_images[0] != images:
             raise ValueError(
-                f"null prompts must hold the images of their prompts, got {null_images} <boi> tokens for {images}"
+                f"null prompts must hold the images of their prompts, got {null_images[0]} <boi> tokens for {images}"
             )
-        length = max(rows.shape[1] for rows in ids)
+        if controls.max_contexts > 2:
+            ids, mask = contexts[1]
+            contexts.append((ids, mask.masked_fill(self._at_images(ids), 0)))
+        length = max(ids.shape[1] for ids, _ in contexts)
         pad = lambda rows: torch.nn.functional.pad(rows, (length - rows.shape[1], 0))  # noqa: E731
-        return {"input_ids": torch.cat(list(map(pad, ids))), "attention_mask": torch.cat(list(map(pad, masks)))}
+        ids, mask = (torch.cat(list(map(pad, rows))) for rows in zip(*contexts))
+        return ids.masked_fill(mask == 0, self.config.eoi_token_id), mask.bool()
 
-    def _prefill_image(
+    def _at_images(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """(B, L) bool: from `<boi>` to `<eoi>` of finished images."""
+        opened = input_ids == self.config.boi_token_id
+        inside = opened | (input_ids == self.config.image_token_id)
+        inside[:, 1:] |= inside[:, :-1] & (input_ids[:, 1:] == self.config.eoi_token_id)
+        inside[:, -1] &= ~opened[:, -1]
+        return inside
+
+    def _read_prompts(
         self,
-        input_ids,
-        attention_mask,
+        rows: tuple[torch.Tensor, torch.Tensor],
+        num_prompts: int,
         pixel_values,
         image_codes,
         image_grid_hw,
         schedule: ScaleSchedule,
-        copies: int,
-    ) -> tuple[Cache, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Run the prompts; returns the cache, the hidden states of `<boi>`, its counter, and the padding mask if any
-        row is padded."""
-        if attention_mask is not None and bool(attention_mask.all()):
-            attention_mask = None
-        opened = input_ids == self.config.boi_token_id
-        closed = (opened if attention_mask is None else opened & attention_mask.bool()).sum(dim=1) - 1
-        given = [] if image_grid_hw is None else torch.as_tensor(image_grid_hw).tolist()
-        if int(closed.sum()) != len(given) * copies:
-            raise ValueError(
-                f"the prompts hold {int(closed.sum()) // copies} finished images, image_grid_hw has {len(given)}"
-            )
-        grids, unread = [], list(given) * copies
-        for count in closed.tolist():
-            grids += unread[:count] + [list(schedule.final_grid)]
-            unread = unread[count:]
-        layout = self.model.lay_out(input_ids, grids, attention_mask)
-        half = self.model.lay_out(input_ids[: len(input_ids) // copies], grids[: len(grids) // copies])
-        codes = self.model.image_codes_of(half, pixel_values, image_codes)
-        cache = DynamicCache(config=self.config.text_config)
-        hidden_RLD = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            image_codes=torch.cat(codes).repeat(copies) if codes else None,
-            layout=layout,
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
-        return cache, hidden_RLD[:, -1:], layout.position_ids[0, :, -1], attention_mask
+        is_open: bool = False,
+        past_key_values: RowCache | None = None,
+    ) -> tuple[RowDecoder, torch.Tensor, list[list[tuple]]]:
+        """Run what the cache does not hold of the rows.
 
-    def _scale_step(
-        self, inputs_RlD, schedule: ScaleSchedule, scale: int, counter_R, mask_RL, cache: Cache
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """One forward over the block of scale `scale` (0-based); returns hidden states and the grown padding mask."""
-        length = schedule.lengths[scale]
-        device = inputs_RlD.device
-        index, count = torch.tensor([scale + 1], device=device), torch.tensor([len(schedule)], device=device)
-        inputs_RlD = inputs_RlD + self.model.scale_embedding(index, count).to(inputs_RlD.dtype)
-        cells_2l = scale_coordinates(schedule[scale], self.model.finest_edge).to(device)
-        counter_Rl = (counter_R + scale)[:, None].expand(-1, length)
-        positions_3Rl = torch.stack([counter_Rl, *(cells.expand_as(counter_Rl) for cells in cells_2l)])
-        if mask_RL is not None:
-            mask_RL = torch.cat([mask_RL, mask_RL.new_ones(len(mask_RL), length)], dim=1)
-        hidden_RlD = self.model.language_model(
-            inputs_embeds=inputs_RlD,
-            position_ids=positions_3Rl,
-            attention_mask=scale_step_mask(self.config.text_config, inputs_RlD, mask_RL, cache),
+        Args:
+            schedule: of the pictures to draw.
+            is_open: the rows end in the `<boi>` of such a picture.
+
+        Returns:
+            the decoder, the (R, 1, D) hidden states of the last tokens, and each prompt's images as (grid, codes).
+        """
+        input_ids, mask = rows
+        closed = ((input_ids == self.config.boi_token_id) & mask).sum(dim=1) - int(is_open)
+        given = [] if image_grid_hw is None else [tuple(grid) for grid in torch.as_tensor(image_grid_hw).tolist()]
+        if int(closed[:num_prompts].sum()) != len(given):
+            raise ValueError(
+                f"the prompts hold {int(closed[:num_prompts].sum())} finished images, image_grid_hw has {len(given)}"
+            )
+        grids, of_row = [], []
+        for row, count in enumerate(closed.tolist()):
+            first = int(closed[row - row % num_prompts : row].sum())
+            of_row.append(range(first, first + count))
+            grids += [given[index] for index in of_row[-1]] + [schedule.final_grid] * int(is_open)
+        layout = self.model.lay_out(input_ids, grids, mask)
+        own = replace(layout, images=[image for image in layout.images if image.row < num_prompts])
+        codes = self.model.image_codes_of(own, pixel_values, image_codes)
+
+        if past_key_values is None:
+            # the answer's last scale is read only where something follows; more pictures make the memory grow
+            capacity = input_ids.shape[1] + (schedule.num_codes - 1 if is_open else 2 * schedule.num_codes)
+            past_key_values = RowCache(self.config.text_config.num_hidden_layers, len(input_ids), capacity)
+        elif not isinstance(past_key_values, RowCache) or past_key_values.num_rows != len(input_ids):
+            held = getattr(past_key_values, "num_rows", type(past_key_values).__name__)
+            raise ValueError(
+                f"past_key_values must come from interleaved generation over {len(input_ids)} rows (prompts and null "
+                f"prompts), got {held}"
+            )
+        decoder = RowDecoder(self, past_key_values)
+        hidden_R1D = decoder.read(input_ids, mask, layout, [codes[index] for indices in of_row for index in indices])
+        pictures = [[(given[index], codes[index]) for index in indices] for indices in of_row[:num_prompts]]
+        return decoder, hidden_R1D, pictures
+
+    def _interleaved_output(
+        self, prompts, nulls, pictures, answers: list[Answer], schedule: ScaleSchedule, cache: RowCache, pad_id: int
+    ) -> NextFlowInterleavedOutput:
+        config = self.config
+        picture_ids = [
+            config.boi_token_id,
+            *[config.image_token_id] * num_image_slots(schedule, config.condition_last_scale),
+            config.eoi_token_id,
+        ]
+
+        def follow(ids, mask, new: list[list[int]]):
+            new = [torch.tensor(row, dtype=ids.dtype, device=ids.device) for row in new]
+            kept = [torch.ones_like(row) for row in new]
+            mask = torch.ones_like(ids) if mask is None else mask.to(ids)
+            ids = torch.cat([ids, pad_sequence(new, batch_first=True, padding_value=pad_id)], dim=1)
+            return ids, torch.cat([mask, pad_sequence(kept, batch_first=True)], dim=1)
+
+        sequences, attention_mask = follow(*prompts, [answer.token_ids for answer in answers])
+        negative = (None, None)
+        if nulls[0] is not None and cache.num_rows > len(answers):
+            negative = follow(*nulls, [picture_ids * len(answer.image_codes) for answer in answers])
+        for row, answer in zip(pictures, answers):
+            row += [(schedule.final_grid, codes) for codes in answer.image_codes]
+        return NextFlowInterleavedOutput(
+            sequences=sequences,
+            attention_mask=attention_mask,
+            **_flat_images(pictures, sequences.device),
+            prompt_length=prompts[0].shape[1],
+            negative_sequences=negative[0],
+            negative_attention_mask=negative[1],
+            logits=tuple(tuple(answer.logits) for answer in answers) if answers[0].logits else None,
             past_key_values=cache,
-            use_cache=True,
-            is_causal=False,
-        ).last_hidden_state
-        return hidden_RlD, mask_RL
+        )
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
         input_ids = model_kwargs.get("input_ids")
@@ -325,3 +654,22 @@ class NextFlowGenerationMixin(GenerationMixin):
                 inputs.pop(name, None)
         inputs["logits_over"] = "text"
         return inputs
+
+
+def _num_scales(codes: torch.Tensor, schedule: ScaleSchedule) -> int:
+    """How many scales (..., n) codes are."""
+    ends = [offset + length for offset, length in zip(schedule.offsets, schedule.lengths)]
+    if codes.shape[-1] not in ends:
+        raise ValueError(
+            f"the first scales of the final grid {schedule.final_grid} have {', '.join(map(str, ends))} codes, got "
+            f"{codes.shape[-1]}"
+        )
+    return ends.index(codes.shape[-1]) + 1
+
+
+def _flat_images(rows: list[list[tuple]], device: torch.device) -> dict:
+    """Each row's images as (grid, codes) to the flat tensors of the model's inputs."""
+    images = [image for row in rows for image in row]
+    codes = [torch.empty(0, dtype=torch.long, device=device), *(codes for _, codes in images)]
+    grids = torch.tensor([grid for grid, _ in images], dtype=torch.long, device=device).reshape(-1, 2)
+    return {"image_grid_hw": grids, "image_codes": torch.cat(codes)}

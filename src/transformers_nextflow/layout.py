@@ -160,7 +160,8 @@ def build_layout(
         starts_BL[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
     elif valid is not None:
         valid = valid.cpu().bool()
-        starts_BL[:, 1:] = valid[:, 1:] & ~valid[:, :-1]
+        step_BL = step_BL * valid
+        starts_BL[:, 1:] = (valid.cumsum(1) == 1)[:, 1:] & valid[:, 1:]
     total_BL = step_BL.cumsum(1)
     base_BL = torch.where(starts_BL, total_BL, 0).cummax(1).values
     counter_BL = (total_BL - base_BL).float()

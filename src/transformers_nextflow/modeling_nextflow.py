@@ -196,13 +196,18 @@ class NextFlowModel(NextFlowPreTrainedModel):
                     f"image_codes must lie in [0, {limit}), got {int(image_codes.min())} to {int(image_codes.max())}"
                 )
             return list(image_codes.split(lengths))
-        cells = [image.schedule.lengths[-1] for image in closed]
+        return self.encode_images(pixel_values, [image.schedule.final_grid for image in closed])
+
+    def encode_images(self, pixel_values: torch.Tensor, image_grid_hw: Sequence) -> list[torch.Tensor]:
+        """Flat patches of images of any final grids, as the processor gives them -> each image's (L_i,) codes."""
+        schedules = [self.schedules.by_grid(grid) for grid in image_grid_hw]
+        cells = [schedule.lengths[-1] for schedule in schedules]
         _check_total("pixel_values", len(pixel_values), sum(cells))
         patches = pixel_values.split(cells)
-        codes: list[torch.Tensor | None] = [None] * len(closed)
+        codes: list[torch.Tensor | None] = [None] * len(schedules)
         groups: dict[ScaleSchedule, list[int]] = {}
-        for index, image in enumerate(closed):
-            groups.setdefault(image.schedule, []).append(index)
+        for index, schedule in enumerate(schedules):
+            groups.setdefault(schedule, []).append(index)
         for schedule, members in groups.items():
             batch = torch.stack([patches[index] for index in members])
             pixels = unpatchify(batch, schedule.final_grid, self.config.vq_config.patch_size)

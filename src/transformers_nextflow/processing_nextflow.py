@@ -7,6 +7,7 @@ from PIL import Image
 from transformers import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
+from .generation_nextflow import NextFlowInterleavedOutput
 from .layout import num_image_slots
 
 CHAT_TEMPLATE = """\
@@ -177,8 +178,9 @@ class NextFlowProcessor(ProcessorMixin):
         Args:
             conversation: messages `{"role": ..., "content": ...}`; a content is a string or a list of
                 `{"type": "text", "text": ...}` and `{"type": "image", "image": ...}` (or `"path"`, `"url"`).
-            generation_mode: `"text"`, or `"image"`: the prompt ends in `<boi>`, and null prompts for guidance come
-                with it: the same chat without the user's texts, the last of which becomes `negative_prompt`.
+            generation_mode: `"text"`; `"image"`: the prompt ends in `<boi>`; or `"interleaved"`. With the last two
+                come null prompts for guidance: the same chat without the user's texts, the last of which becomes
+                `negative_prompt`.
             negative_prompt: one for all chats, or one for each.
             processor_kwargs: passed to [`~NextFlowProcessor.__call__`], e.g. `{"level": "256"}`.
             kwargs: as in `ProcessorMixin.apply_chat_template`.
@@ -186,10 +188,10 @@ class NextFlowProcessor(ProcessorMixin):
         Returns:
             What [`~NextFlowProcessor.__call__`] returns; without `return_dict` the ids; without `tokenize` the prompt.
         """
-        if generation_mode not in ("text", "image"):
-            raise ValueError(f'generation_mode must be "text" or "image", got {generation_mode!r}')
+        if generation_mode not in ("text", "image", "interleaved"):
+            raise ValueError(f'generation_mode must be "text", "image" or "interleaved", got {generation_mode!r}')
         if generation_mode == "text" and negative_prompt is not None:
-            raise ValueError('negative_prompt guides pictures: it needs generation_mode="image"')
+            raise ValueError('negative_prompt guides pictures: it needs generation_mode="image" or "interleaved"')
         render = {"chat_template": chat_template, "add_generation_prompt": add_generation_prompt, **kwargs}
         processor_kwargs = dict(processor_kwargs or {})
         if generation_mode == "image":
@@ -198,8 +200,8 @@ class NextFlowProcessor(ProcessorMixin):
             if "generation_mode" not in self._resolve_chat_template(chat_template):
                 raise ValueError("the chat template must open a picture where generation_mode is 'image'")
             render["generation_mode"] = generation_mode
-            if tokenize:
-                processor_kwargs["negative_text"] = self._render_null_prompts(conversation, negative_prompt, **render)
+        if generation_mode != "text" and tokenize:
+            processor_kwargs["negative_text"] = self._render_null_prompts(conversation, negative_prompt, **render)
         return super().apply_chat_template(
             conversation,
             tokenize=tokenize,
@@ -208,6 +210,35 @@ class NextFlowProcessor(ProcessorMixin):
             processor_kwargs=processor_kwargs,
             **render,
         )
+
+    def apply_next_turn(
+        self, output: NextFlowInterleavedOutput, conversation: list[dict] | list[list[dict]], **kwargs
+    ) -> BatchFeature:
+        """New messages after an interleaved answer, for [`~NextFlowForConditionalGeneration.next_turn`].
+
+        Args:
+            output: the turn before.
+            conversation: the new messages alone, or a batch of them.
+            kwargs: as in [`~NextFlowProcessor.apply_chat_template`].
+
+        Returns:
+            The inputs of the new messages, which begin by ending the answer where it was cut short.
+        """
+        inputs = self.apply_chat_template(conversation, generation_mode="interleaved", **kwargs)
+        device, eos = output.sequences.device, self.tokenizer.eos_token_id
+        inputs = inputs.to(device)
+        if len(inputs["input_ids"]) != len(output.sequences):
+            raise ValueError(f"the output has {len(output.sequences)} rows, got {len(inputs['input_ids'])} chats")
+        last = [ids[mask][-1] for ids, mask in zip(output.sequences, output.attention_mask.bool())]
+        line = self.tokenizer("\n", add_special_tokens=False)["input_ids"]
+        is_cut = torch.tensor([[int(token != eos)] for token in last], device=device)
+        end = torch.tensor([[eos, *line]] * len(last), device=device)
+        # a null prompt lacks the answer's text, and so its end too
+        for prefix, masked in (("", is_cut), ("negative_", torch.ones_like(is_cut))):
+            inputs[prefix + "input_ids"] = torch.cat([end, inputs[prefix + "input_ids"]], dim=1)
+            mask = torch.cat([masked, torch.ones_like(end[:, 1:])], dim=1)
+            inputs[prefix + "attention_mask"] = torch.cat([mask, inputs[prefix + "attention_mask"]], dim=1)
+        return inputs
 
     def _render_null_prompts(
         self, conversation, negative_prompt, chat_template=None, sanitize_control_tokens: bool = False, **kwargs
@@ -227,14 +258,46 @@ class NextFlowProcessor(ProcessorMixin):
         return super().apply_chat_template(nulls, chat_template=chat_template, tokenize=False, **kwargs)
 
     def post_process_multimodal_output(
-        self, generated_outputs, skip_special_tokens: bool = True, generation_mode: str | None = None, **kwargs
-    ) -> list[str] | list[Image.Image]:
-        """Ids to texts; in image mode pixels, as `model.decode_image_tokens` gives them, to pictures."""
+        self,
+        generated_outputs,
+        skip_special_tokens: bool = True,
+        generation_mode: str | None = None,
+        pictures: Sequence[torch.Tensor] = (),
+        **kwargs,
+    ) -> list[str] | list[Image.Image] | list[list[str | Image.Image]]:
+        """Ids to texts; in image mode pixels, as `model.decode_image_tokens` gives them, to pictures; in interleaved
+        mode an output, with `pictures=model.decode_images(output.image_codes, output.image_grid_hw)`, to each row's
+        answer as a list of texts and pictures in order."""
         if generation_mode == "image":
             return self.post_process_image(generated_outputs)
+        if generation_mode == "interleaved":
+            return self._split_answers(generated_outputs, pictures, skip_special_tokens)
         return super().post_process_multimodal_output(
             generated_outputs, skip_special_tokens=skip_special_tokens, generation_mode=generation_mode, **kwargs
         )
+
+    def _split_answers(
+        self, output: NextFlowInterleavedOutput, pictures: Sequence[torch.Tensor], skip_special_tokens: bool
+    ) -> list[list[str | Image.Image]]:
+        expected = int((output.sequences == self.boi_token_id).sum())
+        if len(pictures) != expected:
+            raise ValueError(f"the output holds {expected} pictures, got {len(pictures)}")
+        unread, answers = iter(pictures), []
+        for ids, mask in zip(output.sequences.tolist(), output.attention_mask.tolist()):
+            parts, text = [], []
+            for column, (token, kept) in enumerate(zip(ids, mask)):
+                picture = next(unread) if token == self.boi_token_id else None
+                if column < output.prompt_length or not kept:
+                    continue
+                if picture is not None:
+                    parts += [text, *self.post_process_image(picture[None])]
+                    text = []
+                elif token not in (self.image_token_id, self.eoi_token_id):
+                    text.append(token)
+            decode = lambda ids: self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)  # noqa: E731
+            decoded = [decode(part) if isinstance(part, list) else part for part in (*parts, text)]
+            answers.append([part for part in decoded if part != ""])
+        return answers
 
     def post_process_image(self, pixel_values: torch.Tensor) -> list[Image.Image]:
         """(B, 3, H, W) pixels in [-1, 1] -> pictures."""
@@ -253,6 +316,12 @@ class NextFlowProcessor(ProcessorMixin):
         )
 
 
+def _items(message: dict) -> list[dict]:
+    """A message's texts and pictures."""
+    content = message["content"]
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
 def _is_empty(images) -> bool:
     return isinstance(images, (list, tuple)) and all(map(_is_empty, images))
 
@@ -264,9 +333,7 @@ def _without_user_texts(conversation: list[dict], negative_prompt: str) -> list[
         raise ValueError("the prompt of a picture needs a message of the user")
     chat = list(conversation)
     for index in of_user:
-        content, replacement = chat[index]["content"], negative_prompt if index == of_user[-1] else ""
-        if isinstance(content, str):
-            content = [{"type": "text", "text": content}]
+        content, replacement = _items(chat[index]), negative_prompt if index == of_user[-1] else ""
         texts = [place for place, item in enumerate(content) if item["type"] == "text"]
         kept = [item for item in content if item["type"] != "text"]
         place = texts[-1] - len(texts) + 1 if texts else len(kept)

@@ -53,6 +53,17 @@ def next_scale_step(
     return to_sequence(F.interpolate(total_BChw, size=schedule[scale + 1], mode="area")), total_BChw
 
 
+def same_scale_step(
+    entries_BlC: torch.Tensor, schedule: ScaleSchedule, scale: int, total_BChw: torch.Tensor | float | None = None
+) -> torch.Tensor:
+    """Features (B, h*w, C) of scale `scale` (0-based) on its own grid from its own codebook entries, to predict it
+    again; residual or accumulated as in [`next_scale_step`], with the running sum before this scale."""
+    if total_BChw is None:
+        return entries_BlC
+    total_BChw = total_BChw + resize_features(to_map(entries_BlC, schedule[scale]), schedule.final_grid)
+    return to_sequence(F.interpolate(total_BChw, size=schedule[scale], mode="area"))
+
+
 def next_scale_features(entries_BLC: torch.Tensor, schedule: ScaleSchedule, accumulate: bool = False) -> torch.Tensor:
     """What the transformer reads to predict scales 2..K, from the codebook entries of scales 1..K-1.
 

@@ -23,19 +23,39 @@ class LinearRamp:
         return [self.start + (self.end - self.start) * scale / steps for scale in range(num_scales)]
 
 
-PerScale = float | int | Sequence[float] | LinearRamp
+@dataclass(frozen=True)
+class ScaleInterval:
+    """A value on the scales `first` to `last` (0-based, inclusive), and `outside` on the others.
+
+    As a guidance scale it confines guidance to these scales. Null rows are run up to the last guided scale: before the
+    first one they fill the cache that it reads, after the last one nothing needs them.
+    """
+
+    value: float
+    first: int
+    last: int
+    outside: float = 1.0
+
+    def over(self, num_scales: int) -> list[float]:
+        if not 0 <= self.first <= self.last < num_scales:
+            raise ValueError(f"an interval of {num_scales} scales lies within 0 to {num_scales - 1}, got {self}")
+        return [self.value if self.first <= scale <= self.last else self.outside for scale in range(num_scales)]
+
+
+PerScale = float | int | Sequence[float] | LinearRamp | ScaleInterval
 
 
 def per_scale(
     name: str, value: PerScale, num_scales: int, low: float, high: float = inf, whole: bool = False
 ) -> list[float]:
-    """One value for each scale from a constant, a list or a ramp; with `whole` a ramp takes the nearest integers.
+    """One value for each scale from a constant, a list, a ramp or an interval; with `whole` a ramp takes the nearest
+    integers.
 
     Raises:
         ValueError: if a list has another length, or a value lies outside [low, high], is not finite, or with `whole`
             is no integer.
     """
-    if isinstance(value, LinearRamp):
+    if isinstance(value, LinearRamp | ScaleInterval):
         values = value.over(num_scales)
         if whole and all(map(isfinite, values)):
             values = list(map(round, values))
@@ -53,10 +73,24 @@ def per_scale(
     return values
 
 
-def guide(logits_2BlV: torch.Tensor, guidance_scale: float) -> torch.Tensor:
-    """`uncond + s * (cond - uncond)`, conditional rows first; (2B, l, V) -> (B, l, V)."""
-    conditional, unconditional = logits_2BlV.chunk(2)
-    return unconditional + guidance_scale * (conditional - unconditional)
+def guide(
+    logits_NlV: torch.Tensor, guidance_scale: float, image_guidance_scale: float = 1.0, num_contexts: int = 2
+) -> torch.Tensor:
+    """Combine the logits of a prompt, its null prompt, and the null prompt without images: (N, l, V) -> (B, l, V).
+
+    One context: the prompt's. Two: `uncond + s * (cond - uncond)`. Three: text and images guide apart,
+    `none + s_image * (uncond - none) + s * (cond - uncond)` (InstructPix2Pix, sec. 3.2).
+
+    Args:
+        logits_NlV: N = num_contexts * B rows, the prompts first.
+    """
+    conditional, *null = logits_NlV.chunk(num_contexts)
+    if num_contexts == 1:
+        return conditional
+    if num_contexts == 2:
+        return null[0] + guidance_scale * (conditional - null[0])
+    unconditional, none = null
+    return none + image_guidance_scale * (unconditional - none) + guidance_scale * (conditional - unconditional)
 
 
 def sample(
@@ -120,6 +154,10 @@ class RowGenerators:
             device = generator.device if generator is not None else "cpu"
             row_seeds = torch.randint(2**32, (rows,), generator=generator, device=device).tolist()
         return cls([torch.Generator().manual_seed(row_seed) for row_seed in row_seeds])
+
+    def take(self, rows: Sequence[int]) -> "RowGenerators":
+        """The streams of some rows, which go on where they are."""
+        return RowGenerators([self.generators[row] for row in rows])
 
     def uniform(self, length: int, device: torch.device) -> torch.Tensor:
         """(rows, length) in [0, 1), the next numbers of every row."""
