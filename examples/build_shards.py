@@ -17,7 +17,17 @@ from transformers.utils import logging
 from transformers_nextflow import SelfCorrection
 from transformers_nextflow.cli import model_name
 from transformers_nextflow.configuration_nextflow import NextFlowConfig
-from transformers_nextflow.data import ComputeBudget, CostModel, ExtractionSettings, Source, extract, pack, verify
+from transformers_nextflow.data import (
+    ComputeBudget,
+    CostModel,
+    Document,
+    ExtractionSettings,
+    Message,
+    Source,
+    extract,
+    pack,
+    verify,
+)
 
 from .shapes import grammar
 from .shapes.sizes import CANVAS_WEIGHTS, CANVASES
@@ -68,9 +78,7 @@ def build(output: Path, model: str, count: int, length: int, multiple_of: int = 
         partial = parquet.with_name(".documents.partial")
         rows.to_parquet(str(partial))
         partial.replace(parquet)
-    settings = ExtractionSettings(
-        task="chat", columns={"key": "key"}, drop_text=0.1, self_correction=CORRECTION, variants=2, seed=seed
-    )
+    settings = ExtractionSettings("chat", drop_text=0.1, self_correction=CORRECTION, variants=2, seed=seed)
     extract(Source(str(parquet)), model, output / "documents", settings)
     cost_model = CostModel.from_config(NextFlowConfig.from_pretrained(model))
     pack([output / "documents"], output / "packs", ComputeBudget(length), cost_model, multiple_of, seed=seed)

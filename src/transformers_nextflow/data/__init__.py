@@ -18,6 +18,7 @@ _MODULE_OF = {
     "ComputeBudget": "packing",
     "CostModel": "costs",
     "Document": "documents",
+    "DocumentReader": "documents",
     "ExtractionSettings": "extraction",
     "FixedLength": "packing",
     "Message": "documents",

@@ -87,9 +87,7 @@ class CostModel:
         computed = pairs if self.backend == "blocks" else tokens.astype(np.float64) ** 2
         return self.per_token * tokens + self.per_pair * computed + self.per_target * targets + self.per_document
 
-    def measures(
-        self, tokens: np.ndarray, pairs: np.ndarray, targets: np.ndarray, padded: bool = False
-    ) -> np.ndarray:
+    def measures(self, tokens: np.ndarray, pairs: np.ndarray, targets: np.ndarray, padded: bool = False) -> np.ndarray:
         """(5,) measures of one pack of documents: positions, computed pairs, targets, documents, 1.
 
         Args:

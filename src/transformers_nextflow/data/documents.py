@@ -139,7 +139,8 @@ class DocumentReader:
             raise ValueError(f"task must be one of {', '.join(COLUMNS)}, got {self.task!r}")
         known = {"key", *COLUMNS[self.task]}
         if unknown := set(self.columns) - known:
-            raise ValueError(f"the task {self.task} reads {', '.join(sorted(known))}, got {', '.join(sorted(unknown))}")
+            names = (", ".join(sorted(group)) for group in (known, unknown))
+            raise ValueError("the task {} reads {}, got {}".format(self.task, *names))
         if self.max_images is not None and self.max_images < 1:
             raise ValueError(f"max_images must be positive, got {self.max_images}")
 
@@ -312,9 +313,7 @@ class Transformations:
             return document, None
         chance = draw(self.seed, "drop", key)
         if chance < self.drop_condition and "user" in document.image_roles:
-            images = tuple(
-                image for image, role in zip(document.images, document.image_roles) if role != "user"
-            )
+            images = tuple(image for image, role in zip(document.images, document.image_roles) if role != "user")
             return replace(document, messages=_without_users(document.messages, images=False), images=images), (
                 "text and condition images dropped"
             )

@@ -112,8 +112,8 @@ class FixedLength:
 class ComputeBudget:
     """Packs of equal cost: `budget` each, in the cost model's unit, and at most `max_length` positions.
 
-    The costliest documents first, each into the cheapest pack that has room for its length. `budget=None` is the cost
-    of `max_length * fill` positions at the documents' mean cost per position, so that the cap on length is slack.
+    The costliest documents first, each into the cheapest pack that has room for its length. `budget=None` is the mean
+    cost of `max_length * fill` positions, under which the cap on length is slack.
     """
 
     max_length: int
@@ -123,11 +123,11 @@ class ComputeBudget:
 
     def plan(self, extents: Extents, cost_model: CostModel, multiple_of: int, seed: int) -> list[list[int]]:
         costs = cost_model.document_costs(*extents.of(slice(None)))
-        total, tokens = float(costs.sum()), int(extents.num_tokens.sum())
-        budget = self.budget or total / tokens * self.max_length * self.fill
-        if budget < costs.max():
-            budget = float(costs.max())  # no pack can cost less than its costliest document
-        fewest = max(total / budget, tokens / self.max_length)
+        tokens = int(extents.num_tokens.sum())
+        if self.budget is None:
+            fewest = tokens / (self.max_length * self.fill)
+        else:
+            fewest = max(float(costs.sum()) / self.budget, tokens / self.max_length)
         num_packs = -(-int(np.ceil(fewest)) // multiple_of) * multiple_of
         check_enough(len(extents), num_packs)
         order = np.argsort(-costs, kind="stable")
@@ -382,7 +382,5 @@ def statistics(packs: Sequence[Sequence[int]], extents: Extents, costs: np.ndarr
         "longest pack": max(int(length.sum()) for length in lengths),
         "mean cost": float(costs.mean()),
         "coefficient of variation of cost": float(costs.std() / costs.mean()),
-        "step efficiency": {
-            str(ranks): efficiency(costs, ranks) for ranks in (8, 64, 512) if len(costs) >= ranks
-        },
+        "step efficiency": {str(ranks): efficiency(costs, ranks) for ranks in (8, 64, 512) if len(costs) >= ranks},
     }

@@ -93,7 +93,7 @@ def _undecoded(table: datasets.Dataset) -> datasets.Dataset:
 
 
 def content_hash(table: datasets.Dataset, rows: int = 64) -> str:
-    """A hash of the columns, the number of rows, and evenly spaced rows: whether a resumed run reads the same source."""
+    """A hash of columns, number of rows and evenly spaced rows: whether a resumed run reads the same source."""
     digest = hashlib.sha256(json.dumps([table.column_names, len(table)]).encode())
     step = max(len(table) // rows, 1)
     for index in range(0, len(table), step):
