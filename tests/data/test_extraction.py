@@ -179,38 +179,38 @@ def count_writes(monkeypatch, at_each) -> None:
 
 
 def test_killed_runs_resume_to_the_same_bytes(document_source, data_checkpoint, extracted, tmp_path, monkeypatch):
-    """SIGKILL at ten random points of extraction and packing."""
+    """SIGKILL at ten random points of extraction, and at ten of packing."""
     cost_model = CostModel("blocks", 1.0, 0.01)
+    stages = {
+        "documents": lambda folder: extract(document_source, data_checkpoint, folder, SETTINGS),
+        "packs": lambda folder: pack([extracted], folder, ComputeBudget(300), cost_model, packs_per_shard=1),
+    }
+    rng = random.Random(0)
+    for name, run in stages.items():
+        points = []
+        with monkeypatch.context() as patch:
+            count_writes(patch, lambda points=points: points.append(None))
+            run(tmp_path / "whole" / name)
 
-    def both(output: Path) -> None:
-        extract(document_source, data_checkpoint, output / "documents", SETTINGS)
-        pack([output / "documents"], output / "packs", ComputeBudget(300), cost_model, packs_per_shard=1)
+        def dies(left: int, run=run, name=name) -> None:
+            def count():
+                nonlocal left
+                left -= 1
+                if left == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
 
-    points = []
-    with monkeypatch.context() as patch:
-        count_writes(patch, lambda: points.append(None))
-        both(tmp_path / "whole")
-    rng, reached = random.Random(0), set()
+            torch.set_num_threads(1)
+            count_writes(monkeypatch, count)
+            run(tmp_path / "killed" / name)
 
-    def dies(left: int) -> None:
-        def count():
-            nonlocal left
-            left -= 1
-            if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        torch.set_num_threads(1)
-        count_writes(monkeypatch, count)
-        both(tmp_path / "killed")
-
-    for _ in range(10):
-        process = multiprocessing.get_context("fork").Process(target=dies, args=(rng.randint(1, len(points) // 9),))
-        process.start()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
-        reached |= {path.relative_to(tmp_path).parts[1] for path in tmp_path.glob("killed/*/data/*.arrow")}
-    assert reached == {"documents", "packs"}, "both were under way when killed"
-    both(tmp_path / "killed")
+        for _ in range(10):
+            after = rng.randint(1, len(points) // 10)
+            process = multiprocessing.get_context("fork").Process(target=dies, args=(after,))
+            process.start()
+            process.join()
+            assert process.exitcode == -signal.SIGKILL
+        assert list((tmp_path / "killed" / name / "data").glob("*.arrow")), "killed in mid-course"
+        run(tmp_path / "killed" / name)
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
     assert files_of(tmp_path / "whole" / "documents") == files_of(extracted)
 

@@ -138,33 +138,38 @@ class PackSampler(Sampler[list[int]]):
 
 
 class PackCollator:
-    """Packs to what the model's forward takes.
-
-    A pack is one row of documents (`document_ids` keep them apart), or, from [`~packing.BatchPadding`], a row for each
-    document. Rows are padded on the right with the tokenizer's padding id, document -1 and no target.
-    """
+    """[`collate`] for the packs of a dataset, as `DataLoader` calls it."""
 
     def __init__(self, dataset: PackedDataset):
         self.padded, self.pad = dataset.padded, dataset.spec.special.pad
 
     def __call__(self, packs: Sequence[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
-        """(B, L) int64 `input_ids`, `document_ids`, `shift_labels`; with images `image_grid_hw` (images, 2),
-        `image_codes`, `image_input_codes`."""
-        fills = {"input_ids": self.pad, "document_ids": -1, "shift_labels": IGNORE}
-        rows = {name: [part for pack in packs for part in self._rows(pack, name)] for name in fills}
-        longest = max(map(len, rows["input_ids"]))
-        batch = {}
-        for name, fill in fills.items():
-            whole = np.full((len(rows[name]), longest), fill, dtype=np.int64)
-            for place, values in enumerate(rows[name]):
-                whole[place, : len(values)] = values
-            batch[name] = torch.from_numpy(whole)
-        if any(len(pack["image_grid_hw"]) for pack in packs):
-            for name in ("image_grid_hw", "image_codes", "image_input_codes"):
-                batch[name] = torch.from_numpy(np.concatenate([pack[name] for pack in packs]))
-        return batch
+        return collate(packs, self.pad, self.padded)
 
-    def _rows(self, pack: dict[str, np.ndarray], name: str) -> list[np.ndarray]:
-        if not self.padded:
-            return [pack[name]]
-        return np.split(pack[name], np.flatnonzero(np.diff(pack["document_ids"])) + 1)
+
+def collate(packs: Sequence[dict[str, np.ndarray]], pad: int, padded: bool) -> dict[str, torch.Tensor]:
+    """Packs to what the model's forward takes.
+
+    A pack is one row of documents (`document_ids` keep them apart) or, if `padded`, a row for each document. Rows are
+    padded on the right with the id `pad`, document -1 and no target.
+
+    Returns:
+        (B, L) int64 `input_ids`, `document_ids`, `shift_labels`; with images `image_grid_hw` (images, 2),
+        `image_codes`, `image_input_codes`.
+    """
+    fills = {"input_ids": pad, "document_ids": -1, "shift_labels": IGNORE}
+    batch = {}
+    for name, fill in fills.items():
+        rows = [row for pack in packs for row in (_split(pack, name) if padded else [pack[name]])]
+        whole = np.full((len(rows), max(map(len, rows))), fill, dtype=np.int64)
+        for place, values in enumerate(rows):
+            whole[place, : len(values)] = values
+        batch[name] = torch.from_numpy(whole)
+    if any(len(pack["image_grid_hw"]) for pack in packs):
+        for name in ("image_grid_hw", "image_codes", "image_input_codes"):
+            batch[name] = torch.from_numpy(np.concatenate([pack[name] for pack in packs]))
+    return batch
+
+
+def _split(pack: dict[str, np.ndarray], name: str) -> list[np.ndarray]:
+    return np.split(pack[name], np.flatnonzero(np.diff(pack["document_ids"])) + 1)
