@@ -1,7 +1,7 @@
 """Attention that computes only pairs that see each other, on any device: one SDPA call per scale block and text run.
 
 A scale block sees its document's beginning up to its own end, so it needs no mask; a text run is causal. `register`
-once, choose it with `set_attn_implementation("blocks")` of the language model, and call `use_segments` before each forward.
+once, choose the language model's attention implementation "blocks", and call `use_segments` before each forward.
 """
 
 from dataclasses import dataclass

@@ -13,7 +13,7 @@ for epoch in range(epochs):
 """
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 
@@ -22,29 +22,23 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from ..losses import IGNORE
+from .sequences import SequenceSpec
 from .shards import Shard, check_identity, identity_of, images_of, open_shards, sequence_spec
 
 
-class PackedDataset(Dataset):
-    """Packs of a folder (or a dataset repository on the Hub), as expanded arrays.
+class PackReader(Dataset):
+    """Packs of a folder as expanded arrays, map-style.
 
     Args:
-        name: of the folder.
-        model, processor: whose tokenizers, schedules, code offset and special ids the shards must have been made with.
+        folder, manifest: as [`~shards.open_shards`] gives them.
+        spec: of the model's sequences.
         seed: of the choice among self-corrected variants, anew for every epoch.
-        hashes: whether every shard's hash is checked now, or only its size.
-
-    Raises:
-        ValueError, FileNotFoundError: naming a shard that is missing or damaged, or what differs from the model.
     """
 
-    def __init__(self, name: str | Path, model, processor, seed: int = 0, hashes: bool = True):
-        self.folder, self.manifest = open_shards(name, "packs", hashes)
-        check_identity(self.manifest, identity_of(model.config, processor, model.base_model.vq_model))
+    def __init__(self, folder: Path, manifest: Mapping, spec: SequenceSpec, seed: int = 0):
+        self.folder, self.manifest, self.spec = folder, manifest, spec
         self.seed, self.epoch = seed, 0
-        self.spec = sequence_spec(self.manifest["identity"])
-        self.padded = self.manifest["padded"]
-        self._starts = [0, *accumulate(entry["rows"] for entry in self.manifest["shards"])]
+        self._starts = [0, *accumulate(entry["rows"] for entry in manifest["shards"])]
         self._shards: dict[int, Shard] = {}
 
     def __len__(self) -> int:
@@ -84,6 +78,26 @@ class PackedDataset(Dataset):
         pack["image_codes"] = np.concatenate(codes).astype(np.int64)
         pack["image_input_codes"] = np.concatenate(inputs).astype(np.int64)
         return pack
+
+
+class PackedDataset(PackReader):
+    """The packs of a folder, or of a dataset repository on the Hub, that were made for a model.
+
+    Args:
+        name: of the folder or repository.
+        model, processor: whose tokenizers, schedules, code offset and special ids the shards must have been made with.
+        seed: of the choice among self-corrected variants.
+        hashes: whether every shard's hash is checked now, or only its size.
+
+    Raises:
+        ValueError, FileNotFoundError: naming a shard that is missing or damaged, or what differs from the model.
+    """
+
+    def __init__(self, name: str | Path, model, processor, seed: int = 0, hashes: bool = True):
+        folder, manifest = open_shards(name, "packs", hashes)
+        check_identity(manifest, identity_of(model.config, processor, model.base_model.vq_model))
+        super().__init__(folder, manifest, sequence_spec(manifest["identity"]), seed)
+        self.padded = manifest["padded"]
 
 
 class PackSampler(Sampler[list[int]]):
