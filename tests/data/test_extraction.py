@@ -28,6 +28,7 @@ from transformers_nextflow.data import (
     pack,
     verify,
 )
+from transformers_nextflow.data.documents import Skipped
 from transformers_nextflow.data.shards import Shard, images_of, read_manifest, sequence_spec
 
 
@@ -290,6 +291,18 @@ def test_paper_limits_on_frames_are_the_readers(tmp_path):
         (picture(0), picture(1)),
     )
     assert (second.key, second.messages[0].content) == ("4#1", (None, None))
+
+
+def test_rows_that_supervise_nothing_or_point_elsewhere_are_skipped(tmp_path, data_checkpoint):
+    chat = [{"role": "user", "content": [{"type": "text", "text": "hello"}]}]
+    datasets.Dataset.from_list([{"messages": chat, "key": "lonely"}]).to_parquet(str(tmp_path / "a.parquet"))
+    settings = dataclasses.replace(SETTINGS, self_correction=None)
+    manifest = extract(Source(str(tmp_path / "a.parquet")), data_checkpoint, tmp_path / "out", settings)
+    assert manifest["statistics"]["skipped: nothing supervised"] == 1 and manifest["statistics"]["documents"] == 0
+    assert json.loads((tmp_path / "out" / "skipped.jsonl").read_text())["key"] == "lonely"
+    of_the_hub = DocumentReader("text-to-image")
+    with pytest.raises(Skipped, match="a path, /etc/passwd, where images must be embedded"):
+        of_the_hub.read({"text": "a", "image": "/etc/passwd"}, 0)
 
 
 def test_several_processes_write_the_same_shards(document_source, data_checkpoint, extracted, tmp_path):

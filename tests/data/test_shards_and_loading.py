@@ -12,6 +12,7 @@ from data_samples import documents, edit_manifest
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from transformers_nextflow import NextFlowForConditionalGeneration
 from transformers_nextflow.cli import main
 from transformers_nextflow.data import (
     BatchPadding,
@@ -75,7 +76,7 @@ def test_what_is_refused_and_by_what_name(damaged, data_model, tiny_processor, d
         PackedDataset(damaged, data_model, tiny_processor)
 
 
-def test_another_models_tokenizers_are_refused(packs, data_model, tiny_processor):
+def test_another_models_tokenizers_are_refused(packs, data_model, data_checkpoint, tiny_processor):
     other = copy.deepcopy(data_model)
     with torch.no_grad():
         other.model.vq_model.quantizer.pixel_codebook[3, 1] += 1e-3
@@ -85,6 +86,8 @@ def test_another_models_tokenizers_are_refused(packs, data_model, tiny_processor
         other = copy.deepcopy(data_model)
         other.model.vq_model.pixel_decoder.conv_in.weight.zero_()
     PackedDataset(packs, other, tiny_processor)
+    lower = NextFlowForConditionalGeneration.from_pretrained(data_checkpoint, dtype=torch.bfloat16)
+    PackedDataset(packs, lower, tiny_processor)
     processor = copy.deepcopy(tiny_processor)
     processor.chat_template += " "
     with pytest.raises(ValueError, match="another text tokenizer"):

@@ -126,7 +126,7 @@ class DocumentReader:
         columns: the source's own name of a column, where it differs: `{"text": "caption"}`.
         max_images: images of an interleaved document (longer ones continue as further documents) or frames of a video
             (evenly spaced ones are taken).
-        root: folder that relative image paths of a source start from; `None` refuses paths.
+        root: folder that relative image paths of a source start from; `None` for datasets of the Hub.
     """
 
     task: str
@@ -155,6 +155,11 @@ class DocumentReader:
                 "Name the source's own columns with --columns, e.g. text=caption"
             )
 
+    def key_of(self, row: Mapping[str, Any], index: int) -> str:
+        """The row's key: its own, webdataset's, or its index."""
+        key = row.get(self.columns.get("key", "key"))
+        return str(row.get("__key__", index) if key is None else key)
+
     def read(self, row: Mapping[str, Any], index: int) -> list[Document]:
         """The documents of a row: one, or several where an interleaved row is longer than `max_images`.
 
@@ -162,8 +167,7 @@ class DocumentReader:
             Skipped: where the row lacks a text or an image.
         """
         get = lambda name: row.get(self.columns.get(name, name))  # noqa: E731
-        key = get("key") if get("key") is not None else row.get("__key__", index)  # webdataset names its rows
-        key = str(key)
+        key = self.key_of(row, index)
         if self.task == "text":
             return [Document(key, "text", (Message(None, (_text(get("text")),)),))]
         if self.task == "text-to-image":
@@ -186,16 +190,20 @@ class DocumentReader:
         return [self._chat(key, get("kind") or "chat", get("messages"), get("images"))]
 
     def _image(self, cell: Any) -> bytes | str:
-        """An image cell (encoded bytes, a path, or `datasets`' own of both) as bytes or an absolute path."""
+        """An image cell (encoded bytes, a path, or `datasets`' own of both) as bytes or a path.
+
+        A path that a dataset of the Hub merely spells is refused; those of `datasets`' own lead into its cache.
+        """
+        spelled = isinstance(cell, str)
         if isinstance(cell, Mapping):
             cell = cell.get("bytes") if cell.get("bytes") is not None else cell.get("path")
         if isinstance(cell, bytes) and cell:
             return cell
-        if isinstance(cell, str) and cell:
-            if self.root is None:
-                raise Skipped("no image", f"a path, {cell}, where images must be embedded")
-            return str(Path(self.root) / cell)
-        raise Skipped("no image")
+        if not isinstance(cell, str) or not cell:
+            raise Skipped("no image")
+        if spelled and self.root is None:
+            raise Skipped("no image", f"a path, {cell}, where images must be embedded")
+        return str(Path(self.root or ".") / cell)
 
     def _interleaved(self, key: str, texts: Any, images: Any) -> list[Document]:
         """Parallel lists as in OBELICS: at each place a text, an image or both, the text first."""

@@ -26,7 +26,7 @@ from ..modeling_nextflow_vq import NextFlowVQModel, unpatchify
 from ..processing_nextflow import NextFlowProcessor
 from ..quantizer import SelfCorrection
 from ..scales import ScaleSchedule
-from .documents import MAX_IMAGES, Document, DocumentReader, Skipped, Transformations
+from .documents import MAX_IMAGES, Document, DocumentReader, Skipped, Transformations, is_supervised
 from .sequences import DocumentTokenizer
 from .shards import (
     FORMAT_VERSION,
@@ -193,7 +193,7 @@ def check_plan(output: Path, plan: dict) -> None:
     begun = json.loads(path.read_text())
     for part, values in plan.items():
         for name, value in values.items() if isinstance(values, dict) else ((part, values),):
-            before = begun[part][name] if isinstance(values, dict) else begun[part]
+            before = begun.get(part, {}).get(name) if isinstance(values, dict) else begun.get(part)
             if before != json.loads(json.dumps(value)):
                 raise ValueError(
                     f"{output} was begun with another {name.replace('_', ' ')}; continue it with the same, or choose "
@@ -316,14 +316,15 @@ class Extractor:
         """The rows' documents with each image's schedule, by the pictures' headers alone."""
         documents, counts, skipped = [], Counter(), []
         for index in rows:
+            row = self.table[index]
             try:
-                read = self.reader.read(self.table[index], index)
+                read = self.reader.read(row, index)
             except Skipped as skip:
-                skipped.append(_log(str(index), skip.reason, str(skip)))
+                skipped.append(_log(self.reader.key_of(row, index), skip.reason, str(skip)))
                 continue
             for document in read:
                 try:
-                    self._check_text(document)
+                    self._check(document)
                     document, change = self.settings.transformations(document)
                     schedules = [self._schedule_of(image) for image in document.images]
                 except Skipped as skip:
@@ -334,7 +335,9 @@ class Extractor:
                 documents.append((document, schedules))
         return documents, counts, skipped
 
-    def _check_text(self, document: Document) -> None:
+    def _check(self, document: Document) -> None:
+        if not any(is_supervised(message.role) for message in document.messages):
+            raise Skipped("nothing supervised")
         length, settings = len(document.text), self.settings
         if length < settings.min_text:
             raise Skipped("text too short", f"{length} characters")

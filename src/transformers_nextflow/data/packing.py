@@ -7,6 +7,7 @@ number of packs divides what every optimizer step consumes, so that all ranks en
 
 import heapq
 import json
+import shutil
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -244,6 +245,7 @@ def pack(
     if (output / MANIFEST).exists():
         manifest = read_manifest(output)
         check_files(output, manifest)
+        shutil.rmtree(output / "work", ignore_errors=True)
         return manifest
 
     shards = [Shard(folder / "data" / entry["file"]) for folder, manifest in sources for entry in manifest["shards"]]
@@ -276,9 +278,7 @@ def pack(
         "shards": entries,
     }
     write_manifest(output, manifest)
-    for path in (output / "work").glob("*.json"):
-        path.unlink()
-    (output / "work").rmdir()
+    shutil.rmtree(output / "work")
     return manifest
 
 
@@ -377,7 +377,6 @@ def statistics(packs: Sequence[Sequence[int]], extents: Extents, costs: np.ndarr
         "documents": sum(map(len, packs)),
         "tokens": tokens,
         "padded positions": positions - tokens,
-        "truncated tokens": 0,
         "targets": int(sum(int(extents.num_targets[pack].sum()) for pack in packs)),
         "longest pack": max(int(length.sum()) for length in lengths),
         "mean cost": float(costs.mean()),

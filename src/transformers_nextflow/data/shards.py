@@ -133,13 +133,17 @@ def text_tokenizer_hash(processor) -> str:
 
 
 def vision_tokenizer_hash(vq_model) -> str:
-    """sha256 of everything codes depend on: both encoders and the quantizer, not the decoders."""
+    """sha256 of everything codes depend on: both encoders and the quantizer, not the decoders.
+
+    Encoders are hashed as bfloat16, so that a model loaded in lower precision is still known for the same.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(vq_model.state_dict().items()):
         if name.split(".")[0] in ("pixel_decoder", "semantic_decoder"):
             continue
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        kept = tensor if name.startswith("quantizer.") else tensor.bfloat16()
+        digest.update(kept.detach().float().cpu().contiguous().numpy().tobytes())
     config = vq_model.config
     lookup = (config.semantic_weight, config.pixel_weight, config.normalize_entries, config.semantic_feature_layer)
     digest.update(repr((*lookup, config.padding_mode, config.pixel_encoder)).encode())
