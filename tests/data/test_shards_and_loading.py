@@ -140,6 +140,20 @@ def test_budget_evens_out_what_ranks_wait_for():
     assert share[ComputeBudget] > 0.99 > share[FixedLength] > share[BatchPadding]
 
 
+def test_under_dense_attention_the_budget_is_a_length():
+    extents, dense = random_extents(5000), CostModel("dense", 1.0, 1e-2)
+    planned = ComputeBudget(8192).plan(extents, dense, 64, seed=0)
+    lengths = np.array([extents.num_tokens[members].sum() for members in planned])
+    assert lengths.std() < 0.01 * lengths.mean()
+
+
+def test_budgets_that_cannot_be():
+    with pytest.raises(ValueError, match="budget 10 is below the costliest document's"):
+        ComputeBudget(8192, budget=10.0).plan(random_extents(100), COST_MODEL, 1, seed=0)
+    with pytest.raises(ValueError, match="100 documents cannot fill 128 packs; lower multiple_of"):
+        ComputeBudget(8192).plan(random_extents(100), COST_MODEL, 128, seed=0)
+
+
 def test_a_binding_length_still_gives_every_document_a_pack():
     extents = random_extents(3000)
     planned = ComputeBudget(4200, fill=1.0).plan(extents, COST_MODEL, 8, seed=0)

@@ -82,9 +82,12 @@ class CostModel:
     def coefficients(self) -> np.ndarray:
         return np.array([self.per_token, self.per_pair, self.per_target, self.per_document, self.per_pack])
 
-    def document_costs(self, tokens: np.ndarray, pairs: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        """(documents,) costs of documents that stand alone in a row, without what a pack costs anyway."""
-        computed = pairs if self.backend == "blocks" else tokens.astype(np.float64) ** 2
+    def document_costs(
+        self, tokens: np.ndarray, pairs: np.ndarray, targets: np.ndarray, row_length: float
+    ) -> np.ndarray:
+        """(documents,) what each document adds to a pack of about `row_length` positions, which under dense attention
+        every one of its positions is paired with."""
+        computed = pairs if self.backend == "blocks" else tokens * row_length
         return self.per_token * tokens + self.per_pair * computed + self.per_target * targets + self.per_document
 
     def measures(self, tokens: np.ndarray, pairs: np.ndarray, targets: np.ndarray, padded: bool = False) -> np.ndarray:

@@ -123,20 +123,21 @@ class ComputeBudget:
     padded = False
 
     def plan(self, extents: Extents, cost_model: CostModel, multiple_of: int, seed: int) -> list[list[int]]:
-        costs = cost_model.document_costs(*extents.of(slice(None)))
-        tokens = int(extents.num_tokens.sum())
-        if self.budget is None:
-            fewest = tokens / (self.max_length * self.fill)
-        else:
-            fewest = max(float(costs.sum()) / self.budget, tokens / self.max_length)
+        filled = self.max_length * self.fill
+        costs = cost_model.document_costs(*extents.of(slice(None)), row_length=filled)
+        fewest = int(extents.num_tokens.sum()) / filled
+        if self.budget is not None:
+            if self.budget < costs.max():
+                raise ValueError(f"budget {self.budget:.6g} is below the costliest document's {costs.max():.6g}")
+            fewest = max(float(costs.sum()) / self.budget, int(extents.num_tokens.sum()) / self.max_length)
         num_packs = -(-int(np.ceil(fewest)) // multiple_of) * multiple_of
-        check_enough(len(extents), num_packs)
         order = np.argsort(-costs, kind="stable")
-        while (packs := self._balance(order, costs, extents.num_tokens, num_packs)) is None:
-            grown = max(num_packs + multiple_of, -(-int(num_packs * 1.02) // multiple_of) * multiple_of)
+        while True:
             check_enough(len(extents), num_packs)
-            num_packs = grown
-        return packs
+            packs = self._balance(order, costs, extents.num_tokens, num_packs)
+            if packs is not None:
+                return packs
+            num_packs += -(-num_packs // (50 * multiple_of)) * multiple_of  # 2% more
 
     def _balance(self, order, costs, lengths, num_packs: int) -> list[list[int]] | None:
         """None where the cap on length leaves some document no pack."""
@@ -222,6 +223,9 @@ def pack(
         ValueError: if the folders' identities differ, a document is too long, or there is too little text.
     """
     output = Path(output)
+    for name, value in (("multiple_of", multiple_of), ("packs_per_shard", packs_per_shard)):
+        if value < 1:
+            raise ValueError(f"{name} must be positive, got {value}")
     if not folders:
         raise ValueError("name at least one folder of documents to pack")
     sources = [open_shards(folder, "documents") for folder in folders]
