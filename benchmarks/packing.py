@@ -207,6 +207,9 @@ def main() -> None:
     notes = {}
     for half in ("fit", "held out"):
         corpus = Corpus(spec, arguments.level, arguments.documents // 2, arguments.seed + (half == "held out"))
+        longest = int(corpus.extents().num_tokens.max())
+        if longest > arguments.length:
+            raise SystemExit(f"--length {arguments.length} is shorter than the longest document, {longest} positions")
         if half == "fit":
             notes["attention_check"] = check_attention(model, corpus)
             if notes["attention_check"] > 1e-5:

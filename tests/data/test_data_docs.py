@@ -15,7 +15,7 @@ from PIL import Image
 from transformers_nextflow import cli
 from transformers_nextflow.cli import main
 from transformers_nextflow.data.extraction import load_vision_tokenizer
-from transformers_nextflow.data.shards import Shard, images_of, read_manifest, sequence_spec
+from transformers_nextflow.data.shards import Shard, decodable_codes, images_of, read_manifest, sequence_spec
 
 ROOT = Path(__file__).parents[2]
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "docs" / "data.md").read_text(), flags=re.DOTALL)
@@ -67,8 +67,8 @@ def test_the_documented_commands_turn_photographs_into_shards(photos, tmp_path, 
     names = sorted(path.name for path in Path("photos").iterdir() if path.suffix != ".jsonl")
     for index in range(6):
         row = shard.row(index)
-        ((grid, targets, _),) = images_of(row, spec, manifest["variants"])
-        pixels = vq_model.decode(torch.from_numpy(targets[:1].astype(np.int64)), grid)
+        ((grid, targets, inputs),) = images_of(row, spec, manifest["variants"])
+        pixels = vq_model.decode(torch.from_numpy(decodable_codes(targets, inputs)[None]), grid)
         decoded = np.asarray(processor.post_process_image(pixels)[0], dtype=float).ravel()
         likeness = {}
         for name, picture in photos.items():

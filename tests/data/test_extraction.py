@@ -29,7 +29,7 @@ from transformers_nextflow.data import (
     verify,
 )
 from transformers_nextflow.data.documents import Skipped
-from transformers_nextflow.data.shards import Shard, images_of, read_manifest, sequence_spec
+from transformers_nextflow.data.shards import Shard, decodable_codes, images_of, read_manifest, sequence_spec
 
 
 def rows_of(folder: Path) -> dict[str, dict]:
@@ -72,16 +72,17 @@ def test_codes_are_the_tokenizers_own(extracted, data_model, tiny_processor):
 
 
 def test_stored_codes_decode_to_the_tokenizers_reconstruction(extracted, data_model, tiny_processor):
-    """Round trip: picture, shard, picture."""
+    """Round trip: picture, shard, picture; where inputs are disturbed, what corrects them is part of the picture."""
     vq_model = data_model.model.vq_model
     for document in documents():
-        for image, (grid, targets, inputs) in zip(document.images, codes_of(extracted, document.key)):
-            if len(inputs):
-                continue
+        for number, (image, coded) in enumerate(zip(document.images, codes_of(extracted, document.key))):
+            grid, targets, inputs = coded
             pixels = pixels_of(tiny_processor, image)
             assert pixels.shape[-2:] == (8 * grid[0], 8 * grid[1])
-            decoded = vq_model.decode(torch.from_numpy(targets.astype(np.int64)), grid)
-            expected = vq_model(pixels).reconstruction.clamp(-1, 1)  # of the same features, without codes
+            decoded = vq_model.decode(torch.from_numpy(decodable_codes(targets, inputs)[None]), grid)
+            correction = SelfCorrection(top_k=8, last_scale=1) if len(inputs) else None  # of three
+            draws = {"correction": correction, "seed": SETTINGS.seed, "keys": [f"{document.key}/{number}/0"]}
+            expected = vq_model(pixels, **draws).reconstruction.clamp(-1, 1)  # of features, without codes
             assert (decoded - expected).abs().max() < 1e-4 < expected.std()
 
 

@@ -283,14 +283,14 @@ def test_one_command_each(document_source, data_checkpoint, tmp_path, monkeypatc
 
 def test_contact_sheet_shows_the_decoded_inputs(extracted, data_checkpoint, data_model, tmp_path):
     from transformers_nextflow.data.inspection import contact_sheet
-    from transformers_nextflow.data.shards import Shard, images_of, read_manifest, sequence_spec
+    from transformers_nextflow.data.shards import Shard, decodable_codes, images_of, read_manifest, sequence_spec
 
     contact_sheet(extracted, data_checkpoint, tmp_path, count=14)
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
     manifest = read_manifest(extracted)
     row = Shard(extracted / "data" / "documents-00000.arrow").row(1)
-    ((grid, targets, _),) = images_of(row, sequence_spec(manifest["identity"]), manifest["variants"])
-    decoded = data_model.model.vq_model.decode(torch.from_numpy(targets[:1].astype(np.int64)), grid)[0]
+    ((grid, targets, inputs),) = images_of(row, sequence_spec(manifest["identity"]), manifest["variants"])
+    decoded = data_model.model.vq_model.decode(torch.from_numpy(decodable_codes(targets, inputs)[None]), grid)[0]
     picture = Image.fromarray(((decoded + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
     shown = np.asarray(picture.resize((128, 64)))
     starts = np.argwhere((sheet == shown[0, 0]).all(axis=-1))

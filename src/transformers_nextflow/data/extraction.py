@@ -33,6 +33,7 @@ from .shards import (
     MANIFEST,
     check_files,
     code_dtype,
+    decodable_codes,
     identity_of,
     list_schema,
     read_manifest,
@@ -400,7 +401,7 @@ class Extractor:
                 codes[:, variant] = output.target_codes.cpu().numpy()
                 if variants:
                     inputs[:, variant] = output.input_codes[:, :coarse].cpu().numpy()
-            stored = torch.from_numpy(codes[:1, 0].astype(np.int64)).to(self.device)
+            stored = torch.from_numpy(decodable_codes(codes[0], inputs[0])[None]).to(self.device)
             decoded = thumbnail(self.vq_model.decode(stored, schedule.final_grid)[0])
             result["thumbnail"] = thumbnail(batch[0])
             result["error"] = thumbnail_error(decoded, {"thumbnail": result["thumbnail"].tobytes().hex()})

@@ -11,7 +11,16 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from .shards import Shard, check_identity, identity_of, images_of, open_shards, sequence_spec, write_atomically
+from .shards import (
+    Shard,
+    check_identity,
+    decodable_codes,
+    identity_of,
+    images_of,
+    open_shards,
+    sequence_spec,
+    write_atomically,
+)
 
 INK, BAR, PAPER = "#222222", "#4477aa", "white"
 
@@ -88,12 +97,13 @@ def _documents(row: Mapping, spec, variants: int, tokenizer):
     lengths = row.get("document_lengths", [len(row["input_ids"])])
     keys, kinds = row.get("keys", [row.get("key")]), row.get("kinds", [row.get("kind")])
     for key, kind, ids in zip(keys, kinds, np.split(row["input_ids"], np.cumsum(lengths)[:-1])):
-        shown = [next(images)[:2] for _ in range(int((ids == spec.special.image).sum()))]
-        yield f"{key} ({kind})\n{tokenizer.decode(ids.tolist())}", [(grid, targets[0]) for grid, targets in shown]
+        shown = [next(images) for _ in range(int((ids == spec.special.image).sum()))]
+        pictures = [(grid, decodable_codes(targets, inputs)) for grid, targets, inputs in shown]
+        yield f"{key} ({kind})\n{tokenizer.decode(ids.tolist())}", pictures
 
 
 def _decode(vq_model, processor, grid, codes: np.ndarray) -> Image.Image:
-    pixels = vq_model.decode(torch.from_numpy(codes[None].astype(np.int64)).to(vq_model.device), grid)
+    pixels = vq_model.decode(torch.from_numpy(codes[None]).to(vq_model.device), grid)
     return processor.post_process_image(pixels)[0]
 
 

@@ -330,6 +330,13 @@ def images_of(row: Mapping, spec: SequenceSpec, variants: int) -> list[tuple[tup
     return images
 
 
+def decodable_codes(targets: np.ndarray, inputs: np.ndarray) -> np.ndarray:
+    """(codes,) int64 codes of a picture's first variant that sum up to it: where inputs are self-corrected, the residual
+    continued from them, so they count, and of the targets the last scale."""
+    codes = targets[0] if len(inputs) == 0 else np.concatenate([inputs[0], targets[0, inputs.shape[1] :]])
+    return codes.astype(np.int64)
+
+
 def _check_row(row: Mapping, spec: SequenceSpec, manifest: Mapping, where: str) -> int:
     identity = manifest["identity"]
     ids, supervised = row["input_ids"], row["supervised"]
@@ -368,8 +375,8 @@ def _check_samples(folder: Path, manifest: Mapping, vq_model, spec: SequenceSpec
     samples = manifest["samples"][:count]
     for sample in samples:
         shard = Shard(folder / "data" / manifest["shards"][sample["shard"]]["file"])
-        grid, targets, _ = images_of(shard.row(sample["row"]), spec, manifest["variants"])[sample["image"]]
-        codes = torch.from_numpy(targets[:1].astype(np.int64)).to(vq_model.device)
+        grid, targets, inputs = images_of(shard.row(sample["row"]), spec, manifest["variants"])[sample["image"]]
+        codes = torch.from_numpy(decodable_codes(targets, inputs)[None]).to(vq_model.device)
         error = thumbnail_error(thumbnail(vq_model.decode(codes, grid)[0]), sample)
         if error > sample["error"] + 2:
             raise ValueError(
