@@ -12,7 +12,7 @@ from data_samples import documents, edit_manifest
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from transformers_nextflow import NextFlowForConditionalGeneration
+from transformers_nextflow import NextFlowConfig, NextFlowForConditionalGeneration
 from transformers_nextflow.cli import main
 from transformers_nextflow.data import (
     BatchPadding,
@@ -138,6 +138,14 @@ def test_budget_evens_out_what_ranks_wait_for():
         planned = strategy.plan(extents, COST_MODEL, 64, seed=0)
         share[type(strategy)] = efficiency(pack_costs(planned, extents, COST_MODEL, strategy.padded), 64)
     assert share[ComputeBudget] > 0.99 > share[FixedLength] > share[BatchPadding]
+
+
+def test_flops_of_stored_extents_do_not_overflow():
+    flops = CostModel.from_config(NextFlowConfig())  # 7B
+    tokens = np.array([4000, 3000, 2000, 1000], dtype=np.int32)  # as shards hold them
+    extents = Extents(tokens, tokens.astype(np.int64) ** 2 // 2, tokens)
+    assert ComputeBudget(8000).plan(extents, flops, 2, seed=0) == [[0, 3], [1, 2]]
+    assert flops.pack_cost(*extents.of([0])) > 4000 * 3 * 2 * 6.5e9
 
 
 def test_under_dense_attention_the_budget_is_a_length():

@@ -87,6 +87,7 @@ class CostModel:
     ) -> np.ndarray:
         """(documents,) what each document adds to a pack of about `row_length` positions, which under dense attention
         every one of its positions is paired with."""
+        tokens, pairs, targets = (extent.astype(np.float64) for extent in (tokens, pairs, targets))
         computed = pairs if self.backend == "blocks" else tokens * row_length
         return self.per_token * tokens + self.per_pair * computed + self.per_target * targets + self.per_document
 
@@ -97,6 +98,7 @@ class CostModel:
             tokens, pairs, targets: of each document.
             padded: whether each document is a row of its own, padded to the longest, instead of one row of all.
         """
+        tokens, pairs, targets = (extent.astype(np.int64) for extent in (tokens, pairs, targets))
         count = len(tokens)
         positions = count * int(tokens.max()) if padded else int(tokens.sum())
         if self.backend == "blocks":

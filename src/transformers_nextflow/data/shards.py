@@ -331,8 +331,10 @@ def images_of(row: Mapping, spec: SequenceSpec, variants: int) -> list[tuple[tup
 
 
 def decodable_codes(targets: np.ndarray, inputs: np.ndarray) -> np.ndarray:
-    """(codes,) int64 codes of a picture's first variant that sum up to it: where inputs are self-corrected, the residual
-    continued from them, so they count, and of the targets the last scale."""
+    """(codes,) int64 codes that sum up to a picture, of its first variant.
+
+    Where inputs are self-corrected, the residual continued from them: they count, and of the targets the last scale.
+    """
     codes = targets[0] if len(inputs) == 0 else np.concatenate([inputs[0], targets[0, inputs.shape[1] :]])
     return codes.astype(np.int64)
 
