@@ -473,7 +473,13 @@ def print_rows(*rows: tuple[str, str]) -> None:
         print(f"  {name:<{width}}  {value}")
 
 
-SUBCOMMANDS = (add_generate, add_edit, add_describe, add_interleave, add_reconstruct, add_flops)
+def add_data(subparsers) -> None:
+    from .data.cli import add_commands
+
+    add_commands(subparsers.add_parser("data", help="documents to packed training shards, and back"))
+
+
+SUBCOMMANDS = (add_generate, add_edit, add_describe, add_interleave, add_reconstruct, add_flops, add_data)
 
 
 def build_parser() -> argparse.ArgumentParser:

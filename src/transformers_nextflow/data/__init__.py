@@ -1,0 +1,41 @@
+"""From documents to packed training shards, and back (NextFlow sec. 3.1 and 4). Needs `datasets`; inference does not.
+
+- `documents.py`: one schema for every kind of training document, and rows of any source brought to it.
+- `sources.py`: Hub datasets, Parquet, JSON lines, image folders and webdataset tars as one indexable table.
+- `sequences.py`: a document's compact ids, and their expansion to the model's inputs.
+- `extraction.py`: documents to shards of ids and codes, resumable batch by batch.
+- `costs.py`, `packing.py`: what a pack costs, and which documents share one.
+- `shards.py`: files, manifest, hashes, and what is refused.
+- `loading.py`: map-style dataset, sampler and collator. `inspection.py`: statistics and pictures. `cli.py`.
+
+Names below are imported when they are first asked for, so that the console command need not import `datasets`.
+"""
+
+from importlib import import_module
+
+_MODULE_OF = {
+    "BatchPadding": "packing",
+    "ComputeBudget": "packing",
+    "CostModel": "costs",
+    "Document": "documents",
+    "DocumentReader": "documents",
+    "ExtractionSettings": "extraction",
+    "FixedLength": "packing",
+    "Message": "documents",
+    "PackCollator": "loading",
+    "PackSampler": "loading",
+    "PackedDataset": "loading",
+    "Source": "sources",
+    "extract": "extraction",
+    "open_shards": "shards",
+    "pack": "packing",
+    "push_to_hub": "shards",
+    "verify": "shards",
+}
+__all__ = list(_MODULE_OF)
+
+
+def __getattr__(name: str):
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)

@@ -1,0 +1,449 @@
+"""Documents to shards of compact ids and image codes (NextFlow sec. 4: encoders are off the GPU in training).
+
+A shard is a fixed range of the source's rows, a batch a fixed set of its pictures of one grid; both follow from the
+source and the settings alone. So processes share the work in any order, a killed run continues after its last batch,
+and the shards come out the same. A picture that cannot be read costs its document, which is counted and logged.
+"""
+
+import io
+import json
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+from transformers import PreTrainedConfig
+from transformers.utils import logging
+
+from ..configuration_nextflow import NextFlowConfig
+from ..modeling_nextflow import NextFlowForConditionalGeneration
+from ..modeling_nextflow_vq import NextFlowVQModel, unpatchify
+from ..processing_nextflow import NextFlowProcessor
+from ..quantizer import SelfCorrection
+from ..scales import ScaleSchedule
+from .documents import MAX_IMAGES, Document, DocumentReader, Skipped, Transformations, is_supervised
+from .sequences import DocumentTokenizer
+from .shards import (
+    FORMAT_VERSION,
+    MANIFEST,
+    check_files,
+    code_dtype,
+    decodable_codes,
+    identity_of,
+    list_schema,
+    read_manifest,
+    sequence_spec,
+    thumbnail,
+    thumbnail_error,
+    write_atomically,
+    write_json,
+    write_manifest,
+    write_shard,
+)
+from .sources import Source, content_hash
+
+logger = logging.get_logger(__name__)
+
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+ORIENTATION = 0x0112  # EXIF; 5 to 8 lie on their side
+ENGINES = ("local", "ray")
+
+
+@dataclass(frozen=True)
+class ExtractionSettings:
+    """What is extracted and how.
+
+    Args:
+        task, columns: see [`DocumentReader`].
+        level: level of the scale schedules every picture is brought to (default: the highest).
+        max_images: see [`DocumentReader`]; by default the paper's, 5 at the 512-level and 3 at the 1024-level.
+        min_size: pictures with a shorter edge in pixels leave their documents out.
+        max_aspect_ratio: so do pictures more elongated than this, whichever way.
+        min_text, max_text: so do documents of fewer or more characters of text.
+        invert_share, drop_text, drop_condition: see [`Transformations`].
+        self_correction, variants: how the inputs of supervised pictures are disturbed, and how many times; `None`
+            stores targets alone.
+        seed: of all draws, each by its document's key.
+        batch_size: pictures coded at once. documents_per_shard: rows of the source in one shard.
+    """
+
+    task: str = "chat"
+    columns: dict[str, str] = field(default_factory=dict)
+    level: str | None = None
+    max_images: int | None = None
+    min_size: int = 1
+    max_aspect_ratio: float | None = None
+    min_text: int = 0
+    max_text: int | None = None
+    invert_share: float = 0.0
+    drop_text: float = 0.0
+    drop_condition: float = 0.0
+    self_correction: SelfCorrection | None = field(default_factory=SelfCorrection)
+    variants: int = 1
+    seed: int = 0
+    batch_size: int = 16
+    documents_per_shard: int = 1024
+
+    def __post_init__(self):
+        for name in ("variants", "batch_size", "documents_per_shard"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.max_aspect_ratio is not None and self.max_aspect_ratio < 1:
+            raise ValueError(f"max_aspect_ratio must be at least 1, got {self.max_aspect_ratio}")
+        self.transformations  # noqa: B018, raises where a share is wrong
+
+    @property
+    def transformations(self) -> Transformations:
+        return Transformations(self.invert_share, self.drop_text, self.drop_condition, self.seed)
+
+    @property
+    def num_variants(self) -> int:
+        """Stored self-corrected encodings of each supervised picture."""
+        return 0 if self.self_correction is None else self.variants
+
+
+def load_vision_tokenizer(model: str, device: str = "cpu"):
+    """Configuration, processor and float32 vision tokenizer of a NextFlow model, without its transformer."""
+    config = NextFlowConfig.from_pretrained(model)
+    if PreTrainedConfig.get_config_dict(model)[0].get("model_type") != NextFlowConfig.model_type:
+        raise ValueError(f"{model} must hold a NextFlow model")
+    prefix = f"{NextFlowForConditionalGeneration.base_model_prefix}.{NextFlowVQModel.base_model_prefix}"
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # the transformer's weights are left out on purpose
+    try:
+        vq_model, report = NextFlowVQModel.from_pretrained(
+            model,
+            config=config.vq_config,
+            key_mapping={rf"^{prefix}\.": ""},
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
+    finally:
+        logging.set_verbosity(level)
+    if report["missing_keys"]:
+        raise ValueError(f"{model} lacks weights of the vision tokenizer: {sorted(report['missing_keys'])[0]}, ...")
+    return config, NextFlowProcessor.from_pretrained(model), vq_model.to(device).eval()
+
+
+def extract(
+    source: Source,
+    model: str | Path,
+    output: str | Path,
+    settings: ExtractionSettings,
+    devices: Sequence[str] = ("cpu",),
+    num_proc: int = 1,
+    engine: str = "local",
+) -> dict:
+    """Extract a source; the same call continues a stopped run. Returns the manifest.
+
+    Args:
+        model: folder or Hub id of a NextFlow model, whose processor and vision tokenizer are used.
+        output: folder of the shards.
+        devices, num_proc: processes, and the devices they take in turn.
+        engine: `"local"`, or `"ray"`, a Ray Data pipeline on the cluster that `ray.init` joins; `output` and the
+            source must then be on a file system that all its machines share.
+
+    Raises:
+        ValueError: if `output` was begun with other settings, another source or another model.
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
+    output = Path(output)
+    extractor = Extractor(source, str(model), settings, devices[0])
+    plan = extractor.plan()
+    check_plan(output, plan)
+    if (output / MANIFEST).exists():
+        manifest = read_manifest(output)
+        check_files(output, manifest)
+        shutil.rmtree(output / "work", ignore_errors=True)
+        return manifest
+    todo = [index for index in range(plan["num_shards"]) if not _report_path(output, index).exists()]
+    if engine == "ray":
+        from .ray_engine import run_on_ray
+
+        run_on_ray(source, str(model), settings, devices, num_proc, output, todo)
+    elif num_proc == 1:
+        for index in tqdm(todo, desc="shards", disable=not todo):
+            extractor.extract_shard(index, output)
+    else:
+        arguments = (source, str(model), settings, list(devices), num_proc, output, todo)
+        torch.multiprocessing.spawn(_worker, arguments, nprocs=num_proc)
+    return _finish(output, plan, extractor.identity)
+
+
+def _worker(rank: int, source, model, settings, devices, num_proc, output, todo) -> None:
+    torch.set_num_threads(max(torch.get_num_threads() // num_proc, 1))
+    extractor = Extractor(source, model, settings, devices[rank % len(devices)])
+    for index in todo[rank::num_proc]:
+        extractor.extract_shard(index, output)
+
+
+def check_plan(output: Path, plan: dict) -> None:
+    """Write the plan of a new run; raise where a stopped run had another, naming what differs."""
+    path = output / "plan.json"
+    if not path.exists():
+        if output.exists() and any(output.iterdir()):
+            raise ValueError(f"{output} is not empty and holds no extraction; choose another folder")
+        write_json(path, plan)
+        return
+    begun = json.loads(path.read_text())
+    for part, values in plan.items():
+        for name, value in values.items() if isinstance(values, dict) else ((part, values),):
+            before = begun.get(part, {}).get(name) if isinstance(values, dict) else begun.get(part)
+            if before != json.loads(json.dumps(value)):
+                raise ValueError(
+                    f"{output} was begun with another {name.replace('_', ' ')}; continue it with the same, or choose "
+                    "another folder"
+                )
+
+
+def _report_path(output: Path, index: int) -> Path:
+    return output / "work" / f"{index:05d}.json"
+
+
+def _finish(output: Path, plan: dict, identity: dict) -> dict:
+    """Collect the shards' reports into the manifest."""
+    settings = plan["settings"]
+    shards, counts, skipped, samples = [], Counter(), [], []
+    for index in range(plan["num_shards"]):
+        report = json.loads(_report_path(output, index).read_text())
+        shards.append(report["shard"])
+        counts.update(report["counts"])
+        skipped += report["skipped"]
+        samples += [{"shard": index, **sample} for sample in report["samples"]]
+    lines = "".join(json.dumps(entry) + "\n" for entry in skipped)
+    write_atomically(output / "skipped.jsonl", lambda partial: partial.write_text(lines))
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "content": "documents",
+        "identity": identity,
+        "variants": 0 if settings["self_correction"] is None else settings["variants"],
+        "settings": settings,
+        "source": plan["source"],
+        "statistics": dict(sorted(counts.items())),
+        "samples": samples,
+        "shards": shards,
+    }
+    write_manifest(output, manifest)
+    shutil.rmtree(output / "work")
+    return manifest
+
+
+class Extractor:
+    """One process's part: the source, the vision tokenizer on its device, and the settings."""
+
+    def __init__(self, source: Source, model: str, settings: ExtractionSettings, device: str = "cpu"):
+        self.source, self.settings, self.device = source, settings, device
+        self.config, self.processor, self.vq_model = load_vision_tokenizer(model, device)
+        self.table = source.load()
+        self.schedules = self.config.vq_config.schedule_table()
+        self.schedules.of_level(settings.level)  # raises where there is none
+        level = settings.level or list(self.schedules.levels)[-1]
+        max_images = settings.max_images or MAX_IMAGES.get(str(level))
+        self.reader = DocumentReader(settings.task, settings.columns, max_images, source.root)
+        self.reader.check_columns(self.table.column_names)
+        self.tokenizer = DocumentTokenizer(self.processor, self.processor.tokenizer.eos_token_id)
+        self.identity = identity_of(self.config, self.processor, self.vq_model)
+        self.spec = sequence_spec(self.identity)
+        self.schema = list_schema(self.config.vq_config.codebook_size, packs=False)
+
+    def plan(self) -> dict:
+        """What a resumed run must agree on."""
+        size = self.settings.documents_per_shard
+        return {
+            "settings": json.loads(json.dumps(asdict(self.settings))),
+            "source": {**asdict(self.source), "rows": len(self.table), "content": content_hash(self.table)},
+            "identity": self.identity,
+            "num_shards": -(-len(self.table) // size),
+        }
+
+    def extract_shard(self, index: int, output: Path) -> None:
+        """Write one shard and its report, from the batches that are there already and the missing ones."""
+        size = self.settings.documents_per_shard
+        rows = range(index * size, min((index + 1) * size, len(self.table)))
+        documents, counts, skipped = self._read(rows)
+        work = output / "work" / f"{index:05d}"
+        coded: dict[tuple[int, int], dict] = {}
+        broken: dict[int, str] = {}
+        samples = []
+        for number, (schedule, supervised, members) in enumerate(self._batches(documents)):
+            path = work / f"{number:05d}.npz"
+            if not path.exists():
+                self._code_batch(documents, schedule, supervised, members, path)
+            with np.load(path, allow_pickle=False) as batch:
+                failures = {int(m): str(e) for m, e in zip(batch["failed"], batch["errors"])}
+                broken |= {members[m][0]: error for m, error in failures.items()}
+                good = [member for m, member in enumerate(members) if m not in failures]
+                for place, member in enumerate(good):
+                    coded[member] = {"codes": batch["codes"][place], "inputs": batch["inputs"][place]}
+                if good and not samples:
+                    sample = {"document": good[0][0], "image": good[0][1], "thumbnail": batch["thumbnail"].tobytes()}
+                    samples.append(sample | {"error": float(batch["error"])})
+
+        rows_out, places = [], {}
+        for number, (document, schedules) in enumerate(documents):
+            if number in broken:
+                skipped.append(_log(document.key, "unreadable image", broken[number]))
+                continue
+            places[number] = len(rows_out)
+            rows_out.append(self._row(document, schedules, [coded[number, i] for i in range(len(schedules))]))
+            counts[f"kind {document.kind}"] += 1
+        counts["documents"], counts["tokens"] = len(rows_out), sum(int(row["num_tokens"]) for row in rows_out)
+        counts["images"] = sum(len(row["image_grid_hw"]) // 2 for row in rows_out)
+        for entry in skipped:
+            counts[f"skipped: {entry['reason']}"] += 1
+            logger.warning("skipped %s: %s", entry["key"], entry["detail"] or entry["reason"])
+        shard = write_shard(output / "data" / f"documents-{index:05d}.arrow", rows_out, self.schema)
+        samples = [
+            {
+                "row": places[sample["document"]],
+                "image": sample["image"],
+                "thumbnail": sample["thumbnail"].hex(),
+                "error": sample["error"],
+            }
+            for sample in samples
+            if sample["document"] in places
+        ]
+        report = {"shard": shard, "counts": counts, "skipped": skipped, "samples": samples}
+        write_json(_report_path(output, index), report)
+        shutil.rmtree(work, ignore_errors=True)
+
+    def _read(self, rows: range) -> tuple[list[tuple[Document, list[ScaleSchedule]]], Counter, list[dict]]:
+        """The rows' documents with each image's schedule, by the pictures' headers alone."""
+        documents, counts, skipped = [], Counter(), []
+        for index in rows:
+            row = self.table[index]
+            try:
+                read = self.reader.read(row, index)
+            except Skipped as skip:
+                skipped.append(_log(self.reader.key_of(row, index), skip.reason, str(skip)))
+                continue
+            for document in read:
+                try:
+                    self._check(document)
+                    document, change = self.settings.transformations(document)
+                    schedules = [self._schedule_of(image) for image in document.images]
+                except Skipped as skip:
+                    skipped.append(_log(document.key, skip.reason, str(skip)))
+                    continue
+                if change:
+                    counts[change] += 1
+                documents.append((document, schedules))
+        return documents, counts, skipped
+
+    def _check(self, document: Document) -> None:
+        if not any(is_supervised(message.role) for message in document.messages):
+            raise Skipped("nothing supervised")
+        length, settings = len(document.text), self.settings
+        if length < settings.min_text:
+            raise Skipped("text too short", f"{length} characters")
+        if settings.max_text is not None and length > settings.max_text:
+            raise Skipped("text too long", f"{length} characters")
+
+    def _schedule_of(self, image: bytes | str) -> ScaleSchedule:
+        try:
+            with _open(image) as picture:
+                width, height = picture.size
+                if picture.getexif().get(ORIENTATION, 1) >= 5:
+                    width, height = height, width
+        except UNREADABLE as error:
+            raise Skipped("unreadable image", str(error)) from error
+        if min(width, height) < self.settings.min_size:
+            raise Skipped("image too small", f"{width}x{height}")
+        limit = self.settings.max_aspect_ratio
+        if limit is not None and max(width, height) > limit * min(width, height):
+            raise Skipped("aspect ratio", f"{width}x{height}")
+        return self.schedules.nearest_to_image(height, width, self.settings.level)
+
+    def _batches(self, documents) -> list[tuple[ScaleSchedule, bool, list[tuple[int, int]]]]:
+        """Pictures, as (document, image), of one schedule and one supervision, `batch_size` at a time."""
+        groups: dict[tuple, list] = {}
+        for number, (document, schedules) in enumerate(documents):
+            for image, (schedule, supervised) in enumerate(zip(schedules, document.supervised_images)):
+                groups.setdefault((schedule.final_grid, supervised), []).append((number, image))
+        size = self.settings.batch_size
+        return [
+            (self.schedules.by_grid(grid), supervised, members[start : start + size])
+            for (grid, supervised), members in sorted(groups.items())
+            for start in range(0, len(members), size)
+        ]
+
+    @torch.no_grad()
+    def _code_batch(self, documents, schedule: ScaleSchedule, supervised: bool, members, path: Path) -> None:
+        """Code the pictures of a batch and keep the result; what cannot be read is kept as its error."""
+        pixels, keys, failed, errors = [], [], [], []
+        for place, (number, image) in enumerate(members):
+            document, _ = documents[number]
+            try:
+                pixels.append(self._pixels(document.images[image], schedule))
+                keys.append(f"{document.key}/{image}")
+            except UNREADABLE as error:
+                failed.append(place)
+                errors.append(f"{type(error).__name__}: {error}")
+        variants = self.settings.num_variants if supervised else 0
+        coarse = schedule.offsets[-1]
+        dtype = code_dtype(self.config.vq_config.codebook_size)
+        codes = np.zeros((len(pixels), max(variants, 1), schedule.num_codes), dtype)
+        inputs = np.zeros((len(pixels), variants, coarse), dtype)
+        result = {"thumbnail": np.zeros(0, np.uint8), "error": np.zeros(())}
+        if pixels:
+            batch = torch.stack(pixels).to(self.device)
+            features = self.vq_model.features(batch)
+            for variant in range(max(variants, 1)):
+                correction = self.settings.self_correction if variants else None
+                draws = [f"{key}/{variant}" for key in keys]
+                output = self.vq_model.quantizer(features, schedule, correction, self.settings.seed, draws)
+                codes[:, variant] = output.target_codes.cpu().numpy()
+                if variants:
+                    inputs[:, variant] = output.input_codes[:, :coarse].cpu().numpy()
+            stored = torch.from_numpy(decodable_codes(codes[0], inputs[0])[None]).to(self.device)
+            decoded = thumbnail(self.vq_model.decode(stored, schedule.final_grid)[0])
+            result["thumbnail"] = thumbnail(batch[0])
+            result["error"] = thumbnail_error(decoded, {"thumbnail": result["thumbnail"].tobytes().hex()})
+        result |= {"codes": codes, "inputs": inputs, "failed": np.array(failed, int), "errors": np.array(errors, str)}
+
+        def write(partial: Path) -> None:
+            with open(partial, "wb") as file:
+                np.savez(file, **result)
+
+        write_atomically(path, write)
+
+    def _pixels(self, image: bytes | str, schedule: ScaleSchedule) -> torch.Tensor:
+        """(3, H, W) float32 in [-1, 1] of the schedule's size."""
+        with _open(image) as picture:
+            picture.load()
+            data = self.processor.image_processor(picture, level=self.schedules.level_of(schedule.final_grid))
+        grid = tuple(int(n) for n in data["image_grid_hw"][0])
+        if grid != schedule.final_grid:
+            raise ValueError(f"the picture's header promised the grid {schedule.final_grid}, it has {grid}")
+        patches = torch.as_tensor(np.asarray(data["pixel_values"]))
+        return unpatchify(patches[None], grid, self.processor.image_processor.patch_size)[0]
+
+    def _row(self, document: Document, schedules: list[ScaleSchedule], coded: list[dict]) -> dict:
+        ids, supervised = self.tokenizer(document)
+        grids = np.array([schedule.final_grid for schedule in schedules], dtype=np.uint16).reshape(-1, 2)
+        extent = self.spec.measure(ids, supervised, grids)
+        flat = lambda name: np.concatenate([np.empty(0, np.uint16), *(entry[name].ravel() for entry in coded)])  # noqa: E731
+        return {
+            "key": document.key,
+            "kind": document.kind,
+            "input_ids": ids,
+            "supervised": supervised.astype(np.uint8),
+            "image_grid_hw": grids.ravel(),
+            "image_codes": flat("codes"),
+            "image_input_codes": flat("inputs"),
+            **asdict(extent),
+        }
+
+
+def _open(image: bytes | str) -> Image.Image:
+    return Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
+
+
+def _log(key: str, reason: str, detail: str) -> dict:
+    return {"key": key, "reason": reason, "detail": detail}

@@ -1,0 +1,221 @@
+"""A document's compact ids, and their expansion to what the model's forward takes.
+
+Compact: text ids, and one `<image>` id where a whole image stands (`<boi>`, its slots, `<eoi>`), beside one flag for
+each id, whether it is supervised. Codes and final grids are kept apart. An image takes `2 + slots` positions; one that
+is only read carries its last scale where the model is configured so.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from ..layout import num_image_slots
+from ..losses import IGNORE
+from ..scales import Grid, ScheduleTable
+from .documents import Document, is_supervised
+
+PLACEHOLDER = re.compile("\ue000([0-9]+)\ue001")  # private-use characters: where a text of the chat goes
+
+
+@dataclass(frozen=True)
+class SpecialIds:
+    """Ids of the text tokenizer that the layout of sequences rests on."""
+
+    boi: int
+    eoi: int
+    image: int
+    eos: int
+    pad: int
+
+
+class DocumentTokenizer:
+    """Documents to compact ids, through the processor's own chat template.
+
+    Texts are tokenized apart from the template around them and hold no control tokens, whatever they spell; what the
+    assistant says is supervised up to its end of turn.
+    """
+
+    def __init__(self, processor, eos_token_id: int):
+        self.processor, self.tokenizer = processor, processor.tokenizer
+        self.image_id, self.eos_id = processor.image_token_id, eos_token_id
+        self.image_triple = [processor.boi_token_id, processor.image_token_id, processor.eoi_token_id]
+        self._skeleton = lru_cache(maxsize=4096)(self._render)
+        self._template_ids = lru_cache(maxsize=4096)(self._tokenize_template)
+
+    def __call__(self, document: Document) -> tuple[np.ndarray, np.ndarray]:
+        """(C,) int32 compact ids and (C,) bool supervision."""
+        if document.messages[0].role is None:
+            return self._running(document)
+        texts = [part for message in document.messages for part in _joined(message.content) if part is not None]
+        shape = tuple(
+            (message.role, tuple(part is None for part in _joined(message.content))) for message in document.messages
+        )
+        ids: list[int] = []
+        supervised: list[bool] = []
+        images = iter(document.supervised_images)
+        answering = False
+        for template, text_index, role in self._skeleton(shape):
+            for token in self._template_ids(template):
+                if token == self.image_id:
+                    answering = next(images)
+                ids.append(token)
+                supervised.append(answering)
+                answering = answering and token != self.eos_id
+            if text_index is not None:
+                answering = is_supervised(role)
+                words = self._tokenize_text(texts[text_index])
+                ids += words
+                supervised += [answering] * len(words)
+        if next(images, None) is not None:
+            raise ValueError(f"the chat template shows fewer images than document {document.key} has")
+        return np.array(ids, dtype=np.int32), np.array(supervised, dtype=bool)
+
+    def _running(self, document: Document) -> tuple[np.ndarray, np.ndarray]:
+        ids: list[int] = []
+        for part in document.messages[0].content:
+            ids += [self.image_id] if part is None else self._tokenize_text(part)
+        ids.append(self.eos_id)
+        return np.array(ids, dtype=np.int32), np.ones(len(ids), dtype=bool)
+
+    def _tokenize_text(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+
+    def _render(self, shape: tuple) -> list[tuple[str, int | None, str | None]]:
+        """Pieces of the template, each with the text that follows it and that text's role."""
+        roles, chat = [], []
+        for role, parts in shape:
+            content = []
+            for is_image in parts:
+                if is_image:
+                    content.append({"type": "image"})
+                else:
+                    content.append({"type": "text", "text": f"\ue000{len(roles)}\ue001"})
+                    roles.append(role)
+            chat.append({"role": role, "content": content})
+        rendered = self.tokenizer.apply_chat_template(
+            chat, chat_template=self.processor.chat_template, tokenize=False, add_generation_prompt=False
+        )
+        pieces = PLACEHOLDER.split(rendered)  # template, text index, template, ..., template
+        indices = [*map(int, pieces[1::2]), None]
+        if indices[:-1] != list(range(len(roles))):
+            raise ValueError("the chat template must show every text of a chat once and in order")
+        return [(piece, i, None if i is None else roles[i]) for piece, i in zip(pieces[::2], indices)]
+
+    def _tokenize_template(self, piece: str) -> list[int]:
+        """Ids of a piece of the template, each image one id."""
+        ids = self.tokenizer(piece, add_special_tokens=False).input_ids
+        compact, place = [], 0
+        while place < len(ids):
+            is_image = ids[place : place + 3] == self.image_triple
+            compact.append(self.image_id if is_image else ids[place])
+            place += 3 if is_image else 1
+        return compact
+
+
+def _joined(content: Sequence[str | None]) -> list[str | None]:
+    """Neighbouring texts as one, because they are tokenized as one."""
+    joined: list[str | None] = []
+    for part in content:
+        if part is not None and joined and joined[-1] is not None:
+            joined[-1] += part
+        else:
+            joined.append(part)
+    return joined
+
+
+@dataclass(frozen=True)
+class Extent:
+    """What a document costs to train on.
+
+    Attributes:
+        num_tokens: positions.
+        attended_pairs: (query, key) pairs of scale-block attention inside the document.
+        num_targets: supervised positions.
+    """
+
+    num_tokens: int
+    attended_pairs: int
+    num_targets: int
+
+
+class SequenceSpec:
+    """How compact sequences of one model unfold.
+
+    Args:
+        schedules, special: of the model.
+        condition_last_scale: whether images that are only read carry their last scale.
+    """
+
+    def __init__(self, schedules: ScheduleTable, special: SpecialIds, condition_last_scale: bool):
+        self.schedules, self.special, self.condition_last_scale = schedules, special, condition_last_scale
+        self._blocks_of = lru_cache(maxsize=None)(self._blocks)
+
+    def num_slots(self, grid: Grid, supervised: bool) -> int:
+        return num_image_slots(self.schedules.by_grid(grid), self.condition_last_scale and not supervised)
+
+    def _blocks(self, grid: Grid, supervised: bool) -> np.ndarray:
+        """Lengths of an image's scale blocks."""
+        lengths = self.schedules.by_grid(grid).lengths
+        last = lengths[-1:] if self.condition_last_scale and not supervised else ()
+        return np.array([*lengths[1:], *last], dtype=np.int64)
+
+    def measure(self, ids: np.ndarray, supervised: np.ndarray, grids: np.ndarray) -> Extent:
+        """The extent of one compact document; `grids` is (images, 2)."""
+        position = pairs = done = 0
+        for place, grid in zip(np.flatnonzero(ids == self.special.image), grids):
+            before = int(place) - done + 1  # texts and <boi>, causal
+            pairs += before * position + before * (before + 1) // 2
+            position += before
+            for length in self._blocks_of((int(grid[0]), int(grid[1])), bool(supervised[place])).tolist():
+                position += length
+                pairs += length * position
+            position += 1  # <eoi>
+            pairs += position
+            done = int(place) + 1
+        rest = len(ids) - done
+        pairs += rest * position + rest * (rest + 1) // 2
+        targets = self.expand(ids, supervised, grids, np.array([len(ids)]))["shift_labels"]
+        return Extent(position + rest, pairs, int((targets != IGNORE).sum()))
+
+    def expand(
+        self, ids: np.ndarray, supervised: np.ndarray, grids: np.ndarray, lengths: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """Compact documents, one after the other, to (L,) int64 `input_ids`, `document_ids` and `shift_labels`.
+
+        Text targets stand one to the left. At `<boi>` and the slots of a supervised image the label is a marker; the
+        token before a supervised `<boi>` predicts it; `<eoi>` and another document's first token are no targets.
+
+        Args:
+            ids, supervised: (C,) of all documents.
+            grids: (images, 2).
+            lengths: (documents,) compact ids of each.
+        """
+        special = self.special
+        places = np.flatnonzero(ids == special.image)
+        slots = np.array(
+            [
+                self.num_slots((int(grid[0]), int(grid[1])), bool(flag))
+                for grid, flag in zip(grids, supervised[places])
+            ],
+            dtype=np.int64,
+        )
+        repeats = np.ones(len(ids), dtype=np.int64)
+        repeats[places] = slots + 2
+        ends = repeats.cumsum()
+        boi, eoi = ends[places] - slots - 2, ends[places] - 1
+        document_ids = np.repeat(np.repeat(np.arange(len(lengths)), lengths), repeats)
+        input_ids = np.repeat(ids.astype(np.int64), repeats)
+        input_ids[boi], input_ids[eoi] = special.boi, special.eoi
+        known = np.repeat(supervised, repeats)
+
+        labels = np.full(len(input_ids), IGNORE, dtype=np.int64)
+        predicts_next = known[1:] & (document_ids[1:] == document_ids[:-1])
+        labels[:-1][predicts_next] = input_ids[1:][predicts_next]
+        in_image = np.zeros(len(input_ids) + 1, dtype=np.int8)
+        in_image[boi], in_image[eoi] = 1, -1
+        in_image = in_image[:-1].cumsum(dtype=np.int8).astype(bool)
+        labels[in_image] = np.where(known[in_image], input_ids[in_image], IGNORE)
+        return {"input_ids": input_ids, "document_ids": document_ids, "shift_labels": labels}

@@ -1,0 +1,101 @@
+"""Hub datasets, Parquet, JSON lines, image folders and webdataset tars as one indexable table."""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+from PIL import Image
+
+BUILDERS = {
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".jsonl": "json",
+    ".json": "json",
+    ".tar": "webdataset",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where documents come from.
+
+    Args:
+        name: a Parquet, Arrow, JSON lines or tar file, a folder of such files or of images (captions in
+            `metadata.jsonl` or `metadata.csv`, as `datasets`' image folder has it), or the id of a dataset on the Hub,
+            which is downloaded.
+        split: of the dataset.
+        config: name of a dataset's configuration on the Hub.
+    """
+
+    name: str
+    split: str = "train"
+    config: str | None = None
+
+    @property
+    def root(self) -> str | None:
+        """The folder that relative image paths start from; datasets of the Hub have none."""
+        path = Path(self.name)
+        if not path.exists():
+            return None
+        return str((path if path.is_dir() else path.parent).resolve())
+
+    def load(self) -> datasets.Dataset:
+        """The rows, images as encoded bytes and paths.
+
+        Raises:
+            FileNotFoundError: if the name is neither a file, a folder nor a dataset's id.
+            ValueError: if a folder holds none of the known formats, or several.
+        """
+        path = Path(self.name)
+        if path.exists():
+            builder, files = _local_format(path)
+            options = {"data_dir": str(path)} if builder == "imagefolder" else {"data_files": {self.split: files}}
+            if builder == "imagefolder":
+                options["drop_labels"] = True
+            table = datasets.load_dataset(builder, split=self.split, **options)
+        elif re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", self.name):
+            table = datasets.load_dataset(self.name, self.config, split=self.split)
+        else:
+            raise FileNotFoundError(f"{self.name} is neither a file, a folder nor the id of a dataset on the Hub")
+        return _undecoded(table)
+
+
+def _local_format(path: Path) -> tuple[str, list[str]]:
+    if path.is_file():
+        if path.suffix not in BUILDERS:
+            raise ValueError(f"{path} must end in one of {', '.join(BUILDERS)}")
+        return BUILDERS[path.suffix], [str(path)]
+    files = sorted(entry for entry in path.rglob("*") if entry.is_file() and not entry.name.startswith("."))
+    pictures = {extension for extension, name in Image.registered_extensions().items() if name in Image.OPEN}
+    if any(entry.suffix.lower() in pictures for entry in files):
+        return "imagefolder", []
+    found: dict[str, list[str]] = {}
+    for entry in files:
+        if entry.suffix in BUILDERS and entry.name not in ("manifest.json", "dataset_info.json", "state.json"):
+            found.setdefault(BUILDERS[entry.suffix], []).append(str(entry))
+    if len(found) != 1:
+        kinds = ", ".join(sorted(found)) or "none"
+        raise ValueError(f"{path} must hold images, or files of one of {', '.join(BUILDERS)}; found: {kinds}")
+    return next(iter(found.items()))
+
+
+def _undecoded(table: datasets.Dataset) -> datasets.Dataset:
+    """Image columns as encoded bytes and paths, so that one broken picture breaks no row."""
+    for name, feature in table.features.items():
+        if isinstance(feature, datasets.Image):
+            table = table.cast_column(name, datasets.Image(decode=False))
+        elif isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
+            table = table.cast_column(name, datasets.List(datasets.Image(decode=False)))
+    return table
+
+
+def content_hash(table: datasets.Dataset, rows: int = 64) -> str:
+    """A hash of columns, number of rows and evenly spaced rows: whether a resumed run reads the same source."""
+    digest = hashlib.sha256(json.dumps([table.column_names, len(table)]).encode())
+    step = max(len(table) // rows, 1)
+    for index in range(0, len(table), step):
+        digest.update(repr(table[index]).encode())
+    return digest.hexdigest()

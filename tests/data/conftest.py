@@ -1,0 +1,62 @@
+"""A tiny checkpoint whose pictures get different codes, and documents of every kind extracted with it."""
+
+import copy
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from data_samples import SETTINGS, documents
+
+from transformers_nextflow.data import Source, extract
+
+datasets.disable_progress_bars()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def datasets_cache(tmp_path_factory):
+    """`datasets` copies what it reads into a cache."""
+    before = datasets.config.HF_DATASETS_CACHE
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
+    yield
+    datasets.config.HF_DATASETS_CACHE = before
+
+
+@pytest.fixture(scope="session")
+def data_model(tiny_model):
+    """Condition images carry their last scale; weights are large enough to matter."""
+    torch.manual_seed(1)
+    model = copy.deepcopy(tiny_model)
+    model.config.condition_last_scale = True
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not name.startswith("model.vq_model") and parameter.ndim > 1:
+                parameter.normal_(std=1.5 * parameter.shape[-1] ** -0.5)
+        model.model.code_embeddings.weight.normal_()
+        model.model.scale_embedding.index.weight.normal_()
+        model.model.vq_model.semantic_to_code[-1].weight.mul_(50)
+        model.model.vq_model.pixel_encoder.to_code.weight.mul_(50)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def data_checkpoint(data_model, tiny_processor, tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("data-checkpoint")
+    data_model.save_pretrained(folder)
+    tiny_processor.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def document_source(tmp_path_factory) -> Source:
+    path = tmp_path_factory.mktemp("source") / "documents.parquet"
+    datasets.Dataset.from_list([document.to_row() for document in documents()]).to_parquet(str(path))
+    return Source(str(path))
+
+
+@pytest.fixture(scope="session")
+def extracted(document_source, data_checkpoint, tmp_path_factory) -> Path:
+    """Every kind of document, extracted with two self-corrected variants."""
+    folder = tmp_path_factory.mktemp("extracted") / "documents"
+    extract(document_source, data_checkpoint, folder, SETTINGS)
+    return folder

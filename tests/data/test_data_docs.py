@@ -1,0 +1,83 @@
+"""`docs/data.md` runs as written, on photographs, and what comes out shows them."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import skimage
+import sklearn
+import torch
+from PIL import Image
+
+from transformers_nextflow import cli
+from transformers_nextflow.cli import main
+from transformers_nextflow.data.extraction import load_vision_tokenizer
+from transformers_nextflow.data.shards import Shard, decodable_codes, images_of, read_manifest, sequence_spec
+
+ROOT = Path(__file__).parents[2]
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "docs" / "data.md").read_text(), flags=re.DOTALL)
+
+
+@pytest.fixture
+def photos(tmp_path) -> dict[str, Image.Image]:
+    """A folder of photographs with captions, PNG, JPEG and WebP mixed, and two broken files."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    shipped = (Path(skimage.__file__).parent / "data", Path(sklearn.__file__).parent / "datasets" / "images")
+    originals = {}
+    for name in ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "china.jpg", "flower.jpg"):
+        (path,) = (entry / name for entry in shipped if (entry / name).exists())
+        stored = name.replace("coffee.png", "coffee.webp")
+        if stored == name:
+            (folder / stored).write_bytes(path.read_bytes())
+        else:
+            Image.open(path).save(folder / stored, quality=90)
+        originals[stored] = Image.open(folder / stored).convert("RGB")
+    (folder / "cut.png").write_bytes((folder / "chelsea.png").read_bytes()[:5000])
+    (folder / "text.jpg").write_text("no picture")
+    lines = [{"file_name": p.name, "text": f"a photo of {p.stem}"} for p in sorted(folder.iterdir())]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return originals
+
+
+def test_the_documented_commands_turn_photographs_into_shards(photos, tmp_path, monkeypatch, capsys):
+    (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
+    monkeypatch.chdir(tmp_path)
+    for language, block in BLOCKS:
+        if language == "bash":
+            for command in block.split("&&"):
+                program, *arguments = shlex.split(command)
+                assert program == "transformers-nextflow"
+                assert main(arguments) == 0, capsys.readouterr().err
+        else:
+            exec(compile(block, "data.md", "exec"), {})
+    skipped = [json.loads(line) for line in Path("documents/skipped.jsonl").read_text().splitlines()]
+    assert [entry["reason"] for entry in skipped] == ["unreadable image"] * 2
+    assert read_manifest(Path("packs"))["statistics"]["documents"] == 6
+
+    # what was coded decodes to pictures that are recognisably the photographs
+    _, processor, vq_model = load_vision_tokenizer(str(cli.SHAPES_MODEL))
+    manifest = read_manifest(Path("documents"))
+    spec = sequence_spec(manifest["identity"])
+    (entry,) = manifest["shards"]
+    shard, table = Shard(Path("documents/data") / entry["file"]), vq_model.schedules
+    names = sorted(path.name for path in Path("photos").iterdir() if path.suffix != ".jsonl")
+    for index in range(6):
+        row = shard.row(index)
+        ((grid, targets, inputs),) = images_of(row, spec, manifest["variants"])
+        pixels = vq_model.decode(torch.from_numpy(decodable_codes(targets, inputs)[None]), grid)
+        decoded = np.asarray(processor.post_process_image(pixels)[0], dtype=float).ravel()
+        likeness = {}
+        for name, picture in photos.items():
+            if table.nearest_to_image(picture.height, picture.width).final_grid == grid:
+                (h, w), p = grid, table.patch_size
+                patches = processor.image_processor(picture, level=table.level_of(grid), return_tensors="pt")
+                pixels = patches["pixel_values"].view(h, w, p, p, 3).permute(0, 2, 1, 3, 4)
+                likeness[name] = np.corrcoef(decoded, pixels.numpy().ravel())[0, 1]
+        assert max(likeness, key=likeness.get) == names[int(row["key"])]
+        assert max(likeness.values()) > 0.8, likeness
+    sheet = Image.open("sheet/sheet.png")
+    assert sheet.size[0] > 700 and "a photo of chelsea" in Path("sheet/index.html").read_text()

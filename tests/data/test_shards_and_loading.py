@@ -1,0 +1,305 @@
+"""What damaged or foreign shards are refused for, plans of packs, the order of batches, the Hub's layout, pictures."""
+
+import copy
+import json
+import shutil
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from data_samples import documents, edit_manifest
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from transformers_nextflow import NextFlowConfig, NextFlowForConditionalGeneration
+from transformers_nextflow.cli import main
+from transformers_nextflow.data import (
+    BatchPadding,
+    ComputeBudget,
+    CostModel,
+    FixedLength,
+    PackCollator,
+    PackedDataset,
+    PackSampler,
+    open_shards,
+    pack,
+    verify,
+)
+from transformers_nextflow.data.packing import Extents, efficiency, pack_costs
+
+COST_MODEL = CostModel("blocks", 1.0, 3e-4, 0.5)  # about a model of width 512
+
+
+@pytest.fixture(scope="module")
+def packs(extracted, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("packed") / "packs"
+    pack([extracted], folder, ComputeBudget(300), COST_MODEL, multiple_of=6, packs_per_shard=2)
+    return folder
+
+
+@pytest.fixture
+def damaged(packs, tmp_path):
+    """A copy to be damaged."""
+    return shutil.copytree(packs, tmp_path / "packs")
+
+
+def flip(path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def change_identity(name: str, value):
+    return lambda folder: edit_manifest(folder, lambda manifest: manifest["identity"].__setitem__(name, value))
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda folder: flip(folder / "data" / "packs-00001.arrow"), "packs-00001.arrow is damaged: its sha256"),
+        (lambda folder: (folder / "data" / "packs-00000.arrow").unlink(), "packs-00000.arrow is missing"),
+        (lambda folder: (folder / "data" / "packs-00009.arrow").touch(), "does not name: packs-00009.arrow"),
+        (lambda folder: (folder / "manifest.json").unlink(), "holds no manifest.json"),
+        (change_identity("vision_tokenizer", "0" * 64), "another vision tokenizer"),
+        (change_identity("text_tokenizer", "0" * 64), "another text tokenizer"),
+        (change_identity("scale_schedules", [[[1, 1], [2, 2], [4, 4]]]), "another scale schedules"),
+        (change_identity("levels", {"24": 2}), "another levels"),
+        (change_identity("code_offset", 151_936), "another code offset: 151936 there"),
+        (change_identity("condition_last_scale", False), "another condition last scale"),
+    ],
+)
+def test_what_is_refused_and_by_what_name(damaged, data_model, tiny_processor, damage, message):
+    PackedDataset(damaged, data_model, tiny_processor)
+    damage(damaged)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        PackedDataset(damaged, data_model, tiny_processor)
+
+
+def test_another_models_tokenizers_are_refused(packs, data_model, data_checkpoint, tiny_processor):
+    other = copy.deepcopy(data_model)
+    with torch.no_grad():
+        other.model.vq_model.quantizer.pixel_codebook[3, 1] += 1e-3
+    with pytest.raises(ValueError, match="another vision tokenizer"):
+        PackedDataset(packs, other, tiny_processor)
+    with torch.no_grad():  # codes do not depend on the decoder
+        other = copy.deepcopy(data_model)
+        other.model.vq_model.pixel_decoder.conv_in.weight.zero_()
+    PackedDataset(packs, other, tiny_processor)
+    lower = NextFlowForConditionalGeneration.from_pretrained(data_checkpoint, dtype=torch.bfloat16)
+    PackedDataset(packs, lower, tiny_processor)
+    processor = copy.deepcopy(tiny_processor)
+    processor.chat_template += " "
+    with pytest.raises(ValueError, match="another text tokenizer"):
+        PackedDataset(packs, data_model, processor)
+
+
+def test_verify_finds_codes_that_no_longer_decode(packs, data_checkpoint, tmp_path):
+    assert verify(packs, data_checkpoint)["samples"] == 3
+    folder = shutil.copytree(packs, tmp_path / "packs")
+    edit_manifest(folder, lambda manifest: manifest["samples"][1].update(error=-50.0))
+    with pytest.raises(ValueError, match="the vision tokenizer drifted"):
+        verify(folder, data_checkpoint)
+
+
+def test_extraction_of_another_model_is_not_packed_with_it(extracted, tmp_path):
+    other = shutil.copytree(extracted, tmp_path / "other")
+    change_identity("code_offset", 1000)(other)
+    with pytest.raises(ValueError, match="was made with another code_offset than"):
+        pack([extracted, other], tmp_path / "out", ComputeBudget(300), COST_MODEL)
+
+
+# Plans
+
+
+def random_extents(count: int, seed: int = 0) -> Extents:
+    rng = np.random.default_rng(seed)
+    tokens = np.minimum(rng.lognormal(5, 1, count), 4000).astype(np.int64) + 1
+    is_image = rng.random(count) < 0.4
+    tokens[is_image] = 1000 + rng.integers(20, 200, is_image.sum())
+    return Extents(tokens, tokens * (tokens + 1) // 2 + 30_000 * is_image, tokens // 2)
+
+
+@pytest.mark.parametrize("strategy", [ComputeBudget(8192), FixedLength(8192), BatchPadding(8, 8192)], ids=repr)
+@pytest.mark.parametrize("multiple_of", [1, 64])
+def test_plans_hold_every_document_once(strategy, multiple_of):
+    extents = random_extents(3000)
+    planned = strategy.plan(extents, COST_MODEL, multiple_of, seed=0)
+    assert sorted(document for members in planned for document in members) == list(range(3000))
+    assert len(planned) % multiple_of == 0 and all(planned)
+    if not strategy.padded:
+        assert max(extents.num_tokens[members].sum() for members in planned) <= 8192
+
+
+def test_budget_evens_out_what_ranks_wait_for():
+    extents = random_extents(20_000)
+    share = {}
+    for strategy in (ComputeBudget(8192), FixedLength(8192), BatchPadding(8, 8192)):
+        planned = strategy.plan(extents, COST_MODEL, 64, seed=0)
+        share[type(strategy)] = efficiency(pack_costs(planned, extents, COST_MODEL, strategy.padded), 64)
+    assert share[ComputeBudget] > 0.99 > share[FixedLength] > share[BatchPadding]
+
+
+def test_flops_of_stored_extents_do_not_overflow():
+    flops = CostModel.from_config(NextFlowConfig())  # 7B
+    tokens = np.array([4000, 3000, 2000, 1000], dtype=np.int32)  # as shards hold them
+    extents = Extents(tokens, tokens.astype(np.int64) ** 2 // 2, tokens)
+    assert ComputeBudget(8000).plan(extents, flops, 2, seed=0) == [[0, 3], [1, 2]]
+    assert flops.pack_cost(*extents.of([0])) > 4000 * 3 * 2 * 6.5e9
+
+
+def test_under_dense_attention_the_budget_is_a_length():
+    extents, dense = random_extents(5000), CostModel("dense", 1.0, 1e-2)
+    planned = ComputeBudget(8192).plan(extents, dense, 64, seed=0)
+    lengths = np.array([extents.num_tokens[members].sum() for members in planned])
+    assert lengths.std() < 0.01 * lengths.mean()
+
+
+def test_budgets_that_cannot_be():
+    with pytest.raises(ValueError, match="budget 10 is below the costliest document's"):
+        ComputeBudget(8192, budget=10.0).plan(random_extents(100), COST_MODEL, 1, seed=0)
+    with pytest.raises(ValueError, match="100 documents cannot fill 128 packs; lower multiple_of"):
+        ComputeBudget(8192).plan(random_extents(100), COST_MODEL, 128, seed=0)
+
+
+def test_a_binding_length_still_gives_every_document_a_pack():
+    extents = random_extents(3000)
+    planned = ComputeBudget(4200, fill=1.0).plan(extents, COST_MODEL, 8, seed=0)
+    lengths = np.array([extents.num_tokens[members].sum() for members in planned])
+    assert lengths.max() <= 4200 and lengths.mean() > 0.9 * 4200
+
+
+def test_cost_models_by_hand():
+    tokens, pairs, targets = np.array([10, 4]), np.array([70, 12]), np.array([3, 2])
+    blocks = CostModel("blocks", 1.0, 10.0, 100.0, 1000.0, 7.0)
+    dense = CostModel("dense", 1.0, 10.0, 100.0, 1000.0, 7.0)
+    rest = 100 * 5 + 2000 + 7
+    assert blocks.pack_cost(tokens, pairs, targets) == 14 + 10 * 82 + rest
+    assert dense.pack_cost(tokens, pairs, targets) == 14 + 10 * 14**2 + rest
+    assert dense.pack_cost(tokens, pairs, targets, padded=True) == 20 + 10 * 2 * 10**2 + rest
+    assert CostModel.from_dict(json.loads(json.dumps(dense.to_dict()))) == dense
+    with pytest.raises(ValueError, match="version 0"):
+        CostModel.from_dict(dense.to_dict() | {"version": 0})
+    rng = np.random.default_rng(0)
+    measures = np.array([blocks.measures(*rng.integers(1, 50, (3, 1 + n % 7))) for n in range(30)])
+    fitted = CostModel.fit(measures, measures @ blocks.coefficients, "blocks", {})
+    assert np.allclose(fitted.coefficients, blocks.coefficients, rtol=1e-6)
+
+
+def test_long_documents_are_an_error_or_counted(extracted, tmp_path):
+    with pytest.raises(ValueError, match="longer than 60 positions, document .* has"):
+        pack([extracted], tmp_path / "a", FixedLength(60), COST_MODEL)
+    statistics = pack([extracted], tmp_path / "b", FixedLength(60), COST_MODEL, drop_long=True)["statistics"]
+    assert statistics["dropped documents"] > 0 and statistics["documents"] + statistics["dropped documents"] == 14
+    whole = pack([extracted], tmp_path / "c", FixedLength(300), COST_MODEL)["statistics"]
+    assert statistics["tokens"] + statistics["dropped tokens"] == whole["tokens"]
+
+
+def test_text_share(extracted, tmp_path):
+    with pytest.raises(ValueError, match="text_share 0.9 asks for"):
+        pack([extracted], tmp_path / "a", FixedLength(300), COST_MODEL, text_share=0.9)
+    statistics = pack([extracted], tmp_path / "b", FixedLength(300), COST_MODEL, text_share=0.0)["statistics"]
+    assert statistics["text left out"] == 2 and statistics["documents"] == 12
+
+
+# Loading
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_an_epoch_continues_after_any_batch(packs, data_model, tiny_processor, world_size, workers):
+    dataset = PackedDataset(packs, data_model, tiny_processor)
+    dataset.set_epoch(2)
+    start = 1
+    for rank in range(world_size):
+        sampler = PackSampler(len(dataset), seed=4, epoch=2, rank=rank, world_size=world_size)
+        whole = list(DataLoader(dataset, batch_sampler=sampler, collate_fn=PackCollator(dataset)))
+        sampler.set_epoch(2, start)
+        assert len(sampler) == len(whole) - start
+        loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=PackCollator(dataset), num_workers=workers)
+        rest = list(loader)
+        assert len(rest) == len(whole) - start > 0
+        for batch, expected in zip(rest, whole[start:]):
+            assert batch.keys() == expected.keys()
+            assert all(torch.equal(batch[name], expected[name]) for name in expected)
+
+
+def test_ranks_share_every_pack_of_an_epoch():
+    for world_size in (1, 2, 3):
+        samplers = [PackSampler(12, seed=1, epoch=5, rank=rank, world_size=world_size) for rank in range(world_size)]
+        steps = list(zip(*samplers))
+        order = [pack for step in steps for (pack,) in step]
+        assert sorted(order) == list(range(12))
+        assert order == [pack for (pack,) in PackSampler(12, seed=1, epoch=5)], "whatever the number of ranks"
+    assert order != [pack for (pack,) in PackSampler(12, seed=1, epoch=6)]
+    with pytest.raises(ValueError, match="12 packs do not divide by batch size 1 x 5 ranks: pack with --multiple-of"):
+        PackSampler(12, world_size=5)
+
+
+def test_a_batch_of_packs_is_what_the_model_takes(packs, data_model, tiny_processor):
+    dataset = PackedDataset(packs, data_model, tiny_processor)
+    batch = PackCollator(dataset)([dataset[0], dataset[1]])
+    loss = data_model(**batch, use_cache=False).loss
+    assert torch.isfinite(loss) and batch["input_ids"].shape[0] == 2
+
+
+# Hub layout
+
+
+def test_datasets_reads_the_folder(packs):
+    table = datasets.load_dataset(str(packs), split="train")
+    assert len(table) == 6 and table.features["image_codes"].feature.dtype == "uint16"
+    assert {key for keys in table["keys"] for key in keys} == {document.key for document in documents()}
+
+
+def test_a_repository_of_the_hub_is_a_folder_of_shards(packs, data_checkpoint, tmp_path, monkeypatch):
+    """As `snapshot_download` lays a downloaded dataset repository out."""
+    from huggingface_hub import constants
+
+    snapshot = tmp_path / "hub" / "datasets--someone--packs" / "snapshots" / ("a" * 40)
+    shutil.copytree(packs, snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    folder, manifest = open_shards("someone/packs", "packs")
+    assert folder == snapshot and manifest["content"] == "packs"
+    with pytest.raises(ValueError, match="holds packs, not documents"):
+        open_shards("someone/packs", "documents")
+
+
+# Command line
+
+
+def test_one_command_each(document_source, data_checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model = ["--model", data_checkpoint]
+    assert main(["data", "extract", document_source.name, "--output", "documents", "--variants", "2", *model]) == 0
+    assert main(["data", "pack", "documents", "--output", "packs", "--length", "400", *model]) == 0
+    capsys.readouterr()
+    assert main(["data", "verify", "packs", "--json", *model]) == 0
+    assert json.loads(capsys.readouterr().out)["samples"] == 1
+    assert main(["data", "inspect", "packs", "--output", "sheet", "--json", *model]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["images"] == 22 and summary["kinds"]["editing"] == 2
+    assert "text-to-image" in (tmp_path / "sheet" / "index.html").read_text()
+    assert Image.open("sheet/sheet.png").width > 300 and Image.open("sheet/costs.png").width == 640
+    flip(tmp_path / "packs" / "data" / "packs-00000.arrow")
+    assert main(["data", "verify", "packs", *model]) == 2
+    assert "packs-00000.arrow is damaged" in capsys.readouterr().err
+
+
+def test_contact_sheet_shows_the_decoded_inputs(extracted, data_checkpoint, data_model, tmp_path):
+    from transformers_nextflow.data.inspection import contact_sheet
+    from transformers_nextflow.data.shards import Shard, decodable_codes, images_of, read_manifest, sequence_spec
+
+    contact_sheet(extracted, data_checkpoint, tmp_path, count=14)
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
+    manifest = read_manifest(extracted)
+    row = Shard(extracted / "data" / "documents-00000.arrow").row(1)
+    ((grid, targets, inputs),) = images_of(row, sequence_spec(manifest["identity"]), manifest["variants"])
+    decoded = data_model.model.vq_model.decode(torch.from_numpy(decodable_codes(targets, inputs)[None]), grid)[0]
+    picture = Image.fromarray(((decoded + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
+    shown = np.asarray(picture.resize((128, 64)))
+    starts = np.argwhere((sheet == shown[0, 0]).all(axis=-1))
+    assert any(np.array_equal(sheet[y : y + 64, x : x + 128], shown) for y, x in starts), "the picture is on the sheet"
