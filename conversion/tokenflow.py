@@ -1,7 +1,8 @@
 """TokenFlow's vision tokenizers as `NextFlowVQModel`: `python -m conversion.tokenflow CHECKPOINT.pt OUT`.
 
 Takes the SigLIP variant (384 x 384) and the CLIP-B variant (224 x 224 and 256 x 256), with the plain or the enhanced
-decoder. All sizes are read from the tensors. Every tensor of the checkpoint must be known and have its shape; those
+decoder. All sizes are read from the tensors; attention heads, of which tensors show nothing, are those of the released
+models, and 4 in transformers narrower than 256. Every tensor of the checkpoint must be known and have its shape; those
 that no picture or code depends on (SigLIP's pooling head, usage counts) are left out.
 
 `python -m conversion.tokenflow --from-siglip2 DIR OUT` writes a NextFlow tokenizer to be trained instead: a
@@ -25,7 +26,7 @@ SIGLIP_EDGES = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 17, 22, 27]
 SIGLIP_IMAGE_SIZE = 384
 CLIP_EDGES = [1, 2, 4, 6, 8, 10, 12, 14, 16]
 CLIP_LEVELS = {"224": 8, "256": 9}
-DECODER_HEADS = 12  # of every TokenFlow
+SMALL_WIDTH, SMALL_HEADS = 256, 4
 USAGE_WINDOW = 131072
 HEAD = "encoder_vqkd.vision_model.head."
 
@@ -46,8 +47,13 @@ def is_siglip(shapes: Shapes) -> bool:
     )
 
 
-def config_of(state: Mapping[str, torch.Tensor]) -> NextFlowVQConfig:
+def config_of(
+    state: Mapping[str, torch.Tensor], encoder_heads: int | None = None, decoder_heads: int | None = None
+) -> NextFlowVQConfig:
     """The configuration whose tensors have the checkpoint's shapes.
+
+    Args:
+        encoder_heads, decoder_heads: attention heads of the semantic encoder and decoder.
 
     Raises:
         ValueError: if a tensor that tells a size is missing or cannot be.
@@ -62,8 +68,8 @@ def config_of(state: Mapping[str, torch.Tensor]) -> NextFlowVQConfig:
     _, pixel_dim = _shape(shapes, "quantize.embedding_vqgan.weight", 2)
     patch_size = 2 ** (len(multipliers) - 1)
     sizes = {
-        "semantic_config": _siglip_config(shapes) if siglip else _clip_config(shapes),
-        "semantic_decoder_config": _decoder_config(shapes),
+        "semantic_config": _siglip_config(shapes, encoder_heads) if siglip else _clip_config(shapes, encoder_heads),
+        "semantic_decoder_config": _decoder_config(shapes, decoder_heads),
         "teacher_dim": _shape(shapes, "decode_task_layer.2.weight", 2)[0],
         "semantic_dim": semantic_dim,
         "pixel_dim": pixel_dim,
@@ -97,7 +103,7 @@ def config_of(state: Mapping[str, torch.Tensor]) -> NextFlowVQConfig:
     return NextFlowVQConfig(**sizes)
 
 
-def _siglip_config(shapes: Shapes) -> dict:
+def _siglip_config(shapes: Shapes, heads: int | None) -> dict:
     prefix = "encoder_vqkd.vision_model."
     width, _, patch_size, _ = _shape(shapes, prefix + "embeddings.patch_embedding.weight", 4)
     return {
@@ -105,14 +111,14 @@ def _siglip_config(shapes: Shapes) -> dict:
         "hidden_size": width,
         "intermediate_size": _shape(shapes, prefix + "encoder.layers.0.mlp.fc1.weight", 2)[0],
         "num_hidden_layers": _count(shapes, prefix + "encoder.layers."),
-        "num_attention_heads": 16,
+        "num_attention_heads": heads or _heads(width, 16),
         "image_size": SIGLIP_IMAGE_SIZE,
         "patch_size": patch_size,
         "vision_use_head": False,
     }
 
 
-def _clip_config(shapes: Shapes) -> dict:
+def _clip_config(shapes: Shapes, heads: int | None) -> dict:
     width, _, patch_size, _ = _shape(shapes, "encoder_vqkd.conv1.weight", 4)
     positions, _ = _shape(shapes, "encoder_vqkd.positional_embedding", 2)
     return {
@@ -120,25 +126,29 @@ def _clip_config(shapes: Shapes) -> dict:
         "hidden_size": width,
         "intermediate_size": _shape(shapes, "encoder_vqkd.transformer.resblocks.0.mlp.c_fc.weight", 2)[0],
         "num_hidden_layers": _count(shapes, "encoder_vqkd.transformer.resblocks."),
-        "num_attention_heads": max(width // 64, 1),
+        "num_attention_heads": heads or _heads(width, width // 64),
         "image_size": round((positions - 1) ** 0.5) * patch_size,
         "patch_size": patch_size,
     }
 
 
-def _decoder_config(shapes: Shapes) -> dict:
+def _decoder_config(shapes: Shapes, heads: int | None) -> dict:
     width, channels, _, _ = _shape(shapes, "decoder_vqkd.patch_embed.proj.weight", 4)
     _, positions, _ = _shape(shapes, "decoder_vqkd.pos_embed", 3)
     return {
         "hidden_size": width,
         "intermediate_size": _shape(shapes, "decoder_vqkd.blocks.0.mlp.fc1.weight", 2)[0],
         "num_hidden_layers": _count(shapes, "decoder_vqkd.blocks."),
-        "num_attention_heads": DECODER_HEADS,
+        "num_attention_heads": heads or _heads(width, 12),
         "layer_norm_eps": 1e-6,
         "image_size": round((positions - 1) ** 0.5),
         "patch_size": 1,
         "num_channels": channels,
     }
+
+
+def _heads(width: int, of_released: int) -> int:
+    return SMALL_HEADS if width < SMALL_WIDTH else of_released
 
 
 def _shape(shapes: Shapes, name: str, dimensions: int) -> tuple[int, ...]:
@@ -298,14 +308,16 @@ def _semantic_decoder(vit: nn.Module) -> Table:
     return table | _tensors("decoder_vqkd.fc_norm", vit.layernorm)
 
 
-def convert(checkpoint: str | Path) -> NextFlowVQModel:
-    """A TokenFlow checkpoint file as a float32 model in evaluation mode.
+def convert(
+    checkpoint: str | Path, encoder_heads: int | None = None, decoder_heads: int | None = None
+) -> NextFlowVQModel:
+    """A TokenFlow checkpoint file as a float32 model in evaluation mode; heads as in [`config_of`].
 
     Raises:
         ValueError: if the file is refused, or a tensor is missing, unknown or of another shape; the error names it.
     """
     state = load_torch_checkpoint(checkpoint)
-    model = NextFlowVQModel(config_of(state)).eval()
+    model = NextFlowVQModel(config_of(state, encoder_heads, decoder_heads)).eval()
     table = key_table(model)
     expected = {}
     for name, entry in table.items():
@@ -368,13 +380,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT.pt", help="of TokenFlow")
     source.add_argument("--from-siglip2", metavar="DIR", help="SigLIP2-naflex checkpoint folder, instead")
+    parser.add_argument("--encoder-heads", type=int, metavar="N", help="of the semantic encoder, if not the released")
+    parser.add_argument("--decoder-heads", type=int, metavar="N", help="of the semantic decoder, if not the released")
     parser.add_argument("output", metavar="OUT", help="new folder")
     arguments = parser.parse_args(argv)
     try:
         if arguments.from_siglip2:
             model = from_siglip2(arguments.from_siglip2)
         else:
-            model = convert(arguments.checkpoint)
+            model = convert(arguments.checkpoint, arguments.encoder_heads, arguments.decoder_heads)
         save(model, arguments.output)
     except (ValueError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
