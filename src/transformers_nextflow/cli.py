@@ -71,7 +71,8 @@ def load_vision_tokenizer(model: str | None) -> "tuple[NextFlowVQModel, NextFlow
     device = "cuda" if torch.cuda.is_available() else "cpu"
     loaded = NextFlowVQModel.from_pretrained(name).to(device).eval()
     config = loaded.config
-    return loaded, NextFlowImageProcessor(config.patch_size, config.scale_schedules, config.levels)
+    sizes = (config.patch_size, config.scale_schedules, config.levels, config.image_size)
+    return loaded, NextFlowImageProcessor(*sizes)
 
 
 def check_model_type(name: str, *known: str) -> str:
@@ -297,7 +298,9 @@ def reconstruct(args: argparse.Namespace) -> None:
     vq_model, image_processor = load_vision_tokenizer(args.model)
     inputs = image_processor(image, level=args.level or image_processor.level, return_tensors="pt")
     grid = tuple(inputs["image_grid_hw"][0].tolist())
-    pixels = unpatchify(inputs["pixel_values"][None], grid, image_processor.patch_size).to(vq_model.device)
+    pixels = inputs["pixel_values"].to(vq_model.device)
+    if image_processor.image_size is None:
+        pixels = unpatchify(pixels[None], grid, image_processor.patch_size)
     start = time.perf_counter()
     decoded = vq_model.decode(vq_model.encode(pixels), grid)
     seconds = time.perf_counter() - start

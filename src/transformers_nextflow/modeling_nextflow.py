@@ -196,7 +196,8 @@ class NextFlowModel(NextFlowPreTrainedModel):
                     f"image_codes must lie in [0, {limit}), got {int(image_codes.min())} to {int(image_codes.max())}"
                 )
             return list(image_codes.split(lengths))
-        cells = [image.schedule.lengths[-1] for image in closed]
+        whole = self.config.vq_config.image_size is not None  # pictures, not patches
+        cells = [1 if whole else image.schedule.lengths[-1] for image in closed]
         _check_total("pixel_values", len(pixel_values), sum(cells))
         patches = pixel_values.split(cells)
         codes: list[torch.Tensor | None] = [None] * len(closed)
@@ -204,8 +205,11 @@ class NextFlowModel(NextFlowPreTrainedModel):
         for index, image in enumerate(closed):
             groups.setdefault(image.schedule, []).append(index)
         for schedule, members in groups.items():
-            batch = torch.stack([patches[index] for index in members])
-            pixels = unpatchify(batch, schedule.final_grid, self.config.vq_config.patch_size)
+            if whole:
+                pixels = torch.cat([patches[index] for index in members])
+            else:
+                batch = torch.stack([patches[index] for index in members])
+                pixels = unpatchify(batch, schedule.final_grid, self.config.vq_config.patch_size)
             for index, row in zip(members, self.vq_model.encode(pixels)):
                 codes[index] = row
         return codes
@@ -259,7 +263,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
             attention_mask: (B, past + L), 0 at padding.
             position_ids: (3, B, L) rows (s, i, j); computed from the ids where absent.
             pixel_values: (sum of final-grid cells, p*p*3) in [-1, 1], patches row-major, images in the order of
-                `<boi>`.
+                `<boi>`; (images, 3, H, W) for a vision tokenizer with an `image_size`.
             image_codes: (sum of codes,), scale by scale, instead of `pixel_values`.
             image_input_codes: (sum of codes of scales 1..K-1,), where inputs differ from the targets.
             image_grid_hw: (images, 2) final grids, one for each `<boi>`; a row's last `<boi>` may be open.

@@ -206,7 +206,8 @@ def one_grid_siglip(config: Siglip2VisionConfig) -> Siglip2VisionModel:
 class SemanticDecoder(nn.Module):
     """(B, semantic_dim, h, w) -> (B, h*w, teacher width): a transformer over the quantised semantic entries.
 
-    SigLIP2-naflex's own model with one "pixel patch" per cell, so it reads any grid as the encoder does; or TokenFlow's.
+    SigLIP2-naflex's own model with one "pixel patch" per cell, so it reads any grid as the encoder does, or
+    TokenFlow's.
     """
 
     def __init__(self, config: NextFlowVQConfig):
