@@ -1,4 +1,4 @@
-"""Files of tensors from anyone: read without running what they hold, and written whole or not at all.
+"""Files of tensors from anyone, read without running what they hold; and a writer that keeps no tensor.
 
 Everything wrong with a file is a `ValueError` that names the file and the tensor.
 """
@@ -6,8 +6,6 @@ Everything wrong with a file is a `ValueError` that names the file and the tenso
 import json
 import os
 import pickle
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
@@ -235,31 +233,3 @@ class ShardedWriter:
         encoded = json.dumps(header, separators=(",", ":")).encode()
         encoded += b" " * (-len(encoded) % 8)
         return len(encoded).to_bytes(8, "little") + encoded
-
-
-@contextmanager
-def output_folder(path: str | Path) -> Iterator[Path]:
-    """A hidden folder beside `path`, which becomes `path` when everything in it is written.
-
-    Raises:
-        FileExistsError: if there is something at `path` already.
-    """
-    path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise FileExistsError(f"{path} exists already; name a new folder")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
-    try:
-        yield partial
-        partial.chmod(0o777 & ~_umask())
-        if path.is_dir():
-            path.rmdir()
-        partial.rename(path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -25,8 +25,9 @@ from transformers_nextflow import (
     NextFlowProcessor,
     NextFlowVQModel,
 )
+from transformers_nextflow.files import output_folder
 
-from .checkpoints import SafetensorsFolder, ShardedWriter, check_keys, output_folder
+from .checkpoints import SafetensorsFolder, ShardedWriter, check_keys
 
 # The Hub's names, and those of transformers 5 and of NextFlow. A NextFlow has no ViT.
 TEXT_KEYS = {

@@ -390,7 +390,24 @@ def print_rows(*rows: tuple[str, str]) -> None:
         print(f"  {name:<{width}}  {value}")
 
 
-SUBCOMMANDS = (add_generate, add_edit, add_describe, add_reconstruct, add_flops)
+def add_export(subparsers) -> None:
+    parser = subparsers.add_parser("export", help="a checkpoint in the layout of the Hub, or on the Hub")
+    parser.add_argument("folder", metavar="DIR", help="local model folder")
+    parser.add_argument("--to", required=True, metavar="REPO_OR_FOLDER", help="new folder, or with --push owner/name")
+    parser.add_argument("--push", action="store_true", help="create the repository on the Hub and upload")
+    parser.set_defaults(run=export)
+
+
+def export(args: argparse.Namespace) -> None:
+    from .export import export as export_checkpoint
+
+    if not Path(args.folder).is_dir():
+        raise NotADirectoryError(f"there is no model directory {args.folder}")
+    check_model_type(args.folder, "nextflow")
+    print(export_checkpoint(args.folder, args.to, args.push))
+
+
+SUBCOMMANDS = (add_generate, add_edit, add_describe, add_reconstruct, add_flops, add_export)
 
 
 def build_parser() -> argparse.ArgumentParser:
