@@ -126,7 +126,7 @@ def new_tensors(config: NextFlowConfig, vq_model: NextFlowVQModel, dtype: torch.
         torch.manual_seed(0)
         for prefix, part in parts.items():
             part.to_empty(device="cpu")
-            for module in part.modules():
+            for module in reversed(list(part.modules())):  # a part may overrule what it consists of
                 model._init_weights(module)
             tensors |= {f"{prefix}.{name}": tensor.to(dtype) for name, tensor in part.state_dict().items()}
     return tensors

@@ -30,7 +30,7 @@ def run_fresh(script: str, folder: Path, **environment: str) -> str:
     """Run a script in a new process, in `folder`, as someone who has the package installed."""
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "HF_HOME": str(folder / "hf")} | environment
     run = [sys.executable, "-c", script]
-    done = subprocess.run(run, cwd=folder, env=environment, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(run, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

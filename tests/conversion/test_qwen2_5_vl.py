@@ -118,7 +118,7 @@ assert torch.equal(model(input_ids=expected["ids"], logits_over="text").logits, 
 """
     environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}"}
     run = [sys.executable, "-c", script]
-    done = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
 
 
@@ -298,7 +298,7 @@ ShardedWriter._header = lambda self, names: header(self, names) if len(os.listdi
 main([{str(source)!r}, {str(vq_folder)!r}, {str(tmp_path / "out")!r}, "--max-shard-size", "40KB"])
 """
     environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, timeout=600)
     assert done.returncode == 9
     (partial,) = tmp_path.iterdir()
     assert partial.name.startswith(".out.") and not (partial / "config.json").exists()
