@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from benchmarks.harness import machine, report
 from conversion.checkpoints import ShardedWriter
 from conversion.qwen2_5_vl import TEXT_KEYS, convert, parse_size
 from examples.shapes.text import train_text_tokenizer
@@ -81,6 +82,7 @@ def main() -> None:
     parser.add_argument("--hidden-size", type=int, default=2048, help="default: %(default)s")
     parser.add_argument("--shard-size", type=parse_size, default="1500MB", help="default: %(default)s")
     parser.add_argument("--folder", metavar="DIR", help="for the files, which are deleted (default: the system's)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="also write the JSON to a file")
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(dir=arguments.folder))
@@ -98,11 +100,7 @@ def main() -> None:
         figures["peak_over_largest_shard"] = figures["peak_bytes"] / figures["largest_shard_bytes"]
     finally:
         shutil.rmtree(folder)
-    if arguments.json:
-        print(json.dumps(figures, indent=2))
-    else:
-        for name, value in figures.items():
-            print(f"{name:<24} {value:,.2f}" if isinstance(value, float) else f"{name:<24} {value:,}")
+    report(figures | machine(torch.device("cpu")), arguments.json, arguments.output)
 
 
 if __name__ == "__main__":

@@ -259,6 +259,22 @@ def test_replicated_borders_give_flat_pictures_one_pixel_feature(grid, padding_m
     assert (spread < 1e-5) == uniform
 
 
+@GRIDS
+@pytest.mark.parametrize("pixel_encoder, local", [("patch", True), ("cnn", False)])
+def test_the_patch_encoder_sees_one_patch_alone(grid, pixel_encoder, local):
+    torch.manual_seed(0)
+    encoder = NextFlowVQModel(tiny_config(pixel_encoder=pixel_encoder)).pixel_encoder
+    (picture, other), (row, column) = pictures(grid, batch=2), (1, 2)
+    at = slice(PATCH * row, PATCH * (row + 1)), slice(PATCH * column, PATCH * (column + 1))
+    other[(slice(None), *at)] = picture[(slice(None), *at)]
+    with torch.no_grad():
+        features, others = encoder(torch.stack([picture, other]))
+    scale = features.abs().max()
+    assert features.shape == (4, *grid)
+    assert ((features[:, row, column] - others[:, row, column]).abs().max() < 1e-5 * scale) == local
+    assert (features - others).abs().max() > 1e-2 * scale
+
+
 def test_configurations_whose_branches_disagree_are_refused():
     with pytest.raises(ValueError, match="downsample by 4, but patch_size is 8"):
         tiny_config(stem_stride=1)
@@ -269,6 +285,11 @@ def test_configurations_whose_branches_disagree_are_refused():
 def test_unknown_padding_is_refused():
     with pytest.raises(ValueError, match="padding_mode must be .* got 'circular'"):
         tiny_config(padding_mode="circular")
+
+
+def test_unknown_pixel_encoders_are_refused():
+    with pytest.raises(ValueError, match="pixel_encoder must be .* got 'vit'"):
+        tiny_config(pixel_encoder="vit")
 
 
 def test_full_size_model_builds():

@@ -41,11 +41,19 @@ class Run:
 
     Every batch is drawn from a generator seeded by (stage, step, rank), so a resumed run sees what an undisturbed one
     sees. Under torchrun every process computes its own batch and gradients are averaged. Parameters of lower precision
-    are updated through float32 masters.
+    are updated through float32 masters. Matrices whose names start with `muon` are updated by Muon, at the step size
+    that matches AdamW's, everything else by AdamW.
     """
 
     def __init__(
-        self, folder: Path, stage: str, modules: torch.nn.Module, steps: int, peak: float, decay: float = 0.05
+        self,
+        folder: Path,
+        stage: str,
+        modules: torch.nn.Module,
+        steps: int,
+        peak: float,
+        decay: float = 0.05,
+        muon: str | None = None,
     ):
         self.stage, self.steps, self.peak, self.modules = stage, steps, peak, modules
         self.path, self.log_path = folder / f"{stage}.pt", folder / "log.jsonl"
@@ -55,10 +63,19 @@ class Run:
         self.masters = [
             p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in self.parameters
         ]
-        matrices = [p for p in self.masters if p.ndim > 1]
-        others = [p for p in self.masters if p.ndim <= 1]
-        groups = [{"params": matrices, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95))
+        groups: dict[str, list] = {"muon": [], "matrices": [], "others": []}
+        for name, master in zip(self.names, self.masters):
+            by_muon = muon is not None and name.startswith(muon) and master.ndim == 2
+            groups["muon" if by_muon else "matrices" if master.ndim > 1 else "others"].append(master)
+        adamw = [
+            {"params": groups["matrices"], "weight_decay": decay},
+            {"params": groups["others"], "weight_decay": 0.0},
+        ]
+        self.optimizers = [torch.optim.AdamW(adamw, lr=peak, betas=(0.9, 0.95))]
+        if groups["muon"]:
+            self.optimizers.append(
+                torch.optim.Muon(groups["muon"], lr=peak, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+            )
         self.step, self.seconds = 0, 0.0
         self.rank, self.processes = world()
         if self.path.exists():
@@ -68,7 +85,8 @@ class Run:
                 master.data.copy_(state["modules"][name])
             self.step, self.seconds = state["step"], state["seconds"]
             if not self.done:
-                self.optimizer.load_state_dict(state["optimizer"])
+                for optimizer, saved in zip(self.optimizers, state["optimizers"]):
+                    optimizer.load_state_dict(saved)
 
     @property
     def done(self) -> bool:
@@ -79,9 +97,10 @@ class Run:
         loss.backward()
         self._collect_gradients()
         norm = torch.nn.utils.clip_grad_norm_(self.masters, clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, self.steps, self.peak)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(self.step, self.steps, self.peak)
+            optimizer.step()
         for parameter, master in zip(self.parameters, self.masters):
             if parameter is not master:
                 parameter.data.copy_(master)
@@ -104,8 +123,8 @@ class Run:
             return
         modules = self.modules.state_dict()
         modules |= {name: master.detach() for name, master in zip(self.names, self.masters)}
-        optimizer = {} if self.done else self.optimizer.state_dict()
-        state = {"modules": modules, "optimizer": optimizer, "step": self.step}
+        optimizers = [] if self.done else [optimizer.state_dict() for optimizer in self.optimizers]
+        state = {"modules": modules, "optimizers": optimizers, "step": self.step}
         save_atomically({**state, "seconds": self.seconds}, self.path)
 
     def train(self, step_fn, log_every: int = 50, save_every: int = 500) -> None:

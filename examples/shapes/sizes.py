@@ -43,7 +43,7 @@ def vq_config(decoder_blocks: int) -> NextFlowVQConfig:
         semantic_weight=0.02,
         padding_mode="replicate",
         normalize_entries=False,
-        codebook_size=1024,
+        codebook_size=2048,
         pixel_encoder="patch",
         patch_size=PATCH_SIZE,
         stem_stride=8,
@@ -76,5 +76,6 @@ def nextflow_config(text_tokenizer: PreTrainedTokenizerFast, vq: NextFlowVQConfi
         },
         vq_config=vq,
         condition_last_scale=True,
+        feature_mode="accumulated",
         **ids,
     )

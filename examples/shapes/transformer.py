@@ -17,14 +17,14 @@ from .loop import Run, save_atomically, world
 from .sizes import nextflow_config
 from .world import Scene, render
 
-CORRECTION = SelfCorrection(probability=0.5, token_share=(0.0, 0.6), top_k=4)
+CORRECTION = SelfCorrection(probability=0.5, token_share=(0.0, 0.5), top_k=4)
 VARIANTS = 2  # self-corrected encodings of each target picture
-PICTURES, EDITS = 40_000, 16_000
+PICTURES, EDITS = 60_000, 24_000
 BATCH_TOKENS = 4_000  # of each process
 TASKS = ("t2i", "caption", "vqa", "edit")
 TASK_WEIGHTS = (0.55, 0.12, 0.05, 0.28)  # of batches
 NULL_PROMPT_SHARE = 0.1
-STEPS, PEAK = 4_600, 1.2e-3
+STEPS, PEAK = 6_000, 1.2e-3
 
 
 def extract(folder: Path, vq_model: NextFlowVQModel) -> dict[str, list]:
@@ -180,7 +180,7 @@ def train_transformer(folder: Path, tokenizer: PreTrainedTokenizerFast, vq_model
             part.bfloat16()
     for layer in model.model.language_model.layers:
         layer.compile(dynamic=True)
-    run = Run(folder, "transformer", trained, STEPS, peak=PEAK)
+    run = Run(folder, "transformer", trained, STEPS, peak=PEAK, muon="language_model.layers")
 
     def step_fn(step: int) -> dict[str, float]:
         batch = batches.draw(random.Random(f"transformer {step} {run.rank}"))

@@ -1,0 +1,218 @@
+"""What next-scale decoding costs, as ratios within one run: `python -m benchmarks.decode --json`.
+
+One backbone with random weights draws one guided picture in four ways:
+
+- `generate`: the public call;
+- `bare`: nothing but the forwards of the same shapes (prefill, scale steps, code head), on inputs made beforehand;
+- `var_loop`: VAR's sampling loop written out plainly, with its running sum of features and sorted filters;
+- `token_by_token`: as many codes one at a time by the same backbone, next-token style.
+
+`cost_over_codes` times `generate` over schedules of growing length; `fit` is the least-squares line through the FLOPs
+of [`transformers_nextflow.flops.model_cost`].
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers.cache_utils import DynamicCache
+
+from transformers_nextflow import NextFlowConfig, NextFlowForConditionalGeneration
+from transformers_nextflow.flops import image_passes, model_cost
+from transformers_nextflow.layout import scale_coordinates
+
+from .harness import interleaved_seconds, machine, median, report
+
+GUIDANCE, TOP_K, TOP_P = 4.0, 200, 0.95
+PROMPT_TOKENS = 32
+BOI, EOI, IMAGE = 1000, 1001, 1002
+
+
+def new_model(hidden_size: int, layers: int, dtype: torch.dtype, device: torch.device):
+    """A backbone of Qwen2.5's proportions under table 14's schedules, beside the smallest vision tokenizer."""
+    torch.manual_seed(0)
+    config = NextFlowConfig(
+        text_config={
+            "vocab_size": 1024,
+            "hidden_size": hidden_size,
+            "intermediate_size": 11 * hidden_size // 4,
+            "num_hidden_layers": layers,
+            "num_attention_heads": hidden_size // 64,
+            "num_key_value_heads": max(hidden_size // 256, 1),
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+            "bos_token_id": None,
+            "eos_token_id": 1003,
+            "pad_token_id": 1003,
+        },
+        vq_config={
+            "semantic_config": {
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 1,
+                "patch_size": 16,
+                "vision_use_head": False,
+            },
+            "semantic_feature_layer": -1,
+            "semantic_decoder_layers": 1,
+            "codebook_size": 4096,
+            "base_channels": 8,
+            "latent_channels": 8,
+            "encoder_blocks": 1,
+            "decoder_blocks": 1,
+        },
+        boi_token_id=BOI,
+        eoi_token_id=EOI,
+        image_token_id=IMAGE,
+    )
+    return NextFlowForConditionalGeneration(config).eval().to(device, dtype)
+
+
+class Decoding:
+    """The four ways to draw one guided picture of a schedule."""
+
+    def __init__(self, model: NextFlowForConditionalGeneration, level: str):
+        self.model, self.schedule = model, model.model.schedules.by_aspect_ratio("1:1", level)
+        self.level, self.device = level, model.device
+        prompt = torch.randint(0, BOI, (2, PROMPT_TOKENS), device=self.device)
+        prompt[:, -1] = BOI
+        self.prompt, self.null = prompt[:1], prompt[1:]
+        width = model.config.text_config.hidden_size
+        self.blocks = [
+            torch.randn(2, length, width, device=self.device, dtype=model.dtype)
+            for length in self.schedule.lengths[1:]
+        ]
+
+    def generate(self) -> torch.Tensor:
+        return self.model.generate(
+            input_ids=self.prompt,
+            negative_input_ids=self.null,
+            generation_mode="image",
+            level=self.level,
+            guidance_scale=GUIDANCE,
+            top_k=TOP_K,
+            top_p=TOP_P,
+            seed=0,
+        )
+
+    def _forward(self, embeddings: torch.Tensor, positions: torch.Tensor, cache: DynamicCache, causal: bool):
+        return self.model.model.language_model(
+            inputs_embeds=embeddings, position_ids=positions, past_key_values=cache, use_cache=True, is_causal=causal
+        ).last_hidden_state
+
+    def _prefill(self) -> tuple[DynamicCache, torch.Tensor]:
+        cache = DynamicCache(config=self.model.config.text_config)
+        ids = torch.cat([self.prompt, self.null])
+        positions = torch.arange(PROMPT_TOKENS, device=self.device, dtype=torch.float32).expand(3, 2, -1)
+        hidden = self._forward(self.model.get_input_embeddings()(ids), positions, cache, causal=True)
+        return cache, hidden[:, -1:]
+
+    def _positions(self, scale: int) -> torch.Tensor:
+        """(3, 2, l) float32 coordinates of a block."""
+        cells = scale_coordinates(self.schedule[scale], self.model.model.finest_edge).to(self.device)
+        step = torch.full_like(cells[:1], PROMPT_TOKENS - 1 + scale)
+        return torch.cat([step, cells])[:, None].expand(-1, 2, -1)
+
+    @torch.no_grad()
+    def bare(self) -> torch.Tensor:
+        cache, hidden = self._prefill()
+        logits = self.model.code_head(hidden)
+        for scale, block in enumerate(self.blocks, start=1):
+            logits = self.model.code_head(self._forward(block, self._positions(scale), cache, causal=False))
+        return logits
+
+    @torch.no_grad()
+    def var_loop(self) -> torch.Tensor:
+        cache, hidden = self._prefill()
+        total = torch.zeros(1, self.model.config.vq_config.code_dim, *self.schedule.final_grid, device=self.device)
+        codes = []
+        for scale, (h, w) in enumerate(self.schedule):
+            conditional, unconditional = self.model.code_head(hidden).float().chunk(2)
+            ratio = scale / (len(self.schedule) - 1)
+            logits = (1 + GUIDANCE * ratio) * conditional - GUIDANCE * ratio * unconditional
+            logits = logits.masked_fill(logits < logits.topk(TOP_K)[0].amin(-1, keepdim=True), -torch.inf)
+            ascending, order = logits.sort(dim=-1)
+            removed = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - TOP_P
+            removed[..., -1:] = False
+            logits = logits.masked_fill(removed.scatter(-1, order, removed), -torch.inf)
+            drawn = torch.multinomial(logits.softmax(dim=-1).flatten(0, 1), 1).view(1, -1)
+            codes.append(drawn)
+            entries = self.model.model.code_embeddings(drawn).float().transpose(1, 2).unflatten(-1, (h, w))
+            total = total + F.interpolate(entries, size=self.schedule.final_grid, mode="bicubic")
+            if scale + 1 == len(self.schedule):
+                break
+            features = F.interpolate(total, size=self.schedule[scale + 1], mode="area").flatten(2).transpose(1, 2)
+            block = self.model.model.connect(features)
+            hidden = self._forward(block.repeat(2, 1, 1), self._positions(scale + 1), cache, causal=False)
+        return torch.cat(codes, dim=1)
+
+    @torch.no_grad()
+    def token_by_token(self) -> torch.Tensor:
+        cache, hidden = self._prefill()
+        codes = []
+        for step in range(self.schedule.num_codes):
+            conditional, unconditional = self.model.code_head(hidden).float().chunk(2)
+            logits, kept = (unconditional + GUIDANCE * (conditional - unconditional)).topk(TOP_K)
+            codes.append(kept.gather(-1, torch.multinomial(logits.softmax(-1)[0], 1)[None]))
+            embedding = self.model.model.connect(self.model.model.code_embeddings(codes[-1][..., 0]))
+            positions = torch.full((3, 2, 1), float(PROMPT_TOKENS + step), device=self.device)
+            hidden = self._forward(embedding.repeat(2, 1, 1), positions, cache, causal=True)
+        return torch.cat(codes, dim=1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden-size", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--level", default="256", help="level of the picture drawn in four ways")
+    parser.add_argument("--levels", nargs="+", default=["256", "512", "1024"], help="levels of the cost over codes")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--output", type=Path, help="also write the JSON to this file")
+    arguments = parser.parse_args()
+    model = new_model(arguments.hidden_size, arguments.layers, getattr(torch, arguments.dtype), arguments.device)
+
+    decoding = Decoding(model, arguments.level)
+    jobs = {"generate": decoding.generate, "bare": decoding.bare, "var_loop": decoding.var_loop}
+    seconds = interleaved_seconds(jobs, arguments.repeats, arguments.device)
+    seconds |= interleaved_seconds({"token_by_token": decoding.token_by_token}, 1, arguments.device)
+    medians = {name: median(values) for name, values in seconds.items()}
+    ratios = {
+        "generate_over_bare": medians["generate"] / medians["bare"],
+        "var_loop_over_generate": medians["var_loop"] / medians["generate"],
+        "token_by_token_over_generate": medians["token_by_token"] / medians["generate"],
+    }
+
+    text_config, codebook_size = model.config.text_config, model.config.vq_config.codebook_size
+    cost = []
+    for level in arguments.levels:
+        longer = Decoding(model, level)
+        taken = interleaved_seconds({"generate": longer.generate}, max(arguments.repeats // 2, 1), arguments.device)
+        passes = image_passes(longer.schedule, PROMPT_TOKENS - 1)
+        flops = model_cost(text_config, codebook_size, passes, guidance=True).total
+        row = {"level": level, "codes": longer.schedule.num_codes, "flops": flops}
+        cost.append(row | {"seconds": median(taken["generate"])})
+    result = {
+        "model": {name: getattr(arguments, name) for name in ("hidden_size", "layers", "dtype", "level")},
+        "codes": decoding.schedule.num_codes,
+        "seconds": medians,
+        "ratios": {name: round(value, 4) for name, value in ratios.items()},
+        "cost_over_codes": cost,
+        "machine": machine(arguments.device),
+        "seed": 0,
+    }
+    if len(cost) > 1:
+        flops, taken = (np.array([row[name] for row in cost], dtype=float) for name in ("flops", "seconds"))
+        slope, offset = np.polyfit(flops, taken, 1)
+        errors = np.abs(slope * flops + offset - taken) / taken
+        fit = {"flops_per_second": 1 / slope, "seconds_at_zero": offset, "largest_relative_error": errors.max()}
+        result["fit"] = {name: float(f"{value:.4g}") for name, value in fit.items()}
+    report(result, arguments.json, arguments.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""What benchmarks share: interleaved timing of alternatives, the machine's description, and JSON output."""
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+
+
+def interleaved_seconds(
+    jobs: dict[str, Callable[[], object]], repeats: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Seconds of each job, `repeats` times in turn after one warm-up each, so that drift meets all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in jobs}
+    for repeat in range(repeats + 1):
+        for name, job in jobs.items():
+            _wait(device)
+            started = time.perf_counter()
+            job()
+            _wait(device)
+            if repeat:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def median(values: list[float]) -> float:
+    return round(statistics.median(values), 5)
+
+
+def machine(device: torch.device) -> dict:
+    """Hardware and versions behind a figure."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return {
+        "device": name,
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def report(result: dict, as_json: bool, output: Path | None = None) -> None:
+    """Print a result, as JSON or line by line, and write it as JSON to `output` if given."""
+    text = json.dumps(result, indent=2)
+    if as_json:
+        print(text)
+    else:
+        for name, value in result.items():
+            print(f"{name}: {value}")
+    if output is not None:
+        partial = output.with_suffix(".partial")
+        partial.write_text(text + "\n")
+        os.replace(partial, output)

@@ -1,0 +1,144 @@
+"""Write the checkpoint's model card and the README's table from `scores.json`: `python -m examples.shapes.card RUN`.
+
+`scores.json` is what `examples.shapes.evaluate --json` printed; minutes and steps of the stages come from RUN's log.
+"""
+
+import argparse
+import json
+import platform
+import re
+from pathlib import Path
+
+from .evaluate import CHECKPOINT
+from .tokenizer import BATCH, TEACHER_BATCH
+from .transformer import BATCH_TOKENS, EDITS, PICTURES, VARIANTS
+
+README = Path(__file__).parents[2] / "README.md"
+CATEGORIES = {
+    "overall": "text-to-image, overall",
+    "single_object": "&nbsp;&nbsp;single object",
+    "colors": "&nbsp;&nbsp;colors",
+    "two_objects": "&nbsp;&nbsp;two objects",
+    "counting": "&nbsp;&nbsp;counting",
+    "position": "&nbsp;&nbsp;position",
+    "color_attribution": "&nbsp;&nbsp;color attribution",
+}
+EDIT_NAMES = {"overall": "edit done, everything else unchanged"} | {
+    name: f"&nbsp;&nbsp;{name}" for name in ("recolour", "kind", "remove", "add", "background")
+}
+STAGES = {
+    "pixel": ("pixel branch alone, at first unquantised", f"{BATCH} pictures"),
+    "teacher": ("teacher, a contrastive SigLIP2", f"{TEACHER_BATCH} pictures"),
+    "joint": ("both branches", f"{BATCH} pictures"),
+    "transformer": (
+        "transformer",
+        f"{2 * BATCH_TOKENS:,} tokens: {PICTURES:,} pictures, {EDITS:,} edits, {VARIANTS} self-corrected codings each",
+    ),
+    "decoder": ("pixel decoder alone, twice as deep", f"{BATCH} pictures"),
+}
+SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p")
+
+
+def score_table(scores: dict) -> str:
+    """The scores as a Markdown table."""
+    share = lambda row: f"{row['score']:.2f} ({row['low']:.2f}-{row['high']:.2f})"  # noqa: E731
+    quality = lambda row: f"{row['psnr']:.1f} dB / {row['ssim']:.3f}"  # noqa: E731
+    vision, judge = scores["tokenizer"], scores["judge"]
+    usage = f"codes used at each scale, of {vision['codebook_size']:,} (over {vision['pictures']} pictures)"
+    rows = {name: share(scores["text_to_image"][key]) for key, name in CATEGORIES.items()}
+    rows["caption matches the scene"] = share(scores["caption_scene_match"])
+    rows |= {name: share(scores["edit"][key]) for key, name in EDIT_NAMES.items()}
+    rows |= {
+        "&nbsp;&nbsp;the source handed back instead": share(scores["edit"]["copy_the_source"]),
+        "judge on the tokenizer's reconstructions (the ceiling)": share(vision["ceiling"]),
+        "tokenizer PSNR / SSIM on shapes": quality(vision["shapes"]),
+        "tokenizer PSNR / SSIM on held-out photographs": quality(vision["photographs"]),
+        usage: ", ".join(map(str, vision["codes_used"])),
+        "judge accepts true pictures / rejects one planted error": " / ".join(
+            f"{judge[name]['score']:.3f}" for name in ("accepts_true_pictures", "rejects_one_error")
+        ),
+        "seconds for one 64 x 64 picture, 2 CPU cores": f"{scores['seconds_per_picture']:.2f}",
+    }
+    lines = [f"| {name} | {value} |" for name, value in rows.items()]
+    return "\n".join(["| held-out combinations | score (95% interval) |", "|---|---|", *lines])
+
+
+def training_table(log: Path) -> str:
+    """Steps and minutes of every stage that the log holds."""
+    last = {row["stage"]: row for row in map(json.loads, log.read_text().splitlines())}
+    lines = [
+        f"| {name} | {last[stage]['step']:,} of {batch} | {last[stage]['seconds'] / 60:.0f} |"
+        for stage, (name, batch) in STAGES.items()
+        if stage in last
+    ]
+    return "\n".join(["| stage | steps | minutes |", "|---|---|---|", *lines])
+
+
+def card(scores: dict, log: Path) -> str:
+    """The model card."""
+    settings = scores["settings"]
+    sampling = {name: settings["sampling"][name] for name in SAMPLING}
+    return f"""---
+license: apache-2.0
+library_name: transformers
+pipeline_tag: text-to-image
+tags: [nextflow, next-scale-prediction, shapes]
+---
+# nextflow-shapes
+
+A small NextFlow that draws, edits and describes coloured shapes at 64 x 64, 80 x 48 and 48 x 80 pixels. It is the
+embedded default of its repository, a real checkpoint of the recipe in `examples/shapes`, not a useful image model.
+
+```python
+import transformers_nextflow
+from transformers import AutoModelForMultimodalLM, AutoProcessor
+
+model = AutoModelForMultimodalLM.from_pretrained("checkpoints/nextflow-shapes")
+processor = AutoProcessor.from_pretrained("checkpoints/nextflow-shapes")
+inputs = processor.apply_chat_template([{{"role": "user", "content": "a large red circle"}}], generation_mode="image")
+tokens = model.generate(**inputs, generation_mode="image", seed=0)
+picture = processor.post_process_image(model.decode_image_tokens(tokens, (8, 8)))[0]
+```
+
+## Scores
+
+`python -m examples.shapes.evaluate --json` ({settings["prompts_per_category"]} prompts a category, \
+{settings["pictures_per_prompt"]} pictures a prompt, seed {settings["seed"]}, {settings["split"]} split) gives \
+`scores.json`:
+
+{score_table(scores)}
+
+Sampling: {json.dumps(sampling)}, chosen on the dev split.
+
+## Training
+
+`OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m examples.shapes.train`, then `python -m examples.shapes.assemble`.
+Seeds are fixed in the code and every batch is drawn from (stage, step, process). Hardware: 2 CPU cores
+({platform.machine()} with AMX), no GPU; other work shared them, so the minutes are upper bounds.
+
+{training_table(log)}
+
+Where it differs from the paper: the pixel branch encodes each patch by itself, the lookup is Euclidean, and the
+transformer's visual inputs are VAR's accumulated features. Each makes codes that a short training learns sooner; the
+package's defaults are the paper's.
+
+## Limits
+
+Text outside the grammar of the shapes world means nothing to it. Photographs reconstruct recognisably at best: they
+were 12% of the tokenizer's training, and the transformer never saw one.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="folder that examples.shapes.train wrote")
+    parser.add_argument("--model", type=Path, default=CHECKPOINT, help="folder of the checkpoint and its scores.json")
+    arguments = parser.parse_args()
+    scores = json.loads((arguments.model / "scores.json").read_text())
+    (arguments.model / "README.md").write_text(card(scores, arguments.run / "log.jsonl"))
+    table = f"<!-- scores -->\n{score_table(scores)}\n<!-- /scores -->"
+    README.write_text(re.sub("<!-- scores -->.*<!-- /scores -->", lambda _: table, README.read_text(), flags=re.S))
+
+
+if __name__ == "__main__":
+    main()
