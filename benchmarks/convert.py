@@ -1,7 +1,7 @@
 """Peak memory of converting a Qwen2.5-VL of several gigabytes: `python -m benchmarks.convert --json`.
 
-Writes a checkpoint in Qwen's layout with zeros of the declared shapes, converts it in a process of its own, and reports
-that process's largest resident size, mapped files included, beside the largest shard.
+Writes a checkpoint in Qwen's layout, all zeros, converts it in a process of its own, and reports that process's
+largest resident size, mapped files included, beside the largest shard.
 """
 
 import argparse
