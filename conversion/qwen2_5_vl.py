@@ -39,6 +39,21 @@ TEXT_KEYS = {
 VIT_KEYS = ("visual.", "model.visual.")
 EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 VQ_PREFIX = "model.vq_model."
+README = """\
+---
+license: other
+---
+# {name}
+
+## Licence and sources
+
+Text decoder and text tokenizer: {qwen}. Vision tokenizer: {vq}. The licences of both apply.
+
+## Limits
+
+The code head, the connector and the scale embeddings are untrained: text is the text decoder's own, pictures are noise.
+No scores are known.
+"""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -177,6 +192,8 @@ def convert(
     with output_folder(output) as folder:
         ShardedWriter(folder, plan, max_shard_size).write(_in_turn(first, source, names, dtype))
         processor.save_pretrained(folder)
+        names_of = {"name": Path(output).name, "qwen": Path(qwen).resolve().name, "vq": Path(vq).resolve().name}
+        (folder / "README.md").write_text(README.format(**names_of), encoding="utf-8")
         _generation_config(qwen, config).save_pretrained(folder)
         config.save_pretrained(folder)
 
