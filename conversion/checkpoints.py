@@ -194,9 +194,10 @@ class ShardedWriter:
                 room = max_shard_size
             shards[-1].append(name)
             room -= size
-        files = [SINGLE] if len(shards) == 1 else [
-            f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)
-        ]
+        count = len(shards)
+        files = [SINGLE]
+        if count > 1:
+            files = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
         self.total_size = sum(sizes.values())
         self.weight_map = {name: file for file, names in zip(files, shards) for name in names}
 

@@ -51,8 +51,8 @@ Text decoder and text tokenizer: {qwen}. Vision tokenizer: {vq}. The licences of
 
 ## Limits
 
-The code head, the connector and the scale embeddings are untrained: text is the text decoder's own, pictures are noise.
-No scores are known.
+The code head, the connector and the scale embeddings are untrained: text is the text decoder's own, pictures are
+noise. No scores are known.
 """
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -34,32 +34,42 @@ HEAD = "encoder_vqkd.vision_model.head."
 # Where a tensor of the checkpoint goes: parts of the model that it is split over along the first dimension, or the
 # shape of one that is left out.
 Table = dict[str, "list[torch.Tensor] | tuple[int, ...]"]
-Shapes = Mapping[str, tuple[int, ...]]
+
+
+class Shapes(dict[str, tuple[int, ...]]):
+    """Shapes of the checkpoint's tensors, and the names of those from which sizes were read."""
+
+    def __init__(self, state: Mapping[str, torch.Tensor]):
+        super().__init__({name: tuple(tensor.shape) for name, tensor in state.items()})
+        self.read: list[str] = []
 
 
 def is_siglip(shapes: Shapes) -> bool:
-    if "encoder_vqkd.vision_model.embeddings.patch_embedding.weight" in shapes:
+    if any(name.startswith("encoder_vqkd.vision_model.") for name in shapes):
         return True
-    if "encoder_vqkd.conv1.weight" in shapes:
+    if any(name.startswith("encoder_vqkd.transformer.resblocks.") for name in shapes):
         return False
     raise ValueError(
         "the checkpoint is neither TokenFlow's SigLIP variant (encoder_vqkd.vision_model...) nor its CLIP variant "
-        "(encoder_vqkd.conv1...)"
+        "(encoder_vqkd.transformer.resblocks...)"
     )
 
 
 def config_of(
-    state: Mapping[str, torch.Tensor], encoder_heads: int | None = None, decoder_heads: int | None = None
+    state: Mapping[str, torch.Tensor],
+    shapes: Shapes,
+    encoder_heads: int | None = None,
+    decoder_heads: int | None = None,
 ) -> NextFlowVQConfig:
     """The configuration whose tensors have the checkpoint's shapes.
 
     Args:
+        shapes: of `state`.
         encoder_heads, decoder_heads: attention heads of the semantic encoder and decoder.
 
     Raises:
         ValueError: if a tensor that tells a size is missing or cannot be.
     """
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     siglip = is_siglip(shapes)
     base, multipliers = _multipliers(shapes, "encoder", last_first=False)
     decoder_base, decoder_multipliers = _multipliers(shapes, "decoder", last_first=True)
@@ -155,6 +165,7 @@ def _heads(width: int, of_released: int) -> int:
 def _shape(shapes: Shapes, name: str, dimensions: int) -> tuple[int, ...]:
     if name not in shapes:
         raise ValueError(f"the checkpoint lacks {name}")
+    shapes.read.append(name)
     if len(shapes[name]) != dimensions or 0 in shapes[name]:
         raise ValueError(f"{name} must have {dimensions} dimensions, got the shape {shapes[name]}")
     return shapes[name]
@@ -168,10 +179,11 @@ def _values(state: Mapping[str, torch.Tensor], name: str) -> list[float]:
 
 def _count(shapes: Shapes, prefix: str) -> int:
     """How many numbers follow `prefix` in the names."""
-    count = len({name[len(prefix) :].split(".")[0] for name in shapes if name.startswith(prefix)})
-    if not count:
+    numbers = {name[len(prefix) :].split(".")[0]: name for name in shapes if name.startswith(prefix)}
+    if not numbers:
         raise ValueError(f"the checkpoint lacks {prefix}0...")
-    return count
+    shapes.read.append(list(numbers.values())[-1])
+    return len(numbers)
 
 
 def _multipliers(shapes: Shapes, part: str, last_first: bool) -> tuple[int, list[int]]:
@@ -222,6 +234,11 @@ def key_table(model: NextFlowVQModel) -> Table:
     table["quantize.embedding_vqgan.weight"] = [model.quantizer.pixel_codebook]
     table["quantize.codebook_used"] = (USAGE_WINDOW,)
     return table
+
+
+def entry_shape(entry: list[torch.Tensor] | tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that a tensor of the checkpoint must have."""
+    return entry if isinstance(entry, tuple) else (sum(part.shape[0] for part in entry), *entry[0].shape[1:])
 
 
 def _tensors(source: str, *targets: nn.Module) -> Table:
@@ -318,13 +335,14 @@ def convert(
         ValueError: if the file is refused, or a tensor is missing, unknown or of another shape; the error names it.
     """
     state = load_torch_checkpoint(checkpoint)
-    model = NextFlowVQModel(config_of(state, encoder_heads, decoder_heads)).eval()
-    table = key_table(model)
-    expected = {}
-    for name, entry in table.items():
-        left_out = isinstance(entry, tuple)
-        expected[name] = entry if left_out else (sum(part.shape[0] for part in entry), *entry[0].shape[1:])
-    check_keys(checkpoint, {name: tuple(tensor.shape) for name, tensor in state.items()}, expected)
+    shapes = Shapes(state)
+    try:
+        model = NextFlowVQModel(config_of(state, shapes, encoder_heads, decoder_heads)).eval()
+        table = key_table(model)
+        check_keys(checkpoint, shapes, {name: entry_shape(entry) for name, entry in table.items()})
+    except ValueError as error:
+        read = f"; sizes were read from {', '.join(shapes.read)}" if shapes.read else ""
+        raise ValueError(f"{error}{read}") from error
     with torch.no_grad():
         for layer in model.semantic_decoder.layers.layers:
             layer.attention.k_proj.bias.zero_()

@@ -176,7 +176,7 @@ def test_damaged_weights_are_refused(damage, tiny_checkpoint, tmp_path, capsys):
     [
         (("nowhere", "--to", "out"), "there is no model directory nowhere"),
         ((".", "--to", "out"), "config.json"),
-        (("CHECKPOINT", "--to", "no repository", "--push"), 'a repository reads "owner/name", got \'no repository\''),
+        (("CHECKPOINT", "--to", "no repository", "--push"), "a repository reads \"owner/name\", got 'no repository'"),
         (("CHECKPOINT", "--to", "."), ". exists already; name a new folder"),
     ],
 )

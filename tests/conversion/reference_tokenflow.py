@@ -151,6 +151,9 @@ def tokenflow_clip(state: State, pixel_values, edges, heads: int = 4):
     semantic = semantic.transpose(1, 2).unflatten(2, (edge, edge))
     codes, quantized = quantize(state, torch.cat([semantic, pixel_encoder(state, pixel_values)], 1), edges)
     width = semantic.shape[1]
-    return codes, quantized, semantic_decoder(state, quantized[:, :width], heads), pixel_decoder(
-        state, quantized[:, width:]
+    return (
+        codes,
+        quantized,
+        semantic_decoder(state, quantized[:, :width], heads),
+        pixel_decoder(state, quantized[:, width:]),
     )

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import Siglip2Config, Siglip2Model, Siglip2VisionConfig, Siglip2VisionModel
 
 from conversion.checkpoints import check_keys
-from conversion.tokenflow import CLIP_EDGES, CLIP_LEVELS, config_of, convert, key_table, main
+from conversion.tokenflow import CLIP_EDGES, CLIP_LEVELS, Shapes, config_of, convert, entry_shape, key_table, main
 from transformers_nextflow import NextFlowImageProcessor, NextFlowVQConfig, NextFlowVQModel
 from transformers_nextflow.cli import main as command
 
@@ -113,12 +113,9 @@ def test_every_key_of_the_released_siglip_checkpoint_is_consumed():
     state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     state |= {name: torch.full((1, 3, 1, 1), 0.5) for name in ("scaling_layer.shift", "scaling_layer.scale")}
     with torch.device("meta"):
-        model = NextFlowVQModel(config_of(state))
+        model = NextFlowVQModel(config_of(state, Shapes(state)))
     table = key_table(model)
-    sizes = {
-        name: entry if isinstance(entry, tuple) else (sum(part.shape[0] for part in entry), *entry[0].shape[1:])
-        for name, entry in table.items()
-    }
+    sizes = {name: entry_shape(entry) for name, entry in table.items()}
     check_keys("the released checkpoint", {name: tuple(shape) for name, shape in shapes.items()}, sizes)
     filled = sum(part.numel() for entry in table.values() if isinstance(entry, list) for part in entry)
     key_biases = sum(layer.attention.k_proj.bias.numel() for layer in model.semantic_decoder.layers.layers)
@@ -177,15 +174,18 @@ def state() -> dict[str, torch.Tensor]:
         "quantize.codebook_used",
         "quantize.embedding_vqgan.weight",
         "decode_task_layer.2.weight",
+        "encoder_vqkd.conv1.weight",
+        "encoder.conv_out.weight",
     ],
 )
 def test_misfits_are_named(name, state, tmp_path, capsys):
     lacking = {key: value for key, value in state.items() if key != name}
-    longer = torch.zeros(state[name].shape[0] + 32, *state[name].shape[1:])
+    longer = torch.zeros(state[name].shape[0] + 1, *state[name].shape[1:])
     cases = [
         (lacking, f"lacks {name}"),
         (state | {f"{name}.more": torch.zeros(1)}, f"holds the unknown {name}.more"),
-        (state | {name: longer[None]}, name),
+        (state | {name: longer}, name),
+        (state | {name: state[name][None]}, name),
     ]
     for damaged, message in cases:
         torch.save(damaged, tmp_path / "damaged.pt")
