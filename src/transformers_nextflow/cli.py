@@ -71,7 +71,8 @@ def load_vision_tokenizer(model: str | None) -> "tuple[NextFlowVQModel, NextFlow
     device = "cuda" if torch.cuda.is_available() else "cpu"
     loaded = NextFlowVQModel.from_pretrained(name).to(device).eval()
     config = loaded.config
-    return loaded, NextFlowImageProcessor(config.patch_size, config.scale_schedules, config.levels)
+    sizes = (config.patch_size, config.scale_schedules, config.levels, config.image_size)
+    return loaded, NextFlowImageProcessor(*sizes)
 
 
 def check_model_type(name: str, *known: str) -> str:
@@ -383,7 +384,9 @@ def reconstruct(args: argparse.Namespace) -> None:
     vq_model, image_processor = load_vision_tokenizer(args.model)
     inputs = image_processor(image, level=args.level or image_processor.level, return_tensors="pt")
     grid = tuple(inputs["image_grid_hw"][0].tolist())
-    pixels = unpatchify(inputs["pixel_values"][None], grid, image_processor.patch_size).to(vq_model.device)
+    pixels = inputs["pixel_values"].to(vq_model.device)
+    if image_processor.image_size is None:
+        pixels = unpatchify(pixels[None], grid, image_processor.patch_size)
     start = time.perf_counter()
     decoded = vq_model.decode(vq_model.encode(pixels), grid)
     seconds = time.perf_counter() - start
@@ -479,7 +482,33 @@ def add_data(subparsers) -> None:
     add_commands(subparsers.add_parser("data", help="documents to packed training shards, and back"))
 
 
-SUBCOMMANDS = (add_generate, add_edit, add_describe, add_interleave, add_reconstruct, add_flops, add_data)
+def add_export(subparsers) -> None:
+    parser = subparsers.add_parser("export", help="a checkpoint in the layout of the Hub, or on the Hub")
+    parser.add_argument("folder", metavar="DIR", help="local model folder")
+    parser.add_argument("--to", required=True, metavar="REPO_OR_FOLDER", help="new folder, or with --push owner/name")
+    parser.add_argument("--push", action="store_true", help="create the repository on the Hub and upload")
+    parser.set_defaults(run=export)
+
+
+def export(args: argparse.Namespace) -> None:
+    from .export import export as export_checkpoint
+
+    if not Path(args.folder).is_dir():
+        raise NotADirectoryError(f"there is no model directory {args.folder}")
+    check_model_type(args.folder, "nextflow")
+    print(export_checkpoint(args.folder, args.to, args.push))
+
+
+SUBCOMMANDS = (
+    add_generate,
+    add_edit,
+    add_describe,
+    add_interleave,
+    add_reconstruct,
+    add_flops,
+    add_data,
+    add_export,
+)
 
 
 def build_parser() -> argparse.ArgumentParser:

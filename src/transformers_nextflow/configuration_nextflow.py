@@ -1,11 +1,15 @@
 """Configurations of the vision tokenizer and the transformer. Every choice the paper leaves open is a field here."""
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
-from transformers.models.siglip2.configuration_siglip2 import Siglip2VisionConfig
+from transformers.models.vit.configuration_vit import ViTConfig
 
-from .scales import PAPER_LEVELS, ScheduleTable, paper_schedules
+from .scales import PAPER_LEVELS, ScheduleTable, schedule_table
+
+# transformers' model types: the first reads any grid, the others one size
+SEMANTIC_ENCODERS = ("siglip2_vision_model", "siglip_vision_model", "clip_vision_model")
 
 SO400M_NAFLEX = {
     "hidden_size": 1152,
@@ -50,12 +54,20 @@ class NextFlowVQConfig(PreTrainedConfig):
     defaults are the full size: SigLIP2-so400m-naflex beside a CNN with 16x downsampling.
 
     Args:
-        semantic_config (`Siglip2VisionConfig` or `dict`, *optional*):
-            The semantic encoder, which is also the size of the teacher it is distilled from.
-        semantic_feature_layer (`int`, defaults to -2):
-            Which of the encoder's hidden states the semantic branch reads (TokenFlow: before the last layer).
+        semantic_config (`Siglip2VisionConfig`, `SiglipVisionConfig`, `CLIPVisionConfig` or `dict`, *optional*):
+            The semantic encoder: SigLIP2-naflex, which reads any grid, or one of TokenFlow's of a fixed size; a `dict`
+            names another than the first by its `model_type`.
+        semantic_feature_layer (`int`, *optional*, defaults to -2):
+            Which of the encoder's hidden states the semantic branch reads (TokenFlow's SigLIP: before the last layer);
+            `None` is its output after the last norm (TokenFlow's CLIP).
+        semantic_mean, semantic_std (`list[float]`, *optional*):
+            What the semantic encoder's pixels are normalised by, after [-1, 1] became [0, 1]; `None` leaves [-1, 1].
         semantic_decoder_layers (`int`, defaults to 3):
             Transformer layers from quantised semantic entries back to the teacher's features.
+        semantic_decoder_config (`ViTConfig`, *optional*):
+            TokenFlow's fixed-size semantic decoder; `None` is one of SigLIP2-naflex layers, for any grid.
+        teacher_dim (`int`, *optional*):
+            Width of the teacher's features, which the semantic decoder estimates; `None` is the semantic encoder's.
         semantic_dim, pixel_dim (`int`, defaults to 32 and 8):
             Channels of the two halves of a codebook entry.
         codebook_size (`int`, defaults to 32768):
@@ -67,6 +79,9 @@ class NextFlowVQConfig(PreTrainedConfig):
             Euclidean lookup, whose short entries leave flat regions alone and so make fine scales predictable.
         patch_size (`int`, defaults to 16):
             Pixels along the edge of one cell of the final grid: the downsampling of both branches.
+        image_size (`int`, *optional*):
+            Edge of the only pictures there are, where it is not the grid's times `patch_size`: TokenFlow's SigLIP
+            reads 384 x 384 pixels on a grid of 27 x 27, and the CNN the picture resized to 432 x 432.
         base_channels (`int`, defaults to 128), channel_multipliers (`list[int]`, defaults to `[1, 1, 2, 2, 4]`):
             Width of the CNN at each resolution, finest first, each half of the one before.
         stem_stride (`int`, defaults to 1):
@@ -80,6 +95,14 @@ class NextFlowVQConfig(PreTrainedConfig):
         pixel_encoder (`str`, defaults to `"cnn"`):
             The pixel branch's encoder: a CNN with attention (`"cnn"`, TokenFlow's) or a perceptron on each patch
             alone (`"patch"`), whose codes a small transformer learns sooner.
+        decoder_base_channels (`int`, *optional*):
+            `base_channels` of the pixel decoder, by default the same (TokenFlow's enhanced decoder: twice as many).
+        norm_groups (`int`, *optional*):
+            Groups of the CNN's normalisation (TokenFlow: 32); `None` is 32, and fewer below 128 channels.
+        attention (`str`, defaults to `"single"`):
+            Attention of the CNN at the coarsest resolution: once, after the first residual block (`"single"`), or
+            after each, with two more residual blocks and attention between them next to the codes (`"dense"`,
+            TokenFlow's).
         encoder_blocks, decoder_blocks (`int`, default to 2 and 6):
             Residual blocks at each resolution. Open in the paper: how the pixel decoder's capacity is doubled in the
             third training stage; here it is the depth, 3 blocks (TokenFlow's) becoming 6.
@@ -91,11 +114,18 @@ class NextFlowVQConfig(PreTrainedConfig):
 
     model_type = "nextflow_vq"
     base_config_key = "vq_config"
-    sub_configs_defaults = {"semantic_config": Siglip2VisionConfig}
+    sub_configs_defaults = {
+        "semantic_config": SubConfigSpec(AutoConfig, model_type="siglip2_vision_model"),
+        "semantic_decoder_config": SubConfigSpec(ViTConfig, optional=True),
+    }
 
     semantic_config: dict | PreTrainedConfig | None = None
-    semantic_feature_layer: int = -2
+    semantic_feature_layer: int | None = -2
+    semantic_mean: list[float] | None = None
+    semantic_std: list[float] | None = None
     semantic_decoder_layers: int = 3
+    semantic_decoder_config: dict | PreTrainedConfig | None = None
+    teacher_dim: int | None = None
     semantic_dim: int = 32
     pixel_dim: int = 8
     codebook_size: int = 32768
@@ -103,12 +133,16 @@ class NextFlowVQConfig(PreTrainedConfig):
     pixel_weight: float | int = 1.0
     normalize_entries: bool = True
     patch_size: int = 16
+    image_size: int | None = None
     base_channels: int = 128
     channel_multipliers: list[int] | None = None
     stem_stride: int = 1
     latent_channels: int = 256
     padding_mode: str = "zeros"
     pixel_encoder: str = "cnn"
+    decoder_base_channels: int | None = None
+    norm_groups: int | None = None
+    attention: str = "single"
     encoder_blocks: int = 2
     decoder_blocks: int = 6
     scale_schedules: list | None = None
@@ -125,16 +159,36 @@ class NextFlowVQConfig(PreTrainedConfig):
             raise ValueError(f'padding_mode must be "zeros", "replicate" or "reflect", got {self.padding_mode!r}')
         if self.pixel_encoder not in ("cnn", "patch"):
             raise ValueError(f'pixel_encoder must be "cnn" or "patch", got {self.pixel_encoder!r}')
+        if self.attention not in ("single", "dense"):
+            raise ValueError(f'attention must be "single" or "dense", got {self.attention!r}')
+        if self.semantic_config.model_type not in SEMANTIC_ENCODERS:
+            known = ", ".join(SEMANTIC_ENCODERS)
+            raise ValueError(f"the semantic encoder must be one of {known}, got {self.semantic_config.model_type}")
+        if self.semantic_config.model_type != "siglip2_vision_model" and self.semantic_decoder_config is None:
+            raise ValueError("a semantic encoder of a fixed size needs a semantic_decoder_config")
+        if (self.semantic_mean is None) != (self.semantic_std is None):
+            raise ValueError("semantic_mean and semantic_std must be given together")
         downsampling = self.stem_stride * 2 ** (len(self.channel_multipliers) - 1)
         if downsampling != self.patch_size:
             raise ValueError(
                 f"stem_stride {self.stem_stride} and {len(self.channel_multipliers)} channel_multipliers downsample "
                 f"by {downsampling}, but patch_size is {self.patch_size}"
             )
-        if self.semantic_config.patch_size != self.patch_size:
+        if self.image_size is not None:
+            self._check_image_size()
+        elif self.semantic_config.patch_size != self.patch_size:
             raise ValueError(
                 f"both branches must share one grid: semantic patch_size {self.semantic_config.patch_size}, "
                 f"pixel patch_size {self.patch_size}"
+            )
+
+    def _check_image_size(self) -> None:
+        edge = self.image_size // self.semantic_config.patch_size
+        schedules = self.scale_schedules or []
+        if len(schedules) != 1 or len(self.levels) != 1 or list(schedules[0][-1]) != [edge, edge]:
+            raise ValueError(
+                f"image_size {self.image_size} in semantic patches of {self.semantic_config.patch_size} needs exactly "
+                f"one scale schedule, which ends in the grid ({edge}, {edge})"
             )
 
     @property
@@ -144,7 +198,7 @@ class NextFlowVQConfig(PreTrainedConfig):
 
     def schedule_table(self) -> ScheduleTable:
         """The schedules this tokenizer knows."""
-        return ScheduleTable(self.scale_schedules or paper_schedules(), self.levels, self.patch_size)
+        return schedule_table(self.scale_schedules, self.levels, self.patch_size, self.image_size)
 
 
 @strict

@@ -632,9 +632,10 @@ class NextFlowGenerationMixin(GenerationMixin):
         images = self.model.lay_out(input_ids, grids, model_kwargs.get("attention_mask")).images
         of_row = [[index for index, image in enumerate(images) if image.row == row] for row in range(len(input_ids))]
         order = [index for indices in of_row for _ in range(expand_size) for index in indices]
+        whole = self.config.vq_config.image_size is not None  # pictures, not patches
         lengths = {
             "image_grid_hw": lambda image: 1,
-            "pixel_values": lambda image: 0 if image.is_open else image.schedule.lengths[-1],
+            "pixel_values": lambda image: 0 if image.is_open else 1 if whole else image.schedule.lengths[-1],
             "image_codes": lambda image: 0 if image.is_open else image.schedule.num_codes,
             "image_input_codes": lambda image: 0 if image.is_open else image.schedule.offsets[-1],
         }

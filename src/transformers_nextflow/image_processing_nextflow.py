@@ -12,7 +12,7 @@ from transformers.image_utils import ImageInput, infer_channel_dimension_format
 from transformers.processing_utils import ImagesKwargs, Unpack
 
 from .modeling_nextflow_vq import patchify
-from .scales import PAPER_LEVELS, ScaleSchedule, ScheduleTable, paper_schedules
+from .scales import ScaleSchedule, ScheduleTable, schedule_table
 
 SIXTEEN_BIT_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 
@@ -38,6 +38,8 @@ class NextFlowImageProcessor(PilBackend):
     Args:
         patch_size (`int`, defaults to 16), scale_schedules (`list`, *optional*), levels (`dict`, *optional*):
             As in [`NextFlowVQConfig`], and to be the same as the model's.
+        image_size (`int`, *optional*):
+            As in [`NextFlowVQConfig`]: pictures of this edge, which the grid does not divide, stay whole.
         level (`str` or `int`, *optional*):
             Level of the schedules to choose from. `None` keeps pictures that have a schedule's size already, and
             brings others to the highest level.
@@ -66,18 +68,20 @@ class NextFlowImageProcessor(PilBackend):
         patch_size: int = 16,
         scale_schedules: Sequence | None = None,
         levels: dict[str, int] | None = None,
+        image_size: int | None = None,
         **kwargs: Unpack[NextFlowImageProcessorKwargs],
     ):
         super().__init__(**kwargs)
         self.patch_size = patch_size
         self.scale_schedules = scale_schedules and [[list(grid) for grid in row] for row in scale_schedules]
         self.levels = levels and dict(levels)
+        self.image_size = image_size
         if self.level is not None:
             self.schedule_table().of_level(self.level)  # raises where there is none
 
     def schedule_table(self) -> ScheduleTable:
         """The schedules pictures are brought to."""
-        return ScheduleTable(self.scale_schedules or paper_schedules(), self.levels or PAPER_LEVELS, self.patch_size)
+        return schedule_table(self.scale_schedules, self.levels, self.patch_size, self.image_size)
 
     def schedule_of(self, height: int, width: int, level: str | int | None = None) -> ScaleSchedule:
         """The schedule of a picture of `height` x `width` pixels; `level` as in the class."""
@@ -160,7 +164,8 @@ class NextFlowImageProcessor(PilBackend):
     ) -> BatchFeature:
         """
         Returns:
-            `pixel_values`: (sum of final-grid cells, p*p*3) float32, patches row-major, image after image.
+            `pixel_values`: (sum of final-grid cells, p*p*3) float32, patches row-major, image after image; with
+                `image_size` (images, 3, H, W).
             `image_grid_hw`: (images, 2) int64 final grids.
         """
         table = self.schedule_table()
@@ -177,7 +182,8 @@ class NextFlowImageProcessor(PilBackend):
                 mean, std = (np.broadcast_to(v, 3)[:, None, None] for v in (image_mean, image_std))
                 pixels = (pixels - mean) / std
             pixels = torch.from_numpy(np.ascontiguousarray(pixels, dtype=np.float32))
-            patches.append(patchify(pixels[None], self.patch_size)[0].numpy())
+            pixels = pixels[None] if self.image_size else patchify(pixels[None], self.patch_size)[0]
+            patches.append(pixels.numpy())
             grids.append(schedule.final_grid)
         data = {"pixel_values": np.concatenate(patches), "image_grid_hw": np.array(grids, dtype=np.int64)}
         return BatchFeature(data, tensor_type=return_tensors)

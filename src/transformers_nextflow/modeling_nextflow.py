@@ -201,7 +201,8 @@ class NextFlowModel(NextFlowPreTrainedModel):
     def encode_images(self, pixel_values: torch.Tensor, image_grid_hw: Sequence) -> list[torch.Tensor]:
         """Flat patches of images of any final grids, as the processor gives them -> each image's (L_i,) codes."""
         schedules = [self.schedules.by_grid(grid) for grid in image_grid_hw]
-        cells = [schedule.lengths[-1] for schedule in schedules]
+        whole = self.config.vq_config.image_size is not None  # pictures, not patches
+        cells = [1 if whole else schedule.lengths[-1] for schedule in schedules]
         _check_total("pixel_values", len(pixel_values), sum(cells))
         patches = pixel_values.split(cells)
         codes: list[torch.Tensor | None] = [None] * len(schedules)
@@ -209,8 +210,11 @@ class NextFlowModel(NextFlowPreTrainedModel):
         for index, schedule in enumerate(schedules):
             groups.setdefault(schedule, []).append(index)
         for schedule, members in groups.items():
-            batch = torch.stack([patches[index] for index in members])
-            pixels = unpatchify(batch, schedule.final_grid, self.config.vq_config.patch_size)
+            if whole:
+                pixels = torch.cat([patches[index] for index in members])
+            else:
+                batch = torch.stack([patches[index] for index in members])
+                pixels = unpatchify(batch, schedule.final_grid, self.config.vq_config.patch_size)
             for index, row in zip(members, self.vq_model.encode(pixels)):
                 codes[index] = row
         return codes
@@ -264,7 +268,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
             attention_mask: (B, past + L), 0 at padding.
             position_ids: (3, B, L) rows (s, i, j); computed from the ids where absent.
             pixel_values: (sum of final-grid cells, p*p*3) in [-1, 1], patches row-major, images in the order of
-                `<boi>`.
+                `<boi>`; (images, 3, H, W) for a vision tokenizer with an `image_size`.
             image_codes: (sum of codes,), scale by scale, instead of `pixel_values`.
             image_input_codes: (sum of codes of scales 1..K-1,), where inputs differ from the targets.
             image_grid_hw: (images, 2) final grids, one for each `<boi>`; a row's last `<boi>` may be open.

@@ -1,6 +1,7 @@
 """The vision tokenizer: semantic branch, pixel branch, dual codebook, two decoders (NextFlow sec. 2.1).
 
-- The semantic branch is transformers' own SigLIP2-naflex encoder, which reads any grid.
+- The semantic branch is transformers' own SigLIP2-naflex encoder, which reads any grid, or one of TokenFlow's of a
+  fixed size (`fixed_size.py`).
 - The pixel branch is a convolutional autoencoder.
 - Both meet on one grid; their concatenated channels are quantised together (`quantizer.py`).
 - The pixel decoder reads the pixel half alone, the semantic decoder the semantic half (TokenFlow).
@@ -21,7 +22,8 @@ from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionEmbeddings
 from transformers.utils import ModelOutput
 
 from .configuration_nextflow import NextFlowVQConfig
-from .quantizer import DualCodebookQuantizer, QuantizerOutput, SelfCorrection, to_map, to_sequence
+from .fixed_size import fixed_size_decoder, fixed_size_encoder, fixed_size_features
+from .quantizer import DualCodebookQuantizer, QuantizerOutput, SelfCorrection, resize_features, to_map, to_sequence
 from .scales import Grid, ScaleSchedule
 
 
@@ -42,12 +44,12 @@ def unpatchify(patches: torch.Tensor, grid: Grid, patch_size: int) -> torch.Tens
 class ResidualBlock(nn.Module):
     """GroupNorm-SiLU-Conv twice, beside a shortcut."""
 
-    def __init__(self, in_channels: int, out_channels: int, padding_mode: str):
+    def __init__(self, config: NextFlowVQConfig, in_channels: int, out_channels: int):
         super().__init__()
-        self.norm1 = _norm(in_channels)
-        self.conv1 = _conv(in_channels, out_channels, padding_mode)
-        self.norm2 = _norm(out_channels)
-        self.conv2 = _conv(out_channels, out_channels, padding_mode)
+        self.norm1 = _norm(config, in_channels)
+        self.conv1 = _conv(in_channels, out_channels, config.padding_mode)
+        self.norm2 = _norm(config, out_channels)
+        self.conv2 = _conv(out_channels, out_channels, config.padding_mode)
         self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -59,9 +61,9 @@ class ResidualBlock(nn.Module):
 class SpatialAttention(nn.Module):
     """Single-head self-attention over all positions of the coarsest resolution."""
 
-    def __init__(self, channels: int):
+    def __init__(self, config: NextFlowVQConfig, channels: int):
         super().__init__()
-        self.norm = _norm(channels)
+        self.norm = _norm(config, channels)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.proj_out = nn.Linear(channels, channels)
 
@@ -71,20 +73,33 @@ class SpatialAttention(nn.Module):
         return hidden + to_map(self.proj_out(update), hidden.shape[-2:])
 
 
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
+def _norm(config: NextFlowVQConfig, channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(config.norm_groups or min(32, channels // 4), channels, eps=1e-6)
 
 
 def _conv(in_channels: int, out_channels: int, padding_mode: str) -> nn.Conv2d:
     return nn.Conv2d(in_channels, out_channels, 3, padding=1, padding_mode=padding_mode)
 
 
-def _resolution(in_channels: int, channels: int, blocks: int, attention: bool, padding_mode: str) -> nn.Sequential:
+def _resolution(
+    config: NextFlowVQConfig, in_channels: int, channels: int, blocks: int, coarsest: bool
+) -> list[nn.Module]:
+    """Residual blocks of one resolution, with attention at the coarsest."""
     widths = [in_channels] + [channels] * (blocks - 1)
-    layers = [ResidualBlock(width, channels, padding_mode) for width in widths]
-    if attention:
-        layers.insert(1, SpatialAttention(channels))
-    return nn.Sequential(*layers)
+    layers = [ResidualBlock(config, width, channels) for width in widths]
+    if coarsest and config.attention == "dense":
+        return [layer for block in layers for layer in (block, SpatialAttention(config, channels))]
+    if coarsest:
+        layers.insert(1, SpatialAttention(config, channels))
+    return layers
+
+
+def _middle(config: NextFlowVQConfig, channels: int) -> list[nn.Module]:
+    """What stands between the coarsest resolution and the codes with dense attention."""
+    if config.attention != "dense":
+        return []
+    first, last = (ResidualBlock(config, channels, channels) for _ in range(2))
+    return [first, SpatialAttention(config, channels), last]
 
 
 class PixelEncoder(nn.Module):
@@ -95,12 +110,14 @@ class PixelEncoder(nn.Module):
         widths = [config.base_channels * m for m in config.channel_multipliers]
         self.stem_stride = config.stem_stride
         self.conv_in = _conv(3 * config.stem_stride**2, widths[0], config.padding_mode)
-        self.resolutions = nn.ModuleList(
-            _resolution(widths[max(i - 1, 0)], width, config.encoder_blocks, i == len(widths) - 1, config.padding_mode)
+        resolutions = [
+            _resolution(config, widths[max(i - 1, 0)], width, config.encoder_blocks, i == len(widths) - 1)
             for i, width in enumerate(widths)
-        )
+        ]
+        resolutions[-1] += _middle(config, widths[-1])
+        self.resolutions = nn.ModuleList(nn.Sequential(*layers) for layers in resolutions)
         self.downsamples = nn.ModuleList(nn.Conv2d(width, width, 3, stride=2) for width in widths[:-1])
-        self.norm_out = _norm(widths[-1])
+        self.norm_out = _norm(config, widths[-1])
         self.conv_out = _conv(widths[-1], config.latent_channels, config.padding_mode)
         self.border = "constant" if config.padding_mode == "zeros" else config.padding_mode
         self.to_code = nn.Conv2d(config.latent_channels, config.pixel_dim, 1)
@@ -146,15 +163,18 @@ class PixelDecoder(nn.Module):
 
     def __init__(self, config: NextFlowVQConfig):
         super().__init__()
-        widths = [config.base_channels * m for m in reversed(config.channel_multipliers)]
+        base_channels = config.decoder_base_channels or config.base_channels
+        widths = [base_channels * m for m in reversed(config.channel_multipliers)]
         self.from_code = nn.Conv2d(config.pixel_dim, config.latent_channels, 1)
         self.conv_in = _conv(config.latent_channels, widths[0], config.padding_mode)
-        self.resolutions = nn.ModuleList(
-            _resolution(widths[max(i - 1, 0)], width, config.decoder_blocks, i == 0, config.padding_mode)
+        resolutions = [
+            _resolution(config, widths[max(i - 1, 0)], width, config.decoder_blocks, i == 0)
             for i, width in enumerate(widths)
-        )
+        ]
+        resolutions[0] = _middle(config, widths[0]) + resolutions[0]
+        self.resolutions = nn.ModuleList(nn.Sequential(*layers) for layers in resolutions)
         self.upsamples = nn.ModuleList(_conv(width, width, config.padding_mode) for width in widths[:-1])
-        self.norm_out = _norm(widths[-1])
+        self.norm_out = _norm(config, widths[-1])
         self.conv_out = _conv(widths[-1], 3 * config.stem_stride**2, config.padding_mode)
         self.stem_stride = config.stem_stride
 
@@ -184,36 +204,42 @@ def one_grid_siglip(config: Siglip2VisionConfig) -> Siglip2VisionModel:
 
 
 class SemanticDecoder(nn.Module):
-    """(B, semantic_dim, h, w) -> (B, h*w, teacher width): SigLIP2 layers over the quantised semantic entries.
+    """(B, semantic_dim, h, w) -> (B, h*w, teacher width): a transformer over the quantised semantic entries.
 
-    SigLIP2-naflex's own model with one "pixel patch" per cell, so it reads any grid as the encoder does.
+    SigLIP2-naflex's own model with one "pixel patch" per cell, so it reads any grid as the encoder does, or
+    TokenFlow's.
     """
 
     def __init__(self, config: NextFlowVQConfig):
         super().__init__()
         teacher = config.semantic_config
-        self.layers = one_grid_siglip(
-            Siglip2VisionConfig(
-                hidden_size=teacher.hidden_size,
-                intermediate_size=teacher.intermediate_size,
-                num_hidden_layers=config.semantic_decoder_layers,
-                num_attention_heads=teacher.num_attention_heads,
-                num_channels=config.semantic_dim,
-                patch_size=1,
-                num_patches=teacher.num_patches,
-                vision_use_head=False,
-                attn_implementation=teacher._attn_implementation,
+        if config.semantic_decoder_config is None:
+            self.layers = one_grid_siglip(
+                Siglip2VisionConfig(
+                    hidden_size=teacher.hidden_size,
+                    intermediate_size=teacher.intermediate_size,
+                    num_hidden_layers=config.semantic_decoder_layers,
+                    num_attention_heads=teacher.num_attention_heads,
+                    num_channels=config.semantic_dim,
+                    patch_size=1,
+                    num_patches=teacher.num_patches,
+                    vision_use_head=False,
+                    attn_implementation=teacher._attn_implementation,
+                )
             )
-        )
+        else:
+            self.layers = fixed_size_decoder(config.semantic_decoder_config)
+        width = self.layers.config.hidden_size
         self.to_features = nn.Sequential(
-            nn.Linear(teacher.hidden_size, teacher.hidden_size),
-            nn.Tanh(),
-            nn.Linear(teacher.hidden_size, teacher.hidden_size),
+            nn.Linear(width, width), nn.Tanh(), nn.Linear(width, config.teacher_dim or teacher.hidden_size)
         )
 
     def forward(self, quantized: torch.Tensor) -> torch.Tensor:
-        cells = to_sequence(quantized)
-        return self.to_features(run_siglip(self.layers, cells, tuple(quantized.shape[-2:])).last_hidden_state)
+        if isinstance(self.layers, Siglip2VisionModel):
+            output = run_siglip(self.layers, to_sequence(quantized), tuple(quantized.shape[-2:]))
+            return self.to_features(output.last_hidden_state)
+        output = self.layers(quantized, interpolate_pos_encoding=True)
+        return self.to_features(output.last_hidden_state[:, 1:])  # the first is the class token
 
 
 def run_siglip(model: Siglip2VisionModel, patches: torch.Tensor, grid: Grid, **kwargs):
@@ -249,7 +275,14 @@ class NextFlowVQModel(PreTrainedModel):
     base_model_prefix = "vq_model"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
-    _no_split_modules = ["Siglip2EncoderLayer", "ResidualBlock", "SpatialAttention"]
+    _no_split_modules = [
+        "Siglip2EncoderLayer",
+        "SiglipEncoderLayer",
+        "CLIPEncoderLayer",
+        "ViTLayer",
+        "ResidualBlock",
+        "SpatialAttention",
+    ]
     _keep_in_fp32_modules_strict = ["quantizer"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -259,7 +292,8 @@ class NextFlowVQModel(PreTrainedModel):
         super().__init__(config)
         self.schedules = config.schedule_table()
         width = config.semantic_config.hidden_size
-        self.semantic_encoder = one_grid_siglip(config.semantic_config)
+        naflex = isinstance(config.semantic_config, Siglip2VisionConfig)
+        self.semantic_encoder = (one_grid_siglip if naflex else fixed_size_encoder)(config.semantic_config)
         self.semantic_to_code = nn.Sequential(
             nn.Linear(width, width), nn.Tanh(), nn.Linear(width, config.semantic_dim)
         )
@@ -282,16 +316,27 @@ class NextFlowVQModel(PreTrainedModel):
 
     def semantic_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) -> (B, h*w, D): the semantic encoder's hidden state that is quantised."""
-        grid = self._schedule_of(pixel_values).final_grid
+        grid, layer = self._schedule_of(pixel_values).final_grid, self.config.semantic_feature_layer
+        if self.config.semantic_mean is not None:
+            shift, scale = (
+                torch.tensor(values, device=pixel_values.device)[:, None, None]
+                for values in (self.config.semantic_mean, self.config.semantic_std)
+            )
+            unit = ((pixel_values + 1) * 127.5).clamp(0, 255) / 255
+            pixel_values = ((unit - shift) / scale).to(pixel_values.dtype)
+        if not isinstance(self.semantic_encoder, Siglip2VisionModel):
+            return fixed_size_features(self.semantic_encoder, pixel_values, layer)
         patches = patchify(pixel_values, self.config.patch_size)
-        output = run_siglip(self.semantic_encoder, patches, grid, output_hidden_states=True)
-        return output.hidden_states[self.config.semantic_feature_layer]
+        output = run_siglip(self.semantic_encoder, patches, grid, output_hidden_states=layer is not None)
+        return output.last_hidden_state if layer is None else output.hidden_states[layer]
 
     def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) in [-1, 1] -> (B, C, h, w) float32, semantic channels first: what is quantised."""
         grid = self._schedule_of(pixel_values).final_grid
         semantic = to_map(self.semantic_to_code(self.semantic_features(pixel_values)), grid)
-        return torch.cat([semantic.float(), self.pixel_encoder(pixel_values).float()], dim=1)
+        size = tuple(length * self.config.patch_size for length in grid)
+        pixel = self.pixel_encoder(resize_features(pixel_values, size))
+        return torch.cat([semantic.float(), pixel.float()], dim=1)
 
     @torch.no_grad()
     def encode(
@@ -331,8 +376,7 @@ class NextFlowVQModel(PreTrainedModel):
         length = schedule.prefix(num_scales).num_codes
         self._check_codes(codes, schedule)
         quantized = self.quantizer.decode(codes[:, :length], schedule)
-        pixels = self.pixel_decoder(self._pixel_half(quantized))
-        return pixels.float().clamp(-1, 1)
+        return self._reconstruct(quantized, schedule).float().clamp(-1, 1)
 
     @torch.no_grad()
     def condition_features(self, codes: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -370,14 +414,16 @@ class NextFlowVQModel(PreTrainedModel):
         quantized = features + (quantization.quantized - features).detach()
         semantic, _ = quantized.split(self.quantizer.dims, dim=1)
         return NextFlowVQOutput(
-            reconstruction=self.pixel_decoder(self._pixel_half(quantized)),
+            reconstruction=self._reconstruct(quantized, schedule),
             semantic_features=self.semantic_decoder(semantic),
             features=features,
             quantization=quantization,
         )
 
-    def _pixel_half(self, quantized: torch.Tensor) -> torch.Tensor:
-        return quantized[:, self.config.semantic_dim :].to(self.pixel_decoder.conv_in.weight.dtype)
+    def _reconstruct(self, quantized: torch.Tensor, schedule: ScaleSchedule) -> torch.Tensor:
+        """(B, C, h, w) -> (B, 3, H, W), from the pixel half alone."""
+        pixel = quantized[:, self.config.semantic_dim :].to(self.pixel_decoder.conv_in.weight.dtype)
+        return resize_features(self.pixel_decoder(pixel), self.schedules.image_size(schedule))
 
     def _schedule_of(self, pixel_values: torch.Tensor) -> ScaleSchedule:
         if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:

@@ -88,13 +88,14 @@ class ScheduleTable:
     Args:
         rows: the full-length schedules, one for each aspect ratio.
         levels: level name to number of scales, e.g. `{"256": 12, "512": 16, "1024": 18}`.
-        patch_size: pixels along the edge of one cell of the final grid.
+        patch_size: pixels along the edge of one cell of the final grid, a fraction where the grid does not divide the
+            pictures.
 
     Raises:
         ValueError: if two schedules share a final grid, or a level asks for more scales than a row has.
     """
 
-    def __init__(self, rows: Sequence[Sequence[Grid]], levels: Mapping[str, int], patch_size: int):
+    def __init__(self, rows: Sequence[Sequence[Grid]], levels: Mapping[str, int], patch_size: int | Fraction):
         if not rows or not levels:
             raise ValueError("a schedule table needs at least one row and one level")
         self.patch_size = patch_size
@@ -137,7 +138,7 @@ class ScheduleTable:
         grid = (height // self.patch_size, width // self.patch_size)
         if height % self.patch_size or width % self.patch_size or grid not in self._by_grid:
             nearest = self._nearest((height / self.patch_size, width / self.patch_size))
-            sizes = ", ".join(f"{h * self.patch_size}x{w * self.patch_size}" for h, w in nearest)
+            sizes = ", ".join("{}x{}".format(*self.image_size(self.by_grid(known))) for known in nearest)
             raise ValueError(f"no scale schedule for an image of {height}x{width} (height x width); nearest: {sizes}")
         return self._by_grid[grid]
 
@@ -179,7 +180,8 @@ class ScheduleTable:
 
     def image_size(self, schedule: ScaleSchedule) -> tuple[int, int]:
         """(height, width) in pixels of an image coded by `schedule`."""
-        return schedule.final_grid[0] * self.patch_size, schedule.final_grid[1] * self.patch_size
+        height, width = schedule.final_grid
+        return int(height * self.patch_size), int(width * self.patch_size)
 
     def _nearest(self, grid: tuple[float, float]) -> list[Grid]:
         target_h, target_w = max(grid[0], 0.5), max(grid[1], 0.5)
@@ -204,3 +206,16 @@ def paper_schedules() -> tuple[tuple[Grid, ...], ...]:
 
 
 PAPER_LEVELS = {"256": 12, "512": 16, "1024": 18}
+
+
+def schedule_table(
+    rows: Sequence | None, levels: Mapping[str, int] | None, patch_size: int, image_size: int | None = None
+) -> ScheduleTable:
+    """The table of a configuration, in which `None` means table 14.
+
+    Args:
+        image_size: edge of the pictures of the only schedule, where it is not the grid's times `patch_size`.
+    """
+    if image_size is not None:
+        patch_size = Fraction(image_size, rows[0][-1][0])
+    return ScheduleTable(rows or paper_schedules(), levels or PAPER_LEVELS, patch_size)

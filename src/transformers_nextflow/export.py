@@ -1,0 +1,194 @@
+"""A checkpoint in the layout of the Hub, to be loaded by anyone who has the package installed.
+
+`auto_map` and one small file for each class let `trust_remote_code=True` work where the package is not imported.
+"""
+
+import json
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from .files import output_folder
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+CONFIG_MAP = {
+    "AutoConfig": "configuration_nextflow.NextFlowConfig",
+    "AutoModel": "modeling_nextflow.NextFlowModel",
+    "AutoModelForMultimodalLM": "modeling_nextflow.NextFlowForConditionalGeneration",
+    "AutoModelForImageTextToText": "modeling_nextflow.NextFlowForConditionalGeneration",
+}
+PROCESSOR_MAP = {"AutoProcessor": "processing_nextflow.NextFlowProcessor"}
+IMAGE_PROCESSOR_MAP = {"AutoImageProcessor": "image_processing_nextflow.NextFlowImageProcessor"}
+SHIM = '"""Loads the class of the installed package; see README.md."""\n\nfrom transformers_nextflow import {names}\n'
+
+CARD = """\
+---
+{front_matter}
+---
+# {title}
+
+A NextFlow ([arXiv 2601.02204](https://arxiv.org/abs/2601.02204)): one decoder that writes text by next token and
+images by next scale. {parameters}
+
+```python
+from transformers import AutoModelForMultimodalLM, AutoProcessor
+
+model = AutoModelForMultimodalLM.from_pretrained("{name}", trust_remote_code=True)
+processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
+chat = [{{"role": "user", "content": "{prompt}"}}]
+inputs = processor.apply_chat_template(chat, generation_mode="image")
+output = model.generate(**inputs, generation_mode="image", seed=0, return_dict_in_generate=True)
+pixels = model.decode_image_tokens(output.sequences, output.image_grid_hw)
+processor.post_process_image(pixels)[0].save("picture.png")
+```
+
+The package `transformers-nextflow` must be installed; after `import transformers_nextflow` no `trust_remote_code` is
+needed. Pictures have these sizes (height x width): {sizes}.
+
+{about}"""
+
+ABOUT_UNKNOWN = """\
+## Licence, sources, scores
+
+The folder that this was exported from says nothing of them.
+
+## Limits
+
+No evaluation came with these weights. Weights that were converted draw nothing before the new parts are trained.
+"""
+
+
+def weight_files(folder: Path) -> list[str]:
+    """The safetensors files of a checkpoint folder, each opened once to see that it is whole.
+
+    Raises:
+        ValueError: if there are none, the index names others than files of the folder, or one is damaged.
+    """
+    names = [SINGLE]
+    if (folder / INDEX).is_file():
+        try:
+            names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{folder / INDEX} is no index of safetensors: {error}") from error
+    for name in names:
+        if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*\.safetensors", name):
+            raise ValueError(f"{folder / INDEX} must name .safetensors files of its own folder, got {name!r}")
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} lacks {name}; weights are exported from safetensors alone")
+        try:
+            with safe_open(folder / name, framework="pt") as file:
+                file.keys()
+        except SafetensorError as error:
+            raise ValueError(f"{folder / name} is truncated or no safetensors file: {error}") from error
+    return names
+
+
+def export(folder: str | Path, to: str, push: bool = False) -> str:
+    """Write a NextFlow checkpoint in the Hub's layout.
+
+    Args:
+        folder: what `save_pretrained` of model and processor wrote. Its README.md, if any, becomes part of the model
+            card: licence and sources, scores, limits.
+        to: a new folder, or with `push` the id of a repository, which is created if it is not there.
+
+    Returns:
+        The folder, or the URL of the commit.
+
+    Raises:
+        ValueError: if the folder's weights are damaged, or other than safetensors.
+        FileExistsError: if the new folder exists.
+    """
+    folder = Path(folder)
+    if not push:
+        with output_folder(to) as partial:
+            _write(folder, partial, name=to)
+        return to
+    from huggingface_hub import HfApi
+
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", to):
+        raise ValueError(f'a repository reads "owner/name", got {to!r}')
+    with tempfile.TemporaryDirectory() as partial:
+        _write(folder, Path(partial), name=to)
+        api = HfApi()
+        api.create_repo(to, exist_ok=True)
+        return str(api.upload_folder(repo_id=to, folder_path=partial, commit_message="Export").commit_url)
+
+
+def _write(folder: Path, output: Path, name: str) -> None:
+    from transformers import GenerationConfig
+
+    from . import NextFlowConfig, NextFlowProcessor
+
+    files = weight_files(folder)
+    config = NextFlowConfig.from_pretrained(folder)
+    NextFlowProcessor.from_pretrained(folder).save_pretrained(output)
+    for file in [*files, *([INDEX] if (folder / INDEX).is_file() else [])]:
+        shutil.copyfile(folder / file, output / file)
+    if (folder / "scores.json").is_file():
+        shutil.copyfile(folder / "scores.json", output / "scores.json")
+    if (folder / "generation_config.json").is_file():
+        GenerationConfig.from_pretrained(folder).save_pretrained(output)
+    else:
+        GenerationConfig.from_model_config(config).save_pretrained(output)
+
+    _edit_json(folder / "config.json", output / "config.json", lambda values: values.update(auto_map=CONFIG_MAP))
+    processor_config = output / "processor_config.json"
+    _edit_json(processor_config, processor_config, _add_processor_maps)
+    classes: dict[str, list[str]] = {}
+    for reference in (CONFIG_MAP | PROCESSOR_MAP | IMAGE_PROCESSOR_MAP).values():
+        module, name_of_class = reference.split(".")
+        classes.setdefault(module, []).append(name_of_class)
+    for module, names in classes.items():
+        shim = SHIM.format(names=", ".join(sorted(set(names))))
+        (output / f"{module}.py").write_text(shim, encoding="utf-8")
+    (output / "README.md").write_text(model_card(folder, config, files, name), encoding="utf-8")
+
+
+def _edit_json(source: Path, target: Path, edit) -> None:
+    values = json.loads(source.read_text(encoding="utf-8"))
+    edit(values)
+    target.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _add_processor_maps(values: dict) -> None:
+    values["auto_map"] = PROCESSOR_MAP
+    values["image_processor"]["auto_map"] = IMAGE_PROCESSOR_MAP
+
+
+def model_card(folder: Path, config, files: list[str], name: str) -> str:
+    """Usage under the name `name`, and below it what the folder's own README.md says.
+
+    Of the README's front matter, every line is kept; `library_name`, `pipeline_tag` and `tags` are added where absent.
+    """
+    readme = folder / "README.md"
+    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
+    found = re.match(r"---\n(.*?)\n---\n", text, flags=re.DOTALL)
+    lines = found[1].splitlines() if found else []
+    given = {line.split(":")[0] for line in lines}
+    defaults = {"library_name": "transformers", "pipeline_tag": "any-to-any", "tags": "[nextflow]"}
+    lines += [f"{key}: {value}" for key, value in defaults.items() if key not in given]
+    body = text[found.end() :] if found else text
+    body = re.sub(r"^# (.*)$", r"## \1, as its authors describe it", body.strip(), count=1, flags=re.MULTILINE)
+
+    table = config.vq_config.schedule_table()
+    sizes = ["{} x {}".format(*table.image_size(schedule)) for schedule in table.of_level()]
+    count = 0
+    for file in files:
+        with safe_open(folder / file, framework="pt") as tensors:
+            for key in tensors.keys():
+                size = 1
+                for length in tensors.get_slice(key).get_shape():
+                    size *= length
+                count += size
+    return CARD.format(
+        front_matter="\n".join(lines),
+        title=Path(name).name,
+        name=name,
+        parameters=f"{count / 1e6:,.1f} M parameters, the vision tokenizer among them.",
+        prompt="a red circle to the left of a blue square",
+        sizes=", ".join(sizes[:12]) + (f" and {len(sizes) - 12} more" if len(sizes) > 12 else ""),
+        about=body + "\n" if body else ABOUT_UNKNOWN,
+    )

@@ -1,0 +1,189 @@
+"""Exported checkpoints load in fresh processes, with and without the import, from a folder and from the Hub."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hub_stand_in import hub_stand_in
+from PIL import Image
+
+from transformers_nextflow.cli import main
+
+ROOT = Path(__file__).parents[1]
+PICTURE = """
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForMultimodalLM, AutoProcessor
+model = AutoModelForMultimodalLM.from_pretrained(NAME, **TRUST).eval()
+processor = AutoProcessor.from_pretrained(NAME, **TRUST)
+chat = [{"role": "user", "content": "a red circle"}]
+inputs = processor.apply_chat_template(chat, generation_mode="image")
+tokens = model.generate(**inputs, generation_mode="image", seed=0)
+processor.post_process_image(model.decode_image_tokens(tokens, (3, 3)))[0].save(PNG)
+"""
+
+
+def run_fresh(script: str, folder: Path, **environment: str) -> str:
+    """Run a script in a new process, in `folder`, as someone who has the package installed."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "HF_HOME": str(folder / "hf")} | environment
+    run = [sys.executable, "-c", script]
+    done = subprocess.run(run, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def picture(tiny_model, tiny_processor) -> Image.Image:
+    """What the model itself draws."""
+    chat = [{"role": "user", "content": "a red circle"}]
+    inputs = tiny_processor.apply_chat_template(chat, generation_mode="image")
+    tokens = tiny_model.generate(**inputs, generation_mode="image", seed=0)
+    return tiny_processor.post_process_image(tiny_model.decode_image_tokens(tokens, (3, 3)))[0]
+
+
+def same(path: Path, picture: Image.Image) -> bool:
+    return Image.open(path).tobytes() == picture.tobytes()
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_checkpoint, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("export") / "exported"
+    assert main(["export", str(tiny_checkpoint), "--to", str(folder)]) == 0
+    return folder
+
+
+def test_trusted_without_the_import_and_untrusted_with_it_draw_the_same(exported, picture, tmp_path):
+    script = f"""
+import sys
+NAME, PNG, TRUST = {str(exported)!r}, "trusted.png", {{"trust_remote_code": True}}
+assert "transformers_nextflow" not in sys.modules
+{PICTURE}
+assert type(AutoImageProcessor.from_pretrained(NAME, **TRUST)).__name__ == "NextFlowImageProcessor"
+model.save_pretrained("again")
+"""
+    run_fresh(script, tmp_path)
+    assert same(tmp_path / "trusted.png", picture)
+    script = f'import transformers_nextflow\nNAME, PNG, TRUST = {str(exported)!r}, "imported.png", {{}}\n{PICTURE}'
+    run_fresh(script, tmp_path)
+    assert same(tmp_path / "imported.png", picture)
+
+
+def test_the_export_holds_what_the_hub_shows(exported, tiny_checkpoint):
+    names = {path.name for path in exported.iterdir()}
+    assert {"README.md", "config.json", "generation_config.json", "model.safetensors"} <= names
+    assert {"processor_config.json", "chat_template.jinja", "tokenizer.json"} <= names
+    weights = "model.safetensors"
+    assert (exported / weights).read_bytes() == (tiny_checkpoint / weights).read_bytes()
+    references = [
+        *json.loads((exported / "config.json").read_text())["auto_map"].values(),
+        *json.loads((exported / "processor_config.json").read_text())["auto_map"].values(),
+    ]
+    for reference in references:
+        module, name = reference.split(".")
+        assert name in (exported / f"{module}.py").read_text()
+    card = (exported / "README.md").read_text()
+    assert card.startswith("---\n") and "library_name: transformers" in card
+    assert "24 x 24" in card and "Limits" in card and "Licence" in card
+
+
+def test_the_cards_usage_runs(exported, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```python\n(.*?)```", (exported / "README.md").read_text(), flags=re.DOTALL)
+    exec(compile(block, "README.md", "exec"), {})
+    assert Image.open(tmp_path / "picture.png").size == (24, 24)
+
+
+def test_a_readme_of_the_folder_is_kept(tiny_checkpoint, tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for path in tiny_checkpoint.iterdir():
+        (source / path.name).write_bytes(path.read_bytes())
+    readme = "---\nlicense: mit\ntags: [mine]\n---\n# Mine\n\nScore: 0.5. Made of {nothing}.\n"
+    (source / "README.md").write_text(readme)
+    (source / "scores.json").write_text('{"score": 0.5}')
+    (source / "pytorch_model.bin").write_bytes(b"pickle")
+    assert main(["export", str(source), "--to", str(tmp_path / "out")]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    head = card.split("---\n")[1]
+    assert "license: mit" in head and "tags: [mine]" in head and "tags: [nextflow]" not in head
+    assert "Score: 0.5. Made of {nothing}." in card
+    assert (tmp_path / "out" / "scores.json").exists() and not (tmp_path / "out" / "pytorch_model.bin").exists()
+
+
+def test_pushing_and_loading_from_the_hub(tiny_checkpoint, picture, tmp_path):
+    """Create, upload, commit, download, load: by the command, and by the methods of model and processor."""
+    script = f"""
+import os
+from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor
+from transformers_nextflow.cli import main
+assert main(["export", {str(tiny_checkpoint)!r}, "--to", "someone/exported", "--push"]) == 0
+NextFlowForConditionalGeneration.from_pretrained({str(tiny_checkpoint)!r}).push_to_hub("someone/pushed")
+NextFlowProcessor.from_pretrained({str(tiny_checkpoint)!r}).push_to_hub("someone/pushed")
+NAME, PNG, TRUST = "someone/pushed", "pushed.png", {{}}
+{PICTURE}
+"""
+    with hub_stand_in() as hub:
+        environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_stand_in", "HF_HUB_DISABLE_XET": "1"}
+        environment |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1"}
+        run_fresh(script, tmp_path, **environment)
+        trusted = f'NAME, PNG, TRUST = "someone/exported", "exported.png", {{"trust_remote_code": True}}\n{PICTURE}'
+        run_fresh(trusted, tmp_path, **environment)
+    assert same(tmp_path / "pushed.png", picture) and same(tmp_path / "exported.png", picture)
+    assert hub.repositories.keys() == {"someone/exported", "someone/pushed"}
+    weights = (tiny_checkpoint / "model.safetensors").read_bytes()
+    assert hub.repositories["someone/exported"]["model.safetensors"] == weights
+    assert "POST /api/repos/create" in hub.calls
+    assert "POST /api/models/someone/exported/commit/main" in hub.calls
+    assert any(call.startswith("PUT /upload/") for call in hub.calls)
+    assert 'from_pretrained("someone/exported"' in hub.repositories["someone/exported"]["README.md"].decode()
+
+
+def truncated(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    return "model.safetensors is truncated or no safetensors file"
+
+
+def pickled(folder):
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+    return "lacks model.safetensors; weights are exported from safetensors alone"
+
+
+def outside(folder):
+    index = {"weight_map": {"a": "../model.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return "must name .safetensors files of its own folder, got '../model.safetensors'"
+
+
+@pytest.mark.parametrize("damage", [truncated, pickled, outside])
+def test_damaged_weights_are_refused(damage, tiny_checkpoint, tmp_path, capsys):
+    source = tmp_path / "source"
+    source.mkdir()
+    for path in tiny_checkpoint.iterdir():
+        (source / path.name).write_bytes(path.read_bytes())
+    message = damage(source)
+    assert main(["export", str(source), "--to", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("nowhere", "--to", "out"), "there is no model directory nowhere"),
+        ((".", "--to", "out"), "config.json"),
+        (("CHECKPOINT", "--to", "no repository", "--push"), "a repository reads \"owner/name\", got 'no repository'"),
+        (("CHECKPOINT", "--to", "."), ". exists already; name a new folder"),
+    ],
+)
+def test_user_errors(arguments, message, tiny_checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").write_text("mine")
+    arguments = [str(tiny_checkpoint) if argument == "CHECKPOINT" else argument for argument in arguments]
+    assert main(["export", *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]

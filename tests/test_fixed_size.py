@@ -1,0 +1,117 @@
+"""A vision tokenizer of one picture size, which its grid does not divide, inside of the whole model."""
+
+import pytest
+import torch
+from PIL import Image
+from tiny_models import BOI, EOI, EOS, IMAGE, PAD, tiny_model
+from tiny_models import tiny_config as tiny_nextflow_config
+
+from transformers_nextflow import NextFlowImageProcessor, NextFlowVQConfig
+
+EDGE, SLOTS = 40, 13  # pixels; 2x2 and 3x3 cells
+FIXED_SIZE = {
+    "semantic_config": {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": EDGE,
+        "patch_size": 13,
+        "vision_use_head": False,
+    },
+    "semantic_mean": [0.5, 0.5, 0.5],
+    "semantic_std": [0.5, 0.5, 0.5],
+    "semantic_decoder_config": {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 3,
+        "patch_size": 1,
+        "num_channels": 6,
+    },
+    "image_size": EDGE,
+    "attention": "dense",
+    "scale_schedules": [[[1, 1], [2, 2], [3, 3]]],
+    "levels": {"40": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(tiny_nextflow_config(vq=FIXED_SIZE))
+
+
+@pytest.fixture(scope="module")
+def pixels() -> torch.Tensor:
+    return torch.rand(2, 3, EDGE, EDGE, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+@pytest.fixture
+def inputs(pixels) -> dict:
+    picture = [BOI, *[IMAGE] * SLOTS, EOI]
+    ids = torch.tensor([[1, 2, *picture, 3], [4, 5, *picture, 6]])
+    return {"input_ids": ids, "image_grid_hw": torch.tensor([[3, 3], [3, 3]]), "pixel_values": pixels}
+
+
+def test_whole_pictures_are_their_codes(model, inputs, pixels):
+    codes = model.model.vq_model.encode(pixels)
+    assert codes.shape == (2, 14) and not torch.equal(codes[0], codes[1])
+    assert model.model.vq_model.decode(codes, (3, 3)).shape == (2, 3, EDGE, EDGE)
+    with torch.no_grad():
+        whole = model(**inputs).logits
+        inputs = {name: inputs[name] for name in ("input_ids", "image_grid_hw")}
+        coded = model(**inputs, image_codes=codes.flatten()).logits
+    assert torch.equal(whole, coded)
+    with pytest.raises(ValueError, match="pixel_values must hold 2 rows for the images in input_ids, got 1"):
+        model(**inputs | {"pixel_values": pixels[:1]})
+
+
+def test_answers_of_a_row_keep_its_picture(model, inputs):
+    settings = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": PAD, "eos_token_id": EOS}
+    one = model.generate(**inputs, **settings)
+    several = model.generate(**inputs, **settings, num_beams=2, num_return_sequences=2)
+    assert several.shape[0] == 4 and one.shape[0] == 2
+
+
+def test_pictures_are_generated_at_that_size(model):
+    ids = torch.tensor([[1, 2, BOI]])
+    settings = {"generation_mode": "image", "guidance_scale": 1.0, "seed": 0}
+    by_size = model.generate(input_ids=ids, height=EDGE, width=EDGE, **settings)
+    assert torch.equal(by_size, model.generate(input_ids=ids, **settings))
+    assert model.decode_image_tokens(by_size, (3, 3)).shape == (1, 3, EDGE, EDGE)
+    with pytest.raises(ValueError, match="no scale schedule for an image of 12x12 .*nearest: 40x40"):
+        model.generate(input_ids=ids, height=12, width=12, **settings)
+
+
+def test_image_processor_keeps_pictures_whole(tmp_path):
+    processor = NextFlowImageProcessor(4, FIXED_SIZE["scale_schedules"], FIXED_SIZE["levels"], image_size=EDGE)
+    processor.save_pretrained(tmp_path)
+    processor = NextFlowImageProcessor.from_pretrained(tmp_path)
+    pictures = [Image.new("RGB", (90, 50), "red"), Image.new("RGB", (EDGE, EDGE), "blue")]
+    inputs = processor(pictures, return_tensors="pt")
+    assert inputs["pixel_values"].shape == (2, 3, EDGE, EDGE)
+    assert inputs["image_grid_hw"].tolist() == [[3, 3], [3, 3]]
+    assert inputs["pixel_values"][0, :, 0, 0].tolist() == [1, -1, -1]
+
+
+def config(**changes) -> NextFlowVQConfig:
+    sizes = {"patch_size": 4, "stem_stride": 2, "channel_multipliers": [1, 1], "semantic_dim": 6}
+    return NextFlowVQConfig(**sizes | FIXED_SIZE | changes)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"image_size": 60}, r"needs exactly one scale schedule, which ends in the grid \(4, 4\)"),
+        ({"scale_schedules": None}, "needs exactly one scale schedule"),
+        ({"semantic_std": None}, "must be given together"),
+        ({"semantic_decoder_config": None}, "needs a semantic_decoder_config"),
+        ({"attention": "none"}, "attention must be"),
+        ({"semantic_config": {"model_type": "vit"}}, "the semantic encoder must be one of .* got vit"),
+    ],
+)
+def test_configurations_that_cannot_be(changes, message):
+    with pytest.raises(ValueError, match=message):
+        config(**changes)
