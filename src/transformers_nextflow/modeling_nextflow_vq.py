@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.models.siglip2.configuration_siglip2 import Siglip2VisionConfig
 from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionEmbeddings, Siglip2VisionModel
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_nextflow import NextFlowVQConfig
 from .quantizer import DualCodebookQuantizer, QuantizerOutput, SelfCorrection, to_map, to_sequence
@@ -56,7 +56,7 @@ class ResidualBlock(nn.Module):
         return self.shortcut(hidden) + update
 
 
-class SpatialAttention(nn.Module):
+class AttnBlock(nn.Module):
     """Single-head self-attention over all positions of the coarsest resolution."""
 
     def __init__(self, channels: int):
@@ -83,7 +83,7 @@ def _resolution(in_channels: int, channels: int, blocks: int, attention: bool, p
     widths = [in_channels] + [channels] * (blocks - 1)
     layers = [ResidualBlock(width, channels, padding_mode) for width in widths]
     if attention:
-        layers.insert(1, SpatialAttention(channels))
+        layers.insert(1, AttnBlock(channels))
     return nn.Sequential(*layers)
 
 
@@ -251,7 +251,7 @@ class NextFlowVQModel(PreTrainedModel):
     base_model_prefix = "vq_model"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
-    _no_split_modules = ["Siglip2EncoderLayer", "ResidualBlock", "SpatialAttention"]
+    _no_split_modules = ["Siglip2EncoderLayer", "ResidualBlock", "AttnBlock"]
     _keep_in_fp32_modules_strict = ["quantizer"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -351,6 +351,7 @@ class NextFlowVQModel(PreTrainedModel):
         decoded = self.semantic_decoder(semantic.to(self.semantic_decoder.to_features[0].weight.dtype))
         return semantic, pixel, to_map(decoded, schedule.final_grid)
 
+    @can_return_tuple
     def forward(
         self,
         pixel_values: torch.Tensor,
