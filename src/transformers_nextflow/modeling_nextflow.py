@@ -91,9 +91,11 @@ class NextFlowPreTrainedModel(PreTrainedModel):
         model.base_model.vq_model.requires_grad_(False)  # loading replaces parameters and thaws them
         return loaded
 
-    def _initialize_weights(self, module, is_custom_code=False):
-        # transformers skips out-of-tree modules without parameters of their own, which `_init_weights` is for
-        super()._initialize_weights(module)
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # "custom" makes loading skip modules without parameters of their own in `_init_weights`, such as SigLIP2's
+        # attention, for code that writes parameters in place; here all of it goes through `transformers.initialization`
+        return False
 
     @torch.no_grad()
     def _init_weights(self, module):

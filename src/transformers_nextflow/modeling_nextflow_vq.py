@@ -271,6 +271,11 @@ class NextFlowVQModel(PreTrainedModel):
         self.pixel_decoder = PixelDecoder(config)
         self.post_init()
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # see `NextFlowPreTrainedModel.is_custom_code`
+        return False
+
     @torch.no_grad()
     def _init_weights(self, module):
         if isinstance(module, DualCodebookQuantizer):
