@@ -1,6 +1,8 @@
 """transformers' common tests of processors and image processors, on NextFlow's."""
 
 import unittest
+from functools import partialmethod
+from unittest import mock
 
 from examples.shapes.text import train_text_tokenizer
 from tests.common.library import import_library
@@ -17,6 +19,7 @@ def tiny_image_processor() -> NextFlowImageProcessor:
 
 class NextFlowProcessorTest(ProcessorTesterMixin, unittest.TestCase):
     processor_class = NextFlowProcessor
+    grids_input_name = "image_grid_hw"
 
     @classmethod
     def _setup_tokenizer(cls):
@@ -29,6 +32,14 @@ class NextFlowProcessorTest(ProcessorTesterMixin, unittest.TestCase):
     @classmethod
     def _setup_test_attributes(cls, processor):
         cls.image_token = processor.image_placeholder
+
+    def _test_apply_chat_template(self, modality, batch_size, return_tensors, input_name, *args):
+        """With the library's defaults: NextFlow's own give at once what `generate` takes. Patches are flat, as in
+        Qwen; what has a row for each picture is the grids."""
+        defaults = {"add_generation_prompt": False, "tokenize": False, "return_dict": False}
+        as_in_library = partialmethod(NextFlowProcessor.apply_chat_template, **defaults)
+        with mock.patch.object(NextFlowProcessor, "apply_chat_template", as_in_library):
+            super()._test_apply_chat_template(modality, batch_size, return_tensors, "grids_input_name", *args)
 
 
 class NextFlowImageProcessingTester(image_processing.ImageProcessingTester):
