@@ -320,8 +320,17 @@ class NextFlowGenerationMixin(GenerationMixin):
 
     def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):
         inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
-        if not is_first_iteration and kwargs.get("use_cache", True):
+        cache = inputs.get("past_key_values")
+        if cache is not None and (not is_first_iteration or self._continues(cache, inputs.get("input_ids"))):
             for name in IMAGE_INPUTS:
                 inputs.pop(name, None)
         inputs["logits_over"] = "text"
         return inputs
+
+    def _continues(self, cache: Cache, input_ids: torch.Tensor | None) -> bool:
+        """Whether the prompt's images are in the cache already, and `input_ids` only the rest of its text."""
+        return (
+            cache.get_seq_length() > 0
+            and input_ids is not None
+            and not bool((input_ids == self.config.boi_token_id).any())
+        )

@@ -74,6 +74,13 @@ class NextFlowModelTest(ModelTesterMixin, GenerationTesterMixin, unittest.TestCa
     def test_config(self):
         self.config_tester.run_common_tests()
 
+    def prepare_config_and_inputs_for_generate(self, batch_size=2):
+        """Patches are flat: those of so many rows."""
+        config, inputs = super().prepare_config_and_inputs_for_generate(batch_size)
+        cells = batch_size * SQUARE[0] * SQUARE[1]
+        inputs["pixel_values"] = self.model_tester.prepare_config_and_inputs_for_common()[1]["pixel_values"][:cells]
+        return config, inputs
+
     def test_model_rope_scaling_frequencies(self):
         """The test takes the number of sections for that of axes, as in Qwen."""
         rope = {"rope_type": "default", "rope_theta": 1000.0, "mrope_section": [4, 2, 2]}
