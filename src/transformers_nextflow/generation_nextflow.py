@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import ModelOutput
 
 from .attention import scale_step_mask
@@ -317,6 +318,13 @@ class NextFlowGenerationMixin(GenerationMixin):
             expand_size, is_encoder_decoder, input_ids, **model_kwargs
         )
         return input_ids, model_kwargs | flat
+
+    @staticmethod
+    def create_masks_for_generate(config, attention_mask=None, is_first_iteration=False, **kwargs):
+        """Masks of the steps over a static cache; that of the prompt is forward's, which sees its images."""
+        if is_first_iteration:
+            return attention_mask
+        return create_masks_for_generate(config=config, attention_mask=attention_mask, **kwargs)
 
     def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):
         inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)

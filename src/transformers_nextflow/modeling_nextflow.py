@@ -83,6 +83,7 @@ class NextFlowPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
+    _can_compile_fullgraph = True
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
@@ -279,7 +280,9 @@ class NextFlowModel(NextFlowPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if past_key_values is not None and past_key_values.get_seq_length() > 0:
+        # masks come prepared for steps over a static cache, whose length a compiled step must not ask for
+        prepared = isinstance(attention_mask, dict)
+        if prepared or (past_key_values is not None and past_key_values.get_seq_length() > 0):
             if image_grid_hw is not None:
                 raise ValueError("images cannot be given with a filled cache")
             return self.language_model(
