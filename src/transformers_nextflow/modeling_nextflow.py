@@ -78,6 +78,8 @@ class NextFlowPreTrainedModel(PreTrainedModel):
     output_modalities = ("text", "image")
     supports_gradient_checkpointing = True
     _no_split_modules = ["Qwen2_5_VLDecoderLayer", "Siglip2EncoderLayer", "ResidualBlock"]
+    # float32 under float16, and what quantised loading leaves alone beside the heads
+    _keep_in_fp32_modules = [rf"(?:model\.)?{name}" for name in ("vq_model", "connector", "scale_embedding")]
     _keep_in_fp32_modules_strict = ["quantizer", "code_embeddings"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
@@ -94,8 +96,8 @@ class NextFlowPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        # "custom" makes loading skip modules without parameters of their own in `_init_weights`, such as SigLIP2's
-        # attention, for code that writes parameters in place; here all of it goes through `transformers.initialization`
+        # for custom code that writes parameters in place, loading leaves out `_init_weights` of modules without
+        # parameters of their own, such as SigLIP2's attention; here all goes through `transformers.initialization`
         return False
 
     @torch.no_grad()
@@ -185,8 +187,9 @@ class NextFlowModel(NextFlowPreTrainedModel):
         return self.connect(features)
 
     def connect(self, features: torch.Tensor) -> torch.Tensor:
-        """(..., C) features of codes -> (..., D)."""
-        return self.connector(features.to(self.connector[0].weight.dtype))
+        """(..., C) features of codes -> (..., D) in the decoder's dtype."""
+        visual = self.connector(features.to(self.connector[0].weight.dtype))
+        return visual.to(self.get_input_embeddings().weight.dtype)
 
     def image_codes_of(
         self, layout: SequenceLayout, pixel_values: torch.Tensor | None, image_codes: torch.Tensor | None
@@ -382,7 +385,8 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
                 an image is supervised whole or not at all, and the model fills in its codes.
             shift_labels: (B, L) targets already aligned with the outputs, with the same markers, instead of `labels`.
             loss_weights: (B, L) weights of the targets; by default text weighs 1 and the scales as eq. 2 says.
-            num_items_in_batch: what the weighted sum is divided by; by default the sum of the weights.
+            num_items_in_batch: what the weighted sum is divided by; by default the sum of the weights. Where nothing
+                is supervised the loss is 0 with it and NaN without, as of the library's models.
             logits_to_keep: the last positions, or indices, to compute logits for; 0 = all.
             logits_over: `"all"` rows (text, then codes), `"text"` rows, `"codes"`, or `"none"`.
         """

@@ -117,7 +117,7 @@ class PixelEncoder(nn.Module):
 
 
 class PatchEncoder(nn.Module):
-    """(B, 3, H, W) -> (B, pixel_dim, h, w): a perceptron on each patch alone, so that equal patches get equal features.
+    """(B, 3, H, W) -> (B, pixel_dim, h, w): a perceptron on each patch alone, so that equal ones get equal features.
 
     Differs from the paper, whose pixel branch is a CNN: normalisation over the picture and attention make a patch's
     features, and so its codes, depend on everything around it, which takes a transformer long to learn.

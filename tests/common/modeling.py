@@ -20,7 +20,7 @@ ModelTesterMixin = import_library("test_modeling_common").ModelTesterMixin
 GenerationTesterMixin = import_library("generation.test_utils").GenerationTesterMixin
 ConfigTester = import_library("test_configuration_common").ConfigTester
 
-# The tests know by these tables which classes have losses and heads; the tables of names hold the library's own models.
+# The tests know by these tables, which hold the library's own models, which classes have losses and heads.
 modeling_auto.MODEL_MAPPING_NAMES |= {"nextflow": "NextFlowModel", "nextflow_vq": "NextFlowVQModel"}
 modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["nextflow"] = "NextFlowForConditionalGeneration"
 

@@ -1,7 +1,7 @@
 """Runs transformers' own common tests on NextFlow's classes: `python -m tests.common.run`.
 
-The tests are those of the installed transformers, from its source distribution, which pip downloads once into `.cache`.
-Their outcome is compared with `results.json`; `--record` writes that file instead.
+The tests are those of the installed transformers, from its source distribution, which pip downloads once into
+`.cache`. Their outcome is compared with `results.json`; `--record` writes that file instead.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def download() -> None:
     """Put the distribution's test files at `source_folder()`."""
     CACHE.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "--no-build-isolation"]
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", "transformers"]
         subprocess.run([*pip, f"transformers=={transformers.__version__}", "--dest", folder], check=True)
         (archive,) = Path(folder).glob("*.tar.gz")
         with tarfile.open(archive) as files:
