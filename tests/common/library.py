@@ -16,6 +16,14 @@ SOURCE_VARIABLE = "TRANSFORMERS_SOURCE"
 CACHE = Path(__file__).parents[2] / ".cache"
 HOW = "run `make common-tests` once: it downloads the source distribution of transformers, whose tests these are"
 
+# The distribution holds the files of `tests/`, not of its folders; these names of those are imported.
+STAND_INS = {
+    "generation.test_utils": {"GenerationTesterMixin": type("GenerationTesterMixin", (), {})},
+    "utils.test_configuration_utils": {"config_common_kwargs": {}},
+}
+# Never run: sequences are laid out by their ids' values, which an exported graph cannot follow.
+EXPORT = {name: type(name, (), {}) for name in ("ExportTesterMixin", "ExportGenerateTesterMixin")}
+
 
 def source_folder() -> Path:
     """Where the sources of the installed transformers are, or would be; `TRANSFORMERS_SOURCE` names another place."""
@@ -41,20 +49,13 @@ def import_library(name: str) -> ModuleType:
         spec = importlib.machinery.ModuleSpec("transformers_tests", None, is_package=True)
         spec.submodule_search_locations.append(str(source_folder() / "tests"))
         sys.modules["transformers_tests"] = importlib.util.module_from_spec(spec)
-        for absent, names in _left_out().items():
+        for absent, names in STAND_INS.items():
             if not (source_folder() / "tests" / f"{absent.replace('.', '/')}.py").exists():
                 _stand_in(f"transformers_tests.{absent}", names)
+        for root in ("transformers_tests", "tests"):
+            _stand_in(f"{root}.exporters.test_export", EXPORT)
         _stand_in("fetch_hub_objects_for_ci", {"url_to_local_path": local_picture})
     return importlib.import_module(f"transformers_tests.{name}")
-
-
-def _left_out() -> dict[str, dict]:
-    """The distribution holds the files of `tests/`, not of its folders; these names of those are imported."""
-    return {
-        "exporters.test_export": {"ExportTesterMixin": type("ExportTesterMixin", (), {})},
-        "generation.test_utils": {"GenerationTesterMixin": type("GenerationTesterMixin", (), {})},
-        "utils.test_configuration_utils": {"config_common_kwargs": {}},
-    }
 
 
 def _stand_in(name: str, names: dict) -> None:
