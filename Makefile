@@ -1,15 +1,20 @@
-# make demo | test | lint: each works from a fresh clone.
+# make demo | test | lint | common-tests: each works from a fresh clone.
 
 PYTHON := .venv/bin/python
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint
+.PHONY: demo test lint common-tests
 
 demo: $(INSTALLED)
 	$(PYTHON) -m examples.demo --output demo
 
 test: lint
 	$(PYTHON) -m pytest -q
+
+# transformers' own tests, on this project's classes
+common-tests: $(INSTALLED)
+	$(PYTHON) -m pip install -c constraints.txt accelerate peft parameterized
+	PYTHONPATH=src:. $(PYTHON) -m tests.common.run
 
 lint: $(INSTALLED)
 	$(PYTHON) -m ruff check .

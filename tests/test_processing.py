@@ -89,7 +89,8 @@ def test_negative_text_has_the_same_pictures(tiny_processor):
     assert torch.equal(inputs["negative_attention_mask"], negative["attention_mask"])
     both = tiny_processor(text=["a", "b c"], negative_text="bad", return_tensors="pt")
     assert both["negative_input_ids"].shape[0] == 2
-    assert set(inputs) <= set(tiny_processor.model_input_names)
+    plain = tiny_processor(text=texts, images=pictures, return_tensors="pt")
+    assert set(plain) == set(tiny_processor.model_input_names)
 
 
 def test_mismatches_name_both_numbers(tiny_processor):

@@ -4,6 +4,7 @@ Masks are built by transformers' own functions, so that every attention backend 
 """
 
 import torch
+import torch.nn.functional as F
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
@@ -34,6 +35,10 @@ def sequence_mask(
             f"attn_implementation={config._attn_implementation!r} cannot express scale blocks or packed documents in "
             'one call; use "sdpa", "flex_attention" or "eager"'
         )
+    block_ids = layout.block_ids if has_blocks else None
+    if has_blocks and past_key_values is not None:  # a static cache has keys beyond the sequence
+        keys, _ = past_key_values.get_mask_sizes(block_ids.shape[1], layer_idx=0)
+        block_ids = F.pad(block_ids, (0, keys - block_ids.shape[1]), value=-1)
     same_document = None
     if document_ids is not None:
         same_document = lambda batch, head, q, kv: document_ids[batch, q] == document_ids[batch, kv]  # noqa: E731
@@ -44,7 +49,7 @@ def sequence_mask(
         past_key_values=past_key_values,
         position_ids=None,  # packed documents come from document_ids; positions repeat inside images
         and_mask_function=same_document,
-        block_sequence_ids=layout.block_ids if has_blocks else None,
+        block_sequence_ids=block_ids,
     )
     return {"full_attention": mask}
 

@@ -54,8 +54,21 @@ def load_model(model: str | None) -> "tuple[NextFlowForConditionalGeneration, Ne
     name = model_name(model)
     check_model_type(name, "nextflow")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded = NextFlowForConditionalGeneration.from_pretrained(name).to(device).eval()
+    loaded = load_weights(NextFlowForConditionalGeneration, name).to(device).eval()
     return loaded, NextFlowProcessor.from_pretrained(name)
+
+
+def load_weights(model_class, name: str):
+    """`from_pretrained`; raises `ValueError` where the files are damaged, or lack or misshape tensors."""
+    from safetensors import SafetensorError
+
+    try:
+        model, report = model_class.from_pretrained(name, output_loading_info=True)
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"the weights in {name} cannot be loaded: {error}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"the weights in {name} lack {len(missing)} tensors, {missing[0]} among them")
+    return model
 
 
 def load_vision_tokenizer(model: str | None) -> "tuple[NextFlowVQModel, NextFlowImageProcessor]":
@@ -69,7 +82,7 @@ def load_vision_tokenizer(model: str | None) -> "tuple[NextFlowVQModel, NextFlow
         whole, processor = load_model(name)
         return whole.model.vq_model, processor.image_processor
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded = NextFlowVQModel.from_pretrained(name).to(device).eval()
+    loaded = load_weights(NextFlowVQModel, name).to(device).eval()
     config = loaded.config
     sizes = (config.patch_size, config.scale_schedules, config.levels, config.image_size)
     return loaded, NextFlowImageProcessor(*sizes)

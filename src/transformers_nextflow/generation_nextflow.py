@@ -11,8 +11,10 @@ from math import inf
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.generation.streamers import BaseStreamer
+from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import ModelOutput
 
 from .decoding import ImageControls, RowDecoder, draw_images
@@ -648,13 +650,29 @@ class NextFlowGenerationMixin(GenerationMixin):
         )
         return input_ids, model_kwargs | flat
 
+    @staticmethod
+    def create_masks_for_generate(config, attention_mask=None, is_first_iteration=False, **kwargs):
+        """Masks of the steps over a static cache; that of the prompt is forward's, which sees its images."""
+        if is_first_iteration:
+            return attention_mask
+        return create_masks_for_generate(config=config, attention_mask=attention_mask, **kwargs)
+
     def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):
         inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
-        if not is_first_iteration and kwargs.get("use_cache", True):
+        cache = inputs.get("past_key_values")
+        if cache is not None and (not is_first_iteration or self._continues(cache, inputs.get("input_ids"))):
             for name in IMAGE_INPUTS:
                 inputs.pop(name, None)
         inputs["logits_over"] = "text"
         return inputs
+
+    def _continues(self, cache: Cache, input_ids: torch.Tensor | None) -> bool:
+        """Whether the prompt's images are in the cache already, and `input_ids` only the rest of its text."""
+        return (
+            cache.get_seq_length() > 0
+            and input_ids is not None
+            and not bool((input_ids == self.config.boi_token_id).any())
+        )
 
 
 def _num_scales(codes: torch.Tensor, schedule: ScaleSchedule) -> int:

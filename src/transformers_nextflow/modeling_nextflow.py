@@ -21,7 +21,8 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRotaryEmbedding, Qwen2_5_VLTextModel
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from .attention import sequence_mask
 from .configuration_nextflow import NextFlowConfig
@@ -77,11 +78,14 @@ class NextFlowPreTrainedModel(PreTrainedModel):
     output_modalities = ("text", "image")
     supports_gradient_checkpointing = True
     _no_split_modules = ["Qwen2_5_VLDecoderLayer", "Siglip2EncoderLayer", "ResidualBlock"]
+    # float32 under float16, and what quantised loading leaves alone beside the heads
+    _keep_in_fp32_modules = [rf"(?:model\.)?{name}" for name in ("vq_model", "connector", "scale_embedding")]
     _keep_in_fp32_modules_strict = ["quantizer", "code_embeddings"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
+    _can_compile_fullgraph = True
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
@@ -90,9 +94,11 @@ class NextFlowPreTrainedModel(PreTrainedModel):
         model.base_model.vq_model.requires_grad_(False)  # loading replaces parameters and thaws them
         return loaded
 
-    def _initialize_weights(self, module, is_custom_code=False):
-        # transformers skips out-of-tree modules without parameters of their own, which `_init_weights` is for
-        super()._initialize_weights(module)
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # for custom code that writes parameters in place, loading leaves out `_init_weights` of modules without
+        # parameters of their own, such as SigLIP2's attention; here all goes through `transformers.initialization`
+        return False
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -160,6 +166,14 @@ class NextFlowModel(NextFlowPreTrainedModel):
             document_ids=document_ids,
         )
 
+    def marker_ids(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        """(B, L, D) -> (B, L): the ids of `<boi>`, `<image>` and `<eoi>` where their embeddings stand, else -1."""
+        ids = inputs_embeds.new_full(inputs_embeds.shape[:2], -1, dtype=torch.long)
+        for token_id in (self.config.boi_token_id, self.config.image_token_id, self.config.eoi_token_id):
+            row = self.get_input_embeddings()(ids.new_tensor(token_id))
+            ids[(inputs_embeds == row).all(dim=-1)] = token_id
+        return ids
+
     def next_scale_inputs(
         self, codes: torch.Tensor, schedule: ScaleSchedule, last_scale: bool = False
     ) -> torch.Tensor:
@@ -173,8 +187,9 @@ class NextFlowModel(NextFlowPreTrainedModel):
         return self.connect(features)
 
     def connect(self, features: torch.Tensor) -> torch.Tensor:
-        """(..., C) features of codes -> (..., D)."""
-        return self.connector(features.to(self.connector[0].weight.dtype))
+        """(..., C) features of codes -> (..., D) in the decoder's dtype."""
+        visual = self.connector(features.to(self.connector[0].weight.dtype))
+        return visual.to(self.get_input_embeddings().weight.dtype)
 
     def image_codes_of(
         self, layout: SequenceLayout, pixel_values: torch.Tensor | None, image_codes: torch.Tensor | None
@@ -259,12 +274,13 @@ class NextFlowModel(NextFlowPreTrainedModel):
         document_ids: torch.LongTensor | None = None,
         layout: SequenceLayout | None = None,
         use_cache: bool | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         """Hidden states of whole sequences, or of text that continues a cache.
 
         Args:
-            input_ids: (B, L).
+            input_ids: (B, L); or (B, L, D) `inputs_embeds`, in which images stand where the rows of `<boi>`, `<image>`
+                and `<eoi>` do.
             attention_mask: (B, past + L), 0 at padding.
             position_ids: (3, B, L) rows (s, i, j); computed from the ids where absent.
             pixel_values: (sum of final-grid cells, p*p*3) in [-1, 1], patches row-major, images in the order of
@@ -276,9 +292,11 @@ class NextFlowModel(NextFlowPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if inputs_embeds is not None or (past_key_values is not None and past_key_values.get_seq_length() > 0):
+        # masks come prepared for steps over a static cache, whose length a compiled step must not ask for
+        prepared = isinstance(attention_mask, dict)
+        if prepared or (past_key_values is not None and past_key_values.get_seq_length() > 0):
             if image_grid_hw is not None:
-                raise ValueError("images cannot be given with inputs_embeds or a filled cache")
+                raise ValueError("images cannot be given with a filled cache")
             return self.language_model(
                 input_ids=input_ids,
                 inputs_embeds=inputs_embeds,
@@ -288,9 +306,12 @@ class NextFlowModel(NextFlowPreTrainedModel):
                 use_cache=use_cache,
                 **kwargs,
             )
+        if inputs_embeds is None:
+            inputs_embeds = self.language_model.embed_tokens(input_ids)
+        elif layout is None:
+            input_ids = self.marker_ids(inputs_embeds)
         layout = layout or self.lay_out(input_ids, image_grid_hw, attention_mask, document_ids)
         codes = self.image_codes_of(layout, pixel_values, image_codes)
-        inputs_embeds = self.language_model.embed_tokens(input_ids)
         if layout.images:
             inputs_embeds = self.embed_images(inputs_embeds, layout, _input_codes(layout, codes, image_input_codes))
         mask = sequence_mask(
@@ -328,6 +349,7 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
     """NextFlow with its text and code heads: reads and writes text and images."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output", "code_head": "colwise_gather_output"}
 
     def __init__(self, config: NextFlowConfig):
         super().__init__(config)
@@ -363,7 +385,7 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         logits_over: str = "all",
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> NextFlowOutput:
         """See [`NextFlowModel.forward`] for the inputs.
 
@@ -372,7 +394,8 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
                 an image is supervised whole or not at all, and the model fills in its codes.
             shift_labels: (B, L) targets already aligned with the outputs, with the same markers, instead of `labels`.
             loss_weights: (B, L) weights of the targets; by default text weighs 1 and the scales as eq. 2 says.
-            num_items_in_batch: what the weighted sum is divided by; by default the sum of the weights.
+            num_items_in_batch: what the weighted sum is divided by; by default the sum of the weights. Where nothing
+                is supervised the loss is 0 with it and NaN without, as of the library's models.
             logits_to_keep: the last positions, or indices, to compute logits for; 0 = all.
             logits_over: `"all"` rows (text, then codes), `"text"` rows, `"codes"`, or `"none"`.
         """
@@ -381,9 +404,10 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
         supervised = labels is not None or shift_labels is not None
         layout = None
         if supervised:
-            if input_ids is None:
-                raise ValueError("labels need input_ids")
-            layout = self.model.lay_out(input_ids, image_grid_hw, attention_mask, document_ids)
+            if (input_ids is None) == (inputs_embeds is None):
+                raise ValueError("give exactly one of input_ids and inputs_embeds")
+            ids = self.model.marker_ids(inputs_embeds) if input_ids is None else input_ids
+            layout = self.model.lay_out(ids, image_grid_hw, attention_mask, document_ids)
             codes = self.model.image_codes_of(layout, pixel_values, image_codes)
             pixel_values, image_codes = None, torch.cat(codes) if codes else None
         outputs = self.model(

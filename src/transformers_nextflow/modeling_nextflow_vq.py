@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.models.siglip2.configuration_siglip2 import Siglip2VisionConfig
 from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionEmbeddings, Siglip2VisionModel
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_nextflow import NextFlowVQConfig
 from .fixed_size import fixed_size_decoder, fixed_size_encoder, fixed_size_features
@@ -58,7 +58,7 @@ class ResidualBlock(nn.Module):
         return self.shortcut(hidden) + update
 
 
-class SpatialAttention(nn.Module):
+class AttnBlock(nn.Module):
     """Single-head self-attention over all positions of the coarsest resolution."""
 
     def __init__(self, config: NextFlowVQConfig, channels: int):
@@ -88,9 +88,9 @@ def _resolution(
     widths = [in_channels] + [channels] * (blocks - 1)
     layers = [ResidualBlock(config, width, channels) for width in widths]
     if coarsest and config.attention == "dense":
-        return [layer for block in layers for layer in (block, SpatialAttention(config, channels))]
+        return [layer for block in layers for layer in (block, AttnBlock(config, channels))]
     if coarsest:
-        layers.insert(1, SpatialAttention(config, channels))
+        layers.insert(1, AttnBlock(config, channels))
     return layers
 
 
@@ -99,7 +99,7 @@ def _middle(config: NextFlowVQConfig, channels: int) -> list[nn.Module]:
     if config.attention != "dense":
         return []
     first, last = (ResidualBlock(config, channels, channels) for _ in range(2))
-    return [first, SpatialAttention(config, channels), last]
+    return [first, AttnBlock(config, channels), last]
 
 
 class PixelEncoder(nn.Module):
@@ -281,7 +281,7 @@ class NextFlowVQModel(PreTrainedModel):
         "CLIPEncoderLayer",
         "ViTLayer",
         "ResidualBlock",
-        "SpatialAttention",
+        "AttnBlock",
     ]
     _keep_in_fp32_modules_strict = ["quantizer"]
     _supports_sdpa = True
@@ -302,6 +302,11 @@ class NextFlowVQModel(PreTrainedModel):
         self.semantic_decoder = SemanticDecoder(config)
         self.pixel_decoder = PixelDecoder(config)
         self.post_init()
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # see `NextFlowPreTrainedModel.is_custom_code`
+        return False
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -393,6 +398,7 @@ class NextFlowVQModel(PreTrainedModel):
         decoded = self.semantic_decoder(semantic.to(self.semantic_decoder.to_features[0].weight.dtype))
         return semantic, pixel, to_map(decoded, schedule.final_grid)
 
+    @can_return_tuple
     def forward(
         self,
         pixel_values: torch.Tensor,

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 import torch
 from PIL import Image
 from transformers import BatchFeature
+from transformers.image_utils import ImageInput
 from transformers.processing_utils import MultiModalData, ProcessorMixin
+from transformers.tokenization_utils_base import PreTokenizedInput, TextInput
 
 from .generation_nextflow import NextFlowInterleavedOutput
 from .layout import num_image_slots
@@ -84,12 +86,12 @@ class NextFlowProcessor(ProcessorMixin):
         """What stands for one picture in a text."""
         return self.boi_token + self.image_token + self.eoi_token
 
-    @property
-    def model_input_names(self) -> list[str]:
-        return [*super().model_input_names, "negative_input_ids", "negative_attention_mask"]
-
     def __call__(
-        self, images=None, text=None, negative_text: str | Sequence[str] | None = None, **kwargs
+        self,
+        images: ImageInput | None = None,
+        text: TextInput | PreTokenizedInput | list[TextInput] | list[PreTokenizedInput] | None = None,
+        negative_text: TextInput | Sequence[TextInput] | None = None,
+        **kwargs,
     ) -> BatchFeature:
         """Texts with pictures to model inputs.
 

@@ -1,0 +1,115 @@
+"""Runs transformers' own common tests on NextFlow's classes: `python -m tests.common.run`.
+
+The tests are those of the installed transformers, from its source distribution, which pip downloads once into
+`.cache`. Their outcome is compared with `results.json`; `--record` writes that file instead.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from tests.common.library import CACHE, is_available, source_folder
+
+RESULTS = Path(__file__).with_name("results.json")
+FILES = ("modeling.py", "processing.py")
+PACKAGES = ("accelerate", "peft", "torchvision")  # tests that need one skip without it
+
+
+def download() -> None:
+    """Put the distribution's test files at `source_folder()`."""
+    CACHE.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", "transformers"]
+        subprocess.run([*pip, f"transformers=={transformers.__version__}", "--dest", folder], check=True)
+        (archive,) = Path(folder).glob("*.tar.gz")
+        with tarfile.open(archive) as files:
+            members = [member for member in files.getmembers() if Path(member.name).parts[1:2] == ("tests",)]
+            files.extractall(folder, members, filter="data")
+        (extracted,) = (path for path in Path(folder).iterdir() if path.is_dir())
+        (extracted / "tests" / "__init__.py").touch()
+        extracted.rename(source_folder())
+
+
+class Recorder:
+    """A pytest plugin: the outcome of each test, and the reason where it was skipped."""
+
+    def __init__(self):
+        self.passed, self.failed, self.skipped = set(), set(), {}
+
+    def pytest_runtest_logreport(self, report):
+        name = report.nodeid.split("::", 1)[-1]
+        if report.failed:
+            self.failed.add(name)
+        elif report.skipped:
+            self.skipped[name] = report.longrepr[-1].removeprefix("Skipped: ")
+        elif report.when == "call":
+            self.passed.add(name)
+
+    def results(self) -> dict:
+        reasons: dict[str, list[str]] = {}
+        for name, reason in sorted(self.skipped.items()):
+            reasons.setdefault(reason, []).append(name)
+        return {
+            "transformers": transformers.__version__,
+            "device": "cuda" if torch.cuda.is_available() else "cpu",
+            "packages": [name for name in PACKAGES if importlib.util.find_spec(name)],
+            "passed": len(self.passed - self.failed - set(self.skipped)),
+            "failed": sorted(self.failed),
+            "skipped": len(self.skipped),
+            "reasons": dict(sorted(reasons.items())),
+        }
+
+
+def run(*arguments: str) -> dict:
+    """Run the tests and return their counts, failures and skips."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    recorder = Recorder()
+    files = [str(Path(__file__).with_name(name)) for name in FILES]
+    # the library's own marks are not declared here
+    options = ["-q", "-o", "addopts=", "-p", "no:cacheprovider", "-W", "ignore", "--tb=short"]
+    pytest.main([*options, *files, *arguments], plugins=[recorder])
+    return recorder.results()
+
+
+def differences(results: dict) -> list[str]:
+    """What is otherwise than recorded. Skips depend on device and packages and are compared only where those agree."""
+    found = [f"failed: {name}" for name in results["failed"]]
+    recorded = json.loads(RESULTS.read_text())
+    if all(results[key] == recorded[key] for key in ("transformers", "device", "packages")):
+        found += [
+            f"{key}: {results[key]}, recorded {recorded[key]}"
+            for key in ("passed", "skipped", "reasons")
+            if results[key] != recorded[key]
+        ]
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--record", action="store_true", help="write results.json")
+    options, arguments = parser.parse_known_args()
+    if not (source_folder() / "tests").is_dir():
+        download()
+    if not is_available():
+        parser.error("the tests need the package parameterized")
+    results = run(*arguments)
+    if options.record:
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        return bool(results["failed"])
+    found = differences(results)
+    print(*found, f"{results['passed']} passed, {results['skipped']} skipped", sep="\n")
+    return bool(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,284 @@
+"""What users of transformers expect of any model: loading, dtypes, caches, compilation, pipelines, adapters."""
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch._dynamo.testing import CompileCounter
+from transformers import pipeline
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from tests.tiny_models import BOI, CODES, SQUARE, TEXT_ROWS, WIDE, Picture, batch_of, relative, tiny_config, tiny_model
+from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowModel, NextFlowVQModel
+from transformers_nextflow.cli import main
+
+ROWS = ([10, Picture(SQUARE, 1), 11], [12, 13, Picture(WIDE, 2), 14, 15])
+
+
+@pytest.fixture(scope="module")
+def model() -> NextFlowForConditionalGeneration:
+    return tiny_model()
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def warnings_of_the_library(caplog, monkeypatch):
+    monkeypatch.setattr(transformers.utils.logging.get_logger("transformers"), "propagate", True)
+    return caplog
+
+
+def rewrite(folder, change) -> None:
+    """Apply `change` to the tensors of a checkpoint."""
+    (path,) = folder.glob("*.safetensors")
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def logits_of(model, batch) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+# Loading
+
+
+@pytest.mark.parametrize("device_map", ["cpu", "auto"])
+def test_device_map_changes_nothing(model, folder, device_map):
+    pytest.importorskip("accelerate")
+    loaded = NextFlowForConditionalGeneration.from_pretrained(folder, device_map=device_map)
+    batch = batch_of(model, *ROWS)
+    assert torch.equal(logits_of(loaded.cpu(), batch), logits_of(model, batch))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_codes_stay_float32_in_a_half_model(model, folder, dtype):
+    loaded = NextFlowForConditionalGeneration.from_pretrained(folder, dtype=dtype)
+    assert loaded.dtype == dtype and loaded.code_head.weight.dtype == dtype
+    assert loaded.model.code_embeddings.weight.dtype == torch.float32
+    assert torch.equal(loaded.model.vq_model.quantizer.codebook(), model.model.vq_model.quantizer.codebook())
+    assert loaded.model.language_model.rotary_emb.inv_freq.dtype == torch.float32
+    logits = logits_of(loaded, batch_of(model, *ROWS))
+    assert logits.dtype == dtype and relative(logits.float(), logits_of(model, batch_of(model, *ROWS))) < 0.1
+    codes = loaded.generate(**batch_of(model, [10, BOI]), generation_mode="image", guidance_scale=1.0, seed=0)
+    assert codes.min() >= TEXT_ROWS and loaded.decode_image_tokens(codes).dtype == torch.float32
+
+
+def test_missing_weights_are_initialised_as_at_the_start(folder, warnings_of_the_library):
+    """SigLIP2's layers by its own rules, not as plain linear ones; and the library's report says what is missing."""
+
+    def change(tensors):
+        for name in list(tensors):
+            if "semantic_encoder" in name or name == "code_head.weight" or "code_embeddings" in name:
+                del tensors[name]
+
+    rewrite(folder, change)
+    loaded = NextFlowForConditionalGeneration.from_pretrained(folder)
+    assert "code_head.weight" in warnings_of_the_library.text and "MISSING" in warnings_of_the_library.text
+    biases = loaded.model.vq_model.semantic_encoder.encoder.layers[0].mlp.fc1.bias
+    assert 0 < biases.abs().max() < 1e-4
+    assert torch.equal(loaded.model.code_embeddings.weight, loaded.model.vq_model.quantizer.codebook())
+
+
+def test_extra_weights_are_reported(folder, warnings_of_the_library):
+    rewrite(folder, lambda tensors: tensors.update({"model.extra.weight": torch.zeros(2)}))
+    NextFlowForConditionalGeneration.from_pretrained(folder)
+    assert "model.extra.weight" in warnings_of_the_library.text and "UNEXPECTED" in warnings_of_the_library.text
+
+
+def test_misshapen_weights_are_an_error(folder):
+    rewrite(folder, lambda tensors: tensors.update({"code_head.weight": torch.zeros(CODES + 1, 32)}))
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        NextFlowForConditionalGeneration.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing", "misshapen"])
+def test_the_command_line_names_unreadable_weights(tiny_checkpoint, tmp_path, capsys, damage):
+    for path in tiny_checkpoint.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    if damage == "cut":
+        (path,) = tmp_path.glob("*.safetensors")
+        path.write_bytes(path.read_bytes()[:5000])
+    else:
+        weight = torch.zeros(3, 32)
+        rewrite(tmp_path, lambda tensors: tensors.update({"code_head.weight": weight}))
+        if damage == "missing":
+            rewrite(tmp_path, lambda tensors: tensors.pop("code_head.weight"))
+    assert main(["generate", "a", "--model", str(tmp_path), "--output", str(tmp_path / "a.png")]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: the weights in {tmp_path} ")
+    assert damage == "cut" or damage == "misshapen" or "lack 1 tensors, code_head.weight among them" in error
+
+
+def test_quantised_loading_leaves_vision_tokenizer_and_heads_alone(model):
+    """By the library's own helper, which every quantiser asks."""
+    kept = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    converted = {name for name in linear if should_convert_module(name, kept)}
+    assert converted == {name for name in linear if name.startswith("model.language_model.")}
+    kept_of_base = HfQuantizer.get_modules_to_not_convert(model.model, None, model.model._keep_in_fp32_modules)
+    assert not should_convert_module("vq_model.semantic_encoder.encoder.layers.0.mlp.fc1", kept_of_base)
+
+
+# Forward
+
+
+def test_forward_gives_tuples(model):
+    batch = batch_of(model, *ROWS)
+    with torch.no_grad():
+        assert torch.equal(model(**batch, return_dict=False)[0], model(**batch).logits)
+        pixels = torch.rand(1, 3, 12, 12)
+        vq_model = model.model.vq_model
+        assert torch.equal(vq_model(pixels, return_dict=False)[0], vq_model(pixels).reconstruction)
+
+
+def test_embeddings_in_place_of_ids(model):
+    batch = batch_of(model, *ROWS)
+    ids = batch.pop("input_ids")
+    embeds = model.get_input_embeddings()(ids).detach()
+    labels = ids.masked_fill(batch["attention_mask"] == 0, -100)
+    with torch.no_grad():
+        by_ids = model(input_ids=ids, labels=labels, **batch)
+        by_embeds = model(inputs_embeds=embeds, labels=labels, **batch)
+    assert torch.equal(by_embeds.logits, by_ids.logits) and torch.equal(by_embeds.loss, by_ids.loss)
+
+
+def test_attention_is_set_on_every_part(model):
+    other = tiny_model()
+    other.set_attn_implementation("eager")
+    parts = [part for part in other.modules() if isinstance(part, transformers.PreTrainedModel)]
+    assert len(parts) == 6 and {part.config._attn_implementation for part in parts} == {"eager"}
+    batch = batch_of(model, *ROWS)
+    assert relative(logits_of(other, batch), logits_of(model, batch)) < 1e-5
+    pixels = torch.rand(1, 3, 12, 12)
+    with torch.no_grad():
+        features, expected = (m.model.vq_model(pixels).semantic_features for m in (other, model))
+    assert relative(features, expected) < 1e-5
+
+
+def test_nothing_supervised_is_nan_alone_and_zero_in_a_larger_step(model):
+    """As of the library's models."""
+    batch = batch_of(model, *ROWS)
+    labels = torch.full_like(batch["input_ids"], -100)
+    with torch.no_grad():
+        assert model(**batch, labels=labels).loss.isnan()
+        assert model(**batch, labels=labels, num_items_in_batch=7).loss == 0
+
+
+# Generation
+
+
+def test_static_cache_is_dynamic_cache(model):
+    for rows in (ROWS, ([10, 11], [12, 13, 14])):
+        batch = batch_of(model, *rows)
+        options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+        dynamic = model.generate(**batch, **options)
+        # compiled on accelerators; here the masks are what is compared
+        static = model.generate(**batch, **options, cache_implementation="static", disable_compile=True)
+        assert torch.equal(static, dynamic)
+
+
+def test_text_continues_from_a_cache_that_holds_its_pictures(model):
+    batch = batch_of(model, ROWS[0])
+    options = {"do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}
+    whole = model.generate(**batch, **options, max_new_tokens=5).sequences
+    first = model.generate(**batch, **options, max_new_tokens=2)
+    rest = batch | {"input_ids": first.sequences, "attention_mask": torch.ones_like(first.sequences)}
+    continued = model.generate(**rest, **options, past_key_values=first.past_key_values, max_new_tokens=3).sequences
+    assert torch.equal(continued, whole)
+    second = model.generate(**batch, **options, max_new_tokens=2)
+    turn = batch_of(model, [*second.sequences[0].tolist()])
+    turn["input_ids"] = torch.cat([turn["input_ids"], batch["input_ids"]], dim=1)
+    turn["attention_mask"] = torch.ones_like(turn["input_ids"])
+    turn |= {"image_grid_hw": batch["image_grid_hw"].repeat(2, 1), "image_codes": batch["image_codes"].repeat(2)}
+    with pytest.raises(ValueError, match="images cannot be given with a filled cache"):
+        model.generate(**turn, **options, past_key_values=second.past_key_values, max_new_tokens=2)
+
+
+def test_scale_steps_compile_once_for_all_grids():
+    """The decoder compiled with dynamic shapes: another grid, another prompt length bring no new graph."""
+    torch._dynamo.reset()
+    grids = [[[1, 1], [2, 2], [3, 3], [4, 4]], [[1, 1], [2, 3], [3, 4], [4, 6]]]
+    model = tiny_model(tiny_config(vq={"scale_schedules": grids, "levels": {"16": 4}}))
+    counter = CompileCounter()
+    options = {"generation_mode": "image", "guidance_scale": 1.0, "seed": 0}
+    sizes = [{"height": 16, "width": 16}, {"height": 16, "width": 24}]
+    prompts = [batch_of(model, [10, BOI]), batch_of(model, [10, 11, 12, BOI])]
+    expected = [model.generate(**prompt, **size, **options) for prompt, size in zip(prompts, sizes)]
+    decoder = model.model.language_model
+    decoder.forward = torch.compile(decoder.forward, backend=counter, dynamic=True)
+    assert torch.equal(model.generate(**prompts[0], **sizes[0], **options), expected[0])
+    graphs = counter.frame_count
+    assert 0 < graphs
+    assert torch.equal(model.generate(**prompts[1], **sizes[1], **options), expected[1])
+    assert counter.frame_count == graphs
+
+
+def test_custom_generate_gets_the_models_inputs(model):
+    def first_token(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
+        inputs = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **model_kwargs)
+        logits = model(**inputs).logits[:, -1]
+        return torch.cat([input_ids, logits.argmax(-1, keepdim=True)], dim=1)
+
+    batch = batch_of(model, *ROWS)
+    expected = model.generate(**batch, max_new_tokens=1, do_sample=False, eos_token_id=None)
+    assert torch.equal(model.generate(**batch, custom_generate=first_token, max_new_tokens=1), expected)
+
+
+# Pipelines
+
+
+def test_pipeline_of_pictures_and_text_to_text(tiny_model, tiny_processor):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8))
+    chat = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "describe"}]}]
+    describe = pipeline("image-text-to-text", model=tiny_model, processor=tiny_processor)
+    (output,) = describe(text=chat, max_new_tokens=4, do_sample=False, return_full_text=False)
+    inputs = tiny_processor.apply_chat_template(chat)
+    ids = tiny_model.generate(**inputs, max_new_tokens=4, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    (expected,) = tiny_processor.post_process_multimodal_output(ids)
+    assert output["generated_text"] == expected
+
+
+@pytest.mark.skipif(transformers.utils.is_torchvision_available(), reason="torchvision is installed")
+def test_pipeline_any_to_any_asks_for_torchvision(tiny_model, tiny_processor):
+    with pytest.raises(ImportError, match="[Tt]orchvision"):
+        pipeline("any-to-any", model=tiny_model, processor=tiny_processor)
+
+
+# Adapters
+
+
+def test_adapters_of_peft(model, tmp_path):
+    peft = pytest.importorskip("peft")
+    adapted = tiny_model()
+    batch = batch_of(model, *ROWS)
+    adapted.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    assert trained and all("lora" in name for name in trained)
+    logits = logits_of(adapted, batch)
+    assert relative(logits, logits_of(model, batch)) > 1e-3
+    adapted.save_pretrained(tmp_path / "adapter")
+    adapted.disable_adapters()
+    assert torch.equal(logits_of(adapted, batch), logits_of(model, batch))
+    again = tiny_model()
+    again.load_adapter(tmp_path / "adapter")
+    assert torch.equal(logits_of(again.eval(), batch), logits)
+
+
+def test_parts_load_from_the_whole(model, folder):
+    base = NextFlowModel.from_pretrained(folder)
+    batch = batch_of(model, *ROWS)
+    with torch.no_grad():
+        assert torch.equal(base(**batch).last_hidden_state, model.model(**batch).last_hidden_state)
+    model.model.vq_model.save_pretrained(folder / "vq")
+    pixels = torch.rand(1, 3, 12, 12)
+    alone = NextFlowVQModel.from_pretrained(folder / "vq")
+    assert torch.equal(alone.encode(pixels), model.model.vq_model.encode(pixels))
