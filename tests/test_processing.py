@@ -174,7 +174,7 @@ def test_null_prompt_keeps_pictures_and_drops_user_texts(tiny_processor):
 def test_chat_errors(tiny_processor):
     chat = [user("a")]
     render = tiny_processor.apply_chat_template
-    with pytest.raises(ValueError, match='must be "text" or "image", got \'video\''):
+    with pytest.raises(ValueError, match='must be "text", "image" or "interleaved", got \'video\''):
         render(chat, generation_mode="video")
     with pytest.raises(ValueError, match='needs generation_mode="image"'):
         render(chat, negative_prompt="blurry")

@@ -165,7 +165,7 @@ class RowDecoder:
         token_ids: Sequence[Sequence[int]],
         visible: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        self.cache.begin(rows, inputs_rlD.shape[1])
+        self.cache.begin(rows, inputs_rlD.shape[1], inputs_rlD.device)
         mask, is_causal = row_mask(self.model.config.text_config, inputs_rlD, self.cache, visible)
         hidden_rlD = self.model.model.language_model(
             inputs_embeds=inputs_rlD,

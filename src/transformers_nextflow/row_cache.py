@@ -5,9 +5,30 @@ behind what each holds. Shape suffixes: R rows of the cache, r rows of a step, H
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where one forward writes. Lengths are those of tensors, so that a compiled forward serves them all.
+
+    Attributes:
+        rows: (r,) rows of the cache.
+        first: the first of them if they are neighbours.
+        columns: (r, n) columns of the new keys and values.
+        is_even: whether all rows hold as much.
+        reach: (columns that the step sees,) on the meta device.
+    """
+
+    rows: torch.Tensor
+    first: int | None
+    columns: torch.Tensor
+    is_even: bool
+    reach: torch.Tensor
 
 
 class RowCache(Cache):
@@ -30,7 +51,7 @@ class RowCache(Cache):
         self.token_ids: list[list[int]] = [[] for _ in range(num_rows)]
         self.capacity = capacity
         self.rows: list[int] = []
-        self.length = 0
+        self.step: Step | None = None
 
     @property
     def num_rows(self) -> int:
@@ -41,18 +62,27 @@ class RowCache(Cache):
         """How many tokens each row of the step holds."""
         return [len(self.token_ids[row]) for row in self.rows]
 
-    def begin(self, rows: Sequence[int], length: int) -> None:
+    def begin(self, rows: Sequence[int], length: int, device: torch.device) -> None:
         """The next forward is over `length` new columns of `rows`."""
-        self.rows, self.length = list(rows), length
-        needed = max(self.past) + length
-        if needed > self.capacity:
-            self.capacity = max(needed, 2 * self.capacity)
+        self.rows = list(rows)
+        past, end = self.past, max(self.past) + length
+        if end > self.capacity:
+            self.capacity = max(end, 2 * self.capacity)
+            for layer in self.layers:
+                layer.grow()
+        self.step = Step(
+            rows=torch.tensor(self.rows, device=device),
+            first=self.rows[0] if self.rows == list(range(self.rows[0], self.rows[0] + len(self.rows))) else None,
+            columns=torch.tensor(past, device=device)[:, None] + torch.arange(length, device=device),
+            is_even=len(set(past)) == 1,
+            reach=torch.empty(end, device="meta"),
+        )
 
     def commit(self, token_ids: Sequence[Sequence[int]]) -> None:
         """The step's rows have read these ids; columns beyond them were padding and will be written over."""
         for row, ids in zip(self.rows, token_ids, strict=True):
             self.token_ids[row].extend(ids)
-        self.rows, self.length = [], 0
+        self.rows, self.step = [], None
 
     def truncate(self, row: int, length: int) -> None:
         """Forget what `row` read after its first `length` tokens."""
@@ -97,25 +127,26 @@ class RowLayer(CacheLayerMixin):
         self.values = value_states.new_zeros(*size, value_states.shape[-1])
         self.is_initialized = True
 
+    def grow(self) -> None:
+        """Lay out what the cache's capacity has come to."""
+        if self.is_initialized:
+            missing = self.cache.capacity - self.keys.shape[2]
+            self.keys, self.values = (F.pad(states, (0, 0, 0, missing)) for states in (self.keys, self.values))
+
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        rows, past, length = self.cache.rows, self.cache.past, self.cache.length
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if (missing := self.cache.capacity - self.keys.shape[2]) > 0:
-            grow = lambda states: torch.nn.functional.pad(states, (0, 0, 0, missing))  # noqa: E731
-            self.keys, self.values = grow(self.keys), grow(self.values)
-        neighbours = rows == list(range(rows[0], rows[0] + len(rows)))
-        held = slice(rows[0], rows[0] + len(rows)) if neighbours else torch.tensor(rows, device=self.device)
-        if neighbours and len(set(past)) == 1:
-            columns = slice(past[0], past[0] + length)
-            self.keys[held, :, columns], self.values[held, :, columns] = key_states, value_states
-        else:
-            columns = torch.tensor(past, device=self.device)[:, None] + torch.arange(length, device=self.device)
-            at = torch.tensor(rows, device=self.device)[:, None], slice(None), columns
-            self.keys[at], self.values[at] = key_states.transpose(1, 2), value_states.transpose(1, 2)
-        end = max(past) + length
+        step = self.cache.step
+        rows, columns = step.rows.to(self.device), step.columns.to(self.device)
+        held = rows if step.first is None else slice(step.first, step.first + len(key_states))
+        for states, new in ((self.keys, key_states), (self.values, value_states)):
+            if step.is_even and step.first is not None:
+                states[held].index_copy_(2, columns[0], new)
+            else:
+                states[rows[:, None], :, columns] = new.transpose(1, 2)
+        end = step.reach.shape[0]
         return self.keys[held, :, :end], self.values[held, :, :end]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
