@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig
 
@@ -100,7 +101,7 @@ def config_of(
         sizes |= {
             "semantic_feature_layer": -2,
             "semantic_mean": mean,
-            "semantic_std": std,
+            "semantic_deviation": std,
             "image_size": SIGLIP_IMAGE_SIZE,
             "scale_schedules": [[[edge, edge] for edge in SIGLIP_EDGES]],
             "levels": {str(SIGLIP_IMAGE_SIZE): len(SIGLIP_EDGES)},
@@ -340,7 +341,7 @@ def convert(
         model = NextFlowVQModel(config_of(state, shapes, encoder_heads, decoder_heads)).eval()
         table = key_table(model)
         check_keys(checkpoint, shapes, {name: entry_shape(entry) for name, entry in table.items()})
-    except ValueError as error:
+    except (ValueError, StrictDataclassError) as error:  # sizes that no configuration allows are of the second kind
         read = f"; sizes were read from {', '.join(shapes.read)}" if shapes.read else ""
         raise ValueError(f"{error}{read}") from error
     with torch.no_grad():

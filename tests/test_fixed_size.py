@@ -21,7 +21,7 @@ FIXED_SIZE = {
         "vision_use_head": False,
     },
     "semantic_mean": [0.5, 0.5, 0.5],
-    "semantic_std": [0.5, 0.5, 0.5],
+    "semantic_deviation": [0.5, 0.5, 0.5],
     "semantic_decoder_config": {
         "hidden_size": 8,
         "intermediate_size": 8,
@@ -106,7 +106,7 @@ def config(**changes) -> NextFlowVQConfig:
     [
         ({"image_size": 60}, r"needs exactly one scale schedule, which ends in the grid \(4, 4\)"),
         ({"scale_schedules": None}, "needs exactly one scale schedule"),
-        ({"semantic_std": None}, "must be given together"),
+        ({"semantic_deviation": None}, "must be given together"),
         ({"semantic_decoder_config": None}, "needs a semantic_decoder_config"),
         ({"attention": "none"}, "attention must be"),
         ({"semantic_config": {"model_type": "vit"}}, "the semantic encoder must be one of .* got vit"),

@@ -93,6 +93,8 @@ def check_model_type(name: str, *known: str) -> str:
     from transformers import PreTrainedConfig
 
     values, _ = PreTrainedConfig.get_config_dict(name)
+    if not values:
+        raise OSError(f"{name} holds no config.json")
     model_type = values.get("model_type")
     if model_type not in known:
         types = " or ".join(f'"{entry}"' for entry in known)

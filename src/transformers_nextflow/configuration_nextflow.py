@@ -60,7 +60,7 @@ class NextFlowVQConfig(PreTrainedConfig):
         semantic_feature_layer (`int`, *optional*, defaults to -2):
             Which of the encoder's hidden states the semantic branch reads (TokenFlow's SigLIP: before the last layer);
             `None` is its output after the last norm (TokenFlow's CLIP).
-        semantic_mean, semantic_std (`list[float]`, *optional*):
+        semantic_mean, semantic_deviation (`list[float]`, *optional*):
             What the semantic encoder's pixels are normalised by, after [-1, 1] became [0, 1]; `None` leaves [-1, 1].
         semantic_decoder_layers (`int`, defaults to 3):
             Transformer layers from quantised semantic entries back to the teacher's features.
@@ -122,7 +122,7 @@ class NextFlowVQConfig(PreTrainedConfig):
     semantic_config: dict | PreTrainedConfig | None = None
     semantic_feature_layer: int | None = -2
     semantic_mean: list[float] | None = None
-    semantic_std: list[float] | None = None
+    semantic_deviation: list[float] | None = None
     semantic_decoder_layers: int = 3
     semantic_decoder_config: dict | PreTrainedConfig | None = None
     teacher_dim: int | None = None
@@ -166,8 +166,8 @@ class NextFlowVQConfig(PreTrainedConfig):
             raise ValueError(f"the semantic encoder must be one of {known}, got {self.semantic_config.model_type}")
         if self.semantic_config.model_type != "siglip2_vision_model" and self.semantic_decoder_config is None:
             raise ValueError("a semantic encoder of a fixed size needs a semantic_decoder_config")
-        if (self.semantic_mean is None) != (self.semantic_std is None):
-            raise ValueError("semantic_mean and semantic_std must be given together")
+        if (self.semantic_mean is None) != (self.semantic_deviation is None):
+            raise ValueError("semantic_mean and semantic_deviation must be given together")
         downsampling = self.stem_stride * 2 ** (len(self.channel_multipliers) - 1)
         if downsampling != self.patch_size:
             raise ValueError(

@@ -325,7 +325,7 @@ class NextFlowVQModel(PreTrainedModel):
         if self.config.semantic_mean is not None:
             shift, scale = (
                 torch.tensor(values, device=pixel_values.device)[:, None, None]
-                for values in (self.config.semantic_mean, self.config.semantic_std)
+                for values in (self.config.semantic_mean, self.config.semantic_deviation)
             )
             unit = ((pixel_values + 1) * 127.5).clamp(0, 255) / 255
             pixel_values = ((unit - shift) / scale).to(pixel_values.dtype)

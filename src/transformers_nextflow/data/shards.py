@@ -127,9 +127,11 @@ class Shard:
 
 
 def text_tokenizer_hash(processor) -> str:
-    """sha256 of the text tokenizer's whole state and of the chat template."""
-    state = processor.tokenizer.backend_tokenizer.to_str()
-    return hashlib.sha256(f"{state}\n{processor.chat_template}".encode()).hexdigest()
+    """sha256 of the text tokenizer's state, without what a padded or truncated call leaves in it, and of the chat
+    template."""
+    state = json.loads(processor.tokenizer.backend_tokenizer.to_str())
+    lasting = {name: value for name, value in state.items() if name not in ("padding", "truncation")}
+    return hashlib.sha256(f"{json.dumps(lasting)}\n{processor.chat_template}".encode()).hexdigest()
 
 
 def vision_tokenizer_hash(vq_model) -> str:
