@@ -89,6 +89,8 @@ def test_another_models_tokenizers_are_refused(packs, data_model, data_checkpoin
     lower = NextFlowForConditionalGeneration.from_pretrained(data_checkpoint, dtype=torch.bfloat16)
     PackedDataset(packs, lower, tiny_processor)
     processor = copy.deepcopy(tiny_processor)
+    processor.tokenizer(["a", "a b"], padding=True, truncation=True, max_length=2)  # changes how the next call pads
+    PackedDataset(packs, data_model, processor)
     processor.chat_template += " "
     with pytest.raises(ValueError, match="another text tokenizer"):
         PackedDataset(packs, data_model, processor)
