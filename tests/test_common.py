@@ -10,7 +10,6 @@ import pytest
 from tests.common.library import HOW, is_available
 from tests.common.run import RESULTS
 
-
 recorded = pytest.mark.skipif(not RESULTS.exists(), reason="no run of the common tests is recorded yet")
 
 
