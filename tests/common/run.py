@@ -1,7 +1,7 @@
 """Runs transformers' own common tests on NextFlow's classes: `python -m tests.common.run`.
 
 The tests are those of the installed transformers, from its source distribution, which pip downloads once into
-`.cache`. Their outcome is compared with `results.json`; `--record` writes that file instead.
+`.cache`. Their outcome is compared with `results.json`; `--record`, or the first run, writes that file instead.
 """
 
 import argparse
@@ -103,7 +103,7 @@ def main() -> int:
     if not is_available():
         parser.error("the tests need the package parameterized")
     results = run(*arguments)
-    if options.record:
+    if options.record or not RESULTS.exists():
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
         return bool(results["failed"])
     found = differences(results)
