@@ -44,10 +44,11 @@ def test_captions_are_about_as_true_as_the_card_says(evaluator, card_scores):
     assert score["high"] >= card_scores["caption_scene_match"]["low"]
 
 
-def test_reconstructions_read_as_their_originals(evaluator):
+def test_reconstructions_read_as_their_originals_about_as_often_as_the_card_says(evaluator, card_scores):
     requests = [request for category in CATEGORIES for request in held_out_prompts(category, 12, seed=1)]
     scenes = [request.reference_scene(random.Random(request.text)) for request in requests]
-    assert tokenizer(evaluator, requests, scenes)["ceiling"]["score"] >= 0.9
+    score = tokenizer(evaluator, requests, scenes)["ceiling"]
+    assert score["high"] >= card_scores["tokenizer"]["ceiling"]["low"] >= 0.75
 
 
 def test_one_seed_draws_one_picture(evaluator):

@@ -41,8 +41,9 @@ def assemble(folder: Path) -> tuple[NextFlowForConditionalGeneration, NextFlowPr
 
 
 def save(model: NextFlowForConditionalGeneration, processor: NextFlowProcessor, output: Path) -> None:
-    """The transformer is stored in bfloat16, the tokenizer in float32; both load as float32."""
-    for part in trained_parts(model).values():
+    """What codes depend on is stored in float32, everything else in bfloat16; all loads as float32."""
+    vq_model = model.model.vq_model
+    for part in (*trained_parts(model).values(), vq_model.pixel_decoder, vq_model.semantic_decoder):
         if part is not model.model.code_embeddings:
             part.bfloat16()
     model.save_pretrained(output)
