@@ -37,8 +37,8 @@ STAGES = {
     "decoder": ("pixel decoder alone, twice as deep", f"{BATCH} pictures"),
 }
 DEVIATIONS = """\
-This run in particular: the transformer's cosine was laid out for 6,800 steps and cut on the way to 6,000, 5,400 and, at
-step 3,000, to 4,000; until then captions were 0.12 of the batches and text-to-image 0.55."""
+This run in particular: the transformer's cosine was laid out for 6,800 steps and cut on the way to 6,000, 5,400 and,
+at step 3,000, to 4,000; until then captions were 0.12 of the batches and text-to-image 0.55."""
 SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p")
 
 
