@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 import transformers
 
+from transformers_nextflow.files import write_atomically
+
 
 def interleaved_seconds(
     jobs: dict[str, Callable[[], object]], repeats: int, device: torch.device
@@ -66,6 +68,4 @@ def report(result: dict, as_json: bool, output: Path | None = None) -> None:
         for name, value in result.items():
             print(f"{name}: {value}")
     if output is not None:
-        partial = output.with_suffix(".partial")
-        partial.write_text(text + "\n")
-        os.replace(partial, output)
+        write_atomically(output, lambda partial: partial.write_text(text + "\n"))

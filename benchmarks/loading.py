@@ -5,13 +5,13 @@ collator, as training reads them.
 """
 
 import argparse
-import json
 import resource
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from transformers_nextflow import NextFlowVQConfig
 from transformers_nextflow.data import ComputeBudget, CostModel
@@ -20,6 +20,7 @@ from transformers_nextflow.data.packing import Extents
 from transformers_nextflow.data.sequences import SequenceSpec
 from transformers_nextflow.data.shards import list_schema, write_shard
 
+from .harness import machine, report
 from .packing import CODES, SPECIAL, Corpus
 
 PER_PAIR = 1 / (6 * 3584)  # of a position's cost, at the 7B model's width
@@ -93,17 +94,14 @@ def main() -> None:
     parser.add_argument("--planned", type=int, default=1_000_000, metavar="N", help="documents (default: %(default)s)")
     parser.add_argument("--length", type=int, default=32_768, metavar="N", help="most positions of a planned pack")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="also write the JSON to a file")
     arguments = parser.parse_args()
     figures = {
         "plan": planning(arguments.planned, arguments.length),
         "loader": loading_speed(arguments.level, arguments.packs, arguments.documents_per_pack, arguments.seconds),
     }
-    if arguments.json:
-        print(json.dumps(figures, indent=2))
-        return
-    plan, loader = figures["plan"], figures["loader"]
-    print(f"plan of {plan['documents']:,} documents: {plan['cpu_seconds']:.1f} s", end=", ")
-    print(f"{plan['peak_memory_bytes'] / 2**30:.2f} GiB; loader: {loader['tokens_per_cpu_second']:,.0f} tokens/s")
+    figures |= {"machine": machine(torch.device("cpu")), "seed": 0}
+    report(figures, arguments.json, arguments.output)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from transformers_nextflow.data.packing import Extents
 from transformers_nextflow.data.sequences import SequenceSpec, SpecialIds
 
 from . import block_attention
+from .harness import machine
 
 SPECIAL = SpecialIds(boi=1, eoi=2, image=3, eos=4, pad=0)
 TEXT_ROWS, CODES = 4096, 4096
@@ -253,6 +254,8 @@ def main() -> None:
             "packs_held_out": len(seconds),
         },
         "strategies": {},
+        "machine": machine(torch.device(arguments.device)),
+        "seed": arguments.seed,
     }
     for strategy, group in measured.items():
         seconds, tokens = columns(group, "seconds"), columns(group, "tokens")

@@ -1,6 +1,7 @@
 """Training of the vision tokenizer: the teacher, then NextFlow's three stages (sec. 3.1) at small size."""
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -120,6 +121,17 @@ def _nearest(quantizer: DualCodebookQuantizer, queries: torch.Tensor, entries: t
     return torch.cat([quantizer.distances(chunk, entries).argmin(-1) for chunk in queries.split(4096)])
 
 
+@torch.no_grad()
+def fit_to_pictures(
+    model: NextFlowVQModel, features_of: Callable[[torch.Tensor], torch.Tensor], name: str, seed: int
+) -> None:
+    """Fit the codebook to the features of pictures drawn by `name`; every process does the same."""
+    torch.manual_seed(seed)
+    pixels = picture_batch(random.Random(name), CODEBOOK_PICTURES, PHOTO_SHARE)
+    features = torch.cat([features_of(chunk) for chunk in pixels.split(64)])
+    fit_codebook(model.quantizer, features, model.schedules.by_grid(features.shape[-2:]))
+
+
 def picture_loss(reconstruction: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
     """Absolute and squared error, and absolute error of the finite differences, which carry the edges.
 
@@ -160,11 +172,7 @@ def train_pixel(folder: Path) -> NextFlowVQModel:
 
     def step_fn(step: int) -> dict[str, float]:
         if step == UNQUANTISED:
-            torch.manual_seed(1)
-            with torch.no_grad():
-                pixels = picture_batch(random.Random("pixel codebook"), CODEBOOK_PICTURES, PHOTO_SHARE)
-                features = with_semantic(model.pixel_encoder(pixels))
-                fit_codebook(model.quantizer, features, model.schedules.by_grid(features.shape[-2:]))
+            fit_to_pictures(model, lambda pixels: with_semantic(model.pixel_encoder(pixels)), "pixel codebook", seed=1)
         rng = random.Random(f"pixel {step} {run.rank}")
         pixels = picture_batch(rng, BATCH // run.processes, PHOTO_SHARE).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
@@ -204,11 +212,7 @@ def train_joint(folder: Path, model: NextFlowVQModel, teacher: Siglip2Model) -> 
 
     def step_fn(step: int) -> dict[str, float]:
         if step in CODEBOOK_FITS:
-            torch.manual_seed(step)
-            with torch.no_grad():
-                pixels = picture_batch(random.Random(f"joint codebook {step}"), CODEBOOK_PICTURES, PHOTO_SHARE)
-                features = torch.cat([model.features(chunk) for chunk in pixels.split(64)])
-                fit_codebook(model.quantizer, features, model.schedules.by_grid(features.shape[-2:]))
+            fit_to_pictures(model, model.features, f"joint codebook {step}", seed=step)
         rng = random.Random(f"joint {step} {run.rank}")
         pixels = picture_batch(rng, BATCH // run.processes, PHOTO_SHARE).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):

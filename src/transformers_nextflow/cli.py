@@ -15,6 +15,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .files import write_atomically
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -140,27 +142,6 @@ def output_paths(output: str, count: int) -> list[Path]:
     return [path] if count == 1 else [path.with_stem(f"{path.stem}-{index}") for index in range(count)]
 
 
-def save_png(image: "Image", path: Path) -> None:
-    """Write a whole file or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        image.save(partial, format="PNG")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def write_text(text: str, path: Path) -> None:
-    """Write a whole file or none."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", metavar="NAME", help="local folder or Hub id (default: the repository's checkpoint)"
@@ -244,7 +225,7 @@ def make_pictures(args: argparse.Namespace, images: "list[Image]", text: str) ->
     pictures = processor.post_process_image(model.decode_image_tokens(output.sequences, output.image_grid_hw))
     seconds = time.perf_counter() - start
     for picture, path in zip(pictures, paths, strict=True):
-        save_png(picture, path)
+        write_atomically(path, lambda partial, picture=picture: picture.save(partial, format="PNG"))
     if args.json:
         width, height = pictures[0].size
         figures = {"paths": list(map(str, paths)), "width": width, "height": height, "seed": seed, "seconds": seconds}
@@ -287,7 +268,10 @@ def describe(args: argparse.Namespace) -> None:
     (text,) = processor.post_process_multimodal_output(output[:, inputs["input_ids"].shape[1] :])
     text = text.strip()
     if args.output:
-        write_text(text + "\n", Path(args.output))
+        output = Path(args.output)
+        if not output.parent.is_dir():
+            raise FileNotFoundError(f"there is no folder {output.parent}")
+        write_atomically(output, lambda partial: partial.write_text(text + "\n", encoding="utf-8"))
     print(json.dumps({"text": text, "seconds": seconds}, indent=2) if args.json else text)
 
 
@@ -349,11 +333,12 @@ def interleave(args: argparse.Namespace) -> None:
             listed.append({"text": part})
         else:
             path = folder / f"picture-{sum('path' in entry for entry in listed)}.png"
-            save_png(part, path)
+            write_atomically(path, lambda partial, part=part: part.save(partial, format="PNG"))
             listed.append({"path": str(path), "width": part.width, "height": part.height})
     lines = [entry["text"] if "text" in entry else f"![]({Path(entry['path']).name})" for entry in listed]
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text("\n\n".join(lines) + "\n", folder / "answer.md")
+    write_atomically(
+        folder / "answer.md", lambda partial: partial.write_text("\n\n".join(lines) + "\n", encoding="utf-8")
+    )
     if args.json:
         print(json.dumps({"parts": listed, "seed": seed, "seconds": seconds}, indent=2))
         return
@@ -412,7 +397,7 @@ def reconstruct(args: argparse.Namespace) -> None:
     pair = Image.new("RGB", (2 * width, height))
     pair.paste(original, (0, 0))
     pair.paste(reconstruction, (width, 0))
-    save_png(pair, path)
+    write_atomically(path, lambda partial: pair.save(partial, format="PNG"))
     if args.json:
         figures = {"path": str(path), "width": width, "height": height, "psnr": psnr, "seconds": seconds}
         print(json.dumps(figures, indent=2))

@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from ..configuration_nextflow import NextFlowConfig
+from ..files import write_atomically
 from ..modeling_nextflow import NextFlowForConditionalGeneration
 from ..modeling_nextflow_vq import NextFlowVQModel, unpatchify
 from ..processing_nextflow import NextFlowProcessor
@@ -40,7 +41,6 @@ from .shards import (
     sequence_spec,
     thumbnail,
     thumbnail_error,
-    write_atomically,
     write_json,
     write_manifest,
     write_shard,

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from ..files import write_atomically
 from .shards import (
     Shard,
     check_identity,
@@ -19,7 +20,6 @@ from .shards import (
     images_of,
     open_shards,
     sequence_spec,
-    write_atomically,
 )
 
 INK, BAR, PAPER = "#222222", "#4477aa", "white"

@@ -6,14 +6,14 @@ A folder of shards is a dataset repository as the Hub has it: `README.md` with t
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import torch
 
+from ..files import write_atomically
 from ..scales import ScheduleTable, paper_schedules
 from .sequences import SequenceSpec, SpecialIds
 
@@ -24,21 +24,6 @@ MANIFEST = "manifest.json"
 def sha256_of(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """`write` a neighbouring file, bring it to disk, and rename it to `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    write(partial)
-    with open(partial, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def write_json(path: Path, value) -> None:
