@@ -259,20 +259,85 @@ def test_replicated_borders_give_flat_pictures_one_pixel_feature(grid, padding_m
     assert (spread < 1e-5) == uniform
 
 
+def figure_ground_config(**overrides) -> NextFlowVQConfig:
+    """Windows of the whole picture, then of 2 x 2 or 1 x 2, and patterns on the final grid."""
+    values = {
+        "pixel_encoder": "figure_ground",
+        "pixel_dim": 2 * (6 + 5),
+        "scale_schedules": [[[1, 1], [1, 1], [2, 2], [4, 4]], [[1, 1], [1, 1], [1, 2], [3, 6]]],
+        "scale_entries": [4, 10, 20, 30],
+        "levels": {"32": 4},
+    }
+    return tiny_config(**{**values, **overrides})
+
+
+def two_coloured(grid, ground, figure, seed: int = 0) -> torch.Tensor:
+    """(1, 3, H, W): a soft random pattern of the figure's colour on the ground's, which prevails."""
+    generator = torch.Generator().manual_seed(seed)
+    height, width = PATCH * grid[0], PATCH * grid[1]
+    share = torch.rand(1, 1, height, width, generator=generator) * (torch.rand(1, 1, height, width) < 0.3)
+    share[..., ::PATCH, ::PATCH], share[..., 1::PATCH, ::PATCH] = 0.0, 1.0  # both are whole in every window
+    ground, figure = (torch.tensor(colour)[None, :, None, None] for colour in (ground, figure))
+    return ground + share * (figure - ground)
+
+
 @GRIDS
-@pytest.mark.parametrize("pixel_encoder, local", [("patch", True), ("cnn", False)])
-def test_the_patch_encoder_sees_one_patch_alone(grid, pixel_encoder, local):
+def test_figure_and_ground_keep_colours_and_patterns_apart(grid):
     torch.manual_seed(0)
-    encoder = NextFlowVQModel(tiny_config(pixel_encoder=pixel_encoder)).pixel_encoder
-    (picture, other), (row, column) = pictures(grid, batch=2), (1, 2)
-    at = slice(PATCH * row, PATCH * (row + 1)), slice(PATCH * column, PATCH * (column + 1))
-    other[(slice(None), *at)] = picture[(slice(None), *at)]
+    encoder = NextFlowVQModel(figure_ground_config()).pixel_encoder
     with torch.no_grad():
-        features, others = encoder(torch.stack([picture, other]))
-    scale = features.abs().max()
-    assert features.shape == (4, *grid)
-    assert ((features[:, row, column] - others[:, row, column]).abs().max() < 1e-5 * scale) == local
-    assert (features - others).abs().max() > 1e-2 * scale
+        torch.manual_seed(1)
+        features = encoder(two_coloured(grid, ground=(-0.5, 0.0, 0.5), figure=(1.0, -1.0, 0.2)))[0]
+        torch.manual_seed(1)
+        recoloured = encoder(two_coloured(grid, ground=(0.9, 0.8, 1.0), figure=(-1.0, 0.1, 0.0)))[0]
+        torch.manual_seed(2)
+        other = encoder(two_coloured(grid, ground=(-0.5, 0.0, 0.5), figure=(1.0, -1.0, 0.2), seed=1))[0]
+    for first in (0, 11):
+        colours, patterns = slice(first, first + 6), slice(first + 6, first + 11)
+        expected = torch.tensor([-0.5, 0.0, 0.5, 1.0, -1.0, 0.2])[:, None, None].expand(-1, *grid)
+        torch.testing.assert_close(features[colours], expected)
+        torch.testing.assert_close(other[colours], expected)
+        torch.testing.assert_close(features[patterns], recoloured[patterns], rtol=0, atol=1e-5)
+        assert (features[patterns] - other[patterns]).abs().max() > 1e-3
+
+
+def test_figure_and_ground_see_one_window_alone():
+    torch.manual_seed(0)
+    encoder = NextFlowVQModel(figure_ground_config()).pixel_encoder
+    picture = two_coloured(SQUARE, ground=(0.0, 0.0, 0.0), figure=(0.5, 0.5, -0.5))
+    other = picture.clone()
+    other[..., :PATCH, :PATCH] = torch.tensor([1.0, -1.0, 0.0])[:, None, None]
+    with torch.no_grad():
+        change = (encoder(picture) - encoder(other)).abs().amax(1)[0, :, :]
+        fine = (encoder(picture) - encoder(other))[0, 11:].abs().amax(0)
+    assert change.min() > 0  # the whole picture's own channels see it
+    assert fine[:2, :2].min() > 0 and fine[2:].max() == 0 and fine[:, 2:].max() == 0
+
+
+def test_codes_of_figure_and_ground_survive_saving(tmp_path):
+    torch.manual_seed(0)
+    model = NextFlowVQModel(figure_ground_config()).eval()
+    codes = model.encode(pictures(SQUARE))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(NextFlowVQModel.from_pretrained(tmp_path).encode(pictures(SQUARE)), codes)
+    assert model.decode(codes, SQUARE).shape == (3, 3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ({"scale_schedules": [[[1, 1], [2, 2], [4, 4]]], "levels": {"32": 3}}, r"one even length, got lengths \[3\]"),
+        ({"levels": {"16": 2, "32": 4}}, "one even length, got lengths|share the final grid"),
+        ({"scale_schedules": [[[1, 1], [1, 1], [3, 3], [4, 4]]]}, r"divide \(4, 4\), got \(3, 3\)"),
+        ({"pixel_dim": 12}, "2 equal parts .* got 12"),
+        ({"pixel_dim": 23}, "2 equal parts .* got 23"),
+        ({"scale_entries": [4, 10, 50]}, r"each of 4 scales that sum to codebook_size 64, got \[4, 10, 50\]"),
+        ({"scale_entries": [4, 10, 20, 31]}, r"sum to codebook_size 64, got \[4, 10, 20, 31\]"),
+    ],
+)
+def test_figure_and_ground_of_other_schedules_are_refused(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        figure_ground_config(**overrides)
 
 
 def test_configurations_whose_branches_disagree_are_refused():

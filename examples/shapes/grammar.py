@@ -24,7 +24,6 @@ from .world import (
     HELD_OUT_RELATIONS,
     INVERSE,
     KINDS,
-    LATTICE_STEP,
     MAX_OBJECTS,
     RADII,
     RELATIONS,
@@ -32,8 +31,8 @@ from .world import (
     Described,
     Object,
     Scene,
-    apart,
     arrange,
+    cell,
     held_out,
     held_out_contents,
     is_training_scene,
@@ -290,13 +289,18 @@ def _sized(item: Object) -> Described:
 
 
 def describe_scene(rng: random.Random, scene: Scene) -> Request:
-    """Draw a prompt of which the scene is one picture; it may name sizes, a relation and the background."""
-    items = rng.sample(scene.objects, len(scene.objects))
+    """Draw a prompt of which the scene is one picture; it may name sizes, a relation and the background.
+
+    Without a relation, it names the objects in reading order.
+    """
+    items = sorted(scene.objects, key=cell)
     objects = tuple(_sized(item) for item in items)
     if rng.random() < 0.5:
         objects = tuple(Described(item.kind, item.colour) for item in items)
     relations: tuple[tuple[int, str, int], ...] = ()
     if len(items) == 2 and objects[0] != objects[1] and rng.random() < 0.5:
+        if rng.random() < 0.5:
+            items, objects = items[::-1], objects[::-1]
         clear = [relation for relation in RELATIONS if relation_holds(items[0], relation, items[1], CLEAR_MARGIN)]
         relations = ((0, rng.choice(clear), 1),)
     background = scene.background if rng.random() < 0.6 else None
@@ -386,13 +390,9 @@ def sample_change(rng: random.Random, scene: Scene, operation: str) -> Change | 
 def _moved(rng: random.Random, item: Object, scene: Scene) -> Object | None:
     """The object at another free place in its row or column, far enough to be seen to move."""
     others = [other for other in scene.objects if other != item]
-    places = [dataclasses.replace(item, x=x) for x in lattice(scene.width, item.size)]
-    places += [dataclasses.replace(item, y=y) for y in lattice(scene.height, item.size)]
-    free = [
-        there
-        for there in places
-        if abs(there.y - item.y) + abs(there.x - item.x) >= CLEAR_MARGIN and all(apart(there, o) for o in others)
-    ]
+    places = [dataclasses.replace(item, x=x) for x in lattice(scene.width)]
+    places += [dataclasses.replace(item, y=y) for y in lattice(scene.height)]
+    free = [there for there in places if cell(there) not in [cell(item), *map(cell, others)]]
     return rng.choice(free) if free else None
 
 
@@ -525,7 +525,7 @@ def ask(rng: random.Random, scene: Scene) -> tuple[str, str]:
         questions.append((f"what shape is the {item.colour} object?", item.kind))
     the = _the(item, scene)
     for relation in RELATIONS:
-        related = [other for other in scene.objects if relation_holds(other, relation, item, LATTICE_STEP // 2)]
+        related = [other for other in scene.objects if relation_holds(other, relation, item, 1)]
         if the and len(related) == 1 and relation_holds(related[0], relation, item, CLEAR_MARGIN):
             answer = _group(Described(related[0].kind, related[0].colour), 1)
             questions.append((f"what is {RELATION_WORDS[relation][0]} {the}?", answer))

@@ -28,7 +28,7 @@ FAINT = 40  # Euclidean distance from the background, in RGB, below which nothin
 SPECK = 24  # pixels; smaller regions are noise
 RAGGEDNESS = 0.15  # radii of gyration by which silhouettes are smoothed before they are compared
 LEAST_LIKENESS = 0.88  # correlation with the best template, below which a region is of no kind
-SMALL_UP_TO = 9.5  # radius in pixels
+SMALL_UP_TO = 8.75  # radius in pixels
 SAME_PLACE = 4  # pixels that an object may seem to move in an edit that leaves it alone
 
 

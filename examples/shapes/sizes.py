@@ -4,15 +4,17 @@ from transformers import PreTrainedTokenizerFast
 
 from transformers_nextflow import NextFlowConfig, NextFlowVQConfig
 
+# colours then patterns, of the whole picture, of the cells in which objects stand, and of small windows
 SCHEDULES = [
-    [[1, 1], [2, 2], [4, 4], [8, 8]],
-    [[1, 1], [2, 3], [3, 5], [6, 10]],
-    [[1, 1], [3, 2], [5, 3], [10, 6]],
+    [[1, 1], [1, 1], [2, 2], [2, 2], [4, 4], [8, 8]],
+    [[1, 1], [1, 1], [2, 3], [2, 3], [4, 6], [8, 12]],
+    [[1, 1], [1, 1], [3, 2], [3, 2], [6, 4], [12, 8]],
 ]
-LEVELS = {"64": 4}
+SCALE_ENTRIES = [128, 1024, 256, 512, 1024, 1152]
+LEVELS = {"64": 6}
 PATCH_SIZE = 8
-CANVASES = ((64, 64), (48, 80), (80, 48))  # (height, width)
-CANVAS_WEIGHTS = (0.7, 0.15, 0.15)
+CANVASES = ((64, 64), (64, 96), (96, 64))  # (height, width)
+CANVAS_WEIGHTS = (0.8, 0.1, 0.1)
 
 TEACHER_VISION = {
     "hidden_size": 128,
@@ -39,18 +41,18 @@ def vq_config(decoder_blocks: int) -> NextFlowVQConfig:
         semantic_config={**TEACHER_VISION, "vision_use_head": False},
         semantic_decoder_layers=2,
         semantic_dim=16,
-        pixel_dim=16,
-        semantic_weight=0.02,
+        pixel_dim=66,
+        semantic_weight=0.01,
         padding_mode="replicate",
         normalize_entries=False,
-        codebook_size=2048,
-        pixel_encoder="patch",
+        codebook_size=sum(SCALE_ENTRIES),
+        scale_entries=SCALE_ENTRIES,
+        pixel_encoder="figure_ground",
         patch_size=PATCH_SIZE,
         stem_stride=8,
-        base_channels=256,
+        base_channels=192,
         channel_multipliers=[1],
         latent_channels=64,
-        encoder_blocks=2,
         decoder_blocks=decoder_blocks,
         scale_schedules=SCHEDULES,
         levels=LEVELS,

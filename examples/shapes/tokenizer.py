@@ -1,7 +1,6 @@
 """Training of the vision tokenizer: the teacher, then NextFlow's three stages (sec. 3.1) at small size."""
 
 import random
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,30 +15,23 @@ from transformers_nextflow.modeling_nextflow_vq import (
     patchify,
     run_siglip,
 )
-from transformers_nextflow.quantizer import (
-    DualCodebookQuantizer,
-    QuantizerOutput,
-    resize_features,
-    to_map,
-    to_sequence,
-)
-from transformers_nextflow.scales import ScaleSchedule
+from transformers_nextflow.quantizer import QuantizerOutput, resize_features, to_map, to_sequence
 
 from .data import picture_batch, sample_canvas, to_pixel_values
 from .grammar import describe_scene
 from .loop import Run
-from .sizes import PATCH_SIZE, TEACHER_TEXT, TEACHER_VISION, vq_config
+from .sizes import PATCH_SIZE, SCALE_ENTRIES, TEACHER_TEXT, TEACHER_VISION, vq_config
 from .world import render, sample_scene
 
-STEPS = {"teacher": 500, "pixel": 2400, "joint": 1600, "decoder": 800}
-UNQUANTISED = 1800  # first steps of the pixel stage, in which the decoder sees the features themselves
+STEPS = {"teacher": 500, "pixel": 1200, "joint": 1000, "decoder": 1000}
 TEACHER_BATCH = 64  # pairs of a step
 BATCH = 32  # pictures of a step, over all processes
-CODEBOOK_PICTURES, KMEANS_ITERATIONS = 768, 4
-CODEBOOK_FITS = (0, 300, 600, 900, 1200)  # steps of the joint stage
+CODEBOOK_BATCHES, CODEBOOK_BATCH, KMEANS_ITERATIONS = 60, 96, 6
+LEAST_DISTANCE = 0.05  # between entries at first; rows that differ by less differ by rounding alone
+SEMANTIC_FITS = (0, 200, 400, 600, 800)  # steps of the joint stage
 PHOTO_SHARE = 0.12
 COMMITMENT = 0.25
-DROP_PROBABILITY = 0.2  # of batches in which half of the scales are dropped
+DROP_PROBABILITY = 0.1  # of batches in which half of the scales are dropped
 
 
 def new_teacher(text_tokenizer: PreTrainedTokenizerFast) -> Siglip2Model:
@@ -81,55 +73,92 @@ def train_teacher(folder: Path, text_tokenizer: PreTrainedTokenizerFast) -> Sigl
     return teacher.eval().requires_grad_(False)
 
 
-def codebook_loss(features: torch.Tensor, quantization: QuantizerOutput) -> torch.Tensor:
-    """Codebook term, averaged over the running sums of the scales (VAR), and commitment to the last of them.
-
-    Differs from VAR, which commits features to every running sum: the coarse ones would flatten the features.
-    """
-    codebook = torch.stack([F.mse_loss(total, features.detach()) for total in quantization.partial_sums]).mean()
-    return codebook + COMMITMENT * F.mse_loss(quantization.partial_sums[-1].detach(), features)
+def codebook_pictures() -> list[torch.Tensor]:
+    """The pictures to which the codebook is fitted, (B, 3, H, W) batches of one canvas each."""
+    rng = random.Random("codebook")
+    return [picture_batch(rng, CODEBOOK_BATCH, PHOTO_SHARE) for _ in range(CODEBOOK_BATCHES)]
 
 
 @torch.no_grad()
-def fit_codebook(quantizer: DualCodebookQuantizer, features: torch.Tensor, schedule: ScaleSchedule) -> None:
-    """Set the entries to means of residuals that occur: each scale in turn gets k-means of what earlier ones leave.
-
-    Gradients alone move entries too slowly to follow the features; k-means leaves about half of the error.
-    """
-    shares = torch.tensor(schedule.lengths).float().sqrt()
-    counts = (shares / shares.sum() * len(quantizer.pixel_codebook)).int().tolist()
-    counts = [min(count, len(features) * length) for count, length in zip(counts, schedule.lengths)]
-    counts[-1] += len(quantizer.pixel_codebook) - sum(counts)
-    residual, done = features.float(), 0
-    for grid, count in zip(schedule, counts):
-        pooled = to_sequence(F.interpolate(residual, size=grid, mode="area")).flatten(0, 1)
-        entries = pooled[torch.randperm(len(pooled))[:count]]
-        for _ in range(KMEANS_ITERATIONS):
-            nearest = _nearest(quantizer, pooled, entries)
-            members = torch.bincount(nearest, minlength=count)[:, None]
-            means = torch.zeros_like(entries).index_add_(0, nearest, pooled) / members.clamp(min=1)
-            entries = torch.where(members > 0, means, entries)
-        semantic, pixel = entries.split(quantizer.dims, dim=-1)
-        quantizer.semantic_codebook[done : done + count] = semantic
-        quantizer.pixel_codebook[done : done + count] = pixel
-        chosen = entries[_nearest(quantizer, pooled, entries)].unflatten(0, (len(features), -1))
-        residual = residual - resize_features(to_map(chosen, grid), features.shape[-2:])
-        done += count
+def fit_patterns(model: NextFlowVQModel) -> None:
+    """Project patterns on their principal components, those of every scale counting the same."""
+    encoder = model.pixel_encoder
+    moment = torch.zeros(PATCH_SIZE**2, PATCH_SIZE**2)
+    for pixels in codebook_pictures():
+        schedule = model.schedules.by_size(*pixels.shape[-2:])
+        for windows, cells in zip(schedule.grids[::2], schedule.grids[1::2]):
+            patterns = encoder.patterns(pixels, encoder.colours(pixels, windows), cells).flatten(0, 1)
+            moment += patterns.T @ patterns / len(patterns)
+    components = torch.linalg.eigh(moment).eigenvectors.flip(-1).T[: len(encoder.to_code.weight)]
+    encoder.to_code.weight.copy_(components / (PATCH_SIZE / 2))
 
 
-def _nearest(quantizer: DualCodebookQuantizer, queries: torch.Tensor, entries: torch.Tensor) -> torch.Tensor:
-    return torch.cat([quantizer.distances(chunk, entries).argmin(-1) for chunk in queries.split(4096)])
+def kmeans(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """`count` means of (N, C) rows, beginning with the most frequent rows that lie `LEAST_DISTANCE` apart: exact where
+    few different rows occur."""
+    rows, weights = rows.mul(1000).round().div(1000).unique(dim=0, return_counts=True)
+    order = weights.argsort(descending=True, stable=True)
+    rows, weights = rows[order], weights[order].float()
+    first, free = [], torch.ones(len(rows), dtype=torch.bool)
+    while len(first) < count and free.any():
+        first.append(int(free.int().argmax()))
+        free &= (rows - rows[first[-1]]).square().sum(-1) > LEAST_DISTANCE**2
+    means = rows[first]
+    for _ in range(KMEANS_ITERATIONS):
+        nearest = _nearest(rows, means)
+        members = torch.zeros(len(means)).index_add_(0, nearest, weights)[:, None]
+        sums = torch.zeros_like(means).index_add_(0, nearest, rows * weights[:, None])
+        means = torch.where(members > 0, sums / members.clamp(min=1), means)
+    return means
+
+
+def _nearest(queries: torch.Tensor, entries: torch.Tensor) -> torch.Tensor:
+    return torch.cat([torch.cdist(chunk, entries).argmin(-1) for chunk in queries.split(8192)])
 
 
 @torch.no_grad()
-def fit_to_pictures(
-    model: NextFlowVQModel, features_of: Callable[[torch.Tensor], torch.Tensor], name: str, seed: int
-) -> None:
-    """Fit the codebook to the features of pictures drawn by `name`; every process does the same."""
-    torch.manual_seed(seed)
-    pixels = picture_batch(random.Random(name), CODEBOOK_PICTURES, PHOTO_SHARE)
-    features = torch.cat([features_of(chunk) for chunk in pixels.split(64)])
-    fit_codebook(model.quantizer, features, model.schedules.by_grid(features.shape[-2:]))
+def fit_codebook(model: NextFlowVQModel) -> None:
+    """Set each scale's entries to means of its own channels, and zero elsewhere.
+
+    Gradients alone move entries too slowly; means leave about half of their error.
+    """
+    quantizer, pattern_dim = model.quantizer, len(model.pixel_encoder.to_code.weight)
+    features = [model.pixel_encoder(pixels) for pixels in codebook_pictures()]
+    quantizer.pixel_codebook.zero_()
+    first = 0
+    for scale in range(model.schedules.max_scales):
+        channels = slice(first, first + (pattern_dim if scale % 2 else 6))
+        grids = [model.schedules.by_grid(batch.shape[-2:])[scale] for batch in features]
+        pooled = [F.interpolate(batch[:, channels], size=grid, mode="area") for batch, grid in zip(features, grids)]
+        entries = kmeans(torch.cat([to_sequence(batch).flatten(0, 1) for batch in pooled]), SCALE_ENTRIES[scale])
+        start = quantizer.entries_of(scale).start
+        quantizer.pixel_codebook[start : start + len(entries), channels] = entries
+        first = channels.stop
+
+
+@torch.no_grad()
+def fit_semantic_entries(model: NextFlowVQModel) -> None:
+    """Set each entry's semantic half to the mean of the residuals that the pixel half has chosen it for."""
+    quantizer = model.quantizer
+    quantizer.semantic_codebook.zero_()
+    batches = [(model.features(pixels), pixels.shape[-2:]) for pixels in codebook_pictures()]
+    residuals = [features[:, : model.config.semantic_dim] for features, _ in batches]
+    codes = [quantizer(features, model.schedules.by_size(*size)).target_codes for features, size in batches]
+    schedules = [model.schedules.by_size(*size) for _, size in batches]
+    for scale in range(model.schedules.max_scales):
+        sums, counts = torch.zeros_like(quantizer.semantic_codebook), torch.zeros(len(quantizer.semantic_codebook), 1)
+        for residual, code, schedule in zip(residuals, codes, schedules):
+            rows = to_sequence(F.interpolate(residual, size=schedule[scale], mode="area")).flatten(0, 1)
+            chosen = code[:, schedule.slice(scale)].flatten()
+            sums.index_add_(0, chosen, rows)
+            counts.index_add_(0, chosen, torch.ones(len(rows), 1))
+        at = quantizer.entries_of(scale)
+        quantizer.semantic_codebook[at] = (sums / counts.clamp(min=1))[at]
+        for index, (code, schedule) in enumerate(zip(codes, schedules)):
+            entries = F.embedding(code[:, schedule.slice(scale)], quantizer.semantic_codebook)
+            residuals[index] = residuals[index] - resize_features(
+                to_map(entries, schedule[scale]), schedule.final_grid
+            )
 
 
 def picture_loss(reconstruction: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -155,45 +184,32 @@ def psnr(reconstruction: torch.Tensor, pixel_values: torch.Tensor) -> float:
 
 
 def train_pixel(folder: Path) -> NextFlowVQModel:
-    """Stage 1: the pixel branch, first as a plain autoencoder, then with its half of the codebook alone in the lookup.
-
-    The codebook is drawn from features that have already learned to tell pictures apart; from the start, the
-    commitment to an untrained codebook holds them together.
-    """
+    """Stage 1: the pixel half of the codebook, fitted in closed form, and the pixel decoder."""
     torch.manual_seed(1)
     model = NextFlowVQModel(vq_config(decoder_blocks=1)).to(memory_format=torch.channels_last)
     parts = nn.ModuleList([model.pixel_encoder, model.pixel_decoder, model.quantizer])
-    model.quantizer.semantic_codebook.requires_grad_(False)
-    model.quantizer.weights = (0.0, model.config.pixel_weight)
+    model.quantizer.requires_grad_(False)
+    model.pixel_encoder.requires_grad_(False)
     run = Run(folder, "pixel", parts, STEPS["pixel"], peak=3e-3)
-
-    def with_semantic(pixel_features: torch.Tensor) -> torch.Tensor:
-        return F.pad(pixel_features, (0, 0, 0, 0, model.config.semantic_dim, 0))  # the half that is not there yet
+    if run.step == 0:
+        fit_patterns(model)
+        fit_codebook(model)
+        model.quantizer.semantic_codebook.zero_()  # the half that is not there yet
 
     def step_fn(step: int) -> dict[str, float]:
-        if step == UNQUANTISED:
-            fit_to_pictures(model, lambda pixels: with_semantic(model.pixel_encoder(pixels)), "pixel codebook", seed=1)
         rng = random.Random(f"pixel {step} {run.rank}")
         pixels = picture_batch(rng, BATCH // run.processes, PHOTO_SHARE).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
-            features = model.pixel_encoder(pixels).float()
-            if step < UNQUANTISED:
-                reconstruction, quantization = model.pixel_decoder(features), None
-            else:
+            with torch.no_grad():
+                features = F.pad(model.pixel_encoder(pixels), (0, 0, 0, 0, model.config.semantic_dim, 0))
                 schedule = model.schedules.by_grid(features.shape[-2:])
-                dropped = keep_scales(rng, len(schedule))
-                quantization = model.quantizer(with_semantic(features), schedule, keep_scales=dropped)
-                sums = [total[:, model.config.semantic_dim :] for total in quantization.partial_sums]
-                quantization.partial_sums = sums
-                reconstruction = model.pixel_decoder(features + (sums[-1] - features).detach())
-        loss, row = picture_loss(reconstruction, pixels), {"psnr": psnr(reconstruction, pixels)}
-        if quantization is not None:
-            loss, row = loss + codebook_loss(features, quantization), row | norms(quantization)
+                quantization = model.quantizer(features, schedule, keep_scales=keep_scales(rng, len(schedule)))
+            reconstruction = model.pixel_decoder(quantization.quantized[:, model.config.semantic_dim :])
+        loss = picture_loss(reconstruction, pixels)
         run.update(loss)
-        return {"loss": loss.item()} | row
+        return {"loss": loss.item(), "psnr": psnr(reconstruction, pixels)} | norms(quantization)
 
     run.train(step_fn)
-    model.quantizer.weights = (model.config.semantic_weight, model.config.pixel_weight)
     return model.requires_grad_(True)
 
 
@@ -203,16 +219,18 @@ def norms(quantization: QuantizerOutput) -> dict[str, float]:
 
 
 def train_joint(folder: Path, model: NextFlowVQModel, teacher: Siglip2Model) -> NextFlowVQModel:
-    """Stage 2: both branches, both decoders and the whole codebook, from stage 1 and the teacher."""
+    """Stage 2: the semantic branch from the teacher, its half of the codebook, and both decoders."""
     encoder_state = {name: value for name, value in teacher.vision_model.state_dict().items() if "head." not in name}
     model.semantic_encoder.load_state_dict(encoder_state)
+    model.pixel_encoder.requires_grad_(False)
+    model.quantizer.requires_grad_(False)
     torch.manual_seed(2)
     run = Run(folder, "joint", model, STEPS["joint"], peak=1e-3)
     layer = model.config.semantic_feature_layer
 
     def step_fn(step: int) -> dict[str, float]:
-        if step in CODEBOOK_FITS:
-            fit_to_pictures(model, model.features, f"joint codebook {step}", seed=step)
+        if step in SEMANTIC_FITS:
+            fit_semantic_entries(model)
         rng = random.Random(f"joint {step} {run.rank}")
         pixels = picture_batch(rng, BATCH // run.processes, PHOTO_SHARE).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
@@ -223,11 +241,12 @@ def train_joint(folder: Path, model: NextFlowVQModel, teacher: Siglip2Model) -> 
             target = output.hidden_states[layer]
             output = model(pixels, keep_scales=keep_scales(rng, len(schedule)))
         distillation = 1 - F.cosine_similarity(output.semantic_features.float(), target.float(), dim=-1).mean()
-        quantization = codebook_loss(output.features, output.quantization)
-        loss = picture_loss(output.reconstruction, pixels) + quantization + 0.2 * distillation
+        semantic = slice(model.config.semantic_dim)
+        commitment = F.mse_loss(output.features[:, semantic], output.quantization.quantized[:, semantic])
+        loss = picture_loss(output.reconstruction, pixels) + COMMITMENT * commitment + 0.2 * distillation
         run.update(loss)
         row = {"loss": loss.item(), "psnr": psnr(output.reconstruction, pixels)}
-        row |= {"distillation": distillation.item(), "quantization": quantization.item()}
+        row |= {"distillation": distillation.item(), "commitment": commitment.item()}
         return row | norms(output.quantization)
 
     run.train(step_fn)

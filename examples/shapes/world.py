@@ -1,7 +1,8 @@
 """The shapes world: scenes of coloured shapes, their exact rendering, and the combinations kept out of training.
 
 - A `Scene` is one to four `Object`s on a plain background; lengths are pixels, y grows downwards.
-- Objects lie on a lattice of 8 pixels, small ones on 2 x 2 of its cells and large ones on 3 x 3.
+- Each object stands in a cell of 32 x 32 pixels of its own, at one of four places.
+- "Reading order" is that of the cells, row by row: lists of objects name them so.
 - Everything random takes a `random.Random`: the same seed gives the same scene on every machine.
 - `held_out(scene)` names the combinations that no training scene may contain.
 """
@@ -26,14 +27,13 @@ COLOURS = {
     "cyan": (40, 200, 220),
 }
 BACKGROUNDS = {"black": (16, 16, 16), "gray": (128, 128, 128), "white": (240, 240, 240)}
-RADII = {"small": 7.5, "large": 11.5}  # half the side of the bounding box
+RADII = {"small": 7.0, "large": 10.5}  # half the side of the bounding box
 RELATIONS = ("left of", "right of", "above", "below")
 INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
 MAX_OBJECTS = 4
-LATTICE_STEP = 8
-LATTICE_OFFSETS = {"small": 0, "large": 4}  # of the centres
-MIN_GAP = 3  # between bounding boxes
+CELL = 32  # pixels along the edge
+PLACES = (12, 20)  # of a centre in its cell, along each axis: neighbours keep 3 pixels between them
 RELATION_MARGIN = 12  # "left of" means that the centres differ by at least this
 CLEAR_MARGIN = 16  # what scenes drawn for a relation keep, so that a small reading error does not undo it
 SUBSAMPLES = 16  # per pixel and axis
@@ -211,15 +211,20 @@ def is_training_scene(scene: Scene) -> bool:
 
 
 @functools.cache
-def lattice(length: int, size: str) -> tuple[int, ...]:
-    """The coordinates at which an object of this size lies wholly inside an edge of `length` pixels."""
-    radius = RADII[size]
-    return tuple(at for at in range(LATTICE_OFFSETS[size], length, LATTICE_STEP) if radius <= at <= length - radius)
+def lattice(length: int) -> tuple[int, ...]:
+    """The coordinates of centres along an edge of `length` pixels."""
+    return tuple(cell + at for cell in range(0, length - CELL + 1, CELL) for at in PLACES)
 
 
-def apart(a: Object, b: Object) -> bool:
-    """Whether the bounding boxes keep the least gap."""
-    return max(abs(a.y - b.y), abs(a.x - b.x)) >= RADII[a.size] + RADII[b.size] + MIN_GAP
+def cell(item: Object) -> tuple[int, int]:
+    """The (row, column) of the cell in which the object stands; cells sort in reading order."""
+    return item.y // CELL, item.x // CELL
+
+
+def in_reading_order(objects: tuple[Object, ...]) -> tuple[Object, ...]:
+    """The same objects with their places exchanged, so that they stand in the order in which they are listed."""
+    places = sorted(objects, key=cell)
+    return tuple(dataclasses.replace(item, y=at.y, x=at.x) for item, at in zip(objects, places))
 
 
 def place(
@@ -230,16 +235,16 @@ def place(
     relations: Sequence[tuple[int, str, int]],
     fixed: tuple[Object, ...],
 ) -> tuple[Object, ...] | None:
-    """One attempt at adding the described objects, in order, each at a random free lattice point."""
+    """One attempt at adding the described objects, in order, each in a random free cell."""
     placed = list(fixed)
     for index, wanted in enumerate(described, start=len(fixed)):
         size = wanted.size or rng.choice(list(RADII))
-        candidates = [(y, x) for y in lattice(height, size) for x in lattice(width, size)]
+        candidates = [(y, x) for y in lattice(height) for x in lattice(width)]
         rng.shuffle(candidates)
         for y, x in candidates:
             item = Object(wanted.kind, wanted.colour, size, y, x)
             trial = [*placed, item]
-            if all(apart(item, other) for other in placed) and all(
+            if all(cell(item) != cell(other) for other in placed) and all(
                 relation_holds(trial[a], relation, trial[b], CLEAR_MARGIN)
                 for a, relation, b in relations
                 if max(a, b) == index
@@ -263,15 +268,18 @@ def arrange(
 ) -> Scene:
     """Draw a scene of the `fixed` objects and the described ones, at random places and in random sizes where open.
 
-    `relations` holds (index, relation, index) into fixed objects followed by described ones. Raises ValueError when
-    the objects do not fit the canvas or nothing is accepted.
+    `relations` holds (index, relation, index) into fixed objects followed by described ones; without relations or
+    fixed objects, the described ones stand in reading order where that is accepted. Raises ValueError when the objects
+    do not fit the canvas or nothing is accepted.
     """
     for _ in range(ATTEMPTS):
         objects = place(rng, described, height, width, relations, fixed)
         if objects is not None:
-            scene = Scene(height, width, background or rng.choice(list(BACKGROUNDS)), objects)
-            if accept(scene):
-                return scene
+            chosen = background or rng.choice(list(BACKGROUNDS))
+            for order in (objects,) if relations or fixed else (in_reading_order(objects), objects):
+                scene = Scene(height, width, chosen, order)
+                if accept(scene):
+                    return scene
     raise ValueError(
         f"no acceptable scene of {height}x{width} pixels found for {list(described)} beside {list(fixed)}"
     )
@@ -306,4 +314,4 @@ def sample_scene(
             scene = Scene(height, width, rng.choice(list(BACKGROUNDS)), objects)
             if not training or is_training_scene(scene):
                 return scene
-    raise ValueError(f"no room for {count} objects on a canvas of {height}x{width} pixels; 48x80 holds four")
+    raise ValueError(f"no room for {count} objects on a canvas of {height}x{width} pixels; 64x64 holds four")

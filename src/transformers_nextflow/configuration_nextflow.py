@@ -74,6 +74,9 @@ class NextFlowVQConfig(PreTrainedConfig):
             Entries of the codebook; one index selects both halves.
         semantic_weight, pixel_weight (`float`, default to 1.0):
             Weights of the two squared distances in the lookup (sec. 2.1).
+        scale_entries (`list[int]`, *optional*):
+            How many entries of the codebook belong to each scale, in order; `None` is the paper: every scale looks up
+            all of them.
         normalize_entries (`bool`, defaults to `True`):
             Whether both halves are L2-normalised, entries and queries alike (TokenFlow); `False` is VAR's plain
             Euclidean lookup, whose short entries leave flat regions alone and so make fine scales predictable.
@@ -93,8 +96,9 @@ class NextFlowVQConfig(PreTrainedConfig):
             How the CNN continues pictures beyond their border (`"zeros"`, TokenFlow's, `"replicate"` or `"reflect"`).
             With zeros, flat regions get other codes near the border.
         pixel_encoder (`str`, defaults to `"cnn"`):
-            The pixel branch's encoder: a CNN with attention (`"cnn"`, TokenFlow's) or a perceptron on each patch
-            alone (`"patch"`), whose codes a small transformer learns sooner.
+            The pixel branch's encoder: a CNN with attention (`"cnn"`, TokenFlow's) or one that splits windows of the
+            picture into two colours and the pattern between them (`"figure_ground"`), for flat graphics and a small
+            transformer. The second needs schedules of one even number of scales, whose grids divide the final one.
         decoder_base_channels (`int`, *optional*):
             `base_channels` of the pixel decoder, by default the same (TokenFlow's enhanced decoder: twice as many).
         norm_groups (`int`, *optional*):
@@ -131,6 +135,7 @@ class NextFlowVQConfig(PreTrainedConfig):
     codebook_size: int = 32768
     semantic_weight: float | int = 1.0
     pixel_weight: float | int = 1.0
+    scale_entries: list[int] | None = None
     normalize_entries: bool = True
     patch_size: int = 16
     image_size: int | None = None
@@ -157,8 +162,8 @@ class NextFlowVQConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if self.padding_mode not in ("zeros", "replicate", "reflect"):
             raise ValueError(f'padding_mode must be "zeros", "replicate" or "reflect", got {self.padding_mode!r}')
-        if self.pixel_encoder not in ("cnn", "patch"):
-            raise ValueError(f'pixel_encoder must be "cnn" or "patch", got {self.pixel_encoder!r}')
+        if self.pixel_encoder not in ("cnn", "figure_ground"):
+            raise ValueError(f'pixel_encoder must be "cnn" or "figure_ground", got {self.pixel_encoder!r}')
         if self.attention not in ("single", "dense"):
             raise ValueError(f'attention must be "single" or "dense", got {self.attention!r}')
         if self.semantic_config.model_type not in SEMANTIC_ENCODERS:
@@ -174,6 +179,10 @@ class NextFlowVQConfig(PreTrainedConfig):
                 f"stem_stride {self.stem_stride} and {len(self.channel_multipliers)} channel_multipliers downsample "
                 f"by {downsampling}, but patch_size is {self.patch_size}"
             )
+        if self.pixel_encoder == "figure_ground":
+            self._check_figure_ground()
+        if self.scale_entries is not None:
+            self._check_scale_entries()
         if self.image_size is not None:
             self._check_image_size()
         elif self.semantic_config.patch_size != self.patch_size:
@@ -189,6 +198,31 @@ class NextFlowVQConfig(PreTrainedConfig):
             raise ValueError(
                 f"image_size {self.image_size} in semantic patches of {self.semantic_config.patch_size} needs exactly "
                 f"one scale schedule, which ends in the grid ({edge}, {edge})"
+            )
+
+    def _check_figure_ground(self) -> None:
+        schedules = list(self.schedule_table())
+        num_scales = {len(schedule) for schedule in schedules}
+        if len(num_scales) != 1 or max(num_scales) % 2:
+            raise ValueError(f"figure and ground need schedules of one even length, got lengths {sorted(num_scales)}")
+        for schedule in schedules:
+            height, width = schedule.final_grid
+            uneven = next((grid for grid in schedule if height % grid[0] or width % grid[1]), None)
+            if uneven:
+                raise ValueError(f"figure and ground need grids that divide {schedule.final_grid}, got {uneven}")
+        pairs = max(num_scales) // 2
+        if self.pixel_dim % pairs or self.pixel_dim // pairs <= 6:
+            raise ValueError(
+                f"figure and ground need a pixel_dim of {pairs} equal parts with 6 channels for two colours and some "
+                f"for the pattern, got {self.pixel_dim}"
+            )
+
+    def _check_scale_entries(self) -> None:
+        num_scales, entries = self.schedule_table().max_scales, self.scale_entries
+        if len(entries) != num_scales or min(entries) < 1 or sum(entries) != self.codebook_size:
+            raise ValueError(
+                f"scale_entries must hold a positive number for each of {num_scales} scales that sum to codebook_size "
+                f"{self.codebook_size}, got {entries}"
             )
 
     @property

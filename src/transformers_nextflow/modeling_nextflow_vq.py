@@ -2,7 +2,7 @@
 
 - The semantic branch is transformers' own SigLIP2-naflex encoder, which reads any grid, or one of TokenFlow's of a
   fixed size (`fixed_size.py`).
-- The pixel branch is a convolutional autoencoder.
+- The pixel branch is a convolutional autoencoder; its encoder may be one for flat graphics instead.
 - Both meet on one grid; their concatenated channels are quantised together (`quantizer.py`).
 - The pixel decoder reads the pixel half alone, the semantic decoder the semantic half (TokenFlow).
 
@@ -131,31 +131,61 @@ class PixelEncoder(nn.Module):
         return self.to_code(self.conv_out(F.silu(self.norm_out(hidden))))
 
 
-class PatchEncoder(nn.Module):
-    """(B, 3, H, W) -> (B, pixel_dim, h, w): a perceptron on each patch alone, so equal patches get equal features.
+class FigureGroundEncoder(nn.Module):
+    """(B, 3, H, W) -> (B, pixel_dim, h, w): two colours and the pattern between them, at every other scale each.
 
-    Differs from the paper, whose pixel branch is a CNN: normalisation over the picture and attention make a patch's
-    features, and so its codes, depend on everything around it, which takes a transformer long to learn.
+    - Scales 1, 3, .. of the schedule divide the picture into one window for each of their cells: the *ground* is the
+      window's colour nearest to the picture's median, the *figure* the colour farthest from the ground.
+    - Scales 2, 4, .. hold how far each pixel is from ground to figure in the windows of the scale before, averaged to
+      `patch_size` x `patch_size` numbers for each cell and projected by `to_code`.
+    - Every scale has channels of its own, constant over each of its cells, so that with `scale_entries` its codes
+      depend on nothing else, and shape and colour never share a code.
+
+    Differs from the paper, whose pixel branch is a CNN: there a code depends on all of the picture and on the codes
+    before it, which takes a transformer long to learn. Two colours to a window suit flat graphics; photographs become
+    posters.
     """
+
+    LEAST_CONTRAST = 0.1  # distance in [-1, 1] RGB below which a pattern fades
 
     def __init__(self, config: NextFlowVQConfig):
         super().__init__()
         self.patch_size = config.patch_size
-        width = config.base_channels * config.channel_multipliers[-1]
-        self.patch_in = nn.Linear(3 * config.patch_size**2, width)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
-            for _ in range(config.encoder_blocks)
-        )
-        self.norm_out = nn.LayerNorm(width)
-        self.to_code = nn.Linear(width, config.pixel_dim)
+        self.schedules = config.schedule_table()
+        pairs = self.schedules.max_scales // 2
+        self.to_code = nn.Linear(config.patch_size**2, config.pixel_dim // pairs - 6, bias=False)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        grid = tuple(length // self.patch_size for length in pixel_values.shape[-2:])
-        hidden = self.patch_in(patchify(pixel_values, self.patch_size))
-        for block in self.blocks:
-            hidden = hidden + block(hidden)
-        return to_map(self.to_code(self.norm_out(hidden)), grid)
+        schedule = self.schedules.by_grid([length // self.patch_size for length in pixel_values.shape[-2:]])
+        with torch.autocast(pixel_values.device.type, enabled=False):
+            parts = []
+            for cells in schedule.grids[::2]:
+                parts.append(self.colours(pixel_values, cells))
+                patterns = self.patterns(pixel_values, parts[-1], schedule[len(parts)])
+                parts.append(to_map(self.to_code(patterns), schedule[len(parts)]))
+            return torch.cat([F.interpolate(part, size=schedule.final_grid, mode="nearest") for part in parts], dim=1)
+
+    def colours(self, pixel_values: torch.Tensor, cells: Grid) -> torch.Tensor:
+        """(B, 6, *cells): RGB of ground and figure of each window."""
+        (B, _, H, W), (h, w) = pixel_values.shape, cells
+        median_B113 = pixel_values.flatten(2).median(dim=-1).values[:, None, None]
+        windows = pixel_values.reshape(B, 3, h, H // h, w, W // w).permute(0, 2, 4, 3, 5, 1).reshape(B, h * w, -1, 3)
+
+        def colour_at(index: torch.Tensor) -> torch.Tensor:
+            return windows.gather(2, index[..., None, None].expand(-1, -1, 1, 3))
+
+        ground = colour_at((windows - median_B113).square().sum(-1).argmin(-1))
+        figure = colour_at((windows - ground).square().sum(-1).argmax(-1))
+        return to_map(torch.cat([ground, figure], dim=-1).squeeze(2), cells)
+
+    def patterns(self, pixel_values: torch.Tensor, colours: torch.Tensor, cells: Grid) -> torch.Tensor:
+        """(B, h*w, p*p) in [0, 1] for `cells` = (h, w): 0 is ground, 1 is figure."""
+        colours = F.interpolate(colours, size=pixel_values.shape[-2:], mode="nearest")
+        ground, figure = colours.split(3, dim=1)
+        contrast = (figure - ground).norm(dim=1, keepdim=True).clamp(min=self.LEAST_CONTRAST)
+        matte = (pixel_values - ground).norm(dim=1, keepdim=True) / contrast
+        size = [length * self.patch_size for length in cells]
+        return patchify(F.interpolate(matte, size=size, mode="area"), self.patch_size)
 
 
 class PixelDecoder(nn.Module):
@@ -297,7 +327,7 @@ class NextFlowVQModel(PreTrainedModel):
         self.semantic_to_code = nn.Sequential(
             nn.Linear(width, width), nn.Tanh(), nn.Linear(width, config.semantic_dim)
         )
-        self.pixel_encoder = PixelEncoder(config) if config.pixel_encoder == "cnn" else PatchEncoder(config)
+        self.pixel_encoder = (PixelEncoder if config.pixel_encoder == "cnn" else FigureGroundEncoder)(config)
         self.quantizer = DualCodebookQuantizer(config)
         self.semantic_decoder = SemanticDecoder(config)
         self.pixel_decoder = PixelDecoder(config)

@@ -165,7 +165,7 @@ class DualCodebookQuantizer(nn.Module):
     """One shared index, two entries: the lookup minimises `w_sem * d_sem + w_pix * d_pix` over both halves.
 
     With `normalize_entries` both halves are L2-normalised, entries and queries alike (TokenFlow); the residual itself
-    is never normalised.
+    is never normalised. With `scale_entries` each scale looks up entries of its own.
     """
 
     def __init__(self, config):
@@ -173,6 +173,7 @@ class DualCodebookQuantizer(nn.Module):
         self.dims = (config.semantic_dim, config.pixel_dim)
         self.weights = (config.semantic_weight, config.pixel_weight)
         self.normalize = config.normalize_entries
+        self.scale_entries = config.scale_entries
         self.semantic_codebook = nn.Parameter(torch.empty(config.codebook_size, config.semantic_dim))
         self.pixel_codebook = nn.Parameter(torch.empty(config.codebook_size, config.pixel_dim))
 
@@ -182,6 +183,12 @@ class DualCodebookQuantizer(nn.Module):
         return torch.cat(
             [F.normalize(half.float(), dim=-1) if self.normalize else half.float() for half in halves], -1
         )
+
+    def entries_of(self, scale: int) -> slice:
+        """The entries that `scale` (0-based) looks up."""
+        if self.scale_entries is None:
+            return slice(0, len(self.pixel_codebook))
+        return slice(sum(self.scale_entries[:scale]), sum(self.scale_entries[: scale + 1]))
 
     def distances(self, features_NC: torch.Tensor, codebook_VC: torch.Tensor) -> torch.Tensor:
         """(N, V) weighted sum of the squared distances of the halves."""
@@ -231,13 +238,15 @@ class DualCodebookQuantizer(nn.Module):
             for scale, (h, w) in enumerate(schedule):
                 norms.append(residual_BChw.detach().square().mean().sqrt())
                 pooled_BChw = F.interpolate(residual_BChw, size=(h, w), mode="area")
-                distance_NV = self.distances(to_sequence(pooled_BChw).flatten(0, 1).detach(), codebook_VC.detach())
-                target_Bl = distance_NV.argmin(dim=-1).view(batch, h * w)
+                allowed = self.entries_of(scale)
+                queries_NC = to_sequence(pooled_BChw).flatten(0, 1).detach()
+                distance_NV = self.distances(queries_NC, codebook_VC[allowed].detach())
+                target_Bl = allowed.start + distance_NV.argmin(dim=-1).view(batch, h * w)
                 input_Bl = target_Bl
                 if correction is not None:
                     at = schedule.slice(scale)
-                    drawn_Bl = self._draw(distance_NV, pick_BL[:, at].flatten(), correction).view(batch, h * w)
-                    input_Bl = torch.where(disturb_BL[:, at], drawn_Bl, target_Bl)
+                    drawn_N = self._draw(distance_NV, pick_BL[:, at].flatten(), correction)
+                    input_Bl = torch.where(disturb_BL[:, at], allowed.start + drawn_N.view(batch, h * w), target_Bl)
                 if keep_scales is None or keep_scales[scale]:
                     entries_BChw = resize_features(to_map(F.embedding(input_Bl, codebook_VC), (h, w)), grid)
                     total_BChw = total_BChw + entries_BChw

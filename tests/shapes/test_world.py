@@ -15,7 +15,7 @@ import pytest
 from examples.shapes import grammar, world
 from examples.shapes.grammar import CATEGORIES, EDITS, SPLITS, TASKS
 
-CANVASES = ((64, 64), (48, 80), (80, 48), (56, 72), (72, 56))
+CANVASES = ((64, 64), (64, 96), (96, 64), (96, 96))
 DOCUMENTS = [
     grammar.sample_document(random.Random(f"{task} {index}"), task, CANVASES[index % len(CANVASES)])
     for task in TASKS
@@ -34,12 +34,28 @@ def scenes(count: int, **options) -> list[world.Scene]:
     return [world.sample_scene(rng, *CANVASES[index % len(CANVASES)], **options) for index in range(count)]
 
 
-def test_objects_lie_inside_the_canvas_and_apart():
+def test_objects_lie_wholly_inside_cells_of_their_own():
     for scene in scenes(300, training=False):
         for item in scene.objects:
+            row, column = world.cell(item)
             radius = world.RADII[item.size]
-            assert radius <= item.y <= scene.height - radius and radius <= item.x <= scene.width - radius
-        assert all(world.apart(a, b) for a, b in itertools.combinations(scene.objects, 2))
+            assert 0 <= row < scene.height // 32 and 0 <= column < scene.width // 32
+            assert 32 * row + radius <= item.y <= 32 * row + 32 - radius
+            assert 32 * column + radius <= item.x <= 32 * column + 32 - radius
+        assert len({world.cell(item) for item in scene.objects}) == len(scene.objects)
+
+
+def test_lists_name_objects_in_reading_order():
+    named = [world.Described("circle", "red"), world.Described("ring", "blue", "small")] * 2
+    for seed in range(20):
+        objects = world.arrange(random.Random(seed), named).objects
+        assert [(item.kind, item.colour) for item in objects] == [(item.kind, item.colour) for item in named]
+        assert [world.cell(item) for item in objects] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    for index, scene in enumerate(scenes(100)):
+        request = grammar.describe_scene(random.Random(index), scene)
+        if not request.relations:
+            ordered = sorted(scene.objects, key=world.cell)
+            assert [item.kind for item in request.objects] == [item.kind for item in ordered]
 
 
 def test_four_large_objects_fit_the_square_canvas():
@@ -58,10 +74,10 @@ def test_scenes_survive_json():
 
 
 def test_rendering_shows_colours_and_background_unmixed():
-    scene = world.Scene(48, 80, "gray", (world.Object("square", "cyan", "large", 22, 30),))
+    scene = world.Scene(64, 96, "gray", (world.Object("square", "cyan", "large", 20, 44),))
     image = world.render(scene)
-    assert image.shape == (48, 80, 3) and image.dtype == np.uint8
-    assert tuple(image[22, 30]) == world.COLOURS["cyan"]
+    assert image.shape == (64, 96, 3) and image.dtype == np.uint8
+    assert tuple(image[20, 44]) == world.COLOURS["cyan"]
     assert tuple(image[0, 0]) == world.BACKGROUNDS["gray"]
 
 
