@@ -27,7 +27,7 @@ STEPS = {"teacher": 500, "pixel": 1200, "joint": 1000, "decoder": 1000}
 TEACHER_BATCH = 64  # pairs of a step
 BATCH = 32  # pictures of a step, over all processes
 CODEBOOK_BATCHES, CODEBOOK_BATCH, KMEANS_ITERATIONS = 60, 96, 6
-LEAST_DISTANCE = 0.05  # between entries at first; rows that differ by less differ by rounding alone
+LEAST_DISTANCE = 0.1  # between entries at first; rows that differ by less differ by rounding alone
 SEMANTIC_FITS = (0, 200, 400, 600, 800)  # steps of the joint stage
 PHOTO_SHARE = 0.12
 COMMITMENT = 0.25
@@ -81,7 +81,10 @@ def codebook_pictures() -> list[torch.Tensor]:
 
 @torch.no_grad()
 def fit_patterns(model: NextFlowVQModel) -> None:
-    """Project patterns on their principal components, those of every scale counting the same."""
+    """Project patterns on their principal components, those of every scale counting the same.
+
+    Components are scaled to the root of their deviation, between the error of patterns and equal say in the lookup.
+    """
     encoder = model.pixel_encoder
     moment = torch.zeros(PATCH_SIZE**2, PATCH_SIZE**2)
     for pixels in codebook_pictures():
@@ -89,8 +92,11 @@ def fit_patterns(model: NextFlowVQModel) -> None:
         for windows, cells in zip(schedule.grids[::2], schedule.grids[1::2]):
             patterns = encoder.patterns(pixels, encoder.colours(pixels, windows), cells).flatten(0, 1)
             moment += patterns.T @ patterns / len(patterns)
-    components = torch.linalg.eigh(moment).eigenvectors.flip(-1).T[: len(encoder.to_code.weight)]
-    encoder.to_code.weight.copy_(components / (PATCH_SIZE / 2))
+    count = len(encoder.to_code.weight)
+    energies, components = torch.linalg.eigh(moment / (CODEBOOK_BATCHES * model.schedules.max_scales / 2))
+    encoder.to_code.weight.copy_(components.T[-count:] / energies[-count:, None] ** 0.25)
+    model.pixel_decoder.from_code_to_pattern.weight.copy_(torch.linalg.pinv(encoder.to_code.weight))
+    nn.init.zeros_(model.pixel_decoder.conv_out.weight)  # at first the picture is what colours and patterns say
 
 
 def kmeans(rows: torch.Tensor, count: int) -> torch.Tensor:
@@ -190,7 +196,7 @@ def train_pixel(folder: Path) -> NextFlowVQModel:
     parts = nn.ModuleList([model.pixel_encoder, model.pixel_decoder, model.quantizer])
     model.quantizer.requires_grad_(False)
     model.pixel_encoder.requires_grad_(False)
-    run = Run(folder, "pixel", parts, STEPS["pixel"], peak=3e-3)
+    run = Run(folder, "pixel", parts, STEPS["pixel"], peak=1e-3)
     if run.step == 0:
         fit_patterns(model)
         fit_codebook(model)

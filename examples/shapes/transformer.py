@@ -17,7 +17,7 @@ from .loop import Run, save_atomically, world
 from .sizes import nextflow_config
 from .world import Scene, render
 
-CORRECTION = SelfCorrection(probability=0.5, token_share=(0.0, 0.5), top_k=4)
+CORRECTION = SelfCorrection(probability=0.25, token_share=(0.0, 0.3), top_k=4)
 VARIANTS = 2  # self-corrected encodings of each target picture
 PICTURES, EDITS = 60_000, 24_000
 BATCH_TOKENS = 4_000  # of each process

@@ -137,7 +137,9 @@ class FigureGroundEncoder(nn.Module):
     - Scales 1, 3, .. of the schedule divide the picture into one window for each of their cells: the *ground* is the
       window's colour nearest to the picture's median, the *figure* the colour farthest from the ground.
     - Scales 2, 4, .. hold how far each pixel is from ground to figure in the windows of the scale before, averaged to
-      `patch_size` x `patch_size` numbers for each cell and projected by `to_code`.
+      `patch_size` x `patch_size` numbers for each cell and projected by `to_code`. At the last scale, which rebuilds
+      the picture, it is how far along the line between the two; before, where a window may show several colours,
+      distance in any direction counts.
     - Every scale has channels of its own, constant over each of its cells, so that with `scale_entries` its codes
       depend on nothing else, and shape and colour never share a code.
 
@@ -179,12 +181,15 @@ class FigureGroundEncoder(nn.Module):
         return to_map(torch.cat([ground, figure], dim=-1).squeeze(2), cells)
 
     def patterns(self, pixel_values: torch.Tensor, colours: torch.Tensor, cells: Grid) -> torch.Tensor:
-        """(B, h*w, p*p) in [0, 1] for `cells` = (h, w): 0 is ground, 1 is figure."""
+        """(B, h*w, p*p) for `cells` = (h, w): 0 is ground, 1 is figure."""
         colours = F.interpolate(colours, size=pixel_values.shape[-2:], mode="nearest")
         ground, figure = colours.split(3, dim=1)
-        contrast = (figure - ground).norm(dim=1, keepdim=True).clamp(min=self.LEAST_CONTRAST)
-        matte = (pixel_values - ground).norm(dim=1, keepdim=True) / contrast
         size = [length * self.patch_size for length in cells]
+        contrast = (figure - ground).norm(dim=1, keepdim=True).clamp(min=self.LEAST_CONTRAST)
+        if size == list(pixel_values.shape[-2:]):
+            matte = ((pixel_values - ground) * (figure - ground)).sum(dim=1, keepdim=True) / contrast**2
+        else:
+            matte = (pixel_values - ground).norm(dim=1, keepdim=True) / contrast
         return patchify(F.interpolate(matte, size=size, mode="area"), self.patch_size)
 
 
@@ -215,6 +220,41 @@ class PixelDecoder(nn.Module):
             if i < len(self.upsamples):
                 hidden = self.upsamples[i](F.interpolate(hidden, scale_factor=2.0, mode="nearest"))
         return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(hidden))), self.stem_stride)
+
+
+class FigureGroundDecoder(PixelDecoder):
+    """(B, pixel_dim, h, w) -> (B, 3, H, W): the picture of the finest colours and patterns, and what a
+    [`PixelDecoder`] adds to it."""
+
+    def __init__(self, config: NextFlowVQConfig):
+        super().__init__(config)
+        self.patch_size = config.patch_size
+        self.schedules = config.schedule_table()
+        self.pattern_dim = config.pixel_dim // (self.schedules.max_scales // 2) - 6
+        self.from_code_to_pattern = nn.Linear(self.pattern_dim, config.patch_size**2, bias=False)
+
+    def forward(self, quantized: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(quantized.device.type, enabled=False):
+            composite = self.composite(quantized.to(self.from_code_to_pattern.weight.dtype))
+        return composite + super().forward(quantized)
+
+    def composite(self, quantized: torch.Tensor) -> torch.Tensor:
+        """Ground, and as much of the way to figure as the pattern says."""
+        grid = tuple(quantized.shape[-2:])
+        colours, patterns = quantized[:, -6 - self.pattern_dim :].split((6, self.pattern_dim), dim=1)
+        colours = undo_resize(colours, self.schedules.by_grid(grid)[-2])
+        size = [length * self.patch_size for length in grid]
+        ground, figure = F.interpolate(colours, size=size, mode="nearest").split(3, dim=1)
+        matte = unpatchify(self.from_code_to_pattern(to_sequence(patterns)), grid, self.patch_size)
+        return ground + matte * (figure - ground)
+
+
+def undo_resize(features: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """(B, C, h, w) -> (B, C, *grid): the map whose upsampling by [`resize_features`] comes nearest to `features`."""
+    cells = grid[0] * grid[1]
+    basis = resize_features(torch.eye(cells).view(cells, 1, *grid), features.shape[-2:]).flatten(1)
+    inverse = torch.linalg.pinv(basis).to(features)
+    return (features.flatten(2) @ inverse).unflatten(2, grid)
 
 
 class OneGridEmbeddings(Siglip2VisionEmbeddings):
@@ -327,10 +367,11 @@ class NextFlowVQModel(PreTrainedModel):
         self.semantic_to_code = nn.Sequential(
             nn.Linear(width, width), nn.Tanh(), nn.Linear(width, config.semantic_dim)
         )
-        self.pixel_encoder = (PixelEncoder if config.pixel_encoder == "cnn" else FigureGroundEncoder)(config)
+        cnn = config.pixel_encoder == "cnn"
+        self.pixel_encoder = (PixelEncoder if cnn else FigureGroundEncoder)(config)
         self.quantizer = DualCodebookQuantizer(config)
         self.semantic_decoder = SemanticDecoder(config)
-        self.pixel_decoder = PixelDecoder(config)
+        self.pixel_decoder = (PixelDecoder if cnn else FigureGroundDecoder)(config)
         self.post_init()
 
     @classmethod
