@@ -1,18 +1,33 @@
-"""The few calls of the Hub's HTTP API that pushing and loading a model needs, on loopback, files in memory."""
+"""The few calls of the Hub's HTTP API that pushing and loading needs, on loopback, with files in memory."""
 
 import base64
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
 from urllib.parse import unquote, urlsplit
+
+ROOT = Path(__file__).parents[1]
+
+
+def run_fresh(script: str, folder: Path, **environment: str) -> str:
+    """Run a script in a new process, in `folder`, as someone who has the package installed."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "HF_HOME": str(folder / "hf")} | environment
+    run = [sys.executable, "-c", script]
+    done = subprocess.run(run, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 class HubStandIn:
     """Repositories by id: path to content on their only branch, and all calls, as method and path.
 
-    Files of weights go by LFS, all others inside of the commit, as on the Hub.
+    Files of weights and shards go by LFS, all others inside of the commit, as on the Hub.
     """
 
     def __init__(self):
@@ -20,6 +35,12 @@ class HubStandIn:
         self.objects: dict[str, bytes] = {}
         self.calls: list[str] = []
         self.url = ""
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What leads a new process to this Hub and to no other."""
+        environment = {"HF_ENDPOINT": self.url, "HF_TOKEN": "hf_stand_in", "HF_HUB_DISABLE_XET": "1"}
+        return environment | {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1"}
 
     def create(self, body: dict) -> dict:
         repo_id = f"{body['organization']}/{body['name']}"
@@ -29,7 +50,7 @@ class HubStandIn:
     def preupload(self, repo_id: str, body: dict) -> dict:
         files = []
         for path in (file["path"] for file in body["files"]):
-            mode = "lfs" if path.endswith(".safetensors") else "regular"
+            mode = "lfs" if path.endswith((".safetensors", ".arrow")) else "regular"
             files.append({"path": path, "uploadMode": mode, "shouldIgnore": False})
         return {"files": files}
 
@@ -58,6 +79,10 @@ class HubStandIn:
     def info(self, repo_id: str) -> dict:
         siblings = [{"rfilename": path} for path in self.repositories[repo_id]]
         return {"id": repo_id, "modelId": repo_id, "sha": self.head(repo_id), "siblings": siblings, "tags": []}
+
+    def tree(self, repo_id: str) -> list[dict]:
+        files = self.repositories[repo_id].items()
+        return [{"type": "file", "path": path, "size": len(content), "oid": "0"} for path, content in files]
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -91,7 +116,10 @@ class Handler(BaseHTTPRequestHandler):
     def parts(self) -> list[str]:
         path = unquote(urlsplit(self.path).path)
         self.hub.calls.append(f"{self.command} {path}")
-        return path.strip("/").split("/")
+        parts = path.strip("/").split("/")
+        if parts[0] == "datasets":
+            return parts[1:]
+        return ["api", "models", *parts[2:]] if parts[:2] == ["api", "datasets"] else parts
 
     def do_POST(self):
         parts, body = self.parts(), self.body()
@@ -124,6 +152,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(404, X_Error_Code="RepoNotFound")
         if api and parts[4:5] in ([], ["revision"]):
             return self.answer_json(self.hub.info(repo_id))
+        if api and parts[4] == "tree":
+            return self.answer_json(self.hub.tree(repo_id))
         content = None if api else self.hub.repositories[repo_id].get("/".join(parts[4:]))  # owner/name/resolve/main/
         if content is None:
             return self.answer(404, X_Error_Code="EntryNotFound")

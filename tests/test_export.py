@@ -1,20 +1,16 @@
 """Exported checkpoints load in fresh processes, with and without the import, from a folder and from the Hub."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from hub_stand_in import hub_stand_in
+from hub_stand_in import hub_stand_in, run_fresh
 from PIL import Image
 
 from transformers_nextflow.cli import main
 
-ROOT = Path(__file__).parents[1]
 PICTURE = """
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForMultimodalLM, AutoProcessor
 model = AutoModelForMultimodalLM.from_pretrained(NAME, **TRUST).eval()
@@ -24,15 +20,6 @@ inputs = processor.apply_chat_template(chat, generation_mode="image")
 tokens = model.generate(**inputs, generation_mode="image", seed=0)
 processor.post_process_image(model.decode_image_tokens(tokens, (3, 3)))[0].save(PNG)
 """
-
-
-def run_fresh(script: str, folder: Path, **environment: str) -> str:
-    """Run a script in a new process, in `folder`, as someone who has the package installed."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "HF_HOME": str(folder / "hf")} | environment
-    run = [sys.executable, "-c", script]
-    done = subprocess.run(run, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -126,11 +113,9 @@ NAME, PNG, TRUST = "someone/pushed", "pushed.png", {{}}
 {PICTURE}
 """
     with hub_stand_in() as hub:
-        environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_stand_in", "HF_HUB_DISABLE_XET": "1"}
-        environment |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1"}
-        run_fresh(script, tmp_path, **environment)
+        run_fresh(script, tmp_path, **hub.environment)
         trusted = f'NAME, PNG, TRUST = "someone/exported", "exported.png", {{"trust_remote_code": True}}\n{PICTURE}'
-        run_fresh(trusted, tmp_path, **environment)
+        run_fresh(trusted, tmp_path, **hub.environment)
     assert same(tmp_path / "pushed.png", picture) and same(tmp_path / "exported.png", picture)
     assert hub.repositories.keys() == {"someone/exported", "someone/pushed"}
     weights = (tiny_checkpoint / "model.safetensors").read_bytes()

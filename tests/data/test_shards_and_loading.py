@@ -3,12 +3,14 @@
 import copy
 import json
 import shutil
+from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 import torch
 from data_samples import documents, edit_manifest
+from hub_stand_in import hub_stand_in, run_fresh
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -22,7 +24,6 @@ from transformers_nextflow.data import (
     PackCollator,
     PackedDataset,
     PackSampler,
-    open_shards,
     pack,
     verify,
 )
@@ -254,20 +255,32 @@ def test_datasets_reads_the_folder(packs):
     assert {key for keys in table["keys"] for key in keys} == {document.key for document in documents()}
 
 
-def test_a_repository_of_the_hub_is_a_folder_of_shards(packs, data_checkpoint, tmp_path, monkeypatch):
-    """As `snapshot_download` lays a downloaded dataset repository out."""
-    from huggingface_hub import constants
-
-    snapshot = tmp_path / "hub" / "datasets--someone--packs" / "snapshots" / ("a" * 40)
-    shutil.copytree(packs, snapshot)
-    (snapshot.parents[1] / "refs").mkdir()
-    (snapshot.parents[1] / "refs" / "main").write_text("a" * 40)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    folder, manifest = open_shards("someone/packs", "packs")
-    assert folder == snapshot and manifest["content"] == "packs"
-    with pytest.raises(ValueError, match="holds packs, not documents"):
-        open_shards("someone/packs", "documents")
+def test_shards_go_to_the_hub_and_come_back(packs, tmp_path):
+    """Create, upload, commit, download, each in a fresh process; what was left of the work stays behind."""
+    shutil.copytree(packs, tmp_path / "packs")
+    (tmp_path / "packs" / "work").mkdir()
+    (tmp_path / "packs" / "work" / "notes.txt").write_text("mine")
+    push = """
+from transformers_nextflow.data import push_to_hub
+print(push_to_hub("packs", "someone/packs"))
+"""
+    load = """
+from transformers_nextflow.data.shards import open_shards
+folder, manifest = open_shards("someone/packs", "packs")
+print(folder)
+try:
+    open_shards("someone/packs", "documents")
+except ValueError as error:
+    print(error)
+"""
+    with hub_stand_in() as hub:
+        assert "someone/packs" in run_fresh(push, tmp_path, **hub.environment)
+        folder, refusal = run_fresh(load, tmp_path, **hub.environment).split("\n", 1)
+    assert "holds packs, not documents" in refusal
+    sent = {path.relative_to(packs) for path in packs.rglob("*") if path.is_file()}
+    came = {path.relative_to(folder) for path in Path(folder).rglob("*") if path.is_file()}
+    assert came - {Path(".gitattributes")} == sent and Path(folder) != packs
+    assert all((Path(folder) / path).read_bytes() == (packs / path).read_bytes() for path in sent)
 
 
 # Command line
