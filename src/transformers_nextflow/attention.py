@@ -95,3 +95,22 @@ def row_mask(
         and_mask_function=see_visible,
     )
     return {"full_attention": mask}, False
+
+
+def attended_pairs(block_ids: torch.Tensor, document_ids: torch.Tensor) -> int:
+    """How many (query, key) pairs [`sequence_mask`] lets see each other in (B, L) packed rows, padding left out."""
+    places = torch.arange(block_ids.shape[1], device=block_ids.device).expand_as(block_ids)
+
+    def run_ends(ids: torch.Tensor) -> torch.Tensor:
+        """The last place of the run of equal ids that each place belongs to."""
+        last = F.pad(ids[:, 1:] != ids[:, :-1], (0, 1), value=True)
+        ends = places.masked_fill(~last, ids.shape[1])
+        return ends.flip(1).cummin(dim=1).values.flip(1)
+
+    def run_starts(ids: torch.Tensor) -> torch.Tensor:
+        first = F.pad(ids[:, 1:] != ids[:, :-1], (1, 0), value=True)
+        return places.masked_fill(~first, 0).cummax(dim=1).values
+
+    seen_to = torch.where(block_ids >= 0, run_ends(block_ids), places)
+    seen = seen_to + 1 - run_starts(document_ids)
+    return int(seen[document_ids >= 0].sum())

@@ -1,0 +1,81 @@
+"""The stages of training (NextFlow table 2): what is trained, at which level, on which mixture, how weighted."""
+
+from dataclasses import dataclass, fields
+from importlib.resources import files
+from pathlib import Path
+
+import yaml
+
+from ..modeling_nextflow import NextFlowForConditionalGeneration
+
+TRAINS = ("connector_and_head", "all")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage.
+
+    Args:
+        name: of the stage.
+        trains: `"connector_and_head"`, all else frozen, or `"all"` but the vision tokenizer (NextFlow sec. 3.2).
+        level: of the scale schedules that pictures are brought to.
+        epochs: over the stage's packs.
+        learning_rate: peak.
+        scale_loss_alpha: exponent of the scale weights (eq. 2).
+        mixture: documents by kind, in any unit.
+        tokens: in trillions; what the paper spent.
+
+    Raises:
+        ValueError: for an unknown `trains`, or a mixture without documents.
+    """
+
+    name: str
+    trains: str
+    level: str
+    epochs: int
+    learning_rate: float
+    scale_loss_alpha: float
+    mixture: dict[str, float]
+    tokens: float | None = None
+
+    def __post_init__(self):
+        if self.trains not in TRAINS:
+            raise ValueError(f"stage {self.name}: trains must be one of {', '.join(TRAINS)}, got {self.trains!r}")
+        if not self.mixture or min(self.mixture.values()) < 0 or sum(self.mixture.values()) <= 0:
+            raise ValueError(f"stage {self.name}: mixture must hold an amount of documents, got {self.mixture}")
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The mixture in parts of one."""
+        total = sum(self.mixture.values())
+        return {kind: amount / total for kind, amount in self.mixture.items()}
+
+    def prepare(self, model: NextFlowForConditionalGeneration) -> None:
+        """Freeze and thaw parameters and set the loss's exponent; the vision tokenizer is always frozen."""
+        model.config.scale_loss_alpha = self.scale_loss_alpha
+        model.requires_grad_(self.trains == "all")
+        if self.trains == "connector_and_head":
+            for part in (model.model.connector, model.lm_head, model.code_head):
+                part.requires_grad_(True)
+        model.model.vq_model.requires_grad_(False)
+
+
+def load_stages(path: str | Path | None = None) -> dict[str, Stage]:
+    """Stages by name, in order, from a YAML list of them; by default the paper's.
+
+    Raises:
+        ValueError: naming the stage and what it lacks or has too much.
+    """
+    text = Path(path).read_text() if path else files(__package__).joinpath("stages.yaml").read_text()
+    known = {field.name for field in fields(Stage)}
+    stages = {}
+    for values in yaml.safe_load(text):
+        name = values.get("name", "without a name")
+        if unknown := sorted(values.keys() - known):
+            raise ValueError(f"stage {name} has unknown fields {', '.join(unknown)}, not {', '.join(sorted(known))}")
+        if missing := sorted(known - {"tokens"} - values.keys()):
+            raise ValueError(f"stage {name} lacks {', '.join(missing)}")
+        if name in stages:
+            raise ValueError(f"there are two stages {name}")
+        stages[name] = Stage(**values)
+    return stages

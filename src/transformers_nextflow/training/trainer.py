@@ -1,0 +1,178 @@
+"""[`NextFlowTrainer`]: transformers' Trainer on packed documents, its loss exact over any split of a step."""
+
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from ..attention import attended_pairs
+from ..data.costs import CostModel
+from ..data.loading import PackCollator
+from ..losses import IGNORE
+
+
+@dataclass
+class NextFlowTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with other defaults: packs are batches already, and their columns are the forward's.
+
+    Args:
+        peak_flops (`float`, *optional*):
+            Of one device, in FLOP/s; with it the model FLOPs utilisation is logged as `mfu`.
+    """
+
+    per_device_train_batch_size: int = field(default=1, metadata={"help": "packs of a forward on each device"})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "packs hold what the forward takes"})
+    peak_flops: float | None = field(default=None, metadata={"help": "FLOP/s of one device, to log its utilisation"})
+
+
+class PackOrder(Sampler[int]):
+    """A permutation of all packs by seed and epoch, the same on every rank; the Trainer deals it out."""
+
+    def __init__(self, num_packs: int, seed: int):
+        self.num_packs, self.seed, self.epoch = num_packs, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.num_packs
+
+    def __iter__(self):
+        yield from np.random.default_rng([self.seed, self.epoch]).permutation(self.num_packs).tolist()
+
+
+class NextFlowTrainer(Trainer):
+    """Trains [`NextFlowForConditionalGeneration`], or adapters on it, on packs.
+
+    Differs from `Trainer`:
+
+    - An optimizer step's loss is the weighted sum over all its targets by the sum of their weights, however they are
+      split over accumulation steps and devices. Scale weights sum to the number of codes in every image (eq. 2), so
+      the sum of all weights is the number of targets.
+    - Beside `loss` are logged the unweighted cross-entropies `loss_text`, `loss_vision` and `loss_scale_1` .. (the
+      paper's fig. 11), `tokens_per_second` of real tokens, `flops_per_second` by attended pairs, and `mfu`.
+    - Packs come in an order by seed and epoch, and show stored self-corrected variants by epoch, so that a resumed run
+      sees what an undisturbed one sees.
+
+    Args:
+        train_dataset: [`~transformers_nextflow.data.PackedDataset`], or anything with its items.
+        data_collator: by default [`~transformers_nextflow.data.PackCollator`] of the dataset.
+
+    Raises:
+        ValueError: if the packs do not divide evenly over an optimizer step's devices and accumulation.
+    """
+
+    def __init__(self, model=None, args=None, data_collator=None, train_dataset=None, **kwargs):
+        if data_collator is None and train_dataset is not None:
+            data_collator = PackCollator(train_dataset)
+        super().__init__(model, args, data_collator, train_dataset, **kwargs)
+        per_step = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
+        if train_dataset is not None and len(train_dataset) % per_step:
+            raise ValueError(
+                f"{len(train_dataset)} packs do not divide by the {per_step} of an optimizer step (batch size x "
+                f"devices x accumulation): pack with --multiple-of {per_step}"
+            )
+        self.label_names = ["shift_labels"]
+        self._measured = Measured(self._nextflow.model.schedules.max_scales)
+        self._costs = CostModel.from_config(self._nextflow.config)
+        self.add_callback(_Clock(self))
+
+    @property
+    def _nextflow(self):
+        """The model below the wrappers of devices and adapters."""
+        model = self.accelerator.unwrap_model(self.model)
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    def _get_train_sampler(self, train_dataset=None) -> Sampler:
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self._order = PackOrder(len(train_dataset if train_dataset is not None else self.train_dataset), seed)
+        return self._order
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
+        if not batch_samples:
+            return None
+        count = sum((batch["shift_labels"] != IGNORE).sum() for batch in batch_samples).to(device)
+        return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = {**inputs, "logits_over": "none", "use_cache": False}
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        if model.training:
+            layout = self._nextflow.model.lay_out(
+                inputs["input_ids"], inputs.get("image_grid_hw"), document_ids=inputs["document_ids"]
+            )
+            self._measured.add(outputs.token_losses, inputs, layout)
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self.model.training:
+            logs = logs | self._measured.pop(self.accelerator, self._costs, self.args)
+        super().log(logs, start_time)
+
+
+class Measured:
+    """What steps have seen since the last log, on this device."""
+
+    def __init__(self, num_scales: int):
+        self.num_scales = num_scales
+        self.reset()
+
+    def reset(self) -> None:
+        self.sums = torch.zeros(1 + self.num_scales, dtype=torch.float64)  # cross-entropy of text, then of each scale
+        self.counts = torch.zeros(1 + self.num_scales, dtype=torch.float64)
+        self.work = torch.zeros(3, dtype=torch.float64)  # positions, attended pairs, targets
+        self.seconds = 0.0
+
+    def add(self, token_losses: torch.Tensor, inputs: dict, layout) -> None:
+        """Count one forward: (B, L) cross-entropies, the batch, and its layout."""
+        at = inputs["shift_labels"] != IGNORE
+        scales, losses = layout.scale_ids[at].cpu(), token_losses[at].double().cpu()
+        self.sums.index_add_(0, scales, losses)
+        self.counts.index_add_(0, scales, torch.ones_like(losses))
+        pairs = attended_pairs(layout.block_ids, inputs["document_ids"])
+        tokens = (inputs["document_ids"] >= 0).sum()
+        self.work += torch.tensor([int(tokens), int(pairs), int(at.sum())], dtype=torch.float64)
+
+    def pop(self, accelerator, costs: CostModel, args) -> dict[str, float]:
+        """Means over all devices since the last call."""
+        packed = torch.cat([self.sums, self.counts, self.work]).to(accelerator.device)
+        packed = accelerator.reduce(packed, reduction="sum").cpu()
+        sums, counts, work = packed.split([len(self.sums), len(self.counts), 3])
+        seconds = self.seconds
+        self.reset()
+        logs = {}
+        if counts[0]:
+            logs["loss_text"] = float(sums[0] / counts[0])
+        if counts[1:].sum():
+            logs["loss_vision"] = float(sums[1:].sum() / counts[1:].sum())
+        for scale in range(1, 1 + self.num_scales):
+            if counts[scale]:
+                logs[f"loss_scale_{scale}"] = float(sums[scale] / counts[scale])
+        if seconds:
+            flops = float(work.numpy() @ costs.coefficients[:3]) / seconds
+            logs |= {"tokens_per_second": float(work[0]) / seconds, "flops_per_second": flops}
+            if getattr(args, "peak_flops", None):
+                logs["mfu"] = flops / (args.peak_flops * args.world_size)
+        return logs
+
+
+class _Clock(TrainerCallback):
+    """Tells the packs which epoch it is, and how long steps took."""
+
+    def __init__(self, trainer: NextFlowTrainer):
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        epoch = int(state.epoch)
+        self.trainer._order.set_epoch(epoch)
+        if hasattr(self.trainer.train_dataset, "set_epoch"):
+            self.trainer.train_dataset.set_epoch(epoch)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.begun = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer._measured.seconds += time.perf_counter() - self.begun

@@ -1,0 +1,227 @@
+"""The Trainer's loss by hand and over every split of a step, exact resume, what is logged, stages and adapters."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import set_seed
+
+from transformers_nextflow.attention import attended_pairs, sequence_mask
+from transformers_nextflow.data import ComputeBudget, CostModel, PackCollator, PackedDataset, pack
+from transformers_nextflow.lora import lora_config
+from transformers_nextflow.losses import IGNORE
+from transformers_nextflow.training import NextFlowTrainer, NextFlowTrainingArguments, load_stages
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def packs(extracted, tmp_path_factory) -> Path:
+    """Eight of them."""
+    folder = tmp_path_factory.mktemp("trainer") / "packs"
+    pack([extracted], folder, ComputeBudget(300), CostModel("blocks", 1.0, 3e-4, 0.5), multiple_of=8)
+    return folder
+
+
+@pytest.fixture
+def dataset(packs, data_model, tiny_processor) -> PackedDataset:
+    return PackedDataset(packs, data_model, tiny_processor)
+
+
+def train(model, dataset, output, resume=None, **arguments) -> NextFlowTrainer:
+    values = {"max_steps": 1, "logging_steps": 1, "learning_rate": 1e-3, "save_strategy": "no", "seed": 5}
+    values |= {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "lr_scheduler_type": "constant"}
+    arguments = NextFlowTrainingArguments(output_dir=str(output), **(values | arguments))
+    trainer = NextFlowTrainer(model, arguments, train_dataset=dataset)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def losses(trainer) -> list[dict]:
+    kept = ("step", "loss", "loss_text", "loss_vision", "grad_norm")
+    return [{name: row[name] for name in kept} for row in trainer.state.log_history if "loss" in row]
+
+
+def test_loss_of_a_step_is_the_weighted_mean_over_all_its_targets(dataset, data_model, tmp_path):
+    trainer = train(copy.deepcopy(data_model), dataset, tmp_path, gradient_accumulation_steps=8)
+    collator, sums = PackCollator(dataset), {"all": 0.0, "text": [], "vision": [], "targets": 0}
+    by_scale: dict[int, list] = {}
+    data_model.train()
+    for index in range(len(dataset)):
+        batch = collator([dataset[index]])
+        with torch.no_grad():
+            output = data_model(**batch, num_items_in_batch=1.0, use_cache=False)
+        sums["all"] += output.loss.item()
+        sums["targets"] += int((batch["shift_labels"] != IGNORE).sum())
+        layout = data_model.model.lay_out(
+            batch["input_ids"], batch.get("image_grid_hw"), document_ids=batch["document_ids"]
+        )
+        for place in (batch["shift_labels"] != IGNORE).nonzero().tolist():
+            scale, loss = int(layout.scale_ids[tuple(place)]), output.token_losses[tuple(place)].item()
+            by_scale.setdefault(scale, []).append(loss)
+    data_model.eval()
+    logged = trainer.state.log_history[0]
+    assert logged["loss"] == pytest.approx(sums["all"] / sums["targets"], rel=1e-5)
+    for scale, values in by_scale.items():
+        name = f"loss_scale_{scale}" if scale else "loss_text"
+        assert logged[name] == pytest.approx(sum(values) / len(values), rel=1e-5)
+    vision = [loss for scale, values in by_scale.items() if scale for loss in values]
+    assert logged["loss_vision"] == pytest.approx(sum(vision) / len(vision), rel=1e-5)
+    assert len(by_scale) == 1 + data_model.model.schedules.max_scales
+    assert logged["tokens_per_second"] > 0 and logged["flops_per_second"] > logged["tokens_per_second"]
+
+
+def parameters(model) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in model.named_parameters()}
+
+
+def largest_difference(one: dict, other: dict) -> float:
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+def test_a_step_does_not_depend_on_how_it_is_split(dataset, data_model, tmp_path):
+    """One process alone, with accumulation, and two processes."""
+    after = []
+    for batch_size, accumulation in ((8, 1), (1, 8), (2, 4)):
+        model = copy.deepcopy(data_model)
+        split = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+        row = losses(train(model, dataset, tmp_path, optim="sgd", learning_rate=0.03, **split))[0]
+        after.append((row, parameters(model)))
+    data_model.save_pretrained(tmp_path / "model")
+    script = tmp_path / "two.py"
+    script.write_text(TWO_PROCESSES)
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29731"]
+    run += [str(script), str(dataset.folder), str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    row = json.loads((tmp_path / "two.json").read_text())
+    after.append((row, torch.load(tmp_path / "two.pt", weights_only=True)))
+    (expected, weights), moved = after[0], parameters(data_model)
+    assert largest_difference(weights, moved) > 1e-4
+    for row, other in after[1:]:
+        assert row["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+        assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
+        assert row["loss_vision"] == pytest.approx(expected["loss_vision"], rel=1e-6)
+        assert largest_difference(weights, other) < 1e-6
+
+
+TWO_PROCESSES = """
+import json, sys, torch
+from pathlib import Path
+from transformers_nextflow import NextFlowForConditionalGeneration
+from transformers_nextflow.data.loading import PackReader
+from transformers_nextflow.data.shards import open_shards, sequence_spec
+from transformers_nextflow.training import NextFlowTrainer, NextFlowTrainingArguments
+
+folder, output = map(Path, sys.argv[1:])
+model = NextFlowForConditionalGeneration.from_pretrained(output / "model")
+folder, manifest = open_shards(folder, "packs")
+dataset = PackReader(folder, manifest, sequence_spec(manifest["identity"]))
+dataset.padded = False
+arguments = NextFlowTrainingArguments(
+    output_dir=str(output), max_steps=1, logging_steps=1, learning_rate=0.03, save_strategy="no", seed=5, optim="sgd",
+    report_to="none", disable_tqdm=True, use_cpu=True, lr_scheduler_type="constant", gradient_accumulation_steps=4,
+    ddp_find_unused_parameters=True,
+)
+trainer = NextFlowTrainer(model, arguments, train_dataset=dataset)
+trainer.train()
+if trainer.is_world_process_zero():
+    (output / "two.json").write_text(json.dumps(trainer.state.log_history[0]))
+    torch.save({name: value.detach() for name, value in model.named_parameters()}, output / "two.pt")
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_a_resumed_run_continues_the_undisturbed_one(dataset, data_model, tmp_path):
+    """From the middle of the first epoch into the third, with AdamW's moments and stored variants by epoch."""
+    run = {"max_steps": 10, "gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 3}
+    set_seed(0)
+    whole = train(copy.deepcopy(data_model), dataset, tmp_path, **run)
+    resumed = train(copy.deepcopy(data_model), dataset, tmp_path, resume=str(tmp_path / "checkpoint-3"), **run)
+    assert [row["step"] for row in losses(whole)] == list(range(1, 11))
+    assert losses(resumed) == losses(whole)
+    assert largest_difference(parameters(whole.model), parameters(resumed.model)) == 0
+    assert len({row["loss"] for row in losses(whole)}) == 10
+
+
+def test_uneven_packs_are_refused(dataset, data_model, tmp_path):
+    with pytest.raises(ValueError, match="8 packs do not divide by the 3 .* --multiple-of 3"):
+        train(copy.deepcopy(data_model), dataset, tmp_path, gradient_accumulation_steps=3)
+
+
+def test_adapters_and_named_modules_alone_are_trained(dataset, data_model, tmp_path):
+    from peft import get_peft_model
+
+    model = get_peft_model(copy.deepcopy(data_model), lora_config(r=2))
+    before = parameters(model)
+    train(model, dataset, tmp_path, max_steps=2, gradient_accumulation_steps=4)
+    changed = {name for name, value in parameters(model).items() if not torch.equal(value, before[name])}
+    assert all("lora_" in name or "modules_to_save" in name for name in changed)
+    assert any("lora_" in name for name in changed) and any("code_head" in name for name in changed)
+
+
+def test_attended_pairs_are_what_the_mask_lets_through(dataset, data_model):
+    config = copy.deepcopy(data_model.config.text_config)
+    config._attn_implementation = "sdpa"
+    for index in range(3):
+        batch = PackCollator(dataset)([dataset[index], dataset[index + 1]])
+        layout = data_model.model.lay_out(
+            batch["input_ids"], batch.get("image_grid_hw"), document_ids=batch["document_ids"]
+        )
+        embeds = torch.zeros(*batch["input_ids"].shape, 1)
+        mask = sequence_mask(config, embeds, None, layout, batch["document_ids"], None)["full_attention"]
+        seen = mask[:, 0].sum(-1)[batch["document_ids"] >= 0].sum()
+        assert attended_pairs(layout.block_ids, batch["document_ids"]) == int(seen)
+
+
+def test_the_papers_stages():
+    stages = load_stages()
+    assert list(stages) == ["alignment", "pretrain-256", "pretrain-512", "pretrain-1024", "ct", "sft"]
+    assert stages["pretrain-256"].shares["text-to-image"] == pytest.approx(1891 / 3220)
+    assert [stage.learning_rate for stage in stages.values()] == [1e-3, 1e-4, 1e-4, 1e-4, 5e-5, 1e-5]
+    shared = Path(__file__).parents[3] / "shared" / "paper" / "recipe.json"
+    if not shared.exists():
+        pytest.skip("no table of the paper beside the repository")
+    names = {"text": "text", "t2i": "text-to-image", "i2t": "captioning", "editing": "editing"}
+    for row in json.loads(shared.read_text())["stages"]:
+        stage = stages[row["stage"]]
+        mixture = {(names | {"interleaved": "interleaved"})[k]: row[k] for k in (*names, "interleaved") if row[k]}
+        assert (stage.mixture, stage.level, stage.tokens) == (mixture, str(row["level"]), row["tokens"])
+        assert (stage.learning_rate, stage.epochs) == (row["learning_rate"], row["epochs"])
+
+
+@pytest.mark.parametrize("name", ["alignment", "ct"])
+def test_a_stage_trains_what_it_names(name, data_model):
+    model = copy.deepcopy(data_model)
+    load_stages()[name].prepare(model)
+    trained = {parameter for parameter, value in model.named_parameters() if value.requires_grad}
+    if name == "alignment":
+        assert trained and all(name.startswith(("model.connector", "lm_head", "code_head")) for name in trained)
+        assert model.config.scale_loss_alpha == 0
+    else:
+        frozen = {parameter for parameter, _ in model.named_parameters()} - trained
+        assert frozen and all(name.startswith("model.vq_model") for name in frozen)
+        assert model.config.scale_loss_alpha == 0.9
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("- {name: a, trains: most, level: '1', epochs: 1, learning_rate: 1, scale_loss_alpha: 0, mixture: {text: 1}}",
+         "stage a: trains must be one of .* got 'most'"),
+        ("- {name: a, trains: all, level: '1', epochs: 1, learning_rate: 1, scale_loss_alpha: 0, mixture: {}}",
+         "stage a: mixture must hold"),
+        ("- {name: a, trains: all}", "stage a lacks epochs, learning_rate, level, mixture, scale_loss_alpha"),
+        ("- {name: a, lr: 1}", "stage a has unknown fields lr"),
+    ],
+)  # fmt: skip
+def test_stages_that_cannot_be_are_refused(text, message, tmp_path):
+    (tmp_path / "stages.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_stages(tmp_path / "stages.yaml")
