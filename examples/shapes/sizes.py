@@ -59,7 +59,7 @@ def vq_config(decoder_blocks: int) -> NextFlowVQConfig:
     )
 
 
-def nextflow_config(text_tokenizer: PreTrainedTokenizerFast, vq: NextFlowVQConfig) -> NextFlowConfig:
+def nextflow_config(text_tokenizer: PreTrainedTokenizerFast, vq: NextFlowVQConfig, **overrides) -> NextFlowConfig:
     """The transformer: 6 layers of width 256."""
     ids = {name: text_tokenizer.convert_tokens_to_ids(token) for name, token in SPECIAL_IDS.items()}
     return NextFlowConfig(
@@ -77,7 +77,5 @@ def nextflow_config(text_tokenizer: PreTrainedTokenizerFast, vq: NextFlowVQConfi
             "pad_token_id": text_tokenizer.pad_token_id,
         },
         vq_config=vq,
-        condition_last_scale=True,
-        feature_mode="accumulated",
-        **ids,
+        **{"condition_last_scale": True, "feature_mode": "accumulated", **ids, **overrides},
     )

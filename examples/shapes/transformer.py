@@ -100,7 +100,9 @@ class Batches:
             self.image_ids(schedule, self.model.config.condition_last_scale),
             self.image_ids(schedule, False),
         )
-        length = {"t2i": 24 + len(target), "edit": 24 + len(condition) + len(target)}.get(task, 40 + len(condition))
+        # the number of rows does not depend on whether conditions carry their last scale, so that both can be compared
+        read = len(self.image_ids(schedule, True))
+        length = {"t2i": 24 + len(target), "edit": 24 + read + len(target)}.get(task, 40 + read)
         chosen = [rng.randrange(len(scenes)) for _ in range(BATCH_TOKENS // length)]
         variant = rng.randrange(VARIANTS)
         rows, targets, inputs = [], [], []
@@ -144,10 +146,12 @@ class Batches:
         }
 
 
-def new_model(tokenizer: PreTrainedTokenizerFast, vq_model: NextFlowVQModel) -> NextFlowForConditionalGeneration:
+def new_model(
+    tokenizer: PreTrainedTokenizerFast, vq_model: NextFlowVQModel, seed: int = 4, **config
+) -> NextFlowForConditionalGeneration:
     """The transformer at its start, around the trained tokenizer; code embeddings begin as its codebook."""
-    torch.manual_seed(4)
-    model = NextFlowForConditionalGeneration(nextflow_config(tokenizer, vq_model.config))
+    torch.manual_seed(seed)
+    model = NextFlowForConditionalGeneration(nextflow_config(tokenizer, vq_model.config, **config))
     model.model.vq_model.load_state_dict(vq_model.state_dict())
     model.model.code_embeddings.weight.data.copy_(vq_model.quantizer.codebook())
     return model
@@ -171,7 +175,18 @@ def train_transformer(folder: Path, tokenizer: PreTrainedTokenizerFast, vq_model
     """All tasks together from the start: text-to-image, captions, questions and edits."""
     vq_model.requires_grad_(False).eval()
     pools = extract(folder, vq_model)
-    model = new_model(tokenizer, vq_model)
+    return train_on_codes(folder, new_model(tokenizer, vq_model), tokenizer, pools)
+
+
+def train_on_codes(
+    folder: Path,
+    model: NextFlowForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerFast,
+    pools: dict[str, list],
+    steps: int = STEPS,
+    seed: int = 0,
+) -> NextFlowForConditionalGeneration:
+    """Train a new model on coded documents; `seed` names the order of the batches."""
     model.model.language_model.set_attn_implementation("eager")  # the fastest backward at these lengths on a CPU
     batches = Batches(pools, tokenizer, model)
     trained = trained_parts(model)
@@ -180,10 +195,10 @@ def train_transformer(folder: Path, tokenizer: PreTrainedTokenizerFast, vq_model
             part.bfloat16()
     for layer in model.model.language_model.layers:
         layer.compile(dynamic=True)
-    run = Run(folder, "transformer", trained, STEPS, peak=PEAK, muon="language_model.layers")
+    run = Run(folder, "transformer", trained, steps, peak=PEAK, muon="language_model.layers")
 
     def step_fn(step: int) -> dict[str, float]:
-        batch = batches.draw(random.Random(f"transformer {step} {run.rank}"))
+        batch = batches.draw(random.Random(f"transformer {seed} {step} {run.rank}"))
         task = batch.pop("task")
         output = model(**batch, use_cache=False, logits_over="none")
         norm = run.update(output.loss)
