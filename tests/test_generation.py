@@ -314,7 +314,7 @@ def test_a_further_pass_reads_the_scale_itself(request, features):
     if features == "accumulated":
         maps = [to_map(entries[:, schedule.slice(scale)], grid) for scale, grid in enumerate(schedule)]
         own = to_sequence(sum(resize_features(each, SQUARE) for each in maps))
-    replaced = inner.connect(own) + inner.scale_embedding(torch.tensor([3]), torch.tensor([3]))
+    replaced = inner.connect(own, [SQUARE]) + inner.scale_embedding(torch.tensor([3]), torch.tensor([3]))
     inputs = batch_of(model, *whole)
     seen = {}
     hook = inner.language_model.register_forward_pre_hook(

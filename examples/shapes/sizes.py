@@ -77,5 +77,11 @@ def nextflow_config(text_tokenizer: PreTrainedTokenizerFast, vq: NextFlowVQConfi
             "pad_token_id": text_tokenizer.pad_token_id,
         },
         vq_config=vq,
-        **{"condition_last_scale": True, "feature_mode": "accumulated", **ids, **overrides},
+        **{
+            "condition_last_scale": True,
+            "feature_mode": "accumulated",
+            "coordinate_frequencies": 2,
+            **ids,
+            **overrides,
+        },
     )

@@ -254,6 +254,10 @@ class NextFlowConfig(PreTrainedConfig):
         feature_mode (`str`, defaults to `"residual"`):
             The input of the next scale: one scale's own entries (`"residual"`, the paper) or VAR's running sum
             (`"accumulated"`, for comparison).
+        coordinate_frequencies (`int`, defaults to 0):
+            Frequencies of the sinusoidal row and column that the connector reads beside a code's features. 0 is the
+            paper, which tells positions by RoPE alone: cells of one content, as after scale 1, are then told apart by
+            attention only, which a small model learns late.
         position_scale (`float`, *optional*):
             `C` of eq. 1. Open in the paper; `None` is the finest grid's edge (64 for table 14).
         condition_last_scale (`bool`, defaults to `False`):
@@ -277,6 +281,7 @@ class NextFlowConfig(PreTrainedConfig):
     eoi_token_id: int = 151653
     image_token_id: int = 151655
     feature_mode: str = "residual"
+    coordinate_frequencies: int = 0
     position_scale: float | int | None = None
     condition_last_scale: bool = False
     scale_loss_alpha: float | int = 0.9

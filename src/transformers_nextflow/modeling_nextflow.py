@@ -27,11 +27,11 @@ from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 from .attention import sequence_mask
 from .configuration_nextflow import NextFlowConfig
 from .generation_nextflow import NextFlowGenerationMixin
-from .layout import SequenceLayout, build_layout
+from .layout import SequenceLayout, build_layout, coordinate_waves
 from .losses import IGNORE, fill_code_targets, joint_cross_entropy, shift_labels_of
 from .modeling_nextflow_vq import NextFlowVQModel, unpatchify
 from .quantizer import next_scale_features
-from .scales import ScaleSchedule
+from .scales import Grid, ScaleSchedule
 
 
 class NextFlowRotaryEmbedding(Qwen2_5_VLRotaryEmbedding):
@@ -129,7 +129,8 @@ class NextFlowModel(NextFlowPreTrainedModel):
         self.language_model = NextFlowTextModel(config.text_config)
         self.vq_model = NextFlowVQModel(config.vq_config).requires_grad_(False)
         self.code_embeddings = nn.Embedding(config.vq_config.codebook_size, code_dim)
-        self.connector = nn.Sequential(nn.Linear(code_dim, width), nn.GELU(), nn.Linear(width, width))
+        connected = code_dim + 4 * config.coordinate_frequencies
+        self.connector = nn.Sequential(nn.Linear(connected, width), nn.GELU(), nn.Linear(width, width))
         self.schedules = self.vq_model.schedules
         self.scale_embedding = ScaleEmbedding(self.schedules.max_scales, width)
         self.post_init()
@@ -181,13 +182,17 @@ class NextFlowModel(NextFlowPreTrainedModel):
         embeddings; with `last_scale` the codes of scale K too, on their own grid."""
         entries = self.code_embeddings(codes)
         accumulate = self.config.feature_mode == "accumulated"
-        features = next_scale_features(entries, schedule, accumulate)
+        features, grids = next_scale_features(entries, schedule, accumulate), list(schedule.grids[1:])
         if last_scale:
             features = torch.cat([features, entries[:, schedule.slice(len(schedule) - 1)]], dim=1)
-        return self.connect(features)
+            grids.append(schedule.final_grid)
+        return self.connect(features, grids)
 
-    def connect(self, features: torch.Tensor) -> torch.Tensor:
-        """(..., C) features of codes -> (..., D) in the decoder's dtype."""
+    def connect(self, features: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
+        """(..., l, C) features of codes on these grids, one after the other -> (..., l, D) in the decoder's dtype."""
+        if frequencies := self.config.coordinate_frequencies:
+            waves = torch.cat([coordinate_waves(grid, frequencies) for grid in grids]).to(features)
+            features = torch.cat([features, waves.expand(*features.shape[:-1], -1)], dim=-1)
         visual = self.connector(features.to(self.connector[0].weight.dtype))
         return visual.to(self.get_input_embeddings().weight.dtype)
 
