@@ -43,7 +43,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def accumulated():
-    return tiny_model(tiny_config(feature_mode="accumulated"))
+    return tiny_model(tiny_config(feature_mode="accumulated", coordinate_frequencies=2))
 
 
 def draw(model, *rows, nulls=None, grid=SQUARE, **kwargs) -> NextFlowImageOutput:

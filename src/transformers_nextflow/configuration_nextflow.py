@@ -302,6 +302,8 @@ class NextFlowConfig(PreTrainedConfig):
             )
         if self.feature_mode not in ("residual", "accumulated"):
             raise ValueError(f'feature_mode must be "residual" or "accumulated", got {self.feature_mode!r}')
+        if self.coordinate_frequencies < 0:
+            raise ValueError(f"coordinate_frequencies must not be negative, got {self.coordinate_frequencies}")
         given = self.image_generation or {}
         if unknown := set(given) - set(IMAGE_GENERATION_DEFAULTS):
             raise ValueError(
