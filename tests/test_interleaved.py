@@ -39,7 +39,7 @@ def model():
 @pytest.fixture(scope="module")
 def reading():
     """Reads pictures with their last scale."""
-    return tiny_model(tiny_config(condition_last_scale=True, coordinate_frequencies=1))
+    return tiny_model(tiny_config(condition_last_scale=True, coordinate_frequencies=1), seed=3)
 
 
 def with_nulls(model, rows, nulls) -> dict:
