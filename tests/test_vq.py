@@ -260,7 +260,7 @@ def test_replicated_borders_give_flat_pictures_one_pixel_feature(grid, padding_m
 
 
 def figure_ground_config(**overrides) -> NextFlowVQConfig:
-    """Windows of the whole picture, then of 2 x 2 or 1 x 2, and patterns on the final grid."""
+    """Colours and arrangement of the picture, colours of 2 x 2 or 1 x 2 windows, patterns on the final grid."""
     values = {
         "pixel_encoder": "figure_ground",
         "pixel_dim": 2 * (6 + 5),
@@ -292,13 +292,31 @@ def test_figure_and_ground_keep_colours_and_patterns_apart(grid):
         recoloured = encoder(two_coloured(grid, ground=(0.9, 0.8, 1.0), figure=(-1.0, 0.1, 0.0)))[0]
         torch.manual_seed(2)
         other = encoder(two_coloured(grid, ground=(-0.5, 0.0, 0.5), figure=(1.0, -1.0, 0.2), seed=1))[0]
-    for first in (0, 11):
-        colours, patterns = slice(first, first + 6), slice(first + 6, first + 11)
-        expected = torch.tensor([-0.5, 0.0, 0.5, 1.0, -1.0, 0.2])[:, None, None].expand(-1, *grid)
+    expected = torch.tensor([-0.5, 0.0, 0.5, 1.0, -1.0, 0.2])[:, None, None].expand(-1, *grid)
+    for colours in (slice(0, 6), slice(11, 17)):
         torch.testing.assert_close(features[colours], expected)
         torch.testing.assert_close(other[colours], expected)
-        torch.testing.assert_close(features[patterns], recoloured[patterns], rtol=0, atol=1e-5)
-        assert (features[patterns] - other[patterns]).abs().max() > 1e-3
+    arrangement, patterns = slice(6, 11), slice(17, 22)
+    torch.testing.assert_close(features[patterns], recoloured[patterns], rtol=0, atol=1e-5)
+    assert (features[patterns] - other[patterns]).abs().max() > 1e-3
+    torch.testing.assert_close(features[arrangement], other[arrangement], rtol=0, atol=1e-5)
+    assert (features[arrangement] - recoloured[arrangement]).abs().max() > 1e-3
+
+
+def test_an_arrangement_says_which_figure_is_where():
+    torch.manual_seed(0)
+    encoder = NextFlowVQModel(figure_ground_config()).pixel_encoder
+    picture = torch.zeros(1, 3, 32, 32)
+    for row, column, colour in ((0, 1, (1.0, 0.0, -1.0)), (1, 0, (0.5, 1.0, 0.0))):
+        picture[:, :, 16 * row + 4 : 16 * row + 8, 16 * column + 6 : 16 * column + 9] = torch.tensor(colour).view(
+            3, 1, 1
+        )
+    moved = picture.roll((2, 3), dims=(2, 3))
+    arrangement = encoder.arrangement(encoder.colours(picture, (2, 2))).view(3, 6, 6)
+    assert torch.equal(arrangement[:, 0, 3:], torch.tensor([1.0, 0.0, -1.0])[:, None].expand(-1, 3))
+    assert torch.equal(arrangement[:, 3:, 0], torch.tensor([0.5, 1.0, 0.0])[:, None].expand(-1, 3))
+    assert not arrangement[:, :3, :3].any() and not arrangement[:, 3:, 3:].any()
+    assert torch.equal(encoder.arrangement(encoder.colours(moved, (2, 2))).view(3, 6, 6), arrangement)
 
 
 def test_figure_and_ground_see_one_window_alone():
@@ -326,8 +344,11 @@ def test_codes_of_figure_and_ground_survive_saving(tmp_path):
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        ({"scale_schedules": [[[1, 1], [2, 2], [4, 4]]], "levels": {"32": 3}}, r"one even length, got lengths \[3\]"),
-        ({"levels": {"16": 2, "32": 4}}, "one even length, got lengths|share the final grid"),
+        (
+            {"scale_schedules": [[[1, 1], [2, 2], [4, 4]]], "levels": {"32": 3}},
+            r"one even length from 4, got lengths \[3\]",
+        ),
+        ({"scale_schedules": [[[1, 1], [2, 2], [2, 2], [4, 4]]]}, r"begin with \(1, 1\) twice, got \(2, 2\)"),
         ({"scale_schedules": [[[1, 1], [1, 1], [3, 3], [4, 4]]]}, r"divide \(4, 4\), got \(3, 3\)"),
         ({"pixel_dim": 12}, "2 equal parts .* got 12"),
         ({"pixel_dim": 23}, "2 equal parts .* got 23"),

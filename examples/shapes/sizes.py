@@ -4,13 +4,14 @@ from transformers import PreTrainedTokenizerFast
 
 from transformers_nextflow import NextFlowConfig, NextFlowVQConfig
 
-# colours then patterns, of the whole picture, of the cells in which objects stand, and of small windows
+# colours and arrangement of the whole picture, colours and patterns of the cells in which objects stand, the same of
+# small windows
 SCHEDULES = [
     [[1, 1], [1, 1], [2, 2], [2, 2], [4, 4], [8, 8]],
     [[1, 1], [1, 1], [2, 3], [2, 3], [4, 6], [8, 12]],
     [[1, 1], [1, 1], [3, 2], [3, 2], [6, 4], [12, 8]],
 ]
-SCALE_ENTRIES = [64, 1024, 128, 256, 1280, 1344]
+SCALE_ENTRIES = [64, 2304, 128, 256, 1280, 1344]
 LEVELS = {"64": 6}
 PATCH_SIZE = 8
 CANVASES = ((64, 64), (64, 96), (96, 64))  # (height, width)

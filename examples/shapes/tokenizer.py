@@ -23,12 +23,12 @@ from .loop import Run
 from .sizes import PATCH_SIZE, SCALE_ENTRIES, TEACHER_TEXT, TEACHER_VISION, vq_config
 from .world import render, sample_scene
 
-STEPS = {"teacher": 500, "pixel": 1200, "joint": 1000, "decoder": 1000}
+STEPS = {"teacher": 500, "pixel": 800, "joint": 600, "decoder": 1000}
 TEACHER_BATCH = 64  # pairs of a step
 BATCH = 32  # pictures of a step, over all processes
 CODEBOOK_BATCHES, CODEBOOK_BATCH, KMEANS_ITERATIONS = 60, 96, 6
 LEAST_DISTANCE = 0.1  # between entries at first; rows that differ by less differ by rounding alone
-SEMANTIC_FITS = (0, 200, 400, 600, 800)  # steps of the joint stage
+SEMANTIC_FITS = (0, 150, 300, 450)  # steps of the joint stage
 PHOTO_SHARE = 0.12
 COMMITMENT = 0.25
 DROP_PROBABILITY = 0.1  # of batches in which half of the scales are dropped
@@ -79,22 +79,28 @@ def codebook_pictures() -> list[torch.Tensor]:
     return [picture_batch(rng, CODEBOOK_BATCH, PHOTO_SHARE) for _ in range(CODEBOOK_BATCHES)]
 
 
-@torch.no_grad()
-def fit_patterns(model: NextFlowVQModel) -> None:
-    """Project patterns on their principal components, those of every scale counting the same.
+def components(rows: list[torch.Tensor], count: int) -> torch.Tensor:
+    """(count, C): the principal components of several sets of (N, C) rows, each set counting the same.
 
-    Components are scaled to the root of their deviation, between the error of patterns and equal say in the lookup.
+    They are scaled to the root of their deviation, between the error of rows and equal say in the lookup.
     """
-    encoder = model.pixel_encoder
-    moment = torch.zeros(PATCH_SIZE**2, PATCH_SIZE**2)
+    moment = sum(each.T @ each / len(each) for each in rows) / len(rows)
+    energies, vectors = torch.linalg.eigh(moment)
+    return vectors.T[-count:] / energies[-count:, None].clamp(min=1e-6) ** 0.25
+
+
+@torch.no_grad()
+def fit_projections(model: NextFlowVQModel) -> None:
+    """Project arrangements and patterns on their principal components, and patterns back."""
+    encoder, arrangements, patterns = model.pixel_encoder, [], []
     for pixels in codebook_pictures():
         schedule = model.schedules.by_size(*pixels.shape[-2:])
-        for windows, cells in zip(schedule.grids[::2], schedule.grids[1::2]):
-            patterns = encoder.patterns(pixels, encoder.colours(pixels, windows), cells).flatten(0, 1)
-            moment += patterns.T @ patterns / len(patterns)
-    count = len(encoder.to_code.weight)
-    energies, components = torch.linalg.eigh(moment / (CODEBOOK_BATCHES * model.schedules.max_scales / 2))
-    encoder.to_code.weight.copy_(components.T[-count:] / energies[-count:, None] ** 0.25)
+        colours = [encoder.colours(pixels, windows) for windows in schedule.grids[2::2]]
+        arrangements.append(encoder.arrangement(colours[0]).flatten(0, 1))
+        for windows, cells in zip(colours, schedule.grids[3::2]):
+            patterns.append(encoder.patterns(pixels, windows, cells).flatten(0, 1))
+    encoder.arrangement_to_code.weight.copy_(components(arrangements, len(encoder.arrangement_to_code.weight)))
+    encoder.to_code.weight.copy_(components(patterns, len(encoder.to_code.weight)))
     model.pixel_decoder.from_code_to_pattern.weight.copy_(torch.linalg.pinv(encoder.to_code.weight))
     nn.init.zeros_(model.pixel_decoder.conv_out.weight)  # at first the picture is what colours and patterns say
 
@@ -198,7 +204,7 @@ def train_pixel(folder: Path) -> NextFlowVQModel:
     model.pixel_encoder.requires_grad_(False)
     run = Run(folder, "pixel", parts, STEPS["pixel"], peak=1e-3)
     if run.step == 0:
-        fit_patterns(model)
+        fit_projections(model)
         fit_codebook(model)
         model.quantizer.semantic_codebook.zero_()  # the half that is not there yet
 

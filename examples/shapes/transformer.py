@@ -24,7 +24,7 @@ BATCH_TOKENS = 4_000  # of each process
 TASKS = ("t2i", "caption", "vqa", "edit")
 TASK_WEIGHTS = (0.4, 0.25, 0.05, 0.3)  # of batches
 NULL_PROMPT_SHARE = 0.1
-STEPS, PEAK = 4_000, 1.2e-3
+STEPS, PEAK = 3_000, 1.2e-3
 
 
 def extract(folder: Path, vq_model: NextFlowVQModel) -> dict[str, list]:

@@ -98,7 +98,8 @@ class NextFlowVQConfig(PreTrainedConfig):
         pixel_encoder (`str`, defaults to `"cnn"`):
             The pixel branch's encoder: a CNN with attention (`"cnn"`, TokenFlow's) or one that splits windows of the
             picture into two colours and the pattern between them (`"figure_ground"`), for flat graphics and a small
-            transformer. The second needs schedules of one even number of scales, whose grids divide the final one.
+            transformer. The second needs schedules of one even number of scales from four, which begin with (1, 1)
+            twice, and whose grids divide the final one.
         decoder_base_channels (`int`, *optional*):
             `base_channels` of the pixel decoder, by default the same (TokenFlow's enhanced decoder: twice as many).
         norm_groups (`int`, *optional*):
@@ -203,9 +204,13 @@ class NextFlowVQConfig(PreTrainedConfig):
     def _check_figure_ground(self) -> None:
         schedules = list(self.schedule_table())
         num_scales = {len(schedule) for schedule in schedules}
-        if len(num_scales) != 1 or max(num_scales) % 2:
-            raise ValueError(f"figure and ground need schedules of one even length, got lengths {sorted(num_scales)}")
+        if len(num_scales) != 1 or max(num_scales) % 2 or max(num_scales) < 4:
+            raise ValueError(
+                f"figure and ground need schedules of one even length from 4, got lengths {sorted(num_scales)}"
+            )
         for schedule in schedules:
+            if schedule[1] != (1, 1):
+                raise ValueError(f"figure and ground need schedules that begin with (1, 1) twice, got {schedule[1]}")
             height, width = schedule.final_grid
             uneven = next((grid for grid in schedule if height % grid[0] or width % grid[1]), None)
             if uneven:

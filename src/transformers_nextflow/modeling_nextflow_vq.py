@@ -132,16 +132,17 @@ class PixelEncoder(nn.Module):
 
 
 class FigureGroundEncoder(nn.Module):
-    """(B, 3, H, W) -> (B, pixel_dim, h, w): two colours and the pattern between them, at every other scale each.
+    """(B, 3, H, W) -> (B, pixel_dim, h, w): colours of windows and the patterns between them, each at its own scales.
 
     - Scales 1, 3, .. of the schedule divide the picture into one window for each of their cells: the *ground* is the
       window's colour nearest to the picture's median, the *figure* the colour farthest from the ground.
-    - Scales 2, 4, .. hold how far each pixel is from ground to figure in the windows of the scale before, averaged to
-      `patch_size` x `patch_size` numbers for each cell and projected by `to_code`. At the last scale, which rebuilds
-      the picture, it is how far along the line between the two; before, where a window may show several colours,
-      distance in any direction counts.
+    - Scale 2, a single cell like scale 1, holds the *arrangement*: the figures of scale 3, where there are any.
+    - Scales 4, 6, .. hold the *patterns* in the windows of the scale before: how far each pixel is from ground to
+      figure, averaged to `patch_size` x `patch_size` numbers for each cell. At the last scale, which rebuilds the
+      picture, only the way along the line between the two counts.
     - Every scale has channels of its own, constant over each of its cells, so that with `scale_entries` its codes
-      depend on nothing else, and shape and colour never share a code.
+      depend on nothing else. Shape and colour never share a code, and what cells of one scale must agree on is said
+      by one code before them.
 
     Differs from the paper, whose pixel branch is a CNN: there a code depends on all of the picture and on the codes
     before it, which takes a transformer long to learn. Two colours to a window suit flat graphics; photographs become
@@ -149,23 +150,33 @@ class FigureGroundEncoder(nn.Module):
     """
 
     LEAST_CONTRAST = 0.1  # distance in [-1, 1] RGB below which a pattern fades
+    ARRANGEMENT = (6, 6)  # grid to which an arrangement is brought, whatever the picture's
 
     def __init__(self, config: NextFlowVQConfig):
         super().__init__()
         self.patch_size = config.patch_size
         self.schedules = config.schedule_table()
-        pairs = self.schedules.max_scales // 2
-        self.to_code = nn.Linear(config.patch_size**2, config.pixel_dim // pairs - 6, bias=False)
+        pattern_dim = config.pixel_dim // (self.schedules.max_scales // 2) - 6
+        self.arrangement_to_code = nn.Linear(3 * self.ARRANGEMENT[0] * self.ARRANGEMENT[1], pattern_dim, bias=False)
+        self.to_code = nn.Linear(config.patch_size**2, pattern_dim, bias=False)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         schedule = self.schedules.by_grid([length // self.patch_size for length in pixel_values.shape[-2:]])
         with torch.autocast(pixel_values.device.type, enabled=False):
+            colours = [self.colours(pixel_values, windows) for windows in schedule.grids[::2]]
+            seconds = [self.arrangement_to_code(self.arrangement(colours[1]))]
+            for windows, cells in zip(colours[1:], schedule.grids[3::2]):
+                seconds.append(self.to_code(self.patterns(pixel_values, windows, cells)))
             parts = []
-            for cells in schedule.grids[::2]:
-                parts.append(self.colours(pixel_values, cells))
-                patterns = self.patterns(pixel_values, parts[-1], schedule[len(parts)])
-                parts.append(to_map(self.to_code(patterns), schedule[len(parts)]))
+            for first, second, cells in zip(colours, seconds, schedule.grids[1::2]):
+                parts += [first, to_map(second, cells)]
             return torch.cat([F.interpolate(part, size=schedule.final_grid, mode="nearest") for part in parts], dim=1)
+
+    def arrangement(self, colours: torch.Tensor) -> torch.Tensor:
+        """(B, 1, 3 * 36): the figures of (B, 6, h, w) colours, 0 where a window shows its ground alone."""
+        ground, figure = colours.split(3, dim=1)
+        shown = ((figure - ground).norm(dim=1, keepdim=True) / self.LEAST_CONTRAST).clamp(max=1)
+        return F.interpolate(shown * figure, size=self.ARRANGEMENT, mode="nearest").flatten(1)[:, None]
 
     def colours(self, pixel_values: torch.Tensor, cells: Grid) -> torch.Tensor:
         """(B, 6, *cells): RGB of ground and figure of each window."""
