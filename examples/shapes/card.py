@@ -27,18 +27,15 @@ EDIT_NAMES = {"overall": "edit done, everything else unchanged"} | {
     name: f"&nbsp;&nbsp;{name}" for name in ("recolour", "kind", "remove", "add", "background")
 }
 STAGES = {
-    "pixel": ("pixel branch alone, at first unquantised", f"{BATCH} pictures"),
+    "pixel": ("pixel decoder, on codes fitted in closed form", f"{BATCH} pictures"),
     "teacher": ("teacher, a contrastive SigLIP2", f"{TEACHER_BATCH} pictures"),
-    "joint": ("both branches", f"{BATCH} pictures"),
+    "joint": ("semantic branch and both decoders", f"{BATCH} pictures"),
     "transformer": (
         "transformer",
         f"{2 * BATCH_TOKENS:,} tokens: {PICTURES:,} pictures, {EDITS:,} edits, {VARIANTS} self-corrected codings each",
     ),
     "decoder": ("pixel decoder alone, twice as deep", f"{BATCH} pictures"),
 }
-DEVIATIONS = """\
-This run in particular: the transformer's cosine was laid out for 6,800 steps and cut on the way to 6,000, 5,400 and,
-at step 3,000, to 4,000; until then captions were 0.12 of the batches and text-to-image 0.55."""
 SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p")
 
 
@@ -89,7 +86,7 @@ tags: [nextflow, next-scale-prediction, shapes]
 ---
 # nextflow-shapes
 
-A small NextFlow that draws, edits and describes coloured shapes at 64 x 64, 80 x 48 and 48 x 80 pixels. It is the
+A small NextFlow that draws, edits and describes coloured shapes at 64 x 64, 64 x 96 and 96 x 64 pixels. It is the
 embedded default of its repository, a real checkpoint of the recipe in `examples/shapes`, not a useful image model.
 
 ```python
@@ -121,11 +118,10 @@ Seeds are fixed in the code and every batch is drawn from (stage, step, process)
 
 {training_table(log)}
 
-{DEVIATIONS}
-
-Where it differs from the paper: the pixel branch encodes each patch by itself, the lookup is Euclidean, and the
-transformer's visual inputs are VAR's accumulated features. Each makes codes that a short training learns sooner; the
-package's defaults are the paper's.
+Where it differs from the paper: the pixel branch splits windows into two colours and the pattern between them instead
+of a CNN, every scale has entries of its own, the lookup is Euclidean, the transformer's visual inputs are VAR's
+accumulated features, and its connector reads where a code lies. Each makes codes that a short training learns sooner;
+the package's defaults are the paper's.
 
 ## Limits
 
