@@ -297,6 +297,8 @@ class NextFlowModel(NextFlowPreTrainedModel):
         if prepared or (past_key_values is not None and past_key_values.get_seq_length() > 0):
             if image_grid_hw is not None:
                 raise ValueError("images cannot be given with a filled cache")
+            if document_ids is not None:
+                raise ValueError("document_ids cannot be given with a filled cache")
             return self.language_model(
                 input_ids=input_ids,
                 inputs_embeds=inputs_embeds,
