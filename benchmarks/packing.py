@@ -23,7 +23,6 @@ from transformers_nextflow.data.loading import collate
 from transformers_nextflow.data.packing import Extents
 from transformers_nextflow.data.sequences import SequenceSpec, SpecialIds
 
-from . import block_attention
 from .harness import machine
 
 SPECIAL = SpecialIds(boi=1, eoi=2, image=3, eos=4, pad=0)
@@ -147,8 +146,6 @@ def step(model, pack: dict[str, np.ndarray], padded: bool) -> tuple[float, float
     if device.type == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
-    layout = model.model.lay_out(batch["input_ids"], batch.get("image_grid_hw"), document_ids=batch["document_ids"])
-    block_attention.use_segments(layout, batch["document_ids"])
     loss = model(**batch, use_cache=False, logits_over="none").loss
     loss.backward()
     if device.type == "cuda":
@@ -194,7 +191,6 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args()
 
-    block_attention.register()
     model = two_layer_model(arguments.width).to(arguments.device)
     spec = SequenceSpec(model.model.schedules, SPECIAL, model.config.condition_last_scale)
     theory = CostModel.from_config(model.config, "blocks")

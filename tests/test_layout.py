@@ -181,7 +181,7 @@ def influence(model, **inputs) -> torch.Tensor:
     return ((after - before).abs().amax(-1) > 1e-6).view(length, batch, length).transpose(0, 1)
 
 
-@pytest.fixture(scope="module", params=["sdpa", "eager"])
+@pytest.fixture(scope="module", params=["sdpa", "eager", "blocks"])
 def one_layer(request):
     config = tiny_config(text={"num_hidden_layers": 1})
     model = tiny_model(config)

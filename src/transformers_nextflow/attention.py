@@ -1,6 +1,7 @@
 """Who sees whom: causal text, scale blocks that see themselves, documents that do not see each other.
 
-Masks are built by transformers' own functions, so that every attention backend gets the form it expects.
+Masks are built by transformers' own functions, so that every attention backend gets the form it expects; the package's
+own backend gets segments (`block_attention.py`).
 """
 
 import torch
@@ -9,6 +10,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 
+from .block_attention import BLOCKS, segments_of
 from .layout import SequenceLayout
 from .row_cache import RowCache
 
@@ -33,8 +35,13 @@ def sequence_mask(
     if config._attn_implementation is not None and "flash" in config._attn_implementation:
         raise ValueError(
             f"attn_implementation={config._attn_implementation!r} cannot express scale blocks or packed documents in "
-            'one call; use "sdpa", "flex_attention" or "eager"'
+            'one call; use "blocks", "sdpa", "flex_attention" or "eager"'
         )
+    if config._attn_implementation == BLOCKS:
+        documents = torch.zeros_like(layout.block_ids) if document_ids is None else document_ids
+        if attention_mask is not None:
+            documents = documents.masked_fill(attention_mask == 0, -1)
+        return {"full_attention": segments_of(layout.block_ids, documents)}
     block_ids = layout.block_ids if has_blocks else None
     if has_blocks and past_key_values is not None:  # a static cache has keys beyond the sequence
         keys, _ = past_key_values.get_mask_sizes(block_ids.shape[1], layer_idx=0)

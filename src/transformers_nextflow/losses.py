@@ -1,14 +1,17 @@
 """Targets, weights, weighted cross-entropy over the joint softmax of text and code rows (NextFlow sec. 2.2, eq. 2).
 
-Shape suffixes: B batch, L sequence, N supervised positions, D hidden, V all rows (text, then codes).
+Shape suffixes: B batch, L sequence, N supervised positions, n those of one chunk, D hidden, V all rows (text, then
+codes).
 """
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from .layout import SequenceLayout
 
 IGNORE = -100
+LOGITS_AT_ONCE = 2**26  # of one chunk: 256 MiB in float32
 
 
 def shift_labels_of(
@@ -81,8 +84,89 @@ def fill_code_targets(
 
 
 def joint_cross_entropy(
-    hidden_ND: torch.Tensor, text_rows: torch.Tensor, code_rows: torch.Tensor, targets_N: torch.Tensor
-) -> torch.Tensor:
-    """(N,) float32 cross-entropy of each target under one softmax over text and code rows."""
-    logits_NV = torch.cat([F.linear(hidden_ND, text_rows), F.linear(hidden_ND, code_rows)], dim=-1)
-    return F.cross_entropy(logits_NV.float(), targets_N, reduction="none")
+    hidden: torch.Tensor,
+    text_rows: torch.Tensor,
+    code_rows: torch.Tensor,
+    targets: torch.Tensor,
+    weights: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum of weight x cross-entropy under one softmax over text and code rows; exact, without the logits of all
+    positions at once.
+
+    Args:
+        hidden: (..., D).
+        text_rows, code_rows: (text rows, D) and (codes, D), the weights of the heads.
+        targets: (...) int64 over all rows, `IGNORE` where nothing is supervised.
+        weights: (...) of the targets, constants.
+
+    Returns:
+        The sum, a scalar to divide and to differentiate once, and the (...) unweighted cross-entropies, detached, 0
+        where nothing is supervised. Both float32, or float64 for inputs in it.
+    """
+    supervised = targets != IGNORE
+    inputs = [hidden[supervised], text_rows, code_rows]
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        inputs = [tensor.to(torch.get_autocast_dtype(device)) for tensor in inputs]
+    if not torch.is_grad_enabled():  # a function's forward cannot ask
+        inputs = [tensor.detach() for tensor in inputs]
+    with torch.autocast(device, enabled=False):
+        total, losses_N = _WeightedCrossEntropy.apply(*inputs, targets[supervised], weights[supervised])
+    return total, losses_N.new_zeros(targets.shape).masked_scatter(supervised, losses_N)
+
+
+class _WeightedCrossEntropy(torch.autograd.Function):
+    """A weighted sum of losses is a scalar, so its gradient is known in the forward up to one factor: the logits of
+    each chunk become their own gradient in place, and what is kept is the size of the hidden states and the rows."""
+
+    @staticmethod
+    def forward(ctx, hidden_ND, text_rows, code_rows, targets_N, weights_N):
+        heads = (text_rows, code_rows)
+        sizes = [len(rows) for rows in heads]
+        dtype = torch.promote_types(hidden_ND.dtype, torch.float32)  # of all but the products with the rows
+        weights_N = weights_N.to(dtype)
+        losses_N = torch.empty_like(weights_N)
+        hidden_gradient, *row_gradients = (
+            torch.zeros_like(tensor, dtype=dtype) if needed else None
+            for tensor, needed in zip((hidden_ND, *heads), ctx.needs_input_grad)
+        )
+        length = max(1, min(len(hidden_ND), LOGITS_AT_ONCE // sum(sizes)))
+        products_nV = hidden_ND.new_empty(length, sum(sizes))
+        for start in range(0, len(hidden_ND), length):
+            chunk = slice(start, start + length)
+            hidden_nD, targets_n1, weights_n1 = hidden_ND[chunk], targets_N[chunk, None], weights_N[chunk, None]
+            products_nV = products_nV[: len(hidden_nD)]
+            parts = products_nV.split(sizes, dim=1)
+            for part, rows in zip(parts, heads):
+                torch.mm(hidden_nD, rows.T, out=part)
+            logits_nV = products_nV.to(dtype)
+            peaks_n1 = logits_nV.amax(dim=1, keepdim=True)
+            targets_logits_n1 = logits_nV.gather(1, targets_n1)
+            sums_n1 = logits_nV.sub_(peaks_n1).exp_().sum(dim=1, keepdim=True)
+            losses_N[chunk] = (sums_n1.log() + peaks_n1 - targets_logits_n1)[:, 0]
+            if not any(ctx.needs_input_grad):
+                continue
+            # weight x (probabilities - one at the target)
+            logits_nV.mul_(weights_n1 / sums_n1).scatter_add_(1, targets_n1, -weights_n1)
+            products_nV.copy_(logits_nV)
+            for part, rows, row_gradient in zip(parts, heads, row_gradients):
+                if hidden_gradient is not None:
+                    _add_product(hidden_gradient[chunk], part, rows)
+                if row_gradient is not None:
+                    _add_product(row_gradient, part.T, hidden_nD)
+        ctx.save_for_backward(hidden_gradient, *row_gradients)
+        ctx.mark_non_differentiable(losses_N)
+        return (losses_N * weights_N).sum(), losses_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, scale, _):
+        return *(None if gradient is None else gradient * scale for gradient in ctx.saved_tensors), None, None
+
+
+def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """total += a @ b, summed in total's precision."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b

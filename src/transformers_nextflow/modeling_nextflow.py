@@ -302,6 +302,8 @@ class NextFlowModel(NextFlowPreTrainedModel):
         if prepared or (past_key_values is not None and past_key_values.get_seq_length() > 0):
             if image_grid_hw is not None:
                 raise ValueError("images cannot be given with a filled cache")
+            if document_ids is not None:
+                raise ValueError("document_ids cannot be given with a filled cache")
             return self.language_model(
                 input_ids=input_ids,
                 inputs_embeds=inputs_embeds,
@@ -442,11 +444,10 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
             targets_BL, weights_BL = fill_code_targets(shift_labels, layout, codes, self.config.text_vocab_size, alpha)
             if loss_weights is not None:
                 weights_BL = loss_weights.masked_fill(targets_BL == IGNORE, 0.0)
-            at = targets_BL != IGNORE
-            losses_N = joint_cross_entropy(hidden_BLD[at], self.lm_head.weight, self.code_head.weight, targets_BL[at])
-            normaliser = weights_BL.sum() if num_items_in_batch is None else num_items_in_batch
-            loss = (losses_N * weights_BL[at]).sum() / normaliser
-            token_losses_BL = torch.zeros_like(weights_BL).masked_scatter(at, losses_N.detach())
+            total, token_losses_BL = joint_cross_entropy(
+                hidden_BLD, self.lm_head.weight, self.code_head.weight, targets_BL, weights_BL
+            )
+            loss = total / (weights_BL.sum() if num_items_in_batch is None else num_items_in_batch)
 
         logits = None
         if logits_over != "none":

@@ -1,0 +1,126 @@
+"""Attention that computes only the pairs that see each other, on any device: `attn_implementation="blocks"`.
+
+A scale block sees its document from the beginning up to its own end and needs no mask; a run of text is causal. So
+each is one SDPA call over its document's keys so far. Importing the package registers the implementation; whatever has
+an ordinary mask (text alone, steps that follow a cache, the vision tokenizer) goes through transformers' SDPA.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+BLOCKS = "blocks"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Neighbouring positions of a document that attend in one call: a scale block, or a causal run of text."""
+
+    length: int
+    is_block: bool
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Takes the place of a mask for whole sequences. It holds no tensors, so nothing that moves or recomputes a layer
+    needs to know it.
+
+    Attributes:
+        documents: each document's segments in order; documents of a row in order, rows one after the other. Padding is
+            a document like any other.
+    """
+
+    documents: tuple[tuple[Segment, ...], ...]
+
+
+def segments_of(block_ids: torch.Tensor, document_ids: torch.Tensor) -> Segments:
+    """The segments of a batch.
+
+    Args:
+        block_ids: (B, L), one number for each scale block, -1 for text.
+        document_ids: (B, L), -1 at padding.
+
+    Raises:
+        ValueError: if a document is in pieces.
+    """
+    rows, length = block_ids.shape
+    edge = torch.ones(rows, 1, dtype=torch.bool, device=block_ids.device)
+    opens = torch.cat([edge, document_ids.diff(dim=1) != 0], dim=1)
+    changes = opens | torch.cat([edge, block_ids.diff(dim=1) != 0], dim=1)
+    starts = changes.flatten().nonzero()[:, 0]
+    ends = torch.cat([starts[1:], starts.new_tensor([rows * length])])
+    columns = [values.flatten()[starts].long() for values in (document_ids, opens, block_ids)]
+
+    documents: list[list[Segment]] = []
+    met = set()
+    for start, end, document, is_first, block in torch.stack([starts, ends, *columns], dim=1).tolist():
+        row, column = divmod(start, length)
+        if is_first:
+            if document >= 0 and (row, document) in met:
+                raise ValueError(
+                    f'under attn_implementation="{BLOCKS}" a document must be in one piece, but document {document} '
+                    f"of row {row} goes on at {column}, after another or after padding"
+                )
+            met.add((row, document))
+            documents.append([])
+        documents[-1].append(Segment(end - start, block >= 0))
+    return Segments(tuple(map(tuple, documents)))
+
+
+def block_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Segments | torch.Tensor | None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """An attention function of transformers.
+
+    Args:
+        query: (B, heads, L, head size).
+        key, value: (B, key-value heads, at least L, head size); columns behind the L first are a static cache's
+            empty ones.
+        attention_mask: [`Segments`] of the whole sequences, or what SDPA takes.
+
+    Returns:
+        (B, L, heads, head size), and no weights.
+    """
+    if not isinstance(attention_mask, Segments):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return _attend(module, query, key, value, attention_mask, **kwargs)
+
+
+@torch.compiler.disable  # every layout would be a graph of its own
+def _attend(module, query, key, value, segments: Segments, **kwargs):
+    batch, _, length, _ = query.shape
+    lengths = [sum(segment.length for segment in document) for document in segments.documents]
+    if sum(lengths) != batch * length:
+        raise ValueError(f"the segments have {sum(lengths)} positions, the queries {batch} x {length}")
+    # splits rather than slices: the backward of a slice fills zeros of the whole length
+    per_document = zip(*(_as_one_row(states[:, :, :length]).split(lengths, dim=2) for states in (query, key, value)))
+    outputs = []
+    for document, (queries, keys, values) in zip(segments.documents, per_document):
+        stop = 0
+        for segment, part in zip(document, queries.split([segment.length for segment in document], dim=2)):
+            start, stop = stop, stop + segment.length
+            mask = None  # blocks and a lone position see all keys so far; SDPA's own causal mask begins at the first
+            if start and segment.length > 1 and not segment.is_block:
+                mask = torch.ones(segment.length, stop, dtype=torch.bool, device=query.device).tril(start)
+            output, _ = sdpa_attention_forward(
+                module, part, keys[:, :, :stop], values[:, :, :stop], mask, is_causal=not segment.is_block, **kwargs
+            )
+            outputs.append(output)
+    return torch.cat(outputs, dim=1).view(batch, length, *outputs[0].shape[2:]), None
+
+
+def _as_one_row(states: torch.Tensor) -> torch.Tensor:
+    """(B, heads, L, head size) -> (1, heads, B * L, head size)."""
+    return states.transpose(0, 1).flatten(1, 2)[None]
+
+
+AttentionInterface.register(BLOCKS, block_attention)
+AttentionMaskInterface.register(BLOCKS, sdpa_mask)

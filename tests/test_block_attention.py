@@ -1,0 +1,249 @@
+"""One call per scale block and text run is attention under the whole mask."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_models import BOI, IMAGE, SQUARE, WIDE, Picture, batch_of, relative, tiny_config, tiny_model
+from transformers import StaticCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from transformers_nextflow import NextFlowForConditionalGeneration
+from transformers_nextflow.attention import sequence_mask
+from transformers_nextflow.block_attention import Segment, Segments, segments_of
+
+PADDED = [[10, Picture(SQUARE, 1), 11, 12], [13, 14, Picture(WIDE, 2), Picture(SQUARE, 3), 15, 16, 17], [18, 19]]
+DOCUMENTS = [
+    [10, Picture(SQUARE, 1), 11, 12],
+    [20, 21, 22],
+    [Picture(WIDE, 2, last_scale=True), 13, 14, Picture(SQUARE, 3), 15, 16],
+]
+
+
+def padded_left(model) -> dict:
+    return batch_of(model, *PADDED)
+
+
+def padded_right(model) -> dict:
+    batch = batch_of(model, *PADDED)
+    for name in ("input_ids", "attention_mask"):
+        rows = zip(batch[name], batch["attention_mask"].sum(1).tolist())
+        batch[name] = torch.stack([row.roll(length) for row, length in rows])
+    return batch
+
+
+def packed(model, documents: list = DOCUMENTS) -> dict:
+    """Two rows: all documents and padding, and the documents in another order."""
+    lengths = [batch_of(model, document)["input_ids"].shape[1] for document in documents]
+    orders = [[0, 1, 2], [2, 0, 1]]
+    batch = batch_of(model, *([part for index in order for part in documents[index]] for order in orders))
+    del batch["attention_mask"]
+    rows = [[index for index in order for _ in range(lengths[index])] for order in orders]
+    batch["input_ids"][0, -2:], rows[0][-2:] = 0, [-1] * 2  # both orders end in text
+    return batch | {"document_ids": torch.tensor(rows)}
+
+
+def packed_and_masked(model) -> dict:
+    """Packed rows whose padding is in the mask too."""
+    batch = packed(model)
+    return batch | {"attention_mask": (batch["document_ids"] >= 0).long()}
+
+
+def packed_text(model) -> dict:
+    return packed(model, [[10, 11, 12], [20], [13, 14, 15, 16, 17]])
+
+
+BATCHES = pytest.mark.parametrize(
+    "batch_for", [padded_left, padded_right, packed, packed_and_masked, packed_text], ids=lambda f: f.__name__
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+@pytest.fixture
+def pair():
+    """The same weights under "sdpa" and under "blocks"."""
+    models = [tiny_model().double().train() for _ in range(2)]
+    models[1].set_attn_implementation("blocks")
+    return models
+
+
+def real(batch: dict) -> torch.Tensor:
+    """(B, L) bool, False at padding."""
+    return batch["document_ids"] >= 0 if "document_ids" in batch else batch["attention_mask"].bool()
+
+
+def masks(model, batch: dict) -> list:
+    """The masks of both implementations."""
+    inner, masks = model.model, []
+    embeddings = inner.get_input_embeddings()(batch["input_ids"])
+    documents, valid = batch.get("document_ids"), batch.get("attention_mask")
+    layout = inner.lay_out(batch["input_ids"], batch.get("image_grid_hw"), valid, documents)
+    for implementation in ("sdpa", "blocks"):
+        config = tiny_config().text_config
+        config._attn_implementation = implementation
+        masks.append(sequence_mask(config, embeddings, valid, layout, documents, None)["full_attention"])
+    return masks
+
+
+@BATCHES
+def test_attention_alone(model, batch_for):
+    """Output and gradients, float32; padding sees what it likes, but nothing of it is read."""
+    batch = batch_for(model)
+    rows, length = batch["input_ids"].shape
+    generator = torch.Generator().manual_seed(0)
+    states = [torch.randn(rows, heads, length, 16, generator=generator).requires_grad_() for heads in (2, 1, 1)]
+    weights = torch.randn(rows, length, 2, 16, generator=generator) * real(batch)[..., None, None]
+    module = model.model.language_model.layers[0].self_attn
+    results = []
+    for implementation, mask in zip(("sdpa", "blocks"), masks(model, batch)):
+        attend = ALL_ATTENTION_FUNCTIONS[implementation]
+        output, _ = attend(module, *states, mask, dropout=0.0, scaling=module.scaling)
+        assert output.shape == weights.shape
+        output = output * real(batch)[..., None, None]
+        results.append([output, *torch.autograd.grad((output * weights).sum(), states)])
+    for dense, blocks in zip(*results):
+        assert relative(blocks, dense) < 1e-6
+
+
+@BATCHES
+def test_logits_loss_and_gradients_of_the_model(pair, batch_for):
+    batch = batch_for(pair[0])
+    labels = batch["input_ids"].masked_fill(~real(batch), -100)
+    if batch_for in (packed, packed_and_masked):  # the picture with its last scale is only read
+        slots = (batch["input_ids"] == IMAGE) | (batch["input_ids"] == BOI)
+        labels = labels.masked_fill(slots, -100)
+    outputs = [model(**batch, labels=labels, use_cache=False) for model in pair]
+    for output in outputs:
+        output.loss.backward()
+    dense, blocks = outputs
+    assert relative(blocks.logits[real(batch)], dense.logits[real(batch)]) < 1e-6
+    assert relative(blocks.loss, dense.loss) < 1e-6
+    expected = {name: p.grad for name, p in pair[0].named_parameters() if p.grad is not None}
+    assert len(expected) > 20
+    for name, parameter in pair[1].named_parameters():
+        if parameter.grad is not None:
+            assert relative(parameter.grad, expected.pop(name)) < 1e-6, name
+    assert not expected
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_no_gradient(pair, reentrant):
+    model, collected = pair[1], []
+    batch = packed(model)
+    labels = batch["input_ids"].masked_fill((batch["document_ids"] < 0) | (batch["input_ids"] > 40), -100)
+    for _ in range(2):
+        model.zero_grad()
+        model(**batch, labels=labels, use_cache=False).loss.backward()
+        collected.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    assert model.model.language_model.layers[0].gradient_checkpointing
+    assert len(collected[0]) == len(collected[1])
+    for plain, checkpointed in zip(*collected):
+        assert relative(checkpointed, plain) < 1e-6
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic cache", "static cache"])
+def test_a_prompt_fills_a_cache(pair, static):
+    """A static cache hands out keys beyond the prompt; steps that follow have ordinary masks."""
+    batch = padded_left(pair[0])
+    following = torch.full((3, 1), 7)
+    mask = F.pad(batch["attention_mask"], (0, 1), value=1)
+    results = []
+    for model in pair:
+        model.eval()
+        text = model.config.text_config
+        cache = StaticCache(config=text, max_cache_len=64) if static else None
+        with torch.no_grad():
+            prompt = model(**batch, past_key_values=cache, use_cache=True)
+            positions = torch.full((3, 3, 1), 40.0)
+            step = model(
+                input_ids=following,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=prompt.past_key_values,
+                use_cache=True,
+            )
+        results.append(torch.cat([prompt.logits[real(batch)], step.logits[:, 0]]))
+    assert relative(results[1], results[0]) < 1e-6
+
+
+def test_generation_is_the_same(model, tmp_path):
+    """Text and pictures; the vision tokenizer shares the implementation and has no segments."""
+    model.save_pretrained(tmp_path)
+    blocks = NextFlowForConditionalGeneration.from_pretrained(tmp_path, attn_implementation="blocks")
+    parts = [part.config._attn_implementation for part in (blocks, blocks.model.language_model)]
+    assert parts == ["blocks", "blocks"] and model.config._attn_implementation == "sdpa"
+    prompts = batch_of(model, [10, Picture(SQUARE, 1), 11, BOI], [12, 13, BOI])
+    options = {"generation_mode": "image", "aspect_ratio": "1:1", "guidance_scale": 1.0, "seed": 0}
+    pictures = [each.generate(**prompts, **options) for each in (model, blocks)]
+    assert torch.equal(*pictures)
+    questions = batch_of(model, [10, Picture(WIDE, 2), 11, 12], [13, 14])
+    answers = [each.generate(**questions, max_new_tokens=6, do_sample=False) for each in (model, blocks)]
+    assert torch.equal(*answers)
+    pixels = torch.rand(1, 3, 12, 12)
+    assert torch.equal(model.model.vq_model.encode(pixels), blocks.model.vq_model.encode(pixels))
+
+
+def test_a_compiled_layer_takes_any_layout(pair):
+    for layer in pair[1].model.language_model.layers:
+        layer.compile(backend="eager", dynamic=True)
+    with torch.no_grad():
+        for batch in (padded_left(pair[0]), packed(pair[0])):
+            dense, blocks = (model(**batch, use_cache=False).logits[real(batch)] for model in pair)
+            assert relative(blocks, dense) < 1e-6
+
+
+# Segments
+
+
+def test_segments_by_hand():
+    """Two rows: a document, another with two neighbouring blocks, padding; padding and a text."""
+    documents = torch.tensor([[4, 4, 9, 9, 9, 9, 9, -1], [-1, -1, 0, 0, 0, 0, 0, 0]])
+    blocks = torch.tensor([[-1, -1, -1, 3, 3, 5, -1, -1], [-1] * 8])
+    text, block = (lambda length: Segment(length, False)), (lambda length: Segment(length, True))
+    first = [(text(2),), (text(1), block(2), block(1), text(1)), (text(1),)]
+    assert segments_of(blocks, documents) == Segments((*first, (text(2),), (text(6),)))
+
+
+@pytest.mark.parametrize("pieces", [[0, 0, 1, 0], [0, -1, -1, 0]], ids=["another between", "padding between"])
+def test_a_document_in_pieces_is_refused(pieces):
+    documents = torch.tensor([[0, 0, 0, 0], pieces])
+    with pytest.raises(ValueError, match="must be in one piece, but document 0 of row 1 goes on at 3"):
+        segments_of(torch.full((2, 4), -1), documents)
+
+
+def test_segments_of_another_sequence_are_refused(model):
+    states = [torch.zeros(1, heads, 5, 16) for heads in (2, 1, 1)]
+    module = model.model.language_model.layers[0].self_attn
+    with pytest.raises(ValueError, match="the segments have 4 positions, the queries 1 x 5"):
+        ALL_ATTENTION_FUNCTIONS["blocks"](module, *states, Segments(((Segment(4, False),),)))
+
+
+def test_documents_behind_a_filled_cache_are_refused(model):
+    with torch.no_grad():
+        cache = model(**batch_of(model, [10, 11]), use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="document_ids cannot be given with a filled cache"):
+            model(input_ids=torch.tensor([[12]]), document_ids=torch.tensor([[0]]), past_key_values=cache)
+
+
+# Flex attention: one BlockMask for a batch, shared by its layers
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="compiled flex attention has no backward on a CPU")
+@BATCHES
+def test_flex_attention_is_sdpa(batch_for):
+    models = [tiny_model().cuda().train() for _ in range(2)]
+    models[1].model.language_model.set_attn_implementation("flex_attention")
+    batch = {name: values.cuda() for name, values in batch_for(tiny_model()).items()}
+    labels = batch["input_ids"].masked_fill(~real(batch) | (batch["input_ids"] > 40), -100)
+    outputs = [model(**batch, labels=labels, use_cache=False) for model in models]
+    for output in outputs:
+        output.loss.backward()
+    dense, flex = outputs
+    assert relative(flex.logits[real(batch)], dense.logits[real(batch)]) < 1e-4
+    for ours, theirs in zip(models[1].parameters(), models[0].parameters()):
+        if theirs.grad is not None:
+            assert relative(ours.grad, theirs.grad) < 1e-4
