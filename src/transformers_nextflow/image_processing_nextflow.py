@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from huggingface_hub.dataclasses import validate_typed_dict
 from PIL import Image, ImageOps
 from transformers import BatchFeature
 from transformers.image_processing_backends import PilBackend
@@ -20,6 +21,7 @@ from .scales import ScaleSchedule, ScheduleTable, schedule_table
 
 SIXTEEN_BIT_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 CHANNELS = (1, 3, 4)
+ORIENTATION = 0x0112  # EXIF; from 5 on a picture lies on its side
 
 # What Pillow's decoders raise of damaged files; `DecompressionBombError` is beyond twice `Image.MAX_IMAGE_PIXELS`.
 DAMAGED = (
@@ -46,6 +48,8 @@ def open_picture(path: str | Path) -> Image.Image:
 
 def _upright(image: Image.Image) -> Image.Image:
     image.load()  # what `Image.open` put off
+    if image.getexif().get(ORIENTATION, 1) == 1:
+        return image  # `exif_transpose` would copy it
     return ImageOps.exif_transpose(image)
 
 
@@ -110,9 +114,12 @@ class NextFlowImageProcessor(PilBackend):
         self.image_size = image_size
         integer("patch_size", patch_size, 1)
         self.schedule_table().of_level(self.level)  # raises where there is none
-        self._check_numbers()
+        self._check_settings()
 
-    def _check_numbers(self) -> None:
+    def _check_settings(self) -> None:
+        """What the library checks of a call's arguments, here of those of a file."""
+        names = ("do_resize", "do_convert_rgb", "do_rescale", "do_normalize", "resample", "rescale_factor", "level")
+        validate_typed_dict(self.valid_kwargs, {name: getattr(self, name) for name in names})
         for name in ("image_mean", "image_std"):
             values = getattr(self, name)
             if np.shape(values) not in ((), (1,), (3,)) or np.asarray(values).dtype.kind not in "iuf":
@@ -184,10 +191,13 @@ class NextFlowImageProcessor(PilBackend):
         if image.dtype.kind not in "buif" or image.size == 0:
             raise ValueError(f"a picture has bools, integers or floats as pixels, got {image.dtype} {image.shape}")
         image = _channels_last(image, input_data_format)
+        if image.shape[-1] not in CHANNELS:
+            raise ValueError(f"a picture has 1, 3 or 4 channels, got {image.shape[-1]} as {input_data_format}")
         if image.shape[-1] != 3 and not do_convert_rgb:
             raise ValueError(f"do_convert_rgb=False takes 3 channels, got {image.shape[-1]}")
         if image.dtype == np.uint16:
-            pixels = image.astype(np.float32) / 65535
+            pixels = image.astype(np.float32)
+            pixels /= 65535
         elif np.issubdtype(image.dtype, np.floating):
             pixels = _unit_floats(image, rescale_factor if do_rescale else None)
         else:
@@ -222,6 +232,8 @@ class NextFlowImageProcessor(PilBackend):
         """
         if not images:
             raise ValueError("give at least one picture, got none")
+        if resample not in list(Image.Resampling):
+            raise ValueError(f"resample must be one of Pillow's filters, 0 to 5, got {resample!r}")
         table = self.schedule_table()
         patches, grids = [], []
         for image in images:
@@ -271,10 +283,12 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     """Any mode of 8 bits a channel to RGB; what is transparent shows white."""
     if image.mode == "F":
         raise ValueError("a picture of mode F has no known range; give a float array in [0, 1] with do_rescale=False")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image if image.mode == "RGBA" else image.convert("RGBA")
+    white = Image.new("RGB", image.size, "white")
+    white.paste(image, mask=image)
+    return white
 
 
 def _sixteen_bits(image: Image.Image) -> np.ndarray:

@@ -58,14 +58,14 @@ def load_weights(model_class, name: str):
     with naming(f"the config.json of {name}"):
         config = model_class.config_class.from_pretrained(name)
     if "quantization_config" not in config.to_dict():
-        _check_tensors(model_class, config, name)
+        check_tensors(model_class, config, name)
     with naming(f"the weights in {name}"):
         model, report = model_class.from_pretrained(name, output_loading_info=True)
     _refuse_missing(name, report["missing_keys"])
     return model
 
 
-def _check_tensors(model_class, config, name: str) -> None:
+def check_tensors(model_class, config, name: str) -> None:
     """Compare the tensors that a local folder declares with the model's, before memory is taken for either."""
     folder = Path(name)
     if not (folder / SINGLE).is_file() and not (folder / INDEX).is_file():

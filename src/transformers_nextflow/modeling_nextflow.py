@@ -219,10 +219,10 @@ class NextFlowModel(NextFlowPreTrainedModel):
         schedules = [self.schedules.by_grid(grid) for grid in image_grid_hw]
         whole = self.config.vq_config.image_size is not None  # pictures, not patches
         cells = [1 if whole else schedule.lengths[-1] for schedule in schedules]
-        _check_total("pixel_values", len(pixel_values), sum(cells))
         width = 3 * self.config.vq_config.patch_size**2
-        if not whole and pixel_values.shape[1:] != (width,):
+        if not whole and (pixel_values.ndim != 2 or pixel_values.shape[1] != width):
             raise ValueError(f"pixel_values must hold patches of {width} numbers, got {tuple(pixel_values.shape)}")
+        _check_total("pixel_values", len(pixel_values), sum(cells))
         if not pixel_values.isfinite().all():
             raise ValueError("pixel_values are not finite")
         patches = pixel_values.split(cells)

@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from ..configuration_nextflow import NextFlowConfig
 from ..files import read_json, write_atomically
-from ..image_processing_nextflow import DAMAGED
+from ..image_processing_nextflow import DAMAGED, ORIENTATION
 from ..loading import naming
 from ..modeling_nextflow import NextFlowForConditionalGeneration
 from ..modeling_nextflow_vq import NextFlowVQModel, unpatchify
@@ -52,7 +52,6 @@ from .sources import Source, content_hash
 logger = logging.get_logger(__name__)
 
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-ORIENTATION = 0x0112  # EXIF; 5 to 8 lie on their side
 ENGINES = ("local", "ray")
 
 
