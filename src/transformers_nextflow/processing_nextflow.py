@@ -135,14 +135,17 @@ class NextFlowProcessor(ProcessorMixin):
         if text is None:
             return
         texts = [text] if isinstance(text, str) else text
-        counts = [sample.count(self.image_token) for sample in texts]
-        for row, (sample, count) in enumerate(zip(texts, counts)):
-            if sample.count(self.image_placeholder) != count:
-                raise ValueError(f"{self.image_token} stands outside {self.image_placeholder} in text {row}")
+        counts = [self._count_placeholders(sample, f"text {row}") for row, sample in enumerate(texts)]
         if isinstance(images, (list, tuple)) and all(isinstance(entry, (list, tuple)) for entry in images):
             given = [len(entry) for entry in images]
             if given != counts:
                 raise ValueError(f"the texts hold {counts} placeholders {self.image_placeholder}, images {given}")
+
+    def _count_placeholders(self, text: str, where: str) -> int:
+        count = text.count(self.image_placeholder)
+        if text.count(self.image_token) != count:
+            raise ValueError(f"{self.image_token} stands outside {self.image_placeholder} in {where}")
+        return count
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         grid = image_inputs["image_grid_hw"][image_idx].tolist()
@@ -153,7 +156,8 @@ class NextFlowProcessor(ProcessorMixin):
         if len(negatives) != len(texts):
             raise ValueError(f"negative_text must have one entry for each of {len(texts)} texts, got {len(negatives)}")
         for row, (text, negative) in enumerate(zip(texts, negatives)):
-            expected, got = (sample.count(self.image_placeholder) for sample in (text, negative))
+            expected = text.count(self.image_placeholder)
+            got = self._count_placeholders(negative, f"negative_text {row}")
             if expected != got:
                 raise ValueError(f"negative_text {row} must have the {expected} images of its text, got {got}")
 

@@ -193,7 +193,8 @@ def check_plan(output: Path, plan: dict) -> None:
     """Write the plan of a new run; raise where a stopped run had another, naming what differs."""
     path = output / "plan.json"
     if not path.exists():
-        if output.exists() and any(output.iterdir()):
+        # a run that was killed while it wrote its plan leaves a hidden file
+        if output.exists() and any(not entry.name.startswith(".") for entry in output.iterdir()):
             raise ValueError(f"{output} is not empty and holds no extraction; choose another folder")
         write_json(path, plan)
         return
