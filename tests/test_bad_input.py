@@ -9,6 +9,7 @@ import shutil
 import struct
 import zlib
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from transformers_nextflow import NextFlowConfig, NextFlowImageProcessor, NextFlowProcessor
 from transformers_nextflow.cli import main
-from transformers_nextflow.data import CostModel
+from transformers_nextflow.data import CostModel, Source
 from transformers_nextflow.data.documents import DocumentReader, Skipped
 from transformers_nextflow.data.shards import read_manifest
 
@@ -789,6 +790,24 @@ IMAGE = encoded(Image.fromarray(noise()), "PNG")
 def test_rows_that_are_no_documents_are_skipped_with_a_reason(task, row, reason):
     with pytest.raises(Skipped, match=f"^{reason}"):
         DocumentReader(task, root=".").read(row, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("a.parquet", b"PAR1 and no more"),
+        ("a.parquet", b""),
+        ("a.arrow", b"ARROW1"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": '),
+        ("a.jsonl", b"\xff\xfe"),
+        ("a.tar", b"no tar at all"),
+    ],
+)
+def test_damaged_sources(tmp_path, monkeypatch, name, data):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match=f"{name} cannot be read as a dataset: "):
+        Source(str(tmp_path / name)).load()
 
 
 @pytest.mark.parametrize(

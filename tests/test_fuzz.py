@@ -69,7 +69,7 @@ def test_a_refusal_is_one(refused):
     [
         (documents, "_string", lambda cell: cell, fuzzing.document),
         (generation_nextflow, "check_integers", lambda *args: None, fuzzing.request),
-        (sampling, "_check_finite", lambda largest: None, fuzzing.request),
+        (generation_nextflow, "integer", lambda name, value, *limits: value, fuzzing.request),
     ],
 )
 def test_planted_faults_are_found(tiny_checkpoint, monkeypatch, module, name, fault, target):

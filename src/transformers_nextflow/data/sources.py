@@ -3,12 +3,14 @@
 import hashlib
 import json
 import re
+import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
-from datasets.exceptions import DatasetsError
+from datasets.exceptions import DatasetBuildError
 from PIL import Image
+from pyarrow.lib import ArrowException
 
 BUILDERS = {
     ".parquet": "parquet",
@@ -63,7 +65,7 @@ class Source:
             raise FileNotFoundError(f"{self.name} is neither a file, a folder nor the id of a dataset on the Hub")
         try:
             return _undecoded(datasets.load_dataset(*arguments, split=self.split, **options))
-        except DatasetsError as error:
+        except (DatasetBuildError, ArrowException, tarfile.TarError) as error:
             raise ValueError(f"{self.name} cannot be read as a dataset: {error.__cause__ or error}") from error
 
 
