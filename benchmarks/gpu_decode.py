@@ -10,7 +10,8 @@ vision tokenizer of full size decodes them. The paper takes 5 s for one; the ari
 - `decode_at_once`: the vision decoder over a batch, and over its pictures one at a time.
 
 `generate` has no sampling kernel of its own: a scale is sampled by top-k, softmax and one cumulative sum, `parts` says
-for how long. Its attention is PyTorch's; over rows of one length it has no mask, and so runs as flash attention.
+for how long. Its attention is PyTorch's; over rows of one length it has no mask, and so runs as flash attention. The
+last scale's keys and values are written to the cache, although nothing reads them.
 
 Without a GPU there is nothing to measure, and the program refuses. `--tiny` runs all of it at a size that any machine
 can take, to check the program: it prints what would be measured, and no figure.
