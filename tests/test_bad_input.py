@@ -240,8 +240,8 @@ def test_a_pixel_in_an_array(tiny_processor):
         ({"patch_size": "16"}, "patch_size must be an integer, got '16'"),
         ({"image_mean": "grey"}, "image_mean must be a number or three, got 'grey'"),
         ({"image_std": [1.0, 1.0]}, "image_std must be a number or three"),
-        ({"rescale_factor": 0.0}, "rescale_factor must be a positive number, got 0.0"),
-        ({"rescale_factor": NAN}, "rescale_factor must be a positive number, got nan"),
+        ({"rescale_factor": 0.0}, "rescale_factor must be a number other than 0, got 0.0"),
+        ({"rescale_factor": NAN}, "rescale_factor must be a number other than 0, got nan"),
     ],
 )
 def test_settings_of_the_image_processor(settings, message):

@@ -124,8 +124,8 @@ class NextFlowImageProcessor(PilBackend):
             values = getattr(self, name)
             if np.shape(values) not in ((), (1,), (3,)) or np.asarray(values).dtype.kind not in "iuf":
                 raise ValueError(f"{name} must be a number or three, got {values!r}")
-        if not isinstance(self.rescale_factor, (int, float)) or not 0 < self.rescale_factor < inf:
-            raise ValueError(f"rescale_factor must be a positive number, got {self.rescale_factor!r}")
+        if not isinstance(self.rescale_factor, (int, float)) or not 0 < abs(self.rescale_factor) < inf:
+            raise ValueError(f"rescale_factor must be a number other than 0, got {self.rescale_factor!r}")
 
     def schedule_table(self) -> ScheduleTable:
         """The schedules pictures are brought to."""
