@@ -21,16 +21,17 @@ def interleaved_seconds(
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     for repeat in range(repeats + 1):
         for name, job in jobs.items():
-            _wait(device)
+            wait(device)
             started = time.perf_counter()
             job()
-            _wait(device)
+            wait(device)
             if repeat:
                 seconds[name].append(time.perf_counter() - started)
     return seconds
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -52,25 +52,14 @@ def load_model(model: str | None) -> "tuple[NextFlowForConditionalGeneration, Ne
     import torch
 
     from . import NextFlowForConditionalGeneration, NextFlowProcessor
+    from .loading import load_weights, naming
 
     name = model_name(model)
     check_model_type(name, "nextflow")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     loaded = load_weights(NextFlowForConditionalGeneration, name).to(device).eval()
-    return loaded, NextFlowProcessor.from_pretrained(name)
-
-
-def load_weights(model_class, name: str):
-    """`from_pretrained`; raises `ValueError` where the files are damaged, or lack or misshape tensors."""
-    from safetensors import SafetensorError
-
-    try:
-        model, report = model_class.from_pretrained(name, output_loading_info=True)
-    except (SafetensorError, RuntimeError) as error:
-        raise ValueError(f"the weights in {name} cannot be loaded: {error}") from error
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(f"the weights in {name} lack {len(missing)} tensors, {missing[0]} among them")
-    return model
+    with naming(f"the processor in {name}"):
+        return loaded, NextFlowProcessor.from_pretrained(name)
 
 
 def load_vision_tokenizer(model: str | None) -> "tuple[NextFlowVQModel, NextFlowImageProcessor]":
@@ -78,6 +67,7 @@ def load_vision_tokenizer(model: str | None) -> "tuple[NextFlowVQModel, NextFlow
     import torch
 
     from . import NextFlowImageProcessor, NextFlowVQModel
+    from .loading import load_weights
 
     name = model_name(model)
     if check_model_type(name, "nextflow", "nextflow_vq") == "nextflow":
@@ -94,6 +84,9 @@ def check_model_type(name: str, *known: str) -> str:
     """The model type in a model's `config.json`, which must be one of `known`."""
     from transformers import PreTrainedConfig
 
+    from .loading import check_json_files
+
+    check_json_files(Path(name))
     values, _ = PreTrainedConfig.get_config_dict(name)
     if not values:
         raise OSError(f"{name} holds no config.json")
@@ -112,26 +105,22 @@ def load_config(model: str | None) -> "NextFlowConfig":
         ValueError: if it is not NextFlow's.
     """
     from .configuration_nextflow import NextFlowConfig
+    from .loading import naming
 
     if model is None:
         return NextFlowConfig()
     if not Path(model).is_dir():
         raise NotADirectoryError(f"there is no model directory {model}")
     check_model_type(model, NextFlowConfig.model_type)
-    return NextFlowConfig.from_pretrained(model)
+    with naming(f"the config.json of {model}"):
+        return NextFlowConfig.from_pretrained(model)
 
 
 def open_image(path: str) -> "Image":
     """A local picture, upright."""
-    from PIL import Image, ImageOps
+    from .image_processing_nextflow import open_picture
 
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no image file {path}")
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read the image {path}: {error}") from error
+    return open_picture(path)
 
 
 def output_paths(output: str, count: int) -> list[Path]:
@@ -258,6 +247,9 @@ def add_describe(subparsers) -> None:
 def describe(args: argparse.Namespace) -> None:
     import torch
 
+    from .sampling import check_seed
+
+    check_seed(args.seed)
     image = open_image(args.image)
     model, processor = load_model(args.model)
     inputs = chat_inputs(processor, [image], args.question).to(model.device)
@@ -350,9 +342,13 @@ def interleave(args: argparse.Namespace) -> None:
 
 def text_sampling(args: argparse.Namespace, model, processor) -> dict:
     """Arguments of `generate` for text: greedy unless one of the sampling options says otherwise."""
-    given = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p")}
+    from .sampling import COLDEST, SAMPLING_LIMITS, per_scale
+
+    given = {name: getattr(args, name) for name in SAMPLING_LIMITS}
     given = {name: value for name, value in given.items() if value is not None}
-    do_sample = bool(given) and given.get("temperature") != 0
+    for name, value in given.items():
+        per_scale(name, value, 1, *SAMPLING_LIMITS[name])
+    do_sample = bool(given) and given.get("temperature", 1.0) >= COLDEST
     eos = model.generation_config.eos_token_id
     return {
         "do_sample": do_sample,
@@ -382,7 +378,8 @@ def reconstruct(args: argparse.Namespace) -> None:
     image = open_image(args.image)
     (path,) = output_paths(args.output, 1)
     vq_model, image_processor = load_vision_tokenizer(args.model)
-    inputs = image_processor(image, level=args.level or image_processor.level, return_tensors="pt")
+    level = image_processor.level if args.level is None else args.level
+    inputs = image_processor(image, level=level, return_tensors="pt")
     grid = tuple(inputs["image_grid_hw"][0].tolist())
     pixels = inputs["pixel_values"].to(vq_model.device)
     if image_processor.image_size is None:

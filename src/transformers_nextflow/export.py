@@ -121,10 +121,13 @@ def _write(folder: Path, output: Path, name: str) -> None:
     from transformers import GenerationConfig
 
     from . import NextFlowConfig, NextFlowProcessor
+    from .loading import naming
 
     files = weight_files(folder)
-    config = NextFlowConfig.from_pretrained(folder)
-    NextFlowProcessor.from_pretrained(folder).save_pretrained(output)
+    with naming(str(folder)):
+        config = NextFlowConfig.from_pretrained(folder)
+        processor = NextFlowProcessor.from_pretrained(folder)
+    processor.save_pretrained(output)
     for file in [*files, *([INDEX] if (folder / INDEX).is_file() else [])]:
         shutil.copyfile(folder / file, output / file)
     if (folder / "scores.json").is_file():

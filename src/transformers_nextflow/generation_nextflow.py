@@ -19,9 +19,9 @@ from transformers.utils import ModelOutput
 
 from .decoding import ImageControls, RowDecoder, draw_images
 from .interleaved import Answer, interleave
-from .layout import num_image_slots
+from .layout import check_integers, final_grids, num_image_slots
 from .row_cache import RowCache
-from .sampling import PerScale, RowGenerators, per_scale
+from .sampling import SAMPLING_LIMITS, PerScale, RowGenerators, integer, per_scale
 from .scales import ScaleSchedule
 
 IMAGE_INPUTS = ("pixel_values", "image_codes", "image_input_codes", "image_grid_hw", "document_ids")
@@ -80,10 +80,17 @@ class NextFlowGenerationMixin(GenerationMixin):
             inputs: (B, L) prompt ids; also as `input_ids`.
             generation_mode: `"text"`, with every argument of transformers' `generate`; `"image"`, see
                 [`generate_image`], for prompts that end in `<boi>`; or `"interleaved"`, see [`generate_interleaved`].
+
+        Raises:
+            ValueError: in every mode, if ids are no text rows, or prompts go beyond the decoder's positions.
         """
         if generation_mode == "text":
             for name in ("negative_input_ids", "negative_attention_mask"):
                 kwargs.pop(name, None)  # what the processor gives for guidance
+            ids = kwargs.get("input_ids") if inputs is None else inputs
+            if ids is not None and kwargs.get("inputs_embeds") is None:
+                mask = None if kwargs.get("past_key_values") is not None else kwargs.get("attention_mask")
+                self._check_prompt(ids, mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None)
             return super().generate(inputs, *args, **kwargs)
         if inputs is not None:
             kwargs["input_ids"] = inputs
@@ -151,6 +158,7 @@ class NextFlowGenerationMixin(GenerationMixin):
         Returns:
             (B * num_images_per_prompt, codes) ids, text rows + code; or [`NextFlowImageOutput`].
         """
+        self._check_prompts((input_ids, attention_mask), (negative_input_ids, negative_attention_mask))
         controls = self._image_controls(
             guidance_scale=guidance_scale,
             image_guidance_scale=image_guidance_scale,
@@ -166,8 +174,7 @@ class NextFlowGenerationMixin(GenerationMixin):
         schedule = controls.schedule
         num_images = self.config.image_generation["num_images_per_prompt"]
         num_images = num_images if num_images_per_prompt is None else num_images_per_prompt
-        if num_images < 1:
-            raise ValueError(f"num_images_per_prompt must be at least 1, got {num_images}")
+        num_images = integer("num_images_per_prompt", num_images, 1)
         generators = RowGenerators.create(len(input_ids), num_images, seed, generator)
         if forced_codes is not None:
             forced_codes, forced_mask = self._check_forced(forced_codes, forced_mask, len(input_ids), schedule)
@@ -254,6 +261,7 @@ class NextFlowGenerationMixin(GenerationMixin):
         Returns:
             [`NextFlowInterleavedOutput`].
         """
+        self._check_prompts((input_ids, attention_mask), (negative_input_ids, negative_attention_mask))
         if "max_length" in kwargs:
             raise ValueError("interleaved answers are bounded by max_new_tokens and max_new_images, got max_length")
         generation_config, unknown = self._prepare_generation_config(generation_config, **kwargs)
@@ -266,8 +274,8 @@ class NextFlowGenerationMixin(GenerationMixin):
             )
         if streamer is not None and len(input_ids) > 1:
             raise ValueError(f"a streamer follows one prompt, got {len(input_ids)}")
-        if max_new_images is not None and max_new_images < 0:
-            raise ValueError(f"max_new_images must be at least 0, got {max_new_images}")
+        if max_new_images is not None:
+            max_new_images = integer("max_new_images", max_new_images, 0)
         if self._is_open(input_ids, any_row=True):
             raise ValueError("a prompt of interleaved generation must not end in <boi>")
         generation_config.max_length = None
@@ -359,8 +367,7 @@ class NextFlowGenerationMixin(GenerationMixin):
             inputs["negative_input_ids"], inputs["negative_attention_mask"] = follow(
                 output.negative_sequences, output.negative_attention_mask, negative_input_ids, negative_attention_mask
             )
-        grids = [] if image_grid_hw is None else torch.as_tensor(image_grid_hw).tolist()
-        layout = self.model.lay_out(input_ids, grids, attention_mask)
+        layout = self.model.lay_out(input_ids, [] if image_grid_hw is None else image_grid_hw, attention_mask)
         new_codes = self.model.image_codes_of(layout, pixel_values, image_codes)
         new = [[] for _ in range(len(input_ids))]
         for image, codes in zip(layout.images, new_codes):
@@ -381,6 +388,7 @@ class NextFlowGenerationMixin(GenerationMixin):
         Args:
             image_grid_hw: their common final grid; may be absent where only one schedule has as many codes.
         """
+        check_integers("image_tokens", image_tokens, 2)
         length = image_tokens.shape[-1]
         if image_grid_hw is None:
             fitting = [schedule.final_grid for schedule in self.model.schedules if schedule.num_codes == length]
@@ -388,22 +396,26 @@ class NextFlowGenerationMixin(GenerationMixin):
                 raise ValueError(f"{length} codes fit {len(fitting)} schedules ({fitting}); name one by image_grid_hw")
             grid = fitting[0]
         else:
-            grids = torch.as_tensor(image_grid_hw).reshape(-1, 2).unique(dim=0)
+            rows = image_grid_hw.tolist() if isinstance(image_grid_hw, torch.Tensor) else image_grid_hw
+            is_pair = isinstance(rows, Sequence) and len(rows) == 2 and isinstance(rows[0], int)
+            grids = sorted(set(final_grids([rows] if is_pair else rows)))
             if len(grids) != 1:
-                raise ValueError(f"the vision tokenizer decodes pictures of one grid at a time, got {grids.tolist()}")
-            grid = tuple(grids[0].tolist())
+                raise ValueError(f"the vision tokenizer decodes pictures of one grid at a time, got {grids}")
+            (grid,) = grids
         return self.model.vq_model.decode(image_tokens - self.config.text_vocab_size, grid)
 
     @torch.no_grad()
     def encode_images(self, pixel_values: torch.FloatTensor, image_grid_hw: torch.LongTensor) -> torch.LongTensor:
         """Flat patches of pictures, as the image processor gives them, to their flat codes; see [`decode_images`]."""
-        return torch.cat(self.model.encode_images(pixel_values, torch.as_tensor(image_grid_hw).tolist()))
+        codes = self.model.encode_images(pixel_values, final_grids(image_grid_hw))
+        return torch.cat([torch.empty(0, dtype=torch.long, device=pixel_values.device), *codes])
 
     @torch.no_grad()
     def decode_images(self, image_codes: torch.LongTensor, image_grid_hw: torch.LongTensor) -> list[torch.Tensor]:
         """Flat codes of pictures of any grids, as a [`NextFlowInterleavedOutput`] holds them, to float32 pictures
         (3, H, W) in [-1, 1]."""
-        grids = [tuple(grid) for grid in torch.as_tensor(image_grid_hw).tolist()]
+        check_integers("image_codes", image_codes, 1)
+        grids = final_grids(image_grid_hw)
         lengths = [self.model.schedules.by_grid(grid).num_codes for grid in grids]
         if len(image_codes) != sum(lengths):
             raise ValueError(f"image_codes must hold {sum(lengths)} codes for {grids}, got {len(image_codes)}")
@@ -423,7 +435,8 @@ class NextFlowGenerationMixin(GenerationMixin):
         Raises:
             ValueError: if the codes do not end with a scale.
         """
-        schedule = self.model.schedules.by_grid(tuple(image_grid_hw))
+        check_integers("codes", codes, 1, 2)
+        schedule = self.model.schedules.by_grid(*final_grids([image_grid_hw]))
         num_scales = _num_scales(codes, schedule)
         missing = schedule.num_codes - codes.shape[-1]
         codes_BL = torch.nn.functional.pad(codes.reshape(-1, codes.shape[-1]), (0, missing))
@@ -434,25 +447,22 @@ class NextFlowGenerationMixin(GenerationMixin):
         schedules = self.model.schedules
         if height is None and width is None:
             defaults = self.config.image_generation
-            return schedules.by_aspect_ratio(aspect_ratio or defaults["aspect_ratio"], level or defaults["level"])
+            return schedules.by_aspect_ratio(
+                defaults["aspect_ratio"] if aspect_ratio is None else aspect_ratio,
+                defaults["level"] if level is None else level,
+            )
         if height is None or width is None or aspect_ratio is not None or level is not None:
             raise ValueError(
                 f"give aspect_ratio and level, or height and width: {aspect_ratio=}, {level=}, {height=}, {width=}"
             )
-        return schedules.by_size(height, width)
+        return schedules.by_size(integer("height", height, 1), integer("width", width, 1))
 
     def _image_controls(
         self, aspect_ratio=None, level=None, height=None, width=None, refine_top_k=None, **controls: PerScale | None
     ) -> ImageControls:
         """Controls over the defaults in the config, one value for each scale."""
         schedule = self._target_schedule(aspect_ratio, level, height, width)
-        limits = {
-            "guidance_scale": (0.0,),
-            "image_guidance_scale": (0.0,),
-            "temperature": (0.0,),
-            "top_k": (0, inf, True),
-            "top_p": (1e-6, 1.0),
-        }
+        limits = {"guidance_scale": (0.0,), "image_guidance_scale": (0.0,), **SAMPLING_LIMITS}
         if unknown := set(controls) - set(limits):
             raise ValueError(f"the controls of pictures do not include {', '.join(sorted(unknown))}")
         defaults = self.config.image_generation
@@ -460,21 +470,52 @@ class NextFlowGenerationMixin(GenerationMixin):
         for name, limit in limits.items():
             value = defaults[name] if controls.get(name) is None else controls[name]
             values.append(per_scale(name, value, len(schedule), *limit))
-        refine_top_k = list(defaults["refine_top_k"] if refine_top_k is None else refine_top_k)
+        refine_top_k = defaults["refine_top_k"] if refine_top_k is None else refine_top_k
+        if not isinstance(refine_top_k, Sequence):
+            raise ValueError(f"refine_top_k must be a list of integers, got {refine_top_k!r}")
         per_scale("refine_top_k", refine_top_k, len(refine_top_k), 0, inf, True)
         return ImageControls(schedule, *values, refine_top_k=tuple(refine_top_k))
 
+    def _check_prompt(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, name: str = "input_ids"
+    ) -> None:
+        """Raise a `ValueError` for anything but (B, L) ids of text rows, and a mask that leaves each row a token."""
+        check_integers(name, input_ids, 2)
+        if input_ids.numel() == 0:
+            raise ValueError(f"{name} must hold at least one prompt of one token, got {tuple(input_ids.shape)}")
+        limit, low, high = self.config.text_vocab_size, int(input_ids.min()), int(input_ids.max())
+        if low < 0 or high >= limit:
+            raise ValueError(f"{name} must lie in [0, {limit}), got {low} to {high}; codes go into image_codes")
+        if attention_mask is None:
+            return
+        if attention_mask.shape != input_ids.shape:
+            shape, expected = tuple(attention_mask.shape), tuple(input_ids.shape)
+            raise ValueError(f"the attention mask of {name} must have their shape {expected}, got {shape}")
+        if not attention_mask.bool().any(dim=1).all():
+            raise ValueError(f"the attention mask must leave every row of {name} a token")
+
+    def _check_prompts(self, prompts: tuple, nulls: tuple) -> None:
+        self._check_prompt(*prompts)
+        if nulls[0] is not None:
+            self._check_prompt(*nulls, name="negative_input_ids")
+
+    def _check_reach(self, positions: torch.Tensor, further: int = 0) -> None:
+        """Raise a `ValueError` where positions, and `further` ones after them, go beyond those the decoder knows."""
+        config = self.config.text_config
+        reach, limit = int(positions.max()) + 1 + further, config.max_position_embeddings
+        if reach > limit and config.rope_parameters.get("rope_type", "default") == "default":  # others reach further
+            raise ValueError(f"the prompt needs {reach} positions, the model has {limit} (max_position_embeddings)")
+
     def _is_open(self, input_ids: torch.Tensor, any_row: bool = False) -> bool:
         """Whether every row, or any, ends in `<boi>`."""
-        if input_ids.ndim != 2 or input_ids.shape[1] == 0:
-            return False
         ends = input_ids[:, -1] == self.config.boi_token_id
         return bool(ends.any() if any_row else ends.all())
 
     def _check_forced(
         self, codes: torch.Tensor, mask: torch.Tensor | None, num_prompts: int, schedule: ScaleSchedule
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if codes.ndim != 2 or len(codes) != num_prompts:
+        check_integers("forced_codes", codes, 2)
+        if len(codes) != num_prompts:
             raise ValueError(f"forced_codes must have the shape ({num_prompts}, codes), got {tuple(codes.shape)}")
         _num_scales(codes, schedule)
         mask = torch.ones_like(codes, dtype=torch.bool) if mask is None else mask
@@ -551,7 +592,7 @@ class NextFlowGenerationMixin(GenerationMixin):
         """
         input_ids, mask = rows
         closed = ((input_ids == self.config.boi_token_id) & mask).sum(dim=1) - int(is_open)
-        given = [] if image_grid_hw is None else [tuple(grid) for grid in torch.as_tensor(image_grid_hw).tolist()]
+        given = [] if image_grid_hw is None else final_grids(image_grid_hw)
         if int(closed[:num_prompts].sum()) != len(given):
             raise ValueError(
                 f"the prompts hold {int(closed[:num_prompts].sum())} finished images, image_grid_hw has {len(given)}"
@@ -562,6 +603,7 @@ class NextFlowGenerationMixin(GenerationMixin):
             of_row.append(range(first, first + count))
             grids += [given[index] for index in of_row[-1]] + [schedule.final_grid] * int(is_open)
         layout = self.model.lay_out(input_ids, grids, mask)
+        self._check_reach(layout.position_ids[0], len(schedule) - 1 if is_open else 0)
         own = replace(layout, images=[image for image in layout.images if image.row < num_prompts])
         codes = self.model.image_codes_of(own, pixel_values, image_codes)
 
@@ -620,8 +662,10 @@ class NextFlowGenerationMixin(GenerationMixin):
             input_ids = inputs_tensor
         if input_ids.ndim != 2 or input_ids.is_floating_point() or model_kwargs.get("image_grid_hw") is None:
             positions = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+            self._check_reach(positions)
             return positions[None].expand(3, *positions.shape)
         layout = self.model.lay_out(input_ids, model_kwargs["image_grid_hw"], model_kwargs.get("attention_mask"))
+        self._check_reach(layout.position_ids[0])
         return layout.position_ids
 
     def _expand_inputs_for_generation(

@@ -1,20 +1,56 @@
 """Pictures of any size, mode and orientation to patches of a scale schedule's size, and pixels back to pictures."""
 
+import struct
+import zlib
 from collections.abc import Sequence
+from math import inf
 from pathlib import Path
 
 import numpy as np
 import torch
+from huggingface_hub.dataclasses import validate_typed_dict
 from PIL import Image, ImageOps
 from transformers import BatchFeature
 from transformers.image_processing_backends import PilBackend
-from transformers.image_utils import ImageInput, infer_channel_dimension_format
+from transformers.image_utils import ImageInput, infer_channel_dimension_format, is_valid_image
 from transformers.processing_utils import ImagesKwargs, Unpack
 
 from .modeling_nextflow_vq import patchify
+from .sampling import integer
 from .scales import ScaleSchedule, ScheduleTable, schedule_table
 
 SIXTEEN_BIT_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
+CHANNELS = (1, 3, 4)
+ORIENTATION = 0x0112  # EXIF; from 5 on a picture lies on its side
+
+# What Pillow's decoders raise of damaged files; `DecompressionBombError` is beyond twice `Image.MAX_IMAGE_PIXELS`.
+DAMAGED = (
+    *(OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, OverflowError),
+    *(struct.error, zlib.error, Image.DecompressionBombError),
+)
+
+
+def open_picture(path: str | Path) -> Image.Image:
+    """A picture file, decoded and upright; of several frames the first.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no picture, is damaged or cut short, or has more pixels than Pillow takes for safe.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no image file {path}")
+    try:
+        with Image.open(path) as image:
+            return _upright(image)
+    except DAMAGED as error:
+        raise ValueError(f"cannot read the image {path}: {error}") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    image.load()  # what `Image.open` put off
+    if image.getexif().get(ORIENTATION, 1) == 1:
+        return image  # `exif_transpose` would copy it
+    return ImageOps.exif_transpose(image)
 
 
 class NextFlowImageProcessorKwargs(ImagesKwargs, total=False):
@@ -76,8 +112,20 @@ class NextFlowImageProcessor(PilBackend):
         self.scale_schedules = scale_schedules and [[list(grid) for grid in row] for row in scale_schedules]
         self.levels = levels and dict(levels)
         self.image_size = image_size
-        if self.level is not None:
-            self.schedule_table().of_level(self.level)  # raises where there is none
+        integer("patch_size", patch_size, 1)
+        self.schedule_table().of_level(self.level)  # raises where there is none
+        self._check_settings()
+
+    def _check_settings(self) -> None:
+        """What the library checks of a call's arguments, here of those of a file."""
+        names = ("do_resize", "do_convert_rgb", "do_rescale", "do_normalize", "resample", "rescale_factor", "level")
+        validate_typed_dict(self.valid_kwargs, {name: getattr(self, name) for name in names})
+        for name in ("image_mean", "image_std"):
+            values = getattr(self, name)
+            if np.shape(values) not in ((), (1,), (3,)) or np.asarray(values).dtype.kind not in "iuf":
+                raise ValueError(f"{name} must be a number or three, got {values!r}")
+        if not isinstance(self.rescale_factor, (int, float)) or not 0 < abs(self.rescale_factor) < inf:
+            raise ValueError(f"rescale_factor must be a number other than 0, got {self.rescale_factor!r}")
 
     def schedule_table(self) -> ScheduleTable:
         """The schedules pictures are brought to."""
@@ -97,11 +145,13 @@ class NextFlowImageProcessor(PilBackend):
         if isinstance(image_url_or_urls, (list, tuple)):
             return [self.fetch_images(entry) for entry in image_url_or_urls]
         if isinstance(image_url_or_urls, Path) or (isinstance(image_url_or_urls, str) and _is_file(image_url_or_urls)):
-            image = Image.open(image_url_or_urls)
-            image.load()
-            return image
+            return open_picture(image_url_or_urls)
         if isinstance(image_url_or_urls, (np.ndarray, torch.Tensor)) and image_url_or_urls.ndim == 2:
-            return image_url_or_urls[None]
+            first = image_url_or_urls.shape[1] not in CHANNELS  # the channel goes where it cannot be mistaken
+            return image_url_or_urls[None] if first else image_url_or_urls[..., None]
+        if not isinstance(image_url_or_urls, str) and not is_valid_image(image_url_or_urls):
+            kind = type(image_url_or_urls).__name__
+            raise TypeError(f"a picture is a PIL image, an array, a tensor, a path or a URL, got {kind}")
         return super().fetch_images(image_url_or_urls)
 
     def process_image(
@@ -117,9 +167,16 @@ class NextFlowImageProcessor(PilBackend):
 
         Arrays are (H, W), or with 1, 3 or 4 (RGBA) channels first or last. Integers hold 0 to 255, `uint16` 0 to
         65535, bool 0 and 1; floats 0 to 255, or 0 to 1 with `do_rescale=False`.
+
+        Raises:
+            ValueError: if a picture is damaged or has no pixels, or an array holds other values than these, or might
+                have its channels first as well as last.
         """
         if isinstance(image, Image.Image):
-            image = ImageOps.exif_transpose(image)
+            try:
+                image = _upright(image)
+            except DAMAGED as error:
+                raise ValueError(f"cannot decode the picture {image}: {error}") from error
             if image.mode in SIXTEEN_BIT_MODES:
                 image = _sixteen_bits(image)
             elif do_convert_rgb:
@@ -131,11 +188,16 @@ class NextFlowImageProcessor(PilBackend):
         if isinstance(image, torch.Tensor):
             image = image.detach().cpu()
             image = (image.float() if image.is_floating_point() else image).numpy()
+        if image.dtype.kind not in "buif" or image.size == 0:
+            raise ValueError(f"a picture has bools, integers or floats as pixels, got {image.dtype} {image.shape}")
         image = _channels_last(image, input_data_format)
+        if image.shape[-1] not in CHANNELS:
+            raise ValueError(f"a picture has 1, 3 or 4 channels, got {image.shape[-1]} as {input_data_format}")
         if image.shape[-1] != 3 and not do_convert_rgb:
             raise ValueError(f"do_convert_rgb=False takes 3 channels, got {image.shape[-1]}")
         if image.dtype == np.uint16:
-            pixels = image.astype(np.float32) / 65535
+            pixels = image.astype(np.float32)
+            pixels /= 65535
         elif np.issubdtype(image.dtype, np.floating):
             pixels = _unit_floats(image, rescale_factor if do_rescale else None)
         else:
@@ -168,6 +230,10 @@ class NextFlowImageProcessor(PilBackend):
                 `image_size` (images, 3, H, W).
             `image_grid_hw`: (images, 2) int64 final grids.
         """
+        if not images:
+            raise ValueError("give at least one picture, got none")
+        if resample not in list(Image.Resampling):
+            raise ValueError(f"resample must be one of Pillow's filters, 0 to 5, got {resample!r}")
         table = self.schedule_table()
         patches, grids = [], []
         for image in images:
@@ -181,6 +247,8 @@ class NextFlowImageProcessor(PilBackend):
             if do_normalize:
                 mean, std = (np.broadcast_to(v, 3)[:, None, None] for v in (image_mean, image_std))
                 pixels = (pixels - mean) / std
+            if not np.isfinite(pixels).all():
+                raise ValueError(f"pixels are not finite: {rescale_factor=}, {image_mean=}, {image_std=}")
             pixels = torch.from_numpy(np.ascontiguousarray(pixels, dtype=np.float32))
             pixels = pixels[None] if self.image_size else patchify(pixels[None], self.patch_size)[0]
             patches.append(pixels.numpy())
@@ -192,6 +260,8 @@ class NextFlowImageProcessor(PilBackend):
         """(B, 3, H, W) pixels as the model has them, in [-1, 1] -> pictures."""
         if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
             raise ValueError(f"pixel_values must be (B, 3, H, W), got {tuple(pixel_values.shape)}")
+        if not pixel_values.isfinite().all():
+            raise ValueError("pixel_values are not finite: the weights of the vision tokenizer are damaged")
         mean, std = (torch.as_tensor(v).expand(3)[:, None, None] for v in (self.image_mean, self.image_std))
         pixels = (pixel_values.detach().float().cpu() * std + mean) / self.rescale_factor
         pixels = pixels.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
@@ -213,10 +283,12 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     """Any mode of 8 bits a channel to RGB; what is transparent shows white."""
     if image.mode == "F":
         raise ValueError("a picture of mode F has no known range; give a float array in [0, 1] with do_rescale=False")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image if image.mode == "RGBA" else image.convert("RGBA")
+    white = Image.new("RGB", image.size, "white")
+    white.paste(image, mask=image)
+    return white
 
 
 def _sixteen_bits(image: Image.Image) -> np.ndarray:
@@ -248,7 +320,11 @@ def _unit_floats(image: np.ndarray, rescale_factor: float | None) -> np.ndarray:
 
 
 def _channels_last(image: np.ndarray, input_data_format) -> np.ndarray:
-    layout = input_data_format or infer_channel_dimension_format(image, num_channels=(1, 3, 4))
+    if input_data_format is None and {image.shape[0], image.shape[-1]} <= set(CHANNELS) and image.size > 1:
+        raise ValueError(
+            f"an array of the shape {image.shape} has its channels first or last: say which by input_data_format"
+        )
+    layout = input_data_format or infer_channel_dimension_format(image, num_channels=CHANNELS)
     return np.moveaxis(image, 0, -1) if layout == "channels_first" else image
 
 

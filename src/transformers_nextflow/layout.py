@@ -12,13 +12,14 @@ further block, K + 1, with its last scale's codes.
 Shape suffixes: B batch, L sequence, N images.
 """
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 
-from .scales import ScaleSchedule, ScheduleTable
+from .scales import Grid, ScaleSchedule, ScheduleTable
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,28 @@ def num_image_slots(schedule: ScaleSchedule, last_scale: bool = False) -> int:
     return schedule.num_codes - 1 + (schedule.lengths[-1] if last_scale else 0)
 
 
+def check_integers(name: str, tensor: torch.Tensor, *ndims: int) -> None:
+    """Raise a `ValueError` for anything but a tensor of integers of one of these numbers of dimensions."""
+    if not isinstance(tensor, torch.Tensor):
+        raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.ndim not in ndims or tensor.dtype not in (torch.int64, torch.int32):
+        expected = " or ".join(map(str, ndims))
+        raise ValueError(
+            f"{name} must hold int64 in {expected} dimensions, got {tensor.dtype} of the shape {tuple(tensor.shape)}"
+        )
+
+
+def final_grids(image_grid_hw: torch.Tensor | Sequence) -> list[Grid]:
+    """The pairs of an (N, 2) `image_grid_hw`; raises `ValueError` for anything else."""
+    rows = image_grid_hw.tolist() if isinstance(image_grid_hw, torch.Tensor) else image_grid_hw
+    try:
+        return [(operator.index(height), operator.index(width)) for height, width in rows]
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"image_grid_hw must hold two integers, the final grid's height and width, for each image, got {rows}"
+        ) from None
+
+
 def build_layout(
     input_ids: torch.Tensor,
     image_grid_hw: torch.Tensor | Sequence | None,
@@ -134,6 +157,9 @@ def build_layout(
     Raises:
         ValueError: if images and grids do not match in number, or an image's placeholders do not fit its schedule.
     """
+    if input_ids.ndim != 2 or (valid is not None and valid.shape != input_ids.shape):
+        shapes = " and ".join(str(tuple(x.shape)) for x in (input_ids, valid) if x is not None)
+        raise ValueError(f"input_ids, and attention_mask beside them, must have the shape (B, L), got {shapes}")
     batch, length = input_ids.shape
     step_BL = torch.ones(batch, length, dtype=torch.long)  # how far the counter moves on arriving here
     scale_BL = torch.zeros(batch, length, dtype=torch.long)
@@ -144,7 +170,7 @@ def build_layout(
 
     if image_grid_hw is not None:
         starts = (ids == boi_token_id).nonzero().tolist()
-        grids = image_grid_hw.tolist() if isinstance(image_grid_hw, torch.Tensor) else list(map(tuple, image_grid_hw))
+        grids = final_grids(image_grid_hw)
         if len(starts) != len(grids):
             raise ValueError(f"input_ids hold {len(starts)} images (<boi> tokens), image_grid_hw has {len(grids)}")
         placeholders = ids == image_token_id

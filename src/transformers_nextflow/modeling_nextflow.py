@@ -27,7 +27,7 @@ from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 from .attention import sequence_mask
 from .configuration_nextflow import NextFlowConfig
 from .generation_nextflow import NextFlowGenerationMixin
-from .layout import SequenceLayout, build_layout, coordinate_waves
+from .layout import SequenceLayout, build_layout, check_integers, coordinate_waves
 from .losses import IGNORE, fill_code_targets, joint_cross_entropy, shift_labels_of
 from .modeling_nextflow_vq import NextFlowVQModel, unpatchify
 from .quantizer import next_scale_features
@@ -208,6 +208,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
                 raise ValueError(f"input_ids hold {len(closed)} images, but neither pixel_values nor image_codes came")
             return []
         if image_codes is not None:
+            check_integers("image_codes", image_codes, 1)
             lengths = [image.schedule.num_codes for image in closed]
             _check_total("image_codes", len(image_codes), sum(lengths))
             limit = self.config.vq_config.codebook_size
@@ -223,7 +224,12 @@ class NextFlowModel(NextFlowPreTrainedModel):
         schedules = [self.schedules.by_grid(grid) for grid in image_grid_hw]
         whole = self.config.vq_config.image_size is not None  # pictures, not patches
         cells = [1 if whole else schedule.lengths[-1] for schedule in schedules]
+        width = 3 * self.config.vq_config.patch_size**2
+        if not whole and (pixel_values.ndim != 2 or pixel_values.shape[1] != width):
+            raise ValueError(f"pixel_values must hold patches of {width} numbers, got {tuple(pixel_values.shape)}")
         _check_total("pixel_values", len(pixel_values), sum(cells))
+        if not pixel_values.isfinite().all():
+            raise ValueError("pixel_values are not finite")
         patches = pixel_values.split(cells)
         codes: list[torch.Tensor | None] = [None] * len(schedules)
         groups: dict[ScaleSchedule, list[int]] = {}

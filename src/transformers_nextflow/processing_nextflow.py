@@ -1,8 +1,9 @@
 """Text and pictures to the model's inputs, chats to prompts, and outputs back to text and pictures."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 from transformers import BatchFeature
 from transformers.image_utils import ImageInput
@@ -74,6 +75,10 @@ class NextFlowProcessor(ProcessorMixin):
         self.boi_token_id, self.image_token_id, self.eoi_token_id = (
             vocabulary[token] for token in (self.boi_token, self.image_token, self.eoi_token)
         )
+        if not isinstance(tokenizer.model_max_length, int | float):
+            raise ValueError(f"model_max_length of the tokenizer must be a number, got {tokenizer.model_max_length!r}")
+        if not isinstance(chat_template, str | dict | None):
+            raise ValueError(f"chat_template must be a text, got {chat_template!r}")
         self.condition_last_scale = condition_last_scale
         if chat_template is None:
             chat_template = CHAT_TEMPLATE.replace("<|vision_start|>", self.boi_token)
@@ -106,8 +111,11 @@ class NextFlowProcessor(ProcessorMixin):
             `negative_input_ids`, `negative_attention_mask`.
 
         Raises:
-            ValueError: if placeholders and pictures differ in number, over all or for one text.
+            ValueError: if a text is none, or placeholders and pictures differ in number, over all or for one text.
         """
+        for name, given in (("text", text), ("negative_text", negative_text)):
+            if given is not None:
+                _check_texts(name, given)
         if _is_empty(images):
             images = None
         if "padding_side" not in kwargs.get("text_kwargs", {}):
@@ -127,14 +135,17 @@ class NextFlowProcessor(ProcessorMixin):
         if text is None:
             return
         texts = [text] if isinstance(text, str) else text
-        counts = [sample.count(self.image_token) for sample in texts]
-        for row, (sample, count) in enumerate(zip(texts, counts)):
-            if sample.count(self.image_placeholder) != count:
-                raise ValueError(f"{self.image_token} stands outside {self.image_placeholder} in text {row}")
+        counts = [self._count_placeholders(sample, f"text {row}") for row, sample in enumerate(texts)]
         if isinstance(images, (list, tuple)) and all(isinstance(entry, (list, tuple)) for entry in images):
             given = [len(entry) for entry in images]
             if given != counts:
                 raise ValueError(f"the texts hold {counts} placeholders {self.image_placeholder}, images {given}")
+
+    def _count_placeholders(self, text: str, where: str) -> int:
+        count = text.count(self.image_placeholder)
+        if text.count(self.image_token) != count:
+            raise ValueError(f"{self.image_token} stands outside {self.image_placeholder} in {where}")
+        return count
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         grid = image_inputs["image_grid_hw"][image_idx].tolist()
@@ -145,7 +156,8 @@ class NextFlowProcessor(ProcessorMixin):
         if len(negatives) != len(texts):
             raise ValueError(f"negative_text must have one entry for each of {len(texts)} texts, got {len(negatives)}")
         for row, (text, negative) in enumerate(zip(texts, negatives)):
-            expected, got = (sample.count(self.image_placeholder) for sample in (text, negative))
+            expected = text.count(self.image_placeholder)
+            got = self._count_placeholders(negative, f"negative_text {row}")
             if expected != got:
                 raise ValueError(f"negative_text {row} must have the {expected} images of its text, got {got}")
 
@@ -189,7 +201,11 @@ class NextFlowProcessor(ProcessorMixin):
 
         Returns:
             What [`~NextFlowProcessor.__call__`] returns; without `return_dict` the ids; without `tokenize` the prompt.
+
+        Raises:
+            ValueError: if a message is none, or the template cannot render it.
         """
+        _check_chats(conversation)
         if generation_mode not in ("text", "image", "interleaved"):
             raise ValueError(f'generation_mode must be "text", "image" or "interleaved", got {generation_mode!r}')
         if generation_mode == "text" and negative_prompt is not None:
@@ -202,16 +218,19 @@ class NextFlowProcessor(ProcessorMixin):
             if "generation_mode" not in self._resolve_chat_template(chat_template):
                 raise ValueError("the chat template must open a picture where generation_mode is 'image'")
             render["generation_mode"] = generation_mode
-        if generation_mode != "text" and tokenize:
-            processor_kwargs["negative_text"] = self._render_null_prompts(conversation, negative_prompt, **render)
-        return super().apply_chat_template(
-            conversation,
-            tokenize=tokenize,
-            return_dict=return_dict,
-            return_tensors=return_tensors,
-            processor_kwargs=processor_kwargs,
-            **render,
-        )
+        try:
+            if generation_mode != "text" and tokenize:
+                processor_kwargs["negative_text"] = self._render_null_prompts(conversation, negative_prompt, **render)
+            return super().apply_chat_template(
+                conversation,
+                tokenize=tokenize,
+                return_dict=return_dict,
+                return_tensors=return_tensors,
+                processor_kwargs=processor_kwargs,
+                **render,
+            )
+        except TemplateError as error:
+            raise ValueError(f"the chat template cannot render the chat: {error}") from error
 
     def apply_next_turn(
         self, output: NextFlowInterleavedOutput, conversation: list[dict] | list[list[dict]], **kwargs
@@ -248,6 +267,7 @@ class NextFlowProcessor(ProcessorMixin):
         conversations, _ = self._normalize_conversations(conversation)
         if negative_prompt is None or isinstance(negative_prompt, str):
             negative_prompt = [negative_prompt or ""] * len(conversations)
+        _check_texts("negative_prompt", negative_prompt)
         if len(negative_prompt) != len(conversations):
             raise ValueError(
                 f"negative_prompt must be one text, or one for each of {len(conversations)} chats, "
@@ -318,9 +338,47 @@ class NextFlowProcessor(ProcessorMixin):
         )
 
 
+def _check_texts(name: str, texts: str | Sequence[str]) -> None:
+    """Raise a `ValueError` for anything but a text or some texts."""
+    listed = [texts] if isinstance(texts, str) else texts
+    is_list = isinstance(listed, (list, tuple)) and len(listed) > 0
+    if not is_list or not all(isinstance(text, str) for text in listed):
+        raise ValueError(f"{name} must be a string or a list of strings, got {texts!r}")
+    for text in listed:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{name} must be Unicode text, got {text!r}: {error}") from None
+
+
+def _check_chats(conversation: list[dict] | list[list[dict]]) -> None:
+    """Raise a `ValueError` for anything but messages of texts and pictures."""
+    if not isinstance(conversation, (list, tuple)) or not conversation:
+        raise ValueError(f"a chat must be a list of messages, got {conversation!r}")
+    is_batch = isinstance(conversation[0], (list, tuple))
+    for chat in conversation if is_batch else [conversation]:
+        if not isinstance(chat, (list, tuple)) or not chat:
+            raise ValueError(f"a chat must be a list of messages, got {chat!r}")
+        for message in chat:
+            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+                raise ValueError(f"a message must have a role and a content, got {message!r}")
+            content = message.get("content")
+            if isinstance(content, (list, tuple)):
+                for item in content:
+                    _check_item(item)
+            elif content is not None and not isinstance(content, str):  # tool calls have none
+                raise ValueError(f"the content of a message must be a text or a list of items, got {content!r}")
+
+
+def _check_item(item) -> None:
+    kind = item.get("type") if isinstance(item, Mapping) else None
+    if kind not in ("text", "image", "image_url") or (kind == "text" and not isinstance(item.get("text"), str)):
+        raise ValueError(f'content items are {{"type": "text", "text": ...}} or of the type "image", got {item!r}')
+
+
 def _items(message: dict) -> list[dict]:
     """A message's texts and pictures."""
-    content = message["content"]
+    content = message.get("content") or []
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 

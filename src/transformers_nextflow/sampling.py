@@ -4,11 +4,40 @@ Shape suffixes: B rows, l codes of one scale, V codebook size.
 """
 
 import hashlib
+import operator
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf, isfinite
 
 import torch
+
+COLDEST = 1e-6
+"""Temperatures below take the most likely, their limit: quotients by them overflow float32."""
+
+# (lowest, highest, whether whole) of what text and pictures are sampled with, see `per_scale`
+SAMPLING_LIMITS = {"temperature": (0.0, inf, False), "top_k": (0, inf, True), "top_p": (1e-6, 1.0, False)}
+
+
+def integer(name: str, value: int, low: int, high: float = inf) -> int:
+    """`value` as an int, if it is one of Python's, NumPy's or torch's.
+
+    Raises:
+        ValueError: if it is none, or lies outside [low, high].
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be an integer, got {value!r}") from None
+    if not low <= number <= high:
+        limits = f"at least {low}" if high == inf else f"in [{low}, {high}]"
+        raise ValueError(f"{name} must be {limits}, got {number}")
+    return number
+
+
+def check_seed(seed: int) -> int:
+    """A seed of torch's generators; raises `ValueError` for anything else."""
+    return integer("seed", seed, -(2**63), 2**64 - 1)
 
 
 @dataclass(frozen=True)
@@ -66,7 +95,9 @@ def per_scale(
     else:
         values = [value] * num_scales
     for entry in values:
-        if not isinstance(entry, int if whole else (int, float)) or not isfinite(entry) or not low <= entry <= high:
+        # NaN fails the comparison; an integer may be longer than any float
+        is_kind = isinstance(entry, int) or (isinstance(entry, float) and not whole)
+        if not is_kind or not low <= entry <= high or (entry > sys.float_info.max and not whole):
             kind = "an integer" if whole else "a number"
             limits = f"of at least {low}" if high == inf else f"in [{low}, {high}]"
             raise ValueError(f"{name} must be {kind} {limits}, got {entry!r}")
@@ -99,16 +130,22 @@ def sample(
     """Draw one code at every position: (B, l, V) -> (B, l) int64.
 
     Args:
-        temperature: 0 takes the most likely code.
+        temperature: 0 takes the most likely code, and so does anything below [`COLDEST`].
         top_k: how many of the most likely codes may be drawn; 0 = all.
         top_p: the smallest set of most likely codes whose probability reaches this may be drawn; 1.0 = all.
         uniform_Bl: numbers in [0, 1), one draw for each position.
+
+    Raises:
+        ValueError: if a position's logits are not finite (single codes may have -inf).
     """
-    if temperature == 0:
-        return logits_BlV.argmax(dim=-1)
+    if temperature < COLDEST:
+        top = logits_BlV.max(dim=-1)
+        _check_finite(top.values)
+        return top.indices
     logits_BlV = logits_BlV.float() / temperature
     num_kept = min(top_k, logits_BlV.shape[-1]) if top_k else logits_BlV.shape[-1]
     kept = logits_BlV.topk(num_kept, dim=-1)
+    _check_finite(kept.values[..., 0])
     probabilities = kept.values.softmax(dim=-1)
     cumulative = probabilities.cumsum(dim=-1)
     # the code that reaches top_p still belongs to the set
@@ -116,6 +153,14 @@ def sample(
     mass = cumulative.gather(-1, last)
     slot = (cumulative <= uniform_Bl[..., None] * mass).sum(dim=-1, keepdim=True).minimum(last)
     return kept.indices.gather(-1, slot).squeeze(-1)
+
+
+def _check_finite(largest_Bl: torch.Tensor) -> None:
+    """NaN counts as the largest of its position."""
+    if not largest_Bl.isfinite().all():
+        raise ValueError(
+            "the logits are not finite: the weights are damaged, or a guidance scale or temperature is out of range"
+        )
 
 
 class RowGenerators:
@@ -146,7 +191,8 @@ class RowGenerators:
                 raise ValueError(f"a list of generators needs one for each of {rows} pictures, got {len(generator)}")
             return cls(list(generator))
         if seed is not None:
-            seeds = list(seed) if isinstance(seed, Sequence) else [seed] * num_prompts
+            is_list = isinstance(seed, Sequence) and not isinstance(seed, str)
+            seeds = [check_seed(each) for each in (seed if is_list else [seed] * num_prompts)]
             if len(seeds) != num_prompts:
                 raise ValueError(f"a list of seeds needs one for each of the {num_prompts} prompts, got {len(seeds)}")
             row_seeds = [_image_seed(prompt, index) for prompt in seeds for index in range(images_per_prompt)]

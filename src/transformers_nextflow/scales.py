@@ -137,7 +137,7 @@ class ScheduleTable:
         """The schedule of an image of `height` x `width` pixels."""
         grid = (height // self.patch_size, width // self.patch_size)
         if height % self.patch_size or width % self.patch_size or grid not in self._by_grid:
-            nearest = self._nearest((height / self.patch_size, width / self.patch_size))
+            nearest = self._nearest((height, width), self.patch_size)
             sizes = ", ".join("{}x{}".format(*self.image_size(self.by_grid(known))) for known in nearest)
             raise ValueError(f"no scale schedule for an image of {height}x{width} (height x width); nearest: {sizes}")
         return self._by_grid[grid]
@@ -156,7 +156,7 @@ class ScheduleTable:
         except (ValueError, ZeroDivisionError):
             raise ValueError(f'aspect_ratio must read "width:height", e.g. "1:1", got {aspect_ratio!r}') from None
         if ratio not in schedules:
-            near = sorted(schedules, key=lambda known: abs(log(known / ratio)))[:4]
+            near = sorted(schedules, key=lambda known: abs(log(known) - log(width) + log(height)))[:4]
             names = ", ".join(f"{r.numerator}:{r.denominator}" for r in near)
             raise ValueError(f"no scale schedule has the aspect ratio {aspect_ratio} (width:height); nearest: {names}")
         return schedules[ratio]
@@ -183,9 +183,11 @@ class ScheduleTable:
         height, width = schedule.final_grid
         return int(height * self.patch_size), int(width * self.patch_size)
 
-    def _nearest(self, grid: tuple[float, float]) -> list[Grid]:
-        target_h, target_w = max(grid[0], 0.5), max(grid[1], 0.5)
-        distance = lambda known: abs(log(known[0] / target_h)) + abs(log(known[1] / target_w))  # noqa: E731
+    def _nearest(self, size: tuple[float, float], cell: int | Fraction = 1) -> list[Grid]:
+        """The final grids nearest to a (height, width) in pixels of which `cell` are one cell."""
+        # differences of logarithms, because a quotient overflows where an integer is very long
+        height, width = (log(max(length, cell / 2)) for length in size)
+        distance = lambda known: abs(log(known[0] * cell) - height) + abs(log(known[1] * cell) - width)  # noqa: E731
         return sorted(self._by_grid, key=distance)[:3]
 
     @staticmethod

@@ -118,14 +118,19 @@ def add_pack(subparsers) -> None:
 def pack(args: argparse.Namespace) -> None:
     from ..cli import model_name
     from ..configuration_nextflow import NextFlowConfig
+    from ..files import read_json
+    from ..loading import naming
     from .costs import CostModel
     from .packing import BatchPadding, ComputeBudget, FixedLength
     from .packing import pack as run
 
     if args.cost_model:
-        cost_model = CostModel.from_dict(json.loads(Path(args.cost_model).read_text()))
+        cost_model = CostModel.from_dict(read_json(Path(args.cost_model)))
     else:
-        cost_model = CostModel.from_config(NextFlowConfig.from_pretrained(model_name(args.model)), args.backend)
+        name = model_name(args.model)
+        with naming(f"the config.json of {name}"):
+            config = NextFlowConfig.from_pretrained(name)
+        cost_model = CostModel.from_config(config, args.backend)
     strategy = {
         "budget": lambda: ComputeBudget(args.length, args.budget),
         "length": lambda: FixedLength(args.length),

@@ -5,7 +5,8 @@ training step, or from measured times.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from math import inf
 
 import numpy as np
 
@@ -117,8 +118,13 @@ class CostModel:
 
     @classmethod
     def from_dict(cls, values: dict) -> "CostModel":
-        values = dict(values)
-        version = values.pop("version")
-        if version != VERSION:
-            raise ValueError(f"the cost model has version {version}, this package reads {VERSION}")
-        return cls(**values)
+        """What [`~CostModel.to_dict`] gave; raises `ValueError` for anything else."""
+        if values.get("version") != VERSION:
+            raise ValueError(f"the cost model has version {values.get('version')}, this package reads {VERSION}")
+        known = {field.name for field in fields(cls)}
+        if unknown := values.keys() - known - {"version"}:
+            raise ValueError(f"a cost model has the entries {', '.join(sorted(known))}, got {', '.join(unknown)}")
+        for name in known & values.keys() - {"backend", "source"}:
+            if not isinstance(values[name], int | float) or not 0 <= values[name] < inf:
+                raise ValueError(f"{name} of a cost model must be a finite number of at least 0, got {values[name]!r}")
+        return cls(**{name: value for name, value in values.items() if name != "version"})

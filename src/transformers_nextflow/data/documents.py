@@ -174,7 +174,7 @@ class DocumentReader:
             messages = (Message("user", (_text(get("text")),)), Message("assistant", (None,)))
             return [Document(key, self.task, messages, (self._image(get("image")),))]
         if self.task == "captioning":
-            question = get("question") or CAPTION_QUESTION
+            question = _string(get("question") or CAPTION_QUESTION)
             return [_captioning(key, self._image(get("image")), question, _text(get("text")))]
         if self.task == "editing":
             conditions = tuple(map(self._image, _as_list(get("image"))))
@@ -212,7 +212,7 @@ class DocumentReader:
             raise Skipped("texts and images of different lengths", f"{len(texts)} and {len(images)}")
         parts: list[tuple[str | None, Any]] = []
         for text, image in zip(texts, images):
-            parts += [(text, None)] if text else []
+            parts += [(_string(text), None)] if text else []
             parts += [(None, self._image(image))] if image is not None else []
         if not parts:
             raise Skipped("no text")
@@ -239,37 +239,54 @@ class DocumentReader:
         if self.max_images and len(frames) > self.max_images:
             last, count = len(frames) - 1, max(self.max_images - 1, 1)
             frames = [frames[place * last // count] for place in range(self.max_images)]
-        content = (*((text,) if text else ()), *[None] * len(frames))
+        content = (*((_string(text),) if text else ()), *[None] * len(frames))
         return Document(key, self.task, (Message(None, content),), tuple(map(self._image, frames)))
 
     def _chat(self, key: str, kind: str, messages: Any, images: Any) -> Document:
         if not messages:
             raise Skipped("no text")
-        read = []
-        for message in messages:
-            content = message["content"]
-            items = [{"type": "text", "text": content}] if isinstance(content, str) else content
-            read.append(Message(message["role"], tuple(map(_content_part, items))))
+        read = tuple(map(_message, _as_list(messages)))
         try:
-            return Document(key, kind, tuple(read), tuple(map(self._image, _as_list(images))))
+            return Document(key, _string(kind), read, tuple(map(self._image, _as_list(images))))
         except ValueError as error:
             raise Skipped("malformed chat", str(error)) from error
 
 
-def _content_part(item: Mapping[str, Any]) -> str | None:
-    if item["type"] == "image":
+def _message(message: Any) -> Message:
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str | None):
+        raise Skipped("malformed chat", f"a message has a role and a content, got {message!r}")
+    content = message.get("content")
+    items = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if not isinstance(items, (list, tuple)):
+        raise Skipped("malformed chat", f"a content is a text or a list of items, got {content!r}")
+    return Message(message.get("role"), tuple(map(_content_part, items)))
+
+
+def _content_part(item: Any) -> str | None:
+    kind = item.get("type") if isinstance(item, Mapping) else None
+    if kind == "image":
         return None
-    if item["type"] == "text" and item.get("text") is not None:
-        return item["text"]
-    raise Skipped("malformed chat", f"content items are of type text or image, got {item['type']}")
+    if kind == "text" and item.get("text") is not None:
+        return _string(item["text"])
+    raise Skipped("malformed chat", f"content items are of type text or image, got {item!r}")
 
 
 def _text(cell: Any) -> str:
-    if isinstance(cell, bytes):
-        cell = cell.decode("utf-8", errors="strict")
-    if not isinstance(cell, str) or not cell.strip():
+    if not cell or not _string(cell).strip():
         raise Skipped("no text")
-    return cell
+    return _string(cell)
+
+
+def _string(cell: Any) -> str:
+    """A text, or UTF-8 bytes of one."""
+    try:
+        text = cell.decode() if isinstance(cell, bytes) else cell
+        if isinstance(text, str):
+            text.encode()
+            return text
+    except UnicodeError as error:
+        raise Skipped("no Unicode text", str(error)) from error
+    raise Skipped("no text", f"a {type(cell).__name__}")
 
 
 def _as_list(cell: Any) -> list:

@@ -21,7 +21,9 @@ from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from ..configuration_nextflow import NextFlowConfig
-from ..files import write_atomically
+from ..files import read_json, write_atomically
+from ..image_processing_nextflow import DAMAGED, ORIENTATION
+from ..loading import naming
 from ..modeling_nextflow import NextFlowForConditionalGeneration
 from ..modeling_nextflow_vq import NextFlowVQModel, unpatchify
 from ..processing_nextflow import NextFlowProcessor
@@ -50,7 +52,6 @@ from .sources import Source, content_hash
 logger = logging.get_logger(__name__)
 
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-ORIENTATION = 0x0112  # EXIF; 5 to 8 lie on their side
 ENGINES = ("local", "ray")
 
 
@@ -109,25 +110,30 @@ class ExtractionSettings:
 
 def load_vision_tokenizer(model: str, device: str = "cpu"):
     """Configuration, processor and float32 vision tokenizer of a NextFlow model, without its transformer."""
-    config = NextFlowConfig.from_pretrained(model)
-    if PreTrainedConfig.get_config_dict(model)[0].get("model_type") != NextFlowConfig.model_type:
+    with naming(f"the config.json of {model}"):
+        config = NextFlowConfig.from_pretrained(model)
+        model_type = PreTrainedConfig.get_config_dict(model)[0].get("model_type")
+    if model_type != NextFlowConfig.model_type:
         raise ValueError(f"{model} must hold a NextFlow model")
     prefix = f"{NextFlowForConditionalGeneration.base_model_prefix}.{NextFlowVQModel.base_model_prefix}"
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # the transformer's weights are left out on purpose
     try:
-        vq_model, report = NextFlowVQModel.from_pretrained(
-            model,
-            config=config.vq_config,
-            key_mapping={rf"^{prefix}\.": ""},
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
+        with naming(f"the weights in {model}"):
+            vq_model, report = NextFlowVQModel.from_pretrained(
+                model,
+                config=config.vq_config,
+                key_mapping={rf"^{prefix}\.": ""},
+                dtype=torch.float32,
+                output_loading_info=True,
+            )
     finally:
         logging.set_verbosity(level)
     if report["missing_keys"]:
         raise ValueError(f"{model} lacks weights of the vision tokenizer: {sorted(report['missing_keys'])[0]}, ...")
-    return config, NextFlowProcessor.from_pretrained(model), vq_model.to(device).eval()
+    with naming(f"the processor in {model}"):
+        processor = NextFlowProcessor.from_pretrained(model)
+    return config, processor, vq_model.to(device).eval()
 
 
 def extract(
@@ -187,11 +193,12 @@ def check_plan(output: Path, plan: dict) -> None:
     """Write the plan of a new run; raise where a stopped run had another, naming what differs."""
     path = output / "plan.json"
     if not path.exists():
-        if output.exists() and any(output.iterdir()):
+        # a run that was killed while it wrote its plan leaves a hidden file
+        if output.exists() and any(not entry.name.startswith(".") for entry in output.iterdir()):
             raise ValueError(f"{output} is not empty and holds no extraction; choose another folder")
         write_json(path, plan)
         return
-    begun = json.loads(path.read_text())
+    begun = read_json(path)
     for part, values in plan.items():
         for name, value in values.items() if isinstance(values, dict) else ((part, values),):
             before = begun.get(part, {}).get(name) if isinstance(values, dict) else begun.get(part)
@@ -211,7 +218,7 @@ def _finish(output: Path, plan: dict, identity: dict) -> dict:
     settings = plan["settings"]
     shards, counts, skipped, samples = [], Counter(), [], []
     for index in range(plan["num_shards"]):
-        report = json.loads(_report_path(output, index).read_text())
+        report = read_json(_report_path(output, index))
         shards.append(report["shard"])
         counts.update(report["counts"])
         skipped += report["skipped"]
@@ -351,7 +358,7 @@ class Extractor:
                 width, height = picture.size
                 if picture.getexif().get(ORIENTATION, 1) >= 5:
                     width, height = height, width
-        except UNREADABLE as error:
+        except DAMAGED as error:
             raise Skipped("unreadable image", str(error)) from error
         if min(width, height) < self.settings.min_size:
             raise Skipped("image too small", f"{width}x{height}")
@@ -416,7 +423,6 @@ class Extractor:
     def _pixels(self, image: bytes | str, schedule: ScaleSchedule) -> torch.Tensor:
         """(3, H, W) float32 in [-1, 1] of the schedule's size."""
         with _open(image) as picture:
-            picture.load()
             data = self.processor.image_processor(picture, level=self.schedules.level_of(schedule.final_grid))
         grid = tuple(int(n) for n in data["image_grid_hw"][0])
         if grid != schedule.final_grid:

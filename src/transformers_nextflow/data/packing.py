@@ -6,7 +6,6 @@ number of packs divides what every optimizer step consumes, so that all ranks en
 """
 
 import heapq
-import json
 import shutil
 from bisect import bisect_left, insort
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from typing import Protocol
 import numpy as np
 from tqdm.auto import tqdm
 
+from ..files import read_json
 from .costs import CostModel
 from .extraction import check_plan
 from .shards import (
@@ -329,7 +329,7 @@ def _write_packs(output: Path, number: int, packs, costs, shards, starts, schema
     """Write one shard of packs unless it is there."""
     report = output / "work" / f"{number:05d}.json"
     if report.exists():
-        return json.loads(report.read_text())
+        return read_json(report)
     rows = []
     for documents, cost in zip(packs, costs):
         members = []

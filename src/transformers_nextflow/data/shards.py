@@ -13,12 +13,14 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from ..files import write_atomically
+from ..files import read_json, write_atomically
 from ..scales import ScheduleTable, paper_schedules
 from .sequences import SequenceSpec, SpecialIds
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+MANIFEST_ENTRIES = {"content": str, "identity": dict, "statistics": dict, "variants": int, "shards": list}
+SHARD_ENTRIES = {"file": str, "rows": int, "bytes": int, "sha256": str}
 
 
 def sha256_of(path: Path) -> str:
@@ -178,8 +180,11 @@ def _short(value) -> str:
 
 
 def sequence_spec(identity: Mapping) -> SequenceSpec:
-    table = ScheduleTable(identity["scale_schedules"], identity["levels"], identity["patch_size"])
-    return SequenceSpec(table, SpecialIds(**identity["special_ids"]), identity["condition_last_scale"])
+    try:
+        table = ScheduleTable(identity["scale_schedules"], identity["levels"], identity["patch_size"])
+        return SequenceSpec(table, SpecialIds(**identity["special_ids"]), identity["condition_last_scale"])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"the identity of the shards is damaged: {type(error).__name__}: {error}") from error
 
 
 # Folders
@@ -203,14 +208,20 @@ def read_manifest(folder: Path) -> dict:
 
     Raises:
         FileNotFoundError: if there is none: no shards, or an unfinished run.
-        ValueError: if it has another format version.
+        ValueError: if it is damaged, or has another format version.
     """
     path = folder / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no {MANIFEST}: no shards, or an extraction or packing not finished")
-    manifest = json.loads(path.read_text())
+    manifest = read_json(path)
     if manifest.get("format_version") != FORMAT_VERSION:
         raise ValueError(f"{path} has format version {manifest.get('format_version')}, not {FORMAT_VERSION}")
+    for name, kind in MANIFEST_ENTRIES.items():
+        if not isinstance(manifest.get(name), kind):
+            raise ValueError(f"{path} must hold a {kind.__name__} as {name}, got {manifest.get(name)!r}")
+    for shard in manifest["shards"]:
+        if not isinstance(shard, dict) or {name: type(shard.get(name)) for name in SHARD_ENTRIES} != SHARD_ENTRIES:
+            raise ValueError(f"{path} must name file, rows, bytes and sha256 of every shard, got {shard!r}")
     return manifest
 
 

@@ -3,11 +3,14 @@
 import hashlib
 import json
 import re
+import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
+from datasets.exceptions import DatasetBuildError
 from PIL import Image
+from pyarrow.lib import ArrowException
 
 BUILDERS = {
     ".parquet": "parquet",
@@ -47,7 +50,7 @@ class Source:
 
         Raises:
             FileNotFoundError: if the name is neither a file, a folder nor a dataset's id.
-            ValueError: if a folder holds none of the known formats, or several.
+            ValueError: if a folder holds none of the known formats, or several, or a file is damaged.
         """
         path = Path(self.name)
         if path.exists():
@@ -55,12 +58,15 @@ class Source:
             options = {"data_dir": str(path)} if builder == "imagefolder" else {"data_files": {self.split: files}}
             if builder == "imagefolder":
                 options["drop_labels"] = True
-            table = datasets.load_dataset(builder, split=self.split, **options)
+            arguments = (builder,)
         elif re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", self.name):
-            table = datasets.load_dataset(self.name, self.config, split=self.split)
+            arguments, options = (self.name, self.config), {}
         else:
             raise FileNotFoundError(f"{self.name} is neither a file, a folder nor the id of a dataset on the Hub")
-        return _undecoded(table)
+        try:
+            return _undecoded(datasets.load_dataset(*arguments, split=self.split, **options))
+        except (DatasetBuildError, ArrowException, tarfile.TarError) as error:
+            raise ValueError(f"{self.name} cannot be read as a dataset: {error.__cause__ or error}") from error
 
 
 def _local_format(path: Path) -> tuple[str, list[str]]:

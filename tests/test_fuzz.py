@@ -1,0 +1,90 @@
+"""Five thousand mutated inputs end served or refused: no traceback from the depths, no hang, no memory over 4 GB."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import fuzzing
+from transformers_nextflow import ScaleSchedule, generation_nextflow, sampling
+from transformers_nextflow.data import documents
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_five_thousand_mutated_inputs(tiny_checkpoint, tmp_path):
+    """In a process of its own, whose memory is limited and measured."""
+    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
+    output = tmp_path / "result.json"
+    command = [sys.executable, "-m", "tests.fuzzing", str(tiny_checkpoint), "--output", str(output)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(output.read_text())
+    assert result["failures"] == [], json.dumps(result["failures"][:10], indent=1)
+    assert result["inputs"] == 5000
+    assert result["peak_bytes"] < 4e9
+    for name, endings in result["targets"].items():
+        assert endings["slowest"] < fuzzing.SECONDS
+        refused = sum(count for ending, count in endings.items() if ending.startswith("refused"))
+        assert endings.get("served", 0) > 0 and refused > 0, f"{name} reaches one ending alone: {endings}"
+
+
+def accidents():
+    empty = []
+    yield lambda: empty[3]
+    yield lambda: {}["a"]
+    yield lambda: None.shape
+    yield lambda: 1 / 0
+    yield lambda: math.log(-1)
+    yield lambda: int("a")
+    yield lambda: json.loads("{")
+    yield lambda: torch.zeros(2) + torch.zeros(3)
+    yield lambda: sampling.check_seed()
+    yield lambda: (_ for _ in ()).throw(ValueError("raised by a test, not by the package"))
+
+
+@pytest.mark.parametrize("accident", list(accidents()))
+def test_an_accident_is_no_refusal(accident):
+    with pytest.raises(Exception) as caught:
+        accident()
+    assert not fuzzing.is_refusal(caught.value)
+
+
+@pytest.mark.parametrize(
+    "refused", [lambda: sampling.check_seed("a"), lambda: ScaleSchedule(()), lambda: open("nowhere")]
+)
+def test_a_refusal_is_one(refused):
+    with pytest.raises((ValueError, OSError)) as caught:
+        refused()
+    assert fuzzing.is_refusal(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "fault", "target"),
+    [
+        (documents, "_string", lambda cell: cell, fuzzing.document),
+        (generation_nextflow, "check_integers", lambda *args: None, fuzzing.request),
+        (generation_nextflow, "integer", lambda name, value, *limits: value, fuzzing.request),
+    ],
+)
+def test_planted_faults_are_found(tiny_checkpoint, monkeypatch, module, name, fault, target):
+    monkeypatch.setattr(module, name, fault)
+    with fuzzing.quiet_world(tiny_checkpoint) as world:
+        _, failures, _ = fuzzing.run(world, target, range(400), seed=0)
+    assert failures
+
+
+def test_a_hang_is_found(tiny_checkpoint, monkeypatch):
+    def hang(world, rng):
+        while True:
+            pass
+
+    monkeypatch.setattr(fuzzing, "SECONDS", 0.05)
+    with fuzzing.quiet_world(tiny_checkpoint) as world:
+        _, (failure,), _ = fuzzing.run(world, hang, range(1), seed=0)
+    assert failure["error"].startswith("TooSlow")
