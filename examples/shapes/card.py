@@ -126,9 +126,9 @@ the package's defaults are the paper's.
 ## Limits
 
 One object, its colour, background and number it nearly always gets right; which of two objects belongs where it often
-confuses (position, color attribution), because one code says which colour stands in which cell, and its many values are
-each trained seldom. Edits leave most of a picture as it was, not always all of it. Longer training should help: at step
-1,000 text-to-image scored 0.41 on the dev split.
+confuses (position, color attribution), because one code says which colour stands in which cell, and each of its many
+values is trained seldom. Edits leave most of a picture as it was, not always all of it. Longer training should help:
+at step 1,000 text-to-image scored 0.41 on the dev split.
 
 Text outside the grammar of the shapes world means nothing to it. Photographs become posters of two colours to
 every 16 pixels: they were 12% of the tokenizer's training, and the transformer never saw one.
