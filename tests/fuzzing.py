@@ -572,13 +572,18 @@ def _too_slow(*_) -> None:
 @contextlib.contextmanager
 def quiet_world(checkpoint: Path):
     """A world, without warnings and progress bars."""
+    verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     before = signal.signal(signal.SIGPROF, _too_slow)
-    with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings(), np.errstate(all="ignore"):
-        warnings.simplefilter("ignore")
-        yield World(checkpoint, Path(scratch))
-    signal.signal(signal.SIGPROF, before)
+    try:
+        with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings(), np.errstate(all="ignore"):
+            warnings.simplefilter("ignore")
+            yield World(checkpoint, Path(scratch))
+    finally:
+        signal.signal(signal.SIGPROF, before)
+        transformers.logging.set_verbosity(verbosity)
+        transformers.logging.enable_progress_bar()
 
 
 def main() -> None:

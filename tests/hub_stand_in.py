@@ -80,9 +80,9 @@ class HubStandIn:
         siblings = [{"rfilename": path} for path in self.repositories[repo_id]]
         return {"id": repo_id, "modelId": repo_id, "sha": self.head(repo_id), "siblings": siblings, "tags": []}
 
-    def tree(self, repo_id: str) -> list[dict]:
-        files = self.repositories[repo_id].items()
-        return [{"type": "file", "path": path, "size": len(content), "oid": "0"} for path, content in files]
+    def tree(self, repo_id: str, folder: str) -> list[dict]:
+        files = {path: content for path, content in self.repositories[repo_id].items() if path.startswith(folder)}
+        return [{"type": "file", "path": path, "size": len(content), "oid": "0"} for path, content in files.items()]
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -152,8 +152,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(404, X_Error_Code="RepoNotFound")
         if api and parts[4:5] in ([], ["revision"]):
             return self.answer_json(self.hub.info(repo_id))
-        if api and parts[4] == "tree":
-            return self.answer_json(self.hub.tree(repo_id))
+        if api and parts[4] == "tree" and (files := self.hub.tree(repo_id, "/".join(parts[6:]))):
+            return self.answer_json(files)
         content = None if api else self.hub.repositories[repo_id].get("/".join(parts[4:]))  # owner/name/resolve/main/
         if content is None:
             return self.answer(404, X_Error_Code="EntryNotFound")
