@@ -1,13 +1,9 @@
 """The joint cross-entropy against the plain one, and what it is divided by."""
 
-from contextlib import nullcontext
-
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from tiny_models import BOI, SQUARE, TEXT_ROWS, WIDE, Picture, batch_of, codes_of, relative, tiny_model
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from transformers_nextflow import losses
@@ -155,31 +151,15 @@ def weight_of(document: list) -> int:
     return tokens + sum({SQUARE: 14, WIDE: 11}[part.grid] for part in document if isinstance(part, Picture))
 
 
-def optimizer_step(model, documents: list, num_items: torch.Tensor, processes: int) -> torch.Tensor:
-    """The share of one process, a document at a time: accumulated gradients, and the sum of its losses."""
-    total, module = torch.zeros((), dtype=torch.float64), getattr(model, "module", model)
-    for index, document in enumerate(documents):
-        inputs = batch_of(module, document)
-        synchronised = processes == 1 or index == len(documents) - 1
-        with nullcontext() if synchronised else model.no_sync():
-            loss = model(**inputs, labels=inputs["input_ids"], num_items_in_batch=num_items).loss
-            (loss * processes).backward()  # the processes' gradients are averaged
+def optimizer_step(model, documents: list, num_items: torch.Tensor) -> torch.Tensor:
+    """A document at a time: accumulated gradients, and the sum of the losses."""
+    total = torch.zeros((), dtype=torch.float64)
+    for document in documents:
+        inputs = batch_of(model, document)
+        loss = model(**inputs, labels=inputs["input_ids"], num_items_in_batch=num_items).loss
+        loss.backward()
         total += loss.detach()
     return total
-
-
-def one_of_two_processes(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    model = DistributedDataParallel(tiny_model().double().train())
-    mine = DOCUMENTS[rank::2]
-    num_items = torch.tensor(float(sum(map(weight_of, mine))))
-    dist.all_reduce(num_items)
-    loss = optimizer_step(model, mine, num_items, processes=2)
-    dist.all_reduce(loss)
-    if rank == 0:
-        torch.save((loss, gradients(model.module)), f"{folder}/result.pt")
-    dist.destroy_process_group()
 
 
 def gradients(model) -> dict[str, torch.Tensor]:
@@ -202,13 +182,10 @@ def by_hand(model) -> float:
     return total / sum(map(weight_of, DOCUMENTS))
 
 
-def test_eight_accumulated_are_two_processes_of_four_and_one_batch(tmp_path):
-    torch.multiprocessing.spawn(one_of_two_processes, (str(tmp_path),), nprocs=2)
-    distributed, distributed_gradients = torch.load(tmp_path / "result.pt")
-
+def test_eight_accumulated_are_one_batch():
     model = tiny_model().double().train()
     num_items = torch.tensor(float(sum(map(weight_of, DOCUMENTS))))
-    accumulated = optimizer_step(model, DOCUMENTS, num_items, processes=1)
+    accumulated = optimizer_step(model, DOCUMENTS, num_items)
     accumulated_gradients = gradients(model)
 
     model = tiny_model().double().train()
@@ -218,8 +195,7 @@ def test_eight_accumulated_are_two_processes_of_four_and_one_batch(tmp_path):
 
     with torch.no_grad():
         expected = by_hand(model)
-    for loss in (accumulated, distributed, whole):
+    for loss in (accumulated, whole):
         assert loss.item() == pytest.approx(expected, rel=1e-6)
     for name, gradient in gradients(model).items():
         assert relative(accumulated_gradients[name], gradient) < 1e-6, name
-        assert relative(distributed_gradients[name], gradient) < 1e-6, name
