@@ -15,13 +15,11 @@ from pathlib import Path
 import torch
 
 from benchmarks.harness import machine, report
-from examples.shapes.assemble import IMAGE_GENERATION, load_vq_model
+from examples.shapes.assemble import finish, load_vq_model
 from examples.shapes.evaluate import Evaluator, captions, edits
-from examples.shapes.sizes import LEVELS, PATCH_SIZE, SCHEDULES
 from examples.shapes.text import train_text_tokenizer
 from examples.shapes.transformer import extract, new_model, train_on_codes
 from examples.shapes.world import sample_scene
-from transformers_nextflow import NextFlowImageProcessor, NextFlowProcessor
 
 OUTPUT = Path(__file__).parent / "results" / "condition_images.json"
 
@@ -32,12 +30,7 @@ def run_arm(folder: Path, seed: int, last_scale: bool, steps: int, count: int) -
     model = new_model(tokenizer, vq_model, seed=seed, condition_last_scale=last_scale)
     output = folder / "condition_images" / f"{'with' if last_scale else 'without'}-{seed}"
     model = train_on_codes(output, model, tokenizer, extract(folder, vq_model), steps, seed).float().eval()
-    model.config.image_generation |= IMAGE_GENERATION
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    image_processor = NextFlowImageProcessor(patch_size=PATCH_SIZE, scale_schedules=SCHEDULES, levels=LEVELS)
-    processor = NextFlowProcessor(image_processor, tokenizer, condition_last_scale=last_scale)
-    evaluator = Evaluator(model, processor, seed=0)
+    evaluator = Evaluator(model, finish(model, tokenizer), seed=0)
     scenes = dev_scenes(5 * count)
     return {
         "captions": captions(evaluator, scenes)["score"],

@@ -173,11 +173,7 @@ def convert(
     SafetensorsFolder(vq)  # refuses what is damaged
     vq_model = NextFlowVQModel.from_pretrained(vq)
     tokenizer = AutoTokenizer.from_pretrained(qwen)
-    vq_config = vq_model.config
-    image_processor = NextFlowImageProcessor(
-        vq_config.patch_size, vq_config.scale_schedules, vq_config.levels, image_size=vq_config.image_size
-    )
-    processor = NextFlowProcessor(image_processor, tokenizer)
+    processor = NextFlowProcessor(NextFlowImageProcessor.from_vq_config(vq_model.config), tokenizer)
     config = nextflow_config(qwen_config, vq_model, tokenizer)
     names = text_tensors(source, config)
     config.dtype = dtype or source.dtypes[names[EMBEDDING]]

@@ -386,10 +386,7 @@ def from_siglip2(folder: str | Path) -> NextFlowVQModel:
 
 def save(model: NextFlowVQModel, output: str | Path) -> None:
     """Model and image processor, in a new folder."""
-    config = model.config
-    image_processor = NextFlowImageProcessor(
-        config.patch_size, config.scale_schedules, config.levels, image_size=config.image_size
-    )
+    image_processor = NextFlowImageProcessor.from_vq_config(model.config)
     with output_folder(output) as folder:
         model.save_pretrained(folder)
         image_processor.save_pretrained(folder)

@@ -12,6 +12,7 @@ from transformers_nextflow import (
     NextFlowImageProcessor,
     NextFlowProcessor,
 )
+from transformers_nextflow.cli import main
 
 SCHEDULES = [
     [[1, 1], [2, 2], [3, 3]],
@@ -53,6 +54,19 @@ def tiny_checkpoint(tiny_model, tiny_processor, tmp_path_factory) -> Path:
     tiny_model.save_pretrained(folder)
     tiny_processor.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def console(capsys, tiny_checkpoint, tmp_path, monkeypatch):
+    """Run a command in an empty folder: its status, standard output and standard error."""
+    monkeypatch.chdir(tmp_path)
+
+    def console(*arguments, model=tiny_checkpoint) -> tuple[int, str, str]:
+        status = main([*map(str, arguments), *(() if model is None else ("--model", str(model)))])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return console
 
 
 def build_config(tokenizer) -> NextFlowConfig:

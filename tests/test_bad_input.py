@@ -18,7 +18,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from transformers_nextflow import NextFlowConfig, NextFlowImageProcessor, NextFlowProcessor
-from transformers_nextflow.cli import main
 from transformers_nextflow.data import CostModel, Source
 from transformers_nextflow.data.documents import DocumentReader, Skipped
 from transformers_nextflow.data.shards import read_manifest
@@ -28,24 +27,11 @@ LONG = 10**400  # longer than any float
 
 
 @pytest.fixture
-def run(capsys, tiny_checkpoint, tmp_path, monkeypatch):
-    """Run a command in an empty folder: its status, standard output and standard error."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments, model=tiny_checkpoint):
-        status = main([*map(str, arguments), *(() if model is None else ("--model", str(model)))])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run
-
-
-@pytest.fixture
-def error_of(run):
+def error_of(console):
     """The one line that a refused command prints."""
 
     def error_of(*arguments, **kwargs) -> str:
-        status, out, err = run(*arguments, **kwargs)
+        status, out, err = console(*arguments, **kwargs)
         assert (status, out) == (2, "")
         assert "Traceback" not in err
         line = err.splitlines()[-1]
@@ -207,7 +193,7 @@ UNUSUAL = unusual()
 
 
 @pytest.mark.parametrize("name", UNUSUAL)
-def test_unusual_pictures_are_their_plain_rgb(run, tiny_processor, tmp_path, name):
+def test_unusual_pictures_are_their_plain_rgb(console, tiny_processor, tmp_path, name):
     """Transparency shows white; 16 bits are scaled, not clipped; EXIF is obeyed; of an animation the first frame."""
     data, expected = UNUSUAL[name]
     if expected is None:
@@ -218,7 +204,7 @@ def test_unusual_pictures_are_their_plain_rgb(run, tiny_processor, tmp_path, nam
     plain = process(Image.fromarray(expected))
     for image in (path, str(path), Image.open(io.BytesIO(data))):
         assert torch.allclose(process(image), plain, atol=1e-6)
-    assert run("reconstruct", path, "--output", "pair.png")[0] == 0
+    assert console("reconstruct", path, "--output", "pair.png")[0] == 0
     assert np.array_equal(np.asarray(Image.open("pair.png"))[:, :24], expected)
 
 
@@ -257,15 +243,15 @@ def test_a_deviation_of_zero(tiny_processor):
 # Prompts
 
 
-def test_an_empty_prompt_is_a_prompt(run, tiny_model, tiny_processor):
-    assert run("generate", "", "--seed", 3, "--output", "a.png")[0] == 0
+def test_an_empty_prompt_is_a_prompt(console, tiny_model, tiny_processor):
+    assert console("generate", "", "--seed", 3, "--output", "a.png")[0] == 0
     inputs = tiny_processor.apply_chat_template(user(""), generation_mode="image")
     codes = tiny_model.generate(**inputs, generation_mode="image", seed=3)
     (picture,) = tiny_processor.post_process_image(tiny_model.decode_image_tokens(codes))
     assert Image.open("a.png").tobytes() == picture.tobytes()
-    assert run("describe", "a.png", "", "--max-new-tokens", 2)[0] == 0
-    assert run("edit", "a.png", "", "--seed", 1)[0] == 0
-    assert run("interleave", "", "--max-new-tokens", 2, "--seed", 1)[0] == 0
+    assert console("describe", "a.png", "", "--max-new-tokens", 2)[0] == 0
+    assert console("edit", "a.png", "", "--seed", 1)[0] == 0
+    assert console("interleave", "", "--max-new-tokens", 2, "--seed", 1)[0] == 0
 
 
 def test_a_prompt_of_no_tokens(tiny_model, tiny_processor):
@@ -566,9 +552,11 @@ def test_options(error_of, tmp_path, arguments, message):
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
-def test_a_temperature_near_zero_is_zero(run, tmp_path):
+def test_a_temperature_near_zero_is_zero(console, tmp_path):
     Image.fromarray(noise()).save(tmp_path / "a.png")
-    outputs = [run("describe", "a.png", "--max-new-tokens", 4, "--temperature", value)[1] for value in ("0", "1e-300")]
+    outputs = [
+        console("describe", "a.png", "--max-new-tokens", 4, "--temperature", value)[1] for value in ("0", "1e-300")
+    ]
     assert outputs[0] == outputs[1]
 
 
@@ -714,11 +702,11 @@ def test_damaged_weights(error_of, folder, damage):
     assert error.startswith(f"error: the weights in {folder} ") and message in error
 
 
-def test_extra_tensors_change_nothing(run, folder):
-    assert run("generate", "a", "--seed", 1, "--output", "plain.png", model=folder)[0] == 0
+def test_extra_tensors_change_nothing(console, folder):
+    assert console("generate", "a", "--seed", 1, "--output", "plain.png", model=folder)[0] == 0
     tensors = load_file(folder / "model.safetensors")
     save_file(tensors | {"spare": torch.zeros(2)}, folder / "model.safetensors", metadata={"format": "pt"})
-    status, _, err = run("generate", "a", "--seed", 1, "--output", "extra.png", model=folder)
+    status, _, err = console("generate", "a", "--seed", 1, "--output", "extra.png", model=folder)
     assert status == 0
     assert Image.open("extra.png").tobytes() == Image.open("plain.png").tobytes()
 

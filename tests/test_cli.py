@@ -12,14 +12,12 @@ from transformers_nextflow.cli import main
 
 
 @pytest.fixture
-def run(capsys, tiny_checkpoint, tmp_path, monkeypatch):
+def run(console):
     """Run a command in an empty folder: its status, standard output and last line of standard error."""
-    monkeypatch.chdir(tmp_path)
 
-    def run(*arguments, model=tiny_checkpoint):
-        status = main([*map(str, arguments), *(() if model is None else ("--model", str(model)))])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err.splitlines()[-1] if captured.err else ""
+    def run(*arguments, **kwargs):
+        status, out, err = console(*arguments, **kwargs)
+        return status, out, err.splitlines()[-1] if err else ""
 
     return run
 

@@ -4,11 +4,12 @@ import argparse
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowImageProcessor, NextFlowProcessor
 from transformers_nextflow.modeling_nextflow_vq import NextFlowVQModel
 
-from .sizes import LEVELS, PATCH_SIZE, SCHEDULES, vq_config
+from .sizes import vq_config
 from .text import train_text_tokenizer
 from .tokenizer import enlarge_decoder
 from .transformer import new_model, trained_parts
@@ -35,12 +36,16 @@ def assemble(folder: Path) -> tuple[NextFlowForConditionalGeneration, NextFlowPr
     tokenizer = train_text_tokenizer()
     model = new_model(tokenizer, load_vq_model(folder))
     trained_parts(model).load_state_dict(torch.load(folder / "transformer.pt", weights_only=True)["modules"])
+    return model.eval(), finish(model, tokenizer)
+
+
+def finish(model: NextFlowForConditionalGeneration, tokenizer: PreTrainedTokenizerFast) -> NextFlowProcessor:
+    """Set a trained model's defaults of generation; returns its processor."""
     model.config.image_generation |= IMAGE_GENERATION
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    image_processor = NextFlowImageProcessor(patch_size=PATCH_SIZE, scale_schedules=SCHEDULES, levels=LEVELS)
-    processor = NextFlowProcessor(image_processor, tokenizer, condition_last_scale=model.config.condition_last_scale)
-    return model.eval(), processor
+    image_processor = NextFlowImageProcessor.from_vq_config(model.config.vq_config)
+    return NextFlowProcessor(image_processor, tokenizer, condition_last_scale=model.config.condition_last_scale)
 
 
 def save(model: NextFlowForConditionalGeneration, processor: NextFlowProcessor, output: Path) -> None:

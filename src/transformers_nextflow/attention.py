@@ -104,20 +104,18 @@ def row_mask(
     return {"full_attention": mask}, False
 
 
+def visible_lengths(block_ids: torch.Tensor) -> torch.Tensor:
+    """(B, L) int64, how many of the tokens each one sees: up to itself, or to the end of its block."""
+    length = block_ids.shape[1]
+    ends = torch.arange(1, length + 1, device=block_ids.device).expand_as(block_ids).clone()
+    inside = (block_ids[:, :-1] == block_ids[:, 1:]) & (block_ids[:, :-1] >= 0)
+    ends[:, :-1] = ends[:, :-1].masked_fill(inside, length)
+    return ends.flip(1).cummin(dim=1).values.flip(1)
+
+
 def attended_pairs(block_ids: torch.Tensor, document_ids: torch.Tensor) -> int:
     """How many (query, key) pairs [`sequence_mask`] lets see each other in (B, L) packed rows, padding left out."""
     places = torch.arange(block_ids.shape[1], device=block_ids.device).expand_as(block_ids)
-
-    def run_ends(ids: torch.Tensor) -> torch.Tensor:
-        """The last place of the run of equal ids that each place belongs to."""
-        last = F.pad(ids[:, 1:] != ids[:, :-1], (0, 1), value=True)
-        ends = places.masked_fill(~last, ids.shape[1])
-        return ends.flip(1).cummin(dim=1).values.flip(1)
-
-    def run_starts(ids: torch.Tensor) -> torch.Tensor:
-        first = F.pad(ids[:, 1:] != ids[:, :-1], (1, 0), value=True)
-        return places.masked_fill(~first, 0).cummax(dim=1).values
-
-    seen_to = torch.where(block_ids >= 0, run_ends(block_ids), places)
-    seen = seen_to + 1 - run_starts(document_ids)
-    return int(seen[document_ids >= 0].sum())
+    continues = F.pad(document_ids[:, 1:] == document_ids[:, :-1], (1, 0), value=False)
+    document_starts = places.masked_fill(continues, 0).cummax(dim=1).values
+    return int((visible_lengths(block_ids) - document_starts)[document_ids >= 0].sum())

@@ -75,9 +75,7 @@ def load_vision_tokenizer(model: str | None) -> "tuple[NextFlowVQModel, NextFlow
         return whole.model.vq_model, processor.image_processor
     device = "cuda" if torch.cuda.is_available() else "cpu"
     loaded = load_weights(NextFlowVQModel, name).to(device).eval()
-    config = loaded.config
-    sizes = (config.patch_size, config.scale_schedules, config.levels, config.image_size)
-    return loaded, NextFlowImageProcessor(*sizes)
+    return loaded, NextFlowImageProcessor.from_vq_config(loaded.config)
 
 
 def check_model_type(name: str, *known: str) -> str:

@@ -235,6 +235,11 @@ class NextFlowVQConfig(PreTrainedConfig):
         """Channels of a whole codebook entry, semantic half first."""
         return self.semantic_dim + self.pixel_dim
 
+    @property
+    def pattern_dim(self) -> int:
+        """Channels of an arrangement or a pattern with `pixel_encoder="figure_ground"`; a window's colours have 6."""
+        return self.pixel_dim // (self.schedule_table().max_scales // 2) - 6
+
     def schedule_table(self) -> ScheduleTable:
         """The schedules this tokenizer knows."""
         return schedule_table(self.scale_schedules, self.levels, self.patch_size, self.image_size)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .attention import row_mask
+from .attention import row_mask, visible_lengths
 from .layout import SequenceLayout, scale_coordinates
 from .quantizer import next_scale_step, same_scale_step
 from .row_cache import RowCache
@@ -106,7 +106,7 @@ class RowDecoder:
             embeds_RLD[rows_R1, columns_RL],
             layout.position_ids[:, rows_R1, columns_RL],
             [input_ids[row, columns].tolist() for row, columns in enumerate(fresh)],
-            visible=_visible(blocks_RL),
+            visible=visible_lengths(blocks_RL),
         )
         lasts_R1 = torch.tensor(counts, device=hidden_RLD.device)[:, None] - 1
         self.counters = (layout.position_ids[0, rows_R1, columns_RL[:, -1:]].flatten().long() + 1).tolist()
@@ -179,15 +179,6 @@ class RowDecoder:
         for row in rows:
             self.counters[row] += 1
         return hidden_rlD
-
-
-def _visible(block_ids: torch.Tensor) -> torch.Tensor:
-    """(B, L) int64, how many of the tokens each one sees: up to itself, or to the end of its block."""
-    length = block_ids.shape[1]
-    ends = torch.arange(1, length + 1, device=block_ids.device).expand_as(block_ids).clone()
-    inside = (block_ids[:, :-1] == block_ids[:, 1:]) & (block_ids[:, :-1] >= 0)
-    ends[:, :-1] = ends[:, :-1].masked_fill(inside, length)
-    return ends.flip(1).cummin(dim=1).values.flip(1)
 
 
 def draw_images(

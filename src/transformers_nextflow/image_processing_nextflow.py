@@ -15,6 +15,7 @@ from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import ImageInput, infer_channel_dimension_format, is_valid_image
 from transformers.processing_utils import ImagesKwargs, Unpack
 
+from .configuration_nextflow import NextFlowVQConfig
 from .modeling_nextflow_vq import patchify
 from .sampling import integer
 from .scales import ScaleSchedule, ScheduleTable, schedule_table
@@ -126,6 +127,11 @@ class NextFlowImageProcessor(PilBackend):
                 raise ValueError(f"{name} must be a number or three, got {values!r}")
         if not isinstance(self.rescale_factor, (int, float)) or not 0 < abs(self.rescale_factor) < inf:
             raise ValueError(f"rescale_factor must be a number other than 0, got {self.rescale_factor!r}")
+
+    @classmethod
+    def from_vq_config(cls, config: NextFlowVQConfig) -> "NextFlowImageProcessor":
+        """For the pictures of a vision tokenizer."""
+        return cls(config.patch_size, config.scale_schedules, config.levels, config.image_size)
 
     def schedule_table(self) -> ScheduleTable:
         """The schedules pictures are brought to."""

@@ -23,7 +23,15 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_nextflow import NextFlowVQConfig
 from .fixed_size import fixed_size_decoder, fixed_size_encoder, fixed_size_features
-from .quantizer import DualCodebookQuantizer, QuantizerOutput, SelfCorrection, resize_features, to_map, to_sequence
+from .quantizer import (
+    DualCodebookQuantizer,
+    QuantizerOutput,
+    SelfCorrection,
+    resize_features,
+    to_map,
+    to_sequence,
+    undo_resize,
+)
 from .scales import Grid, ScaleSchedule
 
 
@@ -156,7 +164,7 @@ class FigureGroundEncoder(nn.Module):
         super().__init__()
         self.patch_size = config.patch_size
         self.schedules = config.schedule_table()
-        pattern_dim = config.pixel_dim // (self.schedules.max_scales // 2) - 6
+        pattern_dim = config.pattern_dim
         self.arrangement_to_code = nn.Linear(3 * self.ARRANGEMENT[0] * self.ARRANGEMENT[1], pattern_dim, bias=False)
         self.to_code = nn.Linear(config.patch_size**2, pattern_dim, bias=False)
 
@@ -241,7 +249,7 @@ class FigureGroundDecoder(PixelDecoder):
         super().__init__(config)
         self.patch_size = config.patch_size
         self.schedules = config.schedule_table()
-        self.pattern_dim = config.pixel_dim // (self.schedules.max_scales // 2) - 6
+        self.pattern_dim = config.pattern_dim
         self.from_code_to_pattern = nn.Linear(self.pattern_dim, config.patch_size**2, bias=False)
 
     def forward(self, quantized: torch.Tensor) -> torch.Tensor:
@@ -258,14 +266,6 @@ class FigureGroundDecoder(PixelDecoder):
         ground, figure = F.interpolate(colours, size=size, mode="nearest").split(3, dim=1)
         matte = unpatchify(self.from_code_to_pattern(to_sequence(patterns)), grid, self.patch_size)
         return ground + matte * (figure - ground)
-
-
-def undo_resize(features: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """(B, C, h, w) -> (B, C, *grid): the map whose upsampling by [`resize_features`] comes nearest to `features`."""
-    cells = grid[0] * grid[1]
-    basis = resize_features(torch.eye(cells).view(cells, 1, *grid), features.shape[-2:]).flatten(1)
-    inverse = torch.linalg.pinv(basis).to(features)
-    return (features.flatten(2) @ inverse).unflatten(2, grid)
 
 
 class OneGridEmbeddings(Siglip2VisionEmbeddings):

@@ -9,6 +9,7 @@ Shape suffixes: B batch, L all codes of an image, l codes of one scale, C code c
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,20 @@ def resize_features(features_BChw: torch.Tensor, grid: Grid) -> torch.Tensor:
     if features_BChw.shape[-2:] == torch.Size(grid):
         return features_BChw
     return F.interpolate(features_BChw, size=grid, mode="bicubic")
+
+
+def undo_resize(features_BChw: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """The (B, C, *grid) map whose upsampling by [`resize_features`] comes nearest to the features."""
+    inverse = _inverse_resize(grid, tuple(features_BChw.shape[-2:])).to(features_BChw)
+    return (features_BChw.flatten(2) @ inverse).unflatten(2, grid)
+
+
+@lru_cache(maxsize=512)
+def _inverse_resize(coarse: Grid, fine: Grid) -> torch.Tensor:
+    """(h*w of fine, h*w of coarse) pseudo-inverse of the upsampling, which is linear."""
+    cells = coarse[0] * coarse[1]
+    basis = resize_features(torch.eye(cells).view(cells, 1, *coarse), fine).flatten(1)
+    return torch.linalg.pinv(basis)
 
 
 def to_map(entries_BlC: torch.Tensor, grid: Grid) -> torch.Tensor:

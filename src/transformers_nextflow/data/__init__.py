@@ -11,7 +11,7 @@
 Names below are imported when they are first asked for, so that the console command need not import `datasets`.
 """
 
-from importlib import import_module
+from ..lazy import lazy_names
 
 _MODULE_OF = {
     "BatchPadding": "packing",
@@ -33,9 +33,4 @@ _MODULE_OF = {
     "verify": "shards",
 }
 __all__ = list(_MODULE_OF)
-
-
-def __getattr__(name: str):
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__} has no attribute {name}")
-    return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+__getattr__ = lazy_names(__name__, _MODULE_OF)

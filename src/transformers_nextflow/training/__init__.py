@@ -4,7 +4,7 @@
 - `trainer.py`: [`NextFlowTrainer`] for the transformer, with every part of the loss logged apart.
 """
 
-from importlib import import_module
+from ..lazy import lazy_names
 
 _MODULE_OF = {
     "NextFlowTrainer": "trainer",
@@ -13,9 +13,4 @@ _MODULE_OF = {
     "load_stages": "stages",
 }
 __all__ = list(_MODULE_OF)
-
-
-def __getattr__(name: str):
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__} has no attribute {name}")
-    return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+__getattr__ = lazy_names(__name__, _MODULE_OF)
