@@ -150,6 +150,14 @@ def test_a_resumed_run_continues_the_undisturbed_one(dataset, data_model, tmp_pa
     assert len({row["loss"] for row in losses(whole)}) == 10
 
 
+def test_every_epoch_sees_all_packs_in_an_order_of_its_own(dataset, data_model, tmp_path, monkeypatch):
+    seen, read = [], PackedDataset.__getitem__
+    monkeypatch.setattr(PackedDataset, "__getitem__", lambda self, index: (seen.append(index), read(self, index))[1])
+    train(copy.deepcopy(data_model), dataset, tmp_path, max_steps=8, gradient_accumulation_steps=2)
+    first, second = seen[:8], seen[8:16]
+    assert sorted(first) == sorted(second) == list(range(8)) and first != second
+
+
 def test_uneven_packs_are_refused(dataset, data_model, tmp_path):
     with pytest.raises(ValueError, match="8 packs do not divide by the 3 .* --multiple-of 3"):
         train(copy.deepcopy(data_model), dataset, tmp_path, gradient_accumulation_steps=3)
