@@ -8,6 +8,7 @@ import torch
 
 from benchmarks import guidance
 from examples.shapes import evaluate
+from examples.shapes.grammar import held_out_prompts
 from transformers_nextflow import NextFlowForConditionalGeneration
 
 ROOT = Path(__file__).parents[1]
@@ -27,7 +28,7 @@ def calls(monkeypatch) -> list[dict]:
     return seen
 
 
-def test_rows_differ_in_their_controls_alone(calls, tiny_checkpoint, tmp_path, capsys):
+def test_rows_differ_in_their_controls_alone(calls, tiny_checkpoint, tiny_processor, tmp_path, capsys):
     output = tmp_path / "guidance.json"
     guidance.main(
         ["--model", str(tiny_checkpoint), "--prompts", "1", "--pictures", "1", "--json", "--output", str(output)]
@@ -48,6 +49,10 @@ def test_rows_differ_in_their_controls_alone(calls, tiny_checkpoint, tmp_path, c
             assert scores["cpu_seconds_per_picture"] > 0
         assert set(row) == set(controls)
     assert calls == []
+    (request,) = held_out_prompts("single_object", 1, 0, "dev")
+    chat = [{"role": "user", "content": request.text}]
+    expected = tiny_processor.apply_chat_template(chat, generation_mode="image")["input_ids"]
+    assert torch.equal(firsts["text_to_image"]["input_ids"], expected)
     scales = {name: row["guidance_scale"] for name, row in result["rows"].items() if "guidance_scale" in row}
     assert scales["text guidance 0 to 3"] == [0.0, 1.5, 3.0]
     assert scales["text guidance 3, first half of the scales"] == [3.0, 1.0, 1.0]
@@ -58,7 +63,9 @@ def test_the_committed_figures_are_of_these_rows_and_the_readmes():
     result = json.loads((ROOT / "benchmarks" / "results" / "guidance.json").read_text())
     config = json.loads((ROOT / "checkpoints" / "nextflow-shapes" / "config.json").read_text())
     num_scales = len(config["image_generation"]["guidance_scale"])
-    assert set(result["rows"]) == set(guidance.new_rows(num_scales))
+    expected = guidance.new_rows(num_scales).items()
+    expected = {name: {*controls, *guidance.tasks_of(controls)} for name, controls in expected}
+    assert {name: set(row) for name, row in result["rows"].items()} == expected
     assert result["checkpoint"] == config["image_generation"]
     readme = " ".join((ROOT / "README.md").read_text().split())
     own, constant, none = (

@@ -13,6 +13,7 @@ from tiny_models import (
     WIDE,
     Picture,
     batch_of,
+    codes_of,
     relative,
     tiny_config,
     tiny_model,
@@ -28,7 +29,7 @@ NEXT, NEXT_NULL = [[30, 31, 32], [33], [34, 35]], [[20], [20, 21], [20]]
 OFTEN = {"sequence_bias": {(BOI,): 3.0, (EOS,): -1.0}}  # a picture every few words
 PLAIN, GUIDED = {"guidance_scale": 1.0}, {"guidance_scale": 2.0, "image_guidance_scale": [1.5, 1.0, 2.0]}
 BY_GUIDANCE = pytest.mark.parametrize(
-    "image_generation", [PLAIN, {"guidance_scale": 3.0}, GUIDED], ids=["plain", "guided", "by images"]
+    "image_generation", [PLAIN, {"guidance_scale": [3.0, 2.0, 1.0]}, GUIDED], ids=["plain", "guided", "by images"]
 )
 
 
@@ -218,16 +219,20 @@ def test_a_second_turn_reads_only_what_is_new(request, name, image_generation, b
 
 def test_a_next_turn_is_the_turn_before_and_the_new_messages(model):
     first = answer(model, with_nulls(model, PROMPTS, NULLS), GUIDED)
-    new = with_nulls(model, NEXT, NEXT_NULL)
+    following = [[30, Picture(SQUARE, 9), 31], [33], [Picture(WIDE, 8), Picture(SQUARE, 7), 34]]
+    nulls = [[Picture(SQUARE, 9)], [20, 21], [Picture(WIDE, 8), Picture(SQUARE, 7), 20]]
+    new = with_nulls(model, following, nulls)
     inputs = model.next_turn(first, **new)
+    names = "attention_mask", "image_grid_hw", "image_codes"
+    both = NextFlowInterleavedOutput(inputs["input_ids"], *(inputs[name] for name in names))
+    told = lambda parts: [(p.grid, codes_of(model, p).tolist()) if isinstance(p, Picture) else p for p in parts]  # noqa: E731
+    for row, parts in enumerate(following):
+        assert told(pieces(both, row)) == told(pieces(first, row) + parts)
     read = lambda ids, mask: [row[kept.bool()].tolist() for row, kept in zip(ids, mask)]  # noqa: E731
-    for prefix, *before in (
-        ("", first.sequences, first.attention_mask),
-        ("negative_", first.negative_sequences, first.negative_attention_mask),
-    ):
-        names = prefix + "input_ids", prefix + "attention_mask"
-        together, new_ids = (read(*(each[name] for name in names)) for each in (inputs, new))
-        assert together == [old + following for old, following in zip(read(*before), new_ids)]
+    names = "negative_input_ids", "negative_attention_mask"
+    before = read(first.negative_sequences, first.negative_attention_mask)
+    together, after = (read(*(each[name] for name in names)) for each in (inputs, new))
+    assert together == [old + ids for old, ids in zip(before, after)]
 
 
 def test_processors_and_criteria_see_each_row_alone(model):
