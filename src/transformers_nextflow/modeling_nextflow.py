@@ -348,6 +348,7 @@ class NextFlowOutput(ModelOutput):
         loss: weighted mean of the cross-entropies, where labels came.
         logits: (B, L, text rows + codes), or the rows asked for.
         token_losses: (B, L) float32 unweighted cross-entropies, detached, 0 where nothing is supervised.
+        scale_ids, block_ids: (B, L) int64 of the [`SequenceLayout`], where labels came.
     """
 
     loss: torch.FloatTensor | None = None
@@ -356,6 +357,8 @@ class NextFlowOutput(ModelOutput):
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
     token_losses: torch.FloatTensor | None = None
+    scale_ids: torch.LongTensor | None = None
+    block_ids: torch.LongTensor | None = None
 
 
 class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerationMixin):
@@ -469,6 +472,8 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             token_losses=token_losses_BL,
+            scale_ids=layout.scale_ids if supervised else None,
+            block_ids=layout.block_ids if supervised else None,
         )
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import set_seed
 
+from transformers_nextflow import NextFlowModel
 from transformers_nextflow.attention import attended_pairs, sequence_mask
 from transformers_nextflow.data import ComputeBudget, CostModel, PackCollator, PackedDataset, pack
 from transformers_nextflow.lora import lora_config
@@ -74,6 +75,18 @@ def test_loss_of_a_step_is_the_weighted_mean_over_all_its_targets(dataset, data_
     assert logged["loss_vision"] == pytest.approx(sum(vision) / len(vision), rel=1e-5)
     assert len(by_scale) == 1 + data_model.model.schedules.max_scales
     assert logged["tokens_per_second"] > 0 and logged["flops_per_second"] > logged["tokens_per_second"]
+
+
+def test_a_batch_is_laid_out_once(dataset, data_model, tmp_path, monkeypatch):
+    lay_out, calls = NextFlowModel.lay_out, []
+
+    def counted(*args, **kwargs):
+        calls.append(args)
+        return lay_out(*args, **kwargs)
+
+    monkeypatch.setattr(NextFlowModel, "lay_out", counted)
+    train(copy.deepcopy(data_model), dataset, tmp_path, gradient_accumulation_steps=4)
+    assert len(calls) == 4
 
 
 def parameters(model) -> dict[str, torch.Tensor]:

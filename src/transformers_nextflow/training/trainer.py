@@ -12,6 +12,7 @@ from ..attention import attended_pairs
 from ..data.costs import CostModel
 from ..data.loading import PackCollator
 from ..losses import IGNORE
+from ..modeling_nextflow import NextFlowOutput
 
 
 @dataclass
@@ -101,10 +102,7 @@ class NextFlowTrainer(Trainer):
         inputs = {**inputs, "logits_over": "none", "use_cache": False}
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if model.training:
-            layout = self._nextflow.model.lay_out(
-                inputs["input_ids"], inputs.get("image_grid_hw"), document_ids=inputs["document_ids"]
-            )
-            self._measured.add(outputs.token_losses, inputs, layout)
+            self._measured.add(outputs, inputs)
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -126,13 +124,13 @@ class Measured:
         self.work = torch.zeros(3, dtype=torch.float64)  # positions, attended pairs, targets
         self.seconds = 0.0
 
-    def add(self, token_losses: torch.Tensor, inputs: dict, layout) -> None:
-        """Count one forward: (B, L) cross-entropies, the batch, and its layout."""
+    def add(self, outputs: NextFlowOutput, inputs: dict) -> None:
+        """Count one forward."""
         at = inputs["shift_labels"] != IGNORE
-        scales, losses = layout.scale_ids[at].cpu(), token_losses[at].double().cpu()
+        scales, losses = outputs.scale_ids[at].cpu(), outputs.token_losses[at].double().cpu()
         self.sums.index_add_(0, scales, losses)
         self.counts.index_add_(0, scales, torch.ones_like(losses))
-        pairs = attended_pairs(layout.block_ids, inputs["document_ids"])
+        pairs = attended_pairs(outputs.block_ids, inputs["document_ids"])
         tokens = (inputs["document_ids"] >= 0).sum()
         self.work += torch.tensor([int(tokens), int(pairs), int(at.sum())], dtype=torch.float64)
 
