@@ -345,7 +345,7 @@ class NextFlowOutput(ModelOutput):
     """Output of [`NextFlowForConditionalGeneration`].
 
     Attributes:
-        loss: weighted mean of the cross-entropies, where labels came.
+        loss: weighted mean of the cross-entropies, and the z-loss asked for, where labels came.
         logits: (B, L, text rows + codes), or the rows asked for.
         token_losses: (B, L) float32 unweighted cross-entropies, detached, 0 where nothing is supervised.
         scale_ids, block_ids: (B, L) int64 of the [`SequenceLayout`], where labels came.
@@ -398,6 +398,7 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
         shift_labels: torch.LongTensor | None = None,
         loss_weights: torch.FloatTensor | None = None,
         num_items_in_batch: torch.Tensor | float | None = None,
+        z_loss: float = 0.0,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         logits_over: str = "all",
@@ -412,6 +413,7 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
             loss_weights: (B, L) weights of the targets; by default text weighs 1 and the scales as eq. 2 says.
             num_items_in_batch: what the weighted sum is divided by; by default the sum of the weights. Where nothing
                 is supervised the loss is 0 with it and NaN without, as of the library's models.
+            z_loss: coefficient of the squared log-sum-exp in the loss, see [`joint_cross_entropy`].
             logits_to_keep: the last positions, or indices, to compute logits for; 0 = all.
             logits_over: `"all"` rows (text, then codes), `"text"` rows, `"codes"`, or `"none"`.
         """
@@ -454,7 +456,7 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
             if loss_weights is not None:
                 weights_BL = loss_weights.masked_fill(targets_BL == IGNORE, 0.0)
             total, token_losses_BL = joint_cross_entropy(
-                hidden_BLD, self.lm_head.weight, self.code_head.weight, targets_BL, weights_BL
+                hidden_BLD, self.lm_head.weight, self.code_head.weight, targets_BL, weights_BL, z_loss
             )
             loss = total / (weights_BL.sum() if num_items_in_batch is None else num_items_in_batch)
 
