@@ -9,46 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from trainings import largest_difference, losses, parameters, train
 from transformers import set_seed
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
 
 from transformers_nextflow import NextFlowModel
 from transformers_nextflow.attention import attended_pairs, sequence_mask
-from transformers_nextflow.data import ComputeBudget, CostModel, PackCollator, PackedDataset, pack
+from transformers_nextflow.data import PackCollator, PackedDataset
 from transformers_nextflow.lora import lora_config
 from transformers_nextflow.losses import IGNORE
-from transformers_nextflow.training import NextFlowTrainer, NextFlowTrainingArguments, load_stages
+from transformers_nextflow.training import NextFlowTrainingArguments, load_stages
 from transformers_nextflow.training import attention_logits as training_logits
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def packs(extracted, tmp_path_factory) -> Path:
-    """Eight of them."""
-    folder = tmp_path_factory.mktemp("trainer") / "packs"
-    pack([extracted], folder, ComputeBudget(300), CostModel("blocks", 1.0, 3e-4, 0.5), multiple_of=8)
-    return folder
-
-
-@pytest.fixture
-def dataset(packs, data_model, tiny_processor) -> PackedDataset:
-    return PackedDataset(packs, data_model, tiny_processor)
-
-
-def train(model, dataset, output, resume=None, **arguments) -> NextFlowTrainer:
-    values = {"max_steps": 1, "logging_steps": 1, "learning_rate": 1e-3, "save_strategy": "no", "seed": 5}
-    values |= {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "lr_scheduler_type": "constant"}
-    arguments = NextFlowTrainingArguments(output_dir=str(output), **(values | arguments))
-    trainer = NextFlowTrainer(model, arguments, train_dataset=dataset)
-    trainer.train(resume_from_checkpoint=resume)
-    return trainer
-
-
-def losses(trainer) -> list[dict]:
-    kept = ("step", "loss", "loss_text", "loss_vision", "grad_norm")
-    return [{name: row[name] for name in kept} for row in trainer.state.log_history if "loss" in row]
 
 
 def test_loss_of_a_step_is_the_weighted_mean_over_all_its_targets(dataset, data_model, tmp_path):
@@ -143,14 +117,6 @@ def test_largest_attention_logit_of_the_batch_before_a_log(
     assert logged == pytest.approx(expected, rel=1e-5)
     assert max(logged) > 1.01 * min(logged) and any(a > 1.01 * b for a, b in zip(unmasked, expected))
     assert dict(ALL_ATTENTION_FUNCTIONS) == registered
-
-
-def parameters(model) -> dict[str, torch.Tensor]:
-    return {name: value.detach().clone() for name, value in model.named_parameters()}
-
-
-def largest_difference(one: dict, other: dict) -> float:
-    return max(float((one[name] - other[name]).abs().max()) for name in one)
 
 
 def test_a_step_does_not_depend_on_how_it_is_split(dataset, data_model, tmp_path):

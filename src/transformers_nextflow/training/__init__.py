@@ -2,6 +2,8 @@
 
 - `stages.py`, `stages.yaml`: the stages of table 2: what each trains, at which level, on which mixture.
 - `trainer.py`: [`NextFlowTrainer`] for the transformer, with every part of the loss logged apart.
+- `attention_logits.py`: the largest attention logit, for the log.
+- `samples.py`: [`SamplesCallback`], pictures drawn along a training.
 """
 
 from ..lazy import lazy_names
@@ -9,6 +11,7 @@ from ..lazy import lazy_names
 _MODULE_OF = {
     "NextFlowTrainer": "trainer",
     "NextFlowTrainingArguments": "trainer",
+    "SamplesCallback": "samples",
     "Stage": "stages",
     "load_stages": "stages",
 }
