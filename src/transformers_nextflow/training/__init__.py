@@ -3,12 +3,15 @@
 - `stages.py`, `stages.yaml`: the stages of table 2: what each trains, at which level, on which mixture.
 - `trainer.py`: [`NextFlowTrainer`] for the transformer, with every part of the loss logged apart.
 - `attention_logits.py`: the largest attention logit, for the log.
+- `checkpoints.py`: which checkpoint a training goes on from.
+- `ema.py`: [`EMACallback`], an exponential moving average of the weights, for any Trainer.
 - `samples.py`: [`SamplesCallback`], pictures drawn along a training.
 """
 
 from ..lazy import lazy_names
 
 _MODULE_OF = {
+    "EMACallback": "ema",
     "NextFlowTrainer": "trainer",
     "NextFlowTrainingArguments": "trainer",
     "SamplesCallback": "samples",
