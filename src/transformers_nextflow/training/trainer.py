@@ -16,6 +16,7 @@ from ..data.loading import PackCollator
 from ..losses import IGNORE
 from ..modeling_nextflow import NextFlowOutput
 from .attention_logits import LargestAttentionLogit
+from .checkpoints import checkpoint_to_resume
 
 
 @dataclass
@@ -101,6 +102,16 @@ class NextFlowTrainer(Trainer):
         """The model below the wrappers of devices and adapters."""
         model = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """See `Trainer.train`. `True` goes on from the newest whole checkpoint in `output_dir`, whatever a killed run
+        left beside it.
+
+        Raises:
+            ValueError: if what should be resumed is no whole checkpoint.
+        """
+        self.args.resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+        return super().train(self.args.resume_from_checkpoint, *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
