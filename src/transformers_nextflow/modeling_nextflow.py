@@ -180,19 +180,31 @@ class NextFlowModel(NextFlowPreTrainedModel):
     ) -> torch.Tensor:
         """(N, codes of at least scales 1..K-1) -> (N, l, D): what the blocks of scales 2..K hold, before their scale
         embeddings; with `last_scale` the codes of scale K too, on their own grid."""
-        entries = self.code_embeddings(codes)
+        return self.connect(*self._next_scale_features(self.code_embeddings(codes), schedule, last_scale))
+
+    def _next_scale_features(
+        self, entries: torch.Tensor, schedule: ScaleSchedule, last_scale: bool
+    ) -> tuple[torch.Tensor, list[Grid]]:
+        """(N, codes, C) -> (N, l, C), and the grids they lie on."""
         accumulate = self.config.feature_mode == "accumulated"
         features, grids = next_scale_features(entries, schedule, accumulate), list(schedule.grids[1:])
         if last_scale:
             features = torch.cat([features, entries[:, schedule.slice(len(schedule) - 1)]], dim=1)
             grids.append(schedule.final_grid)
-        return self.connect(features, grids)
+        return features, grids
 
     def connect(self, features: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
         """(..., l, C) features of codes on these grids, one after the other -> (..., l, D) in the decoder's dtype."""
+        return self._project(self._with_coordinates(features, grids))
+
+    def _with_coordinates(self, features: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
+        """(..., l, C) -> (..., l, C + 4 * coordinate_frequencies)."""
         if frequencies := self.config.coordinate_frequencies:
             waves = torch.cat([coordinate_waves(grid, frequencies) for grid in grids]).to(features)
             features = torch.cat([features, waves.expand(*features.shape[:-1], -1)], dim=-1)
+        return features
+
+    def _project(self, features: torch.Tensor) -> torch.Tensor:
         visual = self.connector(features.to(self.connector[0].weight.dtype))
         return visual.to(self.get_input_embeddings().weight.dtype)
 
@@ -260,13 +272,22 @@ class NextFlowModel(NextFlowPreTrainedModel):
         for index, image in enumerate(layout.closed_images):
             if image.num_inputs:
                 groups.setdefault((image.schedule, image.has_last_scale), []).append(index)
+        # each module runs once, whatever the pictures are, so that devices that share its weights stay in step
+        entries = self.code_embeddings(torch.cat([layout.scale_ids.new_empty(0), *codes]))
+        entries_of = entries.split([len(each) for each in codes])
+        features = [F.pad(entries[:0], (0, 4 * self.config.coordinate_frequencies))]
+        slots = [layout.scale_ids.new_empty(2, 0)]
         for (schedule, last_scale), members in groups.items():
             images = [layout.closed_images[index] for index in members]
-            visual_NlD = self.next_scale_inputs(torch.stack([codes[i] for i in members]), schedule, last_scale)
+            stacked = torch.stack([entries_of[index] for index in members])
+            placed_NlC = self._with_coordinates(*self._next_scale_features(stacked, schedule, last_scale))
+            features.append(placed_NlC.flatten(0, 1))
             rows = torch.tensor([[image.row] for image in images], device=inputs_embeds.device)
             starts = torch.tensor([[image.start + 1] for image in images], device=inputs_embeds.device)
             columns = starts + torch.arange(images[0].num_inputs, device=inputs_embeds.device)
-            inputs_embeds[rows, columns] = visual_NlD.to(inputs_embeds.dtype)
+            slots.append(torch.stack([rows.expand_as(columns), columns]).flatten(1))
+        visual = self._project(torch.cat(features))
+        inputs_embeds[tuple(torch.cat(slots, dim=1))] = visual.to(inputs_embeds.dtype)
         inputs_embeds[at_image_BL] = inputs_embeds[at_image_BL] + scale_embeds.to(inputs_embeds.dtype)
         return inputs_embeds
 
@@ -325,7 +346,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
             input_ids = self.marker_ids(inputs_embeds)
         layout = layout or self.lay_out(input_ids, image_grid_hw, attention_mask, document_ids)
         codes = self.image_codes_of(layout, pixel_values, image_codes)
-        if layout.images:
+        if layout.images or self.training:  # in training every weight has a gradient, if a zero one
             inputs_embeds = self.embed_images(inputs_embeds, layout, _input_codes(layout, codes, image_input_codes))
         mask = sequence_mask(
             self.config.text_config, inputs_embeds, attention_mask, layout, document_ids, past_key_values
