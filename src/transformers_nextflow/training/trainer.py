@@ -17,6 +17,7 @@ from ..losses import IGNORE
 from ..modeling_nextflow import NextFlowOutput
 from .attention_logits import LargestAttentionLogit
 from .checkpoints import checkpoint_to_resume
+from .fsdp import WholeHeadsCallback, keep_losses_float32
 
 
 @dataclass
@@ -96,6 +97,7 @@ class NextFlowTrainer(Trainer):
         self._measured = Measured(self._nextflow.model.schedules.max_scales)
         self._costs = CostModel.from_config(self._nextflow.config)
         self.add_callback(_Clock(self))
+        self.add_callback(WholeHeadsCallback())
 
     @property
     def _nextflow(self):
@@ -111,6 +113,7 @@ class NextFlowTrainer(Trainer):
             ValueError: if what should be resumed is no whole checkpoint.
         """
         self.args.resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+        keep_losses_float32(self.accelerator)
         return super().train(self.args.resume_from_checkpoint, *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler:
