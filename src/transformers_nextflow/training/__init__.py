@@ -5,6 +5,7 @@
 - `attention_logits.py`: the largest attention logit, for the log.
 - `checkpoints.py`: which checkpoint a training goes on from.
 - `ema.py`: [`EMACallback`], an exponential moving average of the weights, for any Trainer.
+- `fsdp.py`: what FSDP2 has to be told.
 - `samples.py`: [`SamplesCallback`], pictures drawn along a training.
 """
 
