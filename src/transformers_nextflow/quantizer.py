@@ -167,6 +167,7 @@ class QuantizerOutput:
         quantized: (B, C, h, w) float32, the sum over scales of the input codes' entries.
         partial_sums: the running sum after each scale, for the training losses.
         residual_norms: (S,) root mean square of the residual before each scale.
+        queries: what each scale looked up, (B * l, C), without gradient.
     """
 
     target_codes: torch.Tensor
@@ -174,6 +175,7 @@ class QuantizerOutput:
     quantized: torch.Tensor
     partial_sums: list[torch.Tensor]
     residual_norms: torch.Tensor
+    queries: list[torch.Tensor]
 
 
 class DualCodebookQuantizer(nn.Module):
@@ -223,6 +225,7 @@ class DualCodebookQuantizer(nn.Module):
         seed: int = 0,
         keys: Sequence[str | int] | None = None,
         keep_scales: Sequence[bool] | None = None,
+        pixel_only: bool = False,
     ) -> QuantizerOutput:
         """Quantise features of the final grid, coarse to fine.
 
@@ -234,6 +237,8 @@ class DualCodebookQuantizer(nn.Module):
             correction, seed, keys: self-correction; `keys` names each sample, so that its draws depend on neither
                 the batch nor the order (required with `correction`).
             keep_scales: which scales take part; a dropped scale subtracts nothing (tokenizer training only).
+            pixel_only: as if the semantic halves of all entries were 0, as those of the features must be (the first
+                stage of tokenizer training).
         """
         grid = tuple(features_BChw.shape[-2:])
         if grid != schedule.final_grid:
@@ -247,14 +252,17 @@ class DualCodebookQuantizer(nn.Module):
 
         with torch.autocast(features_BChw.device.type, enabled=False):
             codebook_VC = self.codebook()
+            if pixel_only:
+                codebook_VC = F.pad(codebook_VC[:, self.dims[0] :], (self.dims[0], 0))
             residual_BChw = features_BChw.float()
             total_BChw = torch.zeros_like(residual_BChw)
-            targets, inputs, partial_sums, norms = [], [], [], []
+            targets, inputs, partial_sums, norms, queries = [], [], [], [], []
             for scale, (h, w) in enumerate(schedule):
                 norms.append(residual_BChw.detach().square().mean().sqrt())
                 pooled_BChw = F.interpolate(residual_BChw, size=(h, w), mode="area")
                 allowed = self.entries_of(scale)
                 queries_NC = to_sequence(pooled_BChw).flatten(0, 1).detach()
+                queries.append(queries_NC)
                 distance_NV = self.distances(queries_NC, codebook_VC[allowed].detach())
                 target_Bl = allowed.start + distance_NV.argmin(dim=-1).view(batch, h * w)
                 input_Bl = target_Bl
@@ -270,7 +278,7 @@ class DualCodebookQuantizer(nn.Module):
                 targets.append(target_Bl)
                 inputs.append(input_Bl)
         return QuantizerOutput(
-            torch.cat(targets, 1), torch.cat(inputs, 1), total_BChw, partial_sums, torch.stack(norms)
+            torch.cat(targets, 1), torch.cat(inputs, 1), total_BChw, partial_sums, torch.stack(norms), queries
         )
 
     @staticmethod

@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from ..configuration_nextflow import NextFlowConfig
 from ..files import read_json, write_atomically
-from ..image_processing_nextflow import DAMAGED, ORIENTATION
+from ..image_processing_nextflow import DAMAGED, upright_size
 from ..loading import naming
 from ..modeling_nextflow import NextFlowForConditionalGeneration
 from ..modeling_nextflow_vq import NextFlowVQModel, unpatchify
@@ -355,9 +355,7 @@ class Extractor:
     def _schedule_of(self, image: bytes | str) -> ScaleSchedule:
         try:
             with _open(image) as picture:
-                width, height = picture.size
-                if picture.getexif().get(ORIENTATION, 1) >= 5:
-                    width, height = height, width
+                height, width = upright_size(picture)
         except DAMAGED as error:
             raise Skipped("unreadable image", str(error)) from error
         if min(width, height) < self.settings.min_size:
