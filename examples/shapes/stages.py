@@ -1,6 +1,7 @@
 """What the recipe's stages share: batches drawn by number, the trainers' settings, resuming, the log."""
 
 import json
+import os
 import random
 import time
 from collections.abc import Callable
@@ -12,6 +13,12 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 FINISHED = "finished"
+LOGGING_STEPS = 50
+
+
+def processes() -> int:
+    """Of torchrun; 1 outside of it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def settings(steps: int, peak: float) -> dict:
@@ -26,8 +33,8 @@ def settings(steps: int, peak: float) -> dict:
         "adam_beta2": 0.95,
         "bf16": True,
         "use_cpu": True,
-        "ddp_backend": "gloo",
-        "logging_steps": 50,
+        "ddp_backend": "gloo" if processes() > 1 else None,
+        "logging_steps": LOGGING_STEPS,
         "save_steps": 500,
         "save_total_limit": 2,
         "report_to": "none",

@@ -1,6 +1,5 @@
 """Training of the vision tokenizer: the teacher, then NextFlow's three stages (sec. 3.1) at small size."""
 
-import os
 import random
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from transformers_nextflow.training import NextFlowVQTrainer, NextFlowVQTraining
 from .data import picture_batch, sample_canvas, to_pixel_values
 from .grammar import describe_scene
 from .sizes import PATCH_SIZE, SCALE_ENTRIES, TEACHER_TEXT, TEACHER_VISION, vq_config
-from .stages import Drawn, finish, is_finished, settings
+from .stages import Drawn, finish, is_finished, processes, settings
 from .world import render, sample_scene
 
 STEPS = {"teacher": 500, "pixel": 800, "joint": 600, "decoder": 1000}
@@ -34,11 +33,6 @@ CODEBOOK_BATCHES, CODEBOOK_BATCH, KMEANS_ITERATIONS = 60, 96, 6
 LEAST_DISTANCE = 0.1  # between entries at first; rows that differ by less differ by rounding alone
 SEMANTIC_FITS = (0, 150, 300, 450)  # steps of the joint stage
 PHOTO_SHARE = 0.12
-
-
-def processes() -> int:
-    """Of torchrun; 1 outside of it."""
-    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def new_teacher(text_tokenizer: PreTrainedTokenizerFast) -> Siglip2Model:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .text import train_text_tokenizer
 from .tokenizer import train_decoder, train_joint, train_pixel, train_teacher
-from .transformer import new_model, train_transformer
+from .transformer import train_transformer
 
 STAGES = ("pixel", "teacher", "joint", "transformer", "decoder")
 
@@ -28,7 +28,7 @@ def main() -> None:
     if last >= 2:
         vq_model = train_joint(folder, vq_model, teacher)
     if last >= 3:
-        train_transformer(folder, new_model(text_tokenizer, vq_model), text_tokenizer)
+        train_transformer(folder, text_tokenizer, vq_model)
     if last >= 4:  # the codes do not depend on it
         train_decoder(folder, vq_model)
 

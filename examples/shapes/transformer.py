@@ -20,7 +20,7 @@ from transformers_nextflow.training import NextFlowTrainer, NextFlowTrainingArgu
 from .documents import build_packs
 from .muon import MuonWithAdamW
 from .sizes import nextflow_config
-from .stages import finish, is_finished, settings
+from .stages import finish, is_finished, processes, settings
 
 CORRECTION = SelfCorrection(probability=0.25, token_share=(0.0, 0.3), top_k=4)
 MIXTURE = {"t2i": 0.52, "caption": 0.14, "vqa": 0.04, "edit": 0.30}  # of documents; edits are half of the tokens
@@ -48,34 +48,41 @@ def new_processor(model: NextFlowForConditionalGeneration, tokenizer: PreTrained
     return NextFlowProcessor(image_processor, tokenizer, condition_last_scale=model.config.condition_last_scale)
 
 
-def train_transformer(
+def code_documents(
     folder: Path,
     model: NextFlowForConditionalGeneration,
     tokenizer: PreTrainedTokenizerFast,
-    documents: int = DOCUMENTS,
-    steps: int = STEPS,
-    seed: int = 0,
-) -> NextFlowForConditionalGeneration:
-    """All tasks together from the start: text-to-image, captions, questions and edits; `seed` orders the packs."""
+    count: int,
+    mixture: dict,
+) -> Path:
+    """Save the untrained model and its processor to `folder`/start, and pack documents coded by them; returns the
+    folder of packs. One process works while the others wait."""
     start = folder / "start"
-    if is_finished(folder / "transformer"):
-        return NextFlowForConditionalGeneration.from_pretrained(folder / "transformer")
-    with PartialState(cpu=True, backend="gloo").local_main_process_first():
+    state = PartialState(cpu=True, backend="gloo" if processes() > 1 else None)
+    with state.local_main_process_first():
         if not start.exists():
             with output_folder(start) as partial:
                 new_processor(model, tokenizer).save_pretrained(partial)
                 model.save_pretrained(partial)
-        packs = build_packs(
-            folder, start, documents, MIXTURE, EXTRACTION, FixedLength(PACK_LENGTH), multiple_of=2 * PACKS, num_proc=2
-        )
-    model = NextFlowForConditionalGeneration.from_pretrained(start)
-    processor = NextFlowProcessor.from_pretrained(start)
+        strategy = FixedLength(PACK_LENGTH)
+        return build_packs(folder, start, count, mixture, EXTRACTION, strategy, multiple_of=2 * PACKS, num_proc=2)
+
+
+def train_on_packs(
+    output: Path,
+    model: NextFlowForConditionalGeneration,
+    processor: NextFlowProcessor,
+    packs: Path,
+    steps: int,
+    seed: int,
+) -> None:
+    """Train everything but the vision tokenizer into `output`; `seed` orders the packs."""
     model.model.vq_model.requires_grad_(False)
     model.set_attn_implementation("eager")  # the fastest backward at these lengths on a CPU
     for layer in model.model.language_model.layers:
         layer.compile(dynamic=True)
     values = settings(steps, PEAK) | {"save_steps": 250, "seed": seed}
-    arguments = NextFlowTrainingArguments(folder / "transformer", per_device_train_batch_size=PACKS, **values)
+    arguments = NextFlowTrainingArguments(output, per_device_train_batch_size=PACKS, **values)
     optimizer = MuonWithAdamW(
         model.named_parameters(),
         lambda name: "language_model.layers" in name,
@@ -85,4 +92,13 @@ def train_transformer(
     )
     dataset = PackedDataset(packs, model, processor, seed=seed)
     finish(NextFlowTrainer(model, arguments, train_dataset=dataset, optimizers=(optimizer, None)))
-    return model
+
+
+def train_transformer(folder: Path, tokenizer: PreTrainedTokenizerFast, vq_model: NextFlowVQModel) -> None:
+    """All tasks together from the start: text-to-image, captions, questions and edits."""
+    if is_finished(folder / "transformer"):
+        return
+    packs = code_documents(folder, new_model(tokenizer, vq_model), tokenizer, DOCUMENTS, MIXTURE)
+    model = NextFlowForConditionalGeneration.from_pretrained(folder / "start")
+    processor = NextFlowProcessor.from_pretrained(folder / "start")
+    train_on_packs(folder / "transformer", model, processor, packs, STEPS, seed=0)
