@@ -126,6 +126,36 @@ def test_losses_are_the_papers_by_hand(model, tmp_path):
     torch.testing.assert_close(loss, error + 1.25 * distance + 1 - cosine)
 
 
+def test_the_pixel_stage_counts_kept_scales_and_pixel_channels_alone(model, tmp_path, monkeypatch):
+    run = trainer(prepare_vq_stage(model, "pixel"), tmp_path)
+    keep = [True, False, True]
+    monkeypatch.setattr(run, "_draw_scales", lambda schedule: keep)
+    pixels = Pictures()[0]["pixel_values"]
+    loss = run.compute_loss(run.model, {"pixel_values": pixels})
+    output = model(pixels, keep_scales=keep, pixel_only=True)
+    pixel = slice(model.config.semantic_dim, None)
+    distances = [((each - output.features)[:, pixel] ** 2).mean() for each in output.quantization.partial_sums]
+    assert len(distances) == 2
+    error = ((output.reconstruction - pixels) ** 2).mean()
+    torch.testing.assert_close(loss, error + 1.25 * sum(distances) / 2)
+
+
+def test_a_step_of_two_batches_moves_by_the_mean_of_their_losses(model, tmp_path):
+    values = {"max_steps": 1, "weight_decay": 0.0, "scale_drop": 0.0, "optim": "sgd", "max_grad_norm": 0.0}
+    values |= {"lr_scheduler_type": "constant", "learning_rate": 0.1, "gradient_accumulation_steps": 2}
+    prepared = prepare_vq_stage(copy.deepcopy(model), "pixel")
+    run = trainer(prepared, tmp_path, **values)
+    expected = prepare_vq_stage(copy.deepcopy(model), "pixel")
+    by_hand = trainer(expected, tmp_path)
+    batches = [Pictures()[index]["pixel_values"] for index in list(run._get_train_sampler())[:2]]
+    sum(by_hand.compute_loss(by_hand.model, {"pixel_values": pixels}) / 2 for pixels in batches).backward()
+    run.train()
+    with torch.no_grad():
+        for parameter, moved_to in zip(expected.parameters(), prepared.parameters()):
+            if parameter.grad is not None:
+                torch.testing.assert_close(moved_to, parameter - 0.1 * parameter.grad)
+
+
 def test_codebook_loss_moves_entries_alone_and_commitment_features_alone(model):
     output = model(Pictures()[0]["pixel_values"])
     output.features.retain_grad()
@@ -237,8 +267,9 @@ def test_unused_entries_restart_from_what_was_looked_up(model, tmp_path):
     with torch.no_grad():
         model.quantizer.pixel_codebook[7:] = 100.0  # normalised they are all alike, the first of them wins
     run = trainer(prepare_vq_stage(model, "pixel"), tmp_path, max_steps=2, restart_steps=2, learning_rate=0.0)
-    before = model.quantizer.pixel_codebook.clone()
+    before, semantic = model.quantizer.pixel_codebook.clone(), model.quantizer.semantic_codebook.clone()
     run.train()
+    assert torch.equal(model.quantizer.semantic_codebook, semantic)
     changed = (model.quantizer.pixel_codebook != before).any(-1)
     assert changed[8:].all()
     looked_up = torch.cat(run._restarts.queries)[:, model.config.semantic_dim :]

@@ -182,7 +182,6 @@ class NextFlowVQTrainer(Trainer):
             discriminator = PatchDiscriminator() if args.discriminator_weight else None
         module = VQTraining(model, discriminator)
         super().__init__(module, args, _only_item, train_dataset, eval_dataset, **kwargs)
-        self.model_accepts_loss_kwargs = False  # a mean over pictures: steps divide it by their accumulation
         frozen = {"teacher": teacher, "perceptual": perceptual}
         for name, network in frozen.items():
             setattr(self, name, network and network.requires_grad_(False).eval().to(args.device))
