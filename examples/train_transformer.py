@@ -1,7 +1,8 @@
-"""Train or fine-tune a NextFlow on packs, alone or as one of the paper's stages.
+"""Train or fine-tune a NextFlow on packs or on raw documents, alone or as one of the paper's stages.
 
 `python -m examples.build_shards` makes packs of the shapes world, `transformers-nextflow data extract | pack` of any
-source. Then, on one device or under `accelerate launch`:
+source. A few documents need none: `--documents chats.jsonl` codes their pictures in training. Then, on one device or
+under `accelerate launch`:
 
     python -m examples.train_transformer --packs runs/shapes-packs/packs --output_dir runs/sft --stage sft \
         --max_steps 100 --logging_steps 10 --use_lora
@@ -13,14 +14,17 @@ from transformers import HfArgumentParser
 
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor
 from transformers_nextflow.cli import model_name
-from transformers_nextflow.data import PackedDataset
+from transformers_nextflow.data import ExtractionSettings, PackedDataset, RawDocuments, Source
 from transformers_nextflow.lora import lora_config
 from transformers_nextflow.training import NextFlowTrainer, NextFlowTrainingArguments, load_stages
 
 
 @dataclass
 class ScriptArguments:
-    packs: str = field(metadata={"help": "folder or Hub dataset of packs"})
+    packs: str | None = field(default=None, metadata={"help": "folder or Hub dataset of packs"})
+    documents: str | None = field(
+        default=None, metadata={"help": "instead of packs: Parquet or JSON lines of documents in the `chat` schema"}
+    )
     model: str | None = field(
         default=None, metadata={"help": "folder or Hub id; default: the repository's checkpoint"}
     )
@@ -42,17 +46,22 @@ def main() -> None:
         stage = stages[given.stage]
         parser.set_defaults(learning_rate=stage.learning_rate, num_train_epochs=float(stage.epochs))
     script, arguments = parser.parse_args_into_dataclasses()
+    if (script.packs is None) == (script.documents is None):
+        parser.error("give either --packs or --documents")
 
     name = model_name(script.model)
     model, processor = NextFlowForConditionalGeneration.from_pretrained(name), NextFlowProcessor.from_pretrained(name)
     if script.stage is not None:
         stages[script.stage].prepare(model)
-    packs = PackedDataset(script.packs, model, processor, seed=arguments.seed)
+    if script.packs is not None:
+        dataset = PackedDataset(script.packs, model, processor, seed=arguments.seed)
+    else:
+        dataset = RawDocuments(Source(script.documents), name, ExtractionSettings(seed=arguments.seed))
     if script.use_lora:
         from peft import get_peft_model
 
         model = get_peft_model(model, lora_config())
-    trainer = NextFlowTrainer(model, arguments, train_dataset=packs, processing_class=processor)
+    trainer = NextFlowTrainer(model, arguments, train_dataset=dataset, processing_class=processor)
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
     trainer.save_model()
 
