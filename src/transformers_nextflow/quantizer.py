@@ -79,18 +79,21 @@ def same_scale_step(
     return to_sequence(F.interpolate(total_BChw, size=schedule[scale], mode="area"))
 
 
-def next_scale_features(entries_BLC: torch.Tensor, schedule: ScaleSchedule, accumulate: bool = False) -> torch.Tensor:
+def next_scale_features(
+    entries_BLC: torch.Tensor, schedule: ScaleSchedule, accumulate: bool = False, num_scales: int | None = None
+) -> torch.Tensor:
     """What the transformer reads to predict scales 2..K, from the codebook entries of scales 1..K-1.
 
     Args:
         entries_BLC: (B, L', C) entries of at least scales 1..K-1 in order; anything after is not read.
         accumulate: VAR's features instead of residual ones, see [`next_scale_step`].
+        num_scales: K; by default all of the schedule.
 
     Returns:
-        (B, sum of h_k * w_k for k = 2..K, C), empty for a schedule of one scale.
+        (B, sum of h_k * w_k for k = 2..K, C), empty for one scale.
     """
     features, total_BChw = [entries_BLC[:, :0]], 0.0 if accumulate else None
-    for scale in range(len(schedule) - 1):
+    for scale in range((len(schedule) if num_scales is None else num_scales) - 1):
         step_BlC, total_BChw = next_scale_step(entries_BLC[:, schedule.slice(scale)], schedule, scale, total_BChw)
         features.append(step_BlC)
     return torch.cat(features, dim=1)
