@@ -65,9 +65,7 @@ class NextFlowGRPOConfig(GRPOConfig):
             if name == "pad_to_multiple_of" and value is None:
                 continue  # what TRL makes of its default
             if value != default:
-                raise ValueError(
-                    f"{name}={value!r} does not apply to pictures drawn by scale; leave it at {default!r}"
-                )
+                raise ValueError(f"{name} does not apply to pictures drawn by scale: leave {default!r}, got {value!r}")
         if self.importance_sampling_level not in LEVELS:
             raise ValueError(
                 f"importance_sampling_level must be one of {', '.join(LEVELS)}, got {self.importance_sampling_level!r}"

@@ -245,7 +245,7 @@ class NextFlowGRPOTrainer(Trainer):
         if repeats == 1:
             groups = [(index, chat, 1) for index, chat, count in groups for _ in range(count)]
         rank, chats = self.accelerator.process_index, [chat for _, chat, _ in groups]
-        seeds = [seed_of(self.args.seed, step, rank, place) for place in range(len(chats))]
+        seeds = [seed_of(self.args.seed, step, rank * len(chats) + place) for place in range(len(chats))]
         rollouts, codes = roll_out(
             self._nextflow, self.processing_class, chats, repeats, seeds, self.prefix, self.schedule, self.args
         )
@@ -278,7 +278,7 @@ class NextFlowGRPOTrainer(Trainer):
     def _values(self, rollouts: Rollouts, rows, conversations, rewards_NF: torch.Tensor) -> torch.Tensor:
         """VMR: soft values of the prefixes over further pictures that share them."""
         args, further, rank = self.args, self.args.vmr_continuations - 1, self.accelerator.process_index
-        seeds = [seed_of(args.seed, self._step, rank, place, 1) for place in range(len(rows))]
+        seeds = [seed_of(args.seed, self._step, rank * len(rows) + place, 1) for place in range(len(rows))]
         _, codes = roll_out(
             *(self._nextflow, self.processing_class, conversations, further, seeds, self.prefix, self.schedule, args),
             forced_codes=rollouts.codes,
