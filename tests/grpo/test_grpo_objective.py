@@ -7,6 +7,7 @@ import pytest
 import torch
 from grpo_samples import SCHEDULE, chat, picture, policy_of
 
+from transformers_nextflow.sampling import sample
 from transformers_nextflow.training.grpo.objective import (
     clipped_policy_loss,
     code_logps,
@@ -14,6 +15,7 @@ from transformers_nextflow.training.grpo.objective import (
     kl_to_reference,
     log_ratios,
     num_prefix_scales,
+    sampling_support,
     token_weights,
 )
 from transformers_nextflow.training.grpo.rollouts import prefix_logps, roll_out, with_images
@@ -195,6 +197,22 @@ def test_log_probabilities_are_renormalised_over_the_support():
     assert logps.item() == pytest.approx(math.log(probability))
     expected = -sum(p * math.log(p) for p in (probability, 1 - probability))
     assert entropy.item() == pytest.approx(expected)
+
+
+def test_the_support_and_its_probabilities_are_those_of_sampling():
+    """Every code's share of a fine grid of draws."""
+    torch.manual_seed(0)
+    logits, draws = 2 * torch.randn(1, 1, 9), 40_000
+    uniform = ((torch.arange(draws) + 0.5) / draws)[:, None]
+    for controls in ((1.7, 0, 0.7), (0.6, 4, 1.0), (1.3, 5, 0.8)):
+        drawn = sample(logits.expand(draws, 1, 9), *controls, uniform)
+        frequencies = drawn.flatten().bincount(minlength=9) / draws
+        support = sampling_support([logits], *([value] for value in controls))
+        assert torch.equal(support[0, 0], frequencies > 0)
+        codes = support[0, 0].nonzero().T
+        temperature, several = torch.full((codes.shape[1],), controls[0]), codes.shape[1]
+        logps, _ = code_logps(logits.expand(1, several, 9), codes, temperature, support.expand(1, several, 9))
+        torch.testing.assert_close(logps.exp()[0], frequencies[codes[0]], rtol=0, atol=2 / draws)
 
 
 def test_the_prefix_is_the_most_scales_that_fit():

@@ -20,7 +20,8 @@ NOT_APPLICABLE = (
 class NextFlowGRPOConfig(GRPOConfig):
     """TRL's `GRPOConfig`; `num_generations` is the paper's G, `epsilon` and `beta` those of eq. 5.
 
-    Open in the paper: clip range, KL weight, G and learning rate; the defaults are TRL's.
+    Open in the paper: clip range, KL weight, G and learning rate; the defaults are TRL's. `bf16` is off by default:
+    rollouts are sampled in the weights' own precision, and training's log-probabilities should agree with them.
 
     Args:
         scale_prefix (`int`, *optional*): m, the number of scales that are optimised.
@@ -46,6 +47,7 @@ class NextFlowGRPOConfig(GRPOConfig):
         ValueError: for values outside these, or a field of TRL's that does not apply.
     """
 
+    bf16: bool | None = field(default=False, metadata={"help": "autocast in training"})
     scale_prefix: int | None = field(default=None, metadata={"help": "number of scales that are optimised"})
     prefix_tokens: int | None = field(default=256, metadata={"help": "most codes of the scales that are optimised"})
     scale_loss_alpha: float = field(default=0.9, metadata={"help": "exponent of the scales' weights"})
