@@ -81,11 +81,13 @@ class Qwen2_5_VLModelTest(ModelTesterMixin, unittest.TestCase):
             image_token_id=IMAGE,
             video_token_id=VIDEO,
         )
+        rows = text_with_a_picture(START, IMAGE)
         patches = {
+            "mm_token_type_ids": (rows["input_ids"] == IMAGE).int(),
             "pixel_values": torch.rand(BATCH, 2 * 3 * SIDE**2),
             "image_grid_thw": torch.tensor([[1, 1, 1]] * BATCH),
         }
-        self.model_tester = ModelTester(config, text_with_a_picture(START, IMAGE) | patches)
+        self.model_tester = ModelTester(config, rows | patches)
 
 
 class JanusModelTest(ModelTesterMixin, unittest.TestCase):
