@@ -7,14 +7,13 @@ same captions and edits in the same order; text-to-image shows no condition and 
 """
 
 import argparse
-import os
 import random
 import statistics
 from pathlib import Path
 
 import torch
 
-from benchmarks.harness import machine, report
+from benchmarks.harness import in_processes, machine, report
 from examples.shapes.assemble import IMAGE_GENERATION
 from examples.shapes.evaluate import Evaluator, captions, edits
 from examples.shapes.text import train_text_tokenizer
@@ -54,15 +53,6 @@ def dev_scenes(count: int) -> list:
     return [sample_scene(rng, training=False) for _ in range(count)]
 
 
-def _work(rank: int, jobs, folder: Path, steps: int, count: int, results) -> None:
-    torch.set_num_threads(1)
-    while True:
-        job = jobs.get()
-        if job is None:
-            return
-        results.put((*job, run_arm(folder, *job, steps, count)))
-
-
 def summary(scores: dict[str, list[float]]) -> dict:
     """Mean and the 95% interval of a t distribution over the seeds."""
     from scipy.stats import t
@@ -88,23 +78,15 @@ def main() -> None:
     for last in (True, False):
         model, _, tokenizer = start_of(arguments.run, 1, last)
         code_documents(folder_of(arguments.run, last), model, tokenizer, arguments.documents, MIXTURE)
-    jobs_list = [(seed, last) for seed in range(1, arguments.seeds + 1) for last in (True, False)]
-    context = torch.multiprocessing.get_context("spawn")
-    jobs, results = context.Queue(), context.Queue()
-    workers = min(len(os.sched_getaffinity(0)), len(jobs_list))
-    for job in [*jobs_list, *[None] * workers]:
-        jobs.put(job)
-    run = (jobs, arguments.run, arguments.steps, arguments.count, results)
-    processes = torch.multiprocessing.spawn(_work, run, nprocs=workers, join=False)
     arms: dict[bool, dict[str, list[float]]] = {True: {}, False: {}}
     pairs: dict[int, dict[bool, dict]] = {}
-    for _ in jobs_list:
-        seed, last, scores = results.get()
+    seeds = range(1, arguments.seeds + 1)
+    jobs = [(arguments.run, seed, last, arguments.steps, arguments.count) for seed in seeds for last in (True, False)]
+    for (_, seed, last, *_), scores in in_processes(run_arm, jobs):
         print(f"seed {seed}, last scale {'with' if last else 'without'}: {scores}", flush=True)
         pairs.setdefault(seed, {})[last] = scores
         for name, score in scores.items():
             arms[last].setdefault(name, []).append(score)
-    processes.join()
     names = list(next(iter(pairs.values()))[True])
     gains = {name: [pair[True][name] - pair[False][name] for _, pair in sorted(pairs.items())] for name in names}
     names_of_settings = ("documents", "steps", "seeds", "count")

@@ -4,6 +4,7 @@ import asyncio
 import copy
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -132,17 +133,20 @@ def test_two_processes_train_as_one(policy, tiny_processor, tmp_path):
         "folder, output = sys.argv[1:]\n"
         "model = NextFlowForConditionalGeneration.from_pretrained(folder)\n"
         "processor = NextFlowProcessor.from_pretrained(folder)\n"
-        "run = trainer(model, processor, output, ddp_backend='gloo', per_device_train_batch_size=4)\n"
+        "run = trainer(model, processor, output, ddp_backend='gloo', per_device_train_batch_size=8)\n"
         "run.train()\n"
         "run.save_model(output)\n"
     )
     environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29741"]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
     command += [str(script), str(tmp_path / "policy"), str(tmp_path / "two")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     two = state(policy.__class__.from_pretrained(tmp_path / "two"))
-    one = trainer(policy, tiny_processor, tmp_path)
+    one = trainer(policy, tiny_processor, tmp_path, per_device_train_batch_size=16)
     one.train()
     for name, value in state(one.model).items():
         torch.testing.assert_close(two[name], value, rtol=1e-5, atol=1e-6)
