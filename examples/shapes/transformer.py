@@ -91,7 +91,10 @@ def train_on_packs(
         (arguments.adam_beta1, arguments.adam_beta2),
     )
     dataset = PackedDataset(packs, model, processor, seed=seed)
-    finish(NextFlowTrainer(model, arguments, train_dataset=dataset, optimizers=(optimizer, None)))
+    trainer = NextFlowTrainer(
+        model, arguments, train_dataset=dataset, processing_class=processor, optimizers=(optimizer, None)
+    )
+    finish(trainer)
 
 
 def train_transformer(folder: Path, tokenizer: PreTrainedTokenizerFast, vq_model: NextFlowVQModel) -> None:
