@@ -197,6 +197,21 @@ def test_kl_is_zero_at_first_and_holds_the_policy_back(policy, tiny_processor, t
     assert ends[10.0] < 0.5 * ends[1e-6], ends
 
 
+def test_the_kl_of_a_step_is_eq_5_by_hand(policy, tiny_processor, tmp_path):
+    run = trainer(policy, tiny_processor, tmp_path, beta=0.5)
+    run.train()
+    rollouts = run._buffer[0]
+    rollouts.ref_logps = rollouts.ref_logps - 0.7
+    with torch.no_grad():
+        both = run.compute_loss(run.model, rollouts)
+        run.args.beta = 0.0
+        alone = run.compute_loss(run.model, rollouts)
+        logps, _ = prefix_logps(run.model, rollouts, run.prefix, run.schedule, run.args)
+    difference = rollouts.ref_logps - logps
+    k3 = difference.exp() - difference - 1
+    torch.testing.assert_close(both - alone, 0.5 * (run.token_weights * k3).sum(dim=1).mean())
+
+
 def test_adapters_are_trained_and_switched_off_for_the_reference(policy, tiny_processor, tmp_path):
     config = lora_config(r=4, modules_to_save=None)
     run = trainer(policy, tiny_processor, tmp_path, max_steps=3, beta=0.1, peft_config=config, learning_rate=0.5)
