@@ -100,6 +100,19 @@ def test_advantages_compare_pictures_of_one_prompt(policy, tiny_processor, tmp_p
     assert run.state.log_history[0]["frac_reward_zero_std"] == 1.0
 
 
+def test_every_epoch_takes_every_prompt_in_an_order_of_its_own(policy, tiny_processor, tmp_path):
+    seen = []
+
+    def note(images, number, **kwargs):
+        seen.extend(number[::4])
+        return [0.0] * len(images)
+
+    trainer(policy, tiny_processor, tmp_path, reward=note, dataset=rows(6), max_steps=9).train()
+    epochs = [seen[start : start + 6] for start in range(0, 18, 6)]
+    assert all(sorted(epoch) == list(range(6)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
 def splits() -> dict[str, dict]:
     return {
         "one batch": {"per_device_train_batch_size": 16},
