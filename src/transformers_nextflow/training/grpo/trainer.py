@@ -44,6 +44,7 @@ class PromptOrder(Sampler[int]):
         self.num_generations, self.repeats, self.seed, self.epoch = num_generations, repeats, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
+        """Called by the data loader."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -169,20 +170,20 @@ class NextFlowGRPOTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         args = self.args
         seed = args.seed if args.data_seed is None else args.data_seed
-        self._order = PromptOrder(
+        order = PromptOrder(
             len(self.train_dataset),
             args.generation_batch_size // args.num_generations,
             args.num_generations,
             args.num_iterations * args.steps_per_generation,
             seed if args.shuffle_dataset else None,
         )
-        if not len(self._order):
+        if not len(order):
             raise ValueError(
-                f"a generation takes {self._order.prompts_at_once} prompts, the dataset has {len(self.train_dataset)}"
+                f"a generation takes {order.prompts_at_once} prompts, the dataset has {len(self.train_dataset)}"
             )
         # a batch holds one device's prompts of a generation; each of its steps gets it again
         size = args.per_device_train_batch_size * args.steps_per_generation
-        loader = DataLoader(Numbered(self.train_dataset), size, sampler=self._order, collate_fn=_rows)
+        loader = DataLoader(Numbered(self.train_dataset), size, sampler=order, collate_fn=_rows)
         return self.accelerator.prepare(loader)
 
     def _prepare_inputs(self, inputs: list[tuple[int, dict]]) -> Rollouts:
@@ -409,13 +410,10 @@ class NextFlowGRPOTrainer(Trainer):
 
 
 class _Buffer(TrainerCallback):
-    """Epochs of the order, and rollouts that a checkpoint finds unfinished."""
+    """The rollouts that a checkpoint finds unfinished."""
 
     def __init__(self, trainer: NextFlowGRPOTrainer):
         self.trainer = trainer
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self.trainer._order.set_epoch(int(state.epoch))
 
     def on_train_begin(self, args, state, control, **kwargs):
         trainer = self.trainer
