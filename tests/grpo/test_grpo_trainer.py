@@ -300,6 +300,7 @@ def test_values_of_prefixes_are_soft_means_over_their_continuations(policy, tiny
     values = 0.5 * (rewards / 0.5).exp().mean(dim=1).log()
     expected = (values.view(2, 4) - values.view(2, 4).mean(dim=1, keepdim=True)).flatten()
     torch.testing.assert_close(run._buffer[0].advantages, expected, rtol=1e-4, atol=1e-5)
+    assert run.state.log_history[0]["reward"] == pytest.approx(values.mean().item(), abs=1e-5)
 
 
 def test_masked_codes_do_not_count(policy, tiny_processor, tmp_path):
@@ -387,6 +388,14 @@ def test_a_reward_that_dies_in_mid_run_loses_no_step(policy, tiny_processor, tmp
     whole.train()
     assert again.state.log_history[0]["step"] == 1
     assert not moved(state(whole.model), state(again.model))
+
+
+def test_a_picture_without_reward_does_not_count_in_its_group(policy, tiny_processor, tmp_path):
+    rewards = [None, 1.0, 2.0, 6.0, 1.0, 2.0, 3.0, 4.0]
+    run = trainer(policy, tiny_processor, tmp_path, reward=lambda images, **kwargs: rewards, scale_rewards="none")
+    run.train()
+    expected = torch.tensor([0.0, -2.0, -1.0, 3.0, -1.5, -0.5, 0.5, 1.5])
+    torch.testing.assert_close(run._buffer[0].advantages, expected)
 
 
 def test_silent_rewards_move_nothing(policy, tiny_processor, tmp_path):
