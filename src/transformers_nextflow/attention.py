@@ -61,6 +61,16 @@ def sequence_mask(
     return {"full_attention": mask}
 
 
+def refuse_dense_mask(config: PreTrainedConfig, mask: torch.Tensor | None) -> None:
+    """Raise a `ValueError` for a (B, heads, L, keys) mask under flex attention, which would add its numbers to the
+    scores, 1 for True; a BlockMask, or a (B, keys) mask to make one of, is right."""
+    if config._attn_implementation == "flex_attention" and isinstance(mask, torch.Tensor) and mask.ndim > 2:
+        raise ValueError(
+            'attn_implementation="flex_attention" takes an attention_mask of the shape (B, keys), not a dense one of '
+            f'{tuple(mask.shape)}; use "sdpa" for that'
+        )
+
+
 def row_mask(
     config: PreTrainedConfig, inputs_embeds: torch.Tensor, past_key_values: RowCache, visible: torch.Tensor | None
 ) -> tuple[dict, bool]:

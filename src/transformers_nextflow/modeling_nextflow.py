@@ -24,7 +24,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRotaryE
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
-from .attention import sequence_mask
+from .attention import refuse_dense_mask, sequence_mask
 from .configuration_nextflow import NextFlowConfig
 from .generation_nextflow import NextFlowGenerationMixin
 from .layout import SequenceLayout, build_layout, check_integers, coordinate_waves
@@ -310,6 +310,8 @@ class NextFlowModel(NextFlowPreTrainedModel):
                 raise ValueError("images cannot be given with a filled cache")
             if document_ids is not None:
                 raise ValueError("document_ids cannot be given with a filled cache")
+            mask = attention_mask["full_attention"] if prepared else attention_mask
+            refuse_dense_mask(self.config.text_config, mask)
             return self.language_model(
                 input_ids=input_ids,
                 inputs_embeds=inputs_embeds,
