@@ -118,7 +118,7 @@ def four_bit_folder(tmp_path):
 
 def load_in_4bit(folder) -> NextFlowForConditionalGeneration:
     settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
-    return NextFlowForConditionalGeneration.from_pretrained(folder, quantization_config=settings)
+    return NextFlowForConditionalGeneration.from_pretrained(folder, quantization_config=settings, device_map="cpu")
 
 
 def test_adapters_on_4_bits_train_and_come_back(four_bit_folder, tmp_path):
