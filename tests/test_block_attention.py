@@ -269,6 +269,23 @@ def test_compiled_layers_take_the_next_batches_block_mask(model, monkeypatch):
         assert graphs.frame_count == 1, "for both layers"
 
 
+def test_flex_attention_is_the_decoders_alone(model, tmp_path):
+    """Named at loading or set later; the vision tokenizer keeps its attention, and gives the same codes."""
+    model.save_pretrained(tmp_path)
+    loaded = NextFlowForConditionalGeneration.from_pretrained(tmp_path, attn_implementation="flex_attention")
+    changed = NextFlowForConditionalGeneration.from_pretrained(tmp_path)
+    changed.set_attn_implementation("flex_attention")
+    pixels = torch.rand(1, 3, 12, 12)
+    for flex in (loaded, changed):
+        vision = flex.model.vq_model
+        parts = (flex, flex.model.language_model, vision, vision.semantic_encoder, vision.semantic_decoder.layers)
+        used = [part.config._attn_implementation for part in parts]
+        assert used == ["flex_attention"] * 2 + ["sdpa"] * 3
+        assert torch.equal(vision.encode(pixels), model.model.vq_model.encode(pixels))
+    changed.set_attn_implementation("blocks")
+    assert changed.model.vq_model.config._attn_implementation == "blocks"
+
+
 @pytest.mark.parametrize("prepared", [False, True], ids=["mask", "prepared mask"])
 def test_flex_attention_refuses_dense_masks(prepared):
     flex = flex_model()
