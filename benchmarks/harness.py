@@ -74,11 +74,22 @@ def _processor() -> str:
 
 def report(result: dict, as_json: bool, output: Path | None = None) -> None:
     """Print a result, as JSON or line by line, and write it as JSON to `output` if given."""
-    text = json.dumps(result, indent=2)
     if as_json:
-        print(text)
+        print(json.dumps(result, indent=2))
     else:
         for name, value in result.items():
             print(f"{name}: {value}")
     if output is not None:
-        write_atomically(output, lambda partial: partial.write_text(text + "\n"))
+        save(result, output)
+
+
+def save(result: dict, output: Path) -> None:
+    """Write a result as JSON, whole or not at all."""
+    write_atomically(output, lambda partial: partial.write_text(json.dumps(result, indent=2) + "\n"))
+
+
+def names_in(result):
+    """What a result holds, without its figures."""
+    if isinstance(result, dict):
+        return {name: names_in(value) for name, value in result.items()}
+    return result if isinstance(result, str | bool) else "measured"

@@ -6,15 +6,19 @@ under `accelerate launch`:
 
     python -m examples.train_transformer --packs runs/shapes-packs/packs --output_dir runs/sft --stage sft \
         --max_steps 100 --logging_steps 10 --use_lora
+
+`--use_liger_kernel` takes Liger's kernels, `--load_in_4bit` beside `--use_lora` is QLoRA.
 """
 
 from dataclasses import dataclass, field
 
-from transformers import HfArgumentParser
+import torch
+from transformers import BitsAndBytesConfig, HfArgumentParser
 
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor
 from transformers_nextflow.cli import model_name
 from transformers_nextflow.data import ExtractionSettings, PackedDataset, RawDocuments, Source
+from transformers_nextflow.liger import register_liger_kernel
 from transformers_nextflow.lora import lora_config
 from transformers_nextflow.training import NextFlowTrainer, NextFlowTrainingArguments, load_stages
 
@@ -34,6 +38,9 @@ class ScriptArguments:
     )
     stages: str | None = field(default=None, metadata={"help": "YAML of stages; default: the paper's"})
     use_lora: bool = field(default=False, metadata={"help": "train adapters instead of the weights"})
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "hold the decoder's linear layers in NF4 by bitsandbytes; with --use_lora"}
+    )
 
 
 def main() -> None:
@@ -45,12 +52,22 @@ def main() -> None:
             parser.error(f"--stage must be one of {', '.join(stages)}, got {given.stage}")
         stage = stages[given.stage]
         parser.set_defaults(learning_rate=stage.learning_rate, num_train_epochs=float(stage.epochs))
+    if given.load_in_4bit and not given.use_lora:
+        parser.error("--load_in_4bit needs --use_lora: weights in 4 bits cannot be trained")
     script, arguments = parser.parse_args_into_dataclasses()
     if (script.packs is None) == (script.documents is None):
         parser.error("give either --packs or --documents")
+    if arguments.use_liger_kernel:
+        register_liger_kernel()
 
     name = model_name(script.model)
-    model, processor = NextFlowForConditionalGeneration.from_pretrained(name), NextFlowProcessor.from_pretrained(name)
+    quantization = None
+    if script.load_in_4bit:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        )
+    model = NextFlowForConditionalGeneration.from_pretrained(name, quantization_config=quantization)
+    processor = NextFlowProcessor.from_pretrained(name)
     if script.stage is not None:
         stages[script.stage].prepare(model)
     if script.packs is not None:
@@ -58,8 +75,10 @@ def main() -> None:
     else:
         dataset = RawDocuments(Source(script.documents), name, ExtractionSettings(seed=arguments.seed))
     if script.use_lora:
-        from peft import get_peft_model
+        from peft import get_peft_model, prepare_model_for_kbit_training
 
+        if script.load_in_4bit:  # what is trained, in float32; checkpointing is the trainer's
+            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         model = get_peft_model(model, lora_config())
     trainer = NextFlowTrainer(model, arguments, train_dataset=dataset, processing_class=processor)
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)

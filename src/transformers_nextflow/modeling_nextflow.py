@@ -24,7 +24,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRotaryE
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
-from .attention import sequence_mask
+from .attention import FLEX, refuse_dense_mask, sequence_mask
 from .configuration_nextflow import NextFlowConfig
 from .generation_nextflow import NextFlowGenerationMixin
 from .layout import SequenceLayout, build_layout, check_integers, coordinate_waves
@@ -94,6 +94,14 @@ class NextFlowPreTrainedModel(PreTrainedModel):
         model.base_model.vq_model.requires_grad_(False)  # loading replaces parameters and thaws them
         return loaded
 
+    def set_attn_implementation(self, attn_implementation: str | dict, **kwargs) -> None:
+        """As of the library's models; flex attention is the decoder's alone, see [`NextFlowModel`]."""
+        if attn_implementation == FLEX:
+            self.base_model.language_model.set_attn_implementation(FLEX, **kwargs)
+            self.config._attn_implementation = {"": FLEX}
+        else:
+            super().set_attn_implementation(attn_implementation, **kwargs)
+
     @classmethod
     def is_custom_code(cls) -> bool:
         # for custom code that writes parameters in place, loading leaves out `_init_weights` of modules without
@@ -121,10 +129,16 @@ class NextFlowTextModel(Qwen2_5_VLTextModel):
 
 
 class NextFlowModel(NextFlowPreTrainedModel):
-    """The decoder with its visual inputs, without heads."""
+    """The decoder with its visual inputs, without heads.
+
+    Under `attn_implementation="flex_attention"` the vision tokenizer stays with SDPA: its attention has no masks that
+    blocks could be left out of, and its codes must not depend on the decoder's attention.
+    """
 
     def __init__(self, config: NextFlowConfig):
         super().__init__(config)
+        if config._attn_implementation == FLEX:
+            config.vq_config._attn_implementation = "sdpa"
         width, code_dim = config.text_config.hidden_size, config.vq_config.code_dim
         self.language_model = NextFlowTextModel(config.text_config)
         self.vq_model = NextFlowVQModel(config.vq_config).requires_grad_(False)
@@ -318,6 +332,8 @@ class NextFlowModel(NextFlowPreTrainedModel):
                 raise ValueError("images cannot be given with a filled cache")
             if document_ids is not None:
                 raise ValueError("document_ids cannot be given with a filled cache")
+            mask = attention_mask["full_attention"] if prepared else attention_mask
+            refuse_dense_mask(self.config.text_config, mask)
             return self.language_model(
                 input_ids=input_ids,
                 inputs_embeds=inputs_embeds,
