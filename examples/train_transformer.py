@@ -20,7 +20,13 @@ from transformers_nextflow.cli import model_name
 from transformers_nextflow.data import ExtractionSettings, PackedDataset, RawDocuments, Source
 from transformers_nextflow.liger import register_liger_kernel
 from transformers_nextflow.lora import lora_config
-from transformers_nextflow.training import NextFlowTrainer, NextFlowTrainingArguments, load_stages
+from transformers_nextflow.training import (
+    EMACallback,
+    NextFlowTrainer,
+    NextFlowTrainingArguments,
+    SamplesCallback,
+    load_stages,
+)
 
 
 @dataclass
@@ -41,6 +47,9 @@ class ScriptArguments:
     load_in_4bit: bool = field(
         default=False, metadata={"help": "hold the decoder's linear layers in NF4 by bitsandbytes; with --use_lora"}
     )
+    ema_decay: float | None = field(default=None, metadata={"help": "keep a moving average of the trained weights"})
+    sample_prompts: list[str] = field(default_factory=list, metadata={"help": "draw pictures for them while training"})
+    sample_every: int = field(default=500, metadata={"help": "steps from one drawing to the next"})
 
 
 def main() -> None:
@@ -81,7 +90,12 @@ def main() -> None:
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         model = get_peft_model(model, lora_config())
     trainer = NextFlowTrainer(model, arguments, train_dataset=dataset, processing_class=processor)
-    trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+    if script.ema_decay is not None:
+        trainer.add_callback(EMACallback(script.ema_decay))
+    if script.sample_prompts:
+        trainer.add_callback(SamplesCallback(processor, script.sample_prompts, script.sample_every))
+    resume = arguments.resume_from_checkpoint  # a folder, or True for the newest checkpoint
+    trainer.train(resume_from_checkpoint=resume == "True" or resume)
     trainer.save_model()
 
 
