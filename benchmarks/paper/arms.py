@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from scipy.stats import t
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from benchmarks.harness import in_processes, machine, report
 from examples.shapes.documents import build_packs
@@ -265,6 +265,7 @@ def train_arm(
     )
     dataset = PackedDataset(packs, model, processor, seed=seed)
     trainer = ArmTrainer(model, arguments, train_dataset=dataset, optimizers=(optimizer, None), callbacks=[held_out])
+    trainer.remove_callback(PrinterCallback)  # standard output is for the result
     held_out.trainer = trainer
     started = time.process_time()
     trainer.train()

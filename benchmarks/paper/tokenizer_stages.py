@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import PrinterCallback
 
 from examples.shapes.data import picture_batch, to_pixel_values
 from examples.shapes.evaluate import fidelity, photo_pixels
@@ -79,6 +80,7 @@ def train_stage(folder: Path, stage: str, model: NextFlowVQModel, steps: int, se
     values |= {"perceptual_weight": 0.0, "discriminator_weight": 0.0}
     arguments = NextFlowVQTrainingArguments(folder / "work", stage=stage, **values, **drop)
     trainer = ShapesVQTrainer(model, arguments, Drawn(f"{stage} {seed}", steps, draw), teacher=teacher)
+    trainer.remove_callback(PrinterCallback)  # standard output is for the result
     with sdpa_kernel(SDPBackend.MATH):  # fused attention has a slow backward at these lengths on a CPU
         trainer.train()
     return model

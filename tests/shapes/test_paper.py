@@ -1,4 +1,4 @@
-"""What the paper's claims share: intervals and verdicts, resuming, held-out losses; the loss and tokenizer of an arm."""
+"""The paper's claims: intervals and verdicts, resuming, held-out losses, the heads' loss, the single codebook."""
 
 import argparse
 from pathlib import Path
@@ -68,12 +68,12 @@ def test_a_claim_has_one_of_the_signs():
 
 def test_summary_keeps_curves_of_the_difference():
     runs = runs_of(one=[1.0, 2.0], other=[3.0, 5.0])
-    for arm, by_seed in runs.items():
-        for run in by_seed.values():
-            value, samples = run["final"]["vision"], 10 if arm == "one" else 12
+    for arm, samples in (("one", 10), ("other", 12)):
+        for run in runs[arm].values():
+            end = run["final"]["vision"]
             run["curve"] = [
-                {"step": step, "samples": step * samples, "vision": value * factor}
-                for step, factor in ((1, 2), (2, 1))
+                {"step": 1, "samples": samples, "vision": 2 * end},
+                {"step": 2, "samples": 2 * samples, "vision": end},
             ]
     result = summary([claim("-")], runs)
     assert {arm: row["vision"]["mean"] for arm, row in result["arms"].items()} == {"one": 1.5, "other": 4.0}
