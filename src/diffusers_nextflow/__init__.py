@@ -19,7 +19,6 @@ from .pipelines import (
 
 # What `DiffusionPipeline.from_pretrained` looks up: a pipeline's class on `diffusers`, and the classes of components,
 # by the module's name in model_index.json, on `diffusers.pipelines`.
-NextFlowConditioner.__module__ = __name__
 for pipeline in (
     NextFlowPipeline,
     NextFlowDecoderPipeline,

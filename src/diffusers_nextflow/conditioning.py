@@ -25,7 +25,7 @@ class NextFlowConditioner(ModelMixin, ConfigMixin):
     """Projects the condition to what the backbone reads (NextFlow sec. 2.3 and 3.3).
 
     - `"unet"`: a linear projection to `width` channels on the grid of the latents, for a widened `conv_in`.
-    - `"flux"`, `"qwenimage"`: an MLP into the tokens' width, added to the embedded latents; its last layer starts at 0.
+    - `"flux"`, `"qwenimage"`: an MLP into the tokens' width, added to embedded latents; its last layer starts at 0.
 
     A cell of the codes' grid covers several latents or tokens where it has more pixels: each gets the cell's
     projection. Open in the paper: the MLP's depth and activation, here Linear-GELU-Linear.

@@ -7,6 +7,7 @@ and a start from noise, as in text-to-image, where `strength` is 1.
 Shape suffixes: B pictures, n pictures for each, C condition channels, h w the codes' grid, H W pixels.
 """
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -28,14 +29,13 @@ CAPTIONS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
 
 
 class StableNames:
-    """Of a pipeline: names the transformers part's classes by this package in model_index.json."""
+    """Of a pipeline: model_index.json names the project's classes by this package, whatever file they are in."""
 
-    def register_modules(self, **modules) -> None:
-        super().register_modules(**modules)
-        ours = {
-            name for name, module in modules.items() if type(module).__module__.startswith("transformers_nextflow")
-        }
-        self.register_to_config(**{name: (__package__, type(modules[name]).__name__) for name in sorted(ours)})
+    def save_pretrained(self, *args, **kwargs) -> None:
+        for name, component in self.components.items():
+            if type(component).__module__.split(".")[0] in (__package__, "transformers_nextflow"):
+                self.register_to_config(**{name: (__package__, type(component).__name__)})
+        super().save_pretrained(*args, **kwargs)
 
 
 class NextFlowDecoderMixin(StableNames):
@@ -58,7 +58,7 @@ class NextFlowDecoderMixin(StableNames):
         config = conditioner.config
         if config.backbone != self.family:
             raise ValueError(
-                f"{type(self).__name__} needs a conditioner of the backbone {self.family}, got one of {config.backbone}"
+                f"{type(self).__name__} needs a conditioner of the backbone {self.family}, got {config.backbone}"
             )
         if vq_model is not None:
             given, known = (config.condition_dim, config.patch_size), _described(vq_model)
@@ -131,6 +131,9 @@ class NextFlowDecoderMixin(StableNames):
             raise ValueError(f"the output is {size[0]}x{size[1]} (height x width), got {height}x{width}")
         if isinstance(generator, list) and len(generator) != rows:
             raise ValueError(f"a list of generators needs one for each of {rows} pictures, got {len(generator)}")
+        known = inspect.signature(super().__call__).parameters  # two of the stock pipelines swallow what they do not
+        if unknown := sorted(kwargs.keys() - known.keys()):
+            raise TypeError(f"{type(self).__name__} takes no argument {', '.join(unknown)}")
         captions = {name: kwargs.pop(name, None) for name in CAPTIONS[1:]}
         captions = _captions({"prompt": prompt} | captions, kwargs, batch)
 
@@ -251,8 +254,8 @@ def _described(vq_model: NextFlowVQModel) -> tuple[int, int]:
     config = vq_model.config
     if config.image_size is not None:
         raise ValueError(
-            f"pictures of {config.image_size} pixels are no multiple of the grid: the decoder needs a vision tokenizer "
-            "whose patch_size divides its pictures"
+            f"pictures of {config.image_size} pixels are no multiple of their grid: the decoder needs a vision "
+            "tokenizer whose cells are whole pixels"
         )
     return condition_dim(config), config.patch_size
 

@@ -91,8 +91,8 @@ class NextFlowPipeline(StableNames, DiffusionPipeline):
                 the processor reads. Without a size, the output has that of each prompt's first picture.
             negative_prompt, aspect_ratio, level, height, width, guidance_scale, seed, generator, kwargs: as in
                 `generate_image` of the model, whose defaults are in its configuration.
-            output_type: `"pil"`, `"np"` (B, H, W, 3) in [0, 1], `"pt"` (B, 3, H, W) in [0, 1], or `"latent"`, the codes
-                (B, L).
+            output_type: `"pil"`, `"np"` (B, H, W, 3) in [0, 1], `"pt"` (B, 3, H, W) in [0, 1], or `"latent"`, the
+                codes (B, L).
             decoder_kwargs: of the decoder pipeline's call: `num_inference_steps`, `upscale`, `strength`, `prompt` (in
                 place of the prompts), ...
 

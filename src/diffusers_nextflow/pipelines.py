@@ -1,7 +1,9 @@
 """The decoder pipelines, one for each family of backbones.
 
 Each takes the components of the stock pipeline it extends, and two more: `conditioner` and `vq_model`. A stock
-checkpoint loads with these two given; without a conditioner a fresh one is made, and the pictures are the stock ones.
+checkpoint loads with `vq_model=` given; without a conditioner a fresh one is made, and the pictures are the stock
+ones. Both may be `None`, but have no default: where a component has one, `DiffusionPipeline.from_pretrained` ignores
+what it is given.
 """
 
 import torch
@@ -97,11 +99,11 @@ class NextFlowDecoderPipeline(UNetDecoderMixin, StableDiffusionImg2ImgPipeline):
         tokenizer: CLIPTokenizer,
         unet: UNet2DConditionModel,
         scheduler: KarrasDiffusionSchedulers,
+        conditioner: NextFlowConditioner | None,
+        vq_model: NextFlowVQModel | None,
         safety_checker=None,
         feature_extractor: CLIPImageProcessor | None = None,
         image_encoder: CLIPVisionModelWithProjection | None = None,
-        conditioner: NextFlowConditioner | None = None,
-        vq_model: NextFlowVQModel | None = None,
         requires_safety_checker: bool = False,
     ):
         super().__init__(
@@ -138,10 +140,10 @@ class NextFlowXLDecoderPipeline(UNetDecoderMixin, StableDiffusionXLImg2ImgPipeli
         tokenizer_2: CLIPTokenizer,
         unet: UNet2DConditionModel,
         scheduler: KarrasDiffusionSchedulers,
+        conditioner: NextFlowConditioner | None,
+        vq_model: NextFlowVQModel | None,
         image_encoder: CLIPVisionModelWithProjection | None = None,
         feature_extractor: CLIPImageProcessor | None = None,
-        conditioner: NextFlowConditioner | None = None,
-        vq_model: NextFlowVQModel | None = None,
         requires_aesthetics_score: bool = False,
         force_zeros_for_empty_prompt: bool = True,
         add_watermarker: bool | None = None,
@@ -180,10 +182,10 @@ class NextFlowFluxDecoderPipeline(TokenDecoderMixin, FluxImg2ImgPipeline):
         text_encoder_2: T5EncoderModel,
         tokenizer_2: T5TokenizerFast,
         transformer: FluxTransformer2DModel,
+        conditioner: NextFlowConditioner | None,
+        vq_model: NextFlowVQModel | None,
         image_encoder: CLIPVisionModelWithProjection | None = None,
         feature_extractor: CLIPImageProcessor | None = None,
-        conditioner: NextFlowConditioner | None = None,
-        vq_model: NextFlowVQModel | None = None,
     ):
         super().__init__(
             scheduler=scheduler,
@@ -221,8 +223,8 @@ class NextFlowQwenImageDecoderPipeline(TokenDecoderMixin, QwenImageImg2ImgPipeli
         text_encoder: Qwen2_5_VLForConditionalGeneration,
         tokenizer: Qwen2Tokenizer,
         transformer: QwenImageTransformer2DModel,
-        conditioner: NextFlowConditioner | None = None,
-        vq_model: NextFlowVQModel | None = None,
+        conditioner: NextFlowConditioner | None,
+        vq_model: NextFlowVQModel | None,
     ):
         super().__init__(
             scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, transformer=transformer

@@ -7,6 +7,7 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLQwenImage,
     DDIMScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxImg2ImgPipeline,
     FluxPipeline,
@@ -149,6 +150,7 @@ def _xl() -> dict:
         addition_embed_type="text_time", addition_time_embed_dim=4, projection_class_embeddings_input_dim=6 * 4 + 16
     )
     return components | {
+        "scheduler": EulerDiscreteScheduler(beta_schedule="scaled_linear", steps_offset=1),
         "text_encoder_2": CLIPTextModelWithProjection(clip_text_config()),
         "tokenizer_2": clip_tokenizer(),
     }
@@ -227,7 +229,9 @@ def stock_pipeline(family: str, components: dict, from_image: bool = False):
 
 def decoder(family: str, trained: bool = False, **components):
     """Ours, over the stock components; `trained`: the condition says something."""
-    pipe = FAMILIES[family][0](**{"vq_model": tiny_vq_model()} | stock_components(family) | components)
+    pipe = FAMILIES[family][0](
+        **{"vq_model": tiny_vq_model(), "conditioner": None} | stock_components(family) | components
+    )
     pipe.set_progress_bar_config(disable=True)
     if trained:
         let_condition_speak(pipe)
