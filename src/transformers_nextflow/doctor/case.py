@@ -84,6 +84,7 @@ class Case:
         self.config, self.vq_model = model.config, model.model.vq_model
         self.images: dict[str, list] = {}  # rows of pictures for the report
         self.curves: dict[str, dict[str, list[float]]] = {}  # per scale, for the report
+        self.supervised: list = []  # pictures of the packs that a check has run the model on
 
     @cached_property
     def codebook(self) -> torch.Tensor:
@@ -151,16 +152,31 @@ class Case:
         chat = [{"role": "user", "content": content}]
         prompt = dict(self.processor.apply_chat_template(chat, generation_mode="image").to(self.model.device))
         prompt.pop("mm_token_type_ids", None)
+        return self.answered(prompt, codes, schedule)
+
+    def answered(self, prompt: dict[str, torch.Tensor], codes: torch.Tensor, schedule: ScaleSchedule) -> Sequence:
+        """A prompt, as `generate` takes it, answered by the picture of (1, L) `codes`."""
         ids = prompt["input_ids"]
         slots = [self.config.image_token_id] * num_image_slots(schedule) + [self.config.eoi_token_id]
         inputs = {"input_ids": torch.cat([ids, ids.new_tensor([slots])], dim=1)}
         grids, all_codes = torch.tensor([schedule.final_grid], device=ids.device), codes[0]
-        if conditions:
+        if "pixel_values" in prompt:
             given = self.model.encode_images(prompt["pixel_values"], prompt["image_grid_hw"])
             grids = torch.cat([prompt["image_grid_hw"], grids])
             all_codes = torch.cat([given, all_codes])
         inputs |= {"image_grid_hw": grids, "image_codes": all_codes}
         return Sequence(inputs, prompt, codes, schedule, ids.shape[1] - 1)
+
+    @cached_property
+    def drawn_for(self) -> list[Sequence]:
+        """Prompts with the pictures that answer them: of the packs, which the model was trained on, or else
+        described ones."""
+        if self.packs is not None:
+            from .shards import stored_sequences
+
+            if found := stored_sequences(self):
+                return found
+        return [self.sequence(picture.caption, codes, schedule) for picture, codes, schedule in self.described[:16]]
 
     @cached_property
     def example(self) -> Sequence:

@@ -1,7 +1,7 @@
 """The checks in order, and the diagnosis they make.
 
-What must hold exactly comes first, from the picture on its way through tokenizer, shards, transformer and sampling; what
-is told from means comes after it. So the first alarm is the likely cause, and later ones may be its consequences.
+What must hold exactly comes first, on the picture's way through tokenizer, shards, transformer and sampling; what is
+told from means comes after it. So the first alarm is the likely cause, and later ones may be its consequences.
 """
 
 import time
@@ -16,8 +16,6 @@ from . import sampling, tokenizer, transformer
 from .case import Case
 from .findings import ERROR, Check, Finding, Verdict
 from .pictures import Picture, default_pictures
-
-PARTS = ("tokenizer", "shards", "transformer", "sampling")
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,7 @@ def checks(case: Case) -> list[tuple[Callable[[Case], Finding], str]]:
         (transformer.check_text, "transformer"),
     ]
     if case.packs is not None:
-        listed.append((shards.check_losses, "transformer"))
+        listed += [(shards.check_losses, "transformer"), (shards.check_copying, "transformer")]
     return listed + [(transformer.check_prompt_gain, "transformer"), (sampling.check_ladder, "sampling")]
 
 

@@ -129,8 +129,7 @@ def check_draws(case: Case) -> Finding:
         "at temperature 1 the mean of -log p of the codes drawn is the entropy of what they are drawn from",
     )
     total, variance, count = 0.0, 0.0, 0
-    for number, (picture, codes, schedule) in enumerate(case.described[:4]):
-        sequence = case.sequence(picture.caption, codes, schedule)
+    for number, sequence in enumerate(case.drawn_for[:4]):
         output = generate(case, sequence, seed=case.seed * 1000 + number)
         log_probs = torch.cat(output.logits, dim=1)[0].float().log_softmax(-1)
         drawn = output.sequences[0] - case.config.text_vocab_size
@@ -157,11 +156,11 @@ def check_ladder(case: Case) -> Finding:
         "forced to the end it is the tokenizer's picture; the scale from which forcing helps most is the one that "
         "sampling loses",
     )
-    picture, codes, schedule = case.described[0]
-    sequence = case.sequence(picture.caption, codes, schedule)
+    sequence = case.drawn_for[0]
+    codes, schedule = sequence.codes, sequence.schedule
     truth = case.vq_model.decode(codes, schedule.final_grid)
     height, width = case.vq_model.schedules.image_size(schedule)
-    errors, shown = [], [picture.image]
+    errors, shown = [], case.processor.image_processor.postprocess(truth.cpu())
     repeats = 4
     for forced in range(len(schedule) + 1):
         extra = {"forced_codes": codes[:, : schedule.prefix(forced).num_codes]} if forced else {}
@@ -177,15 +176,15 @@ def check_ladder(case: Case) -> Finding:
         pixels = case.model.decode_image_tokens(tokens, schedule.final_grid)
         errors.append(float((pixels - truth).square().mean().sqrt() * 127.5))
         shown += case.processor.image_processor.postprocess(pixels[:1].cpu())
-    case.images["the picture; then 0, 1, .. of its scales forced and the rest sampled"] = [shown]
+    case.images["the picture's codes decoded; then 0, 1, .. of its scales forced and the rest sampled"] = [shown]
     case.curves["ladder: error against the tokenizer's picture, grey levels"] = {"scales forced": errors}
     losses = torch.nn.functional.cross_entropy(case.code_logits(sequence), codes[0], reduction="none")
     per_scale = [float(losses[schedule.slice(scale)].mean()) for scale in range(len(schedule))]
     drops = [before - after for before, after in zip(errors, errors[1:])]
     worst = max(range(len(drops)), key=drops.__getitem__)
     measured = (
-        f"RMS error {', '.join(f'{error:.0f}' for error in errors)} grey levels with 0, 1, .. scales forced; forcing scale "
-        f"{worst + 1} helps most ({drops[worst]:.0f})"
+        f"RMS error {', '.join(f'{error:.0f}' for error in errors)} grey levels with 0, 1, .. scales forced; forcing "
+        f"scale {worst + 1} helps most ({drops[worst]:.0f})"
     )
     figures = {"error": errors, "loss": per_scale, "most": worst + 1}
     if errors[-1] > 1.0:

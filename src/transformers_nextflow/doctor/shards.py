@@ -1,6 +1,8 @@
 """Checks of training shards, and of the transformer on what they hold."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,12 +21,14 @@ from ..data.shards import (
     thumbnail_error,
     verify,
 )
+from ..scales import ScaleSchedule
 from . import reference
-from .case import Case
+from .case import Case, Sequence
 from .findings import SIGNIFICANT, WARNING, Check, Finding, Verdict, z_score
 from .tokenizer import SWAPPED
 
 DRIFTED, MIXED = "drifted tokenizer", "self-correction written into targets"
+UNTRAINED = "worse than the unigram"
 ENOUGH = 16  # pictures of a statistic
 
 
@@ -115,13 +119,43 @@ def stored_pictures(case: Case, limit: int = 24) -> list[tuple[tuple[int, int], 
     return found[:limit]
 
 
+def stored_sequences(case: Case, limit: int = 16) -> list[Sequence]:
+    """Documents of one picture after a text, drawn at random."""
+    folder, manifest = open_shards(case.packs, hashes=False)
+    spec = sequence_spec(manifest["identity"])
+    empty = case.processor.apply_chat_template([{"role": "user", "content": ""}], generation_mode="image")
+    null = empty["input_ids"].to(case.model.device)
+    rows = [(entry["file"], row) for entry in manifest["shards"] for row in range(entry["rows"])]
+    shards: dict[str, Shard] = {}
+    found: list[Sequence] = []
+    for place in np.random.default_rng(case.seed).permutation(len(rows)):
+        file, index = rows[place]
+        row = shards.setdefault(file, Shard(folder / "data" / file)).row(index)
+        images = iter(images_of(row, spec, manifest["variants"]))
+        ends = np.cumsum(row.get("document_lengths", [len(row["input_ids"])]))
+        for ids, flags in zip(np.split(row["input_ids"], ends[:-1]), np.split(row["supervised"], ends[:-1])):
+            at = np.flatnonzero(ids == spec.special.image)
+            shown = [next(images) for _ in at]
+            # a text that was dropped leaves the null prompt
+            if len(at) != 1 or not flags[at[0]] or at[0] + 1 <= null.shape[1]:
+                continue
+            grid, targets, inputs = shown[0]
+            prompt = null.new_tensor([[*ids[: at[0]].tolist(), spec.special.boi]])
+            codes = torch.from_numpy(decodable_codes(targets, inputs))[None].to(case.model.device)
+            given = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt), "negative_input_ids": null}
+            found.append(case.answered(given, codes, case.vq_model.schedules.by_grid(grid)))
+            if len(found) == limit:
+                return found
+    return found
+
+
 def check_targets_again(case: Case) -> Finding:
     """Stored targets are what a fresh encoding of the decoded pictures gives."""
     check = Check(
         "targets against a fresh encoding",
         "shards",
-        "codes of the decoded picture, looked up anew behind the stored inputs, agree with the stored targets as often "
-        "as those of pictures that were decoded and coded twice",
+        "codes of the decoded picture, looked up anew behind the stored inputs, agree with the stored targets as "
+        "often as those of pictures that were decoded and coded twice",
     )
     rates: dict[str, list[float]] = {"stored": [], "again": []}
     pictures = []
@@ -275,51 +309,114 @@ def check_losses(case: Case) -> Finding:
         "stored targets cost less than codes drawn by their frequency alone would (unigram, each picture left out in "
         "turn), and less than their neighbours in number or place",
     )
+    case.supervised = pictures = supervised_pictures(case)
+    if len(pictures) < 3:
+        return check.noted("the shards hold too few supervised pictures to say")
+    finding = _judge_losses(case, check, pictures)
+    if finding.fault != UNTRAINED:
+        return finding
+    losses = torch.tensor([picture.loss for picture in pictures])
+    for fault, name, value in other_settings(case):
+        with other_setting(case.config, name, value):
+            then = torch.tensor([picture.loss for picture in supervised_pictures(case)])
+        if z_score(losses - then) > SIGNIFICANT and float(then.mean()) < float(losses.mean()) / 2:
+            measured = f"{finding.measured}; with {name} = {value} the loss is {float(then.mean()):.2f}"
+            cause = f"config.json says {name} = {getattr(case.config, name)}, the weights were trained with {value}"
+            verdict = Verdict(fault, cause, f"set {name} to {value} in config.json")
+            return check.failed(measured, verdict, WARNING, **finding.figures)
+    return finding
+
+
+def other_settings(case: Case) -> list[tuple[str, str, object]]:
+    """Settings that weights do not show: the fault's name, the setting, another value."""
+    mode = "residual" if case.config.feature_mode == "accumulated" else "accumulated"
+    others = [("wrong feature mode", "feature_mode", mode)]
+    if case.config.position_scale is not None:
+        others.append(("wrong position scale", "position_scale", None))
+    return others
+
+
+@contextmanager
+def other_setting(config, name: str, value) -> Iterator[None]:
+    kept = getattr(config, name)
+    setattr(config, name, value)
+    try:
+        yield
+    finally:
+        setattr(config, name, kept)
+
+
+@dataclass(frozen=True)
+class Supervised:
+    """A supervised picture of the packs, as the model sees it.
+
+    Attributes:
+        codes: (L,) targets.
+        log_probs: (L, V).
+        source: (L,) codes of the last picture before it that is only read, where it has the same grid.
+    """
+
+    schedule: ScaleSchedule
+    codes: torch.Tensor
+    log_probs: torch.Tensor
+    source: torch.Tensor | None
+
+    @property
+    def loss(self) -> float:
+        return float(F.nll_loss(self.log_probs, self.codes))
+
+
+def supervised_pictures(case: Case) -> list[Supervised]:
+    """Those of packs drawn at random."""
     folder, manifest = open_shards(case.packs, "packs", hashes=False)
-    spec = sequence_spec(manifest["identity"])
-    reader = PackReader(folder, manifest, spec, case.seed)
+    reader = PackReader(folder, manifest, sequence_spec(manifest["identity"]), case.seed)
     order = np.random.default_rng(case.seed).permutation(len(reader))
-    pictures: list[tuple[tuple[int, int], torch.Tensor, torch.Tensor]] = []
-    for index in order[:8]:
-        batch = {
-            name: values.to(case.model.device) for name, values in collate([reader[int(index)]], 0, False).items()
-        }
-        if "image_grid_hw" not in batch:
+    pictures = []
+    for index in order:
+        pack = collate([reader[int(index)]], 0, False)
+        if "image_grid_hw" not in pack:
             continue
+        batch = {name: values.to(case.model.device) for name, values in pack.items()}
         labels = batch.pop("shift_labels")
         layout = case.model.model.lay_out(
             batch["input_ids"], batch["image_grid_hw"], document_ids=batch["document_ids"]
         )
         hidden = case.model.model(**batch, use_cache=False).last_hidden_state
         codes = batch["image_codes"].split([image.num_codes for image in layout.closed_images])
+        read: dict[int, tuple] = {}  # of each document, the last picture that is only read
         for image, own in zip(layout.closed_images, codes):
-            if labels[0, image.start] >= 0:
-                logits = case.model.code_head(hidden[0, image.slots]).float()
-                pictures.append((image.schedule.final_grid, own, logits.log_softmax(-1)))
+            document = int(batch["document_ids"][0, image.start])
+            if labels[0, image.start] < 0:
+                read[document] = (image.schedule, own)
+                continue
+            log_probs = case.model.code_head(hidden[0, image.slots]).float().log_softmax(-1)
+            schedule, source = read.get(document, (None, None))
+            source = source if schedule == image.schedule else None
+            pictures.append(Supervised(image.schedule, own, log_probs, source))
         if len(pictures) >= ENOUGH:
             break
-    if len(pictures) < 3:
-        return check.noted("the shards hold too few supervised pictures to say")
-    return _judge_losses(case, check, pictures)
+    return pictures
 
 
-def _judge_losses(case: Case, check: Check, pictures) -> Finding:
+def _judge_losses(case: Case, check: Check, pictures: list[Supervised]) -> Finding:
     config = case.config.vq_config
-    schedules = [case.vq_model.schedules.by_grid(grid) for grid, _, _ in pictures]
-    most = max(map(len, schedules))
+    most = max(len(picture.schedule) for picture in pictures)
     loss = [[] for _ in range(most)]
     unigram = [[] for _ in range(most)]
     counts = torch.zeros(most, config.codebook_size)
-    for schedule, (_, codes, _) in zip(schedules, pictures):
-        for scale in range(len(schedule)):
-            counts[scale] += codes[schedule.slice(scale)].bincount(minlength=config.codebook_size).cpu()
+    for picture in pictures:
+        for scale in range(len(picture.schedule)):
+            counts[scale] += (
+                picture.codes[picture.schedule.slice(scale)].bincount(minlength=config.codebook_size).cpu()
+            )
     shifts = {"the right codes": lambda codes, schedule: codes}
     for step in (-2, -1, 1, 2):
         shifts[f"codes numbered {step:+d}"] = lambda codes, schedule, step=step: (codes + step) % config.codebook_size
     for step in (-1, 1):
         shifts[f"codes {step:+d} position"] = lambda codes, schedule, step=step: codes.roll(step)
     readings = {name: [] for name in shifts}
-    for schedule, (_, codes, log_probs) in zip(schedules, pictures):
+    for picture in pictures:
+        schedule, codes, log_probs = picture.schedule, picture.codes, picture.log_probs
         losses = F.nll_loss(log_probs, codes, reduction="none")
         for scale in range(len(schedule)):
             own = codes[schedule.slice(scale)].cpu()
@@ -346,7 +443,7 @@ def _judge_losses(case: Case, check: Check, pictures) -> Finding:
         score = z_score(torch.tensor(loss[scale]) - torch.tensor(unigram[scale]))
         if score > SIGNIFICANT:
             verdict = Verdict(
-                "worse than the unigram",
+                UNTRAINED,
                 f"scale {scale + 1} is predicted worse than by the frequencies of its codes: not trained, trained on "
                 "other codes, or its inputs are not those of the training",
                 "train longer, or compare codes, inputs and positions with the training's",
@@ -355,3 +452,35 @@ def _judge_losses(case: Case, check: Check, pictures) -> Finding:
                 f"{measured}; scale {scale + 1} is {score:.1f} standard errors above", verdict, WARNING, **means
             )
     return check.passed(measured, **means)
+
+
+def check_copying(case: Case) -> Finding:
+    """Where an edit changes codes, the model gives the target's more than the source's."""
+    check = Check(
+        "copying the source",
+        "transformer",
+        "where the target's codes differ from the condition picture's, the target's are likelier",
+    )
+    gains, shares = [], []
+    for picture in case.supervised:
+        if picture.source is None:
+            continue
+        differ = picture.codes != picture.source
+        shares.append(float((~differ).float().mean()))
+        if differ.any():
+            own, copied = (
+                F.nll_loss(picture.log_probs[differ], codes[differ]) for codes in (picture.codes, picture.source)
+            )
+            gains.append(float(copied - own))
+    if len(gains) < 3:
+        return check.noted("the packs hold too few edits to say")
+    gain, score = sum(gains) / len(gains), z_score(torch.tensor(gains))
+    measured = (
+        f"over {len(gains)} edits, {sum(shares) / len(shares):.0%} of the codes are the source's; at the others the "
+        f"target is {gain:.1f} nats likelier ({score:.1f} standard errors)"
+    )
+    if score > -SIGNIFICANT:
+        return check.passed(measured, gain=gain, score=score)
+    cause = "handing the source back scores well where most of a picture stays, and the model has learned no more"
+    verdict = Verdict("copies the source", cause, "weigh changed regions more, or show more edits that change much")
+    return check.failed(measured, verdict, WARNING, gain=gain, score=score)

@@ -34,7 +34,7 @@ def check_processor(case: Case) -> Finding:
         return check.passed(f"the largest difference is {error:.1e}, and the way back gives the same picture")
     step = "compare processor_config.json with the one the model was trained with, and the processor's code"
     fault, cause = "pixels differ", "the processor changes pixels in another way than it was trained with"
-    if pixels.shape != expected.shape or difference(pixels, _transposed(expected, pixels.shape)) < 1e-3:
+    if pixels.shape != expected.shape or difference(pixels, _transposed(expected, grid)) < 1e-3:
         fault, cause = SWAPPED, "the image processor confuses height and width, so pictures arrive transposed"
     elif difference(pixels, expected.flip(1)) < 1e-3 or np.array_equal(back, noise[..., ::-1]):
         fault, cause = "swapped colour channels", "red and blue are exchanged (BGR for RGB)"
@@ -50,9 +50,12 @@ def check_processor(case: Case) -> Finding:
     return check.failed(f"pixels differ by up to {error:.2g} from their places", Verdict(fault, cause, step))
 
 
-def _transposed(pixels: torch.Tensor, shape) -> torch.Tensor:
-    other = pixels.transpose(-1, -2)
-    return other if other.shape == shape else other.reshape(shape)
+def _transposed(pixels: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """What arrives where the transposed picture is cut into patches and put together on the grid."""
+    (h, w), size = grid, pixels.shape[-2] // grid[0]
+    patches = pixels.transpose(-1, -2).reshape(1, 3, w, size, h, size).permute(0, 2, 4, 1, 3, 5)
+    patches = patches.reshape(1, h, w, 3, size, size)
+    return patches.permute(0, 3, 1, 4, 2, 5).reshape(pixels.shape)
 
 
 def check_quantizer(case: Case) -> Finding:
@@ -60,8 +63,8 @@ def check_quantizer(case: Case) -> Finding:
     check = Check(
         "residual quantisation",
         "tokenizer",
-        "every code is the nearest entry of its residual, and the codes' entries, bicubic to the final grid, sum up to "
-        "what is decoded (NextFlow sec. 2.1)",
+        "every code is the nearest entry of its residual, and the codes' entries, bicubic to the final grid, sum up "
+        "to what is decoded (NextFlow sec. 2.1)",
     )
     worst, worst_lookup = 0.0, 0.0
     config = case.config.vq_config
@@ -155,7 +158,7 @@ def check_self_correction(case: Case) -> Finding:
         fault = "self-correction written into targets" if share == 0 else "wrong targets"
     verdict = Verdict(
         fault,
-        "`encode` with self-correction gives its two results in the wrong order, twice the same, or disturbs the targets",
+        "`encode` gives its two results in the wrong order, twice the same, or disturbs the targets",
         "look at `QuantizerOutput` and `NextFlowVQModel.encode`; shards made with it must be made anew",
     )
     return check.failed(
@@ -168,8 +171,8 @@ def check_reconstruction(case: Case) -> Finding:
     check = Check(
         "reconstruction",
         "tokenizer",
-        "decoded codes come nearer to the picture than its mean colour does, and nearer than to the picture mirrored or "
-        "transposed",
+        "decoded codes come nearer to the picture than its mean colour does, and nearer than to the picture mirrored "
+        "or transposed",
     )
     gains, errors, worst_other = [], [], ("", -1.0)
     rows, by_scale = [], []
@@ -268,8 +271,8 @@ def check_codebook(case: Case) -> Finding:
     place = "coarse" if first <= most / 2 else "fine"
     verdict = Verdict(
         f"collapsed {place} codebook",
-        f"at scale {first} the codes say next to nothing of the picture: the entries have become alike, or the scale's "
-        "residual is empty",
+        f"at scale {first} the codes say next to nothing of the picture: the entries have become alike, or the "
+        "scale's residual is empty",
         f"look at the usage of scale {first} in the tokenizer's training; train with restarts of unused entries",
     )
     measured += f"; at scale {first} the gain over one code is {scores[first - 1]:.1f} standard errors"
@@ -336,8 +339,8 @@ def check_semantics(case: Case) -> Finding:
         return check.passed(measured, **figures)
     verdict = Verdict(
         "semantic branch lost",
-        "the semantic half of the codes says nothing of the picture: encoder, entries or semantic decoder are damaged, "
-        "or not trained",
+        "the semantic half of the codes says nothing of the picture: encoder, entries or semantic decoder are "
+        "damaged, or not trained",
         "measure the agreement with the semantic teacher; was the semantic encoder reset?",
     )
     return check.failed(measured, verdict, WARNING, **figures)

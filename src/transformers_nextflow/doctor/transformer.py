@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from ..scales import ScaleSchedule
 from . import reference
 from .case import Case, Sequence, captured, changed
-from .findings import WARNING, Check, Finding, Verdict, difference, tolerance, z_score
+from .findings import SIGNIFICANT, WARNING, Check, Finding, Verdict, difference, tolerance, z_score
 from .tokenizer import INTERPOLATION, SWAPPED
 
 COORDINATES, AXIS = "bf16 coordinates", "blind position axis"
@@ -92,17 +92,19 @@ def _rotary_verdict(case: Case, positions: torch.Tensor) -> Verdict | None:
     )
     if copy.deepcopy(rotary).to(torch.bfloat16).inv_freq.dtype != torch.float32:
         return verdict
-    cosines, sines = rotary(positions.new_zeros(1, 1, 1, dtype=torch.float32), positions)
-    angles = positions.double()[..., None] * rotary.inv_freq.double()
-    angles = torch.cat([angles, angles], dim=-1)
-    if cosines.shape != angles.shape:
-        return None
-    factor = rotary.attention_scaling
-    error = max(
-        float((cosines.double() - angles.cos() * factor).abs().max()),
-        float((sines.double() - angles.sin() * factor).abs().max()),
-    )
-    return verdict if error > 1e-6 * max(float(positions.abs().max()), 16) else None
+    for row in positions:
+        cosines, sines = rotary(positions.new_zeros(1, 1, 1, dtype=torch.float32), row.expand(3, -1, -1))
+        angles = row.double()[..., None] * rotary.inv_freq.double()
+        angles = torch.cat([angles, angles], dim=-1)
+        factor = rotary.attention_scaling
+        error = max(
+            float((cosines.double() - angles.cos() * factor).abs().max()),
+            float((sines.double() - angles.sin() * factor).abs().max()),
+        )
+        # an angle in float32 is off by half a digit of its size
+        if error > 4 * torch.finfo(torch.float32).eps * max(float(row.abs().max()), 16):
+            return verdict
+    return None
 
 
 def packed_example(case: Case) -> tuple[dict, list[ScaleSchedule], list[int]]:
@@ -263,8 +265,8 @@ def check_targets(case: Case) -> Finding:
     check = Check(
         "targets",
         "transformer",
-        "block k is to predict scale k's codes position by position, as id text rows + code, text its next token; scales "
-        "weigh 1 / (h w)^alpha, normalised for each image (eq. 2)",
+        "block k is to predict scale k's codes position by position, as id text rows + code, text its next token; "
+        "scales weigh 1 / (h w)^alpha, normalised for each image (eq. 2)",
     )
     sequence = case.example
     ids, codes, base = sequence.inputs["input_ids"], sequence.codes[0], case.config.text_vocab_size
@@ -411,26 +413,21 @@ def check_text(case: Case) -> Finding:
 def check_prompt_gain(case: Case) -> Finding:
     """A picture is likelier after its own text than after another's."""
     check = Check("prompt", "transformer", "a picture's codes are likelier after its own text than after another's")
-    chosen = case.described[:16]
-    gains, losses = [], []
-    for index, (picture, codes, schedule) in enumerate(chosen):
-        order = [chosen[(index + step) % len(chosen)][0].caption for step in range(1, len(chosen))]
-        other = next((caption for caption in order if caption != picture.caption), None)
+    gains = []
+    for index, sequence in enumerate(case.drawn_for):
+        others = [*case.drawn_for[index + 1 :], *case.drawn_for[:index]]
+        is_other = lambda each, own=sequence: not torch.equal(each.prompt["input_ids"], own.prompt["input_ids"])  # noqa: E731
+        other = next(filter(is_other, others), None)
         if other is None:
             return check.noted("all pictures have the same text")
-        own, wrong = (
-            code_losses(case.code_logits(case.sequence(text, codes, schedule)), codes[0])
-            for text in (picture.caption, other)
-        )
-        gains.append(float((wrong - own).sum()))
-        losses.append(float(own.mean()))
-    gain = torch.tensor(gains)
-    return check.noted(
-        f"the right text is worth {float(gain.mean()):.2f} nats a picture ({z_score(gain):.1f} standard errors)",
-        gain=float(gain.mean()),
-        score=z_score(gain),
-        loss=sum(losses) / len(losses),
+        wrong = case.answered(other.prompt, sequence.codes, sequence.schedule)
+        own, after_other = (code_losses(case.code_logits(each), sequence.codes[0]).sum() for each in (sequence, wrong))
+        gains.append(float(after_other - own))
+    gain, score = sum(gains) / len(gains), z_score(torch.tensor(gains))
+    measured = (
+        f"the right text is worth {gain:.1f} nats a picture ({score:.1f} standard errors, {len(gains)} pictures)"
     )
+    return (check.passed if score > SIGNIFICANT else check.noted)(measured, gain=gain, score=score)
 
 
 def code_losses(logits: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
