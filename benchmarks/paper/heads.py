@@ -32,13 +32,14 @@ def separate_cross_entropy(
     code_rows: torch.Tensor,
     targets: torch.Tensor,
     weights: torch.Tensor,
+    z_loss: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As [`joint_cross_entropy`], but under a softmax over the rows of the target's own kind."""
     is_code = targets >= len(text_rows)
     text_targets, code_targets = targets.clone(), targets - len(text_rows)
     text_targets[is_code], code_targets[~is_code] = IGNORE, IGNORE
-    text_total, text_losses = joint_cross_entropy(hidden, text_rows, code_rows[:0], text_targets, weights)
-    code_total, code_losses = joint_cross_entropy(hidden, text_rows[:0], code_rows, code_targets, weights)
+    text_total, text_losses = joint_cross_entropy(hidden, text_rows, code_rows[:0], text_targets, weights, z_loss)
+    code_total, code_losses = joint_cross_entropy(hidden, text_rows[:0], code_rows, code_targets, weights, z_loss)
     return text_total + code_total, text_losses + code_losses
 
 
