@@ -8,12 +8,11 @@ same captions and edits in the same order; text-to-image shows no condition and 
 
 import argparse
 import random
-import statistics
 from pathlib import Path
 
 import torch
 
-from benchmarks.harness import in_processes, machine, report
+from benchmarks.harness import in_processes, interval, machine, report
 from examples.shapes.assemble import IMAGE_GENERATION
 from examples.shapes.evaluate import Evaluator, captions, edits
 from examples.shapes.text import train_text_tokenizer
@@ -54,16 +53,7 @@ def dev_scenes(count: int) -> list:
 
 
 def summary(scores: dict[str, list[float]]) -> dict:
-    """Mean and the 95% interval of a t distribution over the seeds."""
-    from scipy.stats import t
-
-    rows = {}
-    for name, values in scores.items():
-        half = (
-            t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
-        )
-        rows[name] = {"mean": statistics.mean(values), "half_interval": half, "seeds": values}
-    return rows
+    return {name: interval(values) for name, values in scores.items()}
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
-from benchmarks.harness import in_processes, machine, report
+from benchmarks.harness import in_processes, interval, machine, report
 from examples.shapes.evaluate import Evaluator, text_to_image
 from examples.shapes.rewards import shapes_judge, training_prompts
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor
@@ -142,16 +142,6 @@ def run_arm(arm: str, seed: int, sampling: dict, options, seconds: float | None 
     }
     write_atomically(path, lambda partial: partial.write_text(json.dumps(result, indent=1)))
     return result
-
-
-def interval(values: list[float]) -> dict:
-    """Mean and the 95% half interval of a t distribution."""
-    from scipy.stats import t
-
-    half = None
-    if len(values) > 1:
-        half = round(float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5, 4)
-    return {"mean": round(statistics.mean(values), 4), "half_interval": half, "seeds": values}
 
 
 def main() -> None:

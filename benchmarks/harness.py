@@ -5,12 +5,13 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
 import transformers
+from scipy.stats import t
 
 from transformers_nextflow.files import write_atomically
 
@@ -50,6 +51,14 @@ def wait(device: torch.device) -> None:
 
 def median(values: list[float]) -> float:
     return round(statistics.median(values), 5)
+
+
+def interval(values: Sequence[float]) -> dict:
+    """Mean and half of the 95% interval of a t distribution, which one value has not."""
+    half = None
+    if len(values) > 1:
+        half = round(float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5, 5)
+    return {"mean": round(statistics.mean(values), 5), "half_interval": half, "seeds": list(values)}
 
 
 def machine(device: torch.device) -> dict:

@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from scipy.stats import t
 from transformers import PrinterCallback, TrainerCallback
 
-from benchmarks.harness import in_processes, machine, report
+from benchmarks.harness import in_processes, interval, machine, report
 from examples.shapes.documents import build_packs
 from examples.shapes.muon import MuonWithAdamW
 from examples.shapes.stages import settings
@@ -59,14 +58,6 @@ class Claim:
     def __post_init__(self):
         if self.sign not in SIGNS:
             raise ValueError(f"sign must be one of {SIGNS}, got {self.sign!r}")
-
-
-def interval(values: Sequence[float]) -> dict:
-    """Mean and half of the 95% interval of a t distribution, which one value has not."""
-    half = None
-    if len(values) > 1:
-        half = round(float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5, 5)
-    return {"mean": round(statistics.mean(values), 5), "half_interval": half, "seeds": list(values)}
 
 
 def verdict(difference: dict, sign: str | None) -> str:
