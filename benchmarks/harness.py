@@ -5,7 +5,8 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
@@ -28,6 +29,17 @@ def interleaved_seconds(
             if repeat:
                 seconds[name].append(time.perf_counter() - started)
     return seconds
+
+
+def in_processes(function: Callable, jobs: list[tuple]) -> Iterator[tuple[tuple, object]]:
+    """Results of `function(*job)`, with the job, as they come from as many processes of one thread as there are
+    cores; what one of them raises is raised here."""
+    context = torch.multiprocessing.get_context("spawn")
+    workers = min(len(os.sched_getaffinity(0)), len(jobs))
+    with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
+        futures = {pool.submit(function, *job): job for job in jobs}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
 
 
 def wait(device: torch.device) -> None:

@@ -1,7 +1,8 @@
-"""Train or fine-tune a NextFlow on packs, alone or as one of the paper's stages.
+"""Train or fine-tune a NextFlow on packs or on raw documents, alone or as one of the paper's stages.
 
 `python -m examples.build_shards` makes packs of the shapes world, `transformers-nextflow data extract | pack` of any
-source. Then, on one device or under `accelerate launch`:
+source. A few documents need none: `--documents chats.jsonl` codes their pictures in training. Then, on one device or
+under `accelerate launch`:
 
     python -m examples.train_transformer --packs runs/shapes-packs/packs --output_dir runs/sft --stage sft \
         --max_steps 100 --logging_steps 10 --use_lora
@@ -16,7 +17,7 @@ from transformers import BitsAndBytesConfig, HfArgumentParser
 
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor
 from transformers_nextflow.cli import model_name
-from transformers_nextflow.data import PackedDataset
+from transformers_nextflow.data import ExtractionSettings, PackedDataset, RawDocuments, Source
 from transformers_nextflow.liger import register_liger_kernel
 from transformers_nextflow.lora import lora_config
 from transformers_nextflow.training import NextFlowTrainer, NextFlowTrainingArguments, load_stages
@@ -24,7 +25,10 @@ from transformers_nextflow.training import NextFlowTrainer, NextFlowTrainingArgu
 
 @dataclass
 class ScriptArguments:
-    packs: str = field(metadata={"help": "folder or Hub dataset of packs"})
+    packs: str | None = field(default=None, metadata={"help": "folder or Hub dataset of packs"})
+    documents: str | None = field(
+        default=None, metadata={"help": "instead of packs: Parquet or JSON lines of documents in the `chat` schema"}
+    )
     model: str | None = field(
         default=None, metadata={"help": "folder or Hub id; default: the repository's checkpoint"}
     )
@@ -51,6 +55,8 @@ def main() -> None:
     if given.load_in_4bit and not given.use_lora:
         parser.error("--load_in_4bit needs --use_lora: weights in 4 bits cannot be trained")
     script, arguments = parser.parse_args_into_dataclasses()
+    if (script.packs is None) == (script.documents is None):
+        parser.error("give either --packs or --documents")
     if arguments.use_liger_kernel:
         register_liger_kernel()
 
@@ -64,14 +70,17 @@ def main() -> None:
     processor = NextFlowProcessor.from_pretrained(name)
     if script.stage is not None:
         stages[script.stage].prepare(model)
-    packs = PackedDataset(script.packs, model, processor, seed=arguments.seed)
+    if script.packs is not None:
+        dataset = PackedDataset(script.packs, model, processor, seed=arguments.seed)
+    else:
+        dataset = RawDocuments(Source(script.documents), name, ExtractionSettings(seed=arguments.seed))
     if script.use_lora:
         from peft import get_peft_model, prepare_model_for_kbit_training
 
         if script.load_in_4bit:  # what is trained, in float32; checkpointing is the trainer's
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         model = get_peft_model(model, lora_config())
-    trainer = NextFlowTrainer(model, arguments, train_dataset=packs, processing_class=processor)
+    trainer = NextFlowTrainer(model, arguments, train_dataset=dataset, processing_class=processor)
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
     trainer.save_model()
 

@@ -190,13 +190,14 @@ class NextFlowModel(NextFlowPreTrainedModel):
         return ids
 
     def next_scale_inputs(
-        self, codes: torch.Tensor, schedule: ScaleSchedule, last_scale: bool = False
+        self, codes: torch.Tensor, schedule: ScaleSchedule, last_scale: bool = False, num_scales: int | None = None
     ) -> torch.Tensor:
         """(N, codes of at least scales 1..K-1) -> (N, l, D): what the blocks of scales 2..K hold, before their scale
-        embeddings; with `last_scale` the codes of scale K too, on their own grid."""
+        embeddings; with `last_scale` the codes of scale K too, on their own grid. K is `num_scales`, or all."""
         entries = self.code_embeddings(codes)
         accumulate = self.config.feature_mode == "accumulated"
-        features, grids = next_scale_features(entries, schedule, accumulate), list(schedule.grids[1:])
+        features = next_scale_features(entries, schedule, accumulate, num_scales)
+        grids = list(schedule.grids[1:num_scales])
         if last_scale:
             features = torch.cat([features, entries[:, schedule.slice(len(schedule) - 1)]], dim=1)
             grids.append(schedule.final_grid)
@@ -223,7 +224,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
             return []
         if image_codes is not None:
             check_integers("image_codes", image_codes, 1)
-            lengths = [image.schedule.num_codes for image in closed]
+            lengths = [image.num_codes for image in closed]
             _check_total("image_codes", len(image_codes), sum(lengths))
             limit = self.config.vq_config.codebook_size
             if image_codes.numel() and not (0 <= image_codes.min() and image_codes.max() < limit):
@@ -231,6 +232,11 @@ class NextFlowModel(NextFlowPreTrainedModel):
                     f"image_codes must lie in [0, {limit}), got {int(image_codes.min())} to {int(image_codes.max())}"
                 )
             return list(image_codes.split(lengths))
+        for image in closed:
+            if image.num_scales < len(image.schedule):
+                raise ValueError(
+                    f"row {image.row} ends after scale {image.num_scales} of an image: give its codes as image_codes"
+                )
         return self.encode_images(pixel_values, [image.schedule.final_grid for image in closed])
 
     def encode_images(self, pixel_values: torch.Tensor, image_grid_hw: Sequence) -> list[torch.Tensor]:
@@ -273,10 +279,11 @@ class NextFlowModel(NextFlowPreTrainedModel):
         groups: dict[tuple, list[int]] = {}
         for index, image in enumerate(layout.closed_images):
             if image.num_inputs:
-                groups.setdefault((image.schedule, image.has_last_scale), []).append(index)
-        for (schedule, last_scale), members in groups.items():
+                groups.setdefault((image.schedule, image.has_last_scale, image.num_scales), []).append(index)
+        for (schedule, last_scale, num_scales), members in groups.items():
             images = [layout.closed_images[index] for index in members]
-            visual_NlD = self.next_scale_inputs(torch.stack([codes[i] for i in members]), schedule, last_scale)
+            members_NL = torch.stack([codes[index] for index in members])
+            visual_NlD = self.next_scale_inputs(members_NL, schedule, last_scale, num_scales)
             rows = torch.tensor([[image.row] for image in images], device=inputs_embeds.device)
             starts = torch.tensor([[image.start + 1] for image in images], device=inputs_embeds.device)
             columns = starts + torch.arange(images[0].num_inputs, device=inputs_embeds.device)
@@ -310,7 +317,8 @@ class NextFlowModel(NextFlowPreTrainedModel):
             position_ids: (3, B, L) rows (s, i, j); computed from the ids where absent.
             pixel_values: (sum of final-grid cells, p*p*3) in [-1, 1], patches row-major, images in the order of
                 `<boi>`; (images, 3, H, W) for a vision tokenizer with an `image_size`.
-            image_codes: (sum of codes,), scale by scale, instead of `pixel_values`.
+            image_codes: (sum of codes,), scale by scale, instead of `pixel_values`; of an image that ends its row cut
+                after a block, the codes that its outputs predict.
             image_input_codes: (sum of codes of scales 1..K-1,), where inputs differ from the targets.
             image_grid_hw: (images, 2) final grids, one for each `<boi>`; a row's last `<boi>` may be open.
             document_ids: (B, L) for packed rows, -1 at padding.
@@ -500,7 +508,7 @@ def _input_codes(
     if image_input_codes is None:
         return codes
     closed = layout.closed_images
-    lengths = [image.schedule.offsets[-1] for image in closed]  # all but the last scale
+    lengths = [image.schedule.offsets[image.num_scales - 1] for image in closed]  # all but the last scale
     _check_total("image_input_codes", len(image_input_codes), sum(lengths))
     return [
         torch.cat([inputs, own[length:]])
