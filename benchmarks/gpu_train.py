@@ -310,7 +310,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.tiny:
         checked: dict[str, dict] = {}
         rows = settings("blocks", liger=False)  # flex attention has no backward on a CPU
-        sizes = {"length": 256, "count": 2, "backend": "eager", "peak_teraflops": 1.0}
+        sizes = {"length": 256, "count": 1, "backend": "eager", "peak_teraflops": 1.0}
         measure_sizes({"tiny": tiny_model}, float("inf"), checked.update, settings=rows, **sizes)
         check = {"check": CHECK, "would_measure": names_in(checked), "machine": machine(torch.device("cpu"))}
         report(check, options.json, options.output)
