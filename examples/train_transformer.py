@@ -18,7 +18,6 @@ from transformers import BitsAndBytesConfig, HfArgumentParser
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor
 from transformers_nextflow.cli import model_name
 from transformers_nextflow.data import ExtractionSettings, PackedDataset, RawDocuments, Source
-from transformers_nextflow.liger import register_liger_kernel
 from transformers_nextflow.lora import lora_config
 from transformers_nextflow.training import (
     EMACallback,
@@ -66,8 +65,6 @@ def main() -> None:
     script, arguments = parser.parse_args_into_dataclasses()
     if (script.packs is None) == (script.documents is None):
         parser.error("give either --packs or --documents")
-    if arguments.use_liger_kernel:
-        register_liger_kernel()
 
     name = model_name(script.model)
     quantization = None
