@@ -79,9 +79,8 @@ def run(packs: Path, output: Path, name: str, trainer_class=NextFlowTrainer, res
     values = {"max_steps": 4, "save_steps": 2, "learning_rate": 1e-3, "gradient_accumulation_steps": BATCHES // world}
     values |= {"logging_steps": 1, "seed": 5, "report_to": "none", "disable_tqdm": True, "use_cpu": True}
     values |= {"lr_scheduler_type": "constant", "output_dir": str(output / f"{name}-{world}")}
-    trainer = trainer_class(
-        model, NextFlowTrainingArguments(**(values | arguments)), None, dataset, callbacks=callbacks
-    )
+    arguments = NextFlowTrainingArguments(**(values | arguments))
+    trainer = trainer_class(model, arguments, train_dataset=dataset, callbacks=callbacks)
     trainer.train(resume_from_checkpoint=resume)
     if trainer.is_world_process_zero():
         Path(trainer.args.output_dir, "log.json").write_text(json.dumps(trainer.state.log_history))
