@@ -79,9 +79,9 @@ def checks(case: Case) -> list[tuple[Callable[[Case], Finding], str]]:
         (sampling.check_sampling, "sampling"),
         (sampling.check_guidance, "sampling"),
         (sampling.check_draws, "sampling"),
-        (tokenizer.check_reconstruction, "tokenizer"),
         (tokenizer.check_codebook, "tokenizer"),
         (tokenizer.check_residuals, "tokenizer"),
+        (tokenizer.check_reconstruction, "tokenizer"),
         (tokenizer.check_semantics, "tokenizer"),
         (transformer.check_text, "transformer"),
     ]

@@ -129,16 +129,19 @@ def check_draws(case: Case) -> Finding:
         "at temperature 1 the mean of -log p of the codes drawn is the entropy of what they are drawn from",
     )
     total, variance, count = 0.0, 0.0, 0
-    for number, sequence in enumerate(case.drawn_for[:4]):
-        output = generate(case, sequence, seed=case.seed * 1000 + number)
-        log_probs = torch.cat(output.logits, dim=1)[0].float().log_softmax(-1)
-        drawn = output.sequences[0] - case.config.text_vocab_size
-        surprise = -log_probs.gather(-1, drawn[:, None].clamp(0, log_probs.shape[-1] - 1))[:, 0]
+    null = case.example.prompt["negative_input_ids"]  # leaves most open
+    open_prompt = {"input_ids": null, "attention_mask": torch.ones_like(null), "negative_input_ids": null}
+    prompts = [case.answered(open_prompt, case.example.codes, case.example.schedule), *case.drawn_for[:3]]
+    for number, sequence in enumerate(prompts):
+        output = generate(case, sequence, seed=case.seed * 1000 + number, num_images_per_prompt=4 if number else 8)
+        log_probs = torch.cat(output.logits, dim=1).float().log_softmax(-1)
+        drawn = output.sequences - case.config.text_vocab_size
+        surprise = -log_probs.gather(-1, drawn[..., None].clamp(0, log_probs.shape[-1] - 1))[..., 0]
         probs = log_probs.exp()
         entropy = -(probs * log_probs).sum(-1)
         total += float((surprise - entropy).double().sum())
         variance += float(((probs * log_probs.square()).sum(-1) - entropy.square()).double().clamp(min=0).sum())
-        count += len(drawn)
+        count += drawn.numel()
     score = total / max(variance, 1e-12) ** 0.5
     measured = f"{count} codes cost {total / count:+.3f} nats beyond the entropy ({score:+.1f} standard errors)"
     if abs(score) <= SIGNIFICANT + 1:  # surprises have a long tail

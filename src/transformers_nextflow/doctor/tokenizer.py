@@ -11,6 +11,8 @@ from .findings import SIGNIFICANT, WARNING, Check, Finding, Verdict, difference,
 
 SWAPPED = "swapped height and width"
 INTERPOLATION = "wrong interpolation"
+NOTICEABLE = 0.01
+"""Share of an error whose loss nobody sees: 0.04 dB."""
 
 
 def check_processor(case: Case) -> Finding:
@@ -246,6 +248,7 @@ def check_codebook(case: Case) -> Finding:
     most = max(len(group.schedule) for group in case.groups)
     used: list[list[int]] = [[] for _ in range(most)]
     gains: list[list[float]] = [[] for _ in range(most)]
+    energies = [0.0] * most
     for group in case.groups:
         asked = reference.queries(group.output.features, group.codes, case.codebook, group.schedule)
         for scale, asked_BlC in enumerate(asked):
@@ -253,18 +256,26 @@ def check_codebook(case: Case) -> Finding:
             distances = reference.distances(asked_BlC, case.codebook, config)
             own = distances.gather(-1, group.codes[:, at, None])[..., 0]
             one = distances[..., allowed].mean(dim=(0, 1)).argmin()
-            gains[scale] += (distances[..., allowed.start + one] - own).mean(1).tolist()
+            alone = distances[..., allowed.start + one]
+            gains[scale] += (alone - own).mean(1).tolist()
+            energies[scale] += float(alone.mean(1).sum())
             used[scale] += group.codes[:, at].flatten().tolist()
     counts = [torch.tensor(codes).bincount(minlength=len(case.codebook)).float() for codes in used]
     entropies = [float(torch.special.entr(count / count.sum()).sum()) for count in counts]
     perplexities = [float(torch.tensor(entropy).exp()) for entropy in entropies]
     usage = [int((count > 0).sum()) for count in counts]
     scores = [z_score(torch.tensor(values)) for values in gains]
+    shares = [sum(values) / max(energy, 1e-12) for values, energy in zip(gains, energies)]
     case.curves["codes of each scale"] = {"different codes used": usage, "perplexity": perplexities}
-    figures = {"used": usage, "perplexity": perplexities, "standard errors of the gain": scores}
+    figures = {"used": usage, "perplexity": perplexities, "standard errors of the gain": scores, "gain": shares}
     pictures = sum(len(group.pixels) for group in case.groups)
-    measured = f"{', '.join(map(str, usage))} different codes at the scales, over {pictures} pictures"
-    collapsed = [scale + 1 for scale, score in enumerate(scores) if score < SIGNIFICANT]
+    measured = f"{', '.join(map(str, usage))} different codes at the scales over {pictures} pictures, which "
+    measured += f"take away {', '.join(f'{share:.0%}' for share in shares)} of what one code for all would leave"
+    collapsed = [
+        scale + 1
+        for scale, (score, share) in enumerate(zip(scores, shares))
+        if score < SIGNIFICANT or share < NOTICEABLE
+    ]
     if not collapsed or pictures < 12:
         return check.passed(measured, **figures)
     first = collapsed[0]
@@ -275,7 +286,7 @@ def check_codebook(case: Case) -> Finding:
         "scale's residual is empty",
         f"look at the usage of scale {first} in the tokenizer's training; train with restarts of unused entries",
     )
-    measured += f"; at scale {first} the gain over one code is {scores[first - 1]:.1f} standard errors"
+    measured += f"; at scale {first} the gain is {shares[first - 1]:.2%}, {scores[first - 1]:.1f} standard errors"
     return check.failed(measured, verdict, WARNING, **figures)
 
 
