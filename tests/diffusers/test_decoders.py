@@ -229,6 +229,19 @@ def test_callbacks_schedulers_and_tiling():
     assert not pipe.unet._forward_pre_hooks  # nothing stays behind
 
 
+@pytest.mark.parametrize("family", ["unet", "flux"])
+def test_model_offload(family):
+    """To the device it runs on, for lack of a second one: every part is reached through its hook."""
+    pytest.importorskip("accelerate")
+    pipe = decoder(family, trained=True, vq_model=copy.deepcopy(tiny_vq_model()))
+    image, codes = torch.rand(3, 32, 64, generator=seeded()), random_codes(1)
+    arguments = {"prompt": "a cat", "codes": codes, "grid": WIDE, "image": image, "strength": 0.5, **TWO_STEPS}
+    expected = pipe(**arguments, generator=seeded()).images
+    pipe.enable_model_cpu_offload(device="cpu")
+    for _ in range(2):
+        assert torch.equal(pipe(**arguments, generator=seeded()).images, expected)
+
+
 @every_family
 def test_half_precision(family):
     whole = decoder(family, trained=True)

@@ -1,5 +1,6 @@
 """The whole model as a diffusers pipeline, on the shapes checkpoint."""
 
+import copy
 import re
 from pathlib import Path
 
@@ -88,6 +89,14 @@ def test_neither_pipeline_nor_transformers_checkpoint(tmp_path):
         NextFlowPipeline.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="does not take variant"):
         NextFlowPipeline.from_pretrained(SHAPES, variant="fp16")
+
+
+def test_offload(pipe):
+    pytest.importorskip("accelerate")
+    whole = NextFlowPipeline(copy.deepcopy(pipe.model), pipe.processor)
+    whole.enable_model_cpu_offload(device="cpu")
+    expected = pipe(PROMPTS[0], seed=0, output_type="pt").images
+    assert torch.equal(whole(PROMPTS[0], seed=0, output_type="pt").images, expected)
 
 
 def test_documentation_runs(monkeypatch):
