@@ -7,16 +7,15 @@ codes, as in the paper.
 
 from pathlib import Path
 
-import torch
+from torch import nn
 
 from examples.shapes.assemble import IMAGE_GENERATION
 from examples.shapes.evaluate import Evaluator, text_to_image
-from examples.shapes.transformer import PACKS
+from examples.shapes.transformer import EXTRACTION, PACKS
 from transformers_nextflow import NextFlowVQModel
 from transformers_nextflow.data import PackedDataset
 
 from .arms import (
-    EXTRACTION,
     HELD_OUT,
     Claim,
     HeldOut,
@@ -42,10 +41,7 @@ def tokenizer_of(run: Path, arm: str) -> NextFlowVQModel:
     if arm == "dual":
         return NextFlowVQModel.from_pretrained(run / "joint")
     vq_model = NextFlowVQModel.from_pretrained(run / "pixel")
-    with torch.no_grad():
-        vq_model.quantizer.semantic_codebook.zero_()
-        for parameter in vq_model.semantic_to_code[-1].parameters():
-            parameter.zero_()
+    nn.init.zeros_(vq_model.quantizer.semantic_codebook)  # then the semantic features decide nothing
     return vq_model
 
 

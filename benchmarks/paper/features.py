@@ -9,12 +9,11 @@ minimises, and without (`clean_`). The paper's curves are of long training; ours
 import dataclasses
 from pathlib import Path
 
-from examples.shapes.transformer import PACKS
+from examples.shapes.transformer import EXTRACTION, PACKS
 from transformers_nextflow import SelfCorrection
 from transformers_nextflow.data import PackedDataset
 
 from .arms import (
-    EXTRACTION,
     HELD_OUT,
     Claim,
     HeldOut,

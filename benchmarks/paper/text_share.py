@@ -7,11 +7,10 @@ one of `text-0` holds three, so that both see as many positions of text-to-image
 
 from pathlib import Path
 
-from examples.shapes.transformer import PACK_LENGTH
+from examples.shapes.transformer import EXTRACTION, PACK_LENGTH
 from transformers_nextflow.data import CostModel, FixedLength, PackedDataset, pack
 
 from .arms import (
-    EXTRACTION,
     HELD_OUT,
     Claim,
     HeldOut,

@@ -123,7 +123,7 @@ def run_arm(arm: str, seed: int, options: Namespace) -> dict:
 
 
 def main() -> None:
-    options = parse(__doc__, ("teacher/finished", "start"), steps=400)
+    options = parse(__doc__, ("teacher/finished", "start"), steps=550)
     folder = begin("tokenizer_stages", options)
     arms = run_arms(folder, run_arm, ARMS, options)
     runs = {
