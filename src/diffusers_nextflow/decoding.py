@@ -164,16 +164,21 @@ class NextFlowDecoderMixin(StableNames):
         """(B, C, h, w) features and, where needed, (B, 3, H, W) pictures in [-1, 1] to start from."""
         if codes is not None and features is not None:
             raise ValueError("give codes or features, not both")
-        if codes is None and features is None and image is None:
+        alone = codes is None and features is None
+        if alone and image is None:
             raise ValueError("give what to decode: codes, features or image")
-        if (codes is not None or image is not None or grid is not None) and self.vq_model is None:
+        if codes is None and grid is not None:
+            raise ValueError(f"grid belongs to codes, got {grid} without any")
+        if not alone and image is not None and not needs_start:
+            raise ValueError("image beside codes or features is what strength below 1 starts from, got strength 1")
+        if (codes is not None or image is not None) and self.vq_model is None:
             raise ValueError("codes and images need the vision tokenizer: load the pipeline with vq_model=")
         device, start = self._execution_device, None
-        if image is not None and (needs_start or (codes is None and features is None)):
-            start, image_grid = self._pixels(image)
-            if codes is None and features is None:
-                codes, grid = apply_forward_hook(NextFlowVQModel.encode)(self.vq_model, start.to(device)), image_grid
-                start = None
+        if alone:
+            pixels, grid = self._pixels(image)
+            codes = apply_forward_hook(NextFlowVQModel.encode)(self.vq_model, pixels.to(device))
+        elif image is not None:
+            start, _ = self._pixels(image)
         if codes is not None:
             codes = _stacked("codes", codes, 2)
             if codes.dtype not in (torch.int64, torch.int32):

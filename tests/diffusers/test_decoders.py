@@ -265,7 +265,7 @@ def test_adapter_on_the_layer_that_reads_the_condition():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"codes": None}, "give what to decode"),
+        ({"codes": None, "grid": None}, "give what to decode"),
         ({"prompt": None}, "caption"),
         ({"prompt": ["a", "b"]}, "prompt must have one entry for each of 1"),
         ({"negative_prompt": ["a", "b"]}, "negative_prompt must have one entry for each of 1"),
@@ -274,13 +274,20 @@ def test_adapter_on_the_layer_that_reads_the_condition():
         ({"codes": random_codes(1) + 24}, r"codes must lie in \[0, 24\)"),
         ({"codes": random_codes(1).float()}, "codes must be int64, got torch.float32"),
         ({"codes": [random_codes(1)[0], random_codes(1)[0, :5]]}, "one size"),
-        ({"codes": None, "features": torch.zeros(1, 3, 2, 4)}, r"must have the shape \(B, 26, h, w\)"),
-        ({"codes": None, "features": torch.zeros(1, 26, 2, 4, dtype=torch.int)}, "features must be floating point"),
+        ({"codes": None, "grid": None, "features": torch.zeros(1, 3, 2, 4)}, r"must have the shape \(B, 26, h, w\)"),
         (
-            {"codes": None, "features": torch.zeros(1, 26, 2, 4), "grid": None, "strength": 0.5},
+            {"codes": None, "grid": None, "features": torch.zeros(1, 26, 2, 4, dtype=torch.int)},
+            "features must be floating point",
+        ),
+        (
+            {"codes": None, "features": torch.zeros(1, 26, 2, 4), "strength": 0.5, "grid": None},
             "starts from a picture",
         ),
         ({"features": torch.zeros(1, 26, 2, 4)}, "codes or features, not both"),
+        ({"image": torch.rand(3, 32, 64)}, "got strength 1"),
+        ({"image": torch.rand(3, 48, 48), "strength": 0.5}, r"start from must be \(32, 64\), got \(48, 48\)"),
+        ({"codes": None, "image": torch.rand(3, 32, 64)}, r"grid belongs to codes, got \(2, 4\)"),
+        ({"codes": None, "grid": None, "image": [torch.rand(3, 32, 64), torch.rand(3, 48, 48)]}, "must have one grid"),
         ({"height": 48}, "the output is 32x64"),
         ({"upscale": 1.5}, "upscale must be a positive whole number"),
         ({"strength": 0}, r"strength must lie in \(0, 1\]"),
