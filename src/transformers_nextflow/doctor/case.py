@@ -15,7 +15,7 @@ from ..modeling_nextflow import NextFlowForConditionalGeneration
 from ..modeling_nextflow_vq import NextFlowVQOutput
 from ..scales import Grid, ScaleSchedule
 from . import reference
-from .pictures import Picture, captioned, draw, sizes
+from .pictures import Picture, draw, sizes
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class Case:
         rng, made = random.Random(f"described {self.seed}"), []
         for schedule in sizes(self.vq_model.schedules):
             pictures = [draw(rng, *self.vq_model.schedules.image_size(schedule)) for _ in range(4)]
-            pixels = torch.cat([self.pixels_of(picture.image)[1] for picture in captioned(pictures)])
+            pixels = torch.cat([self.pixels_of(picture.image)[1] for picture in pictures])
             codes = self.vq_forward(pixels).quantization.target_codes
             made += [(picture, code[None], schedule) for picture, code in zip(pictures, codes)]
         return made

@@ -14,7 +14,9 @@ import torch
 
 OK, NOTE, WARNING, ERROR = "ok", "note", "warning", "error"
 SIGNIFICANT = 4.0
-"""Standard errors that count as more than chance: one in 30,000 for many pictures, one in 1,000 for 16."""
+"""Standard errors that count as more than chance: one in 30,000 for many pictures, one in 1,000 for 12."""
+ENOUGH = 12
+"""Pictures below which a mean says nothing."""
 
 
 @dataclass(frozen=True)
@@ -90,9 +92,9 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def z_score(values: torch.Tensor) -> float:
-    """Mean of independent (N,) values in its standard error; 0 for fewer than 3."""
+    """Mean of independent (N,) values in its standard error; 0 for fewer than [`ENOUGH`]."""
     values = values.detach().double().cpu()
-    if len(values) < 3:
+    if len(values) < ENOUGH:
         return 0.0
     error = float(values.std()) / math.sqrt(len(values))
     mean = float(values.mean())

@@ -2,7 +2,6 @@
 
 import importlib.util
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,7 +80,7 @@ def crop(rng: random.Random, image: Image.Image, height: int, width: int) -> Pic
     return Picture(image.resize((width, height), Image.Resampling.BICUBIC, box=box))
 
 
-def default_pictures(table: ScheduleTable, seed: int, each: int = 6) -> list[Picture]:
+def default_pictures(table: ScheduleTable, seed: int, each: int = 8) -> list[Picture]:
     """`each` drawn pictures of each of [`sizes`], and half as many crops of photographs where packages ship them."""
     rng = random.Random(f"doctor {seed}")
     opened = [Image.open(path).convert("RGB") for path in photographs()]
@@ -107,7 +106,3 @@ def read_pictures(folder: str | Path, limit: int = 48) -> list[Picture]:
         Picture(open_picture(path), text.read_text(encoding="utf-8").strip() if text.is_file() else None)
         for path, text in zip(paths, texts)
     ]
-
-
-def captioned(pictures: Sequence[Picture]) -> list[Picture]:
-    return [picture for picture in pictures if picture.caption]

@@ -24,12 +24,11 @@ from ..data.shards import (
 from ..scales import ScaleSchedule
 from . import reference
 from .case import Case, Sequence
-from .findings import SIGNIFICANT, WARNING, Check, Finding, Verdict, z_score
+from .findings import ENOUGH, SIGNIFICANT, WARNING, Check, Finding, Verdict, z_score
 from .tokenizer import SWAPPED
 
 DRIFTED, MIXED = "drifted tokenizer", "self-correction written into targets"
-UNTRAINED = "worse than the unigram"
-ENOUGH = 16  # pictures of a statistic
+SAMPLED = 16  # pictures that are looked at
 
 
 def check_files(case: Case) -> Finding:
@@ -74,7 +73,7 @@ def check_round_trip(case: Case) -> Finding:
     )
     folder, manifest = open_shards(case.packs, hashes=False)
     spec, worst = sequence_spec(manifest["identity"]), 0.0
-    for sample in manifest["samples"][:ENOUGH]:
+    for sample in manifest["samples"][:SAMPLED]:
         shard = Shard(folder / "data" / manifest["shards"][sample["shard"]]["file"])
         images = images_of(shard.row(sample["row"]), spec, manifest["variants"])
         grid, targets, inputs = images[sample["image"]]
@@ -91,7 +90,7 @@ def check_round_trip(case: Case) -> Finding:
         step = "decode some rows with `transformers-nextflow data inspect` and look at them"
         return check.failed(measured, _or_changed(case, Verdict(fault, cause, step)))
     return check.passed(
-        f"{len(manifest['samples'][:ENOUGH])} stored pictures, at most {worst:+.1f} grey levels more than then"
+        f"{len(manifest['samples'][:SAMPLED])} stored pictures, at most {worst:+.1f} grey levels more than then"
     )
 
 
@@ -158,13 +157,13 @@ def check_targets_again(case: Case) -> Finding:
         "often as those of pictures that were decoded and coded twice",
     )
     stored, again, pictures = [], [], []
-    for grid, targets, inputs in stored_pictures(case, ENOUGH):
+    for grid, targets, inputs in stored_pictures(case, SAMPLED):
         picture = StoredCodes(case, grid, targets, inputs)
         pictures.append(picture)
         stored.append(picture.agreement())
         plain = case.vq_model.encode(case.vq_model.decode(picture.codes(), grid))
         again.append(_agreement(_recoded(case, plain, picture.schedule), plain, picture.schedule))
-    if len(pictures) < 3:
+    if len(pictures) < ENOUGH:
         return check.noted("the shards hold too few pictures to say")
     own, twice = sum(stored) / len(stored), sum(again) / len(again)
     measured = f"{own:.1%} agree over {len(pictures)} pictures, {twice:.1%} of codes made twice"
@@ -332,17 +331,9 @@ def check_losses(case: Case) -> Finding:
         "turn), less than their neighbours in number or place, and less than with other settings of config.json",
     )
     case.supervised = pictures = supervised_pictures(case)
-    if len(pictures) < 3:
+    if len(pictures) < ENOUGH:
         return check.noted("the shards hold too few supervised pictures to say")
-    losses = torch.tensor([picture.loss for picture in pictures])
-    for fault, name, value in other_settings(case):
-        with other_setting(case.config, name, value):
-            then = torch.tensor([picture.loss for picture in supervised_pictures(case)])
-        if z_score(losses - then) > SIGNIFICANT:
-            measured = f"{float(losses.mean()):.2f} nats a code, and {float(then.mean()):.2f} with {name} = {value}"
-            cause = f"config.json says {name} = {getattr(case.config, name)}, the weights were trained with {value}"
-            return check.failed(measured, Verdict(fault, cause, f"set {name} to {value} in config.json"), WARNING)
-    return _judge_losses(case, check, pictures)
+    return _misread(case, check, pictures) or _judge_losses(case, check, pictures)
 
 
 def other_settings(case: Case) -> list[tuple[str, str, object]]:
@@ -379,9 +370,9 @@ class Supervised:
     log_probs: torch.Tensor
     source: torch.Tensor | None
 
-    @property
-    def loss(self) -> float:
-        return float(F.nll_loss(self.log_probs, self.codes))
+    def loss_of(self, codes: torch.Tensor) -> float:
+        """Mean cost of (L,) codes; one that is all but impossible counts no more than 30 nats."""
+        return float(F.nll_loss(self.log_probs, codes, reduction="none").clamp(max=30).mean())
 
 
 def supervised_pictures(case: Case) -> list[Supervised]:
@@ -411,9 +402,36 @@ def supervised_pictures(case: Case) -> list[Supervised]:
             schedule, source = read.get(document, (None, None))
             source = source if schedule == image.schedule else None
             pictures.append(Supervised(image.schedule, own, log_probs, source))
-        if len(pictures) >= ENOUGH:
+        if len(pictures) >= SAMPLED:
             break
     return pictures
+
+
+def _misread(case: Case, check: Check, pictures: list[Supervised]) -> Finding | None:
+    """Whether the weights find other codes, or the same under another setting, likelier than what is stored."""
+    size, step = case.config.vq_config.codebook_size, "the model was trained on codes of another numbering or order"
+    readings: dict[str, tuple[Verdict, list[float]]] = {}
+    for shift in (-2, -1, 1, 2):
+        name = f"codes numbered {shift:+d}"
+        verdict = Verdict("wrong code offset", f"the model finds {name} likelier", f"{step}: compare the offsets")
+        readings[name] = verdict, [picture.loss_of((picture.codes + shift) % size) for picture in pictures]
+    for shift in (-1, 1):
+        name = f"codes {shift:+d} position"
+        verdict = Verdict("shifted targets", f"the model finds {name} likelier", f"{step}: compare the targets")
+        readings[name] = verdict, [picture.loss_of(picture.codes.roll(shift)) for picture in pictures]
+    for fault, name, value in other_settings(case):
+        cause = f"config.json says {name} = {getattr(case.config, name)}, the weights were trained with {value}"
+        with other_setting(case.config, name, value):
+            then = [picture.loss_of(picture.codes) for picture in supervised_pictures(case)]
+        readings[f"{name} = {value}"] = Verdict(fault, cause, f"set {name} to {value} in config.json"), then
+    own = torch.tensor([picture.loss_of(picture.codes) for picture in pictures])
+    best = min(readings, key=lambda name: sum(readings[name][1]))
+    verdict, values = readings[best]
+    if z_score(own - torch.tensor(values)) <= SIGNIFICANT:
+        return None
+    then = sum(values) / len(values)
+    measured = f"{float(own.mean()):.2f} nats a code over {len(own)} stored pictures, {then:.2f} with {best}"
+    return check.failed(measured, verdict, WARNING)
 
 
 def _judge_losses(case: Case, check: Check, pictures: list[Supervised]) -> Finding:
@@ -427,12 +445,6 @@ def _judge_losses(case: Case, check: Check, pictures: list[Supervised]) -> Findi
             counts[scale] += (
                 picture.codes[picture.schedule.slice(scale)].bincount(minlength=config.codebook_size).cpu()
             )
-    shifts = {"the right codes": lambda codes, schedule: codes}
-    for step in (-2, -1, 1, 2):
-        shifts[f"codes numbered {step:+d}"] = lambda codes, schedule, step=step: (codes + step) % config.codebook_size
-    for step in (-1, 1):
-        shifts[f"codes {step:+d} position"] = lambda codes, schedule, step=step: codes.roll(step)
-    readings = {name: [] for name in shifts}
     for picture in pictures:
         schedule, codes, log_probs = picture.schedule, picture.codes, picture.log_probs
         losses = F.nll_loss(log_probs, codes, reduction="none")
@@ -444,24 +456,15 @@ def _judge_losses(case: Case, check: Check, pictures: list[Supervised]) -> Findi
             probability = (rest + 0.5) / (rest.sum() + 0.5 * size)
             loss[scale].append(float(losses[schedule.slice(scale)].mean()))
             unigram[scale].append(float(-probability[own].log().mean()))
-        for name, shift in shifts.items():
-            moved = F.nll_loss(log_probs, shift(codes, schedule), reduction="none")
-            readings[name].append(float(moved.clamp(max=30).mean()))
     means = {"loss": [float(np.mean(each)) for each in loss], "unigram": [float(np.mean(each)) for each in unigram]}
     case.curves["loss of each scale, nats per code"] = means
     shown = ", ".join(f"{a:.2f} ({b:.2f})" for a, b in zip(means["loss"], means["unigram"]))
     measured = f"loss (unigram) of the scales over {len(pictures)} stored pictures: {shown}"
-    rates = {name: torch.tensor(values) for name, values in readings.items()}
-    best = min(rates, key=lambda name: float(rates[name].mean()))
-    if best != "the right codes" and z_score(rates["the right codes"] - rates[best]) > SIGNIFICANT:
-        fault = "wrong code offset" if "numbered" in best else "shifted targets"
-        step = "the model was trained on codes of another numbering or order than these: compare offset and targets"
-        return check.failed(measured, Verdict(fault, f"the model finds {best} likelier", step), WARNING, **means)
     for scale in range(most):
         score = z_score(torch.tensor(loss[scale]) - torch.tensor(unigram[scale]))
         if score > SIGNIFICANT:
             verdict = Verdict(
-                UNTRAINED,
+                "worse than the unigram",
                 f"scale {scale + 1} is predicted worse than by the frequencies of its codes: not trained, trained on "
                 "other codes, or its inputs are not those of the training",
                 "train longer, or compare codes, inputs and positions with the training's",
@@ -490,8 +493,8 @@ def check_copying(case: Case) -> Finding:
                 F.nll_loss(picture.log_probs[differ], codes[differ]) for codes in (picture.codes, picture.source)
             )
             gains.append(float(copied - own))
-    if len(gains) < 3:
-        return check.noted("the packs hold too few edits to say")
+    if len(gains) < ENOUGH:
+        return check.noted(f"{len(gains)} edits among the pictures looked at are too few to say", gains=gains)
     gain, score = sum(gains) / len(gains), z_score(torch.tensor(gains))
     measured = (
         f"over {len(gains)} edits, {sum(shares) / len(shares):.0%} of the codes are the source's; at the others the "

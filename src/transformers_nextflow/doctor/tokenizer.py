@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from ..quantizer import SelfCorrection
 from . import reference
 from .case import Case
-from .findings import SIGNIFICANT, WARNING, Check, Finding, Verdict, difference, tolerance, z_score
+from .findings import ENOUGH, SIGNIFICANT, WARNING, Check, Finding, Verdict, difference, tolerance, z_score
 
 SWAPPED = "swapped height and width"
 INTERPOLATION = "wrong interpolation"
@@ -214,7 +214,7 @@ def check_reconstruction(case: Case) -> Finding:
     measured = (
         f"PSNR {psnr:.1f} dB; the squared error is {float(gain.exp().median()):.1f} times smaller than the mean's"
     )
-    if score < SIGNIFICANT:
+    if len(gain) >= ENOUGH and score < SIGNIFICANT:
         verdict = Verdict(
             "damaged vision tokenizer",
             "encoder, codebook and decoder do not belong together, or the tokenizer is not trained",
@@ -276,7 +276,7 @@ def check_codebook(case: Case) -> Finding:
         for scale, (score, share) in enumerate(zip(scores, shares))
         if score < SIGNIFICANT or share < NOTICEABLE
     ]
-    if not collapsed or pictures < 12:
+    if not collapsed or pictures < ENOUGH:
         return check.passed(measured, **figures)
     first = collapsed[0]
     place = "coarse" if first <= most / 2 else "fine"
@@ -346,7 +346,7 @@ def check_semantics(case: Case) -> Finding:
     if cosine is not None:
         measured += f"; cosine of the features themselves {cosine:.2f}"
     figures = {"alignment": likeness, "deviations": score, "cosine": cosine}
-    if sum(map(len, made)) < 12 or score > SIGNIFICANT:
+    if sum(map(len, made)) < ENOUGH or score > SIGNIFICANT:
         return check.passed(measured, **figures)
     verdict = Verdict(
         "semantic branch lost",
