@@ -77,8 +77,9 @@ def fill_code_targets(
                 f"<boi> at {image.start}"
             )
         targets_BL[image.row, image.slots] = codes + text_vocab_size
-        scale_weights = torch.tensor(image.schedule.weights(alpha), device=weights_BL.device)
-        lengths = torch.tensor(image.schedule.lengths, device=weights_BL.device)
+        predicted = image.schedule.prefix(image.num_scales)
+        scale_weights = torch.tensor(predicted.weights(alpha), device=weights_BL.device)
+        lengths = torch.tensor(predicted.lengths, device=weights_BL.device)
         weights_BL[image.row, image.slots] = scale_weights.repeat_interleave(lengths)
     return targets_BL, weights_BL.masked_fill(targets_BL == IGNORE, 0.0)
 

@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from ..attention import attended_pairs
 from ..data.costs import CostModel
 from ..data.loading import PackCollator
+from ..liger import register_liger_kernel
 from ..losses import IGNORE
 from ..modeling_nextflow import NextFlowOutput
 from .attention_logits import LargestAttentionLogit
@@ -86,6 +87,8 @@ class NextFlowTrainer(Trainer):
     def __init__(self, model=None, args=None, data_collator=None, train_dataset=None, **kwargs):
         if data_collator is None and train_dataset is not None:
             data_collator = PackCollator(train_dataset)
+        if args is not None and args.use_liger_kernel:
+            register_liger_kernel()
         super().__init__(model, args, data_collator, train_dataset, **kwargs)
         per_step = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
         if train_dataset is not None and len(train_dataset) % per_step:
