@@ -240,7 +240,9 @@ def test_a_bfloat16_model_draws(model):
 # Guidance by images, intervals, further passes
 
 
-@pytest.mark.parametrize("scales", [(2.0, 3.0), (1.0, 2.0), ([1.0, 2.0, 1.0], [2.0, 1.0, 1.0])], ids=str)
+@pytest.mark.parametrize(
+    "scales", [(2.0, 3.0), (1.0, 2.0), ([1.0, 2.0, 1.0], [2.0, 1.0, 1.0]), (1.0, [2.0, 3.0, 0.5])], ids=str
+)
 def test_image_guidance_adds_the_difference_of_a_third_forward(model, scales):
     text_scale, image_scale = scales
     pictures = [[part for part in row if isinstance(part, Picture)] for row in EDITS]
@@ -299,36 +301,54 @@ def test_null_rows_stop_after_the_last_guided_scale(model):
     assert rows([1.0, 1.0, 1.0]) == [3, 3, 3]
 
 
-@pytest.mark.parametrize("features", ["model", "accumulated"])
-def test_a_further_pass_reads_the_scale_itself(request, features):
-    """By hand: the last scale again, from its own codes on its own grid, over everything before it."""
-    model = request.getfixturevalue(features)
-    plain = draw(model, *PROMPTS)
-    assert torch.equal(draw(model, *PROMPTS, refine_top_k=()).sequences, plain.sequences)
-    once = draw(model, *PROMPTS, temperature=0.0)
-    refined = draw(model, *PROMPTS, temperature=0.0, refine_top_k=(5,), forced_codes=once.sequences[:, :5] - TEXT_ROWS)
-    whole = [[*row[:-1], Picture(SQUARE, codes=codes - TEXT_ROWS)] for row, codes in zip(PROMPTS, once.sequences)]
+def last_scale_again(model, rows: list, sequences: torch.Tensor) -> torch.Tensor:
+    """(B, 9, V) by hand: the last scale from its own codes on its own grid, over everything before it."""
+    whole = [[*row[:-1], Picture(SQUARE, codes=codes - TEXT_ROWS)] for row, codes in zip(rows, sequences)]
     inner, schedule = model.model, model.model.schedules.by_grid(SQUARE)
-    entries = inner.code_embeddings(once.sequences - TEXT_ROWS)
+    entries = inner.code_embeddings(sequences - TEXT_ROWS)
     own = entries[:, 5:]
-    if features == "accumulated":
+    if model.config.feature_mode == "accumulated":
         maps = [to_map(entries[:, schedule.slice(scale)], grid) for scale, grid in enumerate(schedule)]
         own = to_sequence(sum(resize_features(each, SQUARE) for each in maps))
     replaced = inner.connect(own, [SQUARE]) + inner.scale_embedding(torch.tensor([3]), torch.tensor([3]))
-    inputs = batch_of(model, *whole)
     seen = {}
     hook = inner.language_model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.update(embeds=kwargs["inputs_embeds"], **kwargs), with_kwargs=True
     )
     with torch.no_grad():
-        model(**inputs)
+        model(**batch_of(model, *whole))
         hook.remove()
         kwargs = {name: seen[name] for name in ("position_ids", "attention_mask")}
         embeds = torch.cat([seen["embeds"][:, :-10], replaced, seen["embeds"][:, -1:]], dim=1)
-        logits = model.code_head(inner.language_model(inputs_embeds=embeds, **kwargs).last_hidden_state[:, -10:-1])
+        return model.code_head(inner.language_model(inputs_embeds=embeds, **kwargs).last_hidden_state[:, -10:-1])
+
+
+@pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
+@pytest.mark.parametrize("features", ["model", "accumulated"])
+def test_a_further_pass_reads_the_scale_itself(request, features, guided):
+    model = request.getfixturevalue(features)
+    kwargs = {"temperature": 0.0} | ({"guidance_scale": 3.0, "nulls": NULLS} if guided else {})
+    once = draw(model, *PROMPTS, **kwargs)
+    assert torch.equal(draw(model, *PROMPTS, refine_top_k=(), **kwargs).sequences, once.sequences)
+    refined = draw(model, *PROMPTS, refine_top_k=(5,), forced_codes=once.sequences[:, :5] - TEXT_ROWS, **kwargs)
+    logits = last_scale_again(model, PROMPTS, once.sequences)
+    if guided:
+        null = last_scale_again(model, NULLS, once.sequences)
+        logits = null + 3.0 * (logits - null)
     assert relative(refined.logits[2], logits) < 1e-5
     assert torch.equal(refined.sequences[:, 5:] - TEXT_ROWS, logits.argmax(-1))
     assert relative(refined.logits[2], once.logits[2]) > 0.1
+
+
+def test_every_pass_draws_anew_from_its_own_top_k(model):
+    temperature, top_p = [1.5, 0.7, 1.2], [1.0, 0.9, 0.8]
+    output = draw(model, *PROMPTS, top_k=1, refine_top_k=(2, 0), temperature=temperature, top_p=top_p, seed=5)
+    stream, schedule = torch.Generator().manual_seed(5), model.model.schedules.by_grid(SQUARE)
+    for scale, length in enumerate(schedule.lengths):
+        for top_k in (1, 2, 0) if scale else (1,):  # the first scale has one pass
+            uniform = torch.rand(length, generator=stream).expand(3, -1)
+            expected = sample(output.logits[scale], temperature[scale], top_k, top_p[scale], uniform)
+        assert torch.equal(output.sequences[:, schedule.slice(scale)] - TEXT_ROWS, expected)
 
 
 def test_later_scales_see_the_block_as_first_read(model):
@@ -376,20 +396,23 @@ def test_forcing_what_is_drawn_anyway_changes_nothing(request, features, guided,
         assert torch.equal(kept.sequences, free.sequences)
 
 
-def test_variations_share_a_prefix_and_its_cost(model):
+@pytest.mark.parametrize(("length", "rows_read"), [(1, [3, 3, 12]), (5, [3, 3, 3])], ids=["one scale", "two scales"])
+@pytest.mark.parametrize("features", ["model", "accumulated"])
+def test_variations_share_a_prefix_and_its_cost(request, features, length, rows_read):
+    model = request.getfixturevalue(features)
     codes = draw(model, *EDITS).sequences - TEXT_ROWS
-    kwargs = {"num_images_per_prompt": 4, "forced_codes": codes[:, :5], "seed": 7}
+    kwargs = {"num_images_per_prompt": 4, "forced_codes": codes[:, :length], "seed": 7}
     varied = draw(model, *EDITS, **kwargs)
     each = codes.repeat_interleave(4, dim=0)
-    assert torch.equal(varied.sequences[:, :5] - TEXT_ROWS, each[:, :5])
+    assert torch.equal(varied.sequences[:, :length] - TEXT_ROWS, each[:, :length])
     assert len(varied.sequences.unique(dim=0)) == 12
     rows = [row for row in EDITS for _ in range(4)]
     assert relative(joined(varied), forced(model, *rows, sequences=varied.sequences)) < 1e-5
-    assert [count for count, _ in decoder_rows(model, *EDITS, **kwargs)] == [3, 3, 3]
+    assert [count for count, _ in decoder_rows(model, *EDITS, **kwargs)] == rows_read
     whole = draw(model, *EDITS, num_images_per_prompt=2, forced_codes=codes)
     assert torch.equal(whole.sequences - TEXT_ROWS, codes.repeat_interleave(2, dim=0))
     assert len(joined(whole)) == 6
-    alone = draw(model, EDITS[2], num_images_per_prompt=4, forced_codes=codes[2:, :5], seed=7)
+    alone = draw(model, EDITS[2], num_images_per_prompt=4, forced_codes=codes[2:, :length], seed=7)
     assert torch.equal(alone.sequences, varied.sequences[8:])
 
 
@@ -412,6 +435,29 @@ def test_inpainting_keeps_every_code_of_the_region(model, grid):
     expected = forced(model, *PROMPTS, sequences=drawn + TEXT_ROWS, grid=grid)
     again = draw(model, *PROMPTS, grid=grid, forced_codes=codes, forced_mask=mask.expand(3, -1), seed=5)
     assert relative(joined(again), expected) < 1e-5
+
+
+@pytest.mark.parametrize("refine", [(), (4,)], ids=["one pass", "two passes"])
+def test_regions_stay_with_the_pictures_of_their_prompt(model, refine):
+    codes = draw(model, *PROMPTS, seed=9).sequences - TEXT_ROWS
+    mask = torch.zeros(3, 14, dtype=torch.bool)
+    mask[0, :5], mask[1, [0, 2, 7]], mask[2, 5:] = True, True, True  # whole scales, single codes, all of the last
+    kwargs = {"num_images_per_prompt": 2, "refine_top_k": refine}
+    drawn = draw(model, *PROMPTS, forced_codes=codes, forced_mask=mask, seed=[5, 6, 7], **kwargs).sequences
+    for index, prompt in enumerate(PROMPTS):
+        at = slice(index, index + 1)
+        alone = draw(model, prompt, forced_codes=codes[at], forced_mask=mask[at], seed=5 + index, **kwargs).sequences
+        assert torch.equal(drawn[2 * index : 2 * index + 2], alone)
+        assert torch.equal(alone[:, mask[index]] - TEXT_ROWS, codes[at, mask[index]].expand(2, -1))
+
+
+def test_previews_of_a_shared_prefix(model):
+    codes, seen = draw(model, *PROMPTS).sequences - TEXT_ROWS, []
+    kwargs = {"num_images_per_prompt": 2, "forced_codes": codes[:, :5], "seed": 7}
+    output = draw(model, *PROMPTS, on_scale_end=lambda *scale: seen.append(scale), **kwargs)
+    assert [scale[:2] for scale in seen] == [(picture, scale) for scale in range(3) for picture in range(6)]
+    for picture, scale, so_far in seen:
+        assert torch.equal(so_far, output.sequences[picture, : (1, 5, 14)[scale]] - TEXT_ROWS)
 
 
 def test_previews(model):

@@ -17,6 +17,7 @@ from tiny_models import (
     tiny_config,
     tiny_model,
 )
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from transformers_nextflow import NextFlowInterleavedOutput
@@ -139,6 +140,24 @@ def test_pictures_are_those_of_image_mode(model, image_generation):
     assert drawn >= 4
 
 
+def test_a_picture_of_further_passes_is_read_as_first_predicted(model):
+    """Its codes are those of image mode; what follows it is predicted as in one forward."""
+    controls, inputs = {"guidance_scale": 3.0, "refine_top_k": (4,)}, with_nulls(model, PROMPTS, NULLS)
+    output = answer(model, inputs, controls, do_sample=False, max_new_images=1)
+    again = {name: output[name] for name in ("attention_mask", "image_grid_hw", "image_codes")}
+    with torch.no_grad():
+        logits = model(input_ids=output.sequences, **again).logits
+    for row, (prompt, null) in enumerate(zip(PROMPTS, NULLS)):
+        parts = pieces(output, row)
+        (place,) = (index for index, part in enumerate(parts) if isinstance(part, Picture) and index >= len(prompt))
+        rows = with_nulls(model, [[*parts[:place], BOI]], [[*null, BOI]])
+        alone = model.generate(**rows, generation_mode="image", aspect_ratio="2:1", seed=0, **controls)
+        assert torch.equal(alone[0] - TEXT_ROWS, parts[place].codes)
+        assert place < len(parts) - 1, "text must follow"
+        last = logits[row][output.attention_mask[row].bool()][-2, :TEXT_ROWS]
+        assert relative(output.logits[row][-1][0], last) < 1e-5
+
+
 @BY_GUIDANCE
 def test_a_batch_is_each_prompt_alone(model, image_generation):
     inputs = with_nulls(model, PROMPTS, NULLS)
@@ -195,6 +214,48 @@ def test_a_second_turn_reads_only_what_is_new(request, name, image_generation, b
     assert counted[0] < sum(held)
     if image_generation == GUIDED:
         assert len(held) == 3 * len(prompts)
+
+
+def test_a_next_turn_is_the_turn_before_and_the_new_messages(model):
+    first = answer(model, with_nulls(model, PROMPTS, NULLS), GUIDED)
+    new = with_nulls(model, NEXT, NEXT_NULL)
+    inputs = model.next_turn(first, **new)
+    read = lambda ids, mask: [row[kept.bool()].tolist() for row, kept in zip(ids, mask)]  # noqa: E731
+    for prefix, *before in (
+        ("", first.sequences, first.attention_mask),
+        ("negative_", first.negative_sequences, first.negative_attention_mask),
+    ):
+        names = prefix + "input_ids", prefix + "attention_mask"
+        together, new_ids = (read(*(each[name] for name in names)) for each in (inputs, new))
+        assert together == [old + following for old, following in zip(read(*before), new_ids)]
+
+
+def test_processors_and_criteria_see_each_row_alone(model):
+    seen, judged = [], []
+
+    class Processor(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            seen.append(input_ids[0].tolist())
+            return scores
+
+    class Criterion(StoppingCriteria):
+        def __call__(self, input_ids, scores):
+            judged.append(input_ids[0].tolist())
+            return torch.zeros(1, dtype=torch.bool)
+
+    inputs = batch_of(model, *PROMPTS)
+    processors, criteria = LogitsProcessorList([Processor()]), StoppingCriteriaList([Criterion()])
+    output = answer(model, inputs, logits_processor=processors, stopping_criteria=criteria)
+    assert (output.image_grid_hw == torch.tensor(WIDE)).all(dim=1).sum() >= 4
+    before, after = [], []
+    for row, kept in zip(output.sequences, output.attention_mask.bool()):
+        start = output.prompt_length
+        prompt, reply = row[:start][kept[:start]].tolist(), row[start:][kept[start:]].tolist()
+        text = prompt + [token for token in reply if token not in (IMAGE, EOI)]
+        before += [text[:length] for length in range(len(prompt), len(text))]
+        judgeable = min(len(text), len(prompt) + 11)  # the twelfth token is the last whatever criteria say
+        after += [text[:length] for length in range(len(prompt) + 1, judgeable + 1)]
+    assert sorted(seen) == sorted(before) and sorted(judged) == sorted(after)
 
 
 class Recorder(BaseStreamer):
