@@ -42,7 +42,7 @@ from transformers_nextflow.flops import image_passes, model_cost
 from transformers_nextflow.row_cache import RowCache
 
 from . import decode
-from .harness import interleaved_seconds, machine, median, report, wait
+from .harness import interleaved_seconds, machine, median, names_in, report, wait
 
 GUIDANCE, TOP_K, TOP_P = 4.0, 600, 0.95
 PROMPT_TOKENS = 100
@@ -230,11 +230,6 @@ def goals(result: dict) -> dict:
         name: {"goal": goal, "measured": value, "met": None if value is None else value <= goal}
         for (name, goal), value in zip(GOALS.items(), got)
     }
-
-
-def names_in(result) -> list | dict:
-    """What a result would hold, without its figures."""
-    return {name: names_in(value) for name, value in result.items()} if isinstance(result, dict) else "measured"
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -5,11 +5,13 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
 import transformers
+from scipy.stats import t
 
 from transformers_nextflow.files import write_atomically
 
@@ -30,6 +32,17 @@ def interleaved_seconds(
     return seconds
 
 
+def in_processes(function: Callable, jobs: list[tuple]) -> Iterator[tuple[tuple, object]]:
+    """Results of `function(*job)`, with the job, as they come from as many processes of one thread as there are
+    cores; what one of them raises is raised here."""
+    context = torch.multiprocessing.get_context("spawn")
+    workers = min(len(os.sched_getaffinity(0)), len(jobs))
+    with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
+        futures = {pool.submit(function, *job): job for job in jobs}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+
+
 def wait(device: torch.device) -> None:
     """Until the device has done what it was given."""
     if device.type == "cuda":
@@ -38,6 +51,14 @@ def wait(device: torch.device) -> None:
 
 def median(values: list[float]) -> float:
     return round(statistics.median(values), 5)
+
+
+def interval(values: Sequence[float]) -> dict:
+    """Mean and half of the 95% interval of a t distribution, which one value has not."""
+    half = None
+    if len(values) > 1:
+        half = round(float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5, 5)
+    return {"mean": round(statistics.mean(values), 5), "half_interval": half, "seeds": list(values)}
 
 
 def machine(device: torch.device) -> dict:
@@ -62,11 +83,22 @@ def _processor() -> str:
 
 def report(result: dict, as_json: bool, output: Path | None = None) -> None:
     """Print a result, as JSON or line by line, and write it as JSON to `output` if given."""
-    text = json.dumps(result, indent=2)
     if as_json:
-        print(text)
+        print(json.dumps(result, indent=2))
     else:
         for name, value in result.items():
             print(f"{name}: {value}")
     if output is not None:
-        write_atomically(output, lambda partial: partial.write_text(text + "\n"))
+        save(result, output)
+
+
+def save(result: dict, output: Path) -> None:
+    """Write a result as JSON, whole or not at all."""
+    write_atomically(output, lambda partial: partial.write_text(json.dumps(result, indent=2) + "\n"))
+
+
+def names_in(result):
+    """What a result holds, without its figures."""
+    if isinstance(result, dict):
+        return {name: names_in(value) for name, value in result.items()}
+    return result if isinstance(result, str | bool) else "measured"

@@ -1,17 +1,28 @@
 """Time of packs under four strategies: `python -m benchmarks.packing --json`.
 
-Documents of a mixture like the paper's 512-level stage (table 2: text, text-to-image, editing, interleaved) with
-random ids and codes are packed by batch padding, concatenate-and-cut, best fit by length, and computation budget.
-Packs drawn at random are measured, forward and backward of a two-layer model, on this machine. The cost model is
-fitted on packs of one half of the documents and compared with packs of the other half. What 64 ranks would take, a
-step waiting for its slowest rank, is composed from the measured packs, not measured.
+Documents in the shares of the paper's 512-level stage (table 2), with random ids and codes, are packed by padding
+(random batches, each document a row padded to the longest, under SDPA's dense mask), by concatenating and cutting, by
+length, and by computation budget. The last three use `attn_implementation="blocks"`; padding under it is measured too,
+to tell what the dense mask costs from what the padding does. No pack or batch exceeds `--length` positions.
+
+The cost model is fitted on packs of one half of the documents, padded ones and concatenated ones. Of the other half
+every strategy packs all documents, budget by that cost model, and predictions are compared with the times there. From
+each plan, packs are measured that stand for it: from strata of predicted cost, finer where costs are high. A
+measurement is forward and backward of a two-layer model; all packs are measured in turn, and a pack's time is its
+median over the rounds. What 64 ranks take, a step waiting for its slowest rank, is composed from the measured packs,
+not measured.
+
+Attention has a larger share of the cost in a narrow model of two layers than in the 7B model, and uneven packs differ
+the more for it: `flops_of_7b` is the same comparison by the 7B model's FLOPs, computed over whole plans, not measured.
 """
 
 import argparse
+import copy
 import json
 import time
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +33,17 @@ from transformers_nextflow.data import BatchPadding, ComputeBudget, CostModel, F
 from transformers_nextflow.data.loading import collate
 from transformers_nextflow.data.packing import Extents
 from transformers_nextflow.data.sequences import SequenceSpec, SpecialIds
+from transformers_nextflow.training import load_stages
 
-from .harness import machine
+from .harness import machine, report, wait
 
 SPECIAL = SpecialIds(boi=1, eoi=2, image=3, eos=4, pad=0)
-TEXT_ROWS, CODES = 4096, 4096
-MIXTURE = {"text": 700, "text-to-image": 345, "editing": 20, "interleaved": 5}  # million samples, table 2
+TEXT_ROWS, CODES = 1024, 1024
+SHARES = load_stages()["pretrain-512"].shares
 MEAN_TEXT = 400  # positions, which table 2's 1.8 T tokens leave for each of 700 M texts
+STRATA = (0.25, 0.5, 0.75, 0.9, 0.97)  # of a plan's packs by cost; finer at the end that 64 ranks wait for
+FITTED_ON = ("padding", "padding, blocks", "concatenate and cut")  # packs from small to large, under both backends
+BACKEND = {"sdpa": "dense", "blocks": "blocks"}  # attn_implementation to the cost model's word
 
 
 def two_layer_model(width: int) -> NextFlowForConditionalGeneration:
@@ -36,7 +51,7 @@ def two_layer_model(width: int) -> NextFlowForConditionalGeneration:
     text = {
         "vocab_size": TEXT_ROWS,
         "hidden_size": width,
-        "intermediate_size": 4 * width,
+        "intermediate_size": 5 * width,
         "num_hidden_layers": 2,
         "num_attention_heads": width // 64,
         "num_key_value_heads": max(width // 256, 1),
@@ -68,8 +83,11 @@ class Corpus:
         self.spec = spec
         self.grids_of_level = [schedule.final_grid for schedule in spec.schedules.of_level(level)]
         self.rng = np.random.default_rng(seed)
-        kinds = self.rng.choice(list(MIXTURE), count, p=np.array(list(MIXTURE.values())) / sum(MIXTURE.values()))
-        self.documents = [self._draw(kind) for kind in kinds]
+        # one place in each of `count` equal parts of the shares: of 1,070 documents every kind has its exact share
+        places = (np.arange(count) + self.rng.random()) / count
+        kinds = np.searchsorted(np.cumsum(list(SHARES.values()))[:-1], places, side="right")
+        self.kinds = [list(SHARES)[kind] for kind in self.rng.permutation(kinds)]
+        self.documents = [self._draw(kind) for kind in self.kinds]
 
     def _text(self, mean: float, most: int = 4096) -> list[int]:
         length = min(int(self.rng.lognormal(np.log(mean) - 0.5, 1.0)) + 1, most)
@@ -132,157 +150,241 @@ def concatenate_and_cut(corpus: Corpus, length: int, seed: int) -> tuple[Corpus,
         rows[-1].append(len(pieces))
         pieces.append((ids[start:], flags[start:], grids[first_picture:]))
         cut += cuts
-    cut_corpus = Corpus.__new__(Corpus)
-    cut_corpus.spec, cut_corpus.rng, cut_corpus.documents = corpus.spec, corpus.rng, pieces
+    cut_corpus = copy.copy(corpus)
+    cut_corpus.documents = pieces
     return cut_corpus, [row for row in rows if row], cut
 
 
-def step(model, pack: dict[str, np.ndarray], padded: bool) -> tuple[float, float]:
-    """Seconds and loss of forward and backward."""
-    batch = collate([pack], SPECIAL.pad, padded)
-    device = model.device
-    batch = {name: values.to(device) for name, values in batch.items()}
-    model.zero_grad(set_to_none=True)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    loss = model(**batch, use_cache=False, logits_over="none").loss
-    loss.backward()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, loss.item()
+@dataclass(frozen=True)
+class Plan:
+    """All packs of a strategy; `documents` are pieces where it cuts."""
+
+    documents: Corpus
+    extents: Extents
+    packs: list[list[int]]
+    padded: bool = False
+    attention: str = "blocks"
+    documents_cut: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Real positions of all packs."""
+        return sum(int(self.extents.num_tokens[pack].sum()) for pack in self.packs)
+
+    @property
+    def tokens_per_pack(self) -> float:
+        return self.tokens / len(self.packs)
+
+    def measures(self, cost_model: CostModel) -> np.ndarray:
+        """(packs, 5) of the cost model."""
+        return np.array([cost_model.measures(*self.extents.of(pack), self.padded) for pack in self.packs])
+
+    def batch(self, number: int, device: torch.device) -> dict[str, torch.Tensor]:
+        pack = self.documents.expand(self.packs[number])
+        return {name: values.to(device) for name, values in collate([pack], SPECIAL.pad, self.padded).items()}
 
 
-def check_attention(model, corpus: Corpus) -> float:
-    """Relative difference of the loss from that of SDPA under the whole mask."""
-    shortest = np.argsort(corpus.extents().num_tokens)
-    pictures = [document for document in shortest if len(corpus.documents[document][2])]
-    pack = corpus.expand([shortest[0], pictures[0], shortest[1]])
-    model.model.language_model.set_attn_implementation("sdpa")
-    _, expected = step(model, pack, padded=False)
-    model.model.language_model.set_attn_implementation("blocks")
-    _, loss = step(model, pack, padded=False)
-    return abs(loss - expected) / expected
-
-
-def compose(seconds: np.ndarray, tokens: np.ndarray, ranks: int, steps: int = 2000) -> dict:
-    """What `ranks` take for steps that wait for their slowest, each rank's pack drawn from the measured ones."""
-    drawn = np.random.default_rng(0).integers(len(seconds), size=(steps, ranks))
-    slowest = seconds[drawn].max(axis=1)
+def make_plans(corpus: Corpus, length: int, cost_model: CostModel, seed: int) -> dict[str, Plan]:
+    """Every strategy's plan of all documents, each pack or batch at most `length` positions."""
+    extents = corpus.extents()
+    longest = int(extents.num_tokens.max())
+    if longest > length:
+        raise SystemExit(f"--length {length} is shorter than the longest document, {longest} positions")
+    padding = BatchPadding(length // longest, length).plan(extents, cost_model, 1, seed)
+    pieces, rows, cut = concatenate_and_cut(corpus, length, seed)
     return {
-        "seconds_per_step": float(slowest.mean()),
-        "tokens_per_second": float(tokens[drawn].sum() / slowest.sum()),
-        "mean_over_max": float(seconds[drawn].mean(axis=1).sum() / slowest.sum()),
+        "padding": Plan(corpus, extents, padding, padded=True, attention="sdpa"),
+        "padding, blocks": Plan(corpus, extents, padding, padded=True),
+        "concatenate and cut": Plan(pieces, pieces.extents(), rows, documents_cut=cut),
+        "length": Plan(corpus, extents, FixedLength(length).plan(extents, cost_model, 1, seed)),
+        "budget": Plan(corpus, extents, ComputeBudget(length).plan(extents, cost_model, 1, seed)),
     }
+
+
+class Sample:
+    """Packs that stand for a plan, one for each stratum of predicted cost.
+
+    Attributes:
+        numbers: (packs,) which of the plan's, in the middle of their strata.
+        weights: (packs,) shares of the plan's packs for which they stand.
+        measures: (packs, 5) of the cost model.
+        predicted_over_plan: their weighted mean cost over the plan's mean cost, both predicted: 1 if they are typical.
+        seconds: (rounds, packs), to be measured.
+    """
+
+    def __init__(self, plan: Plan, rounds: int, cost_model: CostModel):
+        self.plan = plan
+        measures = plan.measures(cost_model)
+        costs = measures @ cost_model.coefficients
+        edges = np.ceil(np.array(STRATA) * len(costs)).astype(int)
+        strata = [part for part in np.split(np.argsort(costs, kind="stable"), edges) if len(part)]
+        self.numbers = np.array([part[len(part) // 2] for part in strata])
+        self.weights = np.array([len(part) / len(costs) for part in strata])
+        self.measures = measures[self.numbers]
+        self.predicted_over_plan = float(costs[self.numbers] @ self.weights / costs.mean())
+        self.seconds = np.empty((rounds, len(strata)))
+
+    def job(self, place: int, device: torch.device) -> tuple[dict[str, torch.Tensor], str]:
+        """The batch of one of the packs, and the attention to compute it with."""
+        return self.plan.batch(self.numbers[place], device), self.plan.attention
+
+    @property
+    def medians(self) -> np.ndarray:
+        """(packs,) seconds."""
+        return np.median(self.seconds, axis=0)
+
+
+def step(model, batch: dict[str, torch.Tensor], attention: str) -> float:
+    """Seconds of forward and backward."""
+    model.model.language_model.set_attn_implementation(attention)
+    model.zero_grad(set_to_none=True)
+    wait(model.device)
+    start = time.perf_counter()
+    model(**batch, use_cache=False, logits_over="none").loss.backward()
+    wait(model.device)
+    return time.perf_counter() - start
+
+
+def measure(model, plans: dict[str, Plan], rounds: int, cost_models: dict[str, CostModel]) -> dict[str, Sample]:
+    """A sample of every plan, in rounds over all packs; each round in an order of its own, so that what drifts meets
+    all alike, cheap or costly."""
+    samples = {name: Sample(plan, rounds, cost_models[BACKEND[plan.attention]]) for name, plan in plans.items()}
+    places = [(sample, place) for sample in samples.values() for place in range(len(sample.numbers))]
+    step(model, *places[0][0].job(0, model.device))  # warms up
+    for done in range(rounds):
+        for index in np.random.default_rng(done).permutation(len(places)):
+            sample, place = places[index]
+            sample.seconds[done, place] = step(model, *sample.job(place, model.device))
+    return samples
+
+
+def joined(samples: dict[str, Sample], backend: str) -> tuple[np.ndarray, np.ndarray]:
+    """Measures and seconds of all packs under one backend."""
+    group = [sample for sample in samples.values() if BACKEND[sample.plan.attention] == backend]
+    return np.concatenate([sample.measures for sample in group]), np.concatenate([sample.medians for sample in group])
+
+
+def errors_of(samples: dict[str, Sample], cost_model: CostModel) -> dict:
+    """Prediction against measurement."""
+    measures, seconds = joined(samples, cost_model.backend)
+    predicted = measures @ cost_model.coefficients
+    errors = np.abs(predicted - seconds) / seconds
+    return {
+        "median_relative_error": float(np.median(errors)),
+        "largest_relative_error": float(errors.max()),
+        "r2": float(1 - ((predicted - seconds) ** 2).sum() / ((seconds - seconds.mean()) ** 2).sum()),
+        "packs": len(seconds),
+    }
+
+
+def compose(seconds: np.ndarray, weights: np.ndarray, tokens_per_pack: float, ranks: int, steps: int = 10_000) -> dict:
+    """What `ranks` take for steps that wait for their slowest, each rank's pack drawn by weight."""
+    drawn = np.random.default_rng(0).choice(len(seconds), size=(steps, ranks), p=weights)
+    slowest = float(seconds[drawn].max(axis=1).mean())
+    return {
+        "seconds_per_step": slowest,
+        "tokens_per_second": ranks * tokens_per_pack / slowest,
+        "mean_over_max": float(seconds @ weights / slowest),
+    }
+
+
+def budget_over(speeds: dict[str, float]) -> dict[str, float]:
+    return {name: speeds["budget"] / speed for name, speed in speeds.items() if name != "budget"}
+
+
+def figures_of(sample: Sample, ranks: int) -> dict:
+    seconds, plan = sample.medians, sample.plan
+    mean = float(seconds @ sample.weights)
+    return {
+        "attn_implementation": plan.attention,
+        "packs": len(plan.packs),
+        "real_tokens_per_pack": plan.tokens_per_pack,
+        "packs_measured": len(seconds),
+        "predicted_cost_of_measured_over_all": sample.predicted_over_plan,
+        "seconds_per_pack": {"mean": mean, "min": float(seconds.min()), "max": float(seconds.max())},
+        "median_spread_of_rounds": float(np.median(np.ptp(sample.seconds, axis=0) / seconds)),
+        "one_rank_tokens_per_second": plan.tokens_per_pack / mean,
+        f"composed_{ranks}_ranks": compose(seconds, sample.weights, plan.tokens_per_pack, ranks),
+    }
+
+
+def by_flops(corpus: Corpus, length: int, ranks: int, seed: int) -> dict:
+    """The comparison by the 7B model's FLOPs, composed from all packs of every plan."""
+    cost_models = {backend: CostModel.from_config(NextFlowConfig(), backend) for backend in BACKEND.values()}
+    plans, composed = make_plans(corpus, length, cost_models["blocks"], seed), {}
+    for name, plan in plans.items():
+        cost_model = cost_models[BACKEND[plan.attention]]
+        costs = plan.measures(cost_model) @ cost_model.coefficients
+        weights = np.full(len(costs), 1 / len(costs))
+        composed[name] = compose(costs, weights, plan.tokens_per_pack, ranks)
+    return {
+        "attention_share": attention_share(plans["budget"], cost_models["blocks"]),
+        "mean_over_max": {name: values["mean_over_max"] for name, values in composed.items()},
+        "budget_over": budget_over({name: values["tokens_per_second"] for name, values in composed.items()}),
+    }
+
+
+def attention_share(plan: Plan, cost_model: CostModel) -> float:
+    """Of the cost, what grows with the pairs."""
+    parts = plan.measures(cost_model).sum(axis=0) * cost_model.coefficients
+    return float(parts[1] / parts.sum())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--documents", type=int, default=2_000, metavar="N", help="default: %(default)s")
-    parser.add_argument("--packs", type=int, default=24, metavar="N", help="measured for each strategy")
+    parser.add_argument("--documents", type=int, default=1070, metavar="N", help="of each half (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="of measurement (default: %(default)s)")
     parser.add_argument("--level", default="512", help="of the pictures (default: %(default)s)")
-    parser.add_argument("--length", type=int, default=32_768, metavar="N", help="most positions of a pack")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="documents of a padded batch")
-    parser.add_argument("--width", type=int, default=256, metavar="N", help="of the model (default: %(default)s)")
+    parser.add_argument("--length", type=int, default=36_864, metavar="N", help="most positions of a pack")
+    parser.add_argument("--width", type=int, default=128, metavar="N", help="of the model (default: %(default)s)")
     parser.add_argument("--ranks", type=int, default=64, metavar="N", help="composed (default: %(default)s)")
-    parser.add_argument("--device", default="cpu", help="default: %(default)s")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
     parser.add_argument("--cost-model", type=Path, metavar="JSON", help="write the fitted coefficients")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--output", type=Path, help="also write the JSON to this file")
     arguments = parser.parse_args()
+    length, ranks, seed = arguments.length, arguments.ranks, arguments.seed
 
     model = two_layer_model(arguments.width).to(arguments.device)
     spec = SequenceSpec(model.model.schedules, SPECIAL, model.config.condition_last_scale)
-    theory = CostModel.from_config(model.config, "blocks")
-    measured: dict[str, list[dict]] = {}
-    strategies = {
-        "padding": BatchPadding(arguments.batch_size, arguments.length),
-        "concatenate and cut": None,
-        "length": FixedLength(arguments.length),
-        "budget": ComputeBudget(arguments.length),
-    }
-    notes = {}
-    for half in ("fit", "held out"):
-        corpus = Corpus(spec, arguments.level, arguments.documents // 2, arguments.seed + (half == "held out"))
-        longest = int(corpus.extents().num_tokens.max())
-        if longest > arguments.length:
-            raise SystemExit(f"--length {arguments.length} is shorter than the longest document, {longest} positions")
-        if half == "fit":
-            notes["attention_check"] = check_attention(model, corpus)
-            if notes["attention_check"] > 1e-5:
-                raise SystemExit(f"the attention of the benchmark is wrong: {notes['attention_check']}")
-        for name, strategy in strategies.items():
-            source, padded = corpus, strategy is not None and strategy.padded
-            if strategy is None:
-                source, plan, cut = concatenate_and_cut(corpus, arguments.length * 3 // 4, arguments.seed)
-                notes["documents_cut"] = notes.get("documents_cut", 0) + cut
-                extents = source.extents()
-            else:
-                extents = source.extents()
-                plan = strategy.plan(extents, theory, 1, arguments.seed)
-                packed = sum(int(extents.num_tokens[members].sum()) for members in plan)
-                notes["dropped_tokens"] = notes.get("dropped_tokens", 0) + int(extents.num_tokens.sum()) - packed
-            chosen = np.random.default_rng(arguments.seed).permutation(len(plan))[: -(-arguments.packs // 2)]
-            for index in chosen if measured else [chosen[0], *chosen]:  # the first of all only warms up
-                pack = source.expand(plan[index])
-                seconds, _ = step(model, pack, padded)
-                measures = theory.measures(*extents.of(plan[index]), padded)
-                tokens = int(extents.num_tokens[plan[index]].sum())
-                entry = {"half": half, "seconds": seconds, "tokens": tokens, "measures": measures}
-                measured.setdefault(name, []).append(entry)
-            if half == "fit" and name == "padding":
-                measured[name].pop(0)
+    halves = [Corpus(spec, arguments.level, arguments.documents, seed + half) for half in range(2)]
+    theory = {backend: CostModel.from_config(model.config, backend) for backend in BACKEND.values()}
+    source = {**theory["blocks"].source, "device": str(arguments.device), "threads": torch.get_num_threads()}
+    plans = make_plans(halves[0], length, theory["blocks"], seed)
+    fitted_on = measure(model, {name: plans[name] for name in FITTED_ON}, arguments.rounds, theory)
+    cost_models = {backend: CostModel.fit(*joined(fitted_on, backend), backend, source) for backend in theory}
+    plans = make_plans(halves[1], length, cost_models["blocks"], seed)
+    samples = measure(model, plans, arguments.rounds, cost_models)
 
-    entries = [entry for group in measured.values() for entry in group]
-    halves = {half: [entry for entry in entries if entry["half"] == half] for half in ("fit", "held out")}
-    columns = lambda group, name: np.array([entry[name] for entry in group])  # noqa: E731
-    source = {**theory.source, "device": arguments.device, "threads": torch.get_num_threads()}
-    fitted = CostModel.fit(columns(halves["fit"], "measures"), columns(halves["fit"], "seconds"), "blocks", source)
-    seconds = columns(halves["held out"], "seconds")
-    predicted = columns(halves["held out"], "measures") @ fitted.coefficients
-    figures = {
-        **notes,
-        "cost_model": {
-            "backend": "blocks",
-            "median_relative_error": float(np.median(np.abs(predicted - seconds) / seconds)),
-            "r2": float(1 - ((predicted - seconds) ** 2).sum() / ((seconds - seconds.mean()) ** 2).sum()),
-            "packs_fitted": len(halves["fit"]),
-            "packs_held_out": len(seconds),
+    lengths = samples["budget"].plan.extents.num_tokens
+    strategies = {name: figures_of(sample, ranks) for name, sample in samples.items()}
+    one_rank = {name: values["one_rank_tokens_per_second"] for name, values in strategies.items()}
+    composed = {name: values[f"composed_{ranks}_ranks"]["tokens_per_second"] for name, values in strategies.items()}
+    result = {
+        "documents": {
+            **Counter(halves[1].kinds),
+            "positions": int(lengths.sum()),
+            "longest": int(lengths.max()),
+            "cut_by_concatenate_and_cut": samples["concatenate and cut"].plan.documents_cut,
         },
-        "strategies": {},
-        "machine": machine(torch.device(arguments.device)),
-        "seed": arguments.seed,
+        "model": {"width": arguments.width, "layers": 2},
+        "most_positions_of_a_pack": length,
+        "documents_of_a_padded_batch": len(samples["padding"].plan.packs[0]),
+        "dropped_tokens": sum(int(lengths.sum()) - sample.plan.tokens for sample in samples.values()),
+        "cost_model_on_held_out_documents": {
+            backend: errors_of(samples, cost_model) for backend, cost_model in cost_models.items()
+        },
+        "attention_share": attention_share(samples["budget"].plan, cost_models["blocks"]),
+        "strategies": strategies,
+        "budget_over": {"one_rank": budget_over(one_rank), f"composed_{ranks}_ranks": budget_over(composed)},
+        "flops_of_7b": by_flops(halves[1], length, ranks, seed),
+        "machine": machine(arguments.device),
+        "seed": seed,
     }
-    for strategy, group in measured.items():
-        seconds, tokens = columns(group, "seconds"), columns(group, "tokens")
-        figures["strategies"][strategy] = {
-            "packs_measured": len(group),
-            "seconds_per_pack": {
-                "mean": float(seconds.mean()),
-                "min": float(seconds.min()),
-                "max": float(seconds.max()),
-            },
-            "real_tokens_per_pack": float(tokens.mean()),
-            "one_rank_tokens_per_second": float(tokens.sum() / seconds.sum()),
-            f"composed_{arguments.ranks}_ranks": compose(seconds, tokens, arguments.ranks),
-        }
-    speed = {n: s[f"composed_{arguments.ranks}_ranks"]["tokens_per_second"] for n, s in figures["strategies"].items()}
-    figures[f"budget_over, composed {arguments.ranks} ranks"] = {
-        name: speed["budget"] / value for name, value in speed.items() if name != "budget"
-    }
+    report(result, arguments.json, arguments.output)
     if arguments.cost_model:
-        arguments.cost_model.write_text(json.dumps(fitted.to_dict(), indent=1) + "\n")
-    if arguments.json:
-        print(json.dumps(figures, indent=2))
-        return
-    print(f"cost model, {len(halves['held out'])} held-out packs: median relative error", end=" ")
-    print(f"{figures['cost_model']['median_relative_error']:.1%}, R2 {figures['cost_model']['r2']:.3f}")
-    print(f"{'':<20} {'s / pack':>9} {'tokens / pack':>14} {'tokens/s, 1 rank':>17} {'composed':>10}")
-    for name, values in figures["strategies"].items():
-        print(
-            f"{name:<20} {values['seconds_per_pack']['mean']:>9.2f} {values['real_tokens_per_pack']:>14.0f} "
-            f"{values['one_rank_tokens_per_second']:>17.0f} {speed[name]:>10.0f}"
-        )
+        arguments.cost_model.write_text(json.dumps(cost_models["blocks"].to_dict(), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny_models import BOI, IMAGE, SQUARE, WIDE, Picture, batch_of, relative, tiny_config, tiny_model
-from transformers import StaticCache
+from torch._dynamo.testing import CompileCounter
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from transformers import StaticCache, masking_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from transformers_nextflow import NextFlowForConditionalGeneration
@@ -121,12 +123,12 @@ def test_logits_loss_and_gradients_of_the_model(pair, batch_for):
     dense, blocks = outputs
     assert relative(blocks.logits[real(batch)], dense.logits[real(batch)]) < 1e-6
     assert relative(blocks.loss, dense.loss) < 1e-6
-    expected = {name: p.grad for name, p in pair[0].named_parameters() if p.grad is not None}
-    assert len(expected) > 20
-    for name, parameter in pair[1].named_parameters():
-        if parameter.grad is not None:
-            assert relative(parameter.grad, expected.pop(name)) < 1e-6, name
-    assert not expected
+    expected, gradients = (
+        {name: p.grad for name, p in model.named_parameters() if p.grad is not None and p.grad.any()} for model in pair
+    )
+    assert len(expected) > 20 and gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        assert relative(gradient, expected[name]) < 1e-6, name
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -230,6 +232,71 @@ def test_documents_behind_a_filled_cache_are_refused(model):
 
 
 # Flex attention: one BlockMask for a batch, shared by its layers
+
+
+def flex_model():
+    model = tiny_model()
+    model.model.language_model.set_attn_implementation("flex_attention")
+    return model
+
+
+@BATCHES
+def test_flex_attention_forward_is_sdpa(model, batch_for):
+    """As it is written: compiled, a forward alone takes a CPU most of a minute."""
+    flex, masks = flex_model(), []
+    for layer in flex.model.language_model.layers:
+        layer.register_forward_pre_hook(lambda _, __, given: masks.append(given["attention_mask"]), with_kwargs=True)
+    batch = batch_for(model)
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        dense, ours = (each(**batch, use_cache=False).logits[real(batch)] for each in (model, flex))
+    assert relative(ours, dense) < 1e-5
+    assert len(masks) == 2 and isinstance(masks[0], BlockMask) and masks[0] is masks[1]
+
+
+def test_compiled_layers_take_the_next_batches_block_mask(model, monkeypatch):
+    """Its functions are made anew for every batch, and still need no new graph."""
+    make = lambda *args, **kwargs: create_block_mask(*args, **kwargs | {"_compile": False})  # noqa: E731
+    monkeypatch.setattr(masking_utils, "create_block_mask", make)
+    torch._dynamo.reset()
+    flex, graphs = flex_model(), CompileCounter()
+    for layer in flex.model.language_model.layers:
+        layer.compile(backend=graphs, dynamic=False)
+    for order in ([0, 1, 2], [1, 0, 2]):
+        batch = packed(model, [DOCUMENTS[index] for index in order])
+        with torch.no_grad():
+            dense, ours = (each(**batch, use_cache=False).logits[real(batch)] for each in (model, flex))
+        assert relative(ours, dense) < 1e-5
+        assert graphs.frame_count == 1, "for both layers"
+
+
+def test_flex_attention_is_the_decoders_alone(model, tmp_path):
+    """Named at loading or set later; the vision tokenizer keeps its attention, and gives the same codes."""
+    model.save_pretrained(tmp_path)
+    loaded = NextFlowForConditionalGeneration.from_pretrained(tmp_path, attn_implementation="flex_attention")
+    changed = NextFlowForConditionalGeneration.from_pretrained(tmp_path)
+    changed.set_attn_implementation("flex_attention")
+    pixels = torch.rand(1, 3, 12, 12)
+    for flex in (loaded, changed):
+        vision = flex.model.vq_model
+        parts = (flex, flex.model.language_model, vision, vision.semantic_encoder, vision.semantic_decoder.layers)
+        used = [part.config._attn_implementation for part in parts]
+        assert used == ["flex_attention"] * 2 + ["sdpa"] * 3
+        assert torch.equal(vision.encode(pixels), model.model.vq_model.encode(pixels))
+    changed.set_attn_implementation("blocks")
+    assert changed.model.vq_model.config._attn_implementation == "blocks"
+
+
+@pytest.mark.parametrize("prepared", [False, True], ids=["mask", "prepared mask"])
+def test_flex_attention_refuses_dense_masks(prepared):
+    flex = flex_model()
+    with torch.no_grad():
+        cache = tiny_model()(**batch_of(flex, [10, 11]), use_cache=True).past_key_values
+    mask = torch.ones(1, 1, 1, 3, dtype=torch.bool)
+    mask = {"full_attention": mask} if prepared else mask
+    with pytest.raises(ValueError, match=r'"flex_attention" takes .* not a dense one of \(1, 1, 1, 3\); use "sdpa"'):
+        flex(input_ids=torch.tensor([[12]]), attention_mask=mask, past_key_values=cache)
+    with pytest.raises(ValueError, match="must have the shape"):
+        flex(input_ids=torch.tensor([[12]]), attention_mask=torch.ones(1, 1, 1, 1))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="compiled flex attention has no backward on a CPU")

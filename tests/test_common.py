@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.common.controls import CONTROLS, IMPOSSIBLE, NEAREST, skipped
 from tests.common.library import HOW, is_available
 from tests.common.run import RESULTS
 
@@ -19,6 +20,19 @@ def test_the_recorded_run_has_no_failure_and_a_reason_for_each_skip():
     assert results["failed"] == [] and results["passed"] > 200
     assert sum(map(len, results["reasons"].values())) == results["skipped"]
     assert all(reason.strip() for reason in results["reasons"])
+
+
+@recorded
+def test_each_skip_is_one_of_the_library_or_listed_as_impossible():
+    results, controls = json.loads(RESULTS.read_text()), json.loads(CONTROLS.read_text())
+    assert controls["transformers"] == results["transformers"] and controls["device"] == results["device"]
+    too, nowhere = set(), set()
+    for group in controls["skipped_by"]:
+        (too if group["classes"] else nowhere).update(group["tests"])
+        assert all(set(group["classes"]) <= set(NEAREST[name.split("::")[0]]) for name in group["tests"])
+        assert all(reason.strip() for reason in group["classes"].values())
+    assert too | nowhere == set(skipped(results))  # what was compared is what is skipped
+    assert nowhere == set(IMPOSSIBLE)  # nothing unlisted, nothing stale
 
 
 @recorded

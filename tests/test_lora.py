@@ -1,11 +1,15 @@
 """PEFT's defaults: what a LoRA changes, trains and saves, and that merging keeps the model's outputs."""
 
+import importlib.util
+
 import pytest
 import torch
-from tiny_models import EOS, SQUARE, Picture, batch_of, relative, tiny_model
+from tiny_models import EOS, SQUARE, Picture, batch_of, relative, tiny_config, tiny_model
+from transformers import BitsAndBytesConfig
 
 from transformers_nextflow import NextFlowForConditionalGeneration
 from transformers_nextflow.lora import lora_config
+from transformers_nextflow.training import load_stages
 
 peft = pytest.importorskip("peft")
 
@@ -19,10 +23,10 @@ def logits(model) -> torch.Tensor:
         return model(**batch(model.get_base_model() if hasattr(model, "get_base_model") else model)).logits
 
 
-def train(model, inputs: dict) -> dict[str, torch.Tensor]:
+def train(model, inputs: dict, rate: float = 0.5) -> dict[str, torch.Tensor]:
     """A few steps; all parameters and buffers before them."""
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=rate)
     for _ in range(3):
         optimizer.zero_grad()
         model(**inputs, labels=inputs["input_ids"]).loss.backward()
@@ -99,3 +103,52 @@ def test_an_adapter_added_to_the_model_itself_is_saved_and_loaded(tmp_path):
 def test_settings_can_be_changed():
     config = lora_config(r=2, target_modules=["q_proj"])
     assert (config.r, config.lora_alpha, config.target_modules) == (2, 32, {"q_proj"})
+
+
+# QLoRA: adapters on a decoder in 4 bits
+
+
+@pytest.fixture
+def four_bit_folder(tmp_path):
+    """A checkpoint whose linear layers fill bitsandbytes' blocks of 64."""
+    model = tiny_model(tiny_config(text={"hidden_size": 64, "intermediate_size": 128}))
+    model.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def load_in_4bit(folder) -> NextFlowForConditionalGeneration:
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    return NextFlowForConditionalGeneration.from_pretrained(folder, quantization_config=settings, device_map="cpu")
+
+
+def test_adapters_on_4_bits_train_and_come_back(four_bit_folder, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    whole, model = NextFlowForConditionalGeneration.from_pretrained(four_bit_folder), load_in_4bit(four_bit_folder)
+    quantised = {name for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"}
+    assert len(quantised) == 2 * 7 and all("language_model.layers." in name for name in quantised)
+    for ours, theirs in zip(model.model.vq_model.parameters(), whole.model.vq_model.parameters()):
+        assert torch.equal(ours, theirs), "the vision tokenizer is as it was"
+    load_stages()["sft"].prepare(model)
+    adapted = peft.get_peft_model(peft.prepare_model_for_kbit_training(model, False), lora_config(r=4)).train()
+    trained = {name: parameter.dtype for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    assert len(trained) == 2 * 7 * 2 + 2 and set(trained.values()) == {torch.float32}
+    inputs = batch(whole)
+    with torch.no_grad():
+        first = adapted(**inputs, labels=inputs["input_ids"]).loss
+    before = train(adapted, inputs, rate=0.1)
+    changed = {name for name, tensor in adapted.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed and all(".lora_" in name or ".modules_to_save." in name for name in changed)
+    adapted.eval()
+    with torch.no_grad():
+        assert adapted(**inputs, labels=inputs["input_ids"]).loss < first
+    expected = logits(adapted)
+    adapted.save_pretrained(tmp_path / "adapter")
+    base = peft.prepare_model_for_kbit_training(load_in_4bit(four_bit_folder), False)
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    assert torch.equal(logits(loaded), expected)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+def test_4_bits_name_the_missing_package(four_bit_folder):
+    with pytest.raises(ImportError, match="requires bitsandbytes"):
+        load_in_4bit(four_bit_folder)

@@ -27,17 +27,18 @@ def example(dtype: torch.dtype, scale: float = 1.0) -> tuple[list[torch.Tensor],
     return inputs, targets, weights
 
 
-def plain(hidden, text_rows, code_rows, targets, weights) -> tuple[torch.Tensor, torch.Tensor]:
+def plain(hidden, text_rows, code_rows, targets, weights, z_loss=0.0) -> tuple[torch.Tensor, torch.Tensor]:
     """All logits at once."""
     logits = torch.cat([F.linear(hidden, text_rows), F.linear(hidden, code_rows)], dim=-1)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     each = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORE)
     each = each.view_as(targets)
-    return (each * weights).sum(), each.detach()
+    squares = torch.where(targets == IGNORE, 0.0, logits.logsumexp(-1) ** 2)
+    return ((each + z_loss * squares) * weights).sum(), each.detach()
 
 
-def value_and_gradients(loss, inputs, targets, weights, factor: float = 1.0) -> list[torch.Tensor]:
-    total, each = loss(*inputs, targets, weights)
+def value_and_gradients(loss, inputs, targets, weights, factor: float = 1.0, **kwargs) -> list[torch.Tensor]:
+    total, each = loss(*inputs, targets, weights, **kwargs)
     return [total.detach(), each, *torch.autograd.grad(total * factor, inputs)]
 
 
@@ -50,6 +51,19 @@ def test_value_and_gradients_are_the_plain_ones(monkeypatch, dtype, at_once):
     for ours, theirs in zip(value_and_gradients(joint_cross_entropy, inputs, targets, weights, 0.3), expected):
         assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
         assert relative(ours, theirs) < TOLERANCES[dtype]
+
+
+@DTYPES
+@CHUNKS
+def test_z_loss_is_the_plain_one(monkeypatch, dtype, at_once):
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", at_once)
+    inputs, targets, weights = example(dtype)
+    without = value_and_gradients(plain, inputs, targets, weights)
+    expected = value_and_gradients(plain, inputs, targets, weights, factor=0.3, z_loss=0.2)
+    ours = value_and_gradients(joint_cross_entropy, inputs, targets, weights, factor=0.3, z_loss=0.2)
+    for mine, theirs in zip(ours, expected):
+        assert relative(mine, theirs) < TOLERANCES[dtype]
+    assert relative(ours[0], without[0]) > 0.1 and relative(ours[1], without[1]) < TOLERANCES[dtype]
 
 
 @CHUNKS
@@ -151,12 +165,12 @@ def weight_of(document: list) -> int:
     return tokens + sum({SQUARE: 14, WIDE: 11}[part.grid] for part in document if isinstance(part, Picture))
 
 
-def optimizer_step(model, documents: list, num_items: torch.Tensor) -> torch.Tensor:
+def optimizer_step(model, documents: list, num_items: torch.Tensor, z_loss: float) -> torch.Tensor:
     """A document at a time: accumulated gradients, and the sum of the losses."""
     total = torch.zeros((), dtype=torch.float64)
     for document in documents:
         inputs = batch_of(model, document)
-        loss = model(**inputs, labels=inputs["input_ids"], num_items_in_batch=num_items).loss
+        loss = model(**inputs, labels=inputs["input_ids"], num_items_in_batch=num_items, z_loss=z_loss).loss
         loss.backward()
         total += loss.detach()
     return total
@@ -166,7 +180,7 @@ def gradients(model) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def by_hand(model) -> float:
+def by_hand(model, z_loss: float) -> float:
     """eq. 2 and text, document by document, from logits."""
     total = 0.0
     for document in DOCUMENTS:
@@ -177,24 +191,28 @@ def by_hand(model) -> float:
         weights = [length**-0.9 for length in lengths for _ in range(length)]
         predicted = [*document[1:at], BOI, *codes, *after]  # <eoi> is no target; its own is the next token
         weighted = [1] * at + [w * len(codes) / sum(weights) for w in weights] + [1] * len(after)
-        log_probabilities = model(**batch_of(model, document)).logits[0].log_softmax(-1)
-        total -= sum(w * log_probabilities[i, t].item() for i, (t, w) in enumerate(zip(predicted, weighted)))
+        logits = model(**batch_of(model, document)).logits[0]
+        log_sums = logits.logsumexp(-1).tolist()
+        for i, (target, weight) in enumerate(zip(predicted, weighted)):
+            total += weight * (log_sums[i] - logits[i, target].item() + z_loss * log_sums[i] ** 2)
     return total / sum(map(weight_of, DOCUMENTS))
 
 
-def test_eight_accumulated_are_one_batch():
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+def test_eight_accumulated_are_one_batch(z_loss):
     model = tiny_model().double().train()
     num_items = torch.tensor(float(sum(map(weight_of, DOCUMENTS))))
-    accumulated = optimizer_step(model, DOCUMENTS, num_items)
+    accumulated = optimizer_step(model, DOCUMENTS, num_items, z_loss)
     accumulated_gradients = gradients(model)
 
     model = tiny_model().double().train()
     inputs = batch_of(model, *DOCUMENTS)
-    whole = model(**inputs, labels=inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, IGNORE)).loss
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, IGNORE)
+    whole = model(**inputs, labels=labels, z_loss=z_loss).loss
     whole.backward()
 
     with torch.no_grad():
-        expected = by_hand(model)
+        expected = by_hand(model, z_loss)
     for loss in (accumulated, whole):
         assert loss.item() == pytest.approx(expected, rel=1e-6)
     for name, gradient in gradients(model).items():

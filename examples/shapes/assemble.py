@@ -4,16 +4,13 @@ import argparse
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers.trainer_utils import get_last_checkpoint
 
-from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowImageProcessor, NextFlowProcessor
-from transformers_nextflow.modeling_nextflow_vq import NextFlowVQModel
+from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor, NextFlowVQModel
 
-from .sizes import vq_config
-from .text import train_text_tokenizer
-from .tokenizer import enlarge_decoder
-from .transformer import new_model, trained_parts
+from .stages import is_finished
 
+CODES_DEPEND_ON = ("semantic_encoder", "semantic_to_code", "pixel_encoder", "quantizer")
 # Chosen on the dev split: what is where is guided and sampled; what follows from it nearly takes the likeliest.
 IMAGE_GENERATION = {
     "guidance_scale": [3.0, 3.0, 1.5, 2.0, 1.0, 1.0],
@@ -21,38 +18,23 @@ IMAGE_GENERATION = {
 }
 
 
-def load_vq_model(folder: Path) -> NextFlowVQModel:
-    """The tokenizer of a run, with the enlarged decoder if its stage has begun."""
-    model = NextFlowVQModel(vq_config(decoder_blocks=1))
-    model.load_state_dict(torch.load(folder / "joint.pt", weights_only=True)["modules"])
-    if (folder / "decoder.pt").exists():
-        model = enlarge_decoder(model)
-        model.pixel_decoder.load_state_dict(torch.load(folder / "decoder.pt", weights_only=True)["modules"])
-    return model.eval()
-
-
 def assemble(folder: Path) -> tuple[NextFlowForConditionalGeneration, NextFlowProcessor]:
-    """Model and processor of a run's last checkpoints, in float32."""
-    tokenizer = train_text_tokenizer()
-    model = new_model(tokenizer, load_vq_model(folder))
-    trained_parts(model).load_state_dict(torch.load(folder / "transformer.pt", weights_only=True)["modules"])
-    return model.eval(), finish(model, tokenizer)
-
-
-def finish(model: NextFlowForConditionalGeneration, tokenizer: PreTrainedTokenizerFast) -> NextFlowProcessor:
-    """Set a trained model's defaults of generation; returns its processor."""
+    """Model and processor of a run, in float32: its last transformer, finished or not, and its enlarged decoder."""
+    transformer = folder / "transformer"
+    last = transformer if is_finished(transformer) else get_last_checkpoint(transformer)
+    model = NextFlowForConditionalGeneration.from_pretrained(last)
+    if is_finished(folder / "decoder"):
+        model.model.vq_model = NextFlowVQModel.from_pretrained(folder / "decoder")
+        model.config.vq_config = model.model.vq_model.config
     model.config.image_generation |= IMAGE_GENERATION
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    image_processor = NextFlowImageProcessor.from_vq_config(model.config.vq_config)
-    return NextFlowProcessor(image_processor, tokenizer, condition_last_scale=model.config.condition_last_scale)
+    return model.eval(), NextFlowProcessor.from_pretrained(folder / "start")
 
 
 def save(model: NextFlowForConditionalGeneration, processor: NextFlowProcessor, output: Path) -> None:
     """What codes depend on is stored in float32, everything else in bfloat16; all loads as float32."""
     vq_model = model.model.vq_model
-    for part in (*trained_parts(model).values(), vq_model.pixel_decoder, vq_model.semantic_decoder):
-        if part is not model.model.code_embeddings:
+    for name, part in [*model.model.named_children(), *model.named_children(), *vq_model.named_children()]:
+        if name not in ("model", "vq_model", "code_embeddings", *CODES_DEPEND_ON):
             part.bfloat16()
     model.save_pretrained(output)
     for config in (model.config, model.config.text_config, model.config.vq_config):

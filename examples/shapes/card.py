@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .evaluate import CHECKPOINT
 from .tokenizer import BATCH, TEACHER_BATCH
-from .transformer import BATCH_TOKENS, EDITS, PICTURES, VARIANTS
+from .transformer import DOCUMENTS, EXTRACTION, PACK_LENGTH, PACKS
 
 README = Path(__file__).parents[2] / "README.md"
 CATEGORIES = {
@@ -32,7 +32,8 @@ STAGES = {
     "joint": ("semantic branch and both decoders", f"{BATCH} pictures"),
     "transformer": (
         "transformer",
-        f"{2 * BATCH_TOKENS:,} tokens: {PICTURES:,} pictures, {EDITS:,} edits, {VARIANTS} self-corrected codings each",
+        f"{2 * PACKS} packs of at most {PACK_LENGTH} positions: {DOCUMENTS:,} documents, {EXTRACTION.variants} "
+        "self-corrected codings of each picture",
     ),
     "decoder": ("pixel decoder alone, twice as deep", f"{BATCH} pictures"),
 }

@@ -5,22 +5,25 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import nn
-from transformers import PreTrainedTokenizerFast, Siglip2Config, Siglip2Model
-
-from transformers_nextflow.modeling_nextflow_vq import (
-    NextFlowVQModel,
-    OneGridEmbeddings,
-    ResidualBlock,
-    patchify,
-    run_siglip,
+from transformers import (
+    PreTrainedTokenizerFast,
+    Siglip2Config,
+    Siglip2Model,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
 )
-from transformers_nextflow.quantizer import QuantizerOutput, resize_features, to_map, to_sequence
+
+from transformers_nextflow.modeling_nextflow_vq import NextFlowVQModel, OneGridEmbeddings, patchify, run_siglip
+from transformers_nextflow.quantizer import resize_features, to_map, to_sequence
+from transformers_nextflow.training import NextFlowVQTrainer, NextFlowVQTrainingArguments, prepare_vq_stage
 
 from .data import picture_batch, sample_canvas, to_pixel_values
 from .grammar import describe_scene
-from .loop import Run
 from .sizes import PATCH_SIZE, SCALE_ENTRIES, TEACHER_TEXT, TEACHER_VISION, vq_config
+from .stages import Drawn, finish, is_finished, processes, settings
 from .world import render, sample_scene
 
 STEPS = {"teacher": 500, "pixel": 800, "joint": 600, "decoder": 1000}
@@ -30,8 +33,6 @@ CODEBOOK_BATCHES, CODEBOOK_BATCH, KMEANS_ITERATIONS = 60, 96, 6
 LEAST_DISTANCE = 0.1  # between entries at first; rows that differ by less differ by rounding alone
 SEMANTIC_FITS = (0, 150, 300, 450)  # steps of the joint stage
 PHOTO_SHARE = 0.12
-COMMITMENT = 0.25
-DROP_PROBABILITY = 0.1  # of batches in which half of the scales are dropped
 
 
 def new_teacher(text_tokenizer: PreTrainedTokenizerFast) -> Siglip2Model:
@@ -41,35 +42,42 @@ def new_teacher(text_tokenizer: PreTrainedTokenizerFast) -> Siglip2Model:
     return teacher
 
 
+class TeacherTrainer(Trainer):
+    """SigLIP's pairwise loss on (pictures, texts) of one batch."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        teacher = self.accelerator.unwrap_model(model)
+        grid = [length // PATCH_SIZE for length in inputs["pixel_values"].shape[-2:]]
+        with self.accelerator.autocast():
+            patches = patchify(inputs["pixel_values"], PATCH_SIZE)
+            vision = run_siglip(teacher.vision_model, patches, tuple(grid)).pooler_output
+            text = teacher.text_model(input_ids=inputs["input_ids"]).pooler_output
+        image_NC, text_NC = F.normalize(vision.float(), dim=-1), F.normalize(text.float(), dim=-1)
+        logits_NN = image_NC @ text_NC.T * teacher.logit_scale.exp() + teacher.logit_bias
+        signs_NN = 2 * torch.eye(len(logits_NN)) - 1
+        return -F.logsigmoid(signs_NN * logits_NN).sum() / len(logits_NN)
+
+
 def train_teacher(folder: Path, text_tokenizer: PreTrainedTokenizerFast) -> Siglip2Model:
     """A tiny SigLIP2, trained contrastively on scenes and full descriptions of them."""
     torch.manual_seed(0)
     teacher = new_teacher(text_tokenizer)
-    run = Run(folder, "teacher", teacher, STEPS["teacher"], peak=1e-3)
+    nn.init.constant_(teacher.logit_scale, 2.3)
+    nn.init.constant_(teacher.logit_bias, -10.0)
 
-    def step_fn(step: int) -> dict[str, float]:
-        rng = random.Random(f"teacher {step} {run.rank}")
+    def draw(rng: random.Random) -> dict:
         canvas = sample_canvas(rng)
-        scenes = [sample_scene(rng, *canvas) for _ in range(TEACHER_BATCH // run.processes)]
+        scenes = [sample_scene(rng, *canvas) for _ in range(TEACHER_BATCH // processes())]
         texts = [describe_scene(rng, scene).text for scene in scenes]
         tokens = text_tokenizer(texts, padding="max_length", truncation=True, max_length=48, return_tensors="pt")
-        pixels = to_pixel_values([render(scene) for scene in scenes])
-        grid = (canvas[0] // PATCH_SIZE, canvas[1] // PATCH_SIZE)
-        with torch.autocast("cpu", torch.bfloat16):
-            vision = run_siglip(teacher.vision_model, patchify(pixels, PATCH_SIZE), grid).pooler_output
-            text = teacher.text_model(input_ids=tokens.input_ids).pooler_output
-        image_NC, text_NC = F.normalize(vision.float(), dim=-1), F.normalize(text.float(), dim=-1)
-        logits_NN = image_NC @ text_NC.T * teacher.logit_scale.exp() + teacher.logit_bias
-        signs_NN = 2 * torch.eye(len(scenes)) - 1
-        loss = -F.logsigmoid(signs_NN * logits_NN).sum() / len(scenes)
-        accuracy = (logits_NN.argmax(1) == torch.arange(len(scenes))).float().mean()
-        run.update(loss)
-        return {"loss": loss.item(), "accuracy": float(accuracy)}
+        return {"pixel_values": to_pixel_values([render(scene) for scene in scenes]), "input_ids": tokens.input_ids}
 
-    if run.step == 0:
-        nn.init.constant_(teacher.logit_scale, 2.3)
-        nn.init.constant_(teacher.logit_bias, -10.0)
-    run.train(step_fn)
+    if not is_finished(folder / "teacher"):
+        values = settings(STEPS["teacher"], peak=1e-3) | {"remove_unused_columns": False}
+        arguments = TrainingArguments(folder / "teacher", per_device_train_batch_size=1, **values)
+        batches = Drawn("teacher", STEPS["teacher"] * processes(), draw)
+        finish(TeacherTrainer(teacher, arguments, data_collator=lambda items: items[0], train_dataset=batches))
+    teacher.load_state_dict(load_file(folder / "teacher" / "model.safetensors"))
     return teacher.eval().requires_grad_(False)
 
 
@@ -173,130 +181,66 @@ def fit_semantic_entries(model: NextFlowVQModel) -> None:
             )
 
 
-def picture_loss(reconstruction: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Absolute and squared error, and absolute error of the finite differences, which carry the edges.
+class ShapesVQTrainer(NextFlowVQTrainer):
+    """Differs from the paper: no perceptual network and no discriminator; the world has no texture for them."""
 
-    Differs from the paper: no perceptual network and no discriminator; the world has no texture for them to judge.
-    """
-    error = reconstruction.float() - pixel_values
-    edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-    return error.abs().mean() + error.square().mean() + 0.5 * edges
-
-
-def keep_scales(rng: random.Random, num_scales: int) -> list[bool] | None:
-    """Random drop of half of the scales, never the first (NextFlow sec. 3.1)."""
-    if rng.random() >= DROP_PROBABILITY:
-        return None
-    return [True] + [rng.random() < 0.5 for _ in range(num_scales - 1)]
+    def reconstruction_loss(self, reconstruction: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Absolute and squared error, and absolute error of the finite differences, which carry the edges."""
+        error = reconstruction - pixel_values
+        edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+        return error.abs().mean() + error.square().mean() + 0.5 * edges
 
 
-def psnr(reconstruction: torch.Tensor, pixel_values: torch.Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of pictures in [-1, 1]."""
-    return float(-10 * torch.log10((reconstruction.detach().float().clamp(-1, 1) - pixel_values).square().mean() / 4))
+def train_stage(folder: Path, stage: str, model: NextFlowVQModel, peak: float, **kwargs) -> NextFlowVQModel:
+    """Train a prepared model through one stage, unless it is finished; returns the model as it was saved."""
+    if not is_finished(folder / stage):
+        values = settings(STEPS[stage], peak) | {"perceptual_weight": 0.0, "discriminator_weight": 0.0}
+        arguments = NextFlowVQTrainingArguments(
+            folder / stage, stage=stage, commitment_weight=1.25, distillation_weight=0.2, **values
+        )
+
+        def draw(rng: random.Random) -> dict:
+            pixels = picture_batch(rng, BATCH // processes(), PHOTO_SHARE)
+            return {"pixel_values": pixels.contiguous(memory_format=torch.channels_last)}
+
+        batches = Drawn(stage, STEPS[stage] * processes(), draw)
+        model = model.to(memory_format=torch.channels_last)
+        finish(ShapesVQTrainer(model, arguments, batches, **kwargs))
+    return NextFlowVQModel.from_pretrained(folder / stage).to(memory_format=torch.channels_last)
 
 
 def train_pixel(folder: Path) -> NextFlowVQModel:
     """Stage 1: the pixel half of the codebook, fitted in closed form, and the pixel decoder."""
     torch.manual_seed(1)
-    model = NextFlowVQModel(vq_config(decoder_blocks=1)).to(memory_format=torch.channels_last)
-    parts = nn.ModuleList([model.pixel_encoder, model.pixel_decoder, model.quantizer])
-    model.quantizer.requires_grad_(False)
-    model.pixel_encoder.requires_grad_(False)
-    run = Run(folder, "pixel", parts, STEPS["pixel"], peak=1e-3)
-    if run.step == 0:
+    model = NextFlowVQModel(vq_config(decoder_blocks=1))
+    if not is_finished(folder / "pixel"):
         fit_projections(model)
         fit_codebook(model)
-        model.quantizer.semantic_codebook.zero_()  # the half that is not there yet
-
-    def step_fn(step: int) -> dict[str, float]:
-        rng = random.Random(f"pixel {step} {run.rank}")
-        pixels = picture_batch(rng, BATCH // run.processes, PHOTO_SHARE).contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
-            with torch.no_grad():
-                features = F.pad(model.pixel_encoder(pixels), (0, 0, 0, 0, model.config.semantic_dim, 0))
-                schedule = model.schedules.by_grid(features.shape[-2:])
-                quantization = model.quantizer(features, schedule, keep_scales=keep_scales(rng, len(schedule)))
-            reconstruction = model.pixel_decoder(quantization.quantized[:, model.config.semantic_dim :])
-        loss = picture_loss(reconstruction, pixels)
-        run.update(loss)
-        return {"loss": loss.item(), "psnr": psnr(reconstruction, pixels)} | norms(quantization)
-
-    run.train(step_fn)
-    return model.requires_grad_(True)
+    prepare_vq_stage(model, "pixel")
+    model.pixel_encoder.requires_grad_(False)
+    model.quantizer.requires_grad_(False)
+    return train_stage(folder, "pixel", model, peak=1e-3)
 
 
-def norms(quantization: QuantizerOutput) -> dict[str, float]:
-    used = len(quantization.target_codes.unique())
-    return {"used": used, "first_norm": float(quantization.residual_norms[0])}
+class SemanticFits(TrainerCallback):
+    """Fits the semantic entries anew at given steps, while what they stand for is still moving."""
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step in SEMANTIC_FITS:
+            fit_semantic_entries(model.vq_model)
 
 
 def train_joint(folder: Path, model: NextFlowVQModel, teacher: Siglip2Model) -> NextFlowVQModel:
     """Stage 2: the semantic branch from the teacher, its half of the codebook, and both decoders."""
     encoder_state = {name: value for name, value in teacher.vision_model.state_dict().items() if "head." not in name}
     model.semantic_encoder.load_state_dict(encoder_state)
+    prepare_vq_stage(model, "joint")
     model.pixel_encoder.requires_grad_(False)
     model.quantizer.requires_grad_(False)
-    torch.manual_seed(2)
-    run = Run(folder, "joint", model, STEPS["joint"], peak=1e-3)
-    layer = model.config.semantic_feature_layer
-
-    def step_fn(step: int) -> dict[str, float]:
-        if step in SEMANTIC_FITS:
-            fit_semantic_entries(model)
-        rng = random.Random(f"joint {step} {run.rank}")
-        pixels = picture_batch(rng, BATCH // run.processes, PHOTO_SHARE).contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
-            schedule = model.schedules.by_size(*pixels.shape[-2:])
-            with torch.no_grad():
-                patches = patchify(pixels, PATCH_SIZE)
-                output = run_siglip(teacher.vision_model, patches, schedule.final_grid, output_hidden_states=True)
-            target = output.hidden_states[layer]
-            output = model(pixels, keep_scales=keep_scales(rng, len(schedule)))
-        distillation = 1 - F.cosine_similarity(output.semantic_features.float(), target.float(), dim=-1).mean()
-        semantic = slice(model.config.semantic_dim)
-        commitment = F.mse_loss(output.features[:, semantic], output.quantization.quantized[:, semantic])
-        loss = picture_loss(output.reconstruction, pixels) + COMMITMENT * commitment + 0.2 * distillation
-        run.update(loss)
-        row = {"loss": loss.item(), "psnr": psnr(output.reconstruction, pixels)}
-        row |= {"distillation": distillation.item(), "commitment": commitment.item()}
-        return row | norms(output.quantization)
-
-    run.train(step_fn)
-    return model
-
-
-def enlarge_decoder(model: NextFlowVQModel) -> NextFlowVQModel:
-    """A copy with twice the residual blocks in the pixel decoder; the new ones begin as the identity."""
-    torch.manual_seed(3)
-    larger = NextFlowVQModel(vq_config(decoder_blocks=2))
-    state = model.state_dict()
-    for resolution in larger.pixel_decoder.resolutions:
-        blocks = [layer for layer in resolution if isinstance(layer, ResidualBlock)]
-        nn.init.zeros_(blocks[-1].conv2.weight)
-        nn.init.zeros_(blocks[-1].conv2.bias)
-    missing = larger.load_state_dict(state, strict=False)
-    if missing.unexpected_keys:
-        raise ValueError(f"the larger decoder has no place for {missing.unexpected_keys}")
-    return larger.to(memory_format=torch.channels_last)
+    return train_stage(folder, "joint", model, peak=1e-3, teacher=teacher.vision_model, callbacks=[SemanticFits()])
 
 
 def train_decoder(folder: Path, model: NextFlowVQModel) -> NextFlowVQModel:
     """Stage 3: the enlarged pixel decoder alone; the codes stay what they are."""
-    larger = enlarge_decoder(model).requires_grad_(False)
-    larger.pixel_decoder.requires_grad_(True)
-    run = Run(folder, "decoder", larger.pixel_decoder, STEPS["decoder"], peak=8e-4)
-
-    def step_fn(step: int) -> dict[str, float]:
-        rng = random.Random(f"decoder {step} {run.rank}")
-        pixels = picture_batch(rng, BATCH // run.processes, PHOTO_SHARE).contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
-            with torch.no_grad():
-                features = larger.features(pixels)
-                quantized = larger.quantizer(features, larger.schedules.by_size(*pixels.shape[-2:])).quantized
-            reconstruction = larger.pixel_decoder(quantized[:, larger.config.semantic_dim :])
-        loss = picture_loss(reconstruction, pixels)
-        run.update(loss)
-        return {"loss": loss.item(), "psnr": psnr(reconstruction, pixels)}
-
-    run.train(step_fn)
-    return larger.requires_grad_(False)
+    torch.manual_seed(3)
+    return train_stage(folder, "decoder", prepare_vq_stage(model, "decoder"), peak=8e-4)

@@ -1,0 +1,48 @@
+"""NextFlow (arXiv 2601.02204) for diffusers: importing this package lets `DiffusionPipeline` load its pipelines."""
+
+import sys
+
+import diffusers
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+from transformers import PreTrainedModel, ProcessorMixin
+
+from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor, NextFlowVQModel
+
+from .conditioning import NextFlowConditioner, condition_dim
+from .pipeline_nextflow import NextFlowPipeline
+from .pipelines import (
+    NextFlowDecoderPipeline,
+    NextFlowFluxDecoderPipeline,
+    NextFlowQwenImageDecoderPipeline,
+    NextFlowXLDecoderPipeline,
+)
+
+# What `DiffusionPipeline.from_pretrained` looks up: a pipeline's class on `diffusers`, and the classes of components,
+# by the module's name in model_index.json, on `diffusers.pipelines`.
+for pipeline in (
+    NextFlowPipeline,
+    NextFlowDecoderPipeline,
+    NextFlowXLDecoderPipeline,
+    NextFlowFluxDecoderPipeline,
+    NextFlowQwenImageDecoderPipeline,
+):
+    setattr(diffusers, pipeline.__name__, pipeline)
+diffusers.pipelines.diffusers_nextflow = sys.modules[__name__]
+
+__all__ = [
+    "DiffusionPipeline",
+    "ModelMixin",
+    "NextFlowConditioner",
+    "NextFlowDecoderPipeline",
+    "NextFlowFluxDecoderPipeline",
+    "NextFlowForConditionalGeneration",
+    "NextFlowPipeline",
+    "NextFlowProcessor",
+    "NextFlowQwenImageDecoderPipeline",
+    "NextFlowVQModel",
+    "NextFlowXLDecoderPipeline",
+    "PreTrainedModel",
+    "ProcessorMixin",
+    "SchedulerMixin",
+    "condition_dim",
+]

@@ -14,6 +14,8 @@ from .block_attention import BLOCKS, segments_of
 from .layout import SequenceLayout
 from .row_cache import RowCache
 
+FLEX = "flex_attention"
+
 
 def sequence_mask(
     config: PreTrainedConfig,
@@ -59,6 +61,16 @@ def sequence_mask(
         block_sequence_ids=block_ids,
     )
     return {"full_attention": mask}
+
+
+def refuse_dense_mask(config: PreTrainedConfig, mask: torch.Tensor | None) -> None:
+    """Raise a `ValueError` for a (B, heads, L, keys) mask under flex attention, which would add its numbers to the
+    scores, 1 for True; a BlockMask, or a (B, keys) mask to make one of, is right."""
+    if config._attn_implementation == FLEX and isinstance(mask, torch.Tensor) and mask.ndim > 2:
+        raise ValueError(
+            f'attn_implementation="{FLEX}" takes an attention_mask of the shape (B, keys), not a dense one of '
+            f'{tuple(mask.shape)}; use "sdpa" for that'
+        )
 
 
 def row_mask(
@@ -113,9 +125,16 @@ def visible_lengths(block_ids: torch.Tensor) -> torch.Tensor:
     return ends.flip(1).cummin(dim=1).values.flip(1)
 
 
-def attended_pairs(block_ids: torch.Tensor, document_ids: torch.Tensor) -> int:
-    """How many (query, key) pairs [`sequence_mask`] lets see each other in (B, L) packed rows, padding left out."""
+def visible_keys(block_ids: torch.Tensor, document_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which keys [`sequence_mask`] lets each position of (B, L) packed rows see: (B, L) int64 of the first, and of one
+    past the last. Padding sees none."""
     places = torch.arange(block_ids.shape[1], device=block_ids.device).expand_as(block_ids)
     continues = F.pad(document_ids[:, 1:] == document_ids[:, :-1], (1, 0), value=False)
-    document_starts = places.masked_fill(continues, 0).cummax(dim=1).values
-    return int((visible_lengths(block_ids) - document_starts)[document_ids >= 0].sum())
+    starts = places.masked_fill(continues, 0).cummax(dim=1).values
+    return starts, torch.where(document_ids >= 0, visible_lengths(block_ids), starts)
+
+
+def attended_pairs(block_ids: torch.Tensor, document_ids: torch.Tensor) -> int:
+    """How many (query, key) pairs [`sequence_mask`] lets see each other in (B, L) packed rows, padding left out."""
+    starts, ends = visible_keys(block_ids, document_ids)
+    return int((ends - starts).sum())

@@ -477,6 +477,50 @@ def add_data(subparsers) -> None:
     add_commands(subparsers.add_parser("data", help="documents to packed training shards, and back"))
 
 
+def add_doctor(subparsers) -> None:
+    parser = subparsers.add_parser("doctor", help="what is wrong with a checkpoint or its training shards")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="local folder or Hub id")
+    parser.add_argument("--packs", metavar="FOLDER", help="packed training shards")
+    parser.add_argument("--images", metavar="FOLDER", help="pictures, with name.txt beside name.png (default: drawn)")
+    parser.add_argument("--text-source", metavar="NAME", help="model whose text the checkpoint must have kept")
+    parser.add_argument("--output", metavar="FOLDER", help="gets report.html and report.txt")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=doctor)
+
+
+def doctor(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from .doctor import examine, read_pictures, to_text, write_report
+
+    for folder in (args.packs, args.images):
+        if folder is not None and not Path(folder).is_dir():
+            raise NotADirectoryError(f"there is no folder {folder}")
+    model, processor = load_model(args.checkpoint)
+    source = None
+    if args.text_source is not None:
+        from transformers import AutoModelForMultimodalLM
+
+        source = AutoModelForMultimodalLM.from_pretrained(model_name(args.text_source)).to(model.device).eval()
+    with tqdm(desc="checks", unit="check", disable=None, leave=False) as progress:
+        diagnosis = examine(
+            model,
+            processor,
+            packs=args.packs,
+            pictures=None if args.images is None else read_pictures(args.images),
+            text_source=source,
+            seed=args.seed,
+            on_check=lambda finding: progress.update(),
+        )
+    page = None if args.output is None else write_report(diagnosis, args.output, args.checkpoint)
+    if args.json:
+        print(json.dumps(diagnosis.to_dict(), indent=2))
+        return
+    print(to_text(diagnosis), end="")
+    print(f"\n{diagnosis.seconds:.1f} s" + (f", {page}" if page else ""))
+
+
 def add_export(subparsers) -> None:
     parser = subparsers.add_parser("export", help="a checkpoint in the layout of the Hub, or on the Hub")
     parser.add_argument("folder", metavar="DIR", help="local model folder")
@@ -502,6 +546,7 @@ SUBCOMMANDS = (
     add_reconstruct,
     add_flops,
     add_data,
+    add_doctor,
     add_export,
 )
 

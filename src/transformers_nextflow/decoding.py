@@ -191,7 +191,7 @@ def draw_images(
     forced_codes: torch.Tensor | None = None,
     forced_mask: torch.Tensor | None = None,
     keep_contexts: bool = True,
-    output_logits: bool = False,
+    output_logits: bool | int = False,
     on_scale_end: Callable[[int, int, torch.Tensor], None] | None = None,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Draw one picture or `repeats` after each row that has just read `<boi>`.
@@ -210,7 +210,8 @@ def draw_images(
     scale's (TokenFlow's sampling in several steps); later scales see the block as it was first read.
 
     Returns:
-        (B, codes) codes, and with `output_logits` of each scale the (B, l, V) float32 guided logits of its last pass.
+        (B, codes) codes, and with `output_logits` of each scale, or of the first so many, the (B, l, V) float32 guided
+        logits of its last pass.
     """
     model, schedule = decoder.model, controls.schedule
     needed = [controls.num_contexts(scale) for scale in range(len(schedule))]
@@ -221,7 +222,7 @@ def draw_images(
         forced_scales = [*(a and b for a, b in zip(whole, reached)), False].index(False)
     hidden_rlD, device = hidden_r1D, hidden_r1D.device
     codes_BL = torch.empty(len(contexts[0]), 0, dtype=torch.long, device=device)
-    logits = []
+    logits, num_logits = [], len(schedule) if output_logits is True else int(output_logits)
     total = 0.0 if model.config.feature_mode == "accumulated" else None
 
     def predict(hidden_rlD: torch.Tensor, scale: int) -> torch.Tensor:
@@ -252,7 +253,7 @@ def draw_images(
             codes_Bl = forced_codes[:, schedule.slice(scale)]
             for _ in range(controls.num_passes(scale)):  # so that the others are drawn as if none was forced
                 generators.uniform(schedule.lengths[scale], device)
-            if output_logits:
+            if scale < num_logits:
                 logits.append(predict(hidden_rlD, scale))
         else:
             logits_BlV = predict(hidden_rlD, scale)
@@ -268,7 +269,7 @@ def draw_images(
                     logits_BlV = predict(decoder.write_scale(rows, inputs_rlD, schedule, scale), scale)
                     codes_Bl = pick(logits_BlV, scale, top_k)
                 decoder.cache.restore_columns(rows, first_columns)
-            if output_logits:
+            if scale < num_logits:
                 logits.append(logits_BlV)
         codes_BL = torch.cat([codes_BL, codes_Bl], dim=1)
         if on_scale_end is not None:

@@ -126,7 +126,7 @@ class NextFlowGenerationMixin(GenerationMixin):
         forced_codes: torch.LongTensor | None = None,
         forced_mask: torch.BoolTensor | None = None,
         on_scale_end: Callable[[int, int, torch.Tensor], None] | None = None,
-        output_logits: bool = False,
+        output_logits: bool | int = False,
         return_dict_in_generate: bool = False,
     ) -> torch.LongTensor | NextFlowImageOutput:
         """Decode pictures scale by scale over a key-value cache.
@@ -153,7 +153,8 @@ class NextFlowGenerationMixin(GenerationMixin):
                 that are forced as a whole are run once for all pictures of a prompt, which then share them.
             forced_mask: (B, n) or (n,) bool, which of `forced_codes` are forced; default all.
             on_scale_end: called after each scale with (picture, scale from 0 on, (n,) codes so far).
-            output_logits: also return each scale's logits (with `return_dict_in_generate`).
+            output_logits: also return the logits of each scale, or of the first so many scales (with
+                `return_dict_in_generate`).
 
         Returns:
             (B * num_images_per_prompt, codes) ids, text rows + code; or [`NextFlowImageOutput`].

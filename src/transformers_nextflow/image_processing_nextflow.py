@@ -54,6 +54,12 @@ def _upright(image: Image.Image) -> Image.Image:
     return ImageOps.exif_transpose(image)
 
 
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """(height, width) of a picture once it is upright, by its header alone."""
+    lies = image.getexif().get(ORIENTATION, 1) >= 5
+    return (image.width, image.height) if lies else (image.height, image.width)
+
+
 class NextFlowImageProcessorKwargs(ImagesKwargs, total=False):
     """
     level (`str` or `int`, *optional*):

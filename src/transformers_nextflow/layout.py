@@ -3,7 +3,7 @@
 An image in `input_ids` is `<boi>`, one `<image>` per visual input position, `<eoi>`. Its final grid, in
 `image_grid_hw`, names its scale schedule of K scales. `<boi>` predicts scale 1; the block of scale k = 2..K has
 h_k * w_k positions and predicts scale k's codes position by position. An image that is only read may carry one
-further block, K + 1, with its last scale's codes.
+further block, K + 1, with its last scale's codes. At the end of a row an image may be cut after any block.
 
 - The counter s (NextFlow fig. 5): text +1; `<boi>` p, the block of scale k p + k - 1, `<eoi>` after the last block.
 - Position rows are (s, i, j): text (t, t, t); a block's cell C / sqrt(h w) * (row + 0.5, column + 0.5) (eq. 1).
@@ -30,6 +30,7 @@ class ImageSpan:
         row, start: batch row and index of `<boi>`.
         schedule: the image's scales.
         num_inputs: `<image>` slots after `<boi>`.
+        num_scales: scales that the outputs predict: all, or the first ones of an image that is cut.
         is_open: whether the row ends in `<boi>` and the image is still to be generated.
     """
 
@@ -37,12 +38,18 @@ class ImageSpan:
     start: int
     schedule: ScaleSchedule
     num_inputs: int
+    num_scales: int
     is_open: bool = False
 
     @property
     def slots(self) -> slice:
         """`<boi>` and the `<image>` slots. Without the last-scale block, their outputs predict the codes in order."""
         return slice(self.start, self.start + 1 + self.num_inputs)
+
+    @property
+    def num_codes(self) -> int:
+        """Codes of its `num_scales` scales."""
+        return self.schedule.prefix(self.num_scales).num_codes
 
     @property
     def has_last_scale(self) -> bool:
@@ -182,6 +189,7 @@ def build_layout(
             scales_BL[row, start : slots.stop] = len(image.schedule)
             if image.num_inputs:
                 scale_ids, cells = _block_template(image.schedule.grids, image.has_last_scale, finest_edge)
+                scale_ids, cells = scale_ids[: image.num_inputs], cells[:, : image.num_inputs]
                 scale_BL[row, slots] = scale_ids
                 step_BL[row, slots] = torch.diff(scale_ids, prepend=scale_ids.new_ones(1))
                 block_BL[row, slots] = scale_ids + len(images) * (schedules.max_scales + 2)
@@ -214,14 +222,17 @@ def _read_span(ids, placeholders, row: int, start: int, schedule: ScaleSchedule,
     after = placeholders[row, start + 1 :]
     num_inputs = int(after.long().cumprod(0).sum())
     end = start + 1 + num_inputs
-    is_open = end == ids.shape[1] and num_inputs == 0
-    if not is_open:
-        allowed = (num_image_slots(schedule), num_image_slots(schedule, last_scale=True))
-        if num_inputs not in allowed:
-            raise ValueError(
-                f"an image of the final grid {schedule.final_grid} takes {allowed[0]} <image> tokens "
-                f"({allowed[1]} with its last scale), got {num_inputs} in row {row}"
-            )
-        if end < ids.shape[1] and int(ids[row, end]) != eoi_token_id:
-            raise ValueError(f"the <image> tokens of row {row} must be followed by <eoi>, got id {int(ids[row, end])}")
-    return ImageSpan(row, start, schedule, num_inputs, is_open)
+    at_end = end == ids.shape[1]
+    if at_end and num_inputs == 0:
+        return ImageSpan(row, start, schedule, num_inputs, num_scales=1, is_open=True)
+    if at_end and num_inputs + 1 in schedule.offsets:
+        return ImageSpan(row, start, schedule, num_inputs, num_scales=schedule.offsets.index(num_inputs + 1))
+    allowed = (num_image_slots(schedule), num_image_slots(schedule, last_scale=True))
+    if num_inputs not in allowed:
+        raise ValueError(
+            f"an image of the final grid {schedule.final_grid} takes {allowed[0]} <image> tokens "
+            f"({allowed[1]} with its last scale), got {num_inputs} in row {row}"
+        )
+    if not at_end and int(ids[row, end]) != eoi_token_id:
+        raise ValueError(f"the <image> tokens of row {row} must be followed by <eoi>, got id {int(ids[row, end])}")
+    return ImageSpan(row, start, schedule, num_inputs, len(schedule))

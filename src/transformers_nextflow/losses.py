@@ -77,8 +77,9 @@ def fill_code_targets(
                 f"<boi> at {image.start}"
             )
         targets_BL[image.row, image.slots] = codes + text_vocab_size
-        scale_weights = torch.tensor(image.schedule.weights(alpha), device=weights_BL.device)
-        lengths = torch.tensor(image.schedule.lengths, device=weights_BL.device)
+        predicted = image.schedule.prefix(image.num_scales)
+        scale_weights = torch.tensor(predicted.weights(alpha), device=weights_BL.device)
+        lengths = torch.tensor(predicted.lengths, device=weights_BL.device)
         weights_BL[image.row, image.slots] = scale_weights.repeat_interleave(lengths)
     return targets_BL, weights_BL.masked_fill(targets_BL == IGNORE, 0.0)
 
@@ -89,6 +90,7 @@ def joint_cross_entropy(
     code_rows: torch.Tensor,
     targets: torch.Tensor,
     weights: torch.Tensor,
+    z_loss: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum of weight x cross-entropy under one softmax over text and code rows; exact, without the logits of all
     positions at once.
@@ -98,6 +100,8 @@ def joint_cross_entropy(
         text_rows, code_rows: (text rows, D) and (codes, D), the weights of the heads.
         targets: (...) int64 over all rows, `IGNORE` where nothing is supervised.
         weights: (...) of the targets, constants.
+        z_loss: coefficient of the squared log-sum-exp of the logits, added to each target's cross-entropy before it is
+            weighed; it holds the softmax's normaliser near 1. No part of the paper.
 
     Returns:
         The sum, a scalar to divide and to differentiate once, and the (...) unweighted cross-entropies, detached, 0
@@ -111,7 +115,7 @@ def joint_cross_entropy(
     if not torch.is_grad_enabled():  # a function's forward cannot ask
         inputs = [tensor.detach() for tensor in inputs]
     with torch.autocast(device, enabled=False):
-        total, losses_N = _WeightedCrossEntropy.apply(*inputs, targets[supervised], weights[supervised])
+        total, losses_N = _WeightedCrossEntropy.apply(*inputs, targets[supervised], weights[supervised], z_loss)
     return total, losses_N.new_zeros(targets.shape).masked_scatter(supervised, losses_N)
 
 
@@ -120,12 +124,12 @@ class _WeightedCrossEntropy(torch.autograd.Function):
     each chunk become their own gradient in place, and what is kept is the size of the hidden states and the rows."""
 
     @staticmethod
-    def forward(ctx, hidden_ND, text_rows, code_rows, targets_N, weights_N):
+    def forward(ctx, hidden_ND, text_rows, code_rows, targets_N, weights_N, z_loss):
         heads = (text_rows, code_rows)
         sizes = [len(rows) for rows in heads]
         dtype = torch.promote_types(hidden_ND.dtype, torch.float32)  # of all but the products with the rows
         weights_N = weights_N.to(dtype)
-        losses_N = torch.empty_like(weights_N)
+        losses_N, log_sums_N = torch.empty_like(weights_N), torch.empty_like(weights_N)
         hidden_gradient, *row_gradients = (
             torch.zeros_like(tensor, dtype=dtype) if needed else None
             for tensor, needed in zip((hidden_ND, *heads), ctx.needs_input_grad)
@@ -143,11 +147,14 @@ class _WeightedCrossEntropy(torch.autograd.Function):
             peaks_n1 = logits_nV.amax(dim=1, keepdim=True)
             targets_logits_n1 = logits_nV.gather(1, targets_n1)
             sums_n1 = logits_nV.sub_(peaks_n1).exp_().sum(dim=1, keepdim=True)
-            losses_N[chunk] = (sums_n1.log() + peaks_n1 - targets_logits_n1)[:, 0]
+            log_sums_n1 = sums_n1.log() + peaks_n1
+            losses_N[chunk] = (log_sums_n1 - targets_logits_n1)[:, 0]
+            log_sums_N[chunk] = log_sums_n1[:, 0]
             if not any(ctx.needs_input_grad):
                 continue
-            # weight x (probabilities - one at the target)
-            logits_nV.mul_(weights_n1 / sums_n1).scatter_add_(1, targets_n1, -weights_n1)
+            # weight x (probabilities - one at the target), and the log-sum-exp's gradient, probabilities too
+            scales_n1 = weights_n1 * (1 + 2 * z_loss * log_sums_n1)
+            logits_nV.mul_(scales_n1 / sums_n1).scatter_add_(1, targets_n1, -weights_n1)
             products_nV.copy_(logits_nV)
             for part, rows, row_gradient in zip(parts, heads, row_gradients):
                 if hidden_gradient is not None:
@@ -156,12 +163,12 @@ class _WeightedCrossEntropy(torch.autograd.Function):
                     _add_product(row_gradient, part.T, hidden_nD)
         ctx.save_for_backward(hidden_gradient, *row_gradients)
         ctx.mark_non_differentiable(losses_N)
-        return (losses_N * weights_N).sum(), losses_N
+        return ((losses_N + z_loss * log_sums_N**2) * weights_N).sum(), losses_N
 
     @staticmethod
     @once_differentiable
     def backward(ctx, scale, _):
-        return *(None if gradient is None else gradient * scale for gradient in ctx.saved_tensors), None, None
+        return *(None if gradient is None else gradient * scale for gradient in ctx.saved_tensors), None, None, None
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:

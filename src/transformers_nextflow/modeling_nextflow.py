@@ -24,7 +24,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRotaryE
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
-from .attention import sequence_mask
+from .attention import FLEX, refuse_dense_mask, sequence_mask
 from .configuration_nextflow import NextFlowConfig
 from .generation_nextflow import NextFlowGenerationMixin
 from .layout import SequenceLayout, build_layout, check_integers, coordinate_waves
@@ -94,6 +94,14 @@ class NextFlowPreTrainedModel(PreTrainedModel):
         model.base_model.vq_model.requires_grad_(False)  # loading replaces parameters and thaws them
         return loaded
 
+    def set_attn_implementation(self, attn_implementation: str | dict, **kwargs) -> None:
+        """As of the library's models; flex attention is the decoder's alone, see [`NextFlowModel`]."""
+        if attn_implementation == FLEX:
+            self.base_model.language_model.set_attn_implementation(FLEX, **kwargs)
+            self.config._attn_implementation = {"": FLEX}
+        else:
+            super().set_attn_implementation(attn_implementation, **kwargs)
+
     @classmethod
     def is_custom_code(cls) -> bool:
         # for custom code that writes parameters in place, loading leaves out `_init_weights` of modules without
@@ -121,10 +129,16 @@ class NextFlowTextModel(Qwen2_5_VLTextModel):
 
 
 class NextFlowModel(NextFlowPreTrainedModel):
-    """The decoder with its visual inputs, without heads."""
+    """The decoder with its visual inputs, without heads.
+
+    Under `attn_implementation="flex_attention"` the vision tokenizer stays with SDPA: its attention has no masks that
+    blocks could be left out of, and its codes must not depend on the decoder's attention.
+    """
 
     def __init__(self, config: NextFlowConfig):
         super().__init__(config)
+        if config._attn_implementation == FLEX:
+            config.vq_config._attn_implementation = "sdpa"
         width, code_dim = config.text_config.hidden_size, config.vq_config.code_dim
         self.language_model = NextFlowTextModel(config.text_config)
         self.vq_model = NextFlowVQModel(config.vq_config).requires_grad_(False)
@@ -176,23 +190,36 @@ class NextFlowModel(NextFlowPreTrainedModel):
         return ids
 
     def next_scale_inputs(
-        self, codes: torch.Tensor, schedule: ScaleSchedule, last_scale: bool = False
+        self, codes: torch.Tensor, schedule: ScaleSchedule, last_scale: bool = False, num_scales: int | None = None
     ) -> torch.Tensor:
         """(N, codes of at least scales 1..K-1) -> (N, l, D): what the blocks of scales 2..K hold, before their scale
-        embeddings; with `last_scale` the codes of scale K too, on their own grid."""
-        entries = self.code_embeddings(codes)
+        embeddings; with `last_scale` the codes of scale K too, on their own grid. K is `num_scales`, or all."""
+        return self.connect(*self._next_scale_features(self.code_embeddings(codes), schedule, last_scale, num_scales))
+
+    def _next_scale_features(
+        self, entries: torch.Tensor, schedule: ScaleSchedule, last_scale: bool, num_scales: int | None
+    ) -> tuple[torch.Tensor, list[Grid]]:
+        """(N, codes, C) -> (N, l, C), and the grids they lie on."""
         accumulate = self.config.feature_mode == "accumulated"
-        features, grids = next_scale_features(entries, schedule, accumulate), list(schedule.grids[1:])
+        features = next_scale_features(entries, schedule, accumulate, num_scales)
+        grids = list(schedule.grids[1:num_scales])
         if last_scale:
             features = torch.cat([features, entries[:, schedule.slice(len(schedule) - 1)]], dim=1)
             grids.append(schedule.final_grid)
-        return self.connect(features, grids)
+        return features, grids
 
     def connect(self, features: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
         """(..., l, C) features of codes on these grids, one after the other -> (..., l, D) in the decoder's dtype."""
+        return self._project(self._with_coordinates(features, grids))
+
+    def _with_coordinates(self, features: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
+        """(..., l, C) -> (..., l, C + 4 * coordinate_frequencies)."""
         if frequencies := self.config.coordinate_frequencies:
             waves = torch.cat([coordinate_waves(grid, frequencies) for grid in grids]).to(features)
             features = torch.cat([features, waves.expand(*features.shape[:-1], -1)], dim=-1)
+        return features
+
+    def _project(self, features: torch.Tensor) -> torch.Tensor:
         visual = self.connector(features.to(self.connector[0].weight.dtype))
         return visual.to(self.get_input_embeddings().weight.dtype)
 
@@ -209,7 +236,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
             return []
         if image_codes is not None:
             check_integers("image_codes", image_codes, 1)
-            lengths = [image.schedule.num_codes for image in closed]
+            lengths = [image.num_codes for image in closed]
             _check_total("image_codes", len(image_codes), sum(lengths))
             limit = self.config.vq_config.codebook_size
             if image_codes.numel() and not (0 <= image_codes.min() and image_codes.max() < limit):
@@ -217,6 +244,11 @@ class NextFlowModel(NextFlowPreTrainedModel):
                     f"image_codes must lie in [0, {limit}), got {int(image_codes.min())} to {int(image_codes.max())}"
                 )
             return list(image_codes.split(lengths))
+        for image in closed:
+            if image.num_scales < len(image.schedule):
+                raise ValueError(
+                    f"row {image.row} ends after scale {image.num_scales} of an image: give its codes as image_codes"
+                )
         return self.encode_images(pixel_values, [image.schedule.final_grid for image in closed])
 
     def encode_images(self, pixel_values: torch.Tensor, image_grid_hw: Sequence) -> list[torch.Tensor]:
@@ -259,14 +291,24 @@ class NextFlowModel(NextFlowPreTrainedModel):
         groups: dict[tuple, list[int]] = {}
         for index, image in enumerate(layout.closed_images):
             if image.num_inputs:
-                groups.setdefault((image.schedule, image.has_last_scale), []).append(index)
-        for (schedule, last_scale), members in groups.items():
+                groups.setdefault((image.schedule, image.has_last_scale, image.num_scales), []).append(index)
+        # each module runs once, whatever the pictures are, so that devices that share its weights stay in step
+        entries = self.code_embeddings(torch.cat([layout.scale_ids.new_empty(0), *codes]))
+        entries_of = entries.split([len(each) for each in codes])
+        features = [F.pad(entries[:0], (0, 4 * self.config.coordinate_frequencies))]
+        slots = [layout.scale_ids.new_empty(2, 0)]
+        for (schedule, last_scale, num_scales), members in groups.items():
             images = [layout.closed_images[index] for index in members]
-            visual_NlD = self.next_scale_inputs(torch.stack([codes[i] for i in members]), schedule, last_scale)
+            stacked = torch.stack([entries_of[index] for index in members])
+            features_NlC = self._next_scale_features(stacked, schedule, last_scale, num_scales)
+            placed_NlC = self._with_coordinates(*features_NlC)
+            features.append(placed_NlC.flatten(0, 1))
             rows = torch.tensor([[image.row] for image in images], device=inputs_embeds.device)
             starts = torch.tensor([[image.start + 1] for image in images], device=inputs_embeds.device)
             columns = starts + torch.arange(images[0].num_inputs, device=inputs_embeds.device)
-            inputs_embeds[rows, columns] = visual_NlD.to(inputs_embeds.dtype)
+            slots.append(torch.stack([rows.expand_as(columns), columns]).flatten(1))
+        visual = self._project(torch.cat(features))
+        inputs_embeds[tuple(torch.cat(slots, dim=1))] = visual.to(inputs_embeds.dtype)
         inputs_embeds[at_image_BL] = inputs_embeds[at_image_BL] + scale_embeds.to(inputs_embeds.dtype)
         return inputs_embeds
 
@@ -296,7 +338,8 @@ class NextFlowModel(NextFlowPreTrainedModel):
             position_ids: (3, B, L) rows (s, i, j); computed from the ids where absent.
             pixel_values: (sum of final-grid cells, p*p*3) in [-1, 1], patches row-major, images in the order of
                 `<boi>`; (images, 3, H, W) for a vision tokenizer with an `image_size`.
-            image_codes: (sum of codes,), scale by scale, instead of `pixel_values`.
+            image_codes: (sum of codes,), scale by scale, instead of `pixel_values`; of an image that ends its row cut
+                after a block, the codes that its outputs predict.
             image_input_codes: (sum of codes of scales 1..K-1,), where inputs differ from the targets.
             image_grid_hw: (images, 2) final grids, one for each `<boi>`; a row's last `<boi>` may be open.
             document_ids: (B, L) for packed rows, -1 at padding.
@@ -310,6 +353,8 @@ class NextFlowModel(NextFlowPreTrainedModel):
                 raise ValueError("images cannot be given with a filled cache")
             if document_ids is not None:
                 raise ValueError("document_ids cannot be given with a filled cache")
+            mask = attention_mask["full_attention"] if prepared else attention_mask
+            refuse_dense_mask(self.config.text_config, mask)
             return self.language_model(
                 input_ids=input_ids,
                 inputs_embeds=inputs_embeds,
@@ -325,7 +370,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
             input_ids = self.marker_ids(inputs_embeds)
         layout = layout or self.lay_out(input_ids, image_grid_hw, attention_mask, document_ids)
         codes = self.image_codes_of(layout, pixel_values, image_codes)
-        if layout.images:
+        if layout.images or self.training:  # in training every weight has a gradient, if a zero one
             inputs_embeds = self.embed_images(inputs_embeds, layout, _input_codes(layout, codes, image_input_codes))
         mask = sequence_mask(
             self.config.text_config, inputs_embeds, attention_mask, layout, document_ids, past_key_values
@@ -345,9 +390,10 @@ class NextFlowOutput(ModelOutput):
     """Output of [`NextFlowForConditionalGeneration`].
 
     Attributes:
-        loss: weighted mean of the cross-entropies, where labels came.
+        loss: weighted mean of the cross-entropies, and the z-loss asked for, where labels came.
         logits: (B, L, text rows + codes), or the rows asked for.
         token_losses: (B, L) float32 unweighted cross-entropies, detached, 0 where nothing is supervised.
+        scale_ids, block_ids: (B, L) int64 of the [`SequenceLayout`], where labels came.
     """
 
     loss: torch.FloatTensor | None = None
@@ -356,6 +402,8 @@ class NextFlowOutput(ModelOutput):
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
     token_losses: torch.FloatTensor | None = None
+    scale_ids: torch.LongTensor | None = None
+    block_ids: torch.LongTensor | None = None
 
 
 class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerationMixin):
@@ -395,6 +443,7 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
         shift_labels: torch.LongTensor | None = None,
         loss_weights: torch.FloatTensor | None = None,
         num_items_in_batch: torch.Tensor | float | None = None,
+        z_loss: float = 0.0,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         logits_over: str = "all",
@@ -409,6 +458,7 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
             loss_weights: (B, L) weights of the targets; by default text weighs 1 and the scales as eq. 2 says.
             num_items_in_batch: what the weighted sum is divided by; by default the sum of the weights. Where nothing
                 is supervised the loss is 0 with it and NaN without, as of the library's models.
+            z_loss: coefficient of the squared log-sum-exp in the loss, see [`joint_cross_entropy`].
             logits_to_keep: the last positions, or indices, to compute logits for; 0 = all.
             logits_over: `"all"` rows (text, then codes), `"text"` rows, `"codes"`, or `"none"`.
         """
@@ -451,7 +501,7 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
             if loss_weights is not None:
                 weights_BL = loss_weights.masked_fill(targets_BL == IGNORE, 0.0)
             total, token_losses_BL = joint_cross_entropy(
-                hidden_BLD, self.lm_head.weight, self.code_head.weight, targets_BL, weights_BL
+                hidden_BLD, self.lm_head.weight, self.code_head.weight, targets_BL, weights_BL, z_loss
             )
             loss = total / (weights_BL.sum() if num_items_in_batch is None else num_items_in_batch)
 
@@ -469,6 +519,8 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             token_losses=token_losses_BL,
+            scale_ids=layout.scale_ids if supervised else None,
+            block_ids=layout.block_ids if supervised else None,
         )
 
 
@@ -484,7 +536,7 @@ def _input_codes(
     if image_input_codes is None:
         return codes
     closed = layout.closed_images
-    lengths = [image.schedule.offsets[-1] for image in closed]  # all but the last scale
+    lengths = [image.schedule.offsets[image.num_scales - 1] for image in closed]  # all but the last scale
     _check_total("image_input_codes", len(image_input_codes), sum(lengths))
     return [
         torch.cat([inputs, own[length:]])

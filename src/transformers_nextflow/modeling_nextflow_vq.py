@@ -401,8 +401,13 @@ class NextFlowVQModel(PreTrainedModel):
         else:
             super()._init_weights(module)
 
-    def semantic_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) -> (B, h*w, D): the semantic encoder's hidden state that is quantised."""
+    def semantic_features(self, pixel_values: torch.Tensor, encoder: nn.Module | None = None) -> torch.Tensor:
+        """(B, 3, H, W) -> (B, h*w, D): the semantic encoder's hidden state that is quantised.
+
+        Args:
+            encoder: another model of the semantic encoder's kind, as the teacher it is distilled from.
+        """
+        encoder = self.semantic_encoder if encoder is None else encoder
         grid, layer = self._schedule_of(pixel_values).final_grid, self.config.semantic_feature_layer
         if self.config.semantic_mean is not None:
             shift, scale = (
@@ -411,19 +416,24 @@ class NextFlowVQModel(PreTrainedModel):
             )
             unit = ((pixel_values + 1) * 127.5).clamp(0, 255) / 255
             pixel_values = ((unit - shift) / scale).to(pixel_values.dtype)
-        if not isinstance(self.semantic_encoder, Siglip2VisionModel):
-            return fixed_size_features(self.semantic_encoder, pixel_values, layer)
+        if not isinstance(encoder, Siglip2VisionModel):
+            return fixed_size_features(encoder, pixel_values, layer)
         patches = patchify(pixel_values, self.config.patch_size)
-        output = run_siglip(self.semantic_encoder, patches, grid, output_hidden_states=layer is not None)
+        output = run_siglip(encoder, patches, grid, output_hidden_states=layer is not None)
         return output.last_hidden_state if layer is None else output.hidden_states[layer]
 
-    def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) in [-1, 1] -> (B, C, h, w) float32, semantic channels first: what is quantised."""
+    def features(self, pixel_values: torch.Tensor, pixel_only: bool = False) -> torch.Tensor:
+        """(B, 3, H, W) in [-1, 1] -> (B, C, h, w) float32, semantic channels first: what is quantised.
+
+        With `pixel_only` the semantic channels are 0.
+        """
         grid = self._schedule_of(pixel_values).final_grid
-        semantic = to_map(self.semantic_to_code(self.semantic_features(pixel_values)), grid)
         size = tuple(length * self.config.patch_size for length in grid)
-        pixel = self.pixel_encoder(resize_features(pixel_values, size))
-        return torch.cat([semantic.float(), pixel.float()], dim=1)
+        pixel = self.pixel_encoder(resize_features(pixel_values, size)).float()
+        if pixel_only:
+            return F.pad(pixel, (0, 0, 0, 0, self.config.semantic_dim, 0))
+        semantic = to_map(self.semantic_to_code(self.semantic_features(pixel_values)), grid)
+        return torch.cat([semantic.float(), pixel], dim=1)
 
     @torch.no_grad()
     def encode(
@@ -488,6 +498,7 @@ class NextFlowVQModel(PreTrainedModel):
         seed: int = 0,
         keys: Sequence[str | int] | None = None,
         keep_scales: Sequence[bool] | None = None,
+        pixel_only: bool = False,
         **kwargs,
     ) -> NextFlowVQOutput:
         """Encode, quantise with a straight-through gradient, decode both branches.
@@ -495,15 +506,16 @@ class NextFlowVQModel(PreTrainedModel):
         Args:
             pixel_values: (B, 3, H, W) in [-1, 1].
             keep_scales: which scales take part (random scale drop in training, NextFlow sec. 3.1).
+            pixel_only: leave the semantic branch out, `semantic_features` too (the first stage of training).
         """
         schedule = self._schedule_of(pixel_values)
-        features = self.features(pixel_values)
-        quantization = self.quantizer(features, schedule, correction, seed, keys, keep_scales)
+        features = self.features(pixel_values, pixel_only)
+        quantization = self.quantizer(features, schedule, correction, seed, keys, keep_scales, pixel_only)
         quantized = features + (quantization.quantized - features).detach()
         semantic, _ = quantized.split(self.quantizer.dims, dim=1)
         return NextFlowVQOutput(
             reconstruction=self._reconstruct(quantized, schedule),
-            semantic_features=self.semantic_decoder(semantic),
+            semantic_features=None if pixel_only else self.semantic_decoder(semantic),
             features=features,
             quantization=quantization,
         )

@@ -79,18 +79,21 @@ def same_scale_step(
     return to_sequence(F.interpolate(total_BChw, size=schedule[scale], mode="area"))
 
 
-def next_scale_features(entries_BLC: torch.Tensor, schedule: ScaleSchedule, accumulate: bool = False) -> torch.Tensor:
+def next_scale_features(
+    entries_BLC: torch.Tensor, schedule: ScaleSchedule, accumulate: bool = False, num_scales: int | None = None
+) -> torch.Tensor:
     """What the transformer reads to predict scales 2..K, from the codebook entries of scales 1..K-1.
 
     Args:
         entries_BLC: (B, L', C) entries of at least scales 1..K-1 in order; anything after is not read.
         accumulate: VAR's features instead of residual ones, see [`next_scale_step`].
+        num_scales: K; by default all of the schedule.
 
     Returns:
-        (B, sum of h_k * w_k for k = 2..K, C), empty for a schedule of one scale.
+        (B, sum of h_k * w_k for k = 2..K, C), empty for one scale.
     """
     features, total_BChw = [entries_BLC[:, :0]], 0.0 if accumulate else None
-    for scale in range(len(schedule) - 1):
+    for scale in range((len(schedule) if num_scales is None else num_scales) - 1):
         step_BlC, total_BChw = next_scale_step(entries_BLC[:, schedule.slice(scale)], schedule, scale, total_BChw)
         features.append(step_BlC)
     return torch.cat(features, dim=1)
@@ -167,6 +170,7 @@ class QuantizerOutput:
         quantized: (B, C, h, w) float32, the sum over scales of the input codes' entries.
         partial_sums: the running sum after each scale, for the training losses.
         residual_norms: (S,) root mean square of the residual before each scale.
+        queries: what each scale looked up, (B * l, C), without gradient.
     """
 
     target_codes: torch.Tensor
@@ -174,6 +178,7 @@ class QuantizerOutput:
     quantized: torch.Tensor
     partial_sums: list[torch.Tensor]
     residual_norms: torch.Tensor
+    queries: list[torch.Tensor]
 
 
 class DualCodebookQuantizer(nn.Module):
@@ -223,6 +228,7 @@ class DualCodebookQuantizer(nn.Module):
         seed: int = 0,
         keys: Sequence[str | int] | None = None,
         keep_scales: Sequence[bool] | None = None,
+        pixel_only: bool = False,
     ) -> QuantizerOutput:
         """Quantise features of the final grid, coarse to fine.
 
@@ -234,6 +240,8 @@ class DualCodebookQuantizer(nn.Module):
             correction, seed, keys: self-correction; `keys` names each sample, so that its draws depend on neither
                 the batch nor the order (required with `correction`).
             keep_scales: which scales take part; a dropped scale subtracts nothing (tokenizer training only).
+            pixel_only: as if the semantic halves of all entries were 0, as those of the features must be (the first
+                stage of tokenizer training).
         """
         grid = tuple(features_BChw.shape[-2:])
         if grid != schedule.final_grid:
@@ -247,14 +255,17 @@ class DualCodebookQuantizer(nn.Module):
 
         with torch.autocast(features_BChw.device.type, enabled=False):
             codebook_VC = self.codebook()
+            if pixel_only:
+                codebook_VC = F.pad(codebook_VC[:, self.dims[0] :], (self.dims[0], 0))
             residual_BChw = features_BChw.float()
             total_BChw = torch.zeros_like(residual_BChw)
-            targets, inputs, partial_sums, norms = [], [], [], []
+            targets, inputs, partial_sums, norms, queries = [], [], [], [], []
             for scale, (h, w) in enumerate(schedule):
                 norms.append(residual_BChw.detach().square().mean().sqrt())
                 pooled_BChw = F.interpolate(residual_BChw, size=(h, w), mode="area")
                 allowed = self.entries_of(scale)
                 queries_NC = to_sequence(pooled_BChw).flatten(0, 1).detach()
+                queries.append(queries_NC)
                 distance_NV = self.distances(queries_NC, codebook_VC[allowed].detach())
                 target_Bl = allowed.start + distance_NV.argmin(dim=-1).view(batch, h * w)
                 input_Bl = target_Bl
@@ -270,7 +281,7 @@ class DualCodebookQuantizer(nn.Module):
                 targets.append(target_Bl)
                 inputs.append(input_Bl)
         return QuantizerOutput(
-            torch.cat(targets, 1), torch.cat(inputs, 1), total_BChw, partial_sums, torch.stack(norms)
+            torch.cat(targets, 1), torch.cat(inputs, 1), total_BChw, partial_sums, torch.stack(norms), queries
         )
 
     @staticmethod

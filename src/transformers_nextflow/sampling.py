@@ -142,7 +142,23 @@ def sample(
         top = logits_BlV.max(dim=-1)
         _check_finite(top.values)
         return top.indices
-    logits_BlV = logits_BlV.float() / temperature
+    indices, last, cumulative = _truncate(logits_BlV.float() / temperature, top_k, top_p)
+    mass = cumulative.gather(-1, last)
+    slot = (cumulative <= uniform_Bl[..., None] * mass).sum(dim=-1, keepdim=True).minimum(last)
+    return indices.gather(-1, slot).squeeze(-1)
+
+
+def kept_codes(logits_BlV: torch.Tensor, top_k: int, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """What [`sample`] draws from, of logits divided by the temperature.
+
+    Returns:
+        (B, l, k) indices from the most likely on, and (B, l, 1) the place of the last that may be drawn.
+    """
+    indices, last, _ = _truncate(logits_BlV.float(), top_k, top_p)
+    return indices, last
+
+
+def _truncate(logits_BlV: torch.Tensor, top_k: int, top_p: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     num_kept = min(top_k, logits_BlV.shape[-1]) if top_k else logits_BlV.shape[-1]
     kept = logits_BlV.topk(num_kept, dim=-1)
     _check_finite(kept.values[..., 0])
@@ -150,9 +166,7 @@ def sample(
     cumulative = probabilities.cumsum(dim=-1)
     # the code that reaches top_p still belongs to the set
     last = (cumulative - probabilities < top_p).sum(dim=-1, keepdim=True) - 1
-    mass = cumulative.gather(-1, last)
-    slot = (cumulative <= uniform_Bl[..., None] * mass).sum(dim=-1, keepdim=True).minimum(last)
-    return kept.indices.gather(-1, slot).squeeze(-1)
+    return kept.indices, last, cumulative
 
 
 def _check_finite(largest_Bl: torch.Tensor) -> None:

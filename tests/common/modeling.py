@@ -122,14 +122,14 @@ class NextFlowVQModelTest(ModelTesterMixin, unittest.TestCase):
     def test_config(self):
         self.config_tester.run_common_tests()
 
-    @unittest.skip("a vision tokenizer returns no hidden states (Janus' skips this too)")
+    @unittest.skip("a vision tokenizer returns no hidden states")
     def test_hidden_states_output(self):
         pass
 
-    @unittest.skip("a vision tokenizer returns no hidden states (Janus' skips this too)")
+    @unittest.skip("a vision tokenizer returns no hidden states")
     def test_retain_grad_hidden_states_attentions(self):
         pass
 
-    @unittest.skip("a vision tokenizer has no embeddings of ids (Janus' skips this too)")
+    @unittest.skip("a vision tokenizer has no embeddings of ids")
     def test_model_get_set_embeddings(self):
         pass

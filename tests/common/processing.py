@@ -5,6 +5,7 @@ from functools import partialmethod
 from unittest import mock
 
 from examples.shapes.text import train_text_tokenizer
+from tests.common.controls import IMPOSSIBLE
 from tests.common.library import import_library
 from tests.conftest import LEVELS, PATCH_SIZE, SCHEDULES
 from transformers_nextflow import NextFlowImageProcessor, NextFlowProcessor
@@ -80,10 +81,10 @@ class NextFlowImageProcessingTest(image_processing.ImageProcessingTestMixin, uni
     def test_call_pytorch(self):
         self.check_call(torchify=True)
 
-    @unittest.skip("pictures have three channels, which others become or are refused (Qwen2-VL's skips this too)")
+    @unittest.skip("pictures have three channels, which others become or are refused")
     def test_call_numpy_4_channels(self):
         pass
 
-    @unittest.skip("pictures are resized by Pillow; torchvision is no dependency")
+    @unittest.skip(IMPOSSIBLE["NextFlowImageProcessingTest::test_new_models_require_torchvision_backend"])
     def test_new_models_require_torchvision_backend(self):
         pass

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -70,14 +71,14 @@ class Recorder:
         }
 
 
-def run(*arguments: str) -> dict:
-    """Run the tests and return their counts, failures and skips."""
+def run(tests: Iterable[str], *options: str) -> dict:
+    """Run files of this folder, or single `"file::class::test"`s, and return their counts, failures and skips."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     recorder = Recorder()
-    files = [str(Path(__file__).with_name(name)) for name in FILES]
+    tests = [str(Path(__file__).with_name(name)) for name in tests]
     # the library's own marks are not declared here
-    options = ["-q", "-o", "addopts=", "-p", "no:cacheprovider", "-W", "ignore", "--tb=short"]
-    pytest.main([*options, *files, *arguments], plugins=[recorder])
+    quiet = ["-q", "-o", "addopts=", "-p", "no:cacheprovider", "-W", "ignore", "--tb=short"]
+    pytest.main([*quiet, *tests, *options], plugins=[recorder])
     return recorder.results()
 
 
@@ -102,7 +103,7 @@ def main() -> int:
         download()
     if not is_available():
         parser.error("the tests need the package parameterized")
-    results = run(*arguments)
+    results = run(FILES, *arguments)
     if options.record or not RESULTS.exists():
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
         return bool(results["failed"])

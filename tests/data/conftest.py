@@ -8,7 +8,7 @@ import pytest
 import torch
 from data_samples import SETTINGS, documents
 
-from transformers_nextflow.data import Source, extract
+from transformers_nextflow.data import ComputeBudget, CostModel, PackedDataset, Source, extract, pack
 
 datasets.disable_progress_bars()
 
@@ -60,3 +60,16 @@ def extracted(document_source, data_checkpoint, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("extracted") / "documents"
     extract(document_source, data_checkpoint, folder, SETTINGS)
     return folder
+
+
+@pytest.fixture(scope="session")
+def packs(extracted, tmp_path_factory) -> Path:
+    """Eight of them."""
+    folder = tmp_path_factory.mktemp("trainer") / "packs"
+    pack([extracted], folder, ComputeBudget(300), CostModel("blocks", 1.0, 3e-4, 0.5), multiple_of=8)
+    return folder
+
+
+@pytest.fixture
+def dataset(packs, data_model, tiny_processor) -> PackedDataset:
+    return PackedDataset(packs, data_model, tiny_processor)

@@ -172,6 +172,33 @@ def test_a_binding_length_still_gives_every_document_a_pack():
     assert lengths.max() <= 4200 and lengths.mean() > 0.9 * 4200
 
 
+def test_ranks_wait_for_the_costliest_document_so_the_others_hold_as_much():
+    tokens = np.array([4000, *[100] * 440])
+    extents = Extents(tokens, tokens * (tokens + 1) // 2, tokens)
+    by_pairs = CostModel("blocks", 1.0, 0.01)  # the first costs 84,020, all others together 66,220
+    planned = ComputeBudget(8192).plan(extents, by_pairs, 1, seed=0)
+    assert [0] in planned and len(planned) == 7  # 8 at 6,144 positions each; in 6 the last go beside the first
+    assert len(ComputeBudget(8192).plan(extents, CostModel("blocks", 1.0), 1, seed=0)) == 8  # where no pair costs
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_each_document_joins_the_cheapest_pack_with_room(seed):
+    rng = np.random.default_rng(seed)
+    tokens = 100 * rng.integers(1, 20, 300)  # in no order under costs by pairs
+    extents = Extents(tokens, rng.integers(1, 10**6, 300), tokens)
+    by_pairs = CostModel("blocks", 0.0, 1.0)
+    planned = ComputeBudget(4200, fill=1.0).plan(extents, by_pairs, 1, seed=0)
+    costs = by_pairs.document_costs(*extents.of(slice(None)), row_length=4200)
+    held, filled, rooms = [[] for _ in planned], [0.0] * len(planned), [4200] * len(planned)
+    for document in np.argsort(-costs, kind="stable").tolist():
+        with_room = [number for number in range(len(planned)) if rooms[number] >= extents.num_tokens[document]]
+        number = min(with_room, key=filled.__getitem__)
+        held[number].append(document)
+        filled[number] += costs[document]
+        rooms[number] -= extents.num_tokens[document]
+    assert planned == held
+
+
 def test_cost_models_by_hand():
     tokens, pairs, targets = np.array([10, 4]), np.array([70, 12]), np.array([3, 2])
     blocks = CostModel("blocks", 1.0, 10.0, 100.0, 1000.0, 7.0)

@@ -9,53 +9,31 @@ from pathlib import Path
 
 import pytest
 import torch
+from trainings import largest_difference, losses, parameters, train
 from transformers import set_seed
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
 
+from transformers_nextflow import NextFlowModel
 from transformers_nextflow.attention import attended_pairs, sequence_mask
-from transformers_nextflow.data import ComputeBudget, CostModel, PackCollator, PackedDataset, pack
+from transformers_nextflow.data import PackCollator, PackedDataset
 from transformers_nextflow.lora import lora_config
 from transformers_nextflow.losses import IGNORE
-from transformers_nextflow.training import NextFlowTrainer, NextFlowTrainingArguments, load_stages
+from transformers_nextflow.training import NextFlowTrainingArguments, load_stages
+from transformers_nextflow.training import attention_logits as training_logits
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def packs(extracted, tmp_path_factory) -> Path:
-    """Eight of them."""
-    folder = tmp_path_factory.mktemp("trainer") / "packs"
-    pack([extracted], folder, ComputeBudget(300), CostModel("blocks", 1.0, 3e-4, 0.5), multiple_of=8)
-    return folder
-
-
-@pytest.fixture
-def dataset(packs, data_model, tiny_processor) -> PackedDataset:
-    return PackedDataset(packs, data_model, tiny_processor)
-
-
-def train(model, dataset, output, resume=None, **arguments) -> NextFlowTrainer:
-    values = {"max_steps": 1, "logging_steps": 1, "learning_rate": 1e-3, "save_strategy": "no", "seed": 5}
-    values |= {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "lr_scheduler_type": "constant"}
-    arguments = NextFlowTrainingArguments(output_dir=str(output), **(values | arguments))
-    trainer = NextFlowTrainer(model, arguments, train_dataset=dataset)
-    trainer.train(resume_from_checkpoint=resume)
-    return trainer
-
-
-def losses(trainer) -> list[dict]:
-    kept = ("step", "loss", "loss_text", "loss_vision", "grad_norm")
-    return [{name: row[name] for name in kept} for row in trainer.state.log_history if "loss" in row]
-
-
 def test_loss_of_a_step_is_the_weighted_mean_over_all_its_targets(dataset, data_model, tmp_path):
-    trainer = train(copy.deepcopy(data_model), dataset, tmp_path, gradient_accumulation_steps=8)
+    trainer = train(copy.deepcopy(data_model), dataset, tmp_path, gradient_accumulation_steps=8, z_loss=0.01)
     collator, sums = PackCollator(dataset), {"all": 0.0, "text": [], "vision": [], "targets": 0}
     by_scale: dict[int, list] = {}
     data_model.train()
     for index in range(len(dataset)):
         batch = collator([dataset[index]])
         with torch.no_grad():
-            output = data_model(**batch, num_items_in_batch=1.0, use_cache=False)
+            output = data_model(**batch, num_items_in_batch=1.0, z_loss=0.01, use_cache=False)
         sums["all"] += output.loss.item()
         sums["targets"] += int((batch["shift_labels"] != IGNORE).sum())
         layout = data_model.model.lay_out(
@@ -76,12 +54,69 @@ def test_loss_of_a_step_is_the_weighted_mean_over_all_its_targets(dataset, data_
     assert logged["tokens_per_second"] > 0 and logged["flops_per_second"] > logged["tokens_per_second"]
 
 
-def parameters(model) -> dict[str, torch.Tensor]:
-    return {name: value.detach().clone() for name, value in model.named_parameters()}
+def test_a_batch_is_laid_out_once(dataset, data_model, tmp_path, monkeypatch):
+    lay_out, calls = NextFlowModel.lay_out, []
+
+    def counted(*args, **kwargs):
+        calls.append(args)
+        return lay_out(*args, **kwargs)
+
+    monkeypatch.setattr(NextFlowModel, "lay_out", counted)
+    train(copy.deepcopy(data_model), dataset, tmp_path, gradient_accumulation_steps=4)
+    assert len(calls) == 4
 
 
-def largest_difference(one: dict, other: dict) -> float:
-    return max(float((one[name] - other[name]).abs().max()) for name in one)
+def visible(model, batch) -> torch.Tensor:
+    """(B, 1, L, L) bool, who sees whom; padding sees nothing."""
+    layout = model.model.lay_out(batch["input_ids"], batch.get("image_grid_hw"), document_ids=batch["document_ids"])
+    config = copy.deepcopy(model.config.text_config)
+    config._attn_implementation = "sdpa"
+    embeds = torch.zeros(*batch["input_ids"].shape, 1)
+    mask = sequence_mask(config, embeds, None, layout, batch["document_ids"], None)["full_attention"]
+    return mask & (batch["document_ids"] >= 0)[:, None, :, None]
+
+
+@torch.no_grad()
+def attention_logits(model, batch) -> tuple[float, float]:
+    """The largest that the mask lets through, and the largest at all, from every layer's own input."""
+    inputs = []
+    hooks = [
+        layer.self_attn.register_forward_pre_hook(lambda *args: inputs.append((args[0], args[2])), with_kwargs=True)
+        for layer in model.model.language_model.layers
+    ]
+    model(**batch, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    mask, seen, all_of_them = visible(model, batch), [], []
+    for attention, kwargs in inputs:
+        hidden = kwargs["hidden_states"]
+        query, key = (
+            projection(hidden).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+            for projection in (attention.q_proj, attention.k_proj)
+        )
+        query, key = apply_rotary_pos_emb(query, key, *kwargs["position_embeddings"])
+        logits = query @ key.repeat_interleave(attention.num_key_value_groups, dim=1).mT / attention.head_dim**0.5
+        seen.append(logits.masked_fill(~mask, -torch.inf).max().item())
+        all_of_them.append(logits.max().item())
+    return max(seen), max(all_of_them)
+
+
+@pytest.mark.parametrize("implementation, at_once", [("sdpa", 1000), ("eager", 10_000), ("blocks", 2**26)])
+def test_largest_attention_logit_of_the_batch_before_a_log(
+    implementation, at_once, dataset, data_model, tmp_path, monkeypatch
+):
+    model = copy.deepcopy(data_model)
+    model.model.language_model.set_attn_implementation(implementation)
+    monkeypatch.setattr(training_logits, "LOGITS_AT_ONCE", at_once)
+    read, seen, registered = PackedDataset.__getitem__, [], dict(ALL_ATTENTION_FUNCTIONS)
+    monkeypatch.setattr(PackedDataset, "__getitem__", lambda self, index: (seen.append(index), read(self, index))[1])
+    trainer = train(model, dataset, tmp_path, max_steps=4, learning_rate=0.0, gradient_accumulation_steps=2)
+    logged = [row["max_attention_logit"] for row in trainer.state.log_history if "loss" in row]
+    last = [PackCollator(dataset)([read(dataset, index)]) for index in seen[1:8:2]]
+    expected, unmasked = zip(*(attention_logits(model.eval(), batch) for batch in last))
+    assert logged == pytest.approx(expected, rel=1e-5)
+    assert max(logged) > 1.01 * min(logged) and any(a > 1.01 * b for a, b in zip(unmasked, expected))
+    assert dict(ALL_ATTENTION_FUNCTIONS) == registered
 
 
 def test_a_step_does_not_depend_on_how_it_is_split(dataset, data_model, tmp_path):
@@ -90,7 +125,7 @@ def test_a_step_does_not_depend_on_how_it_is_split(dataset, data_model, tmp_path
     for batch_size, accumulation in ((8, 1), (1, 8), (2, 4)):
         model = copy.deepcopy(data_model)
         split = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
-        row = losses(train(model, dataset, tmp_path, optim="sgd", learning_rate=0.03, **split))[0]
+        row = losses(train(model, dataset, tmp_path, optim="sgd", learning_rate=0.03, z_loss=0.01, **split))[0]
         after.append((row, parameters(model)))
     data_model.save_pretrained(tmp_path / "model")
     script = tmp_path / "two.py"
@@ -127,7 +162,7 @@ dataset.padded = False
 arguments = NextFlowTrainingArguments(
     output_dir=str(output), max_steps=1, logging_steps=1, learning_rate=0.03, save_strategy="no", seed=5, optim="sgd",
     report_to="none", disable_tqdm=True, use_cpu=True, lr_scheduler_type="constant", gradient_accumulation_steps=4,
-    ddp_find_unused_parameters=True,
+    ddp_find_unused_parameters=True, z_loss=0.01,
 )
 trainer = NextFlowTrainer(model, arguments, train_dataset=dataset)
 trainer.train()
@@ -175,17 +210,12 @@ def test_adapters_and_named_modules_alone_are_trained(dataset, data_model, tmp_p
 
 
 def test_attended_pairs_are_what_the_mask_lets_through(dataset, data_model):
-    config = copy.deepcopy(data_model.config.text_config)
-    config._attn_implementation = "sdpa"
     for index in range(3):
         batch = PackCollator(dataset)([dataset[index], dataset[index + 1]])
         layout = data_model.model.lay_out(
             batch["input_ids"], batch.get("image_grid_hw"), document_ids=batch["document_ids"]
         )
-        embeds = torch.zeros(*batch["input_ids"].shape, 1)
-        mask = sequence_mask(config, embeds, None, layout, batch["document_ids"], None)["full_attention"]
-        seen = mask[:, 0].sum(-1)[batch["document_ids"] >= 0].sum()
-        assert attended_pairs(layout.block_ids, batch["document_ids"]) == int(seen)
+        assert attended_pairs(layout.block_ids, batch["document_ids"]) == int(visible(data_model, batch).sum())
 
 
 def test_the_papers_stages():
@@ -216,6 +246,11 @@ def test_a_stage_trains_what_it_names(name, data_model):
         frozen = {parameter for parameter, _ in model.named_parameters()} - trained
         assert frozen and all(name.startswith("model.vq_model") for name in frozen)
         assert model.config.scale_loss_alpha == 0.9
+
+
+def test_a_negative_z_loss_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="z_loss must be a finite number of at least 0, got -1.0"):
+        NextFlowTrainingArguments(str(tmp_path), z_loss=-1.0)
 
 
 @pytest.mark.parametrize(

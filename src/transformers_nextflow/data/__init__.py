@@ -6,7 +6,8 @@
 - `extraction.py`: documents to shards of ids and codes, resumable batch by batch.
 - `costs.py`, `packing.py`: what a pack costs, and which documents share one.
 - `shards.py`: files, manifest, hashes, and what is refused.
-- `loading.py`: map-style dataset, sampler and collator. `inspection.py`: statistics and pictures. `cli.py`.
+- `loading.py`: map-style dataset, sampler and collator. `raw.py`: documents that are coded when they are asked for.
+- `inspection.py`: statistics and pictures. `cli.py`: the commands.
 
 Names below are imported when they are first asked for, so that the console command need not import `datasets`.
 """
@@ -25,6 +26,7 @@ _MODULE_OF = {
     "PackCollator": "loading",
     "PackSampler": "loading",
     "PackedDataset": "loading",
+    "RawDocuments": "raw",
     "Source": "sources",
     "extract": "extraction",
     "open_shards": "shards",

@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from ..configuration_nextflow import NextFlowConfig
 from ..files import read_json, write_atomically
-from ..image_processing_nextflow import DAMAGED, ORIENTATION
+from ..image_processing_nextflow import DAMAGED, upright_size
 from ..loading import naming
 from ..modeling_nextflow import NextFlowForConditionalGeneration
 from ..modeling_nextflow_vq import NextFlowVQModel, unpatchify
@@ -273,7 +273,7 @@ class Extractor:
         """Write one shard and its report, from the batches that are there already and the missing ones."""
         size = self.settings.documents_per_shard
         rows = range(index * size, min((index + 1) * size, len(self.table)))
-        documents, counts, skipped = self._read(rows)
+        documents, counts, skipped = self.read(rows)
         work = output / "work" / f"{index:05d}"
         coded: dict[tuple[int, int], dict] = {}
         broken: dict[int, str] = {}
@@ -298,7 +298,7 @@ class Extractor:
                 skipped.append(_log(document.key, "unreadable image", broken[number]))
                 continue
             places[number] = len(rows_out)
-            rows_out.append(self._row(document, schedules, [coded[number, i] for i in range(len(schedules))]))
+            rows_out.append(self.row(document, schedules, [coded[number, i] for i in range(len(schedules))]))
             counts[f"kind {document.kind}"] += 1
         counts["documents"], counts["tokens"] = len(rows_out), sum(int(row["num_tokens"]) for row in rows_out)
         counts["images"] = sum(len(row["image_grid_hw"]) // 2 for row in rows_out)
@@ -320,7 +320,7 @@ class Extractor:
         write_json(_report_path(output, index), report)
         shutil.rmtree(work, ignore_errors=True)
 
-    def _read(self, rows: range) -> tuple[list[tuple[Document, list[ScaleSchedule]]], Counter, list[dict]]:
+    def read(self, rows: range) -> tuple[list[tuple[Document, list[ScaleSchedule]]], Counter, list[dict]]:
         """The rows' documents with each image's schedule, by the pictures' headers alone."""
         documents, counts, skipped = [], Counter(), []
         for index in rows:
@@ -355,9 +355,7 @@ class Extractor:
     def _schedule_of(self, image: bytes | str) -> ScaleSchedule:
         try:
             with _open(image) as picture:
-                width, height = picture.size
-                if picture.getexif().get(ORIENTATION, 1) >= 5:
-                    width, height = height, width
+                height, width = upright_size(picture)
         except DAMAGED as error:
             raise Skipped("unreadable image", str(error)) from error
         if min(width, height) < self.settings.min_size:
@@ -387,27 +385,16 @@ class Extractor:
         for place, (number, image) in enumerate(members):
             document, _ = documents[number]
             try:
-                pixels.append(self._pixels(document.images[image], schedule))
+                pixels.append(self.pixels(document.images[image], schedule))
                 keys.append(f"{document.key}/{image}")
             except UNREADABLE as error:
                 failed.append(place)
                 errors.append(f"{type(error).__name__}: {error}")
-        variants = self.settings.num_variants if supervised else 0
-        coarse = schedule.offsets[-1]
-        dtype = code_dtype(self.config.vq_config.codebook_size)
-        codes = np.zeros((len(pixels), max(variants, 1), schedule.num_codes), dtype)
-        inputs = np.zeros((len(pixels), variants, coarse), dtype)
+        variants = range(self.settings.num_variants if supervised else 0)
+        codes, inputs = self.code(pixels, schedule, keys, variants)
         result = {"thumbnail": np.zeros(0, np.uint8), "error": np.zeros(())}
         if pixels:
             batch = torch.stack(pixels).to(self.device)
-            features = self.vq_model.features(batch)
-            for variant in range(max(variants, 1)):
-                correction = self.settings.self_correction if variants else None
-                draws = [f"{key}/{variant}" for key in keys]
-                output = self.vq_model.quantizer(features, schedule, correction, self.settings.seed, draws)
-                codes[:, variant] = output.target_codes.cpu().numpy()
-                if variants:
-                    inputs[:, variant] = output.input_codes[:, :coarse].cpu().numpy()
             stored = torch.from_numpy(decodable_codes(codes[0], inputs[0])[None]).to(self.device)
             decoded = thumbnail(self.vq_model.decode(stored, schedule.final_grid)[0])
             result["thumbnail"] = thumbnail(batch[0])
@@ -420,7 +407,36 @@ class Extractor:
 
         write_atomically(path, write)
 
-    def _pixels(self, image: bytes | str, schedule: ScaleSchedule) -> torch.Tensor:
+    @torch.no_grad()
+    def code(
+        self, pixels: Sequence[torch.Tensor], schedule: ScaleSchedule, keys: Sequence[str], variants: Sequence[int]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Code pictures of one schedule.
+
+        Args:
+            pixels: (3, H, W) each.
+            keys: their names, on which the draws of self-correction depend.
+            variants: numbers of the self-corrected encodings; none for pictures that are only read.
+
+        Returns:
+            (pictures, variants or 1, codes) targets and (pictures, variants, codes of all scales but the last) inputs.
+        """
+        coarse, dtype = schedule.offsets[-1], code_dtype(self.config.vq_config.codebook_size)
+        codes = np.zeros((len(pixels), max(len(variants), 1), schedule.num_codes), dtype)
+        inputs = np.zeros((len(pixels), len(variants), coarse), dtype)
+        if not pixels:
+            return codes, inputs
+        features = self.vq_model.features(torch.stack(pixels).to(self.device))
+        if not variants:
+            codes[:, 0] = self.vq_model.quantizer(features, schedule).target_codes.cpu().numpy()
+        for place, variant in enumerate(variants):
+            draws, seed = [f"{key}/{variant}" for key in keys], self.settings.seed
+            output = self.vq_model.quantizer(features, schedule, self.settings.self_correction, seed, draws)
+            codes[:, place] = output.target_codes.cpu().numpy()
+            inputs[:, place] = output.input_codes[:, :coarse].cpu().numpy()
+        return codes, inputs
+
+    def pixels(self, image: bytes | str, schedule: ScaleSchedule) -> torch.Tensor:
         """(3, H, W) float32 in [-1, 1] of the schedule's size."""
         with _open(image) as picture:
             data = self.processor.image_processor(picture, level=self.schedules.level_of(schedule.final_grid))
@@ -430,7 +446,8 @@ class Extractor:
         patches = torch.as_tensor(np.asarray(data["pixel_values"]))
         return unpatchify(patches[None], grid, self.processor.image_processor.patch_size)[0]
 
-    def _row(self, document: Document, schedules: list[ScaleSchedule], coded: list[dict]) -> dict:
+    def row(self, document: Document, schedules: list[ScaleSchedule], coded: list[dict]) -> dict:
+        """A document as shards store it."""
         ids, supervised = self.tokenizer(document)
         grids = np.array([schedule.final_grid for schedule in schedules], dtype=np.uint16).reshape(-1, 2)
         extent = self.spec.measure(ids, supervised, grids)

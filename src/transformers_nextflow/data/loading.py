@@ -63,21 +63,33 @@ class PackReader(Dataset):
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """(L,) int64 `input_ids`, `document_ids`, `shift_labels`; `image_grid_hw` (images, 2); flat `image_codes` and
         `image_input_codes`, all of one pack."""
-        row = self.row(index)
-        grids = row["image_grid_hw"].reshape(-1, 2)
-        pack = self.spec.expand(row["input_ids"], row["supervised"].astype(bool), grids, row["document_lengths"])
-        pack["image_grid_hw"] = grids.astype(np.int64)
-        variants = self.manifest["variants"]
-        picks = np.random.default_rng([self.seed, self.epoch, index]).integers(max(variants, 1), size=len(grids))
-        codes, inputs = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-        for (grid, targets, corrected), pick in zip(images_of(row, self.spec, variants), picks):
-            target = targets[pick if len(targets) > 1 else 0]
-            coarse = self.spec.schedules.by_grid(grid).offsets[-1]
-            codes.append(target)
-            inputs.append(corrected[pick] if len(corrected) else target[:coarse])
-        pack["image_codes"] = np.concatenate(codes).astype(np.int64)
-        pack["image_input_codes"] = np.concatenate(inputs).astype(np.int64)
-        return pack
+        row, variants = self.row(index), self.manifest["variants"]
+        rng = np.random.default_rng([self.seed, self.epoch, index])
+        picks = rng.integers(max(variants, 1), size=len(row["image_grid_hw"]) // 2)
+        return unfold(row, row["document_lengths"], self.spec, variants, picks)
+
+
+def unfold(
+    row: dict, lengths: np.ndarray, spec: SequenceSpec, variants: int, picks: Sequence[int]
+) -> dict[str, np.ndarray]:
+    """A stored row as [`PackReader`] gives it.
+
+    Args:
+        lengths: (documents,) compact ids of each.
+        variants, picks: stored encodings of each supervised picture, and which of them is shown.
+    """
+    grids = row["image_grid_hw"].reshape(-1, 2)
+    pack = spec.expand(row["input_ids"], row["supervised"].astype(bool), grids, lengths)
+    pack["image_grid_hw"] = grids.astype(np.int64)
+    codes, inputs = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    for (grid, targets, corrected), pick in zip(images_of(row, spec, variants), picks):
+        target = targets[pick if len(targets) > 1 else 0]
+        coarse = spec.schedules.by_grid(grid).offsets[-1]
+        codes.append(target)
+        inputs.append(corrected[pick] if len(corrected) else target[:coarse])
+    pack["image_codes"] = np.concatenate(codes).astype(np.int64)
+    pack["image_input_codes"] = np.concatenate(inputs).astype(np.int64)
+    return pack
 
 
 class PackedDataset(PackReader):

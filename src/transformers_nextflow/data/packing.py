@@ -34,6 +34,7 @@ from .shards import (
 )
 
 EXTENTS = ("num_tokens", "attended_pairs", "num_targets")
+FULLEST = 0.97  # mean share of a cap on length: in fuller packs the last texts find room only beside the costliest
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,8 @@ class ComputeBudget:
     """Packs of equal cost: `budget` each, in the cost model's unit, and at most `max_length` positions.
 
     The costliest documents first, each into the cheapest pack that has room for its length. `budget=None` is the mean
-    cost of `max_length * fill` positions, under which the cap on length is slack.
+    cost of `max_length * fill` positions, under which the cap on length is slack; or the costliest document's where
+    that is more, because ranks wait for it whatever the others hold.
     """
 
     max_length: int
@@ -125,11 +127,14 @@ class ComputeBudget:
     def plan(self, extents: Extents, cost_model: CostModel, multiple_of: int, seed: int) -> list[list[int]]:
         filled = self.max_length * self.fill
         costs = cost_model.document_costs(*extents.of(slice(None)), row_length=filled)
-        fewest = int(extents.num_tokens.sum()) / filled
-        if self.budget is not None:
-            if self.budget < costs.max():
-                raise ValueError(f"budget {self.budget:.6g} is below the costliest document's {costs.max():.6g}")
-            fewest = max(float(costs.sum()) / self.budget, int(extents.num_tokens.sum()) / self.max_length)
+        tokens = int(extents.num_tokens.sum())
+        if self.budget is None:
+            fewest = min(tokens / filled, float(costs.sum() / costs.max()))
+        elif self.budget < costs.max():
+            raise ValueError(f"budget {self.budget:.6g} is below the costliest document's {costs.max():.6g}")
+        else:
+            fewest = float(costs.sum()) / self.budget
+        fewest = max(fewest, tokens / (self.max_length * FULLEST))
         num_packs = -(-int(np.ceil(fewest)) // multiple_of) * multiple_of
         order = np.argsort(-costs, kind="stable")
         while True:
@@ -143,22 +148,20 @@ class ComputeBudget:
         """None where the cap on length leaves some document no pack."""
         packs: list[list[int]] = [[] for _ in range(num_packs)]
         rooms = [self.max_length] * num_packs
-        heap = [(0.0, pack) for pack in range(num_packs)]
-        shortest = int(lengths.min())
+        heap = [(0.0, pack) for pack in range(num_packs)]  # by cost
+        parked: list[tuple[int, float, int]] = []  # by room, the largest first: those too full for the last documents
         for document, cost, length in zip(order.tolist(), costs[order].tolist(), lengths[order].tolist()):
-            passed = []
+            while parked and -parked[0][0] >= length:
+                heapq.heappush(heap, heapq.heappop(parked)[1:])
             while heap and rooms[heap[0][1]] < length:
-                entry = heapq.heappop(heap)
-                if rooms[entry[1]] >= shortest:
-                    passed.append(entry)
+                filled, pack = heapq.heappop(heap)
+                heapq.heappush(parked, (-rooms[pack], filled, pack))
             if not heap:
                 return None
             filled, pack = heap[0]
             packs[pack].append(document)
             rooms[pack] -= length
             heapq.heapreplace(heap, (filled + cost, pack))
-            for entry in passed:
-                heapq.heappush(heap, entry)
         return packs
 
 

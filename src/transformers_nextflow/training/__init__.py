@@ -2,15 +2,29 @@
 
 - `stages.py`, `stages.yaml`: the stages of table 2: what each trains, at which level, on which mixture.
 - `trainer.py`: [`NextFlowTrainer`] for the transformer, with every part of the loss logged apart.
+- `vq_trainer.py`, `vq_losses.py`, `images.py`: [`NextFlowVQTrainer`] for the vision tokenizer, its losses, and
+  pictures in batches of one size.
+- `attention_logits.py`: the largest attention logit, for the log.
+- `checkpoints.py`: which checkpoint a training goes on from.
+- `ema.py`: [`EMACallback`], an exponential moving average of the weights, for any Trainer.
+- `fsdp.py`: what FSDP2 has to be told.
+- `samples.py`: [`SamplesCallback`], pictures drawn along a training.
 """
 
 from ..lazy import lazy_names
 
 _MODULE_OF = {
+    "EMACallback": "ema",
+    "ImageBatches": "images",
     "NextFlowTrainer": "trainer",
     "NextFlowTrainingArguments": "trainer",
+    "NextFlowVQTrainer": "vq_trainer",
+    "NextFlowVQTrainingArguments": "vq_trainer",
+    "SamplesCallback": "samples",
     "Stage": "stages",
+    "enlarge_decoder": "vq_trainer",
     "load_stages": "stages",
+    "prepare_vq_stage": "vq_trainer",
 }
 __all__ = list(_MODULE_OF)
 __getattr__ = lazy_names(__name__, _MODULE_OF)

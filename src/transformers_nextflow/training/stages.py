@@ -53,7 +53,8 @@ class Stage:
     def prepare(self, model: NextFlowForConditionalGeneration) -> None:
         """Freeze and thaw parameters and set the loss's exponent; the vision tokenizer is always frozen."""
         model.config.scale_loss_alpha = self.scale_loss_alpha
-        model.requires_grad_(self.trains == "all")
+        for parameter in model.parameters():
+            parameter.requires_grad_(self.trains == "all" and parameter.is_floating_point())  # 4-bit weights are not
         if self.trains == "connector_and_head":
             for part in (model.model.connector, model.lm_head, model.code_head):
                 part.requires_grad_(True)

@@ -1,7 +1,9 @@
 """[`NextFlowTrainer`]: transformers' Trainer on packed documents, its loss exact over any split of a step."""
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from math import inf
 
 import numpy as np
 import torch
@@ -11,7 +13,12 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from ..attention import attended_pairs
 from ..data.costs import CostModel
 from ..data.loading import PackCollator
+from ..liger import register_liger_kernel
 from ..losses import IGNORE
+from ..modeling_nextflow import NextFlowOutput
+from .attention_logits import LargestAttentionLogit
+from .checkpoints import checkpoint_to_resume
+from .fsdp import WholeHeadsCallback, keep_losses_float32
 
 
 @dataclass
@@ -21,11 +28,20 @@ class NextFlowTrainingArguments(TrainingArguments):
     Args:
         peak_flops (`float`, *optional*):
             Of one device, in FLOP/s; with it the model FLOPs utilisation is logged as `mfu`.
+        z_loss (`float`, defaults to 0.0):
+            Coefficient of the squared log-sum-exp added to every target's cross-entropy, and weighed like it, in
+            `loss` alone; 0 is the paper's loss.
     """
 
     per_device_train_batch_size: int = field(default=1, metadata={"help": "packs of a forward on each device"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "packs hold what the forward takes"})
     peak_flops: float | None = field(default=None, metadata={"help": "FLOP/s of one device, to log its utilisation"})
+    z_loss: float = field(default=0.0, metadata={"help": "coefficient of the squared log-sum-exp in the loss"})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.z_loss < inf:
+            raise ValueError(f"z_loss must be a finite number of at least 0, got {self.z_loss}")
 
 
 class PackOrder(Sampler[int]):
@@ -54,6 +70,9 @@ class NextFlowTrainer(Trainer):
       the sum of all weights is the number of targets.
     - Beside `loss` are logged the unweighted cross-entropies `loss_text`, `loss_vision` and `loss_scale_1` .. (the
       paper's fig. 11), `tokens_per_second` of real tokens, `flops_per_second` by attended pairs, and `mfu`.
+    - `max_attention_logit` is logged too: the largest query x key x scaling that entered a softmax in the last batch
+      before the log, over all layers, heads and devices. Only that batch's forward computes it, see
+      [`~attention_logits.LargestAttentionLogit`].
     - Packs come in an order by seed and epoch, and show stored self-corrected variants by epoch, so that a resumed run
       sees what an undisturbed one sees.
 
@@ -68,6 +87,8 @@ class NextFlowTrainer(Trainer):
     def __init__(self, model=None, args=None, data_collator=None, train_dataset=None, **kwargs):
         if data_collator is None and train_dataset is not None:
             data_collator = PackCollator(train_dataset)
+        if args is not None and args.use_liger_kernel:
+            register_liger_kernel()
         super().__init__(model, args, data_collator, train_dataset, **kwargs)
         per_step = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
         if train_dataset is not None and len(train_dataset) % per_step:
@@ -79,12 +100,24 @@ class NextFlowTrainer(Trainer):
         self._measured = Measured(self._nextflow.model.schedules.max_scales)
         self._costs = CostModel.from_config(self._nextflow.config)
         self.add_callback(_Clock(self))
+        self.add_callback(WholeHeadsCallback())
 
     @property
     def _nextflow(self):
         """The model below the wrappers of devices and adapters."""
         model = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """See `Trainer.train`. `True` goes on from the newest whole checkpoint in `output_dir`, whatever a killed run
+        left beside it.
+
+        Raises:
+            ValueError: if what should be resumed is no whole checkpoint.
+        """
+        self.args.resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+        keep_losses_float32(self.accelerator)
+        return super().train(self.args.resume_from_checkpoint, *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
@@ -99,13 +132,29 @@ class NextFlowTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = {**inputs, "logits_over": "none", "use_cache": False}
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if model.training:
-            layout = self._nextflow.model.lay_out(
-                inputs["input_ids"], inputs.get("image_grid_hw"), document_ids=inputs["document_ids"]
+            inputs["z_loss"] = getattr(self.args, "z_loss", 0.0)
+        watched = model.training and self._log_follows()
+        with LargestAttentionLogit(self._nextflow.model) if watched else nullcontext() as largest:
+            loss, outputs = super().compute_loss(
+                model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
             )
-            self._measured.add(outputs.token_losses, inputs, layout)
+        if model.training:
+            self._measured.add(outputs, inputs)
+        if watched:
+            self._measured.max_attention_logit = largest.value
         return (loss, outputs) if return_outputs else loss
+
+    def _log_follows(self) -> bool:
+        """Whether this forward is a device's last one before the losses are logged."""
+        args, gradients = self.args, self.accelerator.gradient_state
+        if not gradients.sync_gradients:
+            return False
+        step = self.state.global_step + 1
+        if args.logging_strategy == "epoch":
+            return gradients.end_of_dataloader or step == self.state.max_steps
+        by_steps = step % self.state.logging_steps == 0 or (args.logging_first_step and step == 1)
+        return args.logging_strategy == "steps" and by_steps
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self.model.training:
@@ -125,14 +174,15 @@ class Measured:
         self.counts = torch.zeros(1 + self.num_scales, dtype=torch.float64)
         self.work = torch.zeros(3, dtype=torch.float64)  # positions, attended pairs, targets
         self.seconds = 0.0
+        self.max_attention_logit = None
 
-    def add(self, token_losses: torch.Tensor, inputs: dict, layout) -> None:
-        """Count one forward: (B, L) cross-entropies, the batch, and its layout."""
+    def add(self, outputs: NextFlowOutput, inputs: dict) -> None:
+        """Count one forward."""
         at = inputs["shift_labels"] != IGNORE
-        scales, losses = layout.scale_ids[at].cpu(), token_losses[at].double().cpu()
+        scales, losses = outputs.scale_ids[at].cpu(), outputs.token_losses[at].double().cpu()
         self.sums.index_add_(0, scales, losses)
         self.counts.index_add_(0, scales, torch.ones_like(losses))
-        pairs = attended_pairs(layout.block_ids, inputs["document_ids"])
+        pairs = attended_pairs(outputs.block_ids, inputs["document_ids"])
         tokens = (inputs["document_ids"] >= 0).sum()
         self.work += torch.tensor([int(tokens), int(pairs), int(at.sum())], dtype=torch.float64)
 
@@ -141,7 +191,7 @@ class Measured:
         packed = torch.cat([self.sums, self.counts, self.work]).to(accelerator.device)
         packed = accelerator.reduce(packed, reduction="sum").cpu()
         sums, counts, work = packed.split([len(self.sums), len(self.counts), 3])
-        seconds = self.seconds
+        seconds, largest = self.seconds, self.max_attention_logit
         self.reset()
         logs = {}
         if counts[0]:
@@ -156,6 +206,8 @@ class Measured:
             logs |= {"tokens_per_second": float(work[0]) / seconds, "flops_per_second": flops}
             if getattr(args, "peak_flops", None):
                 logs["mfu"] = flops / (args.peak_flops * args.world_size)
+        if largest is not None:
+            logs["max_attention_logit"] = float(accelerator.gather(largest).max())
         return logs
 
 

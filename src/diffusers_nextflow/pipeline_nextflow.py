@@ -1,0 +1,177 @@
+"""The whole NextFlow model as one diffusers pipeline: prompt and pictures in, pictures out."""
+
+from collections.abc import Sequence
+from typing import Self
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils.accelerate_utils import apply_forward_hook
+
+from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor
+
+from .decoding import NextFlowDecoderMixin, StableNames
+
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
+
+
+class NextFlowPipeline(StableNames, DiffusionPipeline):
+    """NextFlow draws a picture's codes scale by scale; the vision tokenizer's decoder, or a diffusion decoder, draws
+    the pixels (NextFlow sec. 2.2 and 2.3).
+
+    Args:
+        model: the transformer, with its vision tokenizer.
+        processor: its processor.
+        decoder: one of the decoder pipelines; without one (the paper's default) the vision tokenizer decodes.
+    """
+
+    model_cpu_offload_seq = "model"
+    _optional_components = ["decoder"]
+
+    def __init__(
+        self,
+        model: NextFlowForConditionalGeneration,
+        processor: NextFlowProcessor,
+        decoder: NextFlowDecoderMixin | None = None,
+    ):
+        super().__init__()
+        self.register_modules(model=model, processor=processor, decoder=decoder)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> Self:
+        """Also of a transformers checkpoint, a folder or Hub id that holds model and processor alone.
+
+        Args:
+            kwargs: as in `DiffusionPipeline.from_pretrained`; of a transformers checkpoint, `torch_dtype` and the
+                Hub's arguments, and `decoder`.
+        """
+        hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+        try:
+            cls.load_config(pretrained_model_name_or_path, **hub)
+        except OSError:  # no model_index.json
+            decoder = kwargs.pop("decoder", None)
+            dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", torch.float32))
+            if unknown := sorted(kwargs.keys() - hub.keys()):
+                raise ValueError(f"a transformers checkpoint does not take {', '.join(unknown)}") from None
+            model = NextFlowForConditionalGeneration.from_pretrained(pretrained_model_name_or_path, dtype=dtype, **hub)
+            processor = NextFlowProcessor.from_pretrained(pretrained_model_name_or_path, **hub)
+            return cls(model, processor, decoder)
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    def to(self, *args, **kwargs) -> Self:
+        super().to(*args, **kwargs)
+        if self.decoder is not None:
+            self.decoder.to(*args, **kwargs)
+        return self
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        image=None,
+        negative_prompt: str | Sequence[str] | None = None,
+        aspect_ratio: str | None = None,
+        level: str | int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        guidance_scale=None,
+        num_images_per_prompt: int = 1,
+        seed: int | Sequence[int] | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        decoder_kwargs: dict | None = None,
+        **kwargs,
+    ) -> ImagePipelineOutput | tuple:
+        """Draw pictures for prompts, or edit pictures.
+
+        Args:
+            prompt: one or several.
+            image: one picture, or several, that belong to the only prompt; or a list of them for each prompt. Anything
+                the processor reads. Without a size, the output has that of each prompt's first picture.
+            negative_prompt, aspect_ratio, level, height, width, guidance_scale, seed, generator, kwargs: as in
+                `generate_image` of the model, whose defaults are in its configuration.
+            output_type: `"pil"`, `"np"` (B, H, W, 3) in [0, 1], `"pt"` (B, 3, H, W) in [0, 1], or `"latent"`, the
+                codes (B, L).
+            decoder_kwargs: of the decoder pipeline's call: `num_inference_steps`, `upscale`, `strength`, `prompt` (in
+                place of the prompts), ...
+
+        Returns:
+            `ImagePipelineOutput`, or a tuple, with `images`, prompt by prompt.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        pictures = _pictures(image, len(prompts))
+        size = {"aspect_ratio": aspect_ratio, "level": level, "height": height, "width": width}
+        chats = [
+            [{"role": "user", "content": [{"type": "image", "image": each} for each in own] + [_text(text)]}]
+            for own, text in zip(pictures, prompts)
+        ]
+        inputs = self.processor.apply_chat_template(
+            chats, generation_mode="image", negative_prompt=negative_prompt, sanitize_control_tokens=True
+        )
+        if any(pictures) and aspect_ratio is None and height is None and width is None:
+            height, width = self._size_of(inputs["image_grid_hw"], pictures, level)
+            size = {"height": height, "width": width}
+        output = apply_forward_hook(NextFlowForConditionalGeneration.generate)(
+            self.model,
+            **inputs.to(self._execution_device),
+            **size,
+            generation_mode="image",
+            guidance_scale=guidance_scale,
+            num_images_per_prompt=num_images_per_prompt,
+            seed=seed,
+            generator=generator,
+            return_dict_in_generate=True,
+            **kwargs,
+        )
+        codes, grid = output.sequences - self.model.config.text_vocab_size, tuple(output.image_grid_hw[0].tolist())
+        if output_type == "latent":
+            images = codes
+        elif self.decoder is not None:
+            images = self._draw(prompts, codes, grid, num_images_per_prompt, generator, output_type, decoder_kwargs)
+        else:
+            pixels = self.model.model.vq_model.decode(codes, grid)
+            if output_type == "pil":
+                images = self.processor.post_process_image(pixels)
+            else:
+                images = VaeImageProcessor().postprocess(pixels, output_type=output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _draw(self, prompts, codes, grid, num_images, generator, output_type, decoder_kwargs):
+        """By the diffusion decoder: the prompts are its captions."""
+        vq_model = self.model.model.vq_model
+        controls = {"prompt": [text for text in prompts for _ in range(num_images)], "generator": generator}
+        controls |= decoder_kwargs or {}
+        features = torch.cat(vq_model.condition_features(codes, grid), dim=1)
+        if controls.get("strength", 1) < 1:
+            controls.setdefault("image", list((vq_model.decode(codes, grid) + 1) / 2))
+        return self.decoder(features=features, output_type=output_type, **controls).images
+
+    def _size_of(self, image_grid_hw: torch.Tensor, pictures: list[list], level) -> tuple[int, int]:
+        """(height, width) of the prompts' first pictures, brought to `level` if one is given."""
+        starts = [sum(map(len, pictures[:row])) for row in range(len(pictures))]
+        grids = sorted({tuple(image_grid_hw[start].tolist()) for start, own in zip(starts, pictures) if own})
+        if len(grids) != 1:
+            raise ValueError(f"the prompts' first pictures have different grids, {grids}: say height and width")
+        schedules = self.model.model.schedules
+        size = schedules.image_size(schedules.by_grid(grids[0]))
+        return size if level is None else schedules.image_size(schedules.nearest_to_image(*size, level))
+
+
+def _text(text: str) -> dict:
+    return {"type": "text", "text": text}
+
+
+def _pictures(image, num_prompts: int) -> list[list]:
+    """The pictures of each prompt."""
+    if image is None:
+        return [[] for _ in range(num_prompts)]
+    if not isinstance(image, (list, tuple)):
+        image = [image]
+    nested = [isinstance(entry, (list, tuple)) for entry in image]
+    if not any(nested) and num_prompts == 1:
+        return [list(image)]
+    if len(image) != num_prompts:
+        raise ValueError(f"image must hold one entry for each of {num_prompts} prompts, got {len(image)}")
+    return [list(entry) if own else [entry] for own, entry in zip(nested, image)]

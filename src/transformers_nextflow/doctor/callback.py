@@ -1,0 +1,43 @@
+"""[`DoctorCallback`]: an examination every N steps of a training."""
+
+from pathlib import Path
+
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+from .examination import Diagnosis, examine
+from .report import headline, write_report
+
+logger = logging.get_logger(__name__)
+
+
+class DoctorCallback(TrainerCallback):
+    """Examines the model every `every` steps, writes `doctor/step-N/report.html` in the output folder, and warns of
+    the first alarm. Training goes on as if it had not been there: mode, random state and gradients are left alone.
+
+    Args:
+        processor: the model's [`NextFlowProcessor`].
+        every: optimizer steps between two examinations.
+        packs: folder of packed shards, as the training's.
+
+    Attributes:
+        diagnoses: by step, on the main process.
+    """
+
+    def __init__(self, processor, every: int, packs: str | Path | None = None):
+        if every < 1:
+            raise ValueError(f"every must be at least 1 step, got {every}")
+        self.processor, self.every, self.packs = processor, every, packs
+        self.diagnoses: dict[int, Diagnosis] = {}
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step % self.every or not state.is_world_process_zero:
+            return
+        model = model.module if hasattr(model, "module") else model  # below a wrapper of devices
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        diagnosis = examine(model, self.processor, packs=self.packs)
+        self.diagnoses[state.global_step] = diagnosis
+        folder = Path(args.output_dir) / "doctor" / f"step-{state.global_step}"
+        page = write_report(diagnosis, folder, f"step {state.global_step}")
+        if diagnosis.first is not None:
+            logger.warning("%s See %s", headline(diagnosis), page)

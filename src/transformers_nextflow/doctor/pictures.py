@@ -1,0 +1,108 @@
+"""Pictures to examine a model with: the user's, or drawn shapes and crops of photographs that packages ship."""
+
+import importlib.util
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+from ..image_processing_nextflow import open_picture
+from ..scales import ScaleSchedule, ScheduleTable
+
+COLOURS = {
+    "red": (214, 40, 40),
+    "green": (40, 160, 70),
+    "blue": (40, 80, 210),
+    "yellow": (240, 200, 40),
+    "purple": (140, 60, 170),
+    "orange": (240, 140, 30),
+}
+BACKGROUNDS = ((255, 255, 255), (20, 20, 20), (150, 150, 150), (225, 210, 180))
+PHOTOGRAPHS = {
+    "skimage": ("data", ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png")),
+    "sklearn": ("datasets/images", ("china.jpg", "flower.jpg")),
+}
+FILES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture of a schedule's size, and a text that describes it, where there is one."""
+
+    image: Image.Image
+    caption: str | None = None
+
+
+def sizes(table: ScheduleTable, square_only: bool = False) -> list[ScaleSchedule]:
+    """A square, a wide and a tall schedule of the lowest level, as far as there are different ones."""
+    level = next(iter(table.levels))
+    wanted = ((1, 1),) if square_only else ((1, 1), (2, 3), (3, 2))
+    found = {table.nearest_to_image(height * 600, width * 600, level): None for height, width in wanted}
+    return list(found)
+
+
+def draw(rng: random.Random, height: int, width: int) -> Picture:
+    """One shape in a colour, on a plain ground."""
+    kind, colour = rng.choice(("circle", "square", "triangle")), rng.choice(list(COLOURS))
+    size, scale = min(height, width), 4
+    edge = scale * size * rng.uniform(0.35, 0.6)
+    left = rng.uniform(0, scale * width - edge)
+    top = rng.uniform(0, scale * height - edge)
+    box = (left, top, left + edge, top + edge)
+    canvas = Image.new("RGB", (scale * width, scale * height), rng.choice(BACKGROUNDS))
+    pen = ImageDraw.Draw(canvas)
+    if kind == "circle":
+        pen.ellipse(box, COLOURS[colour])
+    elif kind == "square":
+        pen.rectangle(box, COLOURS[colour])
+    else:
+        pen.polygon([(left, top + edge), (left + edge, top + edge), (left + edge / 2, top)], COLOURS[colour])
+    return Picture(canvas.resize((width, height), Image.Resampling.BOX), f"a {colour} {kind}")
+
+
+def photographs() -> list[Path]:
+    """Those that installed packages ship."""
+    found = []
+    for package, (folder, names) in PHOTOGRAPHS.items():
+        spec = importlib.util.find_spec(package)
+        if spec is not None and spec.origin is not None:
+            found += [path for name in names if (path := Path(spec.origin).parent / folder / name).is_file()]
+    return found
+
+
+def crop(rng: random.Random, image: Image.Image, height: int, width: int) -> Picture:
+    """A part of a photograph, at least half of it, without a text."""
+    scale = min(image.height / height, image.width / width) * rng.uniform(0.5, 1)
+    box_width, box_height = width * scale, height * scale
+    left, top = rng.uniform(0, image.width - box_width), rng.uniform(0, image.height - box_height)
+    box = (left, top, left + box_width, top + box_height)
+    return Picture(image.resize((width, height), Image.Resampling.BICUBIC, box=box))
+
+
+def default_pictures(table: ScheduleTable, seed: int, each: int = 8) -> list[Picture]:
+    """`each` drawn pictures of each of [`sizes`], and half as many crops of photographs where packages ship them."""
+    rng = random.Random(f"doctor {seed}")
+    opened = [Image.open(path).convert("RGB") for path in photographs()]
+    made = []
+    for schedule in sizes(table):
+        height, width = table.image_size(schedule)
+        made += [draw(rng, height, width) for _ in range(each)]
+        made += [crop(rng, rng.choice(opened), height, width) for _ in range(each // 2) if opened]
+    return made
+
+
+def read_pictures(folder: str | Path, limit: int = 48) -> list[Picture]:
+    """The pictures of a folder; `name.txt` beside `name.png` describes it.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    paths = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in FILES)[:limit]
+    if not paths:
+        raise ValueError(f"{folder} holds no pictures ({', '.join(FILES)})")
+    texts = [path.with_suffix(".txt") for path in paths]
+    return [
+        Picture(open_picture(path), text.read_text(encoding="utf-8").strip() if text.is_file() else None)
+        for path, text in zip(paths, texts)
+    ]

@@ -1,0 +1,180 @@
+"""The paper's formulas once more, written apart from the model's code, which is compared with them.
+
+Shape suffixes: B batch, L sequence or codes, l one scale, C code channels, D hidden, h w grid.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from ..scales import Grid, ScaleSchedule
+
+Resize = Callable[[torch.Tensor, Grid], torch.Tensor]
+
+
+def bicubic(maps_BChw: torch.Tensor, grid: Grid) -> torch.Tensor:
+    return F.interpolate(maps_BChw, size=tuple(grid), mode="bicubic", align_corners=False)
+
+
+OTHER_RESIZES: dict[str, Resize] = {
+    "bilinear": lambda maps, grid: F.interpolate(maps, size=tuple(grid), mode="bilinear"),
+    "nearest": lambda maps, grid: F.interpolate(maps, size=tuple(grid), mode="nearest"),
+    "area": lambda maps, grid: F.interpolate(maps, size=tuple(grid), mode="area"),
+    "bicubic with aligned corners": lambda maps, grid: F.interpolate(
+        maps, size=tuple(grid), mode="bicubic", align_corners=True
+    ),
+}
+
+
+def as_map(rows_BlC: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """(B, h*w, C) row by row -> (B, C, h, w)."""
+    return rows_BlC.reshape(len(rows_BlC), *grid, -1).permute(0, 3, 1, 2)
+
+
+def as_transposed_map(rows_BlC: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """The same read column by column: height and width confused."""
+    return rows_BlC.reshape(len(rows_BlC), grid[1], grid[0], -1).permute(0, 3, 2, 1)
+
+
+def as_rows(maps_BChw: torch.Tensor) -> torch.Tensor:
+    return maps_BChw.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def sum_of_entries(
+    codes_BL: torch.Tensor,
+    codebook_VC: torch.Tensor,
+    schedule: ScaleSchedule,
+    resize: Resize = bicubic,
+    to_map: Callable = as_map,
+) -> torch.Tensor:
+    """(B, C, h, w): entries of every scale, brought to the final grid and summed (NextFlow sec. 2.1)."""
+    total = 0.0
+    for scale, grid in enumerate(schedule):
+        total = total + resize(to_map(codebook_VC[codes_BL[:, schedule.slice(scale)]], grid), schedule.final_grid)
+    return total
+
+
+def queries(
+    features_BChw: torch.Tensor, codes_BL: torch.Tensor, codebook_VC: torch.Tensor, schedule: ScaleSchedule
+) -> list[torch.Tensor]:
+    """What each scale looks up, (B, l, C), when the residual continues from `codes_BL` (sec. 2.1 and 3.1)."""
+    residual, asked = features_BChw.float(), []
+    for scale, grid in enumerate(schedule):
+        asked.append(as_rows(F.interpolate(residual, size=grid, mode="area")))
+        if schedule.slice(scale).stop <= codes_BL.shape[1]:
+            entries = codebook_VC[codes_BL[:, schedule.slice(scale)]]
+            residual = residual - bicubic(as_map(entries, grid), schedule.final_grid)
+    return asked
+
+
+def distances(asked_BlC: torch.Tensor, codebook_VC: torch.Tensor, config) -> torch.Tensor:
+    """(B, l, V) weighted squared distances of both halves of the codebook."""
+    split = (config.semantic_dim, config.pixel_dim)
+    total = 0.0
+    for weight, half, entries in zip(
+        (config.semantic_weight, config.pixel_weight), asked_BlC.split(split, -1), codebook_VC.split(split, -1)
+    ):
+        half = F.normalize(half, dim=-1) if config.normalize_entries else half
+        total = total + weight * torch.cdist(half, entries.expand(len(half), -1, -1)).square()
+    return total
+
+
+def entries_of(config, scale: int) -> slice:
+    """The entries that a scale may use."""
+    if config.scale_entries is None:
+        return slice(0, config.codebook_size)
+    return slice(sum(config.scale_entries[:scale]), sum(config.scale_entries[: scale + 1]))
+
+
+def next_features(
+    entries_BLC: torch.Tensor,
+    schedule: ScaleSchedule,
+    accumulate: bool,
+    resize: Resize = bicubic,
+    to_map: Callable = as_map,
+) -> torch.Tensor:
+    """(B, positions of scales 2..K, C): what predicts each next scale (NextFlow sec. 2.2, or VAR's running sum)."""
+    features, total = [], 0.0
+    for scale, grid in enumerate(schedule.grids[:-1]):
+        entries = to_map(entries_BLC[:, schedule.slice(scale)], grid)
+        if accumulate:
+            total = total + resize(entries, schedule.final_grid)
+            features.append(as_rows(F.interpolate(total, size=schedule[scale + 1], mode="area")))
+        else:
+            features.append(as_rows(resize(entries, schedule[scale + 1])))
+    return torch.cat(features, dim=1)
+
+
+def cells(grid: Grid) -> list[tuple[int, int]]:
+    return [(row, column) for row in range(grid[0]) for column in range(grid[1])]
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where everything stands in one row (NextFlow fig. 5 and eq. 1).
+
+    Attributes:
+        positions: (3, L) float64, rows counter, row, column.
+        scales: of each position, 0 for text and `<eoi>`, 1 for `<boi>`, k for the block of scale k.
+        counts: the image's number of scales there, 0 for text.
+        blocks: of each position the first and last position of its block, itself for text.
+    """
+
+    positions: torch.Tensor
+    scales: list[int]
+    counts: list[int]
+    blocks: list[tuple[int, int]]
+
+
+def places(
+    ids: Sequence[int],
+    schedules: Sequence[ScaleSchedule],
+    boi: int,
+    image: int,
+    edge: float,
+    documents: Sequence[int] | None = None,
+) -> Places:
+    positions, scales, counts, blocks = [], [], [], []
+    remaining, counter, index = iter(schedules), 0, 0
+    while index < len(ids):
+        if documents is not None and index and documents[index] != documents[index - 1]:
+            counter = 0
+        is_image = ids[index] == boi
+        positions.append((counter,) * 3)
+        blocks.append((index, index))
+        scales.append(1 if is_image else 0)
+        counter, index = counter + 1, index + 1
+        if not is_image:
+            counts.append(0)
+            continue
+        schedule = next(remaining)
+        counts.append(len(schedule))
+        grids, scale = [*schedule.grids[1:], schedule.final_grid], 2
+        while index < len(ids) and ids[index] == image:
+            grid = grids[scale - 2]
+            step = edge / math.sqrt(grid[0] * grid[1])
+            positions += [(counter, (row + 0.5) * step, (column + 0.5) * step) for row, column in cells(grid)]
+            size = grid[0] * grid[1]
+            scales += [scale] * size
+            counts += [len(schedule)] * size
+            blocks += [(index, index + size - 1)] * size
+            counter, index, scale = counter + 1, index + size, scale + 1
+    return Places(torch.tensor(positions, dtype=torch.float64).T, scales, counts, blocks)
+
+
+def coordinate_waves(grid: Grid, frequencies: int) -> torch.Tensor:
+    """(h*w, 4 * frequencies): sines, then cosines, of row and column in the picture."""
+    place = torch.tensor([((row + 0.5) / grid[0], (column + 0.5) / grid[1]) for row, column in cells(grid)])
+    angles = (math.pi * place[:, :, None] * 2.0 ** torch.arange(frequencies)).flatten(1)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+def scale_embedding(weights, scale: int, count: int) -> torch.Tensor:
+    """(D,): the index's row, and the sinusoid of the number of scales through its linear map (sec. 2.2)."""
+    half = weights.length.in_features // 2
+    angles = count * torch.exp(torch.arange(half) * (-math.log(10_000) / half))
+    wave = torch.cat([angles.sin(), angles.cos()]).to(weights.length.weight)
+    return weights.index.weight[scale] + weights.length.weight @ wave

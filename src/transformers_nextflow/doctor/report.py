@@ -1,0 +1,161 @@
+"""A diagnosis as plain text, and as one page of HTML with its curves and pictures."""
+
+import base64
+import html
+import io
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from ..files import write_atomically
+from .examination import Diagnosis
+from .findings import Finding
+
+INK, PAPER = "#222222", "white"
+LINES = ("#4477aa", "#cc6677", "#228833")
+MARKS = {"ok": "ok", "note": "note", "warning": "WARNING", "error": "ERROR"}
+PARTS = {
+    "tokenizer": "The vision tokenizer turns pictures into codes, scale by scale, and back.",
+    "shards": "Shards hold the codes and texts that the transformer is trained on.",
+    "transformer": "The transformer predicts the codes of a scale from the prompt and the scales before.",
+    "sampling": "Sampling draws the codes of a new picture, scale by scale.",
+}
+
+
+def headline(diagnosis: Diagnosis) -> str:
+    """The outcome in a sentence."""
+    if diagnosis.first is None:
+        return f"Nothing wrong was found in {len(diagnosis.findings)} checks."
+    others = len(diagnosis.alarms) - 1
+    rest = "" if not others else f" {others} further alarm{'s' * (others > 1)} may follow from it."
+    return f"Most likely: {diagnosis.first.fault} ({diagnosis.first.check}).{rest}"
+
+
+def to_text(diagnosis: Diagnosis, width: int = 100) -> str:
+    """For a terminal: the alarms in full, the rest a line each."""
+    blocks = [headline(diagnosis)]
+    for finding in diagnosis.alarms:
+        lines = [f"{MARKS[finding.severity]}  {finding.fault}  ({finding.part}: {finding.check})"]
+        for name, value in explained(finding):
+            lines.append(textwrap.fill(f"{name}: {value}", width, initial_indent="  ", subsequent_indent="      "))
+        blocks.append("\n".join(lines))
+    rest = [finding for finding in diagnosis.findings if not finding.is_alarm]
+    blocks.append("\n".join(f"{MARKS[f.severity]:<5} {f.part}: {f.check}: {f.measured}" for f in rest))
+    return "\n\n".join(blocks) + "\n"
+
+
+def explained(finding: Finding) -> list[tuple[str, str]]:
+    return [
+        ("measured", finding.measured),
+        ("expected", finding.expected),
+        ("likely cause", finding.cause),
+        ("next step", finding.next_step),
+    ]
+
+
+def to_html(diagnosis: Diagnosis, title: str) -> str:
+    """One self-contained page."""
+    style = (
+        "body{font-family:sans-serif;max-width:60em;margin:2em auto;color:#222;line-height:1.4}"
+        "table{border-collapse:collapse;width:100%}td,th{border-bottom:1px solid #ccc;padding:.3em;text-align:left;"
+        "vertical-align:top}.error{color:#a00}.warning{color:#a60}.ok{color:#272}section{margin:1.5em 0}"
+        "dt{font-weight:bold}dd{margin:0 0 .4em 1em}img{margin:0 .5em .5em 0}"
+    )
+    alarms = "".join(_alarm(finding) for finding in diagnosis.alarms)
+    parts = "".join(_part(name, text, diagnosis.findings) for name, text in PARTS.items())
+    curves = "".join(_image(draw_curves(name, lines), name) for name, lines in diagnosis.curves.items())
+    pictures = "".join(
+        f"<section><h3>{html.escape(name)}</h3>{''.join(_image(_row(row), name) for row in rows)}</section>"
+        for name, rows in diagnosis.images.items()
+    )
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f"<style>{style}</style><h1>{html.escape(title)}</h1><p><strong>{html.escape(headline(diagnosis))}</strong> "
+        f"Read the first alarm first: checks go from the picture on its way to the sample, exact ones before those "
+        f"that compare means, so a later alarm may follow from an earlier one. {diagnosis.seconds:.0f} seconds.</p>"
+        f"{alarms}<h2>All checks</h2>{parts}<h2>Curves, scale by scale from coarse to fine</h2>{curves}"
+        f"<h2>Pictures</h2>{pictures}</html>\n"
+    )
+
+
+def _alarm(finding: Finding) -> str:
+    rows = "".join(f"<dt>{name}</dt><dd>{html.escape(value)}</dd>" for name, value in explained(finding))
+    title = html.escape(f"{finding.severity}: {finding.fault}")
+    return f'<section><h2 class="{finding.severity}">{title}</h2><dl>{rows}</dl></section>'
+
+
+def _part(name: str, text: str, findings: Sequence[Finding]) -> str:
+    rows = "".join(
+        f'<tr><td class="{f.severity}">{f.severity}</td><td>{html.escape(f.check)}</td><td>{html.escape(f.measured)}'
+        f"</td><td>{html.escape(f.expected)}</td></tr>"
+        for f in findings
+        if f.part == name
+    )
+    if not rows:
+        return ""
+    head = "<tr><th></th><th>check</th><th>measured</th><th>expected</th></tr>"
+    return f"<section><h3>{name}</h3><p>{text}</p><table>{head}{rows}</table></section>"
+
+
+def draw_curves(title: str, lines: Mapping[str, Sequence[float]], size: tuple[int, int] = (440, 240)) -> Image.Image:
+    """Figures of every scale as lines, from 0 on where none is negative."""
+    image = Image.new("RGB", size, PAPER)
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(12)
+    values = [value for line in lines.values() for value in line]
+    low, high = min(0.0, *values), max(max(values), 1e-9)
+    left, right, top, bottom = 50, size[0] - 15, 45, size[1] - 25
+    count = max(map(len, lines.values()))
+    place = lambda index, value: (  # noqa: E731
+        left + (right - left) * index / max(count - 1, 1),
+        bottom - (bottom - top) * (value - low) / (high - low or 1),
+    )
+    pen.text((5, 5), title, INK, font)
+    pen.line([(left, top), (left, bottom), (right, bottom)], INK)
+    for value in (low, (low + high) / 2, high):
+        pen.text((5, place(0, value)[1] - 7), f"{value:.3g}", INK, font)
+    first = 0 if "ladder" in title else 1
+    for index in range(count):
+        pen.text((place(index, low)[0] - 3, bottom + 5), str(index + first), INK, font)
+    at = left
+    for (name, line), colour in zip(lines.items(), LINES):
+        points = [place(index, value) for index, value in enumerate(line)]
+        pen.line(points, colour, width=2)
+        for x, y in points:
+            pen.ellipse((x - 2, y - 2, x + 2, y + 2), colour)
+        pen.text((at, 24), name, colour, font)
+        at += 8 * len(name) + 15
+    return image
+
+
+def _row(pictures: Sequence[Image.Image], edge: int = 96) -> Image.Image:
+    """Pictures side by side, of one height."""
+    scaled = [
+        picture.convert("RGB").resize(
+            (max(round(picture.width * edge / picture.height), 1), edge), Image.Resampling.BOX
+        )
+        for picture in pictures
+    ]
+    sheet = Image.new("RGB", (sum(each.width + 4 for each in scaled), edge), PAPER)
+    left = 0
+    for each in scaled:
+        sheet.paste(each, (left, 0))
+        left += each.width + 4
+    return sheet
+
+
+def _image(picture: Image.Image, name: str) -> str:
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img alt="{html.escape(name)}" src="data:image/png;base64,{data}">'
+
+
+def write_report(diagnosis: Diagnosis, folder: str | Path, title: str) -> Path:
+    """Write `report.html` and `report.txt` into a folder; returns the page's path."""
+    folder = Path(folder)
+    write_atomically(folder / "report.txt", lambda partial: partial.write_text(to_text(diagnosis), encoding="utf-8"))
+    page = to_html(diagnosis, title)
+    write_atomically(folder / "report.html", lambda partial: partial.write_text(page, encoding="utf-8"))
+    return folder / "report.html"

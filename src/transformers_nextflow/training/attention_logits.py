@@ -1,0 +1,75 @@
+"""The largest attention logit: it runs away before a training does, long before the loss shows it."""
+
+import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLAttention, eager_attention_forward
+
+from ..attention import visible_keys
+from ..losses import LOGITS_AT_ONCE
+from ..modeling_nextflow import NextFlowModel
+
+
+class LargestAttentionLogit:
+    """Context manager that watches the forwards of packed rows with targets inside it.
+
+    Exact: the products of all queries and the keys they see, of every layer and head, by chunks, in the attention's
+    own dtype, whatever `attn_implementation` is. The forward's results are what they are without it; what it adds is
+    about half of the attention's forward.
+
+    Args:
+        model: the decoder.
+
+    Attributes:
+        value: a float32 scalar, the largest query x key x scaling; `None` before a forward.
+    """
+
+    def __init__(self, model: NextFlowModel):
+        self.model, self.value = model, None
+
+    def __enter__(self) -> "LargestAttentionLogit":
+        self._name = self.model.config.text_config._attn_implementation
+        self._attend = ALL_ATTENTION_FUNCTIONS.get_interface(self._name, eager_attention_forward)
+        ALL_ATTENTION_FUNCTIONS[self._name] = self._watched
+        self._hook = self.model.register_forward_pre_hook(self._begin, with_kwargs=True)
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._hook.remove()
+        del ALL_ATTENTION_FUNCTIONS[self._name]
+        if (
+            ALL_ATTENTION_FUNCTIONS.get(self._name, eager_attention_forward) is not self._attend
+        ):  # was set there before
+            ALL_ATTENTION_FUNCTIONS[self._name] = self._attend
+
+    def _begin(self, model, args, kwargs) -> None:
+        """Cut the rows into chunks of queries, each with the keys that some of them see."""
+        starts, ends = self._range = visible_keys(kwargs["layout"].block_ids, kwargs["document_ids"])
+        starts, ends = starts.cpu(), ends.cpu()
+        rows, length = starts.shape
+        step = max(1, LOGITS_AT_ONCE // (model.config.text_config.num_attention_heads * length))
+        self._chunks = []
+        for row in range(rows):
+            for begin in range(0, length, step):
+                queries = slice(begin, begin + step)
+                keys = slice(int(starts[row, queries].min()), int(ends[row, queries].max()))
+                self._chunks.append((row, queries, keys))
+
+    def _watched(self, module, query, key, value, attention_mask, **kwargs):
+        if isinstance(module, Qwen2_5_VLAttention):  # not the vision tokenizer's
+            self._see(query.detach(), key.detach(), kwargs["scaling"])
+        return self._attend(module, query, key, value, attention_mask, **kwargs)
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def _see(self, query: torch.Tensor, key: torch.Tensor, scaling: float) -> None:
+        """(B, heads, L, head size) and (B, key-value heads, L, head size)."""
+        largest = query.new_tensor(-torch.inf) if self.value is None else self.value
+        starts, ends = self._range
+        places = torch.arange(key.shape[2], device=key.device)
+        for row, queries, keys in self._chunks:
+            sees = (places[keys] >= starts[row, queries, None]) & (places[keys] < ends[row, queries, None])
+            if sees.numel():
+                grouped = query[row, :, queries].unflatten(0, (key.shape[1], -1))
+                logits = grouped @ key[row, :, None, keys].mT
+                largest = torch.maximum(largest, logits.masked_fill_(~sees, -torch.inf).amax() * scaling)
+        self.value = largest.float()

@@ -1,0 +1,109 @@
+"""[`EMACallback`]: an exponential moving average of the weights that a Trainer trains."""
+
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..files import write_atomically
+
+FILE = "ema.safetensors"
+
+
+class EMACallback(TrainerCallback):
+    """After every optimizer step `average = decay * average + (1 - decay) * weights`, for any Trainer.
+
+    The average of all parameters that are trained, in float32, begins at the weights that training begins with. Every
+    checkpoint holds it as `ema.safetensors`, by the parameters' names; a resumed training goes on from it. Weights
+    sharded by FSDP2 have sharded averages, and whole ones in the file.
+
+    ```python
+    model.load_state_dict(load_file("runs/sft/checkpoint-100/ema.safetensors"), strict=False)
+    ```
+
+    The checkpoint that a training resumes from is `args.resume_from_checkpoint` where that is set, as this package's
+    Trainers do, or else the one of its step in `args.output_dir`.
+
+    Args:
+        decay: in [0, 1).
+
+    Attributes:
+        averages: by parameter name, while training and after it.
+
+    Raises:
+        ValueError: for other decays; in training if the checkpoint resumed from has no average of these parameters, or
+            for weights that DeepSpeed's ZeRO-3 shards.
+    """
+
+    def __init__(self, decay: float = 0.999):
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay must lie in [0, 1), got {decay}")
+        self.decay = decay
+        self.averages: dict[str, torch.Tensor] = {}
+
+    def copy_to(self, model: nn.Module) -> None:
+        """Put the averages in the place of the weights."""
+        parameters = dict(model.named_parameters())
+        for name, average in self.averages.items():
+            _local(parameters[name].detach()).copy_(_local(average))
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if any(hasattr(parameter, "ds_id") for parameter in self._parameters.values()):
+            raise ValueError("EMACallback cannot average weights that ZeRO-3 shards: train with ZeRO-2 or FSDP2")
+        self.averages = {name: p.detach().float().clone() for name, p in self._parameters.items()}
+        self._saved = None
+        if state.global_step:
+            self._load(Path(args.resume_from_checkpoint or _checkpoint(args, state)) / FILE)
+
+    @torch.no_grad()
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        for name, parameter in self._parameters.items():
+            _local(self.averages[name]).lerp_(_local(parameter).float(), 1 - self.decay)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if control.should_save:  # before the Trainer's files, so that a checkpoint that looks whole has it
+            self._save(args, state)
+
+    on_epoch_end = on_step_end
+
+    def on_save(self, args, state, control, **kwargs):
+        if self._saved != state.global_step:  # an evaluation decided on this checkpoint
+            self._save(args, state)
+
+    def _save(self, args, state) -> None:
+        whole = {}
+        for name, average in self.averages.items():
+            average = average.full_tensor() if isinstance(average, DTensor) else average
+            if args.should_save:
+                whole[name] = average.cpu()
+        self._saved = state.global_step
+        if args.should_save:
+            path = _checkpoint(args, state) / FILE
+            write_atomically(path, lambda partial: save_file(whole, partial, metadata={"format": "pt"}))
+
+    def _load(self, path: Path) -> None:
+        if not path.is_file():
+            raise ValueError(f"there is no {path}: the training to resume kept no average")
+        with safe_open(path, framework="pt") as file:
+            if different := sorted(self.averages.keys() ^ file.keys()):
+                raise ValueError(f"{path} holds other parameters than are trained, the first is {different[0]}")
+            for name, average in self.averages.items():
+                whole = file.get_tensor(name).to(average.device)
+                if isinstance(average, DTensor):
+                    whole = distribute_tensor(whole, average.device_mesh, average.placements)
+                _local(average).copy_(_local(whole))
+
+
+def _checkpoint(args, state) -> Path:
+    return Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a tensor that this process holds."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

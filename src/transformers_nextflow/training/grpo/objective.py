@@ -1,0 +1,144 @@
+"""The objective of prefix-tuning GRPO as plain functions (NextFlow sec. 3.2.5, eq. 3 to 5).
+
+A scale is an action, its codes are drawn side by side; the first m scales are optimised. Shape suffixes: B pictures,
+m scales of the prefix, n their codes, V codebook size.
+"""
+
+import torch
+
+from ...sampling import guide, kept_codes
+from ...scales import ScaleSchedule
+
+
+def num_prefix_scales(schedule: ScaleSchedule, scale_prefix: int | None, prefix_tokens: int | None) -> int:
+    """m: as many scales as `scale_prefix` says, or the most whose codes are no more than `prefix_tokens`; by default
+    all of them.
+
+    Raises:
+        ValueError: if the schedule has fewer scales, or not even one fits.
+    """
+    if scale_prefix is not None:
+        if not 1 <= scale_prefix <= len(schedule):
+            raise ValueError(
+                f"scale_prefix must lie in [1, {len(schedule)}], the scales of the grid {schedule.final_grid}, got "
+                f"{scale_prefix}"
+            )
+        return scale_prefix
+    if prefix_tokens is not None:
+        fitting = [m for m in range(1, len(schedule) + 1) if schedule.prefix(m).num_codes <= prefix_tokens]
+        if not fitting:
+            first = schedule.lengths[0]
+            raise ValueError(f"prefix_tokens must hold the first scale of {first} codes, got {prefix_tokens}")
+        return fitting[-1]
+    return len(schedule)
+
+
+def group_advantages(rewards: torch.Tensor, num_generations: int, scale_rewards: str = "group") -> torch.Tensor:
+    """Eq. 4: (R - mean) / std within each group of one condition.
+
+    Args:
+        rewards: (N,), group after group; NaN where no reward function spoke, which gets the advantage 0 and does not
+            count in its group.
+        scale_rewards: `"group"`; `"batch"` divides by the deviation of all rewards; `"none"` does not divide.
+
+    Returns:
+        (N,). The deviation is Bessel's, plus 1e-4, as in TRL.
+    """
+    groups = rewards.view(-1, num_generations)
+    centred = groups - groups.nanmean(dim=1, keepdim=True)
+    if scale_rewards == "group":
+        centred = centred / (nanstd(groups) + 1e-4)
+    elif scale_rewards == "batch":
+        centred = centred / (nanstd(rewards[None]) + 1e-4)
+    return centred.nan_to_num(0.0).flatten()
+
+
+def nanstd(values: torch.Tensor) -> torch.Tensor:
+    """(G, N) -> (G, 1): Bessel's deviation of what is not NaN, 0 of a single value."""
+    count = values.isfinite().sum(dim=1, keepdim=True)
+    squares = (values - values.nanmean(dim=1, keepdim=True)).square().nansum(dim=1, keepdim=True)
+    return (squares / (count - 1).clamp(min=1)).sqrt()
+
+
+def token_weights(schedule: ScaleSchedule, alpha: float) -> torch.Tensor:
+    """(n,) weights of a prefix's codes, k_t of eq. 2 for every code of scale t, that sum to 1.
+
+    k_t multiplies the sum over a scale's codes, not their mean. Open in the paper: the normalisation; it only scales
+    the learning rate.
+    """
+    weights = torch.tensor(schedule.weights(alpha), dtype=torch.float32)
+    return weights.repeat_interleave(torch.tensor(schedule.lengths)) / schedule.num_codes
+
+
+def guided_logits(logits_NnV: torch.Tensor, guidance: list[float], schedule: ScaleSchedule) -> torch.Tensor:
+    """(2 * B, n, V) logits of prompts, then null prompts -> (B, n, V), guided scale by scale as sampling was."""
+    parts = logits_NnV.split(list(schedule.lengths), dim=1)
+    return torch.cat([guide(part, scale) for part, scale in zip(parts, guidance)], dim=1)
+
+
+def sampling_support(
+    logits: list[torch.Tensor], temperature: list[float], top_k: list[int], top_p: list[float]
+) -> torch.Tensor:
+    """(B, n, V) bool: the codes that could be drawn, from the guided logits (B, l, V) of each scale."""
+    masks = []
+    for logits_BlV, *controls in zip(logits, temperature, top_k, top_p):
+        indices, last = kept_codes(logits_BlV / controls[0], *controls[1:])
+        kept = torch.arange(indices.shape[-1], device=indices.device) <= last
+        masks.append(torch.zeros_like(logits_BlV, dtype=torch.bool).scatter(-1, indices, kept))
+    return torch.cat(masks, dim=1)
+
+
+def code_logps(
+    logits_BnV: torch.Tensor,
+    codes_Bn: torch.Tensor,
+    temperature_n: torch.Tensor,
+    support_BnV: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities of codes under a softmax over the codebook, in `support_BnV` alone where given.
+
+    Returns:
+        (B, n) log-probabilities, and (B, n) entropies without gradient.
+    """
+    logits_BnV = logits_BnV.float() / temperature_n[:, None]
+    if support_BnV is not None:
+        logits_BnV = logits_BnV.masked_fill(~support_BnV, -torch.inf)
+    logps_BnV = logits_BnV.log_softmax(dim=-1)
+    with torch.no_grad():
+        entropies = torch.special.entr(logps_BnV.exp()).sum(-1)
+    return logps_BnV.gather(-1, codes_Bn[..., None]).squeeze(-1), entropies
+
+
+def log_ratios(
+    logps_Bn: torch.Tensor, old_logps_Bn: torch.Tensor, schedule: ScaleSchedule, level: str
+) -> torch.Tensor:
+    """(B, n) logarithms of r_t: of each code (`"token"`), or of its scale's geometric mean (`"scale"`).
+
+    Differs from eq. 3, whose ratio is the product over a scale: over 64 codes it leaves any clip range.
+    """
+    ratios = logps_Bn - old_logps_Bn
+    if level == "token":
+        return ratios
+    means = [part.mean(dim=1, keepdim=True).expand_as(part) for part in ratios.split(list(schedule.lengths), dim=1)]
+    return torch.cat(means, dim=1)
+
+
+def clipped_policy_loss(
+    log_ratios_Bn: torch.Tensor, advantages_B: torch.Tensor, epsilon: float, epsilon_high: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Eq. 5: `-min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A)` of each code.
+
+    Returns:
+        (B, n) losses, and bool (B, n): where the lower and the upper bound took the gradient.
+    """
+    ratio_Bn, advantage_B1 = log_ratios_Bn.exp(), advantages_B[:, None]
+    clipped_Bn = ratio_Bn.clamp(1 - epsilon, 1 + epsilon_high)
+    losses = -torch.minimum(ratio_Bn * advantage_B1, clipped_Bn * advantage_B1)
+    low = (ratio_Bn < 1 - epsilon) & (advantage_B1 < 0)
+    high = (ratio_Bn > 1 + epsilon_high) & (advantage_B1 > 0)
+    return losses, low, high
+
+
+def kl_to_reference(logps_Bn: torch.Tensor, ref_logps_Bn: torch.Tensor) -> torch.Tensor:
+    """(B, n): Schulman's k3 estimate of KL(pi || ref), never negative."""
+    difference = ref_logps_Bn - logps_Bn
+    return difference.exp() - difference - 1

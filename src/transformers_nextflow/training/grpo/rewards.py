@@ -1,0 +1,93 @@
+"""Reward functions in TRL's signature, called so that a bad one is named.
+
+`f(prompts, completions, completion_ids, images, trainer_state, log_extra, log_metric, **columns)` returns a number or
+`None` for each picture; it may be `async`. `completions` are conversations with the picture as a PIL image, `images`
+the pictures alone, `columns` the dataset's.
+"""
+
+import asyncio
+import inspect
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from math import isfinite
+
+import torch
+
+RewardFunction = Callable[..., Sequence[float | None]]
+
+
+class RewardError(RuntimeError):
+    """A reward function raised, hung, or returned something else than rewards."""
+
+
+def reward_name(function: RewardFunction) -> str:
+    """The name under which a function's rewards are logged."""
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def call_rewards(
+    functions: Sequence[RewardFunction], num_pictures: int, timeout: float | None, **arguments
+) -> torch.Tensor:
+    """(pictures, functions) float32 rewards, NaN where a function returned `None`.
+
+    All functions run at the same time, each in a thread of its own, an `async` one in an event loop.
+
+    Raises:
+        RewardError: naming the function that raised, took longer than `timeout` seconds, or returned another number
+            of rewards or one that is not finite.
+    """
+    results: list[queue.Queue] = []
+    for function in functions:
+        result: queue.Queue = queue.Queue()
+        threading.Thread(target=_call, args=(function, arguments, result), daemon=True).start()
+        results.append(result)
+    columns = []
+    for function, result in zip(functions, results):
+        name = reward_name(function)
+        try:
+            rewards, error = result.get(timeout=timeout)
+        except queue.Empty:
+            raise RewardError(f"the reward function {name} has not returned after {timeout} seconds") from None
+        if error is not None:
+            raise RewardError(f"the reward function {name} raised {type(error).__name__}: {error}") from error
+        columns.append(_check(name, rewards, num_pictures))
+    return torch.tensor(columns, dtype=torch.float32).T
+
+
+def _call(function: RewardFunction, arguments: dict, result: queue.Queue) -> None:
+    try:
+        rewards = function(**arguments)
+        if inspect.isawaitable(rewards):
+            rewards = asyncio.run(_wait(rewards))
+        result.put((rewards, None))
+    except Exception as error:
+        result.put((None, error))
+
+
+async def _wait(rewards):
+    return await rewards
+
+
+def _check(name: str, rewards, num_pictures: int) -> list[float]:
+    if isinstance(rewards, torch.Tensor):
+        rewards = rewards.tolist()
+    if not isinstance(rewards, Sequence) or isinstance(rewards, str):
+        raise RewardError(f"the reward function {name} must return a list of numbers, got {type(rewards).__name__}")
+    if len(rewards) != num_pictures:
+        raise RewardError(f"the reward function {name} returned {len(rewards)} rewards for {num_pictures} pictures")
+    values = []
+    for place, reward in enumerate(rewards):
+        value = float("nan") if reward is None else float(reward)
+        if reward is not None and not isfinite(value):
+            raise RewardError(
+                f"the reward function {name} returned {reward} for picture {place}; None means no reward"
+            )
+        values.append(value)
+    return values
+
+
+def combine(rewards_NF: torch.Tensor, weights_F: torch.Tensor) -> torch.Tensor:
+    """(N,) weighted sums of the rewards that are there; NaN where no function spoke."""
+    total = (rewards_NF * weights_F).nansum(dim=1)
+    return total.masked_fill(rewards_NF.isnan().all(dim=1), float("nan"))

@@ -1,0 +1,456 @@
+"""[`NextFlowGRPOTrainer`]: prefix-tuning GRPO (NextFlow sec. 3.2.5) on transformers' Trainer, in TRL's shape."""
+
+import copy
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import Trainer, TrainerCallback
+from trl import SyncRefModelCallback
+
+from ...data.inspection import draw_sheet
+from ...files import write_atomically
+from ...modeling_nextflow import NextFlowForConditionalGeneration
+from ...processing_nextflow import NextFlowProcessor
+from .config import NextFlowGRPOConfig
+from .objective import (
+    clipped_policy_loss,
+    group_advantages,
+    kl_to_reference,
+    log_ratios,
+    nanstd,
+    num_prefix_scales,
+    token_weights,
+)
+from .rewards import RewardError, RewardFunction, call_rewards, combine, reward_name
+from .rollouts import Rollouts, prefix_logps, roll_out, seed_of, with_images
+
+ROLLOUTS = "rollouts-{rank}.safetensors"
+PROMPT_COLUMNS = ("prompt", "images", "image")
+EXTREMES = {"clip_ratio/low_min": min, "clip_ratio/high_max": max, "sampling/sampling_logp_difference/max": max}
+
+
+class PromptOrder(Sampler[int]):
+    """Prompts in TRL's order: each `num_generations` times in a row, the prompts of a generation again for every step
+    that trains on it. A permutation by seed and epoch; prompts that fill no generation wait for another epoch."""
+
+    def __init__(self, num_prompts: int, prompts_at_once: int, num_generations: int, repeats: int, seed: int | None):
+        self.num_prompts, self.prompts_at_once = num_prompts, prompts_at_once
+        self.num_generations, self.repeats, self.seed, self.epoch = num_generations, repeats, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the data loader."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.num_prompts // self.prompts_at_once * self.prompts_at_once * self.num_generations * self.repeats
+
+    def __iter__(self) -> Iterator[int]:
+        order = torch.arange(self.num_prompts)
+        if self.seed is not None:
+            generator = torch.Generator().manual_seed(seed_of(self.seed, self.epoch))
+            order = torch.randperm(self.num_prompts, generator=generator)
+        for batch in order.split(self.prompts_at_once):
+            if len(batch) == self.prompts_at_once:
+                yield from batch.repeat_interleave(self.num_generations).repeat(self.repeats).tolist()
+
+
+class Numbered(Dataset):
+    """Rows of a dataset with their numbers."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[int, dict]:
+        return index, self.dataset[index]
+
+
+class NextFlowGRPOTrainer(Trainer):
+    """GRPO on the coarse scales of pictures.
+
+    One step: every prompt of the batch draws a group of pictures over one reading of the prompt, reward functions
+    judge them, and one forward that ends with the scale prefix gives the log-probabilities that eq. 5 moves.
+
+    Logged with TRL's names: `reward`, `reward_std`, `frac_reward_zero_std`, `rewards/<function>/mean` and `/std`,
+    `kl`, `entropy`, `clip_ratio/*`, `step_time`; beside them `rollout_share` of the step's time, and
+    `sampling/sampling_logp_difference/mean` and `/max` between the log-probabilities of sampling and of training. With
+    `log_completions` the last batch's pictures are drawn to `output_dir/completions`.
+
+    Differs from TRL's trainer, which it does not subclass: rollouts depend on seed, prompt and step alone, and a
+    checkpoint between two steps of one generation holds its rollouts, so that resuming is exact.
+
+    Args:
+        model: a [`NextFlowForConditionalGeneration`], adapters on one, or a name to load.
+        reward_funcs: one or more, see `rewards.py`; weighted by `args.reward_weights`.
+        train_dataset, eval_dataset: rows with `prompt`, a text or messages, optionally `images` (or `image`), PIL
+            pictures for its image items; other columns go to the reward functions.
+        processing_class: [`NextFlowProcessor`]; loaded with a model that comes by name.
+        peft_config: adapters to train instead of the weights.
+        token_mask_func: `f(prompts, images, prefix, **columns)` -> (B, n) bool, which codes of the prefix are
+            optimised (arXiv 2601.02256, mask propagation).
+
+    Raises:
+        ValueError: if a prefix does not fit the schedule, weights and functions differ in number, or the dataset is
+            smaller than a generation.
+        RewardError: in training, naming the reward function at fault; what was trained until then is saved first.
+    """
+
+    def __init__(
+        self,
+        model: str | torch.nn.Module,
+        reward_funcs: RewardFunction | Sequence[RewardFunction],
+        args: NextFlowGRPOConfig,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class: NextFlowProcessor | None = None,
+        peft_config=None,
+        token_mask_func: Callable | None = None,
+        **kwargs,
+    ):
+        if isinstance(model, str):
+            processing_class = processing_class or NextFlowProcessor.from_pretrained(model)
+            model = NextFlowForConditionalGeneration.from_pretrained(model, **(args.model_init_kwargs or {}))
+        if processing_class is None:
+            raise ValueError("give the processor as `processing_class`; it is loaded for a model that comes by name")
+        if peft_config is not None:
+            from peft import get_peft_model
+
+            model = get_peft_model(model, peft_config)
+        is_adapted = hasattr(model, "get_base_model")
+        base = model.get_base_model() if is_adapted else model
+        if not is_adapted:
+            base.model.vq_model.requires_grad_(False)
+        elif args.gradient_checkpointing:
+            model.enable_input_require_grads()
+        self.reward_funcs = list(reward_funcs) if isinstance(reward_funcs, Sequence) else [reward_funcs]
+        weights = args.reward_weights or [1.0] * len(self.reward_funcs)
+        if len(weights) != len(self.reward_funcs):
+            raise ValueError(f"reward_weights must have {len(self.reward_funcs)} entries, got {len(weights)}")
+        self.reward_weights = torch.tensor(weights)
+        defaults = base.config.image_generation
+        self.schedule = base.model.schedules.by_aspect_ratio(
+            args.aspect_ratio or defaults["aspect_ratio"], args.rollout_level or defaults["level"]
+        )
+        self.prefix = self.schedule.prefix(num_prefix_scales(self.schedule, args.scale_prefix, args.prefix_tokens))
+        self.token_weights = token_weights(self.prefix, args.scale_loss_alpha)
+        self.token_mask_func = token_mask_func
+        if args.sync_ref_model and (is_adapted or not args.beta):
+            raise ValueError("sync_ref_model needs beta > 0 and a model without adapters")
+        self.ref_model = None
+        if args.beta and not is_adapted:
+            self.ref_model = copy.deepcopy(model).requires_grad_(False).eval()
+        super().__init__(model, args, _rows, train_dataset, eval_dataset, processing_class=processing_class, **kwargs)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError("rollouts need whole weights on every device: use DDP, not FSDP or DeepSpeed")
+        if self.ref_model is not None:
+            self.ref_model = self.accelerator.prepare_model(self.ref_model, evaluation_mode=True)
+            if args.sync_ref_model:
+                self.add_callback(SyncRefModelCallback(self.ref_model, self.accelerator))
+        self._step, self._logged_at, self._buffer = 0, 0, []
+        self._metrics: dict[str, list[float]] = defaultdict(list)
+        self._pictures: list[tuple[str, Image.Image, float]] = []
+        self.add_callback(_Buffer(self))
+
+    @property
+    def _nextflow(self) -> NextFlowForConditionalGeneration:
+        """The model below the wrappers of devices and adapters."""
+        model = self.accelerator.unwrap_model(self.model)
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    # Prompts
+
+    def get_train_dataloader(self) -> DataLoader:
+        args = self.args
+        seed = args.seed if args.data_seed is None else args.data_seed
+        order = PromptOrder(
+            len(self.train_dataset),
+            args.generation_batch_size // args.num_generations,
+            args.num_generations,
+            args.num_iterations * args.steps_per_generation,
+            seed if args.shuffle_dataset else None,
+        )
+        if not len(order):
+            raise ValueError(
+                f"a generation takes {order.prompts_at_once} prompts, the dataset has {len(self.train_dataset)}"
+            )
+        # a batch holds one device's prompts of a generation; each of its steps gets it again
+        size = args.per_device_train_batch_size * args.steps_per_generation
+        loader = DataLoader(Numbered(self.train_dataset), size, sampler=order, collate_fn=_rows)
+        return self.accelerator.prepare(loader)
+
+    def _prepare_inputs(self, inputs: list[tuple[int, dict]]) -> Rollouts:
+        """The rollouts of a step: new ones at the beginning of a generation, else the next of those that are there."""
+        steps = self.args.steps_per_generation
+        if self._step % (steps * self.args.num_iterations) == 0:
+            started = time.perf_counter()
+            self._buffer = self._split(self._generate(inputs))
+            self._metrics["rollout_seconds"].append(time.perf_counter() - started)
+        rollouts = self._buffer[self._step % steps]
+        self._step += 1
+        return rollouts
+
+    def _split(self, rollouts: Rollouts) -> list[Rollouts]:
+        size = self.args.per_device_train_batch_size
+        return [rollouts.rows(slice(start, start + size)) for start in range(0, len(rollouts.codes), size)]
+
+    # Rollouts
+
+    def _generate(self, rows: list[tuple[int, dict]]) -> Rollouts:
+        """Sample, judge, and compare within groups."""
+        args = self.args
+        self.model.eval()
+        rollouts, pictures, conversations = self._sample(rows, self._step)
+        rewards_NF = self._judge(rows, conversations, pictures)
+        if args.vmr_continuations > 1:
+            rewards_NF = self._values(rollouts, rows, conversations, rewards_NF)
+        rewards_NF = self.accelerator.gather(rewards_NF.to(args.device)).cpu()
+        rewards = combine(rewards_NF, self.reward_weights)
+        self._count_rewards(rewards_NF, rewards)
+        first = self.accelerator.process_index * len(rows)
+        own = slice(first, first + len(rows))
+        advantages = group_advantages(rewards, args.num_generations, args.scale_rewards)
+        rollouts.advantages = advantages[own].to(args.device)
+        if self.token_mask_func is not None:
+            rollouts.token_mask = self._mask(rollouts, rows, conversations, pictures)
+        with torch.no_grad():
+            # later steps of the generation still compare with the policy that sampled
+            if args.num_iterations > 1 or args.steps_per_generation > args.gradient_accumulation_steps:
+                rollouts.old_logps = torch.cat([self._logps(self.model, part)[0] for part in self._split(rollouts)])
+            if args.beta:
+                rollouts.ref_logps = torch.cat([self._reference_logps(part) for part in self._split(rollouts)])
+        texts = map(_text, conversations)
+        self._pictures = list(zip(texts, pictures, rewards[own].tolist()))
+        self.model.train()
+        return rollouts
+
+    def _sample(self, rows: list[tuple[int, dict]], step: int) -> tuple[Rollouts, list[Image.Image], list[list[dict]]]:
+        """A picture and the conversation it answers for each row; equal neighbours share one reading of the prompt."""
+        groups: list[tuple[int, list[dict], int]] = []
+        for index, row in rows:
+            if groups and groups[-1][0] == index:
+                groups[-1] = (*groups[-1][:2], groups[-1][2] + 1)
+                continue
+            images = row.get("images", row.get("image"))
+            images = [images] if isinstance(images, Image.Image) else images
+            groups.append((index, with_images(row["prompt"], images, f"prompt {index}"), 1))
+        counts = {count for _, _, count in groups}
+        repeats = counts.pop() if len(counts) == 1 else 1
+        if repeats == 1:
+            groups = [(index, chat, 1) for index, chat, count in groups for _ in range(count)]
+        rank, chats = self.accelerator.process_index, [chat for _, chat, _ in groups]
+        seeds = [seed_of(self.args.seed, step, rank * len(chats) + place) for place in range(len(chats))]
+        rollouts, codes = roll_out(
+            self._nextflow, self.processing_class, chats, repeats, seeds, self.prefix, self.schedule, self.args
+        )
+        return rollouts, self._pictures_of(codes), [chat for chat in chats for _ in range(repeats)]
+
+    @torch.no_grad()
+    def _pictures_of(self, codes: torch.Tensor) -> list[Image.Image]:
+        pixels = self._nextflow.model.vq_model.decode(codes, self.schedule.final_grid)
+        return self.processing_class.post_process_image(pixels)
+
+    def _judge(self, rows, conversations: list[list[dict]], pictures: list[Image.Image]) -> torch.Tensor:
+        """(pictures, functions) rewards."""
+        completions = [
+            [{"role": "assistant", "content": [{"type": "image", "image": picture}]}] for picture in pictures
+        ]
+        return call_rewards(
+            self.reward_funcs,
+            len(pictures),
+            self.args.reward_timeout,
+            prompts=conversations,
+            completions=completions,
+            completion_ids=[None] * len(pictures),
+            images=pictures,
+            trainer_state=self.state,
+            log_extra=lambda name, values: None,
+            log_metric=lambda name, value: self._metrics[name].append(float(value)),
+            **_columns(rows),
+        )
+
+    def _values(self, rollouts: Rollouts, rows, conversations, rewards_NF: torch.Tensor) -> torch.Tensor:
+        """VMR: soft values of the prefixes over further pictures that share them."""
+        args, further, rank = self.args, self.args.vmr_continuations - 1, self.accelerator.process_index
+        seeds = [seed_of(args.seed, self._step, rank * len(rows) + place, 1) for place in range(len(rows))]
+        _, codes = roll_out(
+            *(self._nextflow, self.processing_class, conversations, further, seeds, self.prefix, self.schedule, args),
+            forced_codes=rollouts.codes,
+        )
+        repeat = lambda values: [value for value in values for _ in range(further)]  # noqa: E731
+        others_NF = self._judge(repeat(rows), repeat(conversations), self._pictures_of(codes))
+        all_KNF = torch.cat([rewards_NF[None], others_NF.view(len(rows), further, -1).movedim(1, 0)])
+        return args.vmr_eta * ((all_KNF / args.vmr_eta).logsumexp(dim=0) - torch.tensor(len(all_KNF)).log())
+
+    def _mask(self, rollouts: Rollouts, rows, conversations, pictures) -> torch.Tensor:
+        mask = self.token_mask_func(prompts=conversations, images=pictures, prefix=self.prefix, **_columns(rows))
+        if mask.shape != rollouts.codes.shape or mask.dtype != torch.bool:
+            raise ValueError(
+                f"token_mask_func must return bool of the shape {tuple(rollouts.codes.shape)}, got {mask.dtype} "
+                f"{tuple(mask.shape)}"
+            )
+        return mask.to(rollouts.codes.device)
+
+    def _count_rewards(self, rewards_NF: torch.Tensor, rewards: torch.Tensor) -> None:
+        deviations = nanstd(rewards.view(-1, self.args.num_generations))
+        self._metrics["reward"].append(float(rewards.nanmean()))
+        self._metrics["reward_std"].append(float(deviations.mean()))
+        self._metrics["frac_reward_zero_std"].append(float((deviations < 1e-8).float().mean()))
+        for function, column in zip(self.reward_funcs, rewards_NF.T):
+            name = f"rewards/{reward_name(function)}"
+            self._metrics[f"{name}/mean"].append(float(column.nanmean()))
+            self._metrics[f"{name}/std"].append(float(nanstd(column[None])))
+
+    # Loss
+
+    def _logps(self, model, rollouts: Rollouts) -> tuple[torch.Tensor, torch.Tensor]:
+        return prefix_logps(model, rollouts, self.prefix, self.schedule, self.args)
+
+    def _reference_logps(self, rollouts: Rollouts) -> torch.Tensor:
+        if self.ref_model is not None:
+            return self._logps(self.ref_model, rollouts)[0]
+        with self.accelerator.unwrap_model(self.model).disable_adapter():
+            return self._logps(self.model, rollouts)[0]
+
+    def compute_loss(self, model, inputs: Rollouts, return_outputs=False, num_items_in_batch=None):
+        if return_outputs:
+            raise ValueError("the loss of GRPO comes without outputs")
+        args, rollouts = self.args, inputs
+        logps, entropies = self._logps(model, rollouts)
+        old = logps.detach() if rollouts.old_logps is None else rollouts.old_logps
+        ratios = log_ratios(logps, old, self.prefix, args.importance_sampling_level)
+        high = args.epsilon if args.epsilon_high is None else args.epsilon_high
+        losses, clipped_low, clipped_high = clipped_policy_loss(ratios, rollouts.advantages, args.epsilon, high)
+        weights = self.token_weights.to(logps.device).expand_as(logps)
+        if rollouts.token_mask is not None:
+            weights = weights * rollouts.token_mask
+            weights = weights / weights.sum(dim=1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
+        mean = lambda values: (values * weights).sum(dim=1).mean()  # noqa: E731
+        loss = mean(losses)
+        if args.beta:
+            kl = kl_to_reference(logps, rollouts.ref_logps)
+            loss = loss + args.beta * mean(kl)
+            self._count("kl", mean(kl))
+        self._count("entropy", entropies.mean())
+        for name, clipped in (("low", clipped_low), ("high", clipped_high), ("region", clipped_low | clipped_high)):
+            self._count(f"clip_ratio/{name}_mean", clipped.float().mean())
+        self._count("clip_ratio/low_min", clipped_low.float().mean(), "min")
+        self._count("clip_ratio/high_max", clipped_high.float().mean(), "max")
+        difference = (old.detach() - rollouts.sampling_logps).abs()
+        self._count("sampling/sampling_logp_difference/mean", difference.mean())
+        self._count("sampling/sampling_logp_difference/max", difference.max(), "max")
+        return loss
+
+    def _count(self, name: str, value: torch.Tensor, over: str = "mean") -> None:
+        values = self.accelerator.gather(value.detach().float().reshape(1))
+        self._metrics[name].append(float(getattr(values, over)()))
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        started = time.perf_counter()
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._metrics["step_seconds"].append(time.perf_counter() - started)
+        return loss
+
+    # What comes out
+
+    def train(self, *args, **kwargs):
+        try:
+            return super().train(*args, **kwargs)
+        except RewardError:
+            if self.state.global_step:
+                self._save_checkpoint(self.model, trial=None)
+            raise
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            metrics, self._metrics = dict(self._metrics), defaultdict(list)
+            rollouts, steps = (sum(metrics.pop(f"{name}_seconds", [])) for name in ("rollout", "step"))
+            counted, self._logged_at = self.state.global_step - self._logged_at, self.state.global_step
+            logs = logs | {name: EXTREMES.get(name, _mean)(values) for name, values in metrics.items()}
+            logs |= {"step_time": steps / max(counted, 1), "rollout_share": rollouts / max(steps, 1e-9)}
+            if self.args.log_completions and self.is_world_process_zero():
+                self._draw_completions()
+        super().log(logs, start_time)
+
+    def _draw_completions(self) -> None:
+        entries = [(f"{reward:.3g}: {text}", [image]) for text, image, reward in self._pictures]
+        sheet = draw_sheet(entries[: self.args.num_completions_to_print])
+        path = Path(self.args.output_dir) / "completions" / f"step-{self.state.global_step}.png"
+        write_atomically(path, lambda partial: sheet.save(partial, format="PNG"))
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Rewards of `num_generations_eval` pictures for each prompt of the dataset, sampled as in training."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        count = self.args.num_generations_eval or self.args.num_generations
+        at_once = max(self.args.per_device_eval_batch_size // count, 1)
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        self.model.eval()
+        own, rewards = range(rank, len(dataset), world), [torch.empty(0, len(self.reward_funcs))]
+        for start in range(0, len(own), at_once):
+            rows = [(index, dataset[index]) for index in own[start : start + at_once] for _ in range(count)]
+            _, pictures, conversations = self._sample(rows, step=-1 - start)
+            rewards.append(self._judge(rows, conversations, pictures))
+        rewards_NF = self.accelerator.pad_across_processes(
+            torch.cat(rewards).to(self.args.device), pad_index=float("nan")
+        )
+        rewards_NF = self.accelerator.gather(rewards_NF).cpu()
+        metrics = {f"{metric_key_prefix}_reward": float(combine(rewards_NF, self.reward_weights).nanmean())}
+        for function, column in zip(self.reward_funcs, rewards_NF.T):
+            metrics[f"{metric_key_prefix}_rewards/{reward_name(function)}/mean"] = float(column.nanmean())
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+class _Buffer(TrainerCallback):
+    """The rollouts that a checkpoint finds unfinished."""
+
+    def __init__(self, trainer: NextFlowGRPOTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        trainer = self.trainer
+        trainer._step = state.global_step * args.gradient_accumulation_steps
+        trainer._logged_at = state.global_step
+        if self._is_within_generation(args):
+            tensors = load_file(self._path(args, state), device=str(args.device))
+            trainer._buffer = trainer._split(Rollouts(**tensors))
+
+    def on_save(self, args, state, control, **kwargs):
+        if self._is_within_generation(args):
+            parts = [part.tensors() for part in self.trainer._buffer]
+            tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            write_atomically(self._path(args, state), lambda partial: save_file(tensors, partial))
+
+    def _is_within_generation(self, args) -> bool:
+        return self.trainer._step % (args.steps_per_generation * args.num_iterations) != 0
+
+    def _path(self, args, state) -> Path:
+        rank = self.trainer.accelerator.process_index
+        return Path(args.output_dir) / f"checkpoint-{state.global_step}" / ROLLOUTS.format(rank=rank)
+
+
+def _rows(items: list) -> list:
+    return items
+
+
+def _columns(rows: list[tuple[int, dict]]) -> dict[str, list]:
+    """The dataset's columns for reward functions."""
+    names = [name for name in rows[0][1] if name not in PROMPT_COLUMNS]
+    return {name: [row[name] for _, row in rows] for name in names}
+
+
+def _text(conversation: list[dict]) -> str:
+    """The texts of the last message."""
+    return " ".join(item["text"] for item in conversation[-1]["content"] if item["type"] == "text")
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,424 @@
+"""[`NextFlowVQTrainer`]: transformers' Trainer for the vision tokenizer, in NextFlow's three stages (sec. 3.1)."""
+
+import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate.utils import broadcast
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.func import functional_call
+from torch.utils.data import Sampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from ..files import write_atomically
+from ..modeling_nextflow_vq import AttnBlock, NextFlowVQModel, NextFlowVQOutput, ResidualBlock
+from ..quantizer import QuantizerOutput
+from .trainer import PackOrder
+from .vq_losses import PatchDiscriminator, adaptive_weight, codebook_losses, discriminator_loss, distillation_loss
+
+STAGES = ("pixel", "joint", "decoder")
+DISCRIMINATOR = "discriminator.safetensors"
+CHOSEN = "chosen_entries.safetensors"
+SHEET_PICTURES = 8
+
+
+@dataclass
+class NextFlowVQTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with TokenFlow's defaults, and the losses' weights.
+
+    Args:
+        stage (`str`): `"pixel"`, `"joint"` or `"decoder"`, see [`prepare_vq_stage`].
+        l2_weight, perceptual_weight, codebook_weight, commitment_weight, distillation_weight (`float`):
+            Weights of the losses. The perceptual one needs the package `lpips`, or a network given to the trainer.
+        discriminator_weight (`float`):
+            Of the adversarial loss, beside VQGAN's adaptive weight; 0 is without.
+        discriminator_start (`int`): Step at which discriminator and adversarial loss begin.
+        scale_drop (`float`):
+            Share of batches in which every scale but the first is dropped with probability 1/2. Open in the paper,
+            which drops half of the scales; TokenFlow drops one scale in a tenth of its steps.
+        restart_steps (`int`):
+            Every so many steps, entries that no picture has chosen since the last time are set to residuals of the
+            current batch; 0 is never.
+
+    Raises:
+        ValueError: for an unknown `stage`, negative weights, or a share outside [0, 1].
+    """
+
+    stage: str = field(default="pixel", metadata={"help": "pixel, joint or decoder", "choices": STAGES})
+    learning_rate: float = field(default=1e-4, metadata={"help": "peak"})
+    weight_decay: float = field(default=0.05, metadata={"help": "of matrices"})
+    adam_beta2: float = field(default=0.95, metadata={"help": "of AdamW"})
+    per_device_train_batch_size: int = field(default=1, metadata={"help": "items of the dataset, which are batches"})
+    per_device_eval_batch_size: int = field(default=1, metadata={"help": "items of the dataset, which are batches"})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "batches hold what is needed"})
+    l2_weight: float = field(default=1.0, metadata={"help": "of the squared error of pixels"})
+    perceptual_weight: float = field(default=1.0, metadata={"help": "of LPIPS"})
+    codebook_weight: float = field(default=1.0, metadata={"help": "of the entries' distance to features"})
+    commitment_weight: float = field(default=0.25, metadata={"help": "of the features' distance to entries"})
+    distillation_weight: float = field(default=1.0, metadata={"help": "of 1 - cosine to the teacher's features"})
+    discriminator_weight: float = field(default=0.5, metadata={"help": "of the adversarial loss; 0 is without"})
+    discriminator_start: int = field(default=20_000, metadata={"help": "step at which the adversary begins"})
+    scale_drop: float = field(default=0.1, metadata={"help": "share of batches in which half of the scales drop"})
+    restart_steps: int = field(default=0, metadata={"help": "steps between restarts of unused entries; 0: never"})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.stage not in STAGES:
+            raise ValueError(f"stage must be one of {', '.join(STAGES)}, got {self.stage!r}")
+        for name in ("l2", "perceptual", "codebook", "commitment", "distillation", "discriminator"):
+            if (weight := getattr(self, f"{name}_weight")) < 0:
+                raise ValueError(f"{name}_weight must not be negative, got {weight}")
+        if not 0 <= self.scale_drop <= 1:
+            raise ValueError(f"scale_drop must lie in [0, 1], got {self.scale_drop}")
+
+
+def prepare_vq_stage(model: NextFlowVQModel, stage: str) -> NextFlowVQModel:
+    """The model as a stage begins (NextFlow sec. 3.1), with what the stage trains left to train.
+
+    - `"pixel"`: pixel encoder, pixel decoder and the pixel half of the codebook; semantic features and entries count
+      as 0.
+    - `"joint"`: all of it, from those weights. Bring a semantic encoder with the teacher's weights.
+    - `"decoder"`: the pixel decoder alone, in a copy with twice its residual blocks, [`enlarge_decoder`]; codes stay
+      what they were.
+    """
+    if stage not in STAGES:
+        raise ValueError(f"stage must be one of {', '.join(STAGES)}, got {stage!r}")
+    if stage == "decoder":
+        model = enlarge_decoder(model)
+    model.requires_grad_(stage == "joint")
+    if stage != "joint":
+        model.pixel_decoder.requires_grad_(True)
+    if stage == "pixel":
+        model.pixel_encoder.requires_grad_(True)
+        model.quantizer.pixel_codebook.requires_grad_(True)
+    return model
+
+
+def enlarge_decoder(model: NextFlowVQModel) -> NextFlowVQModel:
+    """A copy with twice the residual blocks in the pixel decoder; it begins as the same function.
+
+    Open in the paper: how the capacity is doubled. Here in depth, by blocks that add nothing at first.
+    """
+    config = copy.deepcopy(model.config)
+    config.decoder_blocks *= 2
+    larger = NextFlowVQModel(config).to(model.device)
+    new = set(larger.load_state_dict(model.state_dict(), strict=False).missing_keys)
+    for name, module in larger.pixel_decoder.named_modules(prefix="pixel_decoder"):
+        last = {ResidualBlock: "conv2", AttnBlock: "proj_out"}.get(type(module))
+        if last and f"{name}.{last}.weight" in new:
+            for parameter in getattr(module, last).parameters():
+                nn.init.zeros_(parameter)
+    return larger
+
+
+class VQTraining(nn.Module):
+    """The tokenizer and the discriminator of its pictures, as one module for devices to wrap."""
+
+    def __init__(self, vq_model: NextFlowVQModel, discriminator: PatchDiscriminator | None):
+        super().__init__()
+        self.vq_model, self.discriminator = vq_model, discriminator
+
+    def forward(
+        self, pixel_values: torch.Tensor, adversarial: bool = False, **kwargs
+    ) -> tuple[NextFlowVQOutput, dict[str, torch.Tensor]]:
+        """The tokenizer's output and, if `adversarial`, the `adversarial` loss, whose gradient moves the tokenizer
+        alone, and the `discriminator`'s, which moves the discriminator alone."""
+        output = self.vq_model(pixel_values, **kwargs)
+        if not adversarial:
+            return output, {}
+        fixed = {name: parameter.detach() for name, parameter in self.discriminator.named_parameters()}
+        deceived = functional_call(self.discriminator, fixed, output.reconstruction)
+        real, fake = self.discriminator(pixel_values), self.discriminator(output.reconstruction.detach())
+        return output, {"adversarial": -deceived.float().mean(), "discriminator": discriminator_loss(real, fake)}
+
+
+class NextFlowVQTrainer(Trainer):
+    """Trains [`NextFlowVQModel`] on pictures, in one of the stages that [`prepare_vq_stage`] makes it ready for.
+
+    Logged beside `loss`: each loss by its name (`loss_reconstruction`, `loss_codebook`, ..), `psnr` in dB, and for
+    every scale `usage_scale_1` .. (share of its entries chosen since the last log), `perplexity_scale_1` .. and
+    `residual_scale_1` .. (root mean square of what is left to quantise before it). `evaluate` gives PSNR and SSIM
+    without dropped scales, and writes a sheet of pictures above their reconstructions to
+    `output_dir/reconstructions`. A checkpoint is a folder for `NextFlowVQModel.from_pretrained`.
+
+    Differs from TokenFlow's training: discriminator and tokenizer share one optimizer, which moves each by its own
+    loss alone, and one bound on the gradient's norm; without entropy loss (its weight is 0 there).
+
+    Args:
+        model: as [`prepare_vq_stage`] left it; parameters frozen since then stay frozen.
+        train_dataset, eval_dataset: items are batches, dicts of `pixel_values` (B, 3, H, W) in [-1, 1] of one size, as
+            [`ImageBatches`] gives them.
+        teacher: vision model of the semantic encoder's kind whose features the joint stage distils; it stays frozen.
+        perceptual: network of two (B, 3, H, W) pictures whose mean output is their distance; by default `lpips`' VGG.
+
+    Raises:
+        ImportError: if the perceptual loss has a weight, and neither `perceptual` nor the package `lpips` is there.
+        ValueError: for a joint stage without a teacher.
+    """
+
+    def __init__(
+        self,
+        model: NextFlowVQModel,
+        args: NextFlowVQTrainingArguments,
+        train_dataset=None,
+        eval_dataset=None,
+        teacher: nn.Module | None = None,
+        perceptual: nn.Module | None = None,
+        **kwargs,
+    ):
+        if args.stage == "joint" and teacher is None:
+            raise ValueError("the joint stage distils a teacher's features: give `teacher`, a frozen vision model")
+        if args.load_best_model_at_end:
+            raise ValueError("load_best_model_at_end is not for this trainer; checkpoints load by `from_pretrained`")
+        if args.perceptual_weight and perceptual is None:
+            perceptual = _lpips()
+        with torch.random.fork_rng():
+            torch.manual_seed(args.seed)
+            discriminator = PatchDiscriminator() if args.discriminator_weight else None
+        module = VQTraining(model, discriminator)
+        super().__init__(module, args, _only_item, train_dataset, eval_dataset, **kwargs)
+        frozen = {"teacher": teacher, "perceptual": perceptual}
+        for name, network in frozen.items():
+            setattr(self, name, network and network.requires_grad_(False).eval().to(args.device))
+        self._measured = MeasuredCodes(model)
+        self.add_callback(_Epochs(self))
+        self._restarts = Restarts(model, self.accelerator, args) if args.restart_steps else None
+        if self._restarts is not None:
+            self.add_callback(self._restarts)
+
+    @property
+    def vq_model(self) -> NextFlowVQModel:
+        """The tokenizer below the wrappers of devices."""
+        return self.accelerator.unwrap_model(self.model).vq_model
+
+    def _get_train_sampler(self, train_dataset=None) -> Sampler:
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self._order = PackOrder(len(self.train_dataset if train_dataset is None else train_dataset), seed)
+        return self._order
+
+    def reconstruction_loss(self, reconstruction: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Weighted squared and perceptual distance of float32 (B, 3, H, W) pictures; override for another."""
+        loss = self.args.l2_weight * F.mse_loss(reconstruction, pixel_values)
+        if self.perceptual is not None:
+            loss = loss + self.args.perceptual_weight * self.perceptual(reconstruction, pixel_values).mean()
+        return loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        args, pixel_values = self.args, inputs["pixel_values"]
+        adversarial = args.discriminator_weight > 0 and self.state.global_step >= args.discriminator_start
+        pixel_only = args.stage == "pixel"
+        keep_scales = self._draw_scales(self.vq_model.schedules.by_size(*pixel_values.shape[-2:]))
+        output, judged = model(pixel_values, adversarial, keep_scales=keep_scales, pixel_only=pixel_only)
+        losses = {"reconstruction": self.reconstruction_loss(output.reconstruction.float(), pixel_values)}
+        total = losses["reconstruction"]
+        if args.stage != "decoder":
+            channels = slice(self.vq_model.config.semantic_dim if pixel_only else 0, None)
+            losses["codebook"], losses["commitment"] = codebook_losses(output.features, output.quantization, channels)
+            total = total + args.codebook_weight * losses["codebook"] + args.commitment_weight * losses["commitment"]
+        if args.stage == "joint":
+            with torch.no_grad(), self.accelerator.autocast():
+                target = self.vq_model.semantic_features(pixel_values, self.teacher)
+            losses["distillation"] = distillation_loss(output.semantic_features, target)
+            total = total + args.distillation_weight * losses["distillation"]
+        if adversarial:
+            last_layer = self.vq_model.pixel_decoder.conv_out.weight
+            adaptive = adaptive_weight(losses["reconstruction"], judged["adversarial"], last_layer)
+            total = total + args.discriminator_weight * adaptive * judged["adversarial"] + judged["discriminator"]
+            losses |= judged
+        self._measured.add(losses, output, pixel_values)
+        if self._restarts is not None:
+            self._restarts.see(output.quantization)
+        return (total, output) if return_outputs else total
+
+    def _draw_scales(self, schedule) -> list[bool] | None:
+        """Which scales take part in this batch: all, or the first and about half of the others."""
+        if torch.rand(()) >= self.args.scale_drop:
+            return None
+        return [True] + (torch.rand(len(schedule) - 1) < 0.5).tolist()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs = logs | self._measured.pop(self.accelerator)
+        super().log(logs, start_time)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Mean `psnr` (dB) and `ssim` of reconstructions over the pictures of all batches."""
+        from skimage.metrics import structural_similarity
+
+        model = self.vq_model.eval()
+        sums, shown = torch.zeros(3, dtype=torch.float64), []
+        for batch in self.get_eval_dataloader(eval_dataset):
+            pixels = batch["pixel_values"]
+            with torch.no_grad():
+                rebuilt = model(pixels, pixel_only=self.args.stage == "pixel").reconstruction.float().clamp(-1, 1)
+            shown += list(zip(pixels.cpu(), rebuilt.cpu()))[: SHEET_PICTURES - len(shown)]
+            for picture, copied in zip(pixels.cpu(), rebuilt.cpu()):
+                similarity = structural_similarity(picture.numpy(), copied.numpy(), channel_axis=0, data_range=2.0)
+                sums += torch.tensor([psnr(copied, picture), similarity, 1.0], dtype=torch.float64)
+        sums = self.accelerator.reduce(sums.to(self.args.device), reduction="sum").cpu()
+        metrics = {f"{metric_key_prefix}_psnr": sums[0] / sums[2], f"{metric_key_prefix}_ssim": sums[1] / sums[2]}
+        metrics = {name: float(value) for name, value in metrics.items()}
+        if self.is_world_process_zero():
+            sheet = _sheet(shown)
+            path = Path(self.args.output_dir) / "reconstructions" / f"step-{self.state.global_step}.png"
+            write_atomically(path, lambda partial: sheet.save(partial, format="PNG"))
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        folder = Path(self.args.output_dir if output_dir is None else output_dir)
+        module = self.accelerator.unwrap_model(self.model)
+        module.vq_model.save_pretrained(folder)
+        if module.discriminator is not None:
+            save_file(module.discriminator.state_dict(), folder / DISCRIMINATOR)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        module, folder = self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint)
+        module.vq_model.load_state_dict(NextFlowVQModel.from_pretrained(folder).state_dict())
+        if module.discriminator is not None:
+            module.discriminator.load_state_dict(load_file(folder / DISCRIMINATOR))
+        if self._restarts is not None:
+            self._restarts.load(folder)
+
+
+def psnr(rebuilt: torch.Tensor, pixel_values: torch.Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of pictures in [-1, 1]."""
+    return float(-10 * torch.log10((rebuilt - pixel_values).square().mean() / 4))
+
+
+class MeasuredCodes:
+    """What the losses were and which entries were chosen since the last log, on this device."""
+
+    def __init__(self, model: NextFlowVQModel):
+        self.schedules, self.quantizer = model.schedules, model.quantizer
+        self.entries = len(model.quantizer.pixel_codebook)
+        self.reset()
+
+    def reset(self) -> None:
+        scales = self.schedules.max_scales
+        self.losses: dict[str, float] = {}
+        self.batches = 0
+        self.chosen = torch.zeros(scales, self.entries, dtype=torch.int64)
+        self.residuals = torch.zeros(2, scales, dtype=torch.float64)  # sums, and how many
+
+    def add(self, losses: dict[str, torch.Tensor], output: NextFlowVQOutput, pixel_values: torch.Tensor) -> None:
+        rebuilt = output.reconstruction.detach().float().clamp(-1, 1)
+        values = {f"loss_{name}": float(loss.detach()) for name, loss in losses.items()}
+        for name, value in (values | {"psnr": psnr(rebuilt, pixel_values)}).items():
+            self.losses[name] = self.losses.get(name, 0.0) + value
+        self.batches += 1
+        schedule = self.schedules.by_size(*pixel_values.shape[-2:])
+        codes = output.quantization.target_codes.cpu()
+        for scale in range(len(schedule)):
+            self.chosen[scale] += codes[:, schedule.slice(scale)].flatten().bincount(minlength=self.entries)
+        norms = output.quantization.residual_norms.cpu().double()
+        self.residuals[0, : len(norms)] += norms
+        self.residuals[1, : len(norms)] += 1
+
+    def pop(self, accelerator) -> dict[str, float]:
+        """Means and counts over all devices since the last call."""
+        names = sorted(self.losses)
+        sums = torch.tensor([*(self.losses[name] for name in names), self.batches], dtype=torch.float64)
+        sums, chosen, residuals = (
+            accelerator.reduce(values.to(accelerator.device), reduction="sum").cpu()
+            for values in (sums, self.chosen, self.residuals)
+        )
+        self.reset()
+        logs = {name: float(value / sums[-1].clamp(min=1)) for name, value in zip(names, sums)}
+        for scale, counts in enumerate(chosen):
+            if not counts.sum():
+                continue
+            shares = counts[self.quantizer.entries_of(scale)].double() / counts.sum()
+            logs[f"usage_scale_{scale + 1}"] = float((shares > 0).double().mean())
+            logs[f"perplexity_scale_{scale + 1}"] = float(torch.special.entr(shares).sum().exp())
+            logs[f"residual_scale_{scale + 1}"] = float(residuals[0, scale] / residuals[1, scale])
+        return logs
+
+
+class Restarts(TrainerCallback):
+    """Sets entries that no picture has chosen for a while to what the last batch looked up, the same everywhere."""
+
+    def __init__(self, model: NextFlowVQModel, accelerator, args: NextFlowVQTrainingArguments):
+        self.quantizer, self.schedules, self.accelerator = model.quantizer, model.schedules, accelerator
+        self.every, self.pixel_only = args.restart_steps, args.stage == "pixel"
+        self.chosen = torch.zeros(len(model.quantizer.pixel_codebook), device=args.device)
+
+    def on_save(self, args, state, control, **kwargs):
+        chosen = self.accelerator.reduce(self.chosen, reduction="sum")
+        if state.is_world_process_zero:
+            save_file({"chosen": chosen}, Path(args.output_dir) / f"checkpoint-{state.global_step}" / CHOSEN)
+
+    def load(self, folder: Path) -> None:
+        """Continue from a checkpoint; the first process knows what all of them had seen."""
+        if self.accelerator.is_main_process:
+            self.chosen.copy_(load_file(folder / CHOSEN)["chosen"])
+
+    def see(self, quantization: QuantizerOutput) -> None:
+        self.chosen[quantization.target_codes.unique()] = 1
+        self.queries = quantization.queries
+
+    @torch.no_grad()
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % self.every:
+            return
+        unused = self.accelerator.reduce(self.chosen, reduction="sum") == 0
+        shared = self.quantizer.scale_entries is None
+        for queries, scale in (
+            [(torch.cat(self.queries), 0)] if shared else zip(self.queries, range(len(self.queries)))
+        ):
+            at = self.quantizer.entries_of(scale)
+            dead = at.start + unused[at].nonzero().squeeze(1)
+            rows = queries[torch.randint(len(queries), (len(dead),)).to(queries.device)]
+            semantic, pixel = broadcast(rows).split(self.quantizer.dims, dim=-1)
+            self.quantizer.pixel_codebook[dead] = pixel
+            if not self.pixel_only:
+                self.quantizer.semantic_codebook[dead] = semantic
+        self.chosen.zero_()
+
+
+class _Epochs(TrainerCallback):
+    """Tells order and pictures which epoch it is."""
+
+    def __init__(self, trainer: NextFlowVQTrainer):
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        epoch = int(state.epoch)
+        self.trainer._order.set_epoch(epoch)
+        if hasattr(self.trainer.train_dataset, "set_epoch"):
+            self.trainer.train_dataset.set_epoch(epoch)
+
+
+def _only_item(items: list[dict]) -> dict:
+    (item,) = items
+    return item
+
+
+def _lpips() -> nn.Module:
+    try:
+        from lpips import LPIPS
+    except ImportError as error:
+        raise ImportError(
+            "the perceptual loss needs the package lpips (`pip install lpips`), a network given as `perceptual`, or "
+            "perceptual_weight=0"
+        ) from error
+    return LPIPS(net="vgg", verbose=False)
+
+
+def _sheet(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> Image.Image:
+    """Pictures above their reconstructions, side by side."""
+    height, width = (max(pair[0].shape[axis] for pair in pairs) for axis in (1, 2))
+    sheet = np.full((2 * height, len(pairs) * width, 3), 255, dtype=np.uint8)
+    for column, pair in enumerate(pairs):
+        for row, picture in enumerate(pair):
+            pixels = ((picture.permute(1, 2, 0) + 1) * 127.5).round().byte().numpy()
+            sheet[row * height :, column * width :][: pixels.shape[0], : pixels.shape[1]] = pixels
+    return Image.fromarray(sheet)

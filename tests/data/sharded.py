@@ -1,0 +1,99 @@
+"""Runs of a training, alone or as processes of `accelerate launch` that share a model by FSDP2 on a CPU.
+
+accelerate launch --config_file examples/accelerate/fsdp2.yaml --num_processes 2 tests/data/sharded.py PACKS OUTPUT
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from peft import get_peft_model
+from PIL import Image
+from torch.distributed.tensor import DTensor
+
+from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor
+from transformers_nextflow.data.loading import PackReader
+from transformers_nextflow.data.shards import open_shards, sequence_spec
+from transformers_nextflow.lora import lora_config
+from transformers_nextflow.losses import IGNORE
+from transformers_nextflow.training import EMACallback, NextFlowTrainer, NextFlowTrainingArguments, SamplesCallback
+
+BATCHES = 4  # of an optimizer step
+
+
+class ShardedOnCPU(NextFlowTrainer):
+    """accelerate turns FSDP on for accelerators alone; all that follows from that switch runs on a CPU too."""
+
+    mixed_precision = None
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        state = self.accelerator.state
+        state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+        state.fsdp_plugin = FullyShardedDataParallelPlugin()  # of the environment that accelerate launch made
+        if self.mixed_precision is not None:
+            state.fsdp_plugin.set_mixed_precision(self.mixed_precision)
+        self.is_fsdp_enabled = True
+
+    def compute_loss(self, *args, **kwargs):
+        result = super().compute_loss(*args, **kwargs)
+        self.loss_dtype = result.dtype
+        return result
+
+
+class SomeWithoutPictures(PackReader):
+    """Of packs 1 and 2 only the text before their first picture."""
+
+    padded = False
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        pack = super().__getitem__(index)
+        if index not in (1, 2):
+            return pack
+        end = int(np.flatnonzero(pack["input_ids"] == self.spec.special.boi)[0])
+        text = {name: pack[name][:end] for name in ("input_ids", "document_ids")}
+        text["shift_labels"] = np.append(text["input_ids"][1:], IGNORE)
+        return text | {name: pack[name][:0] for name in ("image_grid_hw", "image_codes", "image_input_codes")}
+
+
+def run(packs: Path, output: Path, name: str, trainer_class=NextFlowTrainer, resume=None, **arguments):
+    """A few steps of 4 batches each; the first process has no picture in the first step."""
+    folder, manifest = open_shards(packs, "packs")
+    dataset = SomeWithoutPictures(folder, manifest, sequence_spec(manifest["identity"]))
+    model = NextFlowForConditionalGeneration.from_pretrained(output / "model")
+    processor = NextFlowProcessor.from_pretrained(output / "model")
+    processor.condition_last_scale = True
+    callbacks = [EMACallback(0.9)]
+    if name == "lora":
+        torch.manual_seed(0)
+        model = get_peft_model(model, lora_config(r=2))
+    else:
+        images = [[], [Image.new("RGB", (24, 24), "red")]]
+        callbacks.append(SamplesCallback(processor, ["a red circle", "make it blue"], every=2, images=images, top_k=1))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    values = {"max_steps": 4, "save_steps": 2, "learning_rate": 1e-3, "gradient_accumulation_steps": BATCHES // world}
+    values |= {"logging_steps": 1, "seed": 5, "report_to": "none", "disable_tqdm": True, "use_cpu": True}
+    values |= {"lr_scheduler_type": "constant", "output_dir": str(output / f"{name}-{world}")}
+    arguments = NextFlowTrainingArguments(**(values | arguments))
+    trainer = trainer_class(model, arguments, train_dataset=dataset, callbacks=callbacks)
+    trainer.train(resume_from_checkpoint=resume)
+    if trainer.is_world_process_zero():
+        Path(trainer.args.output_dir, "log.json").write_text(json.dumps(trainer.state.log_history))
+    return trainer
+
+
+if __name__ == "__main__":
+    packs, output = map(Path, sys.argv[1:])
+    trainer = run(packs, output, "plain", ShardedOnCPU)
+    shards = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    assert all(isinstance(shard, DTensor) and 0 < shard.to_local().numel() < shard.numel() for shard in shards)
+    run(packs, output, "resumed", ShardedOnCPU, resume=str(output / "plain-2" / "checkpoint-2"))
+    run(packs, output, "lora", ShardedOnCPU, max_steps=2)
+    ShardedOnCPU.mixed_precision = "bf16"
+    assert run(packs, output, "bf16", ShardedOnCPU, max_steps=1, save_strategy="no").loss_dtype == torch.float32
+    torch.distributed.destroy_process_group()

@@ -1,0 +1,65 @@
+"""Documents coded when they are asked for are the ones that extraction stores."""
+
+import dataclasses
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from data_samples import SETTINGS, documents
+
+from transformers_nextflow.data import RawDocuments, Source
+from transformers_nextflow.data.loading import unfold
+from transformers_nextflow.data.shards import Shard, open_shards
+from transformers_nextflow.training import NextFlowTrainer, NextFlowTrainingArguments
+
+
+@pytest.fixture(scope="module")
+def raw(document_source, data_checkpoint) -> RawDocuments:
+    return RawDocuments(document_source, data_checkpoint, SETTINGS)
+
+
+def test_items_are_what_extraction_stores(raw, extracted):
+    folder, manifest = open_shards(extracted, "documents")
+    shards = [Shard(folder / "data" / entry["file"]) for entry in manifest["shards"]]
+    rows = [shard.row(place) for shard, entry in zip(shards, manifest["shards"]) for place in range(entry["rows"])]
+    assert len(rows) == len(raw)
+    for epoch in (0, 1):  # as many as there are stored variants
+        raw.set_epoch(epoch)
+        for index, row in enumerate(rows):
+            picks = [epoch] * (len(row["image_grid_hw"]) // 2)
+            stored = unfold(row, np.array([len(row["input_ids"])]), raw.spec, manifest["variants"], picks)
+            item = raw[index]
+            assert stored.keys() == item.keys()
+            for name, values in stored.items():
+                assert np.array_equal(values, item[name]), (row["key"], name)
+
+
+def test_self_correction_is_drawn_anew_in_every_epoch(raw):
+    drawn = []
+    for epoch in (5, 6, 5):
+        raw.set_epoch(epoch)
+        drawn.append(np.concatenate([raw[index]["image_input_codes"] for index in range(len(raw))]))
+    assert np.array_equal(drawn[0], drawn[2]) and not np.array_equal(drawn[0], drawn[1])
+
+
+def test_the_trainer_takes_them(raw, data_model, tmp_path):
+    model = data_model.__class__(data_model.config)
+    model.load_state_dict(data_model.state_dict())
+    values = {"max_steps": 2, "logging_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True}
+    arguments = NextFlowTrainingArguments(str(tmp_path), per_device_train_batch_size=7, disable_tqdm=True, **values)
+    trainer = NextFlowTrainer(model, arguments, train_dataset=raw)
+    trainer.train()
+    assert all(np.isfinite(row["loss"]) for row in trainer.state.log_history if "loss" in row)
+    assert not torch.equal(model.lm_head.weight, data_model.lm_head.weight)
+
+
+def test_a_row_that_extraction_would_skip_is_an_error_at_its_item(data_checkpoint, tmp_path):
+    good = [document for document in documents() if document.kind == "captioning"]
+    broken = dataclasses.replace(good[0], key="torn", images=(good[0].images[0][:60],))
+    path = tmp_path / "documents.parquet"
+    datasets.Dataset.from_list([good[1].to_row(), broken.to_row()]).to_parquet(str(path))
+    raw = RawDocuments(Source(str(path)), data_checkpoint, SETTINGS)
+    assert len(raw[0]["input_ids"])
+    with pytest.raises(ValueError, match="torn: unreadable image: "):
+        raw[1]

@@ -1,0 +1,116 @@
+"""Two processes that share a model by FSDP2 train as one does; the committed settings of accelerate are understood."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from PIL import Image
+from safetensors.torch import load_file
+from sharded import run
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = ROOT / "examples" / "accelerate"
+
+
+def logged(folder: Path) -> list[list[float]]:
+    """Of every step."""
+    names = ("loss", "grad_norm", "loss_text", "loss_vision")
+    return [[row[name] for name in names] for row in json.loads((folder / "log.json").read_text()) if "loss" in row]
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    expected, got = load_file(one), load_file(other)
+    assert got.keys() == expected.keys()
+    assert max(float((got[name] - expected[name]).abs().max()) for name in expected) < 1e-5, one.name
+
+
+def test_two_processes_under_fsdp2_train_as_one(packs, data_model, tiny_processor, tmp_path):
+    """Weights, average and pictures too, over a resume, and with adapters."""
+    data_model.save_pretrained(tmp_path / "model")
+    tiny_processor.save_pretrained(tmp_path / "model")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(SETTINGS / "fsdp2.yaml")]
+    launch += ["--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"]
+    launch += [str(ROOT / "tests" / "data" / "sharded.py"), str(packs), str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+
+    alone = run(packs, tmp_path, "plain")
+    assert alone.state.global_step == 4 and len(logged(tmp_path / "plain-1")) == 4
+    for sharded in ("plain-2", "resumed-2"):
+        assert np.allclose(logged(tmp_path / sharded), logged(tmp_path / "plain-1"), rtol=1e-5, atol=0)
+        for file in ("model", "ema"):
+            file = Path("checkpoint-4", f"{file}.safetensors")
+            assert_same_weights(tmp_path / "plain-1" / file, tmp_path / sharded / file)
+        for picture in ("00.png", "01.png"):
+            ones, others = (tmp_path / name / "samples" / "step-4" / picture for name in ("plain-1", sharded))
+            assert np.array_equal(np.asarray(Image.open(ones)), np.asarray(Image.open(others)))
+    run(packs, tmp_path, "lora", max_steps=2)
+    assert np.allclose(logged(tmp_path / "lora-2"), logged(tmp_path / "lora-1"), rtol=1e-5, atol=0)
+    for file in ("adapter_model", "ema"):
+        file = Path("checkpoint-2", f"{file}.safetensors")
+        assert_same_weights(tmp_path / "lora-1" / file, tmp_path / "lora-2" / file)
+
+
+def launched(name: str) -> tuple:
+    """What `accelerate launch` makes of a file: its arguments, and the environment of the processes."""
+    command = ["--config_file", str(SETTINGS / f"{name}.yaml"), "--main_process_port", "0", "train.py"]
+    arguments, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(command))
+    if arguments.use_deepspeed:
+        arguments.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+        return arguments, prepare_deepspeed_cmd_env(arguments)[1]
+    return arguments, prepare_multi_gpu_env(arguments)
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Of a launched process."""
+
+    def set_environment(values: dict[str, str]) -> None:
+        for name, value in values.items():
+            monkeypatch.setenv(name, value)
+
+    return set_environment
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "deepspeed_zero2", "deepspeed_zero3"])
+def test_committed_settings_are_what_accelerate_reads(name, environment):
+    arguments, values = launched(name)
+    used = {"ddp": arguments.multi_gpu, "fsdp2": arguments.use_fsdp}.get(name, arguments.use_deepspeed)
+    assert used and values["ACCELERATE_MIXED_PRECISION"] == "bf16" and arguments.num_processes == 8
+    environment(values)
+    if name == "fsdp2":
+        plugin = FullyShardedDataParallelPlugin()
+        assert plugin.fsdp_version == 2 and plugin.state_dict_type.name == "FULL_STATE_DICT"
+        assert plugin.transformer_cls_names_to_wrap == ["Qwen2_5_VLDecoderLayer"] and plugin.reshard_after_forward
+    elif name != "ddp":
+        config = DeepSpeedPlugin().deepspeed_config
+        assert config["zero_optimization"]["stage"] == int(name[-1])
+        assert config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is (name[-1] == "3")
+        # left to the training arguments
+        assert config["gradient_accumulation_steps"] == config["gradient_clipping"] == "auto"
+
+
+def test_all_committed_settings_are_tested():
+    assert {path.stem for path in SETTINGS.iterdir()} == {"ddp", "fsdp2", "deepspeed_zero2", "deepspeed_zero3"}
+
+
+def test_weights_have_gradients_in_a_batch_without_pictures(data_model):
+    """Or else devices that share a step would wait for each other."""
+    model = data_model.train()
+    model.zero_grad()
+    ids = torch.arange(10, 20)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+    gradients = {name: value.grad for name, value in model.named_parameters() if value.requires_grad}
+    model.zero_grad()
+    model.eval()
+    assert not [name for name, gradient in gradients.items() if gradient is None]
+    assert not gradients["model.connector.0.weight"].any() and gradients["lm_head.weight"].any()

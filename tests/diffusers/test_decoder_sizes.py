@@ -1,0 +1,105 @@
+"""The paper's sizes, on the meta device: parameters and what the backbones read."""
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers", reason="the diffusion decoder needs diffusers")
+
+from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel, UNet2DConditionModel
+
+from diffusers_nextflow import NextFlowConditioner
+from diffusers_nextflow.conditioning import read_condition, widen_conv_in
+from transformers_nextflow import NextFlowVQConfig
+
+VQ = NextFlowVQConfig()
+CONDITION = 32 + 8 + 1152  # semantic entries, pixel entries, SigLIP2-so400m's features
+
+
+def stable_diffusion_2_unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=96,
+        cross_attention_dim=1024,
+        attention_head_dim=[5, 10, 20, 20],
+        use_linear_projection=True,
+    )
+
+
+@pytest.fixture(scope="module", params=["unet", "flux", "qwenimage"])
+def decoder(request):
+    """Backbone and conditioner of a family."""
+    with torch.device("meta"):
+        backbone = {
+            "unet": stable_diffusion_2_unet,
+            "flux": lambda: FluxTransformer2DModel(guidance_embeds=True),
+            "qwenimage": QwenImageTransformer2DModel,
+        }[request.param]()
+        return backbone, NextFlowConditioner.for_backbone(VQ, backbone)
+
+
+def count(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def test_parameters(decoder):
+    backbone, conditioner = decoder
+    stock, width, projection = {
+        "unet": (865_910_724, 320, CONDITION * 320 + 320),
+        "flux": (11_901_408_320, 3072, CONDITION * 3072 + 3072 + 3072 * 3072 + 3072),
+        "qwenimage": (20_430_401_088, 3072, CONDITION * 3072 + 3072 + 3072 * 3072 + 3072),
+    }[conditioner.config.backbone]
+    assert count(backbone) == stock
+    assert conditioner.config.width == width
+    assert count(conditioner) == projection
+
+
+@pytest.mark.parametrize("upscale", [1, 2])
+@pytest.mark.parametrize("level", ["256", "512", "1024"])
+def test_what_the_backbone_reads(decoder, level, upscale):
+    backbone, conditioner = decoder
+    table = VQ.schedule_table()
+    schedules = [s for s in table.of_level(level) if s.final_grid[0] != s.final_grid[1]]
+    for schedule in (schedules[0], schedules[-1]):
+        height, width = (length * upscale for length in table.image_size(schedule))
+        features = torch.empty(2, CONDITION, *schedule.final_grid, device="meta")
+        if conditioner.config.backbone == "unet":
+            condition = conditioner(features, conditioner.cells(8, upscale))
+            assert condition.shape == (2, 320, height // 8, width // 8)
+        else:
+            condition = conditioner(features, conditioner.cells(16, upscale))
+            assert condition.shape == (2, (height // 16) * (width // 16), 3072)
+
+
+def test_first_layers_read_it(decoder):
+    backbone, conditioner = decoder
+    if conditioner.config.backbone == "unet":
+        widen_conv_in(backbone, 4, 320)
+        assert backbone.config.in_channels == 324
+        assert backbone.conv_in(torch.empty(1, 324, 16, 32, device="meta")).shape == (1, 320, 16, 32)
+        with pytest.raises(ValueError, match="got 324"):
+            widen_conv_in(backbone, 4, 64)
+    else:
+        layer = backbone.x_embedder if conditioner.config.backbone == "flux" else backbone.img_in
+        read_condition(layer)
+        assert layer(torch.empty(1, 512, 64 + 3072, device="meta")).shape == (1, 512, 3072)
+        assert layer(torch.empty(1, 512, 64, device="meta")).shape == (1, 512, 3072)
+
+
+@pytest.mark.parametrize("stride", [7, 12, 32])
+def test_cells_of_no_whole_number_of_latents(stride):
+    with pytest.raises(ValueError, match=f"16 pixels wide .* multiple of the {stride} pixels"):
+        NextFlowConditioner(4, 4, patch_size=16).cells(stride)
+    if stride == 32:
+        assert NextFlowConditioner(4, 4, patch_size=16).cells(stride, upscale=2) == 1
+
+
+def test_rows_of_tokens_follow_the_grid():
+    """Cell (row, column) reaches the tokens it covers, row-major."""
+    conditioner = NextFlowConditioner(1, 2, "flux")
+    with torch.no_grad():
+        conditioner.projection[0].weight.fill_(1)
+        conditioner.projection[0].bias.zero_()
+        conditioner.projection[2].weight.copy_(torch.eye(2))
+    features = torch.arange(6.0).view(1, 1, 2, 3) * 100  # far from zero, GELU is the identity
+    tokens = conditioner(features, cells=2)
+    expected = [row // 2 * 3 + column // 2 for row in range(4) for column in range(6)]
+    assert tokens[0, :, 0].tolist() == [100 * cell for cell in expected]

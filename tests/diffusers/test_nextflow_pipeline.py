@@ -1,0 +1,105 @@
+"""The whole model as a diffusers pipeline, on the shapes checkpoint."""
+
+import copy
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("diffusers", reason="the diffusion decoder needs diffusers")
+
+from diffusers import DiffusionPipeline
+
+from diffusers_nextflow import NextFlowPipeline
+from tests.diffusers.tiny_decoders import decoder
+
+ROOT = Path(__file__).parents[2]
+SHAPES = ROOT / "checkpoints" / "nextflow-shapes"
+PROMPTS = ["a red circle", "a blue square"]
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return NextFlowPipeline.from_pretrained(SHAPES)
+
+
+def test_pictures_are_those_of_generate(pipe):
+    chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+    inputs = pipe.processor.apply_chat_template(chats, generation_mode="image")
+    tokens = pipe.model.generate(**inputs, generation_mode="image", seed=3, num_images_per_prompt=2)
+    pixels = pipe.model.decode_image_tokens(tokens, (8, 8))
+    for mine, expected in zip(
+        pipe(PROMPTS, seed=3, num_images_per_prompt=2).images, pipe.processor.post_process_image(pixels)
+    ):
+        assert np.array_equal(mine, expected)
+    pictures = pipe(PROMPTS, seed=3, num_images_per_prompt=2, output_type="pt", return_dict=False)[0]
+    torch.testing.assert_close(pictures, (pixels + 1) / 2)
+    codes = pipe(PROMPTS, seed=3, num_images_per_prompt=2, output_type="latent").images
+    assert torch.equal(codes, tokens - pipe.model.config.text_vocab_size)
+    generated = pipe(PROMPTS[0], generator=torch.Generator().manual_seed(1), aspect_ratio="3:2").images[0]
+    assert 2 * generated.width == 3 * generated.height
+
+
+def test_edit_keeps_the_size_of_its_source(pipe):
+    sources = [pipe(prompt, seed=0, aspect_ratio="3:2").images[0] for prompt in PROMPTS]
+    one = pipe("make it green", image=sources[0], seed=1).images
+    assert [picture.size for picture in one] == [sources[0].size]
+    both = pipe(["make it green", "make it red"], image=sources, seed=1).images
+    nested = pipe(["make it green", "make it red"], image=[[source] for source in sources], seed=1).images
+    assert np.array_equal(both[0], one[0]) and np.array_equal(both[1], nested[1])
+    with pytest.raises(ValueError, match="one entry for each of 2 prompts, got 1"):
+        pipe(PROMPTS, image=sources[:1])
+    with pytest.raises(ValueError, match="different grids"):
+        pipe(PROMPTS, image=[sources[0], pipe(PROMPTS[0], seed=0).images[0]])
+
+
+def test_ends_in_a_diffusion_decoder_and_round_trips(pipe, tmp_path):
+    vq_model = pipe.model.model.vq_model
+    unet = decoder("unet", trained=True, vq_model=vq_model)
+    whole = NextFlowPipeline(pipe.model, pipe.processor)
+    whole.decoder = unet
+    for options in ({}, {"strength": 0.5}):
+        arguments = {"num_inference_steps": 2, **options}
+        two = {"seed": 0, "num_images_per_prompt": 2}
+        pictures = whole(PROMPTS, **two, output_type="pt", decoder_kwargs=arguments | {"generator": seeded()}).images
+        codes = pipe(PROMPTS, **two, output_type="latent").images
+        captions = [prompt for prompt in PROMPTS for _ in range(2)]
+        expected = unet(captions, codes, (8, 8), generator=seeded(), output_type="pt", **arguments).images
+        torch.testing.assert_close(pictures, expected, rtol=0, atol=1e-5)
+    assert whole(PROMPTS[0], decoder_kwargs={"num_inference_steps": 1, "upscale": 2}).images[0].size == (128, 128)
+
+    whole.save_pretrained(tmp_path)
+    loaded = DiffusionPipeline.from_pretrained(tmp_path)
+    assert type(loaded) is NextFlowPipeline and type(loaded.decoder) is type(unet)
+    loaded.decoder.set_progress_bar_config(disable=True)
+    again = loaded(PROMPTS, **two, output_type="pt", decoder_kwargs=arguments | {"generator": seeded()}).images
+    assert torch.equal(again, pictures)
+    assert NextFlowPipeline.from_pretrained(tmp_path, decoder=None).decoder is None
+    assert loaded.to(torch.float64).decoder.unet.dtype == torch.float64
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def test_neither_pipeline_nor_transformers_checkpoint(tmp_path):
+    with pytest.raises(OSError):
+        NextFlowPipeline.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="does not take variant"):
+        NextFlowPipeline.from_pretrained(SHAPES, variant="fp16")
+
+
+def test_offload(pipe):
+    pytest.importorskip("accelerate")
+    whole = NextFlowPipeline(copy.deepcopy(pipe.model), pipe.processor)
+    whole.enable_model_cpu_offload(device="cpu")
+    expected = pipe(PROMPTS[0], seed=0, output_type="pt").images
+    assert torch.equal(whole(PROMPTS[0], seed=0, output_type="pt").images, expected)
+
+
+def test_documentation_runs(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "decoder.md").read_text(), flags=re.DOTALL)
+    exec(compile(block, "decoder.md", "exec"), {})

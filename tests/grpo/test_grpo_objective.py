@@ -1,0 +1,241 @@
+"""Eq. 3 to 5 by hand, and what sampling and training must agree on."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from grpo_samples import SCHEDULE, chat, picture, policy_of
+
+from transformers_nextflow.sampling import sample
+from transformers_nextflow.training.grpo.objective import (
+    clipped_policy_loss,
+    code_logps,
+    group_advantages,
+    kl_to_reference,
+    log_ratios,
+    num_prefix_scales,
+    sampling_support,
+    token_weights,
+)
+from transformers_nextflow.training.grpo.rollouts import prefix_logps, roll_out, with_images
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_model):
+    return policy_of(tiny_model)
+
+
+def settings(**values) -> SimpleNamespace:
+    defaults = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "guidance_scale": 1.0, "logprob_mode": "behaviour"}
+    return SimpleNamespace(**defaults | values)
+
+
+def sampled(policy, processor, args, prompts=None, m=3, aspect_ratio="1:1", count=2):
+    schedule = policy.model.schedules.by_aspect_ratio(aspect_ratio)
+    prompts = prompts or [chat("a large red circle"), chat("blue")]
+    prefix = schedule.prefix(m)
+    rollouts, codes = roll_out(policy, processor, prompts, count, range(len(prompts)), prefix, schedule, args)
+    return rollouts, codes, prefix, schedule
+
+
+@pytest.mark.parametrize("aspect_ratio", ["1:1", "2:1"])
+@pytest.mark.parametrize("m", [1, 2, 3])
+@pytest.mark.parametrize(
+    "controls",
+    [
+        {},
+        {"temperature": 0.7},
+        {"top_k": 3},
+        {"top_p": 0.6},
+        {"guidance_scale": 3.0},
+        {"guidance_scale": 4.0, "temperature": 1.3, "top_k": 5, "top_p": 0.8},
+    ],
+    ids=str,
+)
+def test_teacher_forced_log_probabilities_are_those_of_sampling(policy, tiny_processor, aspect_ratio, m, controls):
+    """Ragged prompts, one of them with an image."""
+    args = settings(**controls)
+    prompts = [
+        chat("a large red circle and more"),
+        chat("blue", picture(1)),
+        chat("make it green", picture(2, 16, 32)),
+    ]
+    rollouts, _, prefix, schedule = sampled(policy, tiny_processor, args, prompts, m, aspect_ratio)
+    with torch.no_grad():
+        logps, entropies = prefix_logps(policy, rollouts, prefix, schedule, args)
+    torch.testing.assert_close(logps, rollouts.sampling_logps, rtol=1e-5, atol=1e-5)
+    assert (logps <= 1e-6).all() and logps.min() < -0.01
+    assert (entropies >= 0).all() and (entropies <= math.log(64) + 1e-5).all()
+
+
+def test_conditional_log_probabilities_forget_guidance_and_filters(policy, tiny_processor):
+    plain, guided = (
+        settings(logprob_mode="conditional"),
+        settings(logprob_mode="conditional", guidance_scale=3.0, top_k=4),
+    )
+    rollouts, _, prefix, schedule = sampled(policy, tiny_processor, guided)
+    assert rollouts.support is None and rollouts.null_input_ids is None
+    with torch.no_grad():
+        logps, _ = prefix_logps(policy, rollouts, prefix, schedule, guided)
+        as_plain, _ = prefix_logps(policy, rollouts, prefix, schedule, plain)
+    torch.testing.assert_close(logps, as_plain, rtol=0, atol=0)
+    assert (logps - rollouts.sampling_logps).abs().max() > 0.1
+    rollouts, *_ = sampled(policy, tiny_processor, plain)  # without either both are one
+    with torch.no_grad():
+        logps, _ = prefix_logps(policy, rollouts, prefix, schedule, plain)
+    torch.testing.assert_close(logps, rollouts.sampling_logps, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("m", [1, 2])
+def test_a_forward_cut_after_the_prefix_is_the_whole_forward_there(policy, tiny_processor, m):
+    args = settings()
+    rollouts, codes, prefix, schedule = sampled(policy, tiny_processor, args, [chat("a ring", picture(3))], m)
+    with torch.no_grad():
+        cut, _ = prefix_logps(policy, rollouts, prefix, schedule, args)
+    whole, _, everything, _ = sampled(policy, tiny_processor, args, [chat("a ring", picture(3))], 3)
+    assert torch.equal(whole.codes, codes)
+    with torch.no_grad():
+        full, _ = prefix_logps(policy, whole, everything, schedule, args)
+    torch.testing.assert_close(cut, full[:, : prefix.num_codes], rtol=0, atol=1e-5)
+    assert cut.shape[1] < full.shape[1]
+
+
+def test_rollouts_of_a_prompt_are_the_same_in_any_batch(policy, tiny_processor):
+    args, schedule = settings(), policy.model.schedules.by_aspect_ratio("1:1")
+    both = roll_out(policy, tiny_processor, [chat("a"), chat("a blue ring")], 2, [7, 8], schedule, schedule, args)[1]
+    alone = roll_out(policy, tiny_processor, [chat("a blue ring")], 2, [8], schedule, schedule, args)[1]
+    assert torch.equal(both[2:], alone)
+
+
+def test_the_score_function_gives_the_gradient_of_the_expected_reward():
+    """All codes of a small codebook, enumerated."""
+    torch.manual_seed(0)
+    logits = torch.randn(1, 2, 5, dtype=torch.float64, requires_grad=True)
+    reward = torch.randn(5, 5, dtype=torch.float64)
+    probabilities = logits[0].softmax(-1)
+    (exact,) = torch.autograd.grad((probabilities[0][:, None] * probabilities[1] * reward).sum(), logits)
+    surrogate = 0.0
+    for first in range(5):
+        for second in range(5):
+            codes = torch.tensor([[first, second]])
+            logps = logits.log_softmax(-1).gather(-1, codes[..., None]).squeeze(-1)
+            ratios = log_ratios(logps, logps.detach(), SimpleNamespace(lengths=(1, 1)), "token")
+            losses, _, _ = clipped_policy_loss(ratios, reward[first, second][None], 0.2, 0.2)
+            surrogate = surrogate - losses.sum() * (probabilities[0, first] * probabilities[1, second]).detach()
+    (estimate,) = torch.autograd.grad(surrogate, logits)
+    torch.testing.assert_close(estimate, exact)
+
+
+def test_the_policy_loss_is_eq_5_by_hand():
+    """Two scales, both levels of the ratio, either sign of the advantage."""
+    prefix = SCHEDULE.prefix(2)
+    torch.manual_seed(0)
+    logps, old = (torch.randn(2, 5) * 0.3 - 1 for _ in range(2))
+    advantages = torch.tensor([1.5, -0.5])
+    weights = token_weights(prefix, 0.9)
+    k = [1.0, 1 / 4**0.9]
+    total = k[0] * 1 + k[1] * 4
+    torch.testing.assert_close(weights, torch.tensor([k[0], *[k[1]] * 4]) / total)
+    for level in ("token", "scale"):
+        expected = 0.0
+        for row in range(2):
+            for scale, codes in enumerate([[0], [1, 2, 3, 4]]):
+                differences = [(logps[row, code] - old[row, code]).item() for code in codes]
+                if level == "scale":
+                    differences = [sum(differences) / len(codes)] * len(codes)
+                for difference in differences:
+                    ratio, advantage = math.exp(difference), advantages[row].item()
+                    clipped = min(max(ratio, 0.8), 1.3)
+                    expected -= k[scale] / total * min(ratio * advantage, clipped * advantage) / 2
+        ratios = log_ratios(logps, old, prefix, level)
+        losses, low, high = clipped_policy_loss(ratios, advantages, 0.2, 0.3)
+        assert (losses * weights).sum(1).mean().item() == pytest.approx(expected, rel=1e-5)
+        assert (low | high).any() and not (low & high).any()
+
+
+def test_clipped_codes_have_no_gradient():
+    ratios = torch.tensor([[math.log(1.5), math.log(0.5), 0.0]], requires_grad=True)
+    for advantage, clipped in ((1.0, 0), (-1.0, 1)):
+        losses, low, high = clipped_policy_loss(ratios, torch.tensor([advantage]), 0.2, 0.2)
+        (gradient,) = torch.autograd.grad(losses.sum(), ratios)
+        assert [bool(value) for value in gradient[0] == 0] == [place == clipped for place in range(3)]
+        assert [bool(value) for value in (low | high)[0]] == [place == clipped for place in range(3)]
+
+
+def test_advantages_are_eq_4_and_silent_rewards_do_not_count():
+    rewards = torch.tensor([1.0, 2.0, 6.0, 4.0, 4.0, 4.0])
+    advantages = group_advantages(rewards, 3)
+    torch.testing.assert_close(advantages[:3], (rewards[:3] - 3) / (rewards[:3].std() + 1e-4))
+    assert not advantages[3:].any()
+    by_batch = group_advantages(rewards, 3, "batch")
+    torch.testing.assert_close(by_batch[:3], (rewards[:3] - 3) / (rewards.std() + 1e-4))
+    torch.testing.assert_close(group_advantages(rewards, 3, "none")[:3], rewards[:3] - 3)
+    silent = group_advantages(torch.tensor([1.0, math.nan, 3.0, math.nan, math.nan, math.nan]), 3)
+    torch.testing.assert_close(silent[:3], torch.tensor([-1.0, 0.0, 1.0]) / (2**0.5 + 1e-4))
+    assert not silent[3:].any()
+
+
+def test_kl_is_zero_at_the_reference_and_its_mean_is_the_kl():
+    torch.manual_seed(0)
+    logits, reference = torch.randn(1, 1, 6, requires_grad=True), torch.randn(1, 1, 6)
+    same = kl_to_reference(logits.log_softmax(-1), logits.detach().log_softmax(-1))
+    (gradient,) = torch.autograd.grad(same.sum(), logits)
+    assert not same.any() and gradient.abs().max() < 1e-7
+    logps, ref = logits.log_softmax(-1), reference.log_softmax(-1)
+    k3 = kl_to_reference(logps, ref)
+    assert (k3 >= 0).all()
+    exact = (logps.exp() * (logps - ref)).sum()
+    torch.testing.assert_close((logps.exp() * k3).sum(), exact)
+
+
+def test_log_probabilities_are_renormalised_over_the_support():
+    logits = torch.tensor([[[2.0, 1.0, 0.0, -1.0]]])
+    support = torch.tensor([[[True, False, True, False]]])
+    logps, entropy = code_logps(logits, torch.tensor([[2]]), torch.tensor([2.0]), support)
+    probability = 1 / (1 + math.exp(1.0))
+    assert logps.item() == pytest.approx(math.log(probability))
+    expected = -sum(p * math.log(p) for p in (probability, 1 - probability))
+    assert entropy.item() == pytest.approx(expected)
+
+
+def test_the_support_and_its_probabilities_are_those_of_sampling():
+    """Every code's share of a fine grid of draws."""
+    torch.manual_seed(0)
+    logits, draws = 2 * torch.randn(1, 1, 9), 40_000
+    uniform = ((torch.arange(draws) + 0.5) / draws)[:, None]
+    for controls in ((1.7, 0, 0.7), (0.6, 4, 1.0), (1.3, 5, 0.8)):
+        drawn = sample(logits.expand(draws, 1, 9), *controls, uniform)
+        frequencies = drawn.flatten().bincount(minlength=9) / draws
+        support = sampling_support([logits], *([value] for value in controls))
+        assert torch.equal(support[0, 0], frequencies > 0)
+        codes = support[0, 0].nonzero().T
+        temperature, several = torch.full((codes.shape[1],), controls[0]), codes.shape[1]
+        logps, _ = code_logps(logits.expand(1, several, 9), codes, temperature, support.expand(1, several, 9))
+        torch.testing.assert_close(logps.exp()[0], frequencies[codes[0]], rtol=0, atol=2 / draws)
+
+
+def test_the_prefix_is_the_most_scales_that_fit():
+    assert num_prefix_scales(SCHEDULE, None, 256) == 3
+    assert num_prefix_scales(SCHEDULE, None, 13) == 2 and num_prefix_scales(SCHEDULE, None, 1) == 1
+    assert num_prefix_scales(SCHEDULE, 1, 256) == 1 and num_prefix_scales(SCHEDULE, None, None) == 3
+    with pytest.raises(ValueError, match=r"scale_prefix must lie in \[1, 3\].*got 4"):
+        num_prefix_scales(SCHEDULE, 4, None)
+    with pytest.raises(ValueError, match="prefix_tokens must hold the first scale of 1 codes, got 0"):
+        num_prefix_scales(SCHEDULE, None, 0)
+
+
+def test_pictures_fill_the_image_items_or_go_first():
+    one, two = picture(1), picture(2)
+    filled = with_images(
+        [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image"}, {"type": "image"}]}],
+        [one, two],
+        "prompt 0",
+    )
+    assert [item.get("image") for item in filled[0]["content"]] == [None, one, two]
+    first = with_images("make it red", [one], "prompt 0")
+    assert [item["type"] for item in first[0]["content"]] == ["image", "text"]
+    with pytest.raises(ValueError, match="prompt 4 has 1 places for images, and 0 images"):
+        with_images([{"role": "user", "content": [{"type": "image"}]}], None, "prompt 4")
+    with pytest.raises(ValueError, match="prompt 5 has 2 places for images, and 1 images"):
+        with_images("x", [one, None], "prompt 5")

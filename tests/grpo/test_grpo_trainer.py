@@ -1,0 +1,442 @@
+"""The GRPO trainer: one step by hand, every split of it, exact resume, what it moves, rewards at fault."""
+
+import asyncio
+import copy
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from grpo_samples import chat, picture, policy_of
+
+from transformers_nextflow.lora import lora_config
+from transformers_nextflow.training.grpo import NextFlowGRPOConfig, NextFlowGRPOTrainer, RewardError
+from transformers_nextflow.training.grpo.rollouts import prefix_logps
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_model):
+    return policy_of(tiny_model)
+
+
+def redness(images, **kwargs) -> list[float]:
+    """How red pictures are."""
+    return [
+        sum(image.resize((1, 1)).getpixel((0, 0))[channel] * s for channel, s in ((0, 2), (1, -1), (2, -1))) / 255
+        for image in images
+    ]
+
+
+def rows(count: int = 8) -> list[dict]:
+    prompts = [{"prompt": chat(f"a large red circle {'and ' * number}"), "number": number} for number in range(count)]
+    prompts[1] = {"prompt": "make it blue", "images": [picture(1)], "number": 1}
+    for row in prompts:
+        row.setdefault("images", [])
+    return prompts
+
+
+def trainer(model, processor, output, reward=redness, dataset=None, peft_config=None, callbacks=None, **values):
+    defaults = {"max_steps": 1, "logging_steps": 1, "learning_rate": 1e-2, "save_strategy": "no", "seed": 5}
+    defaults |= {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "lr_scheduler_type": "constant"}
+    defaults |= {"num_generations": 4, "per_device_train_batch_size": 8, "prefix_tokens": 5, "optim": "sgd"}
+    defaults |= {"max_grad_norm": 0.0, "bf16": False, "gradient_checkpointing": False}
+    args = NextFlowGRPOConfig(output_dir=str(output), **(defaults | values))
+    dataset = rows() if dataset is None else dataset
+    return NextFlowGRPOTrainer(
+        copy.deepcopy(model), reward, args, dataset, processing_class=processor, peft_config=peft_config,
+        callbacks=callbacks,
+    )  # fmt: skip
+
+
+def state(model) -> dict:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def moved(before: dict, after: dict) -> set[str]:
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def test_a_step_is_the_gradient_of_eq_5_by_hand(policy, tiny_processor, tmp_path):
+    run = trainer(policy, tiny_processor, tmp_path, learning_rate=0.1, beta=0.0)
+    before = copy.deepcopy(policy)
+    run.train()
+    rollouts = run._buffer[0]
+    assert run.prefix.num_codes == 5 and rollouts.codes.shape == (8, 5)
+    logps, _ = prefix_logps(before, rollouts, run.prefix, run.schedule, run.args)
+    k = torch.tensor([1.0, *[4**-0.9] * 4])
+    # the ratio is 1, its gradient that of the log-probability
+    loss = -((k / k.sum()) * logps * rollouts.advantages[:, None]).sum(dim=1).mean()
+    loss.backward()
+    for name, parameter in before.named_parameters():
+        if name.startswith("model.vq_model"):
+            continue
+        expected = parameter if parameter.grad is None else parameter - 0.1 * parameter.grad
+        torch.testing.assert_close(run.model.get_parameter(name), expected, rtol=1e-4, atol=1e-6)
+    assert {name for name in moved(state(before), state(run.model))} == {
+        name for name, parameter in before.named_parameters() if parameter.grad is not None and parameter.grad.any()
+    }
+
+
+def test_advantages_compare_pictures_of_one_prompt(policy, tiny_processor, tmp_path):
+    seen = []
+
+    def number(images, number, **kwargs):
+        seen.append(list(number))
+        return [float(value) for value in number]
+
+    run = trainer(policy, tiny_processor, tmp_path, reward=number)
+    before = state(run.model)
+    run.train()
+    assert all(len(set(numbers[start : start + 4])) == 1 for numbers in seen for start in range(0, 8, 4))
+    assert not run._buffer[0].advantages.any()  # a group of equal rewards says nothing
+    assert not moved(before, state(run.model))
+    assert run.state.log_history[0]["frac_reward_zero_std"] == 1.0
+
+
+def test_every_epoch_takes_every_prompt_in_an_order_of_its_own(policy, tiny_processor, tmp_path):
+    seen = []
+
+    def note(images, number, **kwargs):
+        seen.extend(number[::4])
+        return [0.0] * len(images)
+
+    trainer(policy, tiny_processor, tmp_path, reward=note, dataset=rows(6), max_steps=9).train()
+    epochs = [seen[start : start + 6] for start in range(0, 18, 6)]
+    assert all(sorted(epoch) == list(range(6)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def splits() -> dict[str, dict]:
+    return {
+        "one batch": {"per_device_train_batch_size": 16},
+        "accumulated": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4},
+        "smaller than a group": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 8},
+    }
+
+
+def test_every_split_of_a_step_trains_the_same(policy, tiny_processor, tmp_path):
+    results = {}
+    for name, split in splits().items():
+        run = trainer(policy, tiny_processor, tmp_path, beta=0.1, **split)
+        run.train()
+        results[name] = (state(run.model), run.state.log_history[0]["reward"])
+    expected, reward = results.pop("one batch")
+    for got, got_reward in results.values():
+        assert got_reward == pytest.approx(reward)
+        for key, value in expected.items():
+            torch.testing.assert_close(got[key], value, rtol=1e-5, atol=1e-6)
+
+
+def test_two_processes_train_as_one(policy, tiny_processor, tmp_path):
+    policy.save_pretrained(tmp_path / "policy")
+    tiny_processor.save_pretrained(tmp_path / "policy")
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys\n"
+        f"sys.path[:0] = [{str(ROOT / 'tests' / 'grpo')!r}]\n"
+        "from test_grpo_trainer import trainer\n"
+        "from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor\n"
+        "folder, output = sys.argv[1:]\n"
+        "model = NextFlowForConditionalGeneration.from_pretrained(folder)\n"
+        "processor = NextFlowProcessor.from_pretrained(folder)\n"
+        "run = trainer(model, processor, output, ddp_backend='gloo', per_device_train_batch_size=8)\n"
+        "run.train()\n"
+        "run.save_model(output)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "OMP_NUM_THREADS": "1"}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
+    command += [str(script), str(tmp_path / "policy"), str(tmp_path / "two")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = state(policy.__class__.from_pretrained(tmp_path / "two"))
+    one = trainer(policy, tiny_processor, tmp_path, per_device_train_batch_size=16)
+    one.train()
+    for name, value in state(one.model).items():
+        torch.testing.assert_close(two[name], value, rtol=1e-5, atol=1e-6)
+    assert moved(state(policy), two)
+
+
+def test_resuming_continues_as_if_nothing_had_happened(policy, tiny_processor, tmp_path):
+    """In the middle of a generation that four steps train on, and over the end of an epoch."""
+    values = {"max_steps": 11, "num_iterations": 2, "per_device_train_batch_size": 4, "steps_per_generation": 2}
+    values |= {"beta": 0.05, "optim": "adamw_torch", "learning_rate": 1e-3, "dataset": rows(4)}
+    whole = trainer(policy, tiny_processor, tmp_path / "whole", **values)
+    whole.train()
+    cut = trainer(policy, tiny_processor, tmp_path / "cut", **values | {"save_strategy": "steps", "save_steps": 5})
+    cut.train()
+    for checkpoint in (5, 10):
+        again = trainer(policy, tiny_processor, tmp_path / "cut", **values)
+        again.train(resume_from_checkpoint=str(tmp_path / "cut" / f"checkpoint-{checkpoint}"))
+        assert not moved(state(whole.model), state(again.model)), checkpoint
+    kept = ("step", "loss", "reward", "kl", "entropy")
+    curves = [
+        [{k: row.get(k) for k in kept} for row in run.state.log_history if "loss" in row] for run in (whole, again)
+    ]
+    assert curves[0] == curves[1]
+
+
+def test_later_steps_of_a_generation_compare_with_the_policy_that_sampled(policy, tiny_processor, tmp_path):
+    run = trainer(policy, tiny_processor, tmp_path, max_steps=2, num_iterations=2, learning_rate=0.3)
+    run.train()
+    first, second = (row for row in run.state.log_history if "loss" in row)
+    rollouts = run._buffer[0]
+    with torch.no_grad():
+        logps, _ = prefix_logps(policy, rollouts, run.prefix, run.schedule, run.args)
+    torch.testing.assert_close(rollouts.old_logps, logps, rtol=1e-5, atol=1e-5)
+    assert first["clip_ratio/region_mean"] == 0.0  # explicit old log-probabilities, ratio 1
+    assert first["reward"] > 0 or "reward" not in second  # one generation, one reward
+    assert second["clip_ratio/region_mean"] > 0.0
+
+
+def test_kl_is_zero_at_first_and_holds_the_policy_back(policy, tiny_processor, tmp_path):
+    ends = {}
+    for beta in (1e-6, 10.0):
+        values = {"max_steps": 8, "optim": "adamw_torch", "learning_rate": 1e-3}
+        run = trainer(policy, tiny_processor, tmp_path, beta=beta, **values)
+        run.train()
+        curve = [row["kl"] for row in run.state.log_history if "kl" in row]
+        assert curve[0] == pytest.approx(0.0, abs=1e-6) and curve[-1] > 0
+        ends[beta] = curve[-1]
+    assert ends[10.0] < 0.5 * ends[1e-6], ends
+
+
+def test_the_kl_of_a_step_is_eq_5_by_hand(policy, tiny_processor, tmp_path):
+    run = trainer(policy, tiny_processor, tmp_path, beta=0.5)
+    run.train()
+    rollouts = run._buffer[0]
+    rollouts.ref_logps = rollouts.ref_logps - 0.7
+    with torch.no_grad():
+        both = run.compute_loss(run.model, rollouts)
+        run.args.beta = 0.0
+        alone = run.compute_loss(run.model, rollouts)
+        logps, _ = prefix_logps(run.model, rollouts, run.prefix, run.schedule, run.args)
+    difference = rollouts.ref_logps - logps
+    k3 = difference.exp() - difference - 1
+    torch.testing.assert_close(both - alone, 0.5 * (run.token_weights * k3).sum(dim=1).mean())
+
+
+def test_adapters_are_trained_and_switched_off_for_the_reference(policy, tiny_processor, tmp_path):
+    config = lora_config(r=4, modules_to_save=None)
+    run = trainer(policy, tiny_processor, tmp_path, max_steps=3, beta=0.1, peft_config=config, learning_rate=0.5)
+    before = state(run.model)
+    run.train()
+    assert run.ref_model is None
+    changed = moved(before, state(run.model))
+    assert changed and all("lora_" in name for name in changed)
+    curve = [row["kl"] for row in run.state.log_history if "kl" in row]
+    assert curve[0] == pytest.approx(0.0, abs=1e-6) and curve[-1] > 0
+    rollouts = run._buffer[0]
+    with torch.no_grad():
+        adapted, _ = prefix_logps(run.model, rollouts, run.prefix, run.schedule, run.args)
+        with run.model.disable_adapter():
+            base, _ = prefix_logps(run.model, rollouts, run.prefix, run.schedule, run.args)
+        original, _ = prefix_logps(policy, rollouts, run.prefix, run.schedule, run.args)
+        merged, _ = prefix_logps(run.model.merge_and_unload(), rollouts, run.prefix, run.schedule, run.args)
+    torch.testing.assert_close(base, original, rtol=0, atol=0)
+    torch.testing.assert_close(merged, adapted, rtol=1e-4, atol=1e-4)
+    assert (adapted - base).abs().max() > 1e-3
+
+
+def brightness(images) -> torch.Tensor:
+    return torch.tensor([sum(image.resize((1, 1)).getpixel((0, 0))) / 765 for image in images])
+
+
+class Bright:
+    """A reward for bright pictures, or the same dealt out at random; `curve` has the mean of every call."""
+
+    def __init__(self, shuffle: torch.Generator | None):
+        self.shuffle, self.curve = shuffle, []
+
+    def __call__(self, images, **kwargs) -> list[float]:
+        values = brightness(images)
+        self.curve.append(values.mean().item())
+        if self.shuffle is not None:
+            values = values[torch.randperm(len(values), generator=self.shuffle)]
+        return values.tolist()
+
+    @property
+    def gain(self) -> float:
+        return sum(self.curve[-4:]) / 4 - sum(self.curve[:4]) / 4
+
+
+def test_a_verifiable_reward_climbs_and_a_shuffled_one_does_not(policy, tiny_processor, tmp_path):
+    gains = {"true": [], "shuffled": []}
+    for seed in (1, 2, 3):
+        for name, shuffle in (("true", None), ("shuffled", torch.Generator().manual_seed(seed))):
+            values = {"max_steps": 20, "optim": "adamw_torch", "learning_rate": 3e-3, "seed": seed}
+            values |= {"num_generations": 8, "per_device_train_batch_size": 32, "logging_steps": 100}
+            reward = Bright(shuffle)
+            trainer(policy, tiny_processor, tmp_path, reward=reward, **values).train()
+            gains[name].append(reward.gain)
+    mean = {name: sum(values) / 3 for name, values in gains.items()}
+    assert min(gains["true"]) > 0 and mean["true"] > 3 * abs(mean["shuffled"]), gains
+
+
+def test_values_of_prefixes_are_soft_means_over_their_continuations(policy, tiny_processor, tmp_path):
+    calls = []
+
+    def reward(images, **kwargs):
+        calls.append(images)
+        return [float(image.resize((1, 1)).getpixel((0, 0))[0]) / 255 for image in images]
+
+    run = trainer(
+        policy, tiny_processor, tmp_path, reward=reward, vmr_continuations=3, vmr_eta=0.5, scale_rewards="none"
+    )
+    run.train()
+    first, further = calls
+    assert len(first) == 8 and len(further) == 16
+    rate = lambda images: torch.tensor([image.resize((1, 1)).getpixel((0, 0))[0] / 255 for image in images])  # noqa: E731
+    rewards = torch.cat([rate(first)[:, None], rate(further).view(8, 2)], dim=1)
+    values = 0.5 * (rewards / 0.5).exp().mean(dim=1).log()
+    expected = (values.view(2, 4) - values.view(2, 4).mean(dim=1, keepdim=True)).flatten()
+    torch.testing.assert_close(run._buffer[0].advantages, expected, rtol=1e-4, atol=1e-5)
+    assert run.state.log_history[0]["reward"] == pytest.approx(values.mean().item(), abs=1e-5)
+
+
+def test_masked_codes_do_not_count(policy, tiny_processor, tmp_path):
+    values = {"learning_rate": 0.1}
+    mask = torch.zeros(8, 5, dtype=torch.bool)
+    mask[:, 0] = True
+    args = trainer(policy, tiny_processor, tmp_path, **values)
+    args.token_mask_func = lambda prompts, images, prefix, **columns: mask
+    args.train()
+    first = trainer(policy, tiny_processor, tmp_path, **values | {"prefix_tokens": 1})
+    first.train()
+    for name, value in first.model.state_dict().items():
+        torch.testing.assert_close(args.model.state_dict()[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_completions_are_drawn_and_rewards_see_trl_arguments(policy, tiny_processor, tmp_path):
+    seen = {}
+
+    async def reward(prompts, completions, completion_ids, images, trainer_state, log_metric, number, **kwargs):
+        await asyncio.sleep(0)
+        seen.update(locals())
+        log_metric("images_seen", len(images))
+        return [None if place == 0 else float(place) for place in range(len(images))]
+
+    run = trainer(
+        policy, tiny_processor, tmp_path, reward=[redness, reward], reward_weights=[0.0, 2.0], log_completions=True
+    )
+    run.train()
+    assert seen["completions"][3][0]["content"][0]["image"] is seen["images"][3]
+    assert seen["prompts"][0][0]["role"] == "user" and len(seen["number"]) == 8
+    row = run.state.log_history[0]
+    assert row["images_seen"] == 8 and row["rewards/reward/mean"] == pytest.approx(4.0)
+    assert row["reward"] == pytest.approx(2 * sum(range(8)) / 8)
+    for name in ("reward_std", "entropy", "step_time", "rollout_share", "clip_ratio/high_max"):
+        assert name in row
+    assert row["sampling/sampling_logp_difference/max"] < 1e-4
+    assert (tmp_path / "completions" / "step-1.png").exists()
+
+
+def faulty(kind: str):
+    def reward(images, **kwargs):
+        if kind == "raises":
+            raise KeyError("score")
+        if kind == "hangs":
+            time.sleep(60)
+        return {"short": [1.0], "nan": [float("nan")] * len(images), "text": "good"}[kind]
+
+    return reward
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("raises", "reward function reward raised KeyError: 'score'"),
+        ("short", "reward function reward returned 1 rewards for 8 pictures"),
+        ("nan", "reward function reward returned nan for picture 0"),
+        ("text", "reward function reward must return a list of numbers, got str"),
+        ("hangs", "reward function reward has not returned after 0.2 seconds"),
+    ],
+)
+def test_reward_functions_at_fault_are_named(policy, tiny_processor, tmp_path, kind, message):
+    run = trainer(
+        policy, tiny_processor, tmp_path, reward=faulty(kind), reward_timeout=0.2 if kind == "hangs" else None
+    )
+    with pytest.raises(RewardError, match=message):
+        run.train()
+
+
+def test_a_reward_that_dies_in_mid_run_loses_no_step(policy, tiny_processor, tmp_path):
+    calls = []
+
+    def reward(images, **kwargs):
+        calls.append(len(images))
+        if len(calls) == 4:
+            raise ConnectionError("server gone")
+        return redness(images)
+
+    values = {"max_steps": 5, "learning_rate": 1e-2}
+    run = trainer(policy, tiny_processor, tmp_path / "died", reward=reward, **values)
+    with pytest.raises(RewardError, match="server gone"):
+        run.train()
+    again = trainer(policy, tiny_processor, tmp_path / "died", **values)
+    again.train(resume_from_checkpoint=True)
+    whole = trainer(policy, tiny_processor, tmp_path / "whole", **values)
+    whole.train()
+    assert again.state.log_history[0]["step"] == 1
+    assert not moved(state(whole.model), state(again.model))
+
+
+def test_a_picture_without_reward_does_not_count_in_its_group(policy, tiny_processor, tmp_path):
+    rewards = [None, 1.0, 2.0, 6.0, 1.0, 2.0, 3.0, 4.0]
+    run = trainer(policy, tiny_processor, tmp_path, reward=lambda images, **kwargs: rewards, scale_rewards="none")
+    run.train()
+    expected = torch.tensor([0.0, -2.0, -1.0, 3.0, -1.5, -0.5, 0.5, 1.5])
+    torch.testing.assert_close(run._buffer[0].advantages, expected)
+
+
+def test_silent_rewards_move_nothing(policy, tiny_processor, tmp_path):
+    run = trainer(policy, tiny_processor, tmp_path, reward=lambda images, **kwargs: [None] * len(images))
+    before = state(run.model)
+    run.train()
+    assert not moved(before, state(run.model))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_generations": 3}, "divisible by num_generations"),
+        ({"scale_prefix": 4}, r"scale_prefix must lie in \[1, 3\]"),
+        ({"use_vllm": True}, "use_vllm does not apply to pictures"),
+        ({"repetition_penalty": 1.2}, "repetition_penalty does not apply"),
+        ({"temperature": 0.0}, "temperature must be positive"),
+        ({"logprob_mode": "exact"}, "logprob_mode must be one of conditional, behaviour, got 'exact'"),
+        ({"importance_sampling_level": "sequence"}, "importance_sampling_level must be one of token, scale"),
+        ({"reward_weights": [1.0, 2.0]}, "reward_weights must have 1 entries, got 2"),
+        ({"vmr_continuations": 0}, "vmr_continuations must be at least 1"),
+        ({"rollout_level": "512"}, "512"),
+        ({"sync_ref_model": True}, "sync_ref_model needs beta > 0"),
+    ],
+)
+def test_wrong_settings_are_refused(policy, tiny_processor, tmp_path, values, message):
+    with pytest.raises(ValueError, match=message):
+        trainer(policy, tiny_processor, tmp_path, **values)
+
+
+def test_too_few_prompts_and_missing_images_are_refused(policy, tiny_processor, tmp_path):
+    with pytest.raises(ValueError, match="a generation takes 2 prompts, the dataset has 1"):
+        trainer(policy, tiny_processor, tmp_path, dataset=rows(2)[:1]).train()
+    broken = [{"prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "x"}]}]}] * 2
+    with pytest.raises(ValueError, match="prompt [01] has 1 places for images, and 0 images"):
+        trainer(policy, tiny_processor, tmp_path, dataset=broken).train()
+
+
+def test_evaluation_is_the_mean_reward_of_held_out_prompts(policy, tiny_processor, tmp_path):
+    run = trainer(policy, tiny_processor, tmp_path, num_generations_eval=2, per_device_eval_batch_size=4)
+    once, twice = run.evaluate(rows(3)), run.evaluate(rows(3))
+    assert once == twice and -2 <= once["eval_reward"] <= 2
+    assert once["eval_reward"] == pytest.approx(once["eval_rewards/redness/mean"])
+    json.dumps(once)

@@ -1,0 +1,134 @@
+"""Shipped rewards, with real models at tiny sizes and a server on loopback."""
+
+import base64
+import io
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+import torch
+from grpo_samples import chat, picture
+from PIL import Image
+from transformers import CLIPConfig, CLIPModel
+
+from examples.shapes.grammar import CATEGORIES, held_out_prompts
+from examples.shapes.rewards import from_json, held_out_rows, shapes_judge, to_json, training_prompts
+from examples.shapes.world import render
+from transformers_nextflow.training.grpo.reward_models import ClipScore, RewardServer, TextMatch, prompt_text
+
+
+class TinyProcessor:
+    """Pictures and texts as a tiny CLIP takes them; its real one needs a vocabulary from the Hub."""
+
+    def __call__(self, images, text, padding, truncation, return_tensors):
+        from transformers import BatchFeature
+
+        pixels = torch.stack(
+            [torch.tensor(list(image.resize((8, 8)).convert("RGB").tobytes())).view(8, 8, 3).permute(2, 0, 1) / 255
+             for image in images]
+        )  # fmt: skip
+        ids = [[1 + ord(letter) % 40 for letter in each[:6].ljust(6)] + [49] for each in text]
+        return BatchFeature({"pixel_values": pixels, "input_ids": torch.tensor(ids)})
+
+
+def test_clip_scores_are_the_models_similarities():
+    torch.manual_seed(0)
+    text = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "eos_token_id": 49}
+    text |= {"num_attention_heads": 2, "max_position_embeddings": 8}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 8, "patch_size": 4}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).eval()
+    images, prompts = [picture(1), picture(2)], [chat("red"), "blue"]
+    inputs = TinyProcessor()(images, ["red", "blue"], True, True, "pt")
+    with torch.no_grad():
+        expected = model(**inputs).logits_per_image.diagonal()
+    scores = ClipScore(model, TinyProcessor(), scaled=True)(images=images, prompts=prompts)
+    assert scores == pytest.approx(expected.tolist(), rel=1e-5)
+    plain = ClipScore(model, TinyProcessor())(images=images, prompts=prompts)
+    assert plain == pytest.approx((expected / model.logit_scale.exp().detach()).tolist(), rel=1e-5)
+
+
+def test_text_in_pictures_is_compared_with_what_was_wanted():
+    match = TextMatch(lambda image: "Hello World")
+    assert match(images=[picture(1)] * 3, text=["hello world", "hello", "xyz"]) == [1.0, 2 * 5 / 15, 0.0]
+    with pytest.raises(ValueError, match="no column 'text'"):
+        match(images=[picture(1)])
+
+
+def test_the_judge_rewards_pictures_that_show_what_was_asked():
+    import random
+
+    rows = held_out_rows(2)
+    assert len(rows) == 2 * len(CATEGORIES)
+    for category in CATEGORIES:
+        for request in held_out_prompts(category, 3, 0, "dev"):
+            assert from_json(to_json(request)) == request
+    pictures = [Image.fromarray(render(from_json(row["request"]).reference_scene(random.Random(0)))) for row in rows]
+    requests = [row["request"] for row in rows]
+    assert shapes_judge(images=pictures, request=requests) == [1.0] * len(rows)
+    empty = [Image.new("RGB", (64, 64))] * len(rows)
+    assert shapes_judge(images=empty, request=requests) == [0.0] * len(rows)
+
+
+def test_prompts_of_training_show_nothing_held_out():
+    trained = {row["prompt"][0]["content"] for row in training_prompts(500)}
+    assert trained.isdisjoint(prompt_text(row["prompt"]) for row in held_out_rows(30))
+    assert training_prompts(20, seed=1) == training_prompts(20, seed=1) != training_prompts(20, seed=2)
+
+
+@pytest.fixture
+def server():
+    """Answers with the scripted statuses, then with the mean brightness of each picture; keeps the requests."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            self.server.requests.append(body)
+            status = self.server.statuses.pop(0) if self.server.statuses else 200
+            pictures = [Image.open(io.BytesIO(base64.b64decode(each))) for each in body["images"]]
+            answer = {"rewards": [sum(image.resize((1, 1)).getpixel((0, 0))) / 765 for image in pictures]}
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(self.server.answer or json.dumps(answer).encode())
+
+        def log_message(self, *args):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    server.requests, server.statuses, server.answer = [], [], None
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+def client(server, **kwargs) -> RewardServer:
+    return RewardServer(f"http://127.0.0.1:{server.server_port}/", timeout=5, backoff=0.01, **kwargs)
+
+
+def test_a_reward_server_gets_pictures_and_columns_and_is_asked_again(server):
+    server.statuses = [503, 500]
+    images = [Image.new("RGB", (4, 4), (255, 255, 255)), Image.new("RGB", (4, 4))]
+    reward = client(server, columns=["number"])
+    assert reward(images=images, prompts=[chat("white"), "black"], number=[3, 4], other=[0, 0]) == [1.0, 0.0]
+    assert len(server.requests) == 3
+    assert server.requests[0]["prompts"] == ["white", "black"] and server.requests[0]["columns"] == {"number": [3, 4]}
+
+
+def test_a_reward_server_at_fault_is_named(server):
+    images, prompts = [picture(1)], ["x"]
+    server.statuses = [404]
+    with pytest.raises(ValueError, match="answered 404"):
+        client(server)(images=images, prompts=prompts)
+    assert len(server.requests) == 1
+    server.answer = b"[1, 2]"
+    with pytest.raises(ValueError, match="must answer"):
+        client(server)(images=images, prompts=prompts)
+    server.statuses = [500] * 9
+    with pytest.raises(ConnectionError, match="failed 3 times, at last with: HTTP Error 500"):
+        client(server, retries=2)(images=images, prompts=prompts)
+    gone = RewardServer("http://127.0.0.1:9/", retries=1, backoff=0.01)
+    with pytest.raises(ConnectionError, match="failed 2 times"):
+        gone(images=images, prompts=prompts)
+    with pytest.raises(ValueError, match="url must begin with http"):
+        RewardServer("file:///etc/passwd")

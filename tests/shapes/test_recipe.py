@@ -1,0 +1,100 @@
+"""The shapes recipe at a few steps each, its optimizer and its log."""
+
+import copy
+import json
+
+import pytest
+import torch
+
+from examples.shapes import tokenizer, train, transformer
+from examples.shapes.assemble import assemble
+from examples.shapes.muon import MuonWithAdamW
+
+
+def parameters(seed: int = 0) -> dict[str, torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"layer.weight": (4, 6), "layer.norm": (6,), "head.weight": (5, 4)}
+    return {name: torch.nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in shapes.items()}
+
+
+def steps(optimizer, named, count: int, seed: int = 1) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(count):
+        for parameter in named.values():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+
+
+def combined(named) -> MuonWithAdamW:
+    return MuonWithAdamW(named.items(), lambda name: "layer" in name, 1e-2, 0.1, (0.9, 0.95))
+
+
+def test_muon_moves_the_named_matrices_and_adamw_the_others():
+    together, apart = parameters(), parameters()
+    muon = torch.optim.Muon([apart["layer.weight"]], lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    groups = [{"params": [apart["head.weight"]]}, {"params": [apart["layer.norm"]], "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=1e-2, weight_decay=0.1, betas=(0.9, 0.95))
+    steps(combined(together), together, 3)
+
+    class Both:
+        def step(self):
+            muon.step()
+            adamw.step()
+
+    steps(Both(), apart, 3)
+    for name in together:
+        torch.testing.assert_close(together[name], apart[name], rtol=0, atol=0)
+
+
+def test_the_scheduler_and_checkpoints_reach_both_optimizers():
+    whole, cut = parameters(), parameters()
+    optimizer = combined(whole)
+    steps(optimizer, whole, 2)
+    state = copy.deepcopy(optimizer.state_dict())
+    with torch.no_grad():
+        for name in cut:
+            cut[name].copy_(whole[name])
+    again = combined(cut)
+    again.load_state_dict(state)
+    for each, named in ((optimizer, whole), (again, cut)):
+        for group in each.param_groups:
+            group["lr"] = 3e-3
+        steps(each, named, 2, seed=2)
+    for name in whole:
+        torch.testing.assert_close(whole[name], cut[name], rtol=0, atol=0)
+    for group in again.param_groups:
+        group["lr"] = 0.0
+    before = {name: parameter.clone() for name, parameter in cut.items()}
+    steps(again, cut, 1)
+    assert all(torch.equal(before[name], cut[name]) for name in cut)
+
+
+@pytest.fixture
+def short(monkeypatch, tmp_path):
+    """Two steps for each stage, little data, no compilation."""
+    monkeypatch.setattr(tokenizer, "STEPS", dict.fromkeys(tokenizer.STEPS, 2))
+    monkeypatch.setattr(tokenizer, "CODEBOOK_BATCHES", 3)
+    monkeypatch.setattr(tokenizer, "CODEBOOK_BATCH", 8)
+    monkeypatch.setattr(transformer, "DOCUMENTS", 60)
+    monkeypatch.setattr(transformer, "STEPS", 2)
+    monkeypatch.setattr(transformer, "PACKS", 4)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **kwargs: None)
+    monkeypatch.setattr("examples.shapes.stages.LOGGING_STEPS", 1)
+    monkeypatch.setattr("sys.argv", ["train", "--output", str(tmp_path / "run")])
+    return tmp_path / "run"
+
+
+def test_the_stages_lead_to_a_checkpoint_and_run_once(short):
+    train.main()
+    model, processor = assemble(short)
+    assert model.config.vq_config.decoder_blocks == 2
+    message = [{"role": "user", "content": "a large red circle"}]
+    inputs = processor.apply_chat_template(message, generation_mode="image")
+    tokens = model.generate(**inputs, generation_mode="image", seed=0)
+    assert processor.post_process_image(model.decode_image_tokens(tokens, (8, 8)))[0].size == (64, 64)
+    rows = [json.loads(line) for line in (short / "log.jsonl").read_text().splitlines()]
+    assert [(row["stage"], row["step"]) for row in rows] == [
+        (stage, step) for stage in ("pixel", "teacher", "joint", "transformer", "decoder") for step in (1, 2)
+    ]
+    train.main()
+    assert len((short / "log.jsonl").read_text().splitlines()) == len(rows)

@@ -1,0 +1,345 @@
+"""Tokenizer training: what each stage moves, its losses by hand, exact resume, what is logged."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
+
+from tests.tiny_models import tiny_config
+from transformers_nextflow import NextFlowImageProcessor, NextFlowVQModel
+from transformers_nextflow.training import (
+    ImageBatches,
+    NextFlowVQTrainer,
+    NextFlowVQTrainingArguments,
+    enlarge_decoder,
+    prepare_vq_stage,
+)
+from transformers_nextflow.training.vq_losses import adaptive_weight, codebook_losses
+
+
+@pytest.fixture
+def model() -> NextFlowVQModel:
+    torch.manual_seed(0)
+    model = NextFlowVQModel(tiny_config().vq_config)
+    with torch.no_grad():
+        model.semantic_to_code[-1].weight.mul_(50)
+    return model
+
+
+@pytest.fixture
+def coarse_model() -> NextFlowVQModel:
+    """Of patches large enough for a discriminator of three halvings."""
+    torch.manual_seed(0)
+    semantic = tiny_config().vq_config.semantic_config.to_dict() | {"patch_size": 8}
+    vq = {"patch_size": 8, "stem_stride": 4, "semantic_config": semantic, "levels": {"24": 3}}
+    return NextFlowVQModel(tiny_config(vq=vq).vq_config)
+
+
+class Pictures(torch.utils.data.Dataset):
+    """Six batches of three random pictures, alternating in size."""
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        generator = torch.Generator().manual_seed(index)
+        size = (12, 12) if index % 2 else (8, 16)
+        return {"pixel_values": torch.rand(3, 3, *size, generator=generator) * 2 - 1}
+
+
+class Large(torch.utils.data.Dataset):
+    """Six pairs of random pictures for the model of large patches."""
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        generator = torch.Generator().manual_seed(index)
+        return {"pixel_values": torch.rand(2, 3, 24, 24, generator=generator) * 2 - 1}
+
+
+def trainer(model, output, dataset=None, teacher=None, **arguments) -> NextFlowVQTrainer:
+    values = {"max_steps": 3, "logging_steps": 1, "learning_rate": 1e-3, "save_strategy": "no", "seed": 5}
+    values |= {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "perceptual_weight": 0.0}
+    values |= {"discriminator_weight": 0.0}
+    arguments = NextFlowVQTrainingArguments(output_dir=str(output), **(values | arguments))
+    return NextFlowVQTrainer(model, arguments, dataset or Pictures(), teacher=teacher)
+
+
+def moved(before: dict, after: dict) -> set[str]:
+    """Names of the parts with a tensor that changed."""
+    return {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+
+
+def state(model) -> dict:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def test_each_stage_moves_what_it_trains(model, tmp_path):
+    teacher = copy.deepcopy(model.semantic_encoder)
+    for stage, parts in {
+        "pixel": {"pixel_encoder", "pixel_decoder", "quantizer"},
+        "joint": set(dict(model.named_children())),
+        "decoder": {"pixel_decoder"},
+    }.items():
+        prepared = prepare_vq_stage(copy.deepcopy(model), stage)
+        before, taught = state(prepared), state(teacher)
+        trainer(prepared, tmp_path, stage=stage, teacher=teacher).train()
+        assert moved(before, state(prepared)) == parts, stage
+        assert not moved(taught, state(teacher))
+        semantic_moved = not torch.equal(before["quantizer.semantic_codebook"], prepared.quantizer.semantic_codebook)
+        assert semantic_moved == (stage == "joint")
+
+
+def test_the_pixel_stage_sees_neither_semantic_features_nor_semantic_entries(model):
+    pixels = Pictures()[1]["pixel_values"]
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.quantizer.semantic_codebook.normal_()
+        for parameter in [*other.semantic_encoder.parameters(), *other.semantic_to_code.parameters()]:
+            parameter.normal_()
+    one, two = (each(pixels, pixel_only=True) for each in (model, other))
+    torch.testing.assert_close(one.reconstruction, two.reconstruction, rtol=0, atol=0)
+    assert torch.equal(one.quantization.target_codes, two.quantization.target_codes)
+    assert not one.features[:, : model.config.semantic_dim].any() and one.semantic_features is None
+    with_semantics = model(pixels).quantization.target_codes
+    assert not torch.equal(with_semantics, one.quantization.target_codes)
+
+
+def test_losses_are_the_papers_by_hand(model, tmp_path):
+    prepared, teacher = prepare_vq_stage(model, "joint"), copy.deepcopy(model.semantic_encoder)
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    run = trainer(prepared, tmp_path, stage="joint", teacher=teacher, scale_drop=0.0)
+    pixels = Pictures()[0]["pixel_values"]
+    loss = run.compute_loss(run.model, {"pixel_values": pixels})
+    output = prepared(pixels)
+    sums, features = output.quantization.partial_sums, output.features
+    distance = sum(((each - features) ** 2).mean() for each in sums) / len(sums)
+    error = ((output.reconstruction - pixels) ** 2).mean()
+    cosine = F.cosine_similarity(output.semantic_features, prepared.semantic_features(pixels, teacher), dim=-1).mean()
+    torch.testing.assert_close(loss, error + 1.25 * distance + 1 - cosine)
+
+
+def test_the_pixel_stage_counts_kept_scales_and_pixel_channels_alone(model, tmp_path, monkeypatch):
+    run = trainer(prepare_vq_stage(model, "pixel"), tmp_path)
+    keep = [True, False, True]
+    monkeypatch.setattr(run, "_draw_scales", lambda schedule: keep)
+    pixels = Pictures()[0]["pixel_values"]
+    loss = run.compute_loss(run.model, {"pixel_values": pixels})
+    output = model(pixels, keep_scales=keep, pixel_only=True)
+    pixel = slice(model.config.semantic_dim, None)
+    distances = [((each - output.features)[:, pixel] ** 2).mean() for each in output.quantization.partial_sums]
+    assert len(distances) == 2
+    error = ((output.reconstruction - pixels) ** 2).mean()
+    torch.testing.assert_close(loss, error + 1.25 * sum(distances) / 2)
+
+
+def test_a_step_of_two_batches_moves_by_the_mean_of_their_losses(model, tmp_path):
+    values = {"max_steps": 1, "weight_decay": 0.0, "scale_drop": 0.0, "optim": "sgd", "max_grad_norm": 0.0}
+    values |= {"lr_scheduler_type": "constant", "learning_rate": 0.1, "gradient_accumulation_steps": 2}
+    prepared = prepare_vq_stage(copy.deepcopy(model), "pixel")
+    run = trainer(prepared, tmp_path, **values)
+    expected = prepare_vq_stage(copy.deepcopy(model), "pixel")
+    by_hand = trainer(expected, tmp_path)
+    batches = [Pictures()[index]["pixel_values"] for index in list(run._get_train_sampler())[:2]]
+    sum(by_hand.compute_loss(by_hand.model, {"pixel_values": pixels}) / 2 for pixels in batches).backward()
+    run.train()
+    with torch.no_grad():
+        for parameter, moved_to in zip(expected.parameters(), prepared.parameters()):
+            if parameter.grad is not None:
+                torch.testing.assert_close(moved_to, parameter - 0.1 * parameter.grad)
+
+
+def test_codebook_loss_moves_entries_alone_and_commitment_features_alone(model):
+    output = model(Pictures()[0]["pixel_values"])
+    output.features.retain_grad()
+    codebook, commitment = codebook_losses(output.features, output.quantization)
+    codebook.backward(retain_graph=True)
+    assert output.features.grad is None and model.quantizer.pixel_codebook.grad.any()
+    model.zero_grad()
+    commitment.backward()
+    assert output.features.grad.any() and model.quantizer.pixel_codebook.grad is None
+
+
+def test_half_of_the_scales_drop_but_never_the_first(model, tmp_path):
+    run = trainer(prepare_vq_stage(model, "pixel"), tmp_path, scale_drop=1.0)
+    schedule = model.schedules.by_grid((3, 3))
+    drawn = [run._draw_scales(schedule) for _ in range(400)]
+    assert all(keep[0] for keep in drawn)
+    for scale in range(1, len(schedule)):
+        assert 0.4 < np.mean([keep[scale] for keep in drawn]) < 0.6
+    run.args.scale_drop = 0.0
+    assert run._draw_scales(schedule) is None
+
+
+def test_the_adversary_begins_late_and_each_side_moves_by_its_own_loss(coarse_model, tmp_path):
+    torch.manual_seed(1)
+    prepared = prepare_vq_stage(coarse_model, "pixel")
+    arguments = {"discriminator_weight": 0.5, "discriminator_start": 2, "max_steps": 2, "weight_decay": 0.0}
+    run = trainer(prepared, tmp_path, Large(), **arguments)
+    before = state(run.model.discriminator)
+    run.train()
+    assert not moved(before, state(run.model.discriminator))
+    assert "loss_adversarial" not in run.state.log_history[0]
+    run.args.max_steps, run.args.discriminator_start = 3, 0
+    run.train()
+    assert moved(before, state(run.model.discriminator))
+    assert "loss_adversarial" in run.state.log_history[0]
+    pixels = Large()[0]["pixel_values"]
+    _, judged = run.model(pixels, adversarial=True, pixel_only=True)
+    for name, parts in {"adversarial": "vq_model", "discriminator": "discriminator"}.items():
+        run.model.zero_grad()
+        judged[name].backward(retain_graph=True)
+        gradients = {key: value.grad for key, value in run.model.named_parameters() if value.grad is not None}
+        assert {key.split(".")[0] for key, gradient in gradients.items() if gradient.any()} == {parts}
+
+
+def test_adaptive_weight_makes_both_losses_move_the_last_layer_equally():
+    layer = torch.nn.Linear(4, 4)
+    hidden = layer(torch.randn(3, 4))
+    one, two = hidden.square().mean(), 100 * hidden.abs().mean()
+    weight = adaptive_weight(one, two, layer.weight)
+    norms = [torch.autograd.grad(loss, layer.weight, retain_graph=True)[0].norm() for loss in (one, weight * two)]
+    torch.testing.assert_close(norms[0], norms[1], rtol=1e-3, atol=0)
+
+
+def test_enlarged_decoder_is_the_same_function_of_twice_the_blocks(model):
+    larger = enlarge_decoder(model)
+    assert larger.config.decoder_blocks == 2 * model.config.decoder_blocks
+    count = lambda module: sum(p.numel() for p in module.pixel_decoder.parameters())  # noqa: E731
+    assert count(larger) >= 1.4 * count(model)  # what stands around the blocks stays
+    for size in ((12, 12), (8, 16)):
+        pixels = torch.rand(2, 3, *size) * 2 - 1
+        torch.testing.assert_close(larger(pixels).reconstruction, model(pixels).reconstruction, rtol=0, atol=0)
+
+
+def test_resuming_continues_as_if_nothing_had_happened(coarse_model, tmp_path):
+    common = {"max_steps": 8, "discriminator_weight": 0.5, "discriminator_start": 1, "scale_drop": 0.5}
+    common |= {"restart_steps": 3}
+    whole = trainer(prepare_vq_stage(copy.deepcopy(coarse_model), "pixel"), tmp_path / "whole", Large(), **common)
+    whole.train()
+    saving = common | {"save_strategy": "steps", "save_steps": 5}
+    first = trainer(prepare_vq_stage(copy.deepcopy(coarse_model), "pixel"), tmp_path / "cut", Large(), **saving)
+    first.train()
+    again = trainer(prepare_vq_stage(copy.deepcopy(coarse_model), "pixel"), tmp_path / "cut", Large(), **common)
+    again.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-5"))
+    expected, got = whole.model.state_dict(), again.model.state_dict()
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    kept = [
+        [{k: v for k, v in row.items() if k.startswith(("loss", "psnr", "usage"))} for row in run.state.log_history][
+            :8
+        ]
+        for run in (whole, again)
+    ]
+    assert kept[0] == kept[1]
+
+
+def test_checkpoints_load_as_models(coarse_model, tmp_path):
+    run = trainer(prepare_vq_stage(coarse_model, "pixel"), tmp_path, Large(), discriminator_weight=0.5, max_steps=1)
+    run.train()
+    run.save_model(tmp_path / "final")
+    loaded = NextFlowVQModel.from_pretrained(tmp_path / "final")
+    assert not moved(state(loaded), state(coarse_model))
+    judged = load_file(tmp_path / "final" / "discriminator.safetensors")
+    assert all(torch.equal(judged[name], value) for name, value in run.model.discriminator.state_dict().items())
+
+
+def test_what_is_logged_of_each_scale(model, tmp_path):
+    run = trainer(prepare_vq_stage(model, "pixel"), tmp_path, max_steps=1, scale_drop=0.0, logging_steps=1)
+    run.train()
+    row = run.state.log_history[0]
+    index = list(run._order)[0]
+    pixels = Pictures()[index]["pixel_values"]
+    schedule = model.schedules.by_size(*pixels.shape[-2:])
+    scales = range(1, len(schedule) + 1)
+    assert {f"{name}_scale_{scale}" for name in ("usage", "perplexity", "residual") for scale in scales} <= row.keys()
+    assert 0 < row["usage_scale_1"] <= 3 / 24 and 1 <= row["perplexity_scale_1"] <= 3
+    assert row["perplexity_scale_3"] <= row["usage_scale_3"] * 24 + 1e-9
+
+
+def test_unused_entries_restart_from_what_was_looked_up(model, tmp_path):
+    with torch.no_grad():
+        model.quantizer.pixel_codebook[7:] = 100.0  # normalised they are all alike, the first of them wins
+    run = trainer(prepare_vq_stage(model, "pixel"), tmp_path, max_steps=2, restart_steps=2, learning_rate=0.0)
+    before, semantic = model.quantizer.pixel_codebook.clone(), model.quantizer.semantic_codebook.clone()
+    run.train()
+    assert torch.equal(model.quantizer.semantic_codebook, semantic)
+    changed = (model.quantizer.pixel_codebook != before).any(-1)
+    assert changed[8:].all()
+    looked_up = torch.cat(run._restarts.queries)[:, model.config.semantic_dim :]
+    for row in model.quantizer.pixel_codebook[changed]:
+        assert (looked_up == row).all(-1).any()
+
+
+def test_evaluation_measures_whole_pictures_and_draws_a_sheet(model, tmp_path):
+    run = trainer(prepare_vq_stage(model, "pixel"), tmp_path, scale_drop=1.0)
+    metrics = run.evaluate(Pictures())
+    values = []
+    for index in range(6):
+        pixels = Pictures()[index]["pixel_values"]
+        error = (model(pixels, pixel_only=True).reconstruction.clamp(-1, 1) - pixels).square().flatten(1).mean(1)
+        values += (-10 * torch.log10(error / 4)).tolist()
+    assert metrics["eval_psnr"] == pytest.approx(np.mean(values), abs=1e-4)
+    assert -1 <= metrics["eval_ssim"] <= 1
+    with Image.open(tmp_path / "reconstructions" / "step-0.png") as sheet:
+        assert sheet.size == (8 * 16, 2 * 12)
+
+
+def test_image_batches_hold_every_picture_once_at_its_schedule(tmp_path, model):
+    rng = np.random.default_rng(0)
+    images = []
+    for number in range(11):
+        size = (40, 40) if number % 3 else (20, 42)
+        image = Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8))
+        path = tmp_path / f"{number}.png"
+        image.save(path)
+        images.append(path if number % 2 else image)
+    processor = NextFlowImageProcessor.from_vq_config(model.config)
+    batches = ImageBatches(images, processor, batch_size=3, seed=1)
+    members = [sorted(map(int, batch)) for batch in batches._batches]
+    assert sorted(sum(members, [])) == list(range(11)) and max(map(len, members)) == 3
+    for place, batch in enumerate(batches._batches):
+        pixels = batches[place]["pixel_values"]
+        assert tuple(pixels.shape[-2:]) in {(12, 12), (8, 16)}
+        alone = processor(images[int(batch[0])], level="12", return_tensors="pt")["pixel_values"]
+        p = model.config.patch_size
+        first = pixels[0, :, :p, :p].permute(1, 2, 0).flatten()
+        torch.testing.assert_close(first, alone[0], rtol=0, atol=0)
+    batches.set_epoch(1)
+    assert [sorted(map(int, batch)) for batch in batches._batches] != members
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"stage": "both"}, "stage must be one of pixel, joint, decoder, got 'both'"),
+        ({"scale_drop": 1.5}, "scale_drop must lie in \\[0, 1\\], got 1.5"),
+        ({"codebook_weight": -1.0}, "codebook_weight must not be negative, got -1.0"),
+        ({"stage": "joint"}, "give `teacher`"),
+    ],
+)
+def test_wrong_settings_are_refused(model, tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        trainer(model, tmp_path, **arguments)
+
+
+def test_a_missing_perceptual_network_is_named(model, tmp_path):
+    try:
+        import lpips  # noqa: F401
+    except ImportError:
+        with pytest.raises(ImportError, match="perceptual_weight=0"):
+            trainer(model, tmp_path, perceptual_weight=1.0)
+
+
+def test_no_pictures_is_an_error(model):
+    processor = NextFlowImageProcessor.from_vq_config(model.config)
+    with pytest.raises(ValueError, match="no images"):
+        ImageBatches([], processor, 2)
+    with pytest.raises(ValueError, match="batch_size must be positive, got 0"):
+        ImageBatches([Image.new("RGB", (8, 8))], processor, 0)
