@@ -138,7 +138,7 @@ def stored_sequences(case: Case, limit: int = 16) -> list[Sequence]:
             # a text that was dropped leaves the null prompt
             if len(at) != 1 or not flags[at[0]] or at[0] + 1 <= null.shape[1]:
                 continue
-            grid, targets, inputs = shown[0]
+            grid, targets, inputs = _least_disturbed(*shown[0])
             prompt = null.new_tensor([[*ids[: at[0]].tolist(), spec.special.boi]])
             codes = torch.from_numpy(decodable_codes(targets, inputs))[None].to(case.model.device)
             given = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt), "negative_input_ids": null}
@@ -146,6 +146,14 @@ def stored_sequences(case: Case, limit: int = 16) -> list[Sequence]:
             if len(found) == limit:
                 return found
     return found
+
+
+def _least_disturbed(grid, targets: np.ndarray, inputs: np.ndarray):
+    """Of a picture's stored codings the one whose inputs are most like its targets."""
+    if len(inputs) == 0:
+        return grid, targets, inputs
+    best = int((inputs != targets[:, : inputs.shape[1]]).sum(axis=1).argmin())
+    return grid, targets[best : best + 1], inputs[best : best + 1]
 
 
 def check_targets_again(case: Case) -> Finding:

@@ -195,7 +195,7 @@ def check_reconstruction(case: Case) -> Finding:
     gain, error = torch.cat(gains).log(), torch.cat(errors)
     psnr = float((10 * (4 / error).log10()).mean())
     count = min(map(len, by_scale))
-    case.curves["error of the picture after each scale, dB"] = {
+    case.curves["picture after each scale, PSNR in dB"] = {
         "PSNR": torch.stack([each[:count] for each in by_scale]).mean(0).tolist()
     }
     case.images["picture, and what its codes keep of it"] = rows
