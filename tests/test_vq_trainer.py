@@ -344,3 +344,36 @@ def test_no_pictures_is_an_error(model):
         ImageBatches([], processor, 2)
     with pytest.raises(ValueError, match="batch_size must be positive, got 0"):
         ImageBatches([Image.new("RGB", (8, 8))], processor, 0)
+
+
+def test_the_example_goes_through_the_stages(model, tmp_path, monkeypatch, capsys):
+    from examples import train_vision_tokenizer
+
+    (tmp_path / "photos" / "more").mkdir(parents=True)
+    for name, size in (("a.png", (12, 12)), ("more/b.JPG", (30, 15))):
+        noise = np.random.default_rng(len(name)).integers(0, 256, (*size, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / "photos" / name)
+    (tmp_path / "photos" / "notes.txt").write_text("no picture")
+    model.save_pretrained(tmp_path / "tokenizer")
+
+    def run(source: str, stage: str, images: str = "photos") -> NextFlowVQModel:
+        options = {"model": source, "images": images, "eval_images": images, "output_dir": stage}
+        options = {name: str(tmp_path / value) for name, value in options.items()} | {"stage": stage, "max_steps": "2"}
+        options |= {"perceptual_weight": "0", "discriminator_weight": "0", "learning_rate": "0.01"}
+        argv = [part for name, value in options.items() for part in (f"--{name}", value)]
+        monkeypatch.setattr("sys.argv", ["train", *argv, "--use_cpu", "--report_to", "none"])
+        train_vision_tokenizer.main()
+        return NextFlowVQModel.from_pretrained(tmp_path / stage)
+
+    stages = [model, run("tokenizer", "pixel"), run("pixel", "joint"), run("joint", "decoder")]
+    pixels = torch.rand(1, 3, 12, 12) * 2 - 1
+    codes = [stage.eval().encode(pixels) for stage in stages]
+    assert moved(state(stages[1]), state(stages[0])) and not torch.equal(codes[1], codes[2])
+    assert torch.equal(codes[2], codes[3])
+    assert stages[3].config.decoder_blocks == 2 * stages[2].config.decoder_blocks
+    assert NextFlowImageProcessor.from_pretrained(tmp_path / "decoder").patch_size == model.config.patch_size
+    assert (tmp_path / "decoder" / "reconstructions" / "step-2.png").exists()
+    assert "eval_psnr" in capsys.readouterr().out
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="there are no pictures .* in .*empty"):
+        run("joint", "decoder", "empty")

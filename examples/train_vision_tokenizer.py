@@ -1,0 +1,89 @@
+"""Train a vision tokenizer on a folder of pictures, in one of the paper's three stages (sec. 3.1).
+
+A tokenizer to begin with comes from `python -m conversion.tokenflow`, around a SigLIP2 or with TokenFlow's weights; a
+stage begins with what the stage before it wrote. On one device or under `accelerate launch`:
+
+    python -m examples.train_vision_tokenizer --model tokenizer --images photos --stage pixel --output_dir runs/pixel
+    python -m examples.train_vision_tokenizer --model runs/pixel --images photos --stage joint --output_dir runs/joint
+    python -m examples.train_vision_tokenizer --model runs/joint --images photos --stage decoder --output_dir runs/vq
+
+The teacher of the joint stage is the semantic encoder as the stage finds it: earlier stages leave it alone.
+"""
+
+import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import AutoConfig, HfArgumentParser
+
+from transformers_nextflow import NextFlowImageProcessor, NextFlowVQConfig, NextFlowVQModel
+from transformers_nextflow.cli import model_name
+from transformers_nextflow.data.extraction import load_vision_tokenizer
+from transformers_nextflow.training import (
+    EMACallback,
+    ImageBatches,
+    NextFlowVQTrainer,
+    NextFlowVQTrainingArguments,
+    prepare_vq_stage,
+)
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+@dataclass
+class ScriptArguments:
+    images: str = field(metadata={"help": "folder of pictures, searched to its depth"})
+    eval_images: str | None = field(default=None, metadata={"help": "the same, for PSNR, SSIM and a sheet"})
+    model: str | None = field(
+        default=None,
+        metadata={
+            "help": "folder or Hub id of a vision tokenizer or a NextFlow; default: the repository's checkpoint"
+        },
+    )
+    level: str | None = field(default=None, metadata={"help": "of the pictures; default: the highest"})
+    images_per_batch: int = field(default=16, metadata={"help": "pictures of one size in a batch"})
+    ema_decay: float | None = field(default=None, metadata={"help": "keep a moving average of the trained weights"})
+
+
+def load(name: str) -> NextFlowVQModel:
+    if AutoConfig.from_pretrained(name).model_type == NextFlowVQConfig.model_type:
+        return NextFlowVQModel.from_pretrained(name)
+    return load_vision_tokenizer(name)[-1]
+
+
+def pictures(folder: str) -> list[Path]:
+    found = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not found:
+        raise FileNotFoundError(f"there are no pictures ({', '.join(SUFFIXES)}) in {folder}")
+    return found
+
+
+def main() -> None:
+    parser = HfArgumentParser((ScriptArguments, NextFlowVQTrainingArguments))
+    script, arguments = parser.parse_args_into_dataclasses()
+    model = prepare_vq_stage(load(model_name(script.model)), arguments.stage)
+    teacher = copy.deepcopy(model.semantic_encoder) if arguments.stage == "joint" else None
+    image_processor = NextFlowImageProcessor.from_vq_config(model.config)
+
+    def batches(folder: str) -> ImageBatches:
+        return ImageBatches(pictures(folder), image_processor, script.images_per_batch, script.level, arguments.seed)
+
+    trainer = NextFlowVQTrainer(
+        model,
+        arguments,
+        train_dataset=batches(script.images),
+        eval_dataset=batches(script.eval_images) if script.eval_images is not None else None,
+        teacher=teacher,
+        processing_class=image_processor,
+    )
+    if script.ema_decay is not None:
+        trainer.add_callback(EMACallback(script.ema_decay))
+    resume = arguments.resume_from_checkpoint  # a folder, or True for the newest checkpoint
+    trainer.train(resume_from_checkpoint=resume == "True" or resume)
+    trainer.save_model()
+    if script.eval_images is not None:
+        print(trainer.evaluate())
+
+
+if __name__ == "__main__":
+    main()
