@@ -2,9 +2,9 @@
 `python -m benchmarks.paper.condition_images RUN --json`.
 
 Next-scale inputs stop before the last scale, so without that block a picture to describe or to edit lacks its finest
-codes. Arms `with` and `without` train from new weights on the same captions and edits in the same order, once each;
-text-to-image shows no condition and is left out. Packs of the first arm hold fewer documents, so its steps are more,
-and it costs more. Beside held-out losses, `captions` and `edits` are the judge's scores on the dev split.
+codes. Arms `with` and `without` train from new weights on equally many of the same captions and edits; text-to-image
+shows no condition and is left out. Packs of the first arm hold fewer documents, so it takes more steps and costs more.
+Beside held-out losses, `captions` and `edits` are the judge's scores on the dev split.
 """
 
 import random
