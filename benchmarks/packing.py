@@ -72,8 +72,9 @@ def two_layer_model(width: int) -> NextFlowForConditionalGeneration:
         "decoder_blocks": 1,
     }
     ids = {"boi_token_id": SPECIAL.boi, "eoi_token_id": SPECIAL.eoi, "image_token_id": SPECIAL.image}
+    config = NextFlowConfig(text_config=text, vq_config=vq, condition_last_scale=False, **ids)  # the paper's lengths
     torch.manual_seed(0)
-    return NextFlowForConditionalGeneration(NextFlowConfig(text_config=text, vq_config=vq, **ids)).train()
+    return NextFlowForConditionalGeneration(config).train()
 
 
 class Corpus:

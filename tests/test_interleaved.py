@@ -35,13 +35,14 @@ BY_GUIDANCE = pytest.mark.parametrize(
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny_model()
+    """Reads pictures without their last scale."""
+    return tiny_model(tiny_config(condition_last_scale=False))
 
 
 @pytest.fixture(scope="module")
 def reading():
     """Reads pictures with their last scale."""
-    return tiny_model(tiny_config(condition_last_scale=True, coordinate_frequencies=1), seed=3)
+    return tiny_model(tiny_config(coordinate_frequencies=1), seed=3)
 
 
 def with_nulls(model, rows, nulls) -> dict:

@@ -38,25 +38,25 @@ def test_placeholder_grows_to_its_schedule(tiny_processor, tiny_model):
     pictures = [picture(), picture(16, 32), picture(100, 50)]
     text = f"one {PICTURE}two{PICTURE}{PICTURE}end"
     inputs = tiny_processor(text=text, images=pictures, return_tensors="pt")
-    assert tiny_processor.tokenizer.decode(inputs["input_ids"][0]) == expanded(text, 13, 12, 12)
+    assert tiny_processor.tokenizer.decode(inputs["input_ids"][0]) == expanded(text, 22, 20, 20)
     assert inputs["image_grid_hw"].tolist() == [[3, 3], [2, 4], [4, 2]]
     assert torch.equal(
         inputs["pixel_values"], tiny_processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
     )
     layout = tiny_model.model.lay_out(inputs["input_ids"], inputs["image_grid_hw"])
     assert [image.schedule.final_grid for image in layout.closed_images] == [(3, 3), (2, 4), (4, 2)]
-    assert not any(image.has_last_scale for image in layout.images)
+    assert all(image.has_last_scale for image in layout.images)
     assert tiny_model(**inputs).logits.shape[:2] == inputs["input_ids"].shape
 
 
-def test_condition_last_scale_adds_the_last_grid(tiny_processor, tiny_model, tmp_path):
-    longer = NextFlowProcessor(tiny_processor.image_processor, tiny_processor.tokenizer, condition_last_scale=True)
-    longer.save_pretrained(tmp_path)
-    for processor in (longer, NextFlowProcessor.from_pretrained(tmp_path)):
+def test_the_papers_pictures_lack_the_last_grid(tiny_processor, tiny_model, tmp_path):
+    shorter = NextFlowProcessor(tiny_processor.image_processor, tiny_processor.tokenizer, condition_last_scale=False)
+    shorter.save_pretrained(tmp_path)
+    for processor in (shorter, NextFlowProcessor.from_pretrained(tmp_path)):
         inputs = processor(text=PICTURE, images=picture(), return_tensors="pt")
-        assert inputs["input_ids"].shape[1] == 2 + SLOTS[3, 3] + 9
+        assert inputs["input_ids"].shape[1] == 2 + SLOTS[3, 3]
         (image,) = tiny_model.model.lay_out(inputs["input_ids"], inputs["image_grid_hw"]).images
-        assert image.has_last_scale
+        assert not image.has_last_scale
 
 
 def test_rows_are_padded_on_the_left_and_hold_the_single_rows(tiny_processor):
@@ -76,7 +76,7 @@ def test_rows_are_padded_on_the_left_and_hold_the_single_rows(tiny_processor):
 
 def test_level_and_lists_without_tensors(tiny_processor):
     inputs = tiny_processor(text=[f"{PICTURE}b", "c"], images=[picture()], level="24", padding=False)
-    assert [len(row) for row in inputs["input_ids"]] == [2 + 13 + 1, 1]
+    assert [len(row) for row in inputs["input_ids"]] == [2 + 22 + 1, 1]
     with pytest.raises(ValueError, match="level must be one of 24, got 512"):
         tiny_processor(text=PICTURE, images=picture(), level=512)
 
@@ -156,7 +156,7 @@ def test_null_prompt_keeps_pictures_and_drops_user_texts(tiny_processor):
         "<|im_start|>user\n{0}<|im_end|>\n<|im_start|>assistant\ndone<|im_end|>\n"
         "<|im_start|>user\n{1}{2}<|im_end|>\n<|im_start|>assistant\n<|vision_start|>"
     )
-    pads = [expanded(PICTURE, 13), expanded(PICTURE, 12)]
+    pads = [expanded(PICTURE, 22), expanded(PICTURE, 20)]
     decode = tiny_processor.tokenizer.decode
     for negative, shown in ((None, ""), ("blurry", "blurry")):
         inputs = tiny_processor.apply_chat_template(chat, generation_mode="image", negative_prompt=negative)
@@ -196,7 +196,7 @@ def test_control_tokens_in_a_users_text_can_be_plain_text(tiny_processor):
     )
     ids = tiny_processor.tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|im_end|>"])
     for name in ("input_ids", "negative_input_ids"):
-        assert [(inputs[name] == token).sum().item() for token in ids] == [13, 1], name
+        assert [(inputs[name] == token).sum().item() for token in ids] == [22, 1], name
         assert attack in tiny_processor.tokenizer.decode(inputs[name][0])
 
 
@@ -205,7 +205,7 @@ def test_assistant_mask_covers_answers_and_their_end(tiny_processor):
     chat.append({"role": "assistant", "content": [{"type": "image", "image": picture()}]})
     inputs = tiny_processor.apply_chat_template(chat, add_generation_prompt=False, return_assistant_tokens_mask=True)
     said = inputs["input_ids"][inputs["assistant_masks"].bool()]
-    assert tiny_processor.tokenizer.decode(said) == "red<|im_end|>" + expanded(PICTURE, 13) + "<|im_end|>"
+    assert tiny_processor.tokenizer.decode(said) == "red<|im_end|>" + expanded(PICTURE, 22) + "<|im_end|>"
 
 
 def test_save_and_load(tiny_processor, tmp_path):
@@ -272,6 +272,6 @@ def test_pipeline_reads_pictures(tiny_processor, tiny_model):
 def test_chat_ids_are_those_of_its_pieces(tiny_processor):
     """Training may build a prompt piece by piece."""
     encode = tiny_processor.tokenizer.encode
-    pieces = ["<|im_start|>user\n", expanded(PICTURE, 13), "make it blue", "<|im_end|>\n<|im_start|>assistant\n"]
+    pieces = ["<|im_start|>user\n", expanded(PICTURE, 22), "make it blue", "<|im_end|>\n<|im_start|>assistant\n"]
     ids = tiny_processor.apply_chat_template([user(picture(), "make it blue")])["input_ids"][0].tolist()
     assert ids == sum(map(encode, pieces), [])

@@ -270,9 +270,10 @@ class NextFlowConfig(PreTrainedConfig):
             attention only, which a small model learns late.
         position_scale (`float`, *optional*):
             `C` of eq. 1. Open in the paper; `None` is the finest grid's edge (64 for table 14).
-        condition_last_scale (`bool`, defaults to `False`):
+        condition_last_scale (`bool`, defaults to `True`):
             Whether images given as input carry one further block with their last scale's codes, which next-scale
-            inputs never hold. `False` is the paper.
+            inputs never hold. `False` is the paper; a model that trains without it can hardly copy what an edit leaves
+            as it is (`benchmarks/paper/condition_images.py`).
         scale_loss_alpha (`float`, defaults to 0.9):
             Exponent of the scale weights in the loss (eq. 2).
         image_generation (`dict`, *optional*):
@@ -293,7 +294,7 @@ class NextFlowConfig(PreTrainedConfig):
     feature_mode: str = "residual"
     coordinate_frequencies: int = 0
     position_scale: float | int | None = None
-    condition_last_scale: bool = False
+    condition_last_scale: bool = True
     scale_loss_alpha: float | int = 0.9
     image_generation: dict | None = None
     tie_word_embeddings: bool = False

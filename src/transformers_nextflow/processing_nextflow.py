@@ -58,13 +58,13 @@ class NextFlowProcessor(ProcessorMixin):
             The tokenizer may name other tokens by its attributes `boi_token`, `image_token` and `eoi_token`.
         chat_template (`str`, *optional*):
             Default: Qwen's ChatML, without a system prompt of its own.
-        condition_last_scale (`bool`, defaults to `False`):
+        condition_last_scale (`bool`, defaults to `True`):
             As in [`NextFlowConfig`], and to be the same as the model's.
     """
 
     text_kwargs = {"padding": True, "padding_side": "left", "return_token_type_ids": False}
 
-    def __init__(self, image_processor, tokenizer, chat_template=None, condition_last_scale=False):
+    def __init__(self, image_processor, tokenizer, chat_template=None, condition_last_scale=True):
         self.boi_token = getattr(tokenizer, "boi_token", None) or "<|vision_start|>"
         self.image_token = getattr(tokenizer, "image_token", None) or "<|image_pad|>"
         self.eoi_token = getattr(tokenizer, "eoi_token", None) or "<|vision_end|>"
