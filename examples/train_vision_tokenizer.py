@@ -14,11 +14,11 @@ import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import AutoConfig, HfArgumentParser
+from transformers import HfArgumentParser
 
-from transformers_nextflow import NextFlowImageProcessor, NextFlowVQConfig, NextFlowVQModel
+from transformers_nextflow import NextFlowImageProcessor
 from transformers_nextflow.cli import model_name
-from transformers_nextflow.data.extraction import load_vision_tokenizer
+from transformers_nextflow.loading import load_vq_model
 from transformers_nextflow.training import (
     EMACallback,
     ImageBatches,
@@ -45,12 +45,6 @@ class ScriptArguments:
     ema_decay: float | None = field(default=None, metadata={"help": "keep a moving average of the trained weights"})
 
 
-def load(name: str) -> NextFlowVQModel:
-    if AutoConfig.from_pretrained(name).model_type == NextFlowVQConfig.model_type:
-        return NextFlowVQModel.from_pretrained(name)
-    return load_vision_tokenizer(name)[-1]
-
-
 def pictures(folder: str) -> list[Path]:
     found = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES)
     if not found:
@@ -61,7 +55,7 @@ def pictures(folder: str) -> list[Path]:
 def main() -> None:
     parser = HfArgumentParser((ScriptArguments, NextFlowVQTrainingArguments))
     script, arguments = parser.parse_args_into_dataclasses()
-    model = prepare_vq_stage(load(model_name(script.model)), arguments.stage)
+    model = prepare_vq_stage(load_vq_model(model_name(script.model)), arguments.stage)
     teacher = copy.deepcopy(model.semantic_encoder) if arguments.stage == "joint" else None
     image_processor = NextFlowImageProcessor.from_vq_config(model.config)
 

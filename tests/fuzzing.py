@@ -41,7 +41,7 @@ from transformers_nextflow import LinearRamp, NextFlowForConditionalGeneration, 
 from transformers_nextflow.data.documents import COLUMNS, DocumentReader, Skipped
 from transformers_nextflow.data.sequences import DocumentTokenizer
 from transformers_nextflow.data.shards import FORMAT_VERSION, check_files, identity_of, read_manifest, sequence_spec
-from transformers_nextflow.loading import check_tensors, load_weights, naming
+from transformers_nextflow.loading import check_model_type, check_tensors, load_weights, naming
 
 MEMORY = 4 * 2**30  # bytes that the whole process may take
 SECONDS = 5.0  # of processor time that one input may take
@@ -425,7 +425,7 @@ def model_json(world: World, rng: random.Random) -> None:
     else:
         data = json.dumps(mutate_tree(rng, json.loads(world.files[name]))).encode()
     folder = world.folder(**{name: data})
-    cli.check_model_type(str(folder), "nextflow")
+    check_model_type(str(folder), "nextflow")
     if name == "config.json":
         check_tensors(NextFlowForConditionalGeneration, cli.load_config(str(folder)), str(folder))
         return

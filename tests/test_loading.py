@@ -14,6 +14,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from tests.tiny_models import BOI, CODES, SQUARE, TEXT_ROWS, WIDE, Picture, batch_of, relative, tiny_config, tiny_model
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowModel, NextFlowVQModel
 from transformers_nextflow.cli import main
+from transformers_nextflow.loading import load_vq_model
 
 ROWS = ([10, Picture(SQUARE, 1), 11], [12, 13, Picture(WIDE, 2), 14, 15])
 
@@ -283,3 +284,15 @@ def test_parts_load_from_the_whole(model, folder):
     pixels = torch.rand(1, 3, 12, 12)
     alone = NextFlowVQModel.from_pretrained(folder / "vq")
     assert torch.equal(alone.encode(pixels), model.model.vq_model.encode(pixels))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_vision_tokenizer_comes_out_of_a_model_or_alone_and_saves_alone(tiny_checkpoint, tmp_path, whole):
+    expected = NextFlowForConditionalGeneration.from_pretrained(tiny_checkpoint).model.vq_model
+    expected.save_pretrained(tmp_path / "alone")
+    loaded = load_vq_model(str(tiny_checkpoint if whole else tmp_path / "alone"))
+    loaded.save_pretrained(tmp_path / "again")
+    again = load_vq_model(str(tmp_path / "again"))
+    for model in (loaded, again):
+        assert not model.training and model.state_dict().keys() == expected.state_dict().keys()
+        assert all(torch.equal(value, expected.state_dict()[name]) for name, value in model.state_dict().items())

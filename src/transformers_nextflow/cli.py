@@ -52,7 +52,7 @@ def load_model(model: str | None) -> "tuple[NextFlowForConditionalGeneration, Ne
     import torch
 
     from . import NextFlowForConditionalGeneration, NextFlowProcessor
-    from .loading import load_weights, naming
+    from .loading import check_model_type, load_weights, naming
 
     name = model_name(model)
     check_model_type(name, "nextflow")
@@ -66,33 +66,16 @@ def load_vision_tokenizer(model: str | None) -> "tuple[NextFlowVQModel, NextFlow
     """The vision tokenizer of a model, or one saved alone, and its image processor."""
     import torch
 
-    from . import NextFlowImageProcessor, NextFlowVQModel
-    from .loading import load_weights
+    from . import NextFlowImageProcessor, NextFlowProcessor
+    from .loading import check_model_type, load_vq_model, naming
 
     name = model_name(model)
-    if check_model_type(name, "nextflow", "nextflow_vq") == "nextflow":
-        whole, processor = load_model(name)
-        return whole.model.vq_model, processor.image_processor
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded = load_weights(NextFlowVQModel, name).to(device).eval()
-    return loaded, NextFlowImageProcessor.from_vq_config(loaded.config)
-
-
-def check_model_type(name: str, *known: str) -> str:
-    """The model type in a model's `config.json`, which must be one of `known`."""
-    from transformers import PreTrainedConfig
-
-    from .loading import check_json_files
-
-    check_json_files(Path(name))
-    values, _ = PreTrainedConfig.get_config_dict(name)
-    if not values:
-        raise OSError(f"{name} holds no config.json")
-    model_type = values.get("model_type")
-    if model_type not in known:
-        types = " or ".join(f'"{entry}"' for entry in known)
-        raise ValueError(f"{name} must hold a model of type {types}, got {model_type!r}")
-    return model_type
+    loaded = load_vq_model(name).to(device)
+    if check_model_type(name, "nextflow", "nextflow_vq") == "nextflow_vq":
+        return loaded, NextFlowImageProcessor.from_vq_config(loaded.config)
+    with naming(f"the processor in {name}"):
+        return loaded, NextFlowProcessor.from_pretrained(name).image_processor
 
 
 def load_config(model: str | None) -> "NextFlowConfig":
@@ -103,7 +86,7 @@ def load_config(model: str | None) -> "NextFlowConfig":
         ValueError: if it is not NextFlow's.
     """
     from .configuration_nextflow import NextFlowConfig
-    from .loading import naming
+    from .loading import check_model_type, naming
 
     if model is None:
         return NextFlowConfig()
@@ -531,6 +514,7 @@ def add_export(subparsers) -> None:
 
 def export(args: argparse.Namespace) -> None:
     from .export import export as export_checkpoint
+    from .loading import check_model_type
 
     if not Path(args.folder).is_dir():
         raise NotADirectoryError(f"there is no model directory {args.folder}")

@@ -7,9 +7,13 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from transformers import PreTrainedConfig
+from transformers.utils import logging
 
-from .configuration_nextflow import NextFlowConfig
+from .configuration_nextflow import NextFlowConfig, NextFlowVQConfig
 from .files import read_json
+from .modeling_nextflow import NextFlowForConditionalGeneration
+from .modeling_nextflow_vq import NextFlowVQModel
 from .safetensors_folder import INDEX, SINGLE, SafetensorsFolder
 
 JSON_FILES = (
@@ -43,6 +47,57 @@ def check_json_files(folder: Path) -> None:
     for name in JSON_FILES:
         if (folder / name).is_file():
             read_json(folder / name)
+
+
+def check_model_type(name: str, *known: str) -> str:
+    """The model type in a model's `config.json`.
+
+    Raises:
+        ValueError: if it is none of `known`, or a JSON file of the folder is damaged.
+        OSError: without a `config.json`.
+    """
+    check_json_files(Path(name))
+    values, _ = PreTrainedConfig.get_config_dict(name)
+    if not values:
+        raise OSError(f"{name} holds no config.json")
+    model_type = values.get("model_type")
+    if model_type not in known:
+        types = " or ".join(f'"{entry}"' for entry in known)
+        raise ValueError(f"{name} must hold a model of type {types}, got {model_type!r}")
+    return model_type
+
+
+def load_vq_model(name: str) -> NextFlowVQModel:
+    """The vision tokenizer of a NextFlow, without its transformer, or one saved alone; in float32, for inference.
+
+    Raises:
+        ValueError: if it is neither, or its files are damaged, or lack or misshape tensors.
+    """
+    if check_model_type(name, NextFlowConfig.model_type, NextFlowVQConfig.model_type) == NextFlowVQConfig.model_type:
+        return load_weights(NextFlowVQModel, name).float().eval()
+    with naming(f"the config.json of {name}"):
+        whole = NextFlowConfig.from_pretrained(name)
+    if "quantization_config" not in whole.to_dict():
+        check_tensors(NextFlowForConditionalGeneration, whole, name)
+    config = whole.vq_config
+    prefix = f"{NextFlowForConditionalGeneration.base_model_prefix}.{NextFlowVQModel.base_model_prefix}"
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # the transformer's weights are left out on purpose
+    try:
+        with naming(f"the weights in {name}"):
+            loaded, report = NextFlowVQModel.from_pretrained(
+                name,
+                config=config,
+                key_mapping={rf"^{prefix}\.": ""},
+                dtype=torch.float32,
+                output_loading_info=True,
+            )
+    finally:
+        logging.set_verbosity(level)
+    _refuse_missing(name, report["missing_keys"])
+    alone = NextFlowVQModel(config)  # `loaded` would save its tensors under their names in the whole model
+    alone.load_state_dict(loaded.state_dict())
+    return alone.eval()
 
 
 def load_weights(model_class, name: str):

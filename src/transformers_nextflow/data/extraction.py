@@ -17,15 +17,13 @@ import numpy as np
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
-from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from ..configuration_nextflow import NextFlowConfig
 from ..files import read_json, write_atomically
 from ..image_processing_nextflow import DAMAGED, upright_size
-from ..loading import naming
-from ..modeling_nextflow import NextFlowForConditionalGeneration
-from ..modeling_nextflow_vq import NextFlowVQModel, unpatchify
+from ..loading import check_model_type, load_vq_model, naming
+from ..modeling_nextflow_vq import unpatchify
 from ..processing_nextflow import NextFlowProcessor
 from ..quantizer import SelfCorrection
 from ..scales import ScaleSchedule
@@ -110,30 +108,12 @@ class ExtractionSettings:
 
 def load_vision_tokenizer(model: str, device: str = "cpu"):
     """Configuration, processor and float32 vision tokenizer of a NextFlow model, without its transformer."""
+    check_model_type(model, NextFlowConfig.model_type)
+    vq_model = load_vq_model(model).to(device)
     with naming(f"the config.json of {model}"):
         config = NextFlowConfig.from_pretrained(model)
-        model_type = PreTrainedConfig.get_config_dict(model)[0].get("model_type")
-    if model_type != NextFlowConfig.model_type:
-        raise ValueError(f"{model} must hold a NextFlow model")
-    prefix = f"{NextFlowForConditionalGeneration.base_model_prefix}.{NextFlowVQModel.base_model_prefix}"
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()  # the transformer's weights are left out on purpose
-    try:
-        with naming(f"the weights in {model}"):
-            vq_model, report = NextFlowVQModel.from_pretrained(
-                model,
-                config=config.vq_config,
-                key_mapping={rf"^{prefix}\.": ""},
-                dtype=torch.float32,
-                output_loading_info=True,
-            )
-    finally:
-        logging.set_verbosity(level)
-    if report["missing_keys"]:
-        raise ValueError(f"{model} lacks weights of the vision tokenizer: {sorted(report['missing_keys'])[0]}, ...")
     with naming(f"the processor in {model}"):
-        processor = NextFlowProcessor.from_pretrained(model)
-    return config, processor, vq_model.to(device).eval()
+        return config, NextFlowProcessor.from_pretrained(model), vq_model
 
 
 def extract(
