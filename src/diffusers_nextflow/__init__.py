@@ -16,6 +16,7 @@ from .pipelines import (
     NextFlowQwenImageDecoderPipeline,
     NextFlowXLDecoderPipeline,
 )
+from .pixel_autoencoder import PixelAutoencoder
 
 # What `DiffusionPipeline.from_pretrained` looks up: a pipeline's class on `diffusers`, and the classes of components,
 # by the module's name in model_index.json, on `diffusers.pipelines`.
@@ -41,6 +42,7 @@ __all__ = [
     "NextFlowQwenImageDecoderPipeline",
     "NextFlowVQModel",
     "NextFlowXLDecoderPipeline",
+    "PixelAutoencoder",
     "PreTrainedModel",
     "ProcessorMixin",
     "SchedulerMixin",
