@@ -1,7 +1,8 @@
 """The shapes world's diffusion decoder: `python -m examples.shapes.diffusion_decoder --output runs/shapes-decoder`.
 
 A small UNet on the pixels of pictures at twice the size of the coded ones, trained from nothing on scenes drawn as it
-goes. Stopped, the same command goes on. The result, a pipeline's folder, is `checkpoints/nextflow-shapes-decoder`.
+goes. Stopped, the same command goes on. `decoder/` in the output, a pipeline's folder with the vision tokenizer, is
+what `checkpoints/nextflow-shapes-decoder` holds.
 
 - Latents are patches of 4 x 4 pixels, so that the UNet's coarsest resolution is the codes' own grid.
 - v-prediction down to pure noise, where it is a plain estimate of the picture: few steps suffice.
@@ -23,11 +24,13 @@ from diffusers_nextflow.training import DecoderTrainingArguments, train
 from diffusers_nextflow.training_data import load_vq_model
 from transformers_nextflow import NextFlowVQModel
 from transformers_nextflow.cli import model_name
+from transformers_nextflow.files import output_folder
 
 from .data import sample_canvas, to_pixel_values
 from .grammar import describe_scene
 from .world import render, sample_scene
 
+CHECKPOINT = Path(__file__).parents[2] / "checkpoints" / "nextflow-shapes-decoder"
 UPSCALE = 2
 WIDTHS = (64, 128, 192)  # of the UNet, at latents of 4, 8 and 16 pixels of the output
 STEPS, BATCH = 3_000, 16
@@ -142,6 +145,15 @@ def main() -> None:
     pipe.unet.to(memory_format=torch.channels_last)
     batches = ShapesBatches(BATCH, UPSCALE)
     train(pipe, batches, settings(arguments.output, arguments.steps), validation=batches[0])
+    with output_folder(arguments.output / "decoder") as folder:
+        export(arguments.output, folder)
+
+
+def export(trained: Path, folder: Path) -> None:
+    """The trained pipeline as it is shipped: the UNet in half precision, which loads as float32."""
+    pipe = NextFlowDecoderPipeline.from_pretrained(trained)
+    pipe.unet.to(torch.float16)
+    pipe.save_pretrained(folder)
 
 
 if __name__ == "__main__":

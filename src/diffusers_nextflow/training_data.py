@@ -251,7 +251,10 @@ def _row_pictures(row: Mapping, spec, variants: int, rows: Mapping[str, int]) ->
 def load_vq_model(name: str) -> NextFlowVQModel:
     """The vision tokenizer of a NextFlow model, without its transformer, or one saved alone; in float32."""
     if check_model_type(name, "nextflow", "nextflow_vq") == "nextflow":
-        return load_vision_tokenizer(name)[2]
+        loaded = load_vision_tokenizer(name)[2]
+        vq_model = NextFlowVQModel(loaded.config)  # the loaded one would be saved under its names in the whole model
+        vq_model.load_state_dict(loaded.state_dict())
+        return vq_model.eval()
     return load_weights(NextFlowVQModel, name).eval()
 
 

@@ -322,6 +322,13 @@ def vq_model(model_folder):
     return load_vq_model(model_folder)
 
 
+def test_vision_tokenizer_of_a_model_saves_as_one_alone(vq_model, tiny_model, tmp_path):
+    vq_model.save_pretrained(tmp_path)
+    again = load_vq_model(str(tmp_path)).state_dict()
+    assert again.keys() == tiny_model.model.vq_model.state_dict().keys()
+    assert all(torch.equal(value, again[name]) for name, value in vq_model.state_dict().items())
+
+
 def test_every_picture_is_shown_once_in_an_epoch_at_both_sizes(source, vq_model):
     table, reader = source.load(), DocumentReader("text-to-image", root=source.root)
     processor = NextFlowImageProcessor.from_vq_config(vq_model.config)
