@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor, NextFlowVQModel
 
 from .conditioning import NextFlowConditioner, condition_dim
+from .decoding import NextFlowDecoderMixin
 from .pipeline_nextflow import NextFlowPipeline
 from .pipelines import (
     NextFlowDecoderPipeline,
@@ -34,6 +35,7 @@ __all__ = [
     "DiffusionPipeline",
     "ModelMixin",
     "NextFlowConditioner",
+    "NextFlowDecoderMixin",
     "NextFlowDecoderPipeline",
     "NextFlowFluxDecoderPipeline",
     "NextFlowForConditionalGeneration",
