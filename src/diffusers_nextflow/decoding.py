@@ -10,6 +10,7 @@ Shape suffixes: B pictures, n pictures for each, C condition channels, h w the c
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.torch_utils import randn_tensor
 
 from transformers_nextflow import NextFlowImageProcessor, NextFlowVQModel
+from transformers_nextflow.files import write_atomically
 from transformers_nextflow.modeling_nextflow_vq import unpatchify
 from transformers_nextflow.scales import Grid
 
@@ -29,13 +31,20 @@ CAPTIONS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
 
 
 class StableNames:
-    """Of a pipeline: model_index.json names the project's classes by this package, whatever file they are in."""
+    """Of a pipeline: model_index.json names the project's classes by this package, whatever file they are in.
 
-    def save_pretrained(self, *args, **kwargs) -> None:
+    Beside it goes `pipeline.py`, which imports the package for who has not: `DiffusionPipeline.from_pretrained(folder,
+    custom_pipeline=folder, trust_remote_code=True)`, for a Hub id `custom_pipeline="pipeline"`.
+    """
+
+    def save_pretrained(self, save_directory, **kwargs) -> None:
         for name, component in self.components.items():
             if type(component).__module__.split(".")[0] in (__package__, "transformers_nextflow"):
                 self.register_to_config(**{name: (__package__, type(component).__name__)})
-        super().save_pretrained(*args, **kwargs)
+        # one name for all: diffusers runs the files of all folders in one module, which may hold one pipeline
+        shim = f"from {__package__} import {type(self).__name__} as Pipeline  # noqa: F401\n"
+        write_atomically(Path(save_directory, "pipeline.py"), lambda partial: partial.write_text(shim))
+        super().save_pretrained(save_directory, **kwargs)
 
 
 class NextFlowDecoderMixin(StableNames):
