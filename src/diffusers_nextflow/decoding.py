@@ -10,10 +10,12 @@ Shape suffixes: B pictures, n pictures for each, C condition channels, h w the c
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.torch_utils import randn_tensor
@@ -53,6 +55,11 @@ class NextFlowDecoderMixin(StableNames):
     family: str  # of the conditioner
     backbone: str  # name of the component
     stride: int  # pixels along the edge of one latent or token
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if issubclass(cls, DiffusionPipeline):
+            cls.__call__ = _with_arguments(NextFlowDecoderMixin.__call__, super().__call__)
 
     def _add_condition(self, conditioner: NextFlowConditioner | None, vq_model: NextFlowVQModel | None) -> None:
         """Register conditioner and vision tokenizer, and let the backbone read the condition."""
@@ -262,6 +269,23 @@ class NextFlowDecoderMixin(StableNames):
             yield
         finally:
             handle.remove()
+
+
+def _with_arguments(call, stock):
+    """`call`, which hands its `kwargs` on to `stock`, with a signature that names them."""
+
+    @wraps(call)
+    def __call__(self, *args, **kwargs):
+        return call(self, *args, **kwargs)
+
+    own = {name: p for name, p in inspect.signature(call).parameters.items() if p.kind is not p.VAR_KEYWORD}
+    further = [
+        parameter.replace(kind=parameter.KEYWORD_ONLY)
+        for name, parameter in inspect.signature(stock).parameters.items()
+        if name not in own and parameter.kind is not parameter.VAR_KEYWORD
+    ]
+    __call__.__signature__ = inspect.Signature([*own.values(), *further])
+    return __call__
 
 
 def _described(vq_model: NextFlowVQModel) -> tuple[int, int]:
