@@ -145,8 +145,9 @@ def main() -> None:
     pipe.unet.to(memory_format=torch.channels_last)
     batches = ShapesBatches(BATCH, UPSCALE)
     train(pipe, batches, settings(arguments.output, arguments.steps), validation=batches[0])
-    with output_folder(arguments.output / "decoder") as folder:
-        export(arguments.output, folder)
+    if not (arguments.output / "decoder").exists():
+        with output_folder(arguments.output / "decoder") as folder:
+            export(arguments.output, folder)
 
 
 def export(trained: Path, folder: Path) -> None:
