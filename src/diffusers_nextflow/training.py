@@ -308,14 +308,14 @@ def checkpoint_to_resume(name: str | None, output: Path) -> Path | None:
 
 
 def _place(pipe, device: torch.device, dtype: torch.dtype, rank: int | None, batch: Mapping) -> None:
-    """What is frozen goes to the device in `dtype`, the VAE in float32; encoders of the vision tokenizer only where
-    batches hold no codes."""
+    """What training needs goes to the device, beside adapters in `dtype` (it is not saved then) but for the VAE;
+    encoders of the vision tokenizer only where batches hold no codes."""
+    frozen = torch.float32 if rank is None else dtype
     pipe.vae.to(device, torch.float32)
     for name, component in pipe.components.items():
         if name.startswith("text_encoder") and component is not None:
-            component.to(device, dtype)
-    if rank is not None:
-        getattr(pipe, pipe.backbone).to(dtype)
+            component.to(device, frozen)
+    getattr(pipe, pipe.backbone).to(frozen)
     if "codes" in batch:
         pipe.vq_model.quantizer.to(device)
         pipe.vq_model.semantic_decoder.to(device)
