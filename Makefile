@@ -1,9 +1,9 @@
-# make demo | test | lint | common-tests: each works from a fresh clone.
+# make demo | test | lint | common-tests | diffusers-tests: each works from a fresh clone.
 
 PYTHON := .venv/bin/python
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint common-tests
+.PHONY: demo test lint common-tests diffusers-tests
 
 demo: $(INSTALLED)
 	$(PYTHON) -m examples.demo --output demo
@@ -15,6 +15,11 @@ test: lint
 common-tests: $(INSTALLED)
 	$(PYTHON) -m pip install -c constraints.txt accelerate peft parameterized
 	PYTHONPATH=src:. $(PYTHON) -m tests.common.run
+
+# diffusers' own tests, on this project's decoders and the stock pipelines beside them
+diffusers-tests: $(INSTALLED)
+	$(PYTHON) -m pip install -c constraints.txt accelerate peft parameterized
+	PYTHONPATH=src:. $(PYTHON) -m tests.diffusers.common.run
 
 lint: $(INSTALLED)
 	$(PYTHON) -m ruff check .

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor, NextFlowVQModel
 
 from .conditioning import NextFlowConditioner, condition_dim
+from .decoding import NextFlowDecoderMixin
 from .pipeline_nextflow import NextFlowPipeline
 from .pipelines import (
     NextFlowDecoderPipeline,
@@ -16,6 +17,7 @@ from .pipelines import (
     NextFlowQwenImageDecoderPipeline,
     NextFlowXLDecoderPipeline,
 )
+from .pixel_autoencoder import PixelAutoencoder
 
 # What `DiffusionPipeline.from_pretrained` looks up: a pipeline's class on `diffusers`, and the classes of components,
 # by the module's name in model_index.json, on `diffusers.pipelines`.
@@ -33,6 +35,7 @@ __all__ = [
     "DiffusionPipeline",
     "ModelMixin",
     "NextFlowConditioner",
+    "NextFlowDecoderMixin",
     "NextFlowDecoderPipeline",
     "NextFlowFluxDecoderPipeline",
     "NextFlowForConditionalGeneration",
@@ -41,6 +44,7 @@ __all__ = [
     "NextFlowQwenImageDecoderPipeline",
     "NextFlowVQModel",
     "NextFlowXLDecoderPipeline",
+    "PixelAutoencoder",
     "PreTrainedModel",
     "ProcessorMixin",
     "SchedulerMixin",

@@ -10,14 +10,18 @@ Shape suffixes: B pictures, n pictures for each, C condition channels, h w the c
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.torch_utils import randn_tensor
 
 from transformers_nextflow import NextFlowImageProcessor, NextFlowVQModel
+from transformers_nextflow.files import write_atomically
 from transformers_nextflow.modeling_nextflow_vq import unpatchify
 from transformers_nextflow.scales import Grid
 
@@ -29,13 +33,20 @@ CAPTIONS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
 
 
 class StableNames:
-    """Of a pipeline: model_index.json names the project's classes by this package, whatever file they are in."""
+    """Of a pipeline: model_index.json names the project's classes by this package, whatever file they are in.
 
-    def save_pretrained(self, *args, **kwargs) -> None:
+    Beside it goes `pipeline.py`, which imports the package for who has not: `DiffusionPipeline.from_pretrained(folder,
+    custom_pipeline=folder, trust_remote_code=True)`, for a Hub id `custom_pipeline="pipeline"`.
+    """
+
+    def save_pretrained(self, save_directory, **kwargs) -> None:
         for name, component in self.components.items():
             if type(component).__module__.split(".")[0] in (__package__, "transformers_nextflow"):
                 self.register_to_config(**{name: (__package__, type(component).__name__)})
-        super().save_pretrained(*args, **kwargs)
+        # one name for all: diffusers runs the files of all folders in one module, which may hold one pipeline
+        shim = f"from {__package__} import {type(self).__name__} as Pipeline  # noqa: F401\n"
+        write_atomically(Path(save_directory, "pipeline.py"), lambda partial: partial.write_text(shim))
+        super().save_pretrained(save_directory, **kwargs)
 
 
 class NextFlowDecoderMixin(StableNames):
@@ -44,6 +55,11 @@ class NextFlowDecoderMixin(StableNames):
     family: str  # of the conditioner
     backbone: str  # name of the component
     stride: int  # pixels along the edge of one latent or token
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if issubclass(cls, DiffusionPipeline):
+            cls.__call__ = _with_arguments(NextFlowDecoderMixin.__call__, super().__call__)
 
     def _add_condition(self, conditioner: NextFlowConditioner | None, vq_model: NextFlowVQModel | None) -> None:
         """Register conditioner and vision tokenizer, and let the backbone read the condition."""
@@ -253,6 +269,23 @@ class NextFlowDecoderMixin(StableNames):
             yield
         finally:
             handle.remove()
+
+
+def _with_arguments(call, stock):
+    """`call`, which hands its `kwargs` on to `stock`, with a signature that names them."""
+
+    @wraps(call)
+    def __call__(self, *args, **kwargs):
+        return call(self, *args, **kwargs)
+
+    own = {name: p for name, p in inspect.signature(call).parameters.items() if p.kind is not p.VAR_KEYWORD}
+    further = [
+        parameter.replace(kind=parameter.KEYWORD_ONLY)
+        for name, parameter in inspect.signature(stock).parameters.items()
+        if name not in own and parameter.kind is not parameter.VAR_KEYWORD
+    ]
+    __call__.__signature__ = inspect.Signature([*own.values(), *further])
+    return __call__
 
 
 def _described(vq_model: NextFlowVQModel) -> tuple[int, int]:

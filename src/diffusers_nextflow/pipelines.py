@@ -235,9 +235,20 @@ class NextFlowQwenImageDecoderPipeline(TokenDecoderMixin, QwenImageImg2ImgPipeli
     def _embedder(self):
         return self.transformer.img_in
 
-    def encode_prompt(self, *args, num_images_per_prompt: int = 1, **kwargs):
+    def encode_prompt(
+        self,
+        prompt: str | list[str],
+        device: torch.device | None = None,
+        num_images_per_prompt: int = 1,
+        prompt_embeds: torch.Tensor | None = None,
+        prompt_embeds_mask: torch.Tensor | None = None,
+        max_sequence_length: int = 1024,
+    ):
         # diffusers 0.42 repeats embeddings caption by caption, but their mask as a whole
-        encoded = super().encode_prompt(*args, **kwargs)
-        return tuple(
-            rows if rows is None else rows.repeat_interleave(num_images_per_prompt, dim=0) for rows in encoded
+        prompt_embeds, prompt_embeds_mask = super().encode_prompt(
+            prompt, device, 1, prompt_embeds, prompt_embeds_mask, max_sequence_length
         )
+        prompt_embeds = prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0)
+        if prompt_embeds_mask is not None:
+            prompt_embeds_mask = prompt_embeds_mask.repeat_interleave(num_images_per_prompt, dim=0)
+        return prompt_embeds, prompt_embeds_mask

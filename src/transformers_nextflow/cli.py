@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from .files import write_atomically
 
 if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
     from PIL.Image import Image
 
     from .configuration_nextflow import NextFlowConfig
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from .processing_nextflow import NextFlowProcessor
 
 SHAPES_MODEL = Path(__file__).parents[2] / "checkpoints" / "nextflow-shapes"  # in a checkout of the repository
+
+DECODERS = ("vq", "diffusion")
 
 
 def model_name(model: str | None) -> str:
@@ -60,6 +63,37 @@ def load_model(model: str | None) -> "tuple[NextFlowForConditionalGeneration, Ne
     loaded = load_weights(NextFlowForConditionalGeneration, name).to(device).eval()
     with naming(f"the processor in {name}"):
         return loaded, NextFlowProcessor.from_pretrained(name)
+
+
+def load_decoder(args: argparse.Namespace, vq_model: "NextFlowVQModel") -> "DiffusionPipeline | None":
+    """The diffusion decoder that the options name, or None for the vision tokenizer's.
+
+    Raises:
+        ValueError: if the options contradict each other, or it is no decoder, or one for other codes.
+    """
+    import torch
+
+    if args.decoder == "vq":
+        if args.decoder_model is not None or args.decoder_steps is not None:
+            raise ValueError("--decoder-model and --decoder-steps belong to --decoder diffusion")
+        return None
+    if args.decoder_model is None:
+        raise ValueError("--decoder diffusion needs --decoder-model, a folder or Hub id")
+    if args.decoder_steps is not None and args.decoder_steps < 1:
+        raise ValueError(f"--decoder-steps must be positive, got {args.decoder_steps}")
+    from diffusers import DiffusionPipeline
+
+    from diffusers_nextflow import NextFlowDecoderMixin
+
+    decoder = DiffusionPipeline.from_pretrained(model_name(args.decoder_model))
+    if not isinstance(decoder, NextFlowDecoderMixin):
+        raise ValueError(f"{args.decoder_model} must hold a diffusion decoder, got a {type(decoder).__name__}")
+    if decoder.vq_model is not None:
+        ours, theirs = vq_model.quantizer.state_dict(), decoder.vq_model.quantizer.state_dict()
+        if ours.keys() != theirs.keys() or not all(torch.equal(ours[name].cpu(), theirs[name]) for name in ours):
+            raise ValueError(f"{args.decoder_model} decodes another vision tokenizer's codes")
+    decoder.set_progress_bar_config(disable=None)
+    return decoder.to(vq_model.device)
 
 
 def load_vision_tokenizer(model: str | None) -> "tuple[NextFlowVQModel, NextFlowImageProcessor]":
@@ -134,6 +168,15 @@ def add_picture_options(parser: argparse.ArgumentParser, aspect_ratio: str) -> N
     sampling.add_argument("--negative-prompt", metavar="TEXT", help="what guidance leads away from")
     sampling.add_argument("--guidance-scale", type=float, metavar="S", help="1 is off")
     add_sampling_options(sampling)
+    decoder = parser.add_argument_group("decoder")
+    decoder.add_argument(
+        "--decoder",
+        choices=DECODERS,
+        default=DECODERS[0],
+        help="what draws the pixels: the vision tokenizer, or a diffusion model (default: %(default)s)",
+    )
+    decoder.add_argument("--decoder-model", metavar="NAME", help="local folder or Hub id of a diffusion decoder")
+    decoder.add_argument("--decoder-steps", type=int, metavar="N", help="of denoising (default: the pipeline's)")
 
 
 def add_sampling_options(group) -> None:
@@ -171,6 +214,7 @@ def make_pictures(args: argparse.Namespace, images: "list[Image]", text: str) ->
     """Generate from pictures and a text, write the files, say what was made."""
     paths = output_paths(args.output, args.num_images)
     model, processor = load_model(args.model)
+    decoder = load_decoder(args, model.model.vq_model)
     size = {name: getattr(args, name) for name in ("aspect_ratio", "level", "height", "width")}
     if images and args.aspect_ratio is None and args.height is None and args.width is None:
         first = processor.image_processor.schedule_of(images[0].height, images[0].width, args.level)
@@ -192,7 +236,10 @@ def make_pictures(args: argparse.Namespace, images: "list[Image]", text: str) ->
         top_p=args.top_p,
         return_dict_in_generate=True,
     )
-    pictures = processor.post_process_image(model.decode_image_tokens(output.sequences, output.image_grid_hw))
+    if decoder is None:
+        pictures = processor.post_process_image(model.decode_image_tokens(output.sequences, output.image_grid_hw))
+    else:
+        pictures = draw(decoder, model, output, text, seed, args.decoder_steps)
     seconds = time.perf_counter() - start
     for picture, path in zip(pictures, paths, strict=True):
         write_atomically(path, lambda partial, picture=picture: picture.save(partial, format="PNG"))
@@ -204,6 +251,19 @@ def make_pictures(args: argparse.Namespace, images: "list[Image]", text: str) ->
     for picture, path in zip(pictures, paths):
         print(f"{path}  {picture.width}x{picture.height} pixels, seed {seed}")
     print(f"{seconds:.1f} s")
+
+
+def draw(
+    decoder: "DiffusionPipeline", model: "NextFlowForConditionalGeneration", output, text: str, seed: int, steps
+) -> "list[Image]":
+    """Pictures of generated codes by a diffusion decoder, the text as their caption."""
+    import torch
+
+    codes = output.sequences - model.config.text_vocab_size
+    features = torch.cat(model.model.vq_model.condition_features(codes, output.image_grid_hw[0].tolist()), dim=1)
+    generator = torch.Generator().manual_seed(seed)
+    given = {} if steps is None else {"num_inference_steps": steps}
+    return decoder([text] * len(codes), features=features, generator=generator, **given).images
 
 
 def chat_inputs(processor: "NextFlowProcessor", images: "list[Image]", text: str, **kwargs):

@@ -1,0 +1,97 @@
+"""Train a diffusion decoder (NextFlow sec. 2.3 and 3.3): a whole UNet, or LoRA adapters, and the conditioner.
+
+The backbone is a stock checkpoint of Stable Diffusion 1, 2 or XL, Flux.1 or Qwen-Image, or a decoder saved before.
+From packed shards (codes from these, pictures and captions from their source, no encoder on the device), then 2x:
+
+    python -m examples.train_diffusion_decoder --pretrained_model_name_or_path stabilityai/stable-diffusion-2-1 \
+        --vision_tokenizer nextflow --shards packs --dataset_name source.parquet --use_ema --output_dir runs/base
+    python -m examples.train_diffusion_decoder --pretrained_model_name_or_path runs/base --stage x2 \
+        --shards packs --dataset_name source.parquet --use_ema --output_dir runs/x2
+
+A transformer, from a folder of images that are coded in training (`--stage x2` then takes `--adapter runs/flux`):
+
+    accelerate launch -m examples.train_diffusion_decoder --vision_tokenizer nextflow --dataset_name images \
+        --pretrained_model_name_or_path black-forest-labs/FLUX.1-dev --rank 16 --mixed_precision bf16 \
+        --gradient_checkpointing --output_dir runs/flux
+
+A stopped training goes on exactly with `--resume_from_checkpoint latest`. `log.jsonl` in the output folder holds the
+losses, `validation/` pictures. A whole UNet ends as a pipeline's folder, adapters as one for `load_lora_weights`, with
+`conditioner/` in it.
+"""
+
+from dataclasses import dataclass, field
+
+from transformers import HfArgumentParser
+
+from diffusers_nextflow.training import WEIGHT_DTYPES, DecoderTrainingArguments, load_decoder, train
+from diffusers_nextflow.training_data import PictureBatches, load_vq_model, shard_pictures, source_pictures
+from transformers_nextflow import NextFlowImageProcessor
+from transformers_nextflow.data import DocumentReader, Source
+
+from .shapes.diffusion_decoder import ShapesBatches
+
+STAGES = {"base": 1, "x2": 2}
+
+
+@dataclass
+class ScriptArguments:
+    pretrained_model_name_or_path: str = field(metadata={"help": "folder or Hub id of a stock pipeline or a decoder"})
+    vision_tokenizer: str | None = field(
+        default=None, metadata={"help": "NextFlow model, or its vision tokenizer; default: the decoder's own"}
+    )
+    stage: str = field(default="base", metadata={"help": "base, at the resolution of the codes, or x2"})
+    adapter: str | None = field(default=None, metadata={"help": "output of a LoRA training to start from"})
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "folder of images, Parquet, JSON lines, tars or Hub dataset"}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "configuration of a Hub dataset"})
+    dataset_split: str = field(default="train", metadata={"help": "of the dataset"})
+    shards: str | None = field(
+        default=None, metadata={"help": "shards extracted from the dataset, whose codes are the condition"}
+    )
+    shapes: bool = field(default=False, metadata={"help": "instead of a dataset: scenes of the shapes world"})
+    image_column: str = "image"
+    caption_column: str = "text"
+    level: str | None = field(default=None, metadata={"help": "of the scale schedules; default: the highest"})
+    train_batch_size: int = field(default=16, metadata={"help": "pictures of one device and accumulation step"})
+    proportion_empty_prompts: float = field(default=0.0, metadata={"help": "for guidance by the caption"})
+
+
+def main() -> None:
+    parser = HfArgumentParser((ScriptArguments, DecoderTrainingArguments))
+    script, arguments = parser.parse_args_into_dataclasses()
+    if script.stage not in STAGES:
+        parser.error(f"--stage must be one of {', '.join(STAGES)}, got {script.stage}")
+    if script.shapes == (script.dataset_name is not None):
+        parser.error("give either --dataset_name or --shapes")
+    if script.shards is not None and script.dataset_name is None:
+        parser.error("--shards hold codes alone: give the source of their pictures as --dataset_name")
+    if script.adapter is not None and arguments.rank is None:
+        parser.error("--adapter continues adapters: give their --rank")
+    upscale = STAGES[script.stage]
+    vq_model = None if script.vision_tokenizer is None else load_vq_model(script.vision_tokenizer)
+    dtype = WEIGHT_DTYPES[arguments.mixed_precision]
+    pipe = load_decoder(script.pretrained_model_name_or_path, vq_model, upscale, script.adapter, dtype)
+    batches = make_batches(script, pipe.vq_model, upscale, arguments.seed)
+    train(pipe, batches, arguments, validation=batches[0])
+
+
+def make_batches(script: ScriptArguments, vq_model, upscale: int, seed: int):
+    if script.shapes:
+        return ShapesBatches(script.train_batch_size, upscale, script.proportion_empty_prompts, seed)
+    source = Source(script.dataset_name, script.dataset_split, script.dataset_config_name)
+    table = source.load()
+    image_processor = NextFlowImageProcessor.from_vq_config(vq_model.config)
+    if script.shards is not None:
+        pictures, read = shard_pictures(script.shards, source, table, vq_model)
+    else:
+        columns = {"image": script.image_column, "text": script.caption_column}
+        reader = DocumentReader("text-to-image", columns, root=source.root)
+        reader.check_columns(table.column_names)
+        pictures, read = source_pictures(table, reader, image_processor, script.level, upscale), reader.read
+    share = script.proportion_empty_prompts
+    return PictureBatches(table, read, pictures, image_processor, script.train_batch_size, upscale, share, seed)
+
+
+if __name__ == "__main__":
+    main()

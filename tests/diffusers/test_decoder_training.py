@@ -1,0 +1,410 @@
+"""Training of decoders: the loss, what it changes, the batches, and resuming."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("diffusers", reason="the diffusion decoder needs diffusers")
+pytest.importorskip("accelerate")
+
+from accelerate.state import AcceleratorState
+from diffusers import DDIMScheduler, DDPMScheduler
+from PIL import Image
+from safetensors.torch import load_file
+
+from diffusers_nextflow import NextFlowConditioner, NextFlowDecoderPipeline, NextFlowFluxDecoderPipeline
+from diffusers_nextflow.denoising import DecoderLoss, encode_pixels
+from diffusers_nextflow.training import DecoderTrainingArguments, draw_seed, load_decoder, train
+from diffusers_nextflow.training_data import (
+    PictureBatches,
+    condition_of,
+    load_vq_model,
+    shard_pictures,
+    source_pictures,
+)
+from tests.diffusers.tiny_decoders import (
+    FAMILIES,
+    WIDE,
+    decoder,
+    random_codes,
+    stock_components,
+    stock_pipeline,
+    tiny_vq_model,
+)
+from tests.diffusers.tiny_trainings import Batches, arguments, picture
+from transformers_nextflow import NextFlowImageProcessor
+from transformers_nextflow.data import (
+    ComputeBudget,
+    CostModel,
+    DocumentReader,
+    ExtractionSettings,
+    Source,
+    extract,
+    pack,
+)
+from transformers_nextflow.quantizer import SelfCorrection
+
+ROOT = Path(__file__).parents[2]
+every_family = pytest.mark.parametrize("family", FAMILIES)
+CAPTIONS = ["a cat", "dog"]
+
+
+@pytest.fixture(autouse=True)
+def precision_of_its_own():
+    """accelerate keeps a process's first choice."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# The loss
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [("unet", "epsilon"), ("unet", "v_prediction"), ("xl", "epsilon"), ("flux", None), ("qwenimage", None)],
+)
+@torch.no_grad()
+def test_loss_is_the_familys_own_written_by_hand(family, kind):
+    pipe = decoder(family, trained=True)
+    if kind is not None:
+        pipe.scheduler = DDIMScheduler(beta_schedule="scaled_linear", prediction_type=kind)
+    pipe.conditioner.register_to_config(upscale=2)  # 64 x 128 pixels
+    pixels = torch.rand(2, 3, 64, 128, generator=seeded()) * 2 - 1
+    features = torch.cat(tiny_vq_model().condition_features(random_codes(2), WIDE), dim=1)
+    latents = encode_pixels(pipe, pixels, seeded(1))
+    loss = DecoderLoss(pipe)(latents, features, CAPTIONS, seeded(2))
+
+    if family == "qwenimage":
+        encoded = pipe.vae.encode(pixels[:, :, None]).latent_dist.sample(seeded(1))[:, :, 0]
+        clean = (encoded - 0.1) / 0.9
+    else:
+        encoded = pipe.vae.encode(pixels).latent_dist.sample(seeded(1))
+        clean = (encoded - 0.1) * 0.4 if family == "flux" else encoded * 0.18215
+    height, width = clean.shape[-2:]
+    if kind is None:  # a token is 2 x 2 latents, channels first
+        clean = F.pixel_unshuffle(clean, 2).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(latents, clean, rtol=0, atol=1e-6)
+
+    draws = seeded(2)
+    noise = torch.randn(clean.shape, generator=draws)
+    steps = torch.randint(1000, (2,), generator=draws)
+    cells = (height if kind else height // 2) // WIDE[0]
+    condition = pipe.conditioner(features, cells)
+    if kind is None:
+        sigmas = 1 - steps[:, None, None] / 1000
+        noisy, target = (1 - sigmas) * clean + sigmas * noise, noise - clean
+        joined = torch.cat([noisy, condition], dim=-1)
+        ids = torch.zeros(height // 2, width // 2, 3)
+        ids[..., 1], ids[..., 2] = torch.arange(height // 2)[:, None], torch.arange(width // 2)
+        if family == "flux":
+            embeds, pooled, text_ids = pipe.encode_prompt(CAPTIONS, None)
+            extra = {"pooled_projections": pooled, "txt_ids": text_ids, "img_ids": ids.view(-1, 3)}
+        else:
+            embeds, mask = pipe.encode_prompt(CAPTIONS)
+            extra = {"encoder_hidden_states_mask": mask, "img_shapes": [[(1, height // 2, width // 2)]] * 2}
+        predicted = pipe.transformer(joined, encoder_hidden_states=embeds, timestep=sigmas.flatten(), **extra).sample
+    else:
+        betas = torch.linspace(0.0001**0.5, 0.02**0.5, 1000) ** 2
+        signal = (1 - betas).cumprod(0)[steps].view(2, 1, 1, 1)
+        noisy = signal.sqrt() * clean + (1 - signal).sqrt() * noise
+        target = noise if kind == "epsilon" else signal.sqrt() * noise - (1 - signal).sqrt() * clean
+        joined, extra = torch.cat([noisy, condition], dim=1), {}
+        if family == "xl":
+            embeds, _, pooled, _ = pipe.encode_prompt(CAPTIONS, do_classifier_free_guidance=False)
+            sizes = torch.tensor([[64, 128, 0, 0, 64, 128]] * 2)
+            extra = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes}}
+        else:
+            embeds, _ = pipe.encode_prompt(CAPTIONS, "cpu", 1, False)
+        predicted = pipe.unet(joined, steps, embeds, **extra).sample
+    torch.testing.assert_close(loss, (predicted - target).square().mean(), rtol=1e-5, atol=0)
+
+
+def test_other_predictions():
+    pipe = decoder("unet")
+    for kind in ("sample", "flow"):
+        loss_of = DecoderLoss(pipe)
+        loss_of.scheduler = DDPMScheduler(prediction_type=kind)
+        inputs = (torch.ones(1, 4, 8, 16), torch.ones(1, 26, 2, 4), [""], seeded())
+        if kind == "sample":
+            assert loss_of(*inputs).isfinite()
+        else:
+            with pytest.raises(ValueError, match="must be epsilon, v_prediction or sample, got 'flow'"):
+                loss_of(*inputs)
+
+
+# What is trained
+
+
+@pytest.mark.parametrize("family", ["unet", "flux", "qwenimage"])
+def test_lora_training_changes_adapters_and_conditioner_only(family, tmp_path):
+    pipe = decoder(family, vq_model=copy.deepcopy(tiny_vq_model()))
+    before = {name: copy.deepcopy(part.state_dict()) for name, part in modules(pipe).items()}
+    train(pipe, Batches(), arguments(tmp_path, rank=2), validation=Batches()[0])
+    after = {name: part.state_dict() for name, part in modules(pipe).items()}
+    backbone, tested = pipe.backbone, 0
+    for name, values in before.items():
+        for key, value in values.items():
+            if name == "conditioner":
+                assert not torch.equal(after[name][key], value) or family == "unet" and "bias" in key, key
+                continue
+            stored = [other for other in after[name] if other.replace(".base_layer", "") == key]
+            assert torch.equal(after[name][stored[0]], value), key
+            tested += 1
+    adapters = [name for name, value in after[backbone].items() if "lora_B" in name and value.abs().max() > 0]
+    assert adapters and any(name.startswith("conv_in") for name in adapters) == (family == "unet") and tested
+    assert Image.open(tmp_path / "validation" / "step-2.png").size == (2 * 64, 2 * 32)
+
+    fresh = decoder(family, conditioner=NextFlowConditioner.from_pretrained(tmp_path, subfolder="conditioner"))
+    fresh.load_lora_weights(tmp_path)
+    assert torch.equal(picture(fresh), picture(pipe))
+
+
+def modules(pipe) -> dict:
+    return {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+
+
+def test_full_training_changes_unet_and_conditioner_and_saves_their_average(tmp_path):
+    pipe = decoder("unet", vq_model=copy.deepcopy(tiny_vq_model()))
+    before = {name: copy.deepcopy(part.state_dict()) for name, part in modules(pipe).items()}
+    train(pipe, Batches(), arguments(tmp_path, use_ema=True, ema_decay=0.5, gradient_checkpointing=True))
+    trained = load_file(tmp_path / "checkpoint-2" / "trained.safetensors")
+    for name, part in modules(pipe).items():
+        changed = any(not torch.equal(value, before[name][key]) for key, value in part.state_dict().items())
+        assert changed == (name in ("unet", "conditioner"))
+    saved = NextFlowDecoderPipeline.from_pretrained(tmp_path)
+    first = load_file(tmp_path / "checkpoint-1" / "trained.safetensors")
+    key = "conv_in.weight"
+    # after (1 + 1) / (10 + 1) of the first step's weights, which are the average after that step
+    expected = 2 / 11 * first[f"backbone.{key}"] + 9 / 11 * trained[f"backbone.{key}"]
+    torch.testing.assert_close(saved.unet.state_dict()[key], expected, rtol=0, atol=1e-6)
+    assert torch.equal(pipe.unet.state_dict()[key], trained[f"backbone.{key}"])
+
+
+def test_killed_training_resumes_as_if_nothing_had_happened_and_loads_in_a_fresh_process(tmp_path):
+    """Killed after a step, and again while it writes a checkpoint."""
+    pipe = decoder("flux", vq_model=copy.deepcopy(tiny_vq_model()))
+    train(pipe, Batches(), arguments(tmp_path / "flux", rank=2))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT / "src"), str(ROOT))), "OMP_NUM_THREADS": "1"}
+    run = [sys.executable, "-m", "tests.diffusers.tiny_trainings", str(tmp_path)]
+    done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=600, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    left = json.loads((tmp_path / "left.json").read_text())
+    assert "checkpoint-2" in left and ".checkpoint-4.partial" in left and "checkpoint-4" not in left
+    for name in ("log.jsonl", "checkpoint-6/trained.safetensors", "unet/diffusion_pytorch_model.safetensors"):
+        whole, resumed = ((tmp_path / run / name).read_bytes() for run in ("whole", "killed"))
+        if name == "log.jsonl":
+            whole, resumed = ([drop_seconds(line) for line in text.splitlines()] for text in (whole, resumed))
+            assert len(whole) == 6 and len({row["loss"] for row in whole}) == 6
+        assert resumed == whole, name
+    assert torch.equal(load_file(tmp_path / "picture.safetensors")["picture"], picture(pipe))
+
+
+def drop_seconds(line: bytes) -> dict:
+    return {name: value for name, value in json.loads(line).items() if name != "seconds"}
+
+
+def test_a_steps_gradient_is_the_mean_of_its_batches(tmp_path, monkeypatch):
+    pipe, seen, step = decoder("unet", vq_model=copy.deepcopy(tiny_vq_model())), [], torch.optim.AdamW.step
+
+    def record(optimizer, *args, **kwargs):
+        seen.append([p.grad.clone() for group in optimizer.param_groups for p in group["params"]])
+        return step(optimizer, *args, **kwargs)
+
+    loss_of = DecoderLoss(copy.copy(pipe))
+    for number in (0, 1):
+        batch, draws = Batches()[number], seeded(draw_seed(7, number))
+        latents = encode_pixels(pipe, batch["pixel_values"], draws)
+        (loss_of(latents, condition_of(pipe.vq_model, batch), batch["captions"], draws) / 2).backward()
+    expected = [parameter.grad.clone() for parameter in loss_of.parameters()]
+    loss_of.zero_grad()
+    monkeypatch.setattr(torch.optim.AdamW, "step", record)
+    settings = {"max_train_steps": 1, "gradient_accumulation_steps": 2, "max_grad_norm": 1e9, "seed": 7}
+    train(pipe, Batches(), arguments(tmp_path, **settings))
+    assert len(seen) == 1 and len(seen[0]) == len(expected)
+    for gradient, mean in zip(seen[0], expected):
+        torch.testing.assert_close(gradient, mean, rtol=1e-4, atol=1e-7)
+
+
+# Stages and wrong combinations
+
+
+def test_stages_follow_each_other(tmp_path):
+    stock_pipeline("unet", stock_components("unet")).save_pretrained(tmp_path / "stock")
+    pipe = load_decoder(str(tmp_path / "stock"), tiny_vq_model())
+    assert type(pipe) is NextFlowDecoderPipeline and pipe.conditioner.config.upscale == 1
+    with pytest.raises(ValueError, match="holds no vision tokenizer"):
+        load_decoder(str(tmp_path / "stock"))
+    pipe.save_pretrained(tmp_path / "base")
+    large = load_decoder(str(tmp_path / "base"), upscale=2)
+    assert picture(large).shape[-2:] == (64, 128)
+    assert all(torch.equal(a, b) for a, b in zip(large.unet.parameters(), pipe.unet.parameters()))
+    large.save_pretrained(tmp_path / "x2")
+    with pytest.raises(ValueError, match="draws at 2 times the coded size, after which a stage at 1 times is none"):
+        load_decoder(str(tmp_path / "x2"), upscale=1)
+
+
+def test_second_stage_of_adapters_starts_from_the_first(tmp_path):
+    stock_pipeline("flux", stock_components("flux")).save_pretrained(tmp_path / "stock")
+    pipe = load_decoder(str(tmp_path / "stock"), tiny_vq_model())
+    assert type(pipe) is NextFlowFluxDecoderPipeline
+    train(pipe, Batches(), arguments(tmp_path / "base", rank=2))
+    large = load_decoder(str(tmp_path / "stock"), tiny_vq_model(), 2, str(tmp_path / "base"))
+    for name, value in pipe.transformer.state_dict().items():
+        assert torch.equal(large.transformer.state_dict()[name], value), name
+    with pytest.raises(ValueError, match="the adapters have rank 2, got 4"):
+        train(large, Batches(upscale=2), arguments(tmp_path / "x2", rank=4))
+    AcceleratorState._reset_state(True)
+    train(large, Batches(upscale=2), arguments(tmp_path / "x2", rank=2, mixed_precision="bf16"))
+    dtypes = {"lora_" in name: parameter.dtype for name, parameter in large.transformer.named_parameters()}
+    assert dtypes == {True: torch.float32, False: torch.bfloat16}
+    assert NextFlowConditioner.from_pretrained(tmp_path / "x2", subfolder="conditioner").config.upscale == 2
+
+
+def test_wrong_combinations(tmp_path):
+    with pytest.raises(ValueError, match="leave out use_ema or rank"):
+        DecoderTrainingArguments("out", rank=2, use_ema=True)
+    with pytest.raises(ValueError, match="rank must be positive, got 0"):
+        DecoderTrainingArguments("out", rank=0)
+    with pytest.raises(ValueError, match="must be one of no, fp16, bf16, got 'fp8'"):
+        DecoderTrainingArguments("out", mixed_precision="fp8")
+    with pytest.raises(ValueError, match="the flux transformer is trained by adapters: give their rank"):
+        train(decoder("flux"), Batches(), arguments(tmp_path))
+    with pytest.raises(ValueError, match="must be latest or a folder checkpoint-STEP, got there"):
+        train(decoder("unet"), Batches(), arguments(tmp_path, resume_from_checkpoint="there"))
+    with pytest.raises(ValueError, match="multiple of the 8 pixels"):
+        train(decoder("flux", vq_model=tiny_vq_model(4)), Batches(), arguments(tmp_path, rank=2))
+    (tmp_path / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
+    with pytest.raises(ValueError, match="starts from one of .*FluxPipeline.*got WanPipeline"):
+        load_decoder(str(tmp_path))
+
+
+# Batches
+
+
+@pytest.fixture(scope="module")
+def model_folder(tiny_model, tiny_processor, tmp_path_factory) -> str:
+    model, folder = copy.deepcopy(tiny_model), tmp_path_factory.mktemp("model")
+    with torch.no_grad():  # so that pictures get different codes
+        model.model.vq_model.semantic_to_code[-1].weight.mul_(50)
+        model.model.vq_model.pixel_encoder.to_code.weight.mul_(50)
+    model.save_pretrained(folder)
+    tiny_processor.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Source:
+    """Pictures of 48x48, 32x64 and, too small to be drawn at twice the size, 30x30 pixels."""
+    folder, lines = tmp_path_factory.mktemp("pictures"), []
+    rng = np.random.default_rng(0)
+    for number, size in enumerate([(48, 48), (48, 48), (32, 64), (48, 48), (30, 30)]):
+        pixels = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+        lines.append(json.dumps({"key": f"key {number}", "text": f"caption {number}", "image": f"{number}.png"}))
+    (folder / "rows.jsonl").write_text("\n".join(lines))
+    return Source(str(folder / "rows.jsonl"))
+
+
+@pytest.fixture(scope="module")
+def vq_model(model_folder):
+    return load_vq_model(model_folder)
+
+
+def test_vision_tokenizer_of_a_model_saves_as_one_alone(vq_model, tiny_model, tmp_path):
+    vq_model.save_pretrained(tmp_path)
+    again = load_vq_model(str(tmp_path)).state_dict()
+    assert again.keys() == tiny_model.model.vq_model.state_dict().keys()
+    assert all(torch.equal(value, again[name]) for name, value in vq_model.state_dict().items())
+
+
+def test_every_picture_is_shown_once_in_an_epoch_at_both_sizes(source, vq_model):
+    table, reader = source.load(), DocumentReader("text-to-image", root=source.root)
+    processor = NextFlowImageProcessor.from_vq_config(vq_model.config)
+    for upscale, shown in ((1, 5), (2, 4)):
+        pictures = source_pictures(table, reader, processor, upscale=upscale)
+        batches = PictureBatches(table, reader.read, pictures, processor, 2, upscale, seed=3)
+        epochs = [[batches[e * batches.epoch_length + n] for n in range(batches.epoch_length)] for e in (0, 1)]
+        orders = [[caption for batch in epoch for caption in batch["captions"]] for epoch in epochs]
+        assert sorted(orders[0]) == sorted(orders[1]) == [f"caption {n}" for n in range(shown)]
+        assert orders[0] != orders[1]
+        for batch in epochs[0]:
+            for caption, pixels, coded in zip(batch["captions"], batch["pixel_values"], batch["coded_pixels"]):
+                assert pixels.shape[-1] == upscale * coded.shape[-1] and pixels.shape[-2] == upscale * coded.shape[-2]
+                stored = np.asarray(Image.open(Path(source.root, f"{caption[-1]}.png"))).astype(np.float32)
+                if upscale == 2:
+                    assert torch.equal(pixels, torch.from_numpy(stored).movedim(-1, 0) / 127.5 - 1)
+                elif caption[-1] != "4":  # shrunk to half
+                    assert abs(float(pixels.mean()) - (stored.mean() / 127.5 - 1)) < 0.05
+        again = PictureBatches(table, reader.read, pictures, processor, 2, upscale, 1.0, seed=3)[1]
+        assert torch.equal(again["pixel_values"], epochs[0][1]["pixel_values"])
+        assert set(again["captions"]) == {""}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_codes_of_shards_are_those_of_the_pictures(source, vq_model, model_folder, tmp_path, packed):
+    settings = ExtractionSettings("text-to-image", drop_text=0.5, self_correction=None, seed=1, documents_per_shard=2)
+    extract(source, model_folder, tmp_path / "documents", settings)
+    if packed:
+        from transformers_nextflow import NextFlowConfig
+
+        cost_model = CostModel.from_config(NextFlowConfig.from_pretrained(model_folder))
+        pack([tmp_path / "documents"], tmp_path / "packs", ComputeBudget(96), cost_model)
+    table = source.load()
+    pictures, read = shard_pictures(tmp_path / ("packs" if packed else "documents"), source, table, vq_model)
+    processor = NextFlowImageProcessor.from_vq_config(vq_model.config)
+    batches = PictureBatches(table, read, pictures, processor, 2)
+    captions, blind = [], copy.deepcopy(vq_model)
+    blind.semantic_encoder = blind.pixel_encoder = blind.pixel_decoder = None  # no encoder is needed
+    for number in range(batches.epoch_length):
+        batch = batches[number]
+        codes = vq_model.encode(batch["pixel_values"])
+        assert torch.equal(batch["codes"], codes)
+        expected = torch.cat(vq_model.condition_features(codes, batch["grid"]), dim=1)
+        assert torch.equal(condition_of(blind, batch), expected)
+        assert torch.equal(condition_of(vq_model, {"coded_pixels": batch["pixel_values"]}), expected)
+        captions += batch["captions"]
+    assert 0 < captions.count("") < 5 and len(captions) == 5  # dropped as in the transformer's training
+
+
+def test_codes_of_self_corrected_shards_sum_up_to_the_picture(source, vq_model, model_folder, tmp_path):
+    correction = SelfCorrection(probability=1.0, token_share=0.6, top_k=8)
+    extract(source, model_folder, tmp_path, ExtractionSettings("text-to-image", self_correction=correction))
+    table = source.load()
+    pictures, read = shard_pictures(tmp_path, source, table, vq_model)
+    batches = PictureBatches(table, read, pictures, NextFlowImageProcessor.from_vq_config(vq_model.config), 8)
+    for number in range(batches.epoch_length):
+        batch = batches[number]
+        keys = [f"key {caption[-1]}/0/0" for caption in batch["captions"]]
+        inputs, targets = vq_model.encode(batch["pixel_values"], correction, 0, keys)
+        last = vq_model.schedules.by_grid(batch["grid"]).offsets[-1]
+        assert torch.equal(batch["codes"], torch.cat([inputs[:, :last], targets[:, last:]], dim=1))
+
+
+def test_shards_of_another_tokenizer_or_source(source, vq_model, model_folder, tmp_path):
+    extract(source, model_folder, tmp_path, ExtractionSettings("text-to-image"))
+    with pytest.raises(ValueError, match="made with another vision tokenizer"):
+        shard_pictures(tmp_path, source, source.load(), tiny_vq_model())
+    with pytest.raises(ValueError, match="the source has no document key 0"):
+        shard_pictures(tmp_path, source, source.load().select([1, 2, 3, 4]), vq_model)
+
+
+def test_no_pictures_and_bad_numbers():
+    for values, message in (
+        (([], None, 2), "no pictures"),
+        (([0], None, 0), "batch_size must be positive, got 0"),
+        (([0], None, 1, 1, 2.0), r"empty_share must lie in \[0, 1\], got 2.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            PictureBatches([], None, *values)

@@ -1,0 +1,184 @@
+"""The shapes world's decoder at a tiny size: recipe, training script, benchmark and console command."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("diffusers", reason="the diffusion decoder needs diffusers")
+pytest.importorskip("accelerate")
+
+from accelerate.state import AcceleratorState
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from benchmarks.diffusion_decoder import edge_error, held_out_scenes, measure, reduced, sheet
+from diffusers_nextflow import NextFlowPipeline, PixelAutoencoder
+from diffusers_nextflow.training_data import load_vq_model
+from examples import train_diffusion_decoder
+from examples.shapes.diffusion_decoder import ShapesBatches, export, new_decoder
+from examples.shapes.world import is_training_scene, render
+
+SHAPES = Path(__file__).parents[2] / "checkpoints" / "nextflow-shapes"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """By the training script, for two steps, and exported."""
+    folder = tmp_path_factory.mktemp("decoder")
+    new_decoder(load_vq_model(str(SHAPES)), widths=(8, 8, 8)).save_pretrained(folder / "new")
+    options = {
+        "--pretrained_model_name_or_path": folder / "new",
+        "--output_dir": folder / "trained",
+        "--stage": "x2",
+        "--train_batch_size": 2,
+        "--max_train_steps": 2,
+        "--num_inference_steps": 1,
+        "--num_validation_images": 2,
+        "--proportion_empty_prompts": 0.5,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        given = [str(word) for option in options.items() for word in option]
+        patch.setattr(sys, "argv", ["train_diffusion_decoder", *given, "--shapes", "--use_ema"])
+        train_diffusion_decoder.main()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    export(folder / "trained", folder / "exported")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipe(trained):
+    pipe = DiffusionPipeline.from_pretrained(trained / "exported")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_script_trains_and_exports(trained, pipe):
+    assert json.loads((trained / "trained" / "log.jsonl").read_text().splitlines()[-1])["step"] == 2
+    sheet = Image.open(trained / "trained" / "validation" / "step-2.png")
+    assert sheet.width in (2 * 128, 2 * 192) and sheet.height in (2 * 128, 2 * 192)
+    assert {parameter.dtype for parameter in pipe.unet.parameters()} == {torch.float32}
+    whole = DiffusionPipeline.from_pretrained(trained / "trained").unet.state_dict()
+    for name, weight in pipe.unet.state_dict().items():
+        assert torch.equal(weight, whole[name].half().float())
+    new = DiffusionPipeline.from_pretrained(trained / "new")
+    assert not torch.equal(new.conditioner.projection.weight, pipe.conditioner.projection.weight)
+    assert pipe.conditioner.config.upscale == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--stage", "x4"], "--stage must be one of base, x2, got x4"),
+        (["--shapes", "--dataset_name", "images"], "give either --dataset_name or --shapes"),
+        ([], "give either --dataset_name or --shapes"),
+        (["--shapes", "--shards", "packs"], "--shards hold codes alone"),
+        (["--shapes", "--adapter", "runs/base"], "--adapter continues adapters: give their --rank"),
+    ],
+)
+def test_script_refuses_options_that_contradict_each_other(options, message, capsys, monkeypatch):
+    given = ["--pretrained_model_name_or_path", "x", "--output_dir", "y", *options]
+    monkeypatch.setattr(sys, "argv", ["train_diffusion_decoder", *given])
+    with pytest.raises(SystemExit):
+        train_diffusion_decoder.main()
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_batches_are_scenes_at_both_sizes_and_follow_from_their_number():
+    batches = ShapesBatches(3, 2, seed=1)
+    first, again, other = batches[0], batches[0], batches[1]
+    assert torch.equal(first["pixel_values"], again["pixel_values"]) and first["captions"] == again["captions"]
+    assert first["captions"] != other["captions"]
+    means = torch.nn.functional.avg_pool2d(first["pixel_values"], 2)
+    assert (means - first["coded_pixels"]).abs().mean() < 0.002  # edges are computed at each size
+    assert set(ShapesBatches(3, 2, empty_share=1.0)[0]["captions"]) == {""}
+
+
+def test_pixel_autoencoder_is_exact(tmp_path):
+    vae = PixelAutoencoder()
+    pixels = torch.rand(2, 3, 8, 16) * 2 - 1
+    latents = vae.encode(pixels).latents
+    assert torch.equal(latents, torch.nn.functional.pixel_unshuffle(pixels, 4))
+    assert torch.equal(vae.decode(latents).sample, pixels)
+    assert not any(parameter.requires_grad for parameter in vae.parameters())
+    small = PixelAutoencoder(block_out_channels=(3, 12), latent_channels=12)
+    small.save_pretrained(tmp_path)
+    loaded = PixelAutoencoder.from_pretrained(tmp_path)
+    assert torch.equal(loaded.decode(loaded.encode(pixels)[0], return_dict=False)[0], pixels)
+    with pytest.raises(ValueError, match=r"must be \[3, 12, 48\].*got \[3, 12, 48\] and 12"):
+        PixelAutoencoder(latent_channels=12)
+
+
+# The benchmark
+
+
+def test_measures_are_what_they_say():
+    scenes = held_out_scenes(7, 0, "test")
+    assert len(scenes) == 7 and not all(is_training_scene(scene) for _, scene in scenes)
+    assert not {request.text for request, _ in scenes} & {r.text for r, _ in held_out_scenes(7, 0, "dev")}
+    truth = render(scenes[0][1], 2)
+    assert edge_error(truth, truth) == 0
+    step = np.zeros((4, 4, 3), np.uint8)
+    step[:, 2:] = 120  # one of three differences along x, none along y
+    assert edge_error(step, np.zeros_like(step)) == 20
+    assert abs(reduced(truth).astype(int) - render(scenes[0][1])).max() <= 3
+
+
+def test_benchmark(pipe):
+    arguments = argparse.Namespace(pictures=6, dev=2, seed=0, steps=1, strength=1.0)
+    figures, pictures, captions = measure(pipe, arguments)
+    assert figures["truth"] == {"judge": 1.0}
+    assert all(picture.shape == (128, 128, 3) for group in pictures.values() for picture in group)
+    for name in ("vq_bicubic", "vq_unsharp", "diffusion"):
+        assert figures[name]["edge_error"]["mean"] > 0 and 0 <= figures[name]["judge"] <= 1
+        errors = [edge_error(p, truth) for p, truth in zip(pictures[name], pictures["truth"])]
+        assert figures[name]["edge_error"]["mean"] == pytest.approx(np.mean(errors), abs=1e-4)
+    # two steps of training are none
+    assert figures["vq_bicubic"]["edge_error_above_diffusion"]["mean"] < 0
+    assert sheet(pictures, captions).width == 6 * 192
+
+
+# The console command
+
+
+def test_generate_ends_in_the_decoder(console, trained, pipe):
+    options = ("--seed", 3, "--decoder", "diffusion", "--decoder-model", trained / "exported", "--decoder-steps", 2)
+    status, out, err = console("generate", "a red circle", *options, "--num-images", 2, "--json", model=SHAPES)
+    assert status == 0, err
+    figures = json.loads(out)
+    assert (figures["width"], figures["height"]) == (128, 128)
+    whole = NextFlowPipeline.from_pretrained(SHAPES, decoder=pipe)
+    generator = torch.Generator().manual_seed(3)
+    expected = whole(
+        "a red circle",
+        seed=3,
+        num_images_per_prompt=2,
+        decoder_kwargs={"num_inference_steps": 2, "generator": generator},
+    ).images
+    for number in (0, 1):
+        assert Image.open(f"picture-{number}.png").tobytes() == expected[number].tobytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--decoder", "diffusion"], "needs --decoder-model"),
+        (["--decoder-model", "x/y"], "belong to --decoder diffusion"),
+        (["--decoder", "diffusion", "--decoder-model", "missing"], "there is no model directory missing"),
+        (["--decoder", "diffusion", "--decoder-model", "x/y", "--decoder-steps", "0"], "must be positive, got 0"),
+    ],
+)
+def test_decoder_options_that_contradict_each_other(console, options, message):
+    status, _, err = console("generate", "a red circle", *options)
+    assert status == 2 and message in err
+
+
+def test_decoder_of_other_codes(console, trained):
+    """The tiny model's tokenizer is not the shapes world's."""
+    options = ("--decoder", "diffusion", "--decoder-model", trained / "exported")
+    status, _, err = console("generate", "a red circle", *options)
+    assert status == 2 and "decodes another vision tokenizer's codes" in err

@@ -1,0 +1,83 @@
+"""What tests of trainings share; as a script, trainings that are killed, and what a fresh process draws."""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch.utils.data import Dataset
+
+from diffusers_nextflow import NextFlowConditioner, training
+from diffusers_nextflow.training import DecoderTrainingArguments, train
+from tests.diffusers.tiny_decoders import WIDE, decoder, random_codes, tiny_vq_model
+
+
+class Batches(Dataset):
+    """Random pictures and random codes."""
+
+    def __init__(self, upscale: int = 1, kill_at: int | None = None):
+        self.upscale, self.kill_at = upscale, kill_at
+
+    def __getitem__(self, number: int) -> dict:
+        if number == self.kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        generator = torch.Generator().manual_seed(number)
+        pixels = torch.rand(2, 3, 32 * self.upscale, 64 * self.upscale, generator=generator) * 2 - 1
+        codes = random_codes(2, WIDE, seed=number)
+        return {"pixel_values": pixels, "codes": codes, "grid": WIDE, "captions": ["a cat", str(number)]}
+
+
+def arguments(output: Path, **values) -> DecoderTrainingArguments:
+    defaults = {"max_train_steps": 2, "learning_rate": 1e-2, "lr_warmup_steps": 0, "checkpointing_steps": 1}
+    defaults |= {"logging_steps": 1, "num_inference_steps": 1, "num_validation_images": 2}
+    return DecoderTrainingArguments(str(output), **defaults | values)
+
+
+def picture(pipe) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    pipe.set_progress_bar_config(disable=True)
+    with torch.no_grad():
+        for part in (pipe.conditioner, getattr(pipe, pipe.backbone)):
+            part.eval()
+        codes = {"codes": random_codes(1), "grid": WIDE}
+        return pipe("a cat", **codes, num_inference_steps=2, generator=generator, output_type="pt").images
+
+
+def run(output: Path, kill_at: int | None = None, resume: str | None = None, dies_saving: bool = False) -> None:
+    pipe = decoder("unet", vq_model=tiny_vq_model())
+    for module in pipe.unet.modules():  # so that a step depends on torch's random numbers
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.2
+    values = {"max_train_steps": 6, "checkpointing_steps": 2, "gradient_accumulation_steps": 2, "use_ema": True}
+    values |= {"lr_scheduler": "cosine", "resume_from_checkpoint": resume}
+    if dies_saving:
+        training.Path.rename = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+    train(pipe, Batches(kill_at=kill_at), arguments(output, **values), validation=Batches()[0])
+
+
+def in_a_process(*args, **kwargs) -> int:
+    sys.stdout.flush()
+    if (child := os.fork()) == 0:
+        run(*args, **kwargs)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def main(output: Path) -> None:
+    assert in_a_process(output / "whole") == 0
+    assert in_a_process(output / "killed", kill_at=7, resume="latest") == -signal.SIGKILL  # within the fourth step
+    assert in_a_process(output / "killed", resume="latest", dies_saving=True) == -signal.SIGKILL
+    (output / "left.json").write_text(json.dumps([path.name for path in (output / "killed").iterdir()]))
+    assert in_a_process(output / "killed", resume="latest") == 0
+
+    conditioner = NextFlowConditioner.from_pretrained(output / "flux", subfolder="conditioner")
+    pipe = decoder("flux", conditioner=conditioner)
+    pipe.load_lora_weights(output / "flux")
+    save_file({"picture": picture(pipe)}, output / "picture.safetensors")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
