@@ -24,9 +24,10 @@ from dataclasses import dataclass, field
 from transformers import HfArgumentParser
 
 from diffusers_nextflow.training import WEIGHT_DTYPES, DecoderTrainingArguments, load_decoder, train
-from diffusers_nextflow.training_data import PictureBatches, load_vq_model, shard_pictures, source_pictures
+from diffusers_nextflow.training_data import PictureBatches, shard_pictures, source_pictures
 from transformers_nextflow import NextFlowImageProcessor
 from transformers_nextflow.data import DocumentReader, Source
+from transformers_nextflow.loading import load_vq_model
 
 from .shapes.diffusion_decoder import ShapesBatches
 

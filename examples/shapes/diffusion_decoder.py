@@ -21,10 +21,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from diffusers_nextflow import NextFlowConditioner, NextFlowDecoderPipeline, PixelAutoencoder
 from diffusers_nextflow.training import DecoderTrainingArguments, train
-from diffusers_nextflow.training_data import load_vq_model
 from transformers_nextflow import NextFlowVQModel
 from transformers_nextflow.cli import model_name
 from transformers_nextflow.files import output_folder
+from transformers_nextflow.loading import load_vq_model
 
 from .data import sample_canvas, to_pixel_values
 from .grammar import describe_scene

@@ -18,10 +18,8 @@ from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
 from transformers_nextflow import NextFlowImageProcessor, NextFlowVQModel
-from transformers_nextflow.cli import check_model_type
 from transformers_nextflow.data import Document, DocumentReader, ExtractionSettings, Source, open_shards
 from transformers_nextflow.data.documents import MAX_IMAGES
-from transformers_nextflow.data.extraction import load_vision_tokenizer
 from transformers_nextflow.data.shards import (
     Shard,
     decodable_codes,
@@ -30,7 +28,6 @@ from transformers_nextflow.data.shards import (
     vision_tokenizer_hash,
 )
 from transformers_nextflow.image_processing_nextflow import upright_size
-from transformers_nextflow.loading import load_weights
 from transformers_nextflow.modeling_nextflow_vq import unpatchify
 from transformers_nextflow.scales import Grid
 
@@ -246,16 +243,6 @@ def _row_pictures(row: Mapping, spec, variants: int, rows: Mapping[str, int]) ->
         place = int(np.searchsorted(own, number))
         pictures.append(Picture(source_row, key, place, grid, decodable_codes(targets, inputs), len(own)))
     return pictures
-
-
-def load_vq_model(name: str) -> NextFlowVQModel:
-    """The vision tokenizer of a NextFlow model, without its transformer, or one saved alone; in float32."""
-    if check_model_type(name, "nextflow", "nextflow_vq") == "nextflow":
-        loaded = load_vision_tokenizer(name)[2]
-        vq_model = NextFlowVQModel(loaded.config)  # the loaded one would be saved under its names in the whole model
-        vq_model.load_state_dict(loaded.state_dict())
-        return vq_model.eval()
-    return load_weights(NextFlowVQModel, name).eval()
 
 
 @torch.no_grad()

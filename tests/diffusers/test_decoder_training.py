@@ -26,7 +26,6 @@ from diffusers_nextflow.training import DecoderTrainingArguments, draw_seed, loa
 from diffusers_nextflow.training_data import (
     PictureBatches,
     condition_of,
-    load_vq_model,
     shard_pictures,
     source_pictures,
 )
@@ -50,6 +49,7 @@ from transformers_nextflow.data import (
     extract,
     pack,
 )
+from transformers_nextflow.loading import load_vq_model
 from transformers_nextflow.quantizer import SelfCorrection
 
 ROOT = Path(__file__).parents[2]
@@ -320,13 +320,6 @@ def source(tmp_path_factory) -> Source:
 @pytest.fixture(scope="module")
 def vq_model(model_folder):
     return load_vq_model(model_folder)
-
-
-def test_vision_tokenizer_of_a_model_saves_as_one_alone(vq_model, tiny_model, tmp_path):
-    vq_model.save_pretrained(tmp_path)
-    again = load_vq_model(str(tmp_path)).state_dict()
-    assert again.keys() == tiny_model.model.vq_model.state_dict().keys()
-    assert all(torch.equal(value, again[name]) for name, value in vq_model.state_dict().items())
 
 
 def test_every_picture_is_shown_once_in_an_epoch_at_both_sizes(source, vq_model):

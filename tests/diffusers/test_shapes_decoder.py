@@ -18,10 +18,10 @@ from PIL import Image
 
 from benchmarks.diffusion_decoder import edge_error, held_out_scenes, measure, reduced, sheet
 from diffusers_nextflow import NextFlowPipeline, PixelAutoencoder
-from diffusers_nextflow.training_data import load_vq_model
 from examples import train_diffusion_decoder
 from examples.shapes.diffusion_decoder import ShapesBatches, export, new_decoder
 from examples.shapes.world import is_training_scene, render
+from transformers_nextflow.loading import load_vq_model
 
 SHAPES = Path(__file__).parents[2] / "checkpoints" / "nextflow-shapes"
 
