@@ -28,7 +28,7 @@ from transformers_nextflow.data import PackedDataset
 from transformers_nextflow.files import write_atomically
 from transformers_nextflow.training import NextFlowTrainer, NextFlowTrainingArguments
 from transformers_nextflow.training.grpo import NextFlowGRPOConfig, NextFlowGRPOTrainer
-from transformers_nextflow.training.grpo.rollouts import prefix_logps
+from transformers_nextflow.training.grpo.rollouts import rollout_logps
 
 OUTPUT = Path(__file__).parent / "results" / "grpo.json"
 ARMS = ("prefix", "vanilla", "shuffled", "supervised")
@@ -60,7 +60,7 @@ class GradientNorms(TrainerCallback):
         if state.global_step % self.every:
             return
         trainer, rollouts = self.trainer, self.trainer._buffer[0]
-        logps, _ = prefix_logps(trainer.model, rollouts, trainer.prefix, trainer.schedule, args)
+        logps, _ = rollout_logps(trainer.model, rollouts, trainer.prefix, trainer.schedule, args)
         terms = -logps * rollouts.advantages[:, None] * trainer.token_weights
         parameters = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
         norms = []

@@ -16,7 +16,7 @@ from grpo_samples import chat, picture, policy_of
 
 from transformers_nextflow.lora import lora_config
 from transformers_nextflow.training.grpo import NextFlowGRPOConfig, NextFlowGRPOTrainer, RewardError
-from transformers_nextflow.training.grpo.rollouts import prefix_logps
+from transformers_nextflow.training.grpo.rollouts import rollout_logps
 
 ROOT = Path(__file__).parents[2]
 
@@ -69,7 +69,7 @@ def test_a_step_is_the_gradient_of_eq_5_by_hand(policy, tiny_processor, tmp_path
     run.train()
     rollouts = run._buffer[0]
     assert run.prefix.num_codes == 5 and rollouts.codes.shape == (8, 5)
-    logps, _ = prefix_logps(before, rollouts, run.prefix, run.schedule, run.args)
+    logps, _ = rollout_logps(before, rollouts, run.prefix, run.schedule, run.args)
     k = torch.tensor([1.0, *[4**-0.9] * 4])
     # the ratio is 1, its gradient that of the log-probability
     loss = -((k / k.sum()) * logps * rollouts.advantages[:, None]).sum(dim=1).mean()
@@ -191,7 +191,7 @@ def test_later_steps_of_a_generation_compare_with_the_policy_that_sampled(policy
     first, second = (row for row in run.state.log_history if "loss" in row)
     rollouts = run._buffer[0]
     with torch.no_grad():
-        logps, _ = prefix_logps(policy, rollouts, run.prefix, run.schedule, run.args)
+        logps, _ = rollout_logps(policy, rollouts, run.prefix, run.schedule, run.args)
     torch.testing.assert_close(rollouts.old_logps, logps, rtol=1e-5, atol=1e-5)
     assert first["clip_ratio/region_mean"] == 0.0  # explicit old log-probabilities, ratio 1
     assert first["reward"] > 0 or "reward" not in second  # one generation, one reward
@@ -219,7 +219,7 @@ def test_the_kl_of_a_step_is_eq_5_by_hand(policy, tiny_processor, tmp_path):
         both = run.compute_loss(run.model, rollouts)
         run.args.beta = 0.0
         alone = run.compute_loss(run.model, rollouts)
-        logps, _ = prefix_logps(run.model, rollouts, run.prefix, run.schedule, run.args)
+        logps, _ = rollout_logps(run.model, rollouts, run.prefix, run.schedule, run.args)
     difference = rollouts.ref_logps - logps
     k3 = difference.exp() - difference - 1
     torch.testing.assert_close(both - alone, 0.5 * (run.token_weights * k3).sum(dim=1).mean())
@@ -237,11 +237,11 @@ def test_adapters_are_trained_and_switched_off_for_the_reference(policy, tiny_pr
     assert curve[0] == pytest.approx(0.0, abs=1e-6) and curve[-1] > 0
     rollouts = run._buffer[0]
     with torch.no_grad():
-        adapted, _ = prefix_logps(run.model, rollouts, run.prefix, run.schedule, run.args)
+        adapted, _ = rollout_logps(run.model, rollouts, run.prefix, run.schedule, run.args)
         with run.model.disable_adapter():
-            base, _ = prefix_logps(run.model, rollouts, run.prefix, run.schedule, run.args)
-        original, _ = prefix_logps(policy, rollouts, run.prefix, run.schedule, run.args)
-        merged, _ = prefix_logps(run.model.merge_and_unload(), rollouts, run.prefix, run.schedule, run.args)
+            base, _ = rollout_logps(run.model, rollouts, run.prefix, run.schedule, run.args)
+        original, _ = rollout_logps(policy, rollouts, run.prefix, run.schedule, run.args)
+        merged, _ = rollout_logps(run.model.merge_and_unload(), rollouts, run.prefix, run.schedule, run.args)
     torch.testing.assert_close(base, original, rtol=0, atol=0)
     torch.testing.assert_close(merged, adapted, rtol=1e-4, atol=1e-4)
     assert (adapted - base).abs().max() > 1e-3
