@@ -33,11 +33,11 @@ def interleaved_seconds(
 
 
 def in_processes(function: Callable, jobs: list[tuple]) -> Iterator[tuple[tuple, object]]:
-    """Results of `function(*job)`, with the job, as they come from as many processes of one thread as there are
-    cores; what one of them raises is raised here."""
+    """Results of `function(*job)`, with the job, as they come. As many run at once as there are cores, each in a
+    process of its own with one thread; what one of them raises is raised here."""
     context = torch.multiprocessing.get_context("spawn")
     workers = min(len(os.sched_getaffinity(0)), len(jobs))
-    with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
+    with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,), max_tasks_per_child=1) as pool:
         futures = {pool.submit(function, *job): job for job in jobs}
         for future in as_completed(futures):
             yield futures[future], future.result()

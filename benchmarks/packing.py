@@ -9,7 +9,7 @@ The cost model is fitted on packs of one half of the documents, padded ones and 
 every strategy packs all documents, budget by that cost model, and predictions are compared with the times there. From
 each plan, packs are measured that stand for it: from strata of predicted cost, finer where costs are high. A
 measurement is forward and backward of a two-layer model; all packs are measured in turn, and a pack's time is its
-median over the rounds. What 64 ranks take, a step waiting for its slowest rank, is composed from the measured packs,
+least over the rounds. What 64 ranks take, a step waiting for its slowest rank, is composed from the measured packs,
 not measured.
 
 Attention has a larger share of the cost in a narrow model of two layers than in the 7B model, and uneven packs differ
@@ -229,9 +229,9 @@ class Sample:
         return self.plan.batch(self.numbers[place], device), self.plan.attention
 
     @property
-    def medians(self) -> np.ndarray:
-        """(packs,) seconds."""
-        return np.median(self.seconds, axis=0)
+    def least(self) -> np.ndarray:
+        """(packs,) seconds in the best round: what disturbs a step only adds to it."""
+        return self.seconds.min(axis=0)
 
 
 def step(model, batch: dict[str, torch.Tensor], attention: str) -> float:
@@ -261,7 +261,7 @@ def measure(model, plans: dict[str, Plan], rounds: int, cost_models: dict[str, C
 def joined(samples: dict[str, Sample], backend: str) -> tuple[np.ndarray, np.ndarray]:
     """Measures and seconds of all packs under one backend."""
     group = [sample for sample in samples.values() if BACKEND[sample.plan.attention] == backend]
-    return np.concatenate([sample.measures for sample in group]), np.concatenate([sample.medians for sample in group])
+    return np.concatenate([sample.measures for sample in group]), np.concatenate([sample.least for sample in group])
 
 
 def errors_of(samples: dict[str, Sample], cost_model: CostModel) -> dict:
@@ -293,7 +293,7 @@ def budget_over(speeds: dict[str, float]) -> dict[str, float]:
 
 
 def figures_of(sample: Sample, ranks: int) -> dict:
-    seconds, plan = sample.medians, sample.plan
+    seconds, plan = sample.least, sample.plan
     mean = float(seconds @ sample.weights)
     return {
         "attn_implementation": plan.attention,
@@ -333,7 +333,7 @@ def attention_share(plan: Plan, cost_model: CostModel) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", type=int, default=1070, metavar="N", help="of each half (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="of measurement (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=4, metavar="N", help="of measurement (default: %(default)s)")
     parser.add_argument("--level", default="512", help="of the pictures (default: %(default)s)")
     parser.add_argument("--length", type=int, default=36_864, metavar="N", help="most positions of a pack")
     parser.add_argument("--width", type=int, default=128, metavar="N", help="of the model (default: %(default)s)")

@@ -26,8 +26,9 @@ from transformers_nextflow import (
     NextFlowVQModel,
 )
 from transformers_nextflow.files import output_folder
+from transformers_nextflow.safetensors_folder import SafetensorsFolder
 
-from .checkpoints import SafetensorsFolder, ShardedWriter, check_keys
+from .checkpoints import ShardedWriter, check_keys
 
 # The Hub's names, and those of transformers 5 and of NextFlow. A NextFlow has no ViT.
 TEXT_KEYS = {

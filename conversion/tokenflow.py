@@ -21,8 +21,9 @@ from transformers import AutoConfig
 
 from transformers_nextflow import NextFlowImageProcessor, NextFlowVQConfig, NextFlowVQModel
 from transformers_nextflow.files import output_folder
+from transformers_nextflow.safetensors_folder import SafetensorsFolder
 
-from .checkpoints import SafetensorsFolder, check_keys, load_torch_checkpoint
+from .checkpoints import check_keys, load_torch_checkpoint
 
 SIGLIP_EDGES = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 17, 22, 27]
 SIGLIP_IMAGE_SIZE = 384

@@ -135,7 +135,7 @@ def truncated(folder):
 def pickled(folder):
     (folder / "model.safetensors").unlink()
     torch.save({}, folder / "pytorch_model.bin")
-    return "lacks model.safetensors; weights are exported from safetensors alone"
+    return "holds neither model.safetensors.index.json nor model.safetensors; other formats are not read"
 
 
 def outside(folder):

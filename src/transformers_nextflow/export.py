@@ -4,16 +4,15 @@
 """
 
 import json
+import math
 import re
 import shutil
 import tempfile
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
 from .files import output_folder
+from .safetensors_folder import INDEX, SafetensorsFolder
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 CONFIG_MAP = {
     "AutoConfig": "configuration_nextflow.NextFlowConfig",
     "AutoModel": "modeling_nextflow.NextFlowModel",
@@ -61,31 +60,6 @@ No evaluation came with these weights. Weights that were converted draw nothing 
 """
 
 
-def weight_files(folder: Path) -> list[str]:
-    """The safetensors files of a checkpoint folder, each opened once to see that it is whole.
-
-    Raises:
-        ValueError: if there are none, the index names others than files of the folder, or one is damaged.
-    """
-    names = [SINGLE]
-    if (folder / INDEX).is_file():
-        try:
-            names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{folder / INDEX} is no index of safetensors: {error}") from error
-    for name in names:
-        if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*\.safetensors", name):
-            raise ValueError(f"{folder / INDEX} must name .safetensors files of its own folder, got {name!r}")
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder} lacks {name}; weights are exported from safetensors alone")
-        try:
-            with safe_open(folder / name, framework="pt") as file:
-                file.keys()
-        except SafetensorError as error:
-            raise ValueError(f"{folder / name} is truncated or no safetensors file: {error}") from error
-    return names
-
-
 def export(folder: str | Path, to: str, push: bool = False) -> str:
     """Write a NextFlow checkpoint in the Hub's layout.
 
@@ -123,12 +97,12 @@ def _write(folder: Path, output: Path, name: str) -> None:
     from . import NextFlowConfig, NextFlowProcessor
     from .loading import naming
 
-    files = weight_files(folder)
+    weights = SafetensorsFolder(folder)
     with naming(str(folder)):
         config = NextFlowConfig.from_pretrained(folder)
         processor = NextFlowProcessor.from_pretrained(folder)
     processor.save_pretrained(output)
-    for file in [*files, *([INDEX] if (folder / INDEX).is_file() else [])]:
+    for file in [*weights.files, *([INDEX] if (folder / INDEX).is_file() else [])]:
         shutil.copyfile(folder / file, output / file)
     if (folder / "scores.json").is_file():
         shutil.copyfile(folder / "scores.json", output / "scores.json")
@@ -147,7 +121,7 @@ def _write(folder: Path, output: Path, name: str) -> None:
     for module, names in classes.items():
         shim = SHIM.format(names=", ".join(sorted(set(names))))
         (output / f"{module}.py").write_text(shim, encoding="utf-8")
-    (output / "README.md").write_text(model_card(folder, config, files, name), encoding="utf-8")
+    (output / "README.md").write_text(model_card(folder, config, weights, name), encoding="utf-8")
 
 
 def _edit_json(source: Path, target: Path, edit) -> None:
@@ -161,7 +135,7 @@ def _add_processor_maps(values: dict) -> None:
     values["image_processor"]["auto_map"] = IMAGE_PROCESSOR_MAP
 
 
-def model_card(folder: Path, config, files: list[str], name: str) -> str:
+def model_card(folder: Path, config, weights: SafetensorsFolder, name: str) -> str:
     """Usage under the name `name`, and below it what the folder's own README.md says.
 
     Of the README's front matter, every line is kept; `library_name`, `pipeline_tag` and `tags` are added where absent.
@@ -178,14 +152,7 @@ def model_card(folder: Path, config, files: list[str], name: str) -> str:
 
     table = config.vq_config.schedule_table()
     sizes = ["{} x {}".format(*table.image_size(schedule)) for schedule in table.of_level()]
-    count = 0
-    for file in files:
-        with safe_open(folder / file, framework="pt") as tensors:
-            for key in tensors.keys():
-                size = 1
-                for length in tensors.get_slice(key).get_shape():
-                    size *= length
-                count += size
+    count = sum(math.prod(shape) for shape in weights.shapes.values())
     return CARD.format(
         front_matter="\n".join(lines),
         title=Path(name).name,

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from .configuration_nextflow import NextFlowConfig
-from .export import INDEX, SINGLE, weight_files
 from .files import read_json
+from .safetensors_folder import INDEX, SINGLE, SafetensorsFolder
 
 JSON_FILES = (
     *("config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json"),
@@ -70,11 +70,8 @@ def check_tensors(model_class, config, name: str) -> None:
     folder = Path(name)
     if not (folder / SINGLE).is_file() and not (folder / INDEX).is_file():
         return
-    found: dict[str, list[int]] = {}
     with naming(f"the weights in {name}"):
-        for file in weight_files(folder):
-            with safe_open(folder / file, framework="pt") as tensors:
-                found |= {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}
+        found = {key: list(shape) for key, shape in SafetensorsFolder(folder).shapes.items()}
     if (layers := _num_layers(config)) > len(found):
         raise ValueError(f"the weights in {name} are {len(found)} tensors, config.json asks for {layers} layers")
     with naming(f"the config.json of {name}"), torch.device("meta"):

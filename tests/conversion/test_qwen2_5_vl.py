@@ -219,7 +219,7 @@ def indexed(folder, weight_map):
 
 def absent_shard(folder):
     indexed(folder, {"lm_head.weight": "model-1.safetensors"})
-    return "names model-1.safetensors, which is not there"
+    return "lacks model-1.safetensors, which model.safetensors.index.json names"
 
 
 def outside(folder):

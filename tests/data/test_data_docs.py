@@ -81,3 +81,22 @@ def test_the_documented_commands_turn_photographs_into_shards(photos, tmp_path, 
         assert max(likeness.values()) > 0.7, likeness  # posters, of inputs that self-correction disturbed
     sheet = Image.open("sheet/sheet.png")
     assert sheet.size[0] > 700 and "a photo of chelsea" in Path("sheet/index.html").read_text()
+
+
+def test_the_figures_of_packing_are_the_committed_ones():
+    result = json.loads((ROOT / "benchmarks" / "results" / "packing.json").read_text())
+    over, by_flops = result["budget_over"], result["flops_of_7b"]["budget_over"]
+    rows = {
+        "batch padding, dense mask": "padding",
+        "batch padding, `blocks`": "padding, blocks",
+        "concatenate and cut": "concatenate and cut",
+        "first fit by length": "length",
+    }
+    docs = (ROOT / "docs" / "data.md").read_text()
+    for title, name in rows.items():
+        figures = over["one_rank"][name], over["composed_64_ranks"][name], by_flops[name]
+        assert f"| {title} | " + " | ".join(f"{figure:.2f}" for figure in figures) + " |" in docs
+    errors = result["cost_model_on_held_out_documents"]
+    blocks, dense = (100 * errors[backend]["median_relative_error"] for backend in ("blocks", "dense"))
+    assert f"within {blocks:.0f}% (median; dense {dense:.0f}%)" in docs
+    assert result["dropped_tokens"] == 0

@@ -194,7 +194,7 @@ def test_every_epoch_sees_all_packs_in_an_order_of_its_own(dataset, data_model, 
 
 
 def test_uneven_packs_are_refused(dataset, data_model, tmp_path):
-    with pytest.raises(ValueError, match="8 packs do not divide by the 3 .* --multiple-of 3"):
+    with pytest.raises(ValueError, match="8 packs or documents do not divide by the 3 .* --multiple-of 3"):
         train(copy.deepcopy(data_model), dataset, tmp_path, gradient_accumulation_steps=3)
 
 

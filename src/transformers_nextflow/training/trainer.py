@@ -5,10 +5,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from math import inf
 
-import numpy as np
 import torch
-from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from ..attention import attended_pairs
 from ..data.costs import CostModel
@@ -17,8 +15,8 @@ from ..liger import register_liger_kernel
 from ..losses import IGNORE
 from ..modeling_nextflow import NextFlowOutput
 from .attention_logits import LargestAttentionLogit
-from .checkpoints import checkpoint_to_resume
 from .fsdp import WholeHeadsCallback, keep_losses_float32
+from .order import OrderedTrainer
 
 
 @dataclass
@@ -44,26 +42,10 @@ class NextFlowTrainingArguments(TrainingArguments):
             raise ValueError(f"z_loss must be a finite number of at least 0, got {self.z_loss}")
 
 
-class PackOrder(Sampler[int]):
-    """A permutation of all packs by seed and epoch, the same on every rank; the Trainer deals it out."""
-
-    def __init__(self, num_packs: int, seed: int):
-        self.num_packs, self.seed, self.epoch = num_packs, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.num_packs
-
-    def __iter__(self):
-        yield from np.random.default_rng([self.seed, self.epoch]).permutation(self.num_packs).tolist()
-
-
-class NextFlowTrainer(Trainer):
+class NextFlowTrainer(OrderedTrainer):
     """Trains [`NextFlowForConditionalGeneration`], or adapters on it, on packs.
 
-    Differs from `Trainer`:
+    Differs from `Trainer`, beside what [`~order.OrderedTrainer`] does:
 
     - An optimizer step's loss is the weighted sum over all its targets by the sum of their weights, however they are
       split over accumulation steps and devices. Scale weights sum to the number of codes in every image (eq. 2), so
@@ -73,8 +55,7 @@ class NextFlowTrainer(Trainer):
     - `max_attention_logit` is logged too: the largest query x key x scaling that entered a softmax in the last batch
       before the log, over all layers, heads and devices. Only that batch's forward computes it, see
       [`~attention_logits.LargestAttentionLogit`].
-    - Packs come in an order by seed and epoch, and show stored self-corrected variants by epoch, so that a resumed run
-      sees what an undisturbed one sees.
+    - Packs show stored self-corrected variants by epoch.
 
     Args:
         train_dataset: [`~transformers_nextflow.data.PackedDataset`], or anything with its items.
@@ -93,8 +74,8 @@ class NextFlowTrainer(Trainer):
         per_step = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
         if train_dataset is not None and len(train_dataset) % per_step:
             raise ValueError(
-                f"{len(train_dataset)} packs do not divide by the {per_step} of an optimizer step (batch size x "
-                f"devices x accumulation): pack with --multiple-of {per_step}"
+                f"{len(train_dataset)} packs or documents do not divide by the {per_step} of an optimizer step (batch "
+                f"size x devices x accumulation): pack with --multiple-of {per_step}, or give as many documents"
             )
         self.label_names = ["shift_labels"]
         self._measured = Measured(self._nextflow.model.schedules.max_scales)
@@ -108,21 +89,9 @@ class NextFlowTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        """See `Trainer.train`. `True` goes on from the newest whole checkpoint in `output_dir`, whatever a killed run
-        left beside it.
-
-        Raises:
-            ValueError: if what should be resumed is no whole checkpoint.
-        """
-        self.args.resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+    def train(self, *args, **kwargs):
         keep_losses_float32(self.accelerator)
-        return super().train(self.args.resume_from_checkpoint, *args, **kwargs)
-
-    def _get_train_sampler(self, train_dataset=None) -> Sampler:
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        self._order = PackOrder(len(train_dataset if train_dataset is not None else self.train_dataset), seed)
-        return self._order
+        return super().train(*args, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
         if not batch_samples:
@@ -212,16 +181,10 @@ class Measured:
 
 
 class _Clock(TrainerCallback):
-    """Tells the packs which epoch it is, and how long steps took."""
+    """Tells how long steps took."""
 
     def __init__(self, trainer: NextFlowTrainer):
         self.trainer = trainer
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        epoch = int(state.epoch)
-        self.trainer._order.set_epoch(epoch)
-        if hasattr(self.trainer.train_dataset, "set_epoch"):
-            self.trainer.train_dataset.set_epoch(epoch)
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.begun = time.perf_counter()

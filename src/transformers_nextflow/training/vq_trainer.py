@@ -12,13 +12,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.func import functional_call
-from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from ..files import write_atomically
 from ..modeling_nextflow_vq import AttnBlock, NextFlowVQModel, NextFlowVQOutput, ResidualBlock
 from ..quantizer import QuantizerOutput
-from .trainer import PackOrder
+from .order import OrderedTrainer
 from .vq_losses import PatchDiscriminator, adaptive_weight, codebook_losses, discriminator_loss, distillation_loss
 
 STAGES = ("pixel", "joint", "decoder")
@@ -137,7 +136,7 @@ class VQTraining(nn.Module):
         return output, {"adversarial": -deceived.float().mean(), "discriminator": discriminator_loss(real, fake)}
 
 
-class NextFlowVQTrainer(Trainer):
+class NextFlowVQTrainer(OrderedTrainer):
     """Trains [`NextFlowVQModel`] on pictures, in one of the stages that [`prepare_vq_stage`] makes it ready for.
 
     Logged beside `loss`: each loss by its name (`loss_reconstruction`, `loss_codebook`, ..), `psnr` in dB, and for
@@ -186,7 +185,6 @@ class NextFlowVQTrainer(Trainer):
         for name, network in frozen.items():
             setattr(self, name, network and network.requires_grad_(False).eval().to(args.device))
         self._measured = MeasuredCodes(model)
-        self.add_callback(_Epochs(self))
         self._restarts = Restarts(model, self.accelerator, args) if args.restart_steps else None
         if self._restarts is not None:
             self.add_callback(self._restarts)
@@ -195,11 +193,6 @@ class NextFlowVQTrainer(Trainer):
     def vq_model(self) -> NextFlowVQModel:
         """The tokenizer below the wrappers of devices."""
         return self.accelerator.unwrap_model(self.model).vq_model
-
-    def _get_train_sampler(self, train_dataset=None) -> Sampler:
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        self._order = PackOrder(len(self.train_dataset if train_dataset is None else train_dataset), seed)
-        return self._order
 
     def reconstruction_loss(self, reconstruction: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
         """Weighted squared and perceptual distance of float32 (B, 3, H, W) pictures; override for another."""
@@ -382,19 +375,6 @@ class Restarts(TrainerCallback):
             if not self.pixel_only:
                 self.quantizer.semantic_codebook[dead] = semantic
         self.chosen.zero_()
-
-
-class _Epochs(TrainerCallback):
-    """Tells order and pictures which epoch it is."""
-
-    def __init__(self, trainer: NextFlowVQTrainer):
-        self.trainer = trainer
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        epoch = int(state.epoch)
-        self.trainer._order.set_epoch(epoch)
-        if hasattr(self.trainer.train_dataset, "set_epoch"):
-            self.trainer.train_dataset.set_epoch(epoch)
 
 
 def _only_item(items: list[dict]) -> dict:

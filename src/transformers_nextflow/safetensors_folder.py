@@ -1,0 +1,121 @@
+"""The tensors of a checkpoint folder, checked before they are read.
+
+Everything wrong with a file is a `ValueError` that names the file and the tensor.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
+
+
+class SafetensorsFolder:
+    """The tensors of a checkpoint folder, one file or shards with an index, read one by one.
+
+    Raises:
+        ValueError: if there are no safetensors, the index names files that are absent or outside of the folder, a file
+            is truncated or declares sizes that it does not have, or index and files disagree.
+
+    Attributes:
+        files: names, each once.
+        shapes, dtypes: of every tensor, by name.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise NotADirectoryError(f"there is no checkpoint folder {folder}")
+        self._file_of: dict[str, Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        weight_map = self._weight_map()
+        self.files = list(dict.fromkeys(weight_map.values())) or [SINGLE]
+        for file in self.files:
+            self._read_header(self.folder / file)
+        if weight_map:
+            for name, file in weight_map.items():
+                if name not in self._file_of or self._file_of[name].name != file:
+                    raise ValueError(f"{self.folder / INDEX} says that {file} holds {name}, which it does not")
+            if extra := [name for name in self._file_of if name not in weight_map]:
+                raise ValueError(f"{self.folder / INDEX} does not list {listing(extra)}, which its files hold")
+
+    def _weight_map(self) -> dict[str, str]:
+        path = self.folder / INDEX
+        if not path.is_file():
+            if not (self.folder / SINGLE).is_file():
+                raise ValueError(f"{self.folder} holds neither {INDEX} nor {SINGLE}; other formats are not read")
+            return {}
+        try:
+            weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+            names = set(weight_map.values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is no index of safetensors: {error}") from error
+        for file in names:
+            inside = isinstance(file, str) and file == Path(file).name and not set(file) & set("\\:\0")
+            if not inside or not file.endswith(".safetensors"):
+                raise ValueError(f"{path} must name .safetensors files of its own folder, got {file!r}")
+            if not (self.folder / file).is_file():
+                raise ValueError(f"{self.folder} lacks {file}, which {INDEX} names")
+        if not names:
+            raise ValueError(f"{path} lists no tensors")
+        return weight_map
+
+    def _read_header(self, path: Path) -> None:
+        with _opened(path) as file:
+            for name in file.keys():
+                if name in self._file_of:
+                    raise ValueError(f"{name} is in {self._file_of[name].name} and in {path.name}")
+                view = file.get_slice(name)
+                if view.get_dtype() not in TORCH_DTYPES:
+                    raise ValueError(f"{name} in {path} has the unsupported dtype {view.get_dtype()}")
+                self._file_of[name] = path
+                self.shapes[name] = tuple(view.get_shape())
+                self.dtypes[name] = TORCH_DTYPES[view.get_dtype()]
+
+    def __iter__(self) -> Iterator[str]:
+        """Names in the order of the files, so that each is opened once."""
+        return iter(self._file_of)
+
+    def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Name and tensor, one at a time; at most one file is open."""
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self._file_of[name], []).append(name)
+        for path, members in by_file.items():
+            with _opened(path) as file:
+                for name in members:
+                    yield name, file.get_tensor(name)
+
+
+@contextmanager
+def _opened(path: Path):
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or no safetensors file: {error}") from error
+
+
+def listing(names: list[str]) -> str:
+    """Some of many names, for an error."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
