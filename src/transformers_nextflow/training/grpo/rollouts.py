@@ -246,6 +246,34 @@ def rollout_logps(
     return logps, entropies
 
 
+@torch.no_grad()
+def level_difference(
+    model,
+    rollouts: Rollouts,
+    prefix: ScaleSchedule,
+    schedule: ScaleSchedule,
+    other: ScaleSchedule,
+    args: NextFlowGRPOConfig,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """How far the policy of a prefix depends on the level: p of pictures of `schedule`, q of `other` with the same
+    first scales. Positions and features of these scales are the same; what differs is the embedding of how
+    many scales the picture has.
+
+    Returns:
+        (m,) means of |log p - log q| of the rollouts' codes over the codes of each scale, and (m,) means of
+        KL(p || q) of whole distributions; conditional, under the temperature.
+    """
+    rows = rollouts.input_ids, rollouts.attention_mask
+    logps_BnV = [
+        (_logits(model, rollouts, *rows, level, args, with_text=False)[1].float() / args.temperature).log_softmax(-1)
+        for level in (schedule, other)
+    ]
+    own, others = (logps.gather(-1, rollouts.codes[..., None]).squeeze(-1) for logps in logps_BnV)
+    kl_Bn = (logps_BnV[0].exp() * (logps_BnV[0] - logps_BnV[1])).sum(-1)
+    by_scale = lambda values: torch.stack([p.mean() for p in values.split(list(prefix.lengths), dim=1)])  # noqa: E731
+    return by_scale((own - others).abs()), by_scale(kl_Bn)
+
+
 def _flat_images(
     condition_codes: torch.Tensor,
     condition_grids: torch.Tensor,

@@ -18,6 +18,7 @@ from ...data.inspection import draw_sheet
 from ...files import write_atomically
 from ...modeling_nextflow import NextFlowForConditionalGeneration
 from ...processing_nextflow import NextFlowProcessor
+from ..samples import PictureReports
 from .config import NextFlowGRPOConfig
 from .objective import (
     clipped_policy_loss,
@@ -29,7 +30,7 @@ from .objective import (
     token_weights,
 )
 from .rewards import RewardError, RewardFunction, call_rewards, combine, reward_name
-from .rollouts import Rollouts, roll_out, rollout_logps, seed_of, with_images
+from .rollouts import Rollouts, level_difference, roll_out, rollout_logps, seed_of, with_images
 
 ROLLOUTS = "rollouts-{rank}.safetensors"
 PROMPT_COLUMNS = ("prompt", "images", "image")
@@ -104,7 +105,12 @@ class NextFlowGRPOTrainer(Trainer):
     `sampling/sampling_logp_difference/mean` and `/max` between the log-probabilities of sampling and of training.
     Texts have `kl`, `entropy`, `clip_ratio/*` and `sampling/*` of their own after `text/`, `completions/mean_length`,
     and `completions/clipped_ratio`, the share that reached the limit without `<boi>`. With `log_completions` the last
-    batch's pictures are drawn to `output_dir/completions`.
+    batch's pictures, `num_completions_to_print` of them or all, are drawn to `output_dir/completions` and go to the
+    trackers of `report_to`, see [`PictureReports`].
+
+    Rollouts of a lower `rollout_level` than the model's have the same first scales, but not quite the same policy: the
+    number of an image's scales is embedded too. `level/kl/scale_1` .. and `level/logp_difference/scale_1` .. say how
+    far its distributions, and the log-probabilities of the rollouts' codes, are from those of the model's level.
 
     Differs from TRL's trainer, which it does not subclass: rollouts depend on seed, prompt and step alone, and a
     checkpoint between two steps of one generation holds its rollouts, so that resuming is exact.
@@ -161,6 +167,9 @@ class NextFlowGRPOTrainer(Trainer):
         self.schedule = base.model.schedules.by_aspect_ratio(
             args.aspect_ratio or defaults["aspect_ratio"], args.rollout_level or defaults["level"]
         )
+        self.model_schedule = base.model.schedules.by_aspect_ratio(
+            args.aspect_ratio or defaults["aspect_ratio"], defaults["level"]
+        )
         self.prefix = self.schedule.prefix(num_prefix_scales(self.schedule, args.scale_prefix, args.prefix_tokens))
         self.token_weights = token_weights(self.prefix, args.scale_loss_alpha)
         self.token_mask_func = token_mask_func
@@ -181,6 +190,7 @@ class NextFlowGRPOTrainer(Trainer):
         self._step, self._logged_at, self._buffer = 0, 0, []
         self._metrics: dict[str, list[float]] = defaultdict(list)
         self._pictures: list[tuple[str, Image.Image, float]] = []
+        self._reports = PictureReports("completions")
         self.add_callback(_Buffer(self))
 
     @property
@@ -253,6 +263,8 @@ class NextFlowGRPOTrainer(Trainer):
                 rollouts.old_logps = torch.cat([self._logps(self.model, part)[0] for part in self._split(rollouts)])
             if args.beta:
                 rollouts.ref_logps = torch.cat([self._reference_logps(part) for part in self._split(rollouts)])
+            if self.schedule != self.model_schedule and args.optimize != "text":
+                self._count_levels(self._split(rollouts)[0])
         captions = list(map(_text, conversations))
         if texts is not None:
             captions = [f"{prompt} -> {self._decode(text)}" for prompt, text in zip(captions, texts)]
@@ -335,6 +347,13 @@ class NextFlowGRPOTrainer(Trainer):
                 f"{tuple(mask.shape)}"
             )
         return mask.to(rollouts.codes.device)
+
+    def _count_levels(self, rollouts: Rollouts) -> None:
+        schedules = self.schedule, self.model_schedule
+        differences, kl = level_difference(self.model, rollouts, self.prefix, *schedules, self.args)
+        for scale, values in enumerate(zip(differences, kl), start=1):
+            for name, value in zip(("logp_difference", "kl"), values):
+                self._count(f"level/{name}/scale_{scale}", value)
 
     def _count_texts(self, rollouts: Rollouts) -> None:
         lengths = rollouts.text_mask.sum(dim=1).float()
@@ -445,10 +464,12 @@ class NextFlowGRPOTrainer(Trainer):
         super().log(logs, start_time)
 
     def _draw_completions(self) -> None:
-        entries = [(f"{reward:.3g}: {text}", [image]) for text, image, reward in self._pictures]
-        sheet = draw_sheet(entries[: self.args.num_completions_to_print])
+        kept = self._pictures[: self.args.num_completions_to_print]
+        captions, pictures = [f"{reward:.3g}: {text}" for text, _, reward in kept], [image for _, image, _ in kept]
+        sheet = draw_sheet([(caption, [picture]) for caption, picture in zip(captions, pictures)])
         path = Path(self.args.output_dir) / "completions" / f"step-{self.state.global_step}.png"
         write_atomically(path, lambda partial: sheet.save(partial, format="PNG"))
+        self._reports.log(self.args, self.state.global_step, pictures, captions)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Rewards of `num_generations_eval` pictures for each prompt of the dataset, sampled as in training."""
@@ -476,7 +497,7 @@ class NextFlowGRPOTrainer(Trainer):
 
 
 class _Buffer(TrainerCallback):
-    """The rollouts that a checkpoint finds unfinished."""
+    """The rollouts that a checkpoint finds unfinished; ends what reports pictures."""
 
     def __init__(self, trainer: NextFlowGRPOTrainer):
         self.trainer = trainer
@@ -488,6 +509,9 @@ class _Buffer(TrainerCallback):
         if self._is_within_generation(args):
             tensors = load_file(self._path(args, state), device=str(args.device))
             trainer._buffer = trainer._split(Rollouts(**tensors))
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.trainer._reports.close()
 
     def on_save(self, args, state, control, **kwargs):
         if self._is_within_generation(args):
