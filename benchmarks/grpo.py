@@ -46,9 +46,9 @@ OUTPUT = Path(__file__).parent / "results" / "grpo.json"
 PAPER = "fig. 12: prefixes of 512, 256, 128 and 64 tokens climb faster and higher than vanilla GRPO"
 ARMS = ("prefix", "vanilla", "shuffled", "supervised")
 SAMPLERS = {
-    "one guidance, temperature 1": {"guidance_scale": 2.0, "temperature": 1.0},
-    "one guidance, temperature 0.6": {"guidance_scale": 2.0, "temperature": 0.6},
-    "by scale": {"guidance_scale": [3.0, 3.0, 1.5, 2.0, 1.0, 1.0], "temperature": [0.6, 0.6, 0.1, 0.3, 0.1, 0.1]},
+    "guided": {"guidance_scale": 2.0, "temperature": 1.0},
+    "guided-cool": {"guidance_scale": 2.0, "temperature": 0.6},
+    "by-scale": {"guidance_scale": [3.0, 3.0, 1.5, 2.0, 1.0, 1.0], "temperature": [0.6, 0.6, 0.1, 0.3, 0.1, 0.1]},
 }
 POINTS = 4  # of a training, at which dev prompts and gradients are measured
 NUM_PROMPTS = 4_000  # trained on
@@ -152,8 +152,9 @@ def strip(model, processor, sampling: dict) -> Image.Image:
     return Image.fromarray(np.concatenate([group[0] for group in groups], axis=1))
 
 
-def finished(path: Path) -> dict | None:
-    return json.loads(path.read_text()) if path.exists() else None
+def path_of(options, name: str, part: str | int) -> Path:
+    """Where the result of an arm and a seed, or of a sampler and a split, goes."""
+    return options.folder / f"{name}-{part}.json"
 
 
 def finish(path: Path, result: dict, picture: Image.Image | None = None) -> dict:
@@ -163,22 +164,18 @@ def finish(path: Path, result: dict, picture: Image.Image | None = None) -> dict
     return result
 
 
-def run_before(name: str, split: str, options) -> dict:
-    """The checkpoint's score under a sampler of `SAMPLERS`."""
-    path = options.folder / f"before-{split}-{list(SAMPLERS).index(name)}.json"
-    if (result := finished(path)) is not None:
-        return result
+def run_before(sampler: str, split: str, options) -> dict:
+    """The checkpoint's score under one of `SAMPLERS`."""
     model = NextFlowForConditionalGeneration.from_pretrained(options.model)
     processor = NextFlowProcessor.from_pretrained(options.model)
-    result = score(model, processor, SAMPLERS[name], options.prompts, split)
-    return finish(path, result, strip(model, processor, SAMPLERS[name]) if split == "test" else None)
+    result = score(model, processor, SAMPLERS[sampler], options.prompts, split)
+    picture = strip(model, processor, SAMPLERS[sampler]) if split == "test" else None
+    return finish(path_of(options, sampler, split), result, picture)
 
 
 def run_arm(arm: str, seed: int, sampling: dict, options, seconds: float = math.inf) -> dict:
     """Train one arm from the checkpoint and score it; `seconds` are those of `prefix`."""
-    path = options.folder / f"{arm}-{seed}.json"
-    if (result := finished(path)) is not None:
-        return result
+    path = path_of(options, arm, seed)
     model = NextFlowForConditionalGeneration.from_pretrained(options.model)
     model.model.vq_model.requires_grad_(False)
     model.set_attn_implementation("eager")  # the fastest backward at these lengths on a CPU
@@ -301,22 +298,23 @@ def main(arguments: list[str] | None = None) -> None:
     done: dict[str, dict[int, dict]] = {arm: {} for arm in ARMS}
 
     def run(function: Callable, jobs: list[tuple]) -> dict[tuple, dict]:
-        results = {}
-        for job, outcome in in_processes(function, jobs):
-            results[job[:2]] = outcome
+        """Results by the first two arguments; those of finished jobs are read."""
+        paths = {job[:2]: path_of(options, *job[:2]) for job in jobs}
+        todo = [job for job in jobs if not paths[job[:2]].exists()]
+        for job, outcome in in_processes(function, todo) if todo else ():
             found = outcome.get("score", outcome)["overall"]
             print(f"{job[0]}, {job[1]}: {found} after {outcome.get('seconds', 0)} s", file=sys.stderr, flush=True)
-        return results
+        return {job: json.loads(path.read_text()) for job, path in paths.items()}
 
     dev = {name: row for (name, _), row in run(run_before, [(name, "dev", options) for name in SAMPLERS]).items()}
     chosen = max(SAMPLERS, key=lambda name: dev[name]["overall"])
     before = run(run_before, [(chosen, "test", options)])[chosen, "test"]
     sampling = SAMPLERS[chosen]
-    # two at a time, the longer ones first; `vanilla` and `supervised` need the seconds of `prefix`
-    finished_arms = run(run_arm, [(arm, seed, sampling, options) for arm in ("prefix", "shuffled") for seed in seeds])
-    spent = {seed: finished_arms["prefix", seed]["seconds"] for seed in seeds}
+    # two phases, since `vanilla` and `supervised` need the seconds of `prefix`
+    arms = run(run_arm, [(arm, seed, sampling, options) for arm in ("prefix", "shuffled") for seed in seeds])
+    spent = {seed: arms["prefix", seed]["seconds"] for seed in seeds}
     rest = [(arm, seed, sampling, options, spent[seed]) for arm in ("vanilla", "supervised") for seed in seeds]
-    for (arm, seed), outcome in (finished_arms | run(run_arm, rest)).items():
+    for (arm, seed), outcome in (arms | run(run_arm, rest)).items():
         done[arm][seed] = outcome
 
     def gains(scores: list[dict]) -> dict:
@@ -350,11 +348,12 @@ def main(arguments: list[str] | None = None) -> None:
         "settings": settings_of(options) | {"seeds": options.seeds},
         "machine": machine(torch.device("cpu")) | {"threads": 1},
     }
-    strips = {"before": options.folder / f"before-test-{list(SAMPLERS).index(chosen)}.png"}
-    strips |= {arm: options.folder / f"{arm}-{seeds[0]}.png" for arm in ARMS}
+    strips = {"before": path_of(options, chosen, "test")} | {arm: path_of(options, arm, seeds[0]) for arm in ARMS}
     sheets = {
         "curves": draw_curves(done, before["overall"], dev[chosen]["overall"]),
-        "pictures": draw_strips({name: Image.open(path) for name, path in strips.items()}, shown_prompts()),
+        "pictures": draw_strips(
+            {name: Image.open(path.with_suffix(".png")) for name, path in strips.items()}, shown_prompts()
+        ),
     }
     for name, sheet in sheets.items():
         path = options.output.with_name(f"{options.output.stem}_{name}.png")

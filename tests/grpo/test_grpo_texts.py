@@ -83,6 +83,24 @@ def test_texts_end_in_a_picture_at_the_limit_at_last(policy, tiny_processor):
     assert sampled(policy, tiny_processor, every_row, m=1)[0].text_mask.shape[1] <= 3
 
 
+@pytest.mark.parametrize("controls", [{"text_temperature": 1e-3}, {"text_top_k": 1}, {"text_top_p": 1e-6}], ids=str)
+def test_texts_are_drawn_with_their_own_controls(policy, tiny_processor, controls):
+    """Each leaves the most likely tokens alone."""
+    args, config = settings(**controls), policy.config
+    rollouts, *_ = sampled(policy, tiny_processor, args, [chat("blue"), chat("a ring")], m=1)
+    inputs = tiny_processor.apply_chat_template([chat("blue"), chat("a ring")])
+    greedy = policy.generate(
+        **inputs,
+        do_sample=False,
+        max_new_tokens=LIMIT,
+        eos_token_id=config.boi_token_id,
+        suppress_tokens=[config.eoi_token_id, config.image_token_id, config.text_config.eos_token_id],
+        pad_token_id=config.boi_token_id,
+    )[:, inputs["input_ids"].shape[1] :]
+    expected = [row[row != config.boi_token_id].tolist() for row in greedy]
+    assert rollouts.texts() == [text for text in expected for _ in range(2)]
+
+
 def test_probabilities_of_text_are_over_what_can_be_written(policy, tiny_processor):
     """Every token after a prompt, in turn."""
     args = settings(optimize="text", text_temperature=1.5, logprob_mode="conditional")

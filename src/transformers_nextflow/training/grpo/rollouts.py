@@ -32,7 +32,7 @@ class Rollouts:
         condition_codes, condition_grids: (B, C) and (B, N, 2), -1 and 0 where a row has fewer; of the prompts' images.
         codes: (B, n).
         sampling_logps: (B, A) under the distribution that was sampled from.
-        support, text_support: (B, n, V) and (B, T, V) bool, codes and tokens that could be drawn, where they count.
+        support, text_support: (B, n, V) and (B, T, V) bool, codes and tokens that could be drawn, where filters count.
         text_mask: (B, T) bool, which of the T tokens up to `<boi>` were sampled; where texts are.
         advantages: (B,).
         old_logps, ref_logps: (B, A), where they count.
@@ -171,8 +171,10 @@ def roll_out(
     whole = output.sequences - config.text_vocab_size
     codes = whole[:, : prefix.num_codes]
     behaves = args.logprob_mode == "behaviour"
-    per_scale = [[value] * len(prefix) for value in (args.temperature, args.top_k, args.top_p)]
-    support = sampling_support(output.logits, *per_scale)
+    support = None
+    if args.top_k or args.top_p < 1.0:
+        per_scale = [[value] * len(prefix) for value in (args.temperature, args.top_k, args.top_p)]
+        support = sampling_support(output.logits, *per_scale)
     temperature = torch.full((prefix.num_codes,), args.temperature, device=device)
     sampling_logps, _ = code_logps(torch.cat(output.logits, dim=1), codes, temperature, support)
     if texts is not None:

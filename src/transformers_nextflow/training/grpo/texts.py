@@ -29,14 +29,14 @@ class Texts:
         input_ids, attention_mask: (B, L) prompt, text, `<boi>`, padded on the left.
         sampled: (B, T) bool, which of the last T tokens were sampled.
         logps: (B, T) under the distribution that was sampled from, 0 where none was.
-        support: (B, T, V) bool, tokens that could be drawn.
+        support: (B, T, V) bool, tokens that could be drawn, where filters leave some out.
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     sampled: torch.Tensor
     logps: torch.Tensor
-    support: torch.Tensor
+    support: torch.Tensor | None
 
 
 def text_logps(
@@ -72,9 +72,11 @@ class _Draw(LogitsProcessor):
         controls = self.args.text_temperature, self.args.text_top_k, self.args.text_top_p
         logits_B1V = _written(scores[:, None], self.config)
         tokens_B1 = sample(logits_B1V, *controls, self.generators.uniform(1, scores.device))
-        support_B1V = sampling_support([logits_B1V], *([value] for value in controls))
+        support_B1V = None
+        if self.args.text_top_k or self.args.text_top_p < 1.0:
+            support_B1V = sampling_support([logits_B1V], *([value] for value in controls))
+            self.supports.append(support_B1V)
         self.logps.append(text_logps(logits_B1V, tokens_B1, controls[0], self.config, support_B1V)[0])
-        self.supports.append(support_B1V)
         return torch.full_like(scores, -torch.inf).scatter(1, tokens_B1, 0.0)
 
 
@@ -107,7 +109,8 @@ def write_texts(
     sequences = model.generate(
         ids, attention_mask=mask, generation_config=settings, logits_processor=LogitsProcessorList([draw]), **images
     )
-    logps_BT, support_BTV = (torch.cat(notes, dim=1) for notes in (draw.logps, draw.supports))
+    logps_BT = torch.cat(draw.logps, dim=1)
+    support_BTV = torch.cat(draw.supports, dim=1) if draw.supports else None
     rows, sampled, logps, support = [], [], [], []
     for row, new in enumerate(sequences[:, ids.shape[1] :]):
         length = int((new != boi).long().cumprod(0).sum())
@@ -116,12 +119,13 @@ def write_texts(
         rows.append(torch.cat([ids[row][mask[row].bool()], new[:length], new.new_tensor([boi])]))
         sampled.append(torch.arange(length + 1, device=ids.device) < count)
         logps.append(F.pad(logps_BT[row, :count], (0, put)))
-        support.append(F.pad(support_BTV[row, :count], (0, 0, 0, put), value=True))
+        if support_BTV is not None:
+            support.append(F.pad(support_BTV[row, :count], (0, 0, 0, put), value=True))
     left = lambda parts, value: pad_sequence(parts, True, value, padding_side="left")  # noqa: E731
     return Texts(
         input_ids=left(rows, config.eoi_token_id),
         attention_mask=left([torch.ones_like(row) for row in rows], 0),
         sampled=left(sampled, False),
         logps=left(logps, 0.0),
-        support=left(support, True),
+        support=left(support, True) if support else None,
     )
