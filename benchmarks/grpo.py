@@ -345,7 +345,9 @@ def main(arguments: list[str] | None = None) -> None:
             for arm in ARMS
         },
         "arms": {arm: {str(seed): done[arm][seed] for seed in seeds} for arm in ARMS},
-        "settings": settings_of(options) | {"seeds": options.seeds},
+        "settings": settings_of(options)
+        | {name: Path(getattr(options, name)).name for name in ("model", "packs")}
+        | {"seeds": options.seeds},
         "machine": machine(torch.device("cpu")) | {"threads": 1},
     }
     strips = {"before": path_of(options, chosen, "test")} | {arm: path_of(options, arm, seeds[0]) for arm in ARMS}
