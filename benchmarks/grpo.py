@@ -3,40 +3,58 @@
 From one checkpoint of the recipe, stopped early, and for several seeds:
 
 - `prefix`: GRPO on the scales whose codes fit `--prefix-tokens`, the judge as reward;
-- `vanilla`: the same on all scales (the paper's fig. 12 compares the two);
 - `shuffled`: the control, `prefix` with the rewards of a batch dealt out at random;
-- `supervised`: training goes on, on PACKS, for as many seconds as `prefix` took.
+- `vanilla`: GRPO on all scales, as many rollouts as `prefix`; scored also when `prefix`'s seconds are over;
+- `supervised`: the recipe goes on, on PACKS, for `prefix`'s seconds, over which its learning rate comes down.
 
 The sampler that judges all of them is chosen for the checkpoint as it was, on the dev split; scores are of held-out
-prompts of the test split, which share none with training's. An arm that is finished is not run again.
+prompts of the test split, which share none with training's. Seconds are the CPU's, of one thread, without those of
+measuring. An arm that is finished is not run again. Beside the JSON, curves and pictures before and after.
 """
 
 import argparse
 import json
+import math
 import statistics
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
-from transformers import TrainerCallback
+from PIL import Image
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PrinterCallback, TrainerCallback
 
+from benchmarks.grpo_figures import draw_curves, draw_strips
 from benchmarks.harness import in_processes, interval, machine, report
 from examples.shapes.evaluate import Evaluator, text_to_image
+from examples.shapes.grammar import CATEGORIES, held_out_prompts
+from examples.shapes.muon import MuonWithAdamW
 from examples.shapes.rewards import shapes_judge, training_prompts
+from examples.shapes.transformer import PACKS, PEAK
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor
 from transformers_nextflow.data import PackedDataset
+from transformers_nextflow.data.extraction import check_plan
 from transformers_nextflow.files import write_atomically
 from transformers_nextflow.training import NextFlowTrainer, NextFlowTrainingArguments
 from transformers_nextflow.training.grpo import NextFlowGRPOConfig, NextFlowGRPOTrainer
-from transformers_nextflow.training.grpo.rollouts import prefix_logps
+from transformers_nextflow.training.grpo.rollouts import rollout_logps
 
 OUTPUT = Path(__file__).parent / "results" / "grpo.json"
+PAPER = "fig. 12: prefixes of 512, 256, 128 and 64 tokens climb faster and higher than vanilla GRPO"
 ARMS = ("prefix", "vanilla", "shuffled", "supervised")
 SAMPLERS = {
-    "one guidance, temperature 1": {"guidance_scale": 2.0, "temperature": 1.0},
-    "one guidance, temperature 0.6": {"guidance_scale": 2.0, "temperature": 0.6},
-    "by scale": {"guidance_scale": [3.0, 3.0, 1.5, 2.0, 1.0, 1.0], "temperature": [0.6, 0.6, 0.1, 0.3, 0.1, 0.1]},
+    "guided": {"guidance_scale": 2.0, "temperature": 1.0},
+    "guided-cool": {"guidance_scale": 2.0, "temperature": 0.6},
+    "by-scale": {"guidance_scale": [3.0, 3.0, 1.5, 2.0, 1.0, 1.0], "temperature": [0.6, 0.6, 0.1, 0.3, 0.1, 0.1]},
 }
+POINTS = 4  # of a training, at which dev prompts and gradients are measured
+NUM_PROMPTS = 4_000  # trained on
+SHOWN = 2  # pictures of each category on the sheet
+WARMUP = 20  # steps of the supervised arm
+KEPT = ("reward", "reward_std", "frac_reward_zero_std", "entropy")
 
 
 class Shuffled:
@@ -50,149 +68,299 @@ class Shuffled:
         return [rewards[place] for place in torch.randperm(len(rewards), generator=self.generator)]
 
 
-class GradientNorms(TrainerCallback):
-    """At some steps, the norm of the gradient that each scale of the prefix contributes alone."""
+class Watch(TrainerCallback):
+    """Follows a training; its clock stands still while it measures.
 
-    def __init__(self, every: int):
-        self.every, self.rows, self.trainer = every, [], None
+    Args:
+        name: of the arm, for the lines of progress.
+        limit: seconds after which a training ends that has no number of steps.
+        dev: the score of dev prompts, at `POINTS` times.
+        at_seconds: when to take `score` on the way.
+    """
 
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step % self.every:
-            return
-        trainer, rollouts = self.trainer, self.trainer._buffer[0]
-        logps, _ = prefix_logps(trainer.model, rollouts, trainer.prefix, trainer.schedule, args)
-        terms = -logps * rollouts.advantages[:, None] * trainer.token_weights
-        parameters = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
-        norms = []
-        for part in terms.split(list(trainer.prefix.lengths), dim=1):
-            gradients = torch.autograd.grad(part.sum(dim=1).mean(), parameters, retain_graph=True, allow_unused=True)
-            norms.append(
-                torch.stack([gradient.norm() for gradient in gradients if gradient is not None]).norm().item()
-            )
-        self.rows.append({"step": state.global_step, "norms": [round(norm, 5) for norm in norms]})
+    def __init__(
+        self, name: str, dev: Callable[[], float], score: Callable[[], dict], limit: float | None, at_seconds: float
+    ):
+        self.name, self.dev, self.score, self.limit, self.at_seconds = name, dev, score, limit, at_seconds
+        self.started, self.apart, self.trainer = 0.0, 0.0, None
+        self.rewards, self.held_out, self.norms, self.on_the_way = [], [], [], None
 
+    @property
+    def seconds(self) -> float:
+        return round(time.process_time() - self.started - self.apart, 1)
 
-class Deadline(TrainerCallback):
-    def __init__(self, seconds: float):
-        self.seconds = seconds
+    def progress(self, state) -> float:
+        """From 0 to 1."""
+        return self.seconds / self.limit if self.limit else state.global_step / state.max_steps
+
+    def measure(self, what: Callable):
+        started = time.process_time()
+        result = what()
+        self.trainer.model.train()
+        self.apart += time.process_time() - started
+        return result
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.end = time.perf_counter() + self.seconds
+        self.started = time.process_time()
 
     def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop |= time.perf_counter() > self.end
+        progress, at = self.progress(state), {"step": state.global_step, "seconds": self.seconds}
+        if self.on_the_way is None and self.at_seconds < at["seconds"]:
+            self.on_the_way = at | self.measure(self.score)
+        if progress >= (len(self.held_out) + 1) / POINTS:
+            self.held_out.append(at | {"dev": self.measure(self.dev)})
+            if self.limit is None:
+                self.norms.append(at | {"by_scale": self.measure(lambda: gradient_norms(self.trainer))})
+            print(f"{self.name}: {progress:.0%}, {self.held_out[-1]}", file=sys.stderr, flush=True)
+        if self.limit:
+            control.should_training_stop |= progress >= 1
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "reward" in logs:
+            row = {"step": state.global_step, "seconds": self.seconds}
+            self.rewards.append(row | {name: round(logs[name], 4) for name in KEPT})
+            if state.global_step % 25 == 0:
+                print(f"{self.name}: {self.rewards[-1]}", file=sys.stderr, flush=True)
+
+
+def gradient_norms(trainer: NextFlowGRPOTrainer) -> list[float]:
+    """Of the gradient that each scale of the prefix gives alone, on the last rollouts."""
+    rollouts = trainer._buffer[0]
+    logps, _ = rollout_logps(trainer.model, rollouts, trainer.prefix, trainer.schedule, trainer.args)
+    terms = -logps * rollouts.advantages[:, None] * trainer.token_weights
+    parameters = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    norms = []
+    for part in terms.split(list(trainer.prefix.lengths), dim=1):
+        gradients = torch.autograd.grad(part.sum(dim=1).mean(), parameters, retain_graph=True, allow_unused=True)
+        norms.append(torch.stack([each.norm() for each in gradients if each is not None]).norm().item())
+    return [round(norm, 5) for norm in norms]
 
 
 def score(model, processor, sampling: dict, prompts: int, split: str) -> dict:
     """Share of pictures that show what held-out prompts ask, over all and by category."""
-    evaluator = Evaluator(model.eval(), processor, seed=0, **sampling)
-    rows = text_to_image(evaluator, prompts, 1, split)
+    rows = text_to_image(Evaluator(model.eval(), processor, seed=0, **sampling), prompts, 1, split)
     return {name: row["score"] for name, row in rows.items()}
 
 
-def run_arm(arm: str, seed: int, sampling: dict, options, seconds: float | None = None) -> dict:
-    """Train one arm from the checkpoint and score it; `seconds` bounds the supervised one."""
-    folder = options.folder
-    path = folder / f"{arm}-{seed}.json"
-    if path.exists():
-        return json.loads(path.read_text())
+def shown_prompts() -> list[str]:
+    return [request.text for category in CATEGORIES for request in held_out_prompts(category, SHOWN, 0, "test")]
+
+
+def strip(model, processor, sampling: dict) -> Image.Image:
+    """The first test prompts' pictures, side by side."""
+    groups = Evaluator(model.eval(), processor, seed=0, **sampling).pictures(shown_prompts())
+    return Image.fromarray(np.concatenate([group[0] for group in groups], axis=1))
+
+
+def path_of(options, name: str, part: str | int) -> Path:
+    """Where the result of an arm and a seed, or of a sampler and a split, goes."""
+    return options.folder / f"{name}-{part}.json"
+
+
+def finish(path: Path, result: dict, picture: Image.Image | None = None) -> dict:
+    if picture is not None:
+        write_atomically(path.with_suffix(".png"), lambda partial: picture.save(partial, format="PNG"))
+    write_atomically(path, lambda partial: partial.write_text(json.dumps(result, indent=1)))
+    return result
+
+
+def run_before(sampler: str, split: str, options) -> dict:
+    """The checkpoint's score under one of `SAMPLERS`."""
     model = NextFlowForConditionalGeneration.from_pretrained(options.model)
     processor = NextFlowProcessor.from_pretrained(options.model)
+    result = score(model, processor, SAMPLERS[sampler], options.prompts, split)
+    picture = strip(model, processor, SAMPLERS[sampler]) if split == "test" else None
+    return finish(path_of(options, sampler, split), result, picture)
+
+
+def run_arm(arm: str, seed: int, sampling: dict, options, seconds: float = math.inf) -> dict:
+    """Train one arm from the checkpoint and score it; `seconds` are those of `prefix`."""
+    path = path_of(options, arm, seed)
+    model = NextFlowForConditionalGeneration.from_pretrained(options.model)
+    model.model.vq_model.requires_grad_(False)
+    model.set_attn_implementation("eager")  # the fastest backward at these lengths on a CPU
+    processor = NextFlowProcessor.from_pretrained(options.model)
+    watch = Watch(
+        f"{arm}, seed {seed}",
+        lambda: score(model, processor, sampling, options.curve_prompts, "dev")["overall"],
+        lambda: score(model, processor, sampling, options.prompts, "test"),
+        limit=seconds if arm == "supervised" else None,
+        at_seconds=seconds if arm == "vanilla" else math.inf,
+    )
+    work = options.folder / "work" / path.stem
     common = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "seed": seed, "use_cpu": True}
-    common |= {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 5, "weight_decay": 0.0}
     if arm == "supervised":
-        model.model.vq_model.requires_grad_(False)
-        model.set_attn_implementation("eager")
-        arguments = NextFlowTrainingArguments(
-            folder / "work", learning_rate=options.supervised_learning_rate, per_device_train_batch_size=10,
-            max_steps=100_000, logging_steps=50, **common,
-        )  # fmt: skip
-        packs = PackedDataset(options.packs, model, processor, seed=seed)
-        trainer = NextFlowTrainer(model, arguments, train_dataset=packs, callbacks=[Deadline(seconds)])
-        norms = None
+        trainer = supervised(model, processor, watch, work, options, common)
     else:
         arguments = NextFlowGRPOConfig(
-            folder / "work",
+            work,
             learning_rate=options.learning_rate,
+            lr_scheduler_type="constant_with_warmup",
+            warmup_steps=5,
             num_generations=options.group,
             per_device_train_batch_size=options.group * options.prompts_at_once,
             prefix_tokens=None if arm == "vanilla" else options.prefix_tokens,
             beta=options.beta,
             max_steps=options.steps,
-            logging_steps=5,
+            logging_steps=min(5, options.steps),
             gradient_checkpointing=False,
             **common,
         )
-        reward, norms = Shuffled(seed) if arm == "shuffled" else shapes_judge, GradientNorms(every=20)
-        prompts = training_prompts(4_000, seed)
-        trainer = NextFlowGRPOTrainer(model, reward, arguments, prompts, processing_class=processor, callbacks=[norms])
-        norms.trainer = trainer
-    started = time.perf_counter()
+        reward, prompts = Shuffled(seed) if arm == "shuffled" else shapes_judge, training_prompts(NUM_PROMPTS, seed)
+        trainer = NextFlowGRPOTrainer(model, reward, arguments, prompts, processing_class=processor, callbacks=[watch])
+    trainer.remove_callback(PrinterCallback)  # standard output is for the result
+    watch.trainer = trainer
     trainer.train()
-    result = {
-        "seconds": round(time.perf_counter() - started, 1),
-        "steps": trainer.state.global_step,
-        "score": score(trainer._nextflow, processor, sampling, options.prompts, "test"),
-        "curve": [
-            {name: round(row[name], 4) for name in ("step", "reward", "entropy", "kl") if name in row}
-            for row in trainer.state.log_history
-            if "reward" in row
-        ],
-        "gradient_norms": norms and norms.rows,
+    result = {"seconds": watch.seconds, "steps": trainer.state.global_step, "score": watch.measure(watch.score)}
+    if arm == "vanilla":  # one that took no longer than `prefix` is scored at its end
+        result["at_equal_seconds"] = (
+            watch.on_the_way or {"step": result["steps"], "seconds": result["seconds"]} | (result["score"])
+        )
+    result |= {"held_out": watch.held_out, "gradient_norms": watch.norms, "rewards": watch.rewards}
+    return finish(path, result, strip(model, processor, sampling))
+
+
+def supervised(model, processor, watch: Watch, work: Path, options, common: dict) -> NextFlowTrainer:
+    """The recipe's trainer, whose learning rate follows the watch."""
+    values = {"per_device_train_batch_size": options.packs_at_once, "max_steps": 1_000_000, "logging_steps": 50}
+    values |= {"bf16": True, "weight_decay": 0.05, "adam_beta2": 0.95}
+    arguments = NextFlowTrainingArguments(work, **values, **common)
+    optimizer = MuonWithAdamW(
+        model.named_parameters(),
+        lambda name: "language_model.layers" in name,
+        options.supervised_learning_rate,
+        arguments.weight_decay,
+        (arguments.adam_beta1, arguments.adam_beta2),
+    )
+    decay = lambda: 0.02 + 0.49 * (1 + math.cos(math.pi * min(watch.progress(watch.trainer.state), 1)))  # noqa: E731
+    schedule = LambdaLR(optimizer, lambda step: min((step + 1) / WARMUP, 1) * (decay() if step else 1))
+    packs = PackedDataset(options.packs, model, processor, seed=common["seed"])
+    trainer = NextFlowTrainer(
+        model, arguments, train_dataset=packs, callbacks=[watch], optimizers=(optimizer, schedule)
+    )
+    return trainer
+
+
+def prompts_in_common(options) -> dict[str, int]:
+    """How many prompts the splits have, and how many training shares with them."""
+    trained = {
+        row["prompt"][0]["content"]
+        for seed in range(1, options.seeds + 1)
+        for row in training_prompts(NUM_PROMPTS, seed)
     }
-    write_atomically(path, lambda partial: partial.write_text(json.dumps(result, indent=1)))
-    return result
+    texts = {
+        split: [r.text for category in CATEGORIES for r in held_out_prompts(category, options.prompts, 0, split)]
+        for split in ("dev", "test")
+    }
+    return {
+        "trained on": len(trained),
+        "test": len(texts["test"]),
+        "test, different": len(set(texts["test"])),
+        "test and training": len(trained & set(texts["test"])),
+        "test and dev": len(set(texts["dev"]) & set(texts["test"])),
+        "dev and training": len(trained & set(texts["dev"])),
+    }
 
 
-def main() -> None:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of the checkpoint")
     parser.add_argument("packs", help="folder of the recipe's packs")
     parser.add_argument("--folder", type=Path, default=Path("runs/grpo-benchmark"), help="of finished arms")
     parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=150, help="of GRPO (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=250, help="of GRPO (default: %(default)s)")
     parser.add_argument("--group", type=int, default=8, help="pictures of a prompt (default: %(default)s)")
     parser.add_argument("--prompts-at-once", type=int, default=4, help="of a step (default: %(default)s)")
     parser.add_argument("--prefix-tokens", type=int, default=10, help="default: %(default)s, four of six scales")
     parser.add_argument("--learning-rate", type=float, default=1e-4, help="default: %(default)s")
-    parser.add_argument("--supervised-learning-rate", type=float, default=3e-4, help="default: %(default)s")
+    parser.add_argument("--supervised-learning-rate", type=float, default=PEAK, help="default: %(default)s")
+    parser.add_argument("--packs-at-once", type=int, default=PACKS, help="of a step (default: %(default)s)")
     parser.add_argument("--beta", type=float, default=0.0, help="weight of the KL (default: %(default)s)")
     parser.add_argument("--prompts", type=int, default=50, help="for each of six categories (default: %(default)s)")
+    parser.add_argument("--curve-prompts", type=int, default=10, help="the same along the way (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="JSON file (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    options = parser.parse_args()
-    model = NextFlowForConditionalGeneration.from_pretrained(options.model)
-    processor = NextFlowProcessor.from_pretrained(options.model)
-    dev = {name: score(model, processor, sampling, options.prompts, "dev") for name, sampling in SAMPLERS.items()}
-    chosen = max(dev, key=lambda name: dev[name]["overall"])
-    before = score(model, processor, SAMPLERS[chosen], options.prompts, "test")
-    print(f"sampler {chosen}: dev {dev[chosen]}, test before {before}", flush=True)
+    return parser.parse_args(arguments)
+
+
+def settings_of(options: argparse.Namespace) -> dict[str, str]:
+    left_out = ("folder", "output", "json", "seeds")
+    return {name: str(value) for name, value in vars(options).items() if name not in left_out}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    check_plan(options.folder, {"settings": settings_of(options)})
+    common = prompts_in_common(options)
+    if common["test and training"]:
+        raise ValueError(f"training shares {common['test and training']} prompts with the test split")
     seeds = range(1, options.seeds + 1)
     done: dict[str, dict[int, dict]] = {arm: {} for arm in ARMS}
 
-    def run(jobs: list[tuple]) -> None:
-        for (arm, seed, *_), outcome in in_processes(run_arm, jobs):
-            print(f"{arm}, seed {seed}: {outcome['score']['overall']} after {outcome['seconds']} s", flush=True)
-            done[arm][seed] = outcome
+    def run(function: Callable, jobs: list[tuple]) -> dict[tuple, dict]:
+        """Results by the first two arguments; those of finished jobs are read."""
+        paths = {job[:2]: path_of(options, *job[:2]) for job in jobs}
+        todo = [job for job in jobs if not paths[job[:2]].exists()]
+        for job, outcome in in_processes(function, todo) if todo else ():
+            found = outcome.get("score", outcome)["overall"]
+            print(f"{job[0]}, {job[1]}: {found} after {outcome.get('seconds', 0)} s", file=sys.stderr, flush=True)
+        return {job: json.loads(path.read_text()) for job, path in paths.items()}
 
-    run([(arm, seed, SAMPLERS[chosen], options) for seed in seeds for arm in ARMS if arm != "supervised"])
-    spent = {seed: done["prefix"][seed]["seconds"] for seed in seeds}
-    run([("supervised", seed, SAMPLERS[chosen], options, spent[seed]) for seed in seeds])
-    gains = {
-        arm: interval([done[arm][seed]["score"]["overall"] - before["overall"] for seed in seeds]) for arm in ARMS
-    }
+    dev = {name: row for (name, _), row in run(run_before, [(name, "dev", options) for name in SAMPLERS]).items()}
+    chosen = max(SAMPLERS, key=lambda name: dev[name]["overall"])
+    before = run(run_before, [(chosen, "test", options)])[chosen, "test"]
+    sampling = SAMPLERS[chosen]
+    # two phases, since `vanilla` and `supervised` need the seconds of `prefix`
+    arms = run(run_arm, [(arm, seed, sampling, options) for arm in ("prefix", "shuffled") for seed in seeds])
+    spent = {seed: arms["prefix", seed]["seconds"] for seed in seeds}
+    rest = [(arm, seed, sampling, options, spent[seed]) for arm in ("vanilla", "supervised") for seed in seeds]
+    for (arm, seed), outcome in (arms | run(run_arm, rest)).items():
+        done[arm][seed] = outcome
+
+    def gains(scores: list[dict]) -> dict:
+        return interval([round(row["overall"] - before["overall"], 4) for row in scores])
+
+    gain = {arm: gains([done[arm][seed]["score"] for seed in seeds]) for arm in ARMS}
+    at_equal_seconds = [done["vanilla"][seed]["at_equal_seconds"] for seed in seeds]
+    prefix_scores = [done["prefix"][seed]["score"]["overall"] for seed in seeds]
     result = {
         "sampler": {"chosen": chosen, "dev": {name: row["overall"] for name, row in dev.items()}},
+        "prompts": common,
         "before": before,
-        "gain": gains,
+        "gain": gain | {"vanilla, at the seconds of prefix": gains(at_equal_seconds)},
+        "prefix against vanilla": {
+            "paper": PAPER,
+            "at equal rollouts": interval(
+                [p - done["vanilla"][seed]["score"]["overall"] for p, seed in zip(prefix_scores, seeds)]
+            ),
+            "at equal seconds": interval([p - row["overall"] for p, row in zip(prefix_scores, at_equal_seconds)]),
+            "seconds": {arm: [done[arm][seed]["seconds"] for seed in seeds] for arm in ("prefix", "vanilla")},
+        },
+        "goals": {
+            "prefix rises by 0.10": gain["prefix"]["mean"] >= 0.10,
+            "shuffled stays within 0.05": abs(gain["shuffled"]["mean"]) <= 0.05,
+        },
         "categories": {
             arm: {name: round(statistics.mean(done[arm][seed]["score"][name] for seed in seeds), 4) for name in before}
             for arm in ARMS
         },
         "arms": {arm: {str(seed): done[arm][seed] for seed in seeds} for arm in ARMS},
-        "settings": {name: str(value) for name, value in vars(options).items() if name not in ("json", "folder")},
-        "machine": machine(torch.device("cpu")),
+        "settings": settings_of(options)
+        | {name: Path(getattr(options, name)).name for name in ("model", "packs")}
+        | {"seeds": options.seeds},
+        "machine": machine(torch.device("cpu")) | {"threads": 1},
     }
-    report(result, options.json, OUTPUT)
+    strips = {"before": path_of(options, chosen, "test")} | {arm: path_of(options, arm, seeds[0]) for arm in ARMS}
+    sheets = {
+        "curves": draw_curves(done, before["overall"], dev[chosen]["overall"]),
+        "pictures": draw_strips(
+            {name: Image.open(path.with_suffix(".png")) for name, path in strips.items()}, shown_prompts()
+        ),
+    }
+    for name, sheet in sheets.items():
+        path = options.output.with_name(f"{options.output.stem}_{name}.png")
+        write_atomically(path, lambda partial, sheet=sheet: sheet.save(partial, format="PNG"))
+    report(result, options.json, options.output)
 
 
 if __name__ == "__main__":

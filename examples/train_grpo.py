@@ -9,15 +9,17 @@ On the shapes world, with the judge as reward, adapters, and a picture sheet at 
 With a dataset of your own (rows with `prompt`, optionally `images`, other columns for the rewards) and reward
 functions by dotted path; under `accelerate launch` on several devices:
 
-    accelerate launch examples/train_grpo.py --model_name_or_path owner/model --dataset_name owner/prompts \
+    accelerate launch -m examples.train_grpo --model_name_or_path owner/model --dataset_name owner/prompts \
         --reward_funcs my_package.rewards.aesthetic --output_dir runs/grpo
+
+For one small GPU see `docs/grpo.md`.
 """
 
 import importlib
 from dataclasses import dataclass, field
 
 import datasets
-from trl import ModelConfig, ScriptArguments, TrlParser
+from trl import ModelConfig, ScriptArguments, TrlParser, get_quantization_config
 
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor
 from transformers_nextflow.cli import model_name
@@ -54,7 +56,10 @@ def main() -> None:
     parser = TrlParser((GRPOScriptArguments, NextFlowGRPOConfig, ModelConfig))
     script, arguments, model_arguments = parser.parse_args_and_config()
     name = model_name(model_arguments.model_name_or_path)
-    model, processor = NextFlowForConditionalGeneration.from_pretrained(name), NextFlowProcessor.from_pretrained(name)
+    processor = NextFlowProcessor.from_pretrained(name)
+    model = NextFlowForConditionalGeneration.from_pretrained(
+        name, dtype=model_arguments.dtype, quantization_config=get_quantization_config(model_arguments)
+    )
     if script.dataset_name is None:
         prompts = training_prompts(script.num_prompts, arguments.seed)
     else:

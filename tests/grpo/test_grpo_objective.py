@@ -18,7 +18,7 @@ from transformers_nextflow.training.grpo.objective import (
     sampling_support,
     token_weights,
 )
-from transformers_nextflow.training.grpo.rollouts import prefix_logps, roll_out, with_images
+from transformers_nextflow.training.grpo.rollouts import roll_out, rollout_logps, with_images
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +28,7 @@ def policy(tiny_model):
 
 def settings(**values) -> SimpleNamespace:
     defaults = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "guidance_scale": 1.0, "logprob_mode": "behaviour"}
+    defaults |= {"optimize": "image"}
     return SimpleNamespace(**defaults | values)
 
 
@@ -63,7 +64,7 @@ def test_teacher_forced_log_probabilities_are_those_of_sampling(policy, tiny_pro
     ]
     rollouts, _, prefix, schedule = sampled(policy, tiny_processor, args, prompts, m, aspect_ratio)
     with torch.no_grad():
-        logps, entropies = prefix_logps(policy, rollouts, prefix, schedule, args)
+        logps, entropies = rollout_logps(policy, rollouts, prefix, schedule, args)
     torch.testing.assert_close(logps, rollouts.sampling_logps, rtol=1e-5, atol=1e-5)
     assert (logps <= 1e-6).all() and logps.min() < -0.01
     assert (entropies >= 0).all() and (entropies <= math.log(64) + 1e-5).all()
@@ -77,13 +78,13 @@ def test_conditional_log_probabilities_forget_guidance_and_filters(policy, tiny_
     rollouts, _, prefix, schedule = sampled(policy, tiny_processor, guided)
     assert rollouts.support is None and rollouts.null_input_ids is None
     with torch.no_grad():
-        logps, _ = prefix_logps(policy, rollouts, prefix, schedule, guided)
-        as_plain, _ = prefix_logps(policy, rollouts, prefix, schedule, plain)
+        logps, _ = rollout_logps(policy, rollouts, prefix, schedule, guided)
+        as_plain, _ = rollout_logps(policy, rollouts, prefix, schedule, plain)
     torch.testing.assert_close(logps, as_plain, rtol=0, atol=0)
     assert (logps - rollouts.sampling_logps).abs().max() > 0.1
     rollouts, *_ = sampled(policy, tiny_processor, plain)  # without either both are one
     with torch.no_grad():
-        logps, _ = prefix_logps(policy, rollouts, prefix, schedule, plain)
+        logps, _ = rollout_logps(policy, rollouts, prefix, schedule, plain)
     torch.testing.assert_close(logps, rollouts.sampling_logps, rtol=0, atol=1e-5)
 
 
@@ -92,11 +93,11 @@ def test_a_forward_cut_after_the_prefix_is_the_whole_forward_there(policy, tiny_
     args = settings()
     rollouts, codes, prefix, schedule = sampled(policy, tiny_processor, args, [chat("a ring", picture(3))], m)
     with torch.no_grad():
-        cut, _ = prefix_logps(policy, rollouts, prefix, schedule, args)
+        cut, _ = rollout_logps(policy, rollouts, prefix, schedule, args)
     whole, _, everything, _ = sampled(policy, tiny_processor, args, [chat("a ring", picture(3))], 3)
     assert torch.equal(whole.codes, codes)
     with torch.no_grad():
-        full, _ = prefix_logps(policy, whole, everything, schedule, args)
+        full, _ = rollout_logps(policy, whole, everything, schedule, args)
     torch.testing.assert_close(cut, full[:, : prefix.num_codes], rtol=0, atol=1e-5)
     assert cut.shape[1] < full.shape[1]
 
@@ -120,7 +121,7 @@ def test_the_score_function_gives_the_gradient_of_the_expected_reward():
         for second in range(5):
             codes = torch.tensor([[first, second]])
             logps = logits.log_softmax(-1).gather(-1, codes[..., None]).squeeze(-1)
-            ratios = log_ratios(logps, logps.detach(), SimpleNamespace(lengths=(1, 1)), "token")
+            ratios = log_ratios(logps, logps.detach(), (1, 1), "token")
             losses, _, _ = clipped_policy_loss(ratios, reward[first, second][None], 0.2, 0.2)
             surrogate = surrogate - losses.sum() * (probabilities[0, first] * probabilities[1, second]).detach()
     (estimate,) = torch.autograd.grad(surrogate, logits)
@@ -148,7 +149,7 @@ def test_the_policy_loss_is_eq_5_by_hand():
                     ratio, advantage = math.exp(difference), advantages[row].item()
                     clipped = min(max(ratio, 0.8), 1.3)
                     expected -= k[scale] / total * min(ratio * advantage, clipped * advantage) / 2
-        ratios = log_ratios(logps, old, prefix, level)
+        ratios = log_ratios(logps, old, prefix.lengths, level)
         losses, low, high = clipped_policy_loss(ratios, advantages, 0.2, 0.3)
         assert (losses * weights).sum(1).mean().item() == pytest.approx(expected, rel=1e-5)
         assert (low | high).any() and not (low & high).any()

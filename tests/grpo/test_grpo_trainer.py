@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import dataclasses
 import json
 import os
 import socket
@@ -9,14 +10,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from grpo_samples import chat, picture, policy_of
+from trl import GRPOConfig
 
 from transformers_nextflow.lora import lora_config
 from transformers_nextflow.training.grpo import NextFlowGRPOConfig, NextFlowGRPOTrainer, RewardError
-from transformers_nextflow.training.grpo.rollouts import prefix_logps
+from transformers_nextflow.training.grpo.config import NOT_APPLICABLE
+from transformers_nextflow.training.grpo.rollouts import rollout_logps
 
 ROOT = Path(__file__).parents[2]
 
@@ -69,7 +73,7 @@ def test_a_step_is_the_gradient_of_eq_5_by_hand(policy, tiny_processor, tmp_path
     run.train()
     rollouts = run._buffer[0]
     assert run.prefix.num_codes == 5 and rollouts.codes.shape == (8, 5)
-    logps, _ = prefix_logps(before, rollouts, run.prefix, run.schedule, run.args)
+    logps, _ = rollout_logps(before, rollouts, run.prefix, run.schedule, run.args)
     k = torch.tensor([1.0, *[4**-0.9] * 4])
     # the ratio is 1, its gradient that of the log-probability
     loss = -((k / k.sum()) * logps * rollouts.advantages[:, None]).sum(dim=1).mean()
@@ -82,6 +86,19 @@ def test_a_step_is_the_gradient_of_eq_5_by_hand(policy, tiny_processor, tmp_path
     assert {name for name in moved(state(before), state(run.model))} == {
         name for name, parameter in before.named_parameters() if parameter.grad is not None and parameter.grad.any()
     }
+
+
+def test_nothing_beyond_the_prefix_is_computed_or_has_a_gradient(policy, tiny_processor, tmp_path):
+    """Of three scales two are optimised."""
+    seen = []
+    run = trainer(policy, tiny_processor, tmp_path)
+    run._prepare_inputs([(number, rows()[number]) for number in (0, 2) for _ in range(4)])
+    with run.model.code_head.register_forward_hook(lambda module, inputs, output: seen.append(output)):
+        loss = run.compute_loss(run.model, run._buffer[0])
+    (gradient,) = torch.autograd.grad(loss, seen)
+    assert gradient.shape == (8, 5, 64) and gradient.any()
+    rollouts = run._buffer[0]
+    assert (rollouts.input_ids == run.model.config.image_token_id).sum() == 8 * 4  # slots of the second scale alone
 
 
 def test_advantages_compare_pictures_of_one_prompt(policy, tiny_processor, tmp_path):
@@ -191,7 +208,7 @@ def test_later_steps_of_a_generation_compare_with_the_policy_that_sampled(policy
     first, second = (row for row in run.state.log_history if "loss" in row)
     rollouts = run._buffer[0]
     with torch.no_grad():
-        logps, _ = prefix_logps(policy, rollouts, run.prefix, run.schedule, run.args)
+        logps, _ = rollout_logps(policy, rollouts, run.prefix, run.schedule, run.args)
     torch.testing.assert_close(rollouts.old_logps, logps, rtol=1e-5, atol=1e-5)
     assert first["clip_ratio/region_mean"] == 0.0  # explicit old log-probabilities, ratio 1
     assert first["reward"] > 0 or "reward" not in second  # one generation, one reward
@@ -219,7 +236,7 @@ def test_the_kl_of_a_step_is_eq_5_by_hand(policy, tiny_processor, tmp_path):
         both = run.compute_loss(run.model, rollouts)
         run.args.beta = 0.0
         alone = run.compute_loss(run.model, rollouts)
-        logps, _ = prefix_logps(run.model, rollouts, run.prefix, run.schedule, run.args)
+        logps, _ = rollout_logps(run.model, rollouts, run.prefix, run.schedule, run.args)
     difference = rollouts.ref_logps - logps
     k3 = difference.exp() - difference - 1
     torch.testing.assert_close(both - alone, 0.5 * (run.token_weights * k3).sum(dim=1).mean())
@@ -237,11 +254,11 @@ def test_adapters_are_trained_and_switched_off_for_the_reference(policy, tiny_pr
     assert curve[0] == pytest.approx(0.0, abs=1e-6) and curve[-1] > 0
     rollouts = run._buffer[0]
     with torch.no_grad():
-        adapted, _ = prefix_logps(run.model, rollouts, run.prefix, run.schedule, run.args)
+        adapted, _ = rollout_logps(run.model, rollouts, run.prefix, run.schedule, run.args)
         with run.model.disable_adapter():
-            base, _ = prefix_logps(run.model, rollouts, run.prefix, run.schedule, run.args)
-        original, _ = prefix_logps(policy, rollouts, run.prefix, run.schedule, run.args)
-        merged, _ = prefix_logps(run.model.merge_and_unload(), rollouts, run.prefix, run.schedule, run.args)
+            base, _ = rollout_logps(run.model, rollouts, run.prefix, run.schedule, run.args)
+        original, _ = rollout_logps(policy, rollouts, run.prefix, run.schedule, run.args)
+        merged, _ = rollout_logps(run.model.merge_and_unload(), rollouts, run.prefix, run.schedule, run.args)
     torch.testing.assert_close(base, original, rtol=0, atol=0)
     torch.testing.assert_close(merged, adapted, rtol=1e-4, atol=1e-4)
     assert (adapted - base).abs().max() > 1e-3
@@ -403,6 +420,67 @@ def test_silent_rewards_move_nothing(policy, tiny_processor, tmp_path):
     before = state(run.model)
     run.train()
     assert not moved(before, state(run.model))
+
+
+class Tracker:
+    """What wandb and trackio have in common."""
+
+    def __init__(self):
+        self.logged = []
+
+    def Image(self, picture, caption):
+        return picture, caption
+
+    def log(self, values):
+        self.logged.append(values)
+
+
+class SummaryWriter:
+    """As torch's."""
+
+    def __init__(self, folder):
+        self.folder, self.tags, self.closed = folder, [], False
+        MADE.append(self)
+
+    def add_image(self, tag, picture, step, dataformats):
+        self.tags.append((tag, step, picture.shape))
+
+    def flush(self):
+        pass
+
+    def close(self):
+        self.closed = True
+
+
+MADE: list[SummaryWriter] = []
+
+
+def test_trackers_that_take_pictures_get_completions(policy, tiny_processor, tmp_path, monkeypatch):
+    trackers = Tracker(), Tracker()
+    for name, tracker in zip(("wandb", "trackio"), trackers):
+        monkeypatch.setitem(sys.modules, name, tracker)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    run = trainer(policy, tiny_processor, tmp_path, log_completions=True, num_completions_to_print=3)
+    run.args.report_to = ["wandb", "trackio", "tensorboard"]  # after the Trainer's own callbacks are chosen
+    run.train()
+    for tracker in trackers:
+        (values,) = tracker.logged
+        assert values.pop("train/global_step") == 1
+        assert list(values) == [f"completions/0{number}" for number in range(3)]
+        for (image, caption), (text, drawn, reward) in zip(values.values(), run._pictures):
+            assert image is drawn and caption == f"{reward:.3g}: {text}"
+    (writer,) = MADE
+    assert writer.closed and writer.folder == str(tmp_path / "runs" / "completions")
+    assert writer.tags == [(f"completions/0{number}", 1, (24, 24, 3)) for number in range(3)]
+
+
+@pytest.mark.parametrize("name", NOT_APPLICABLE)
+def test_fields_that_say_nothing_about_pictures_are_refused(tmp_path, name):
+    default = {entry.name: entry.default for entry in dataclasses.fields(GRPOConfig)}[name]
+    other = not default if isinstance(default, bool) else 1.25 if default is None else default + type(default)(1)
+    with pytest.raises(ValueError):
+        NextFlowGRPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", **{name: other})
 
 
 @pytest.mark.parametrize(

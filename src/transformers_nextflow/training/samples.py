@@ -15,12 +15,45 @@ from ..files import write_atomically
 from ..processing_nextflow import NextFlowProcessor
 
 
+class PictureReports:
+    """Hands pictures to the trackers of `report_to` that take them: wandb and trackio get them in the Trainer's run,
+    TensorBoard as a run of their own, `runs/NAME` in `output_dir` or else `TENSORBOARD_LOGGING_DIR`.
+
+    Args:
+        name: of the pictures, before their numbers.
+    """
+
+    def __init__(self, name: str):
+        self.name, self._writer = name, None
+
+    def log(self, args, step: int, pictures: Sequence[Image.Image], captions: Sequence[str]) -> None:
+        tags = [f"{self.name}/{index:02}" for index in range(len(pictures))]
+        for name in ("wandb", "trackio"):
+            if name in args.report_to:
+                tracker = import_module(name)
+                drawn = [tracker.Image(picture, caption=text) for picture, text in zip(pictures, captions)]
+                tracker.log({**dict(zip(tags, drawn)), "train/global_step": step})
+        if "tensorboard" in args.report_to:
+            if self._writer is None:
+                from torch.utils.tensorboard import SummaryWriter
+
+                folder = os.environ.get("TENSORBOARD_LOGGING_DIR", os.path.join(args.output_dir, "runs"))
+                self._writer = SummaryWriter(os.path.join(folder, self.name))
+            for tag, picture in zip(tags, pictures):
+                self._writer.add_image(tag, np.asarray(picture), step, dataformats="HWC")
+            self._writer.flush()
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
 class SamplesCallback(TrainerCallback):
     """Draws pictures every few steps, writes them, and hands them to the trackers of `report_to` that take pictures.
 
     - `output_dir/samples/step-N/00.png` .. in the order of the prompts, each file written whole or not at all.
-    - wandb and trackio get them as `samples/00` .. in the Trainer's run; TensorBoard as a run of their own,
-      `runs/samples` in `output_dir` or else `TENSORBOARD_LOGGING_DIR`.
+    - Trackers get them as `samples/00` .., see [`PictureReports`].
 
     Every process draws, since sharded weights take all of them, and the first one writes. The pictures have random
     streams of their own, so the training's losses are what they are without samples.
@@ -60,7 +93,7 @@ class SamplesCallback(TrainerCallback):
         for prompt, given in zip(prompts, images):
             content = [*({"type": "image", "image": image} for image in given), {"type": "text", "text": prompt}]
             self.chats.append([{"role": "user", "content": content}])
-        self._writer = None
+        self._reports = PictureReports("samples")
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if isinstance(model, FSDPModule):  # the Trainer does the same with `generate`
@@ -75,12 +108,10 @@ class SamplesCallback(TrainerCallback):
         folder = Path(args.output_dir, "samples", f"step-{state.global_step}")
         for index, picture in enumerate(pictures):
             write_atomically(folder / f"{index:02}.png", lambda path, picture=picture: picture.save(path, "PNG"))
-        self._report(args, state.global_step, pictures)
+        self._reports.log(args, state.global_step, pictures, self.prompts)
 
     def on_train_end(self, args, state, control, **kwargs):
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        self._reports.close()
 
     @torch.no_grad()
     def draw(self, model) -> list[Image.Image]:
@@ -101,20 +132,3 @@ class SamplesCallback(TrainerCallback):
         finally:
             model.train(was_training)
         return self.processor.post_process_image(pixels)
-
-    def _report(self, args, step: int, pictures: list[Image.Image]) -> None:
-        tags = [f"samples/{index:02}" for index in range(len(pictures))]
-        for name in ("wandb", "trackio"):
-            if name in args.report_to:
-                tracker = import_module(name)
-                drawn = [tracker.Image(picture, caption=text) for picture, text in zip(pictures, self.prompts)]
-                tracker.log({**dict(zip(tags, drawn)), "train/global_step": step})
-        if "tensorboard" in args.report_to:
-            if self._writer is None:
-                from torch.utils.tensorboard import SummaryWriter
-
-                folder = os.environ.get("TENSORBOARD_LOGGING_DIR", os.path.join(args.output_dir, "runs"))
-                self._writer = SummaryWriter(os.path.join(folder, "samples"))
-            for tag, picture in zip(tags, pictures):
-                self._writer.add_image(tag, np.asarray(picture), step, dataformats="HWC")
-            self._writer.flush()

@@ -2,6 +2,7 @@
 
 - `objective.py`: advantages, weights, ratios, clipping and KL as plain functions (eq. 3 to 5).
 - `config.py`: [`NextFlowGRPOConfig`]. `rollouts.py`: prompts to pictures and what training needs of them.
+- `texts.py`: the text that an answer writes before its picture, where that is optimised.
 - `rewards.py`: reward functions in TRL's signature, called safely; shipped rewards.
 - `trainer.py`: [`NextFlowGRPOTrainer`].
 """

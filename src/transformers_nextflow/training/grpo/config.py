@@ -4,8 +4,11 @@ from dataclasses import dataclass, field, fields
 
 from trl import GRPOConfig
 
+from ...sampling import SAMPLING_LIMITS, per_scale
+
 LOGPROB_MODES = ("conditional", "behaviour")
 LEVELS = ("token", "scale")
+OPTIMIZE = ("image", "text", "both")
 # fields of TRL's that say nothing about pictures drawn by scale
 NOT_APPLICABLE = (
     *("use_vllm", "use_transformers_continuous_batching", "use_transformers_paged", "cache_implementation"),
@@ -24,6 +27,14 @@ class NextFlowGRPOConfig(GRPOConfig):
     rollouts are sampled in the weights' own precision, and training's log-probabilities should agree with them.
 
     Args:
+        optimize (`str`, defaults to `"image"`):
+            `"image"`: prompts are answered by a picture, whose prefix is optimised. `"text"`, `"both"`: by a text of
+            at most `max_completion_length` tokens, then a picture that follows from it; one or both are optimised.
+        text_temperature (`float`, defaults to 1.0), text_top_k (`int`, defaults to 0), text_top_p (`float`, defaults
+            to 1.0): of the text; `temperature`, `top_k` and `top_p` are the picture's.
+        text_loss_weight (`float`, defaults to 1.0):
+            The loss is the picture's, plus this times the text's: the mean over the tokens of each text. Long texts
+            and short ones weigh the same, and so do a text and a picture's prefix. The ratio is of each token.
         scale_prefix (`int`, *optional*): m, the number of scales that are optimised.
         prefix_tokens (`int`, *optional*, defaults to 256):
             Where `scale_prefix` is absent: m is the most scales whose codes are no more than this; for the paper's
@@ -48,6 +59,11 @@ class NextFlowGRPOConfig(GRPOConfig):
     """
 
     bf16: bool | None = field(default=False, metadata={"help": "autocast in training"})
+    optimize: str = field(default="image", metadata={"help": "image, text or both"})
+    text_temperature: float = field(default=1.0, metadata={"help": "of the text before a picture"})
+    text_top_k: int = field(default=0, metadata={"help": "of the text before a picture, 0 for all tokens"})
+    text_top_p: float = field(default=1.0, metadata={"help": "of the text before a picture"})
+    text_loss_weight: float = field(default=1.0, metadata={"help": "of the text's loss beside the picture's"})
     scale_prefix: int | None = field(default=None, metadata={"help": "number of scales that are optimised"})
     prefix_tokens: int | None = field(default=256, metadata={"help": "most codes of the scales that are optimised"})
     scale_loss_alpha: float = field(default=0.9, metadata={"help": "exponent of the scales' weights"})
@@ -72,10 +88,26 @@ class NextFlowGRPOConfig(GRPOConfig):
             raise ValueError(
                 f"importance_sampling_level must be one of {', '.join(LEVELS)}, got {self.importance_sampling_level!r}"
             )
+        if self.optimize not in OPTIMIZE:
+            raise ValueError(f"optimize must be one of {', '.join(OPTIMIZE)}, got {self.optimize!r}")
         if self.logprob_mode not in LOGPROB_MODES:
             raise ValueError(f"logprob_mode must be one of {', '.join(LOGPROB_MODES)}, got {self.logprob_mode!r}")
         if not self.temperature > 0:
             raise ValueError(f"temperature must be positive, rollouts are sampled; got {self.temperature}")
+        if not self.text_temperature > 0 or not self.text_loss_weight > 0:
+            raise ValueError(
+                f"text_temperature and text_loss_weight must be positive, got {self.text_temperature} and "
+                f"{self.text_loss_weight}"
+            )
+        for name in ("top_k", "top_p"):
+            per_scale(f"text_{name}", getattr(self, f"text_{name}"), 1, *SAMPLING_LIMITS[name])
+        if self.optimize != "image" and self.max_completion_length < 1:
+            raise ValueError(f"max_completion_length must be at least 1, got {self.max_completion_length}")
+        if self.optimize == "text" and self.vmr_continuations > 1:
+            raise ValueError(
+                f"vmr_continuations values prefixes of pictures, which optimize='text' leaves alone: leave 1, got "
+                f"{self.vmr_continuations}"
+            )
         if self.vmr_continuations < 1 or not self.vmr_eta > 0:
             raise ValueError(
                 f"vmr_continuations must be at least 1 and vmr_eta positive, got {self.vmr_continuations} and "

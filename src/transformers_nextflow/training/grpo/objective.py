@@ -4,6 +4,8 @@ A scale is an action, its codes are drawn side by side; the first m scales are o
 m scales of the prefix, n their codes, V codebook size.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from ...sampling import guide, kept_codes
@@ -108,17 +110,16 @@ def code_logps(
     return logps_BnV.gather(-1, codes_Bn[..., None]).squeeze(-1), entropies
 
 
-def log_ratios(
-    logps_Bn: torch.Tensor, old_logps_Bn: torch.Tensor, schedule: ScaleSchedule, level: str
-) -> torch.Tensor:
-    """(B, n) logarithms of r_t: of each code (`"token"`), or of its scale's geometric mean (`"scale"`).
+def log_ratios(logps_Bn: torch.Tensor, old_logps_Bn: torch.Tensor, lengths: Sequence[int], level: str) -> torch.Tensor:
+    """(B, n) logarithms of r_t: of each code (`"token"`), or of its scale's geometric mean (`"scale"`), for scales of
+    these lengths.
 
     Differs from eq. 3, whose ratio is the product over a scale: over 64 codes it leaves any clip range.
     """
     ratios = logps_Bn - old_logps_Bn
     if level == "token":
         return ratios
-    means = [part.mean(dim=1, keepdim=True).expand_as(part) for part in ratios.split(list(schedule.lengths), dim=1)]
+    means = [part.mean(dim=1, keepdim=True).expand_as(part) for part in ratios.split(list(lengths), dim=1)]
     return torch.cat(means, dim=1)
 
 

@@ -1,8 +1,9 @@
 """Reward functions in TRL's signature, called so that a bad one is named.
 
 `f(prompts, completions, completion_ids, images, trainer_state, log_extra, log_metric, **columns)` returns a number or
-`None` for each picture; it may be `async`. `completions` are conversations with the picture as a PIL image, `images`
-the pictures alone, `columns` the dataset's.
+`None` for each picture; it may be `async`. `completions` are conversations with the picture as a PIL image, after its
+text where the policy writes one, whose tokens are `completion_ids`; `images` are the pictures alone, `columns` the
+dataset's.
 """
 
 import asyncio

@@ -1,6 +1,7 @@
 """Prompts to sampled pictures, and the tensors that training needs of them.
 
-Shape suffixes: B pictures, n codes of the scale prefix, V codebook size.
+Shape suffixes: B pictures, T the most tokens of a text before a picture, n codes of the scale prefix, A what is
+optimised of these: T, n, or T + n; V codebook size, or text rows.
 """
 
 import hashlib
@@ -8,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from PIL import Image
 
 from ...generation_nextflow import NextFlowGenerationMixin
@@ -15,6 +17,9 @@ from ...processing_nextflow import NextFlowProcessor
 from ...scales import ScaleSchedule
 from .config import NextFlowGRPOConfig
 from .objective import code_logps, guided_logits, sampling_support
+from .texts import text_logps, write_texts
+
+TEXT = 1  # among the parts of a seed
 
 
 @dataclass
@@ -22,14 +27,15 @@ class Rollouts:
     """A batch of sampled prefixes; every tensor has B rows, so that batches are cut by row.
 
     Attributes:
-        input_ids, attention_mask: (B, L) prompts, `<boi>` and the slots of the prefix, padded on the left.
+        input_ids, attention_mask: (B, L) prompts, texts, `<boi>` and the slots of the prefix, padded on the left.
         null_input_ids, null_attention_mask: the same of the null prompts, where their log-probabilities count.
         condition_codes, condition_grids: (B, C) and (B, N, 2), -1 and 0 where a row has fewer; of the prompts' images.
         codes: (B, n).
-        sampling_logps: (B, n) under the distribution that was sampled from.
-        support: (B, n, V) bool, codes that could be drawn, where they count.
+        sampling_logps: (B, A) under the distribution that was sampled from.
+        support, text_support: (B, n, V) and (B, T, V) bool, codes and tokens that could be drawn, where filters count.
+        text_mask: (B, T) bool, which of the T tokens up to `<boi>` were sampled; where texts are.
         advantages: (B,).
-        old_logps, ref_logps: (B, n), where they count.
+        old_logps, ref_logps: (B, A), where they count.
         token_mask: (B, n) bool, codes that are optimised; default all.
     """
 
@@ -42,6 +48,8 @@ class Rollouts:
     null_input_ids: torch.Tensor | None = None
     null_attention_mask: torch.Tensor | None = None
     support: torch.Tensor | None = None
+    text_support: torch.Tensor | None = None
+    text_mask: torch.Tensor | None = None
     advantages: torch.Tensor | None = None
     old_logps: torch.Tensor | None = None
     ref_logps: torch.Tensor | None = None
@@ -54,6 +62,21 @@ class Rollouts:
 
     def rows(self, rows: slice) -> "Rollouts":
         return Rollouts(**{name: value[rows] for name, value in self.tensors().items()})
+
+    @property
+    def num_slots(self) -> int:
+        return self.codes.shape[1] - 1
+
+    @property
+    def text_ids(self) -> torch.Tensor:
+        """(B, T) the tokens up to `<boi>`; some rows' texts begin later, see `text_mask`."""
+        end = self.input_ids.shape[1] - self.num_slots
+        return self.input_ids[:, end - self.text_mask.shape[1] : end]
+
+    def texts(self) -> list[list[int]]:
+        """Each row's sampled tokens without `<boi>`."""
+        boi = self.input_ids[0, self.input_ids.shape[1] - self.num_slots - 1]
+        return [row[kept & (row != boi)].tolist() for row, kept in zip(self.text_ids, self.text_mask)]
 
 
 def with_images(prompt, images: Sequence[Image.Image] | None, where: str) -> list[dict]:
@@ -99,12 +122,13 @@ def roll_out(
     prefix: ScaleSchedule,
     schedule: ScaleSchedule,
     args: NextFlowGRPOConfig,
-    forced_codes: torch.Tensor | None = None,
+    shared: Rollouts | None = None,
 ) -> tuple[Rollouts, torch.Tensor]:
-    """Sample `num_pictures` for each prompt, which is read once.
+    """Sample `num_pictures` for each prompt, which is read once; each after a text of its own, where texts are
+    optimised.
 
     Args:
-        forced_codes: (prompts, n) codes of the prefix that the pictures share.
+        shared: rollouts, one for each prompt, whose texts and prefixes the pictures share.
 
     Returns:
         the rollouts without advantages, and the (B, codes) codes of whole pictures.
@@ -114,6 +138,25 @@ def roll_out(
     inputs = processor.apply_chat_template(list(conversations), generation_mode="image").to(device)
     controls = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
     controls |= {"guidance_scale": args.guidance_scale, "image_guidance_scale": 1.0, "refine_top_k": []}
+    condition_codes, condition_grids = _conditions(model, inputs)
+    texts = None
+    if args.optimize != "image":
+        inputs = {name: inputs[name] for name in inputs if name.endswith(("input_ids", "attention_mask"))}
+        if shared is None:  # rows part at the first token
+            rows = torch.arange(len(seeds), device=device).repeat_interleave(num_pictures)
+            inputs = {name: value[rows] for name, value in inputs.items()}
+            condition_codes, condition_grids = condition_codes[rows], condition_grids[rows]
+            seeds = [seed_of(seed, number) for seed in seeds for number in range(num_pictures)]
+            num_pictures = 1
+        images = _flat_images(condition_codes, condition_grids)
+        if shared is None:
+            text_seeds = [seed_of(seed, TEXT) for seed in seeds]
+            texts = write_texts(model, inputs["input_ids"], inputs["attention_mask"], images, text_seeds, args)
+            inputs |= {"input_ids": texts.input_ids, "attention_mask": texts.attention_mask}
+        else:
+            end = shared.input_ids.shape[1] - shared.num_slots
+            inputs |= {name: getattr(shared, name)[:, :end] for name in ("input_ids", "attention_mask")}
+        inputs |= images
     output = model.generate_image(
         **inputs,
         **controls,
@@ -121,24 +164,27 @@ def roll_out(
         width=width,
         num_images_per_prompt=num_pictures,
         seed=list(seeds),
-        forced_codes=forced_codes,
+        forced_codes=None if shared is None else shared.codes,
         output_logits=len(prefix),
         return_dict_in_generate=True,
     )
     whole = output.sequences - config.text_vocab_size
     codes = whole[:, : prefix.num_codes]
     behaves = args.logprob_mode == "behaviour"
-    per_scale = [[value] * len(prefix) for value in (args.temperature, args.top_k, args.top_p)]
-    support = sampling_support(output.logits, *per_scale)
+    support = None
+    if args.top_k or args.top_p < 1.0:
+        per_scale = [[value] * len(prefix) for value in (args.temperature, args.top_k, args.top_p)]
+        support = sampling_support(output.logits, *per_scale)
     temperature = torch.full((prefix.num_codes,), args.temperature, device=device)
     sampling_logps, _ = code_logps(torch.cat(output.logits, dim=1), codes, temperature, support)
+    if texts is not None:
+        sampling_logps = torch.cat([texts.logps, sampling_logps], dim=1) if args.optimize == "both" else texts.logps
 
     def opened(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         slots = ids.new_full((len(ids), prefix.num_codes - 1), config.image_token_id)
         rows = torch.cat([ids, slots], dim=1), torch.cat([mask, torch.ones_like(slots)], dim=1)
         return tuple(each.repeat_interleave(num_pictures, dim=0) for each in rows)
 
-    condition_codes, condition_grids = _conditions(model, inputs)
     ids, mask = opened(inputs["input_ids"], inputs["attention_mask"])
     rollouts = Rollouts(
         input_ids=ids,
@@ -148,6 +194,8 @@ def roll_out(
         codes=codes,
         sampling_logps=sampling_logps,
         support=support if behaves else None,
+        text_support=texts.support if behaves and texts is not None else None,
+        text_mask=None if texts is None else texts.sampled,
     )
     if behaves and args.guidance_scale != 1.0:
         null = opened(inputs["negative_input_ids"], inputs["negative_attention_mask"])
@@ -177,34 +225,106 @@ def _conditions(model, inputs: Mapping) -> tuple[torch.Tensor, torch.Tensor]:
     return padded, grid_rows
 
 
-def prefix_logps(
+def rollout_logps(
     model, rollouts: Rollouts, prefix: ScaleSchedule, schedule: ScaleSchedule, args: NextFlowGRPOConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, n) log-probabilities of the rollouts' codes and their entropies, teacher-forced by one forward that ends
-    with the prefix; in the mode that `args.logprob_mode` says."""
-    logits = _logits(model, rollouts, rollouts.input_ids, rollouts.attention_mask, prefix, schedule)
-    if rollouts.null_input_ids is not None:
-        null = _logits(model, rollouts, rollouts.null_input_ids, rollouts.null_attention_mask, prefix, schedule)
-        logits = guided_logits(torch.cat([logits, null]), [args.guidance_scale] * len(prefix), prefix)
-    temperature = torch.full((prefix.num_codes,), args.temperature, device=logits.device)
-    return code_logps(logits, rollouts.codes, temperature, rollouts.support)
+    """(B, A) log-probabilities of what `args.optimize` names of the rollouts, and their entropies, teacher-forced by
+    one forward that ends with it; in the mode that `args.logprob_mode` says. Both are 0 where no token was sampled."""
+    parts = []
+    text_logits, logits = _logits(model, rollouts, rollouts.input_ids, rollouts.attention_mask, schedule, args)
+    if args.optimize != "image":
+        config = extract_model_from_parallel(model).config
+        settings = args.text_temperature, config, rollouts.text_support
+        of_text = text_logps(text_logits, rollouts.text_ids, *settings)
+        parts.append([values.where(rollouts.text_mask, 0.0) for values in of_text])
+    if args.optimize != "text":
+        if rollouts.null_input_ids is not None:
+            null = rollouts.null_input_ids, rollouts.null_attention_mask
+            _, null_logits = _logits(model, rollouts, *null, schedule, args, with_text=False)
+            logits = guided_logits(torch.cat([logits, null_logits]), [args.guidance_scale] * len(prefix), prefix)
+        temperature = torch.full((prefix.num_codes,), args.temperature, device=logits.device)
+        parts.append(code_logps(logits, rollouts.codes, temperature, rollouts.support))
+    logps, entropies = (torch.cat(values, dim=1) for values in zip(*parts))
+    return logps, entropies
 
 
-def _logits(model, rollouts: Rollouts, input_ids, attention_mask, prefix, schedule) -> torch.Tensor:
-    """(B, n, V) code logits. `<boi>` predicts the first scale, each block its own, so the last n positions count."""
+@torch.no_grad()
+def level_difference(
+    model,
+    rollouts: Rollouts,
+    prefix: ScaleSchedule,
+    schedule: ScaleSchedule,
+    other: ScaleSchedule,
+    args: NextFlowGRPOConfig,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """How far the policy of a prefix depends on the level: p of pictures of `schedule`, q of `other` with the same
+    first scales. Positions and features of these scales are the same; what differs is the embedding of how
+    many scales the picture has.
+
+    Returns:
+        (m,) means of |log p - log q| of the rollouts' codes over the codes of each scale, and (m,) means of
+        KL(p || q) of whole distributions; conditional, under the temperature.
+    """
+    rows = rollouts.input_ids, rollouts.attention_mask
+    logps_BnV = [
+        (_logits(model, rollouts, *rows, level, args, with_text=False)[1].float() / args.temperature).log_softmax(-1)
+        for level in (schedule, other)
+    ]
+    own, others = (logps.gather(-1, rollouts.codes[..., None]).squeeze(-1) for logps in logps_BnV)
+    kl_Bn = (logps_BnV[0].exp() * (logps_BnV[0] - logps_BnV[1])).sum(-1)
+    by_scale = lambda values: torch.stack([p.mean() for p in values.split(list(prefix.lengths), dim=1)])  # noqa: E731
+    return by_scale((own - others).abs()), by_scale(kl_Bn)
+
+
+def _flat_images(
+    condition_codes: torch.Tensor,
+    condition_grids: torch.Tensor,
+    codes: torch.Tensor | None = None,
+    schedule: ScaleSchedule | None = None,
+) -> dict[str, torch.Tensor]:
+    """The model's `image_codes` and `image_grid_hw` of padded rows; with `schedule`, of a picture after each row's
+    images, whose `codes` so far are given where they are inputs."""
     flat_codes, flat_grids = [], []
-    for condition, grids, codes in zip(rollouts.condition_codes, rollouts.condition_grids, rollouts.codes):
+    for row, (condition, grids) in enumerate(zip(condition_codes, condition_grids)):
         flat_codes.append(condition[condition >= 0])
-        flat_grids += [grid for grid in grids.tolist() if grid[0]] + [list(schedule.final_grid)]
-        if len(prefix) > 1:  # a picture of one scale is still open, its codes are no input
-            flat_codes.append(codes)
+        flat_grids += [grid for grid in grids.tolist() if grid[0]]
+        if schedule is not None:
+            flat_grids.append(list(schedule.final_grid))
+        if codes is not None:
+            flat_codes.append(codes[row])
     flat_codes = torch.cat(flat_codes)
-    return model(
+    images = {"image_codes": flat_codes} if len(flat_codes) else {}
+    if flat_grids:
+        images["image_grid_hw"] = torch.tensor(flat_grids, device=condition_codes.device)
+    return images
+
+
+def _logits(
+    model, rollouts: Rollouts, input_ids, attention_mask, schedule, args, with_text: bool = True
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(B, T, V) text logits and (B, n, V) code logits. A token is predicted where the one before it stands, `<boi>`
+    predicts the first scale, each block its own: the last T + n positions count."""
+    num_codes = rollouts.codes.shape[1]
+    num_tokens = rollouts.text_mask.shape[1] if with_text and args.optimize != "image" else 0
+    conditions = rollouts.condition_codes, rollouts.condition_grids
+    if args.optimize == "text":  # the picture is left out with its `<boi>`
+        input_ids, attention_mask = input_ids[:, :-num_codes], attention_mask[:, :-num_codes]
+        images, over, kept = _flat_images(*conditions), "text", num_tokens
+    else:
+        # a picture of one scale is still open, its codes are no input
+        images = _flat_images(*conditions, rollouts.codes if rollouts.num_slots else None, schedule)
+        over, kept = "all" if num_tokens else "codes", num_tokens + num_codes
+    logits = model(
         input_ids=input_ids,
         attention_mask=attention_mask,
-        image_codes=flat_codes if len(flat_codes) else None,
-        image_grid_hw=torch.tensor(flat_grids, device=input_ids.device),
-        logits_over="codes",
-        logits_to_keep=prefix.num_codes,
+        **images,
+        logits_over=over,
+        logits_to_keep=kept,
         use_cache=False,
     ).logits
+    if over == "text":
+        return logits, None
+    if over == "codes":
+        return None, logits
+    codes_at = extract_model_from_parallel(model).config.text_vocab_size
+    return logits[:, :num_tokens, :codes_at], logits[:, num_tokens:, codes_at:]

@@ -4,6 +4,7 @@ import copy
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from ...data.inspection import draw_sheet
 from ...files import write_atomically
 from ...modeling_nextflow import NextFlowForConditionalGeneration
 from ...processing_nextflow import NextFlowProcessor
+from ..samples import PictureReports
 from .config import NextFlowGRPOConfig
 from .objective import (
     clipped_policy_loss,
@@ -28,11 +30,30 @@ from .objective import (
     token_weights,
 )
 from .rewards import RewardError, RewardFunction, call_rewards, combine, reward_name
-from .rollouts import Rollouts, prefix_logps, roll_out, seed_of, with_images
+from .rollouts import Rollouts, level_difference, roll_out, rollout_logps, seed_of, with_images
 
 ROLLOUTS = "rollouts-{rank}.safetensors"
 PROMPT_COLUMNS = ("prompt", "images", "image")
 EXTREMES = {"clip_ratio/low_min": min, "clip_ratio/high_max": max, "sampling/sampling_logp_difference/max": max}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Texts, or prefixes of pictures, in a batch that is optimised.
+
+    Attributes:
+        name: before its metrics.
+        weights: (B, a) of its tokens or codes, which sum to 1 in a row.
+        sampled: (B, a) bool.
+        lengths: codes of each scale; 1 for every token of a text.
+        share: of its loss in the batch's.
+    """
+
+    name: str
+    weights: torch.Tensor
+    sampled: torch.Tensor
+    lengths: tuple[int, ...]
+    share: float
 
 
 class PromptOrder(Sampler[int]):
@@ -81,8 +102,15 @@ class NextFlowGRPOTrainer(Trainer):
 
     Logged with TRL's names: `reward`, `reward_std`, `frac_reward_zero_std`, `rewards/<function>/mean` and `/std`,
     `kl`, `entropy`, `clip_ratio/*`, `step_time`; beside them `rollout_share` of the step's time, and
-    `sampling/sampling_logp_difference/mean` and `/max` between the log-probabilities of sampling and of training. With
-    `log_completions` the last batch's pictures are drawn to `output_dir/completions`.
+    `sampling/sampling_logp_difference/mean` and `/max` between the log-probabilities of sampling and of training.
+    Texts have `kl`, `entropy`, `clip_ratio/*` and `sampling/*` of their own after `text/`, `completions/mean_length`,
+    and `completions/clipped_ratio`, the share that reached the limit without `<boi>`. With `log_completions` the last
+    batch's pictures, `num_completions_to_print` of them or all, are drawn to `output_dir/completions` and go to the
+    trackers of `report_to`, see [`PictureReports`].
+
+    Rollouts of a lower `rollout_level` than the model's have the same first scales, but not quite the same policy: the
+    number of an image's scales is embedded too. `level/kl/scale_1` .. and `level/logp_difference/scale_1` .. say how
+    far its distributions, and the log-probabilities of the rollouts' codes, are from those of the model's level.
 
     Differs from TRL's trainer, which it does not subclass: rollouts depend on seed, prompt and step alone, and a
     checkpoint between two steps of one generation holds its rollouts, so that resuming is exact.
@@ -139,9 +167,14 @@ class NextFlowGRPOTrainer(Trainer):
         self.schedule = base.model.schedules.by_aspect_ratio(
             args.aspect_ratio or defaults["aspect_ratio"], args.rollout_level or defaults["level"]
         )
+        self.model_schedule = base.model.schedules.by_aspect_ratio(
+            args.aspect_ratio or defaults["aspect_ratio"], defaults["level"]
+        )
         self.prefix = self.schedule.prefix(num_prefix_scales(self.schedule, args.scale_prefix, args.prefix_tokens))
         self.token_weights = token_weights(self.prefix, args.scale_loss_alpha)
         self.token_mask_func = token_mask_func
+        if token_mask_func is not None and args.optimize == "text":
+            raise ValueError("token_mask_func says which codes are optimised, optimize='text' optimises none")
         if args.sync_ref_model and (is_adapted or not args.beta):
             raise ValueError("sync_ref_model needs beta > 0 and a model without adapters")
         self.ref_model = None
@@ -157,6 +190,7 @@ class NextFlowGRPOTrainer(Trainer):
         self._step, self._logged_at, self._buffer = 0, 0, []
         self._metrics: dict[str, list[float]] = defaultdict(list)
         self._pictures: list[tuple[str, Image.Image, float]] = []
+        self._reports = PictureReports("completions")
         self.add_callback(_Buffer(self))
 
     @property
@@ -208,7 +242,10 @@ class NextFlowGRPOTrainer(Trainer):
         args = self.args
         self.model.eval()
         rollouts, pictures, conversations = self._sample(rows, self._step)
-        rewards_NF = self._judge(rows, conversations, pictures)
+        texts = None if rollouts.text_mask is None else rollouts.texts()
+        rewards_NF = self._judge(rows, conversations, pictures, texts)
+        if texts is not None:
+            self._count_texts(rollouts)
         if args.vmr_continuations > 1:
             rewards_NF = self._values(rollouts, rows, conversations, rewards_NF)
         rewards_NF = self.accelerator.gather(rewards_NF.to(args.device)).cpu()
@@ -226,8 +263,12 @@ class NextFlowGRPOTrainer(Trainer):
                 rollouts.old_logps = torch.cat([self._logps(self.model, part)[0] for part in self._split(rollouts)])
             if args.beta:
                 rollouts.ref_logps = torch.cat([self._reference_logps(part) for part in self._split(rollouts)])
-        texts = map(_text, conversations)
-        self._pictures = list(zip(texts, pictures, rewards[own].tolist()))
+            if self.schedule != self.model_schedule and args.optimize != "text":
+                self._count_levels(self._split(rollouts)[0])
+        captions = list(map(_text, conversations))
+        if texts is not None:
+            captions = [f"{prompt} -> {self._decode(text)}" for prompt, text in zip(captions, texts)]
+        self._pictures = list(zip(captions, pictures, rewards[own].tolist()))
         self.model.train()
         return rollouts
 
@@ -257,18 +298,25 @@ class NextFlowGRPOTrainer(Trainer):
         pixels = self._nextflow.model.vq_model.decode(codes, self.schedule.final_grid)
         return self.processing_class.post_process_image(pixels)
 
-    def _judge(self, rows, conversations: list[list[dict]], pictures: list[Image.Image]) -> torch.Tensor:
-        """(pictures, functions) rewards."""
-        completions = [
-            [{"role": "assistant", "content": [{"type": "image", "image": picture}]}] for picture in pictures
-        ]
+    def _decode(self, token_ids: list[int]) -> str:
+        return self.processing_class.tokenizer.decode(token_ids, skip_special_tokens=True)
+
+    def _judge(
+        self, rows, conversations: list[list[dict]], pictures: list[Image.Image], texts: list[list[int]] | None
+    ) -> torch.Tensor:
+        """(pictures, functions) rewards of answers, pictures after texts where there are some."""
+        contents = [[{"type": "image", "image": picture}] for picture in pictures]
+        if texts is not None:
+            contents = [
+                [{"type": "text", "text": self._decode(text)}, *content] for text, content in zip(texts, contents)
+            ]
         return call_rewards(
             self.reward_funcs,
             len(pictures),
             self.args.reward_timeout,
             prompts=conversations,
-            completions=completions,
-            completion_ids=[None] * len(pictures),
+            completions=[[{"role": "assistant", "content": content}] for content in contents],
+            completion_ids=[None] * len(pictures) if texts is None else texts,
             images=pictures,
             trainer_state=self.state,
             log_extra=lambda name, values: None,
@@ -282,10 +330,12 @@ class NextFlowGRPOTrainer(Trainer):
         seeds = [seed_of(args.seed, self._step, rank * len(rows) + place, 1) for place in range(len(rows))]
         _, codes = roll_out(
             *(self._nextflow, self.processing_class, conversations, further, seeds, self.prefix, self.schedule, args),
-            forced_codes=rollouts.codes,
+            shared=rollouts,
         )
+        texts = None if rollouts.text_mask is None else rollouts.texts()
         repeat = lambda values: [value for value in values for _ in range(further)]  # noqa: E731
-        others_NF = self._judge(repeat(rows), repeat(conversations), self._pictures_of(codes))
+        texts = None if texts is None else repeat(texts)
+        others_NF = self._judge(repeat(rows), repeat(conversations), self._pictures_of(codes), texts)
         all_KNF = torch.cat([rewards_NF[None], others_NF.view(len(rows), further, -1).movedim(1, 0)])
         return args.vmr_eta * ((all_KNF / args.vmr_eta).logsumexp(dim=0) - torch.tensor(len(all_KNF)).log())
 
@@ -297,6 +347,18 @@ class NextFlowGRPOTrainer(Trainer):
                 f"{tuple(mask.shape)}"
             )
         return mask.to(rollouts.codes.device)
+
+    def _count_levels(self, rollouts: Rollouts) -> None:
+        schedules = self.schedule, self.model_schedule
+        differences, kl = level_difference(self.model, rollouts, self.prefix, *schedules, self.args)
+        for scale, values in enumerate(zip(differences, kl), start=1):
+            for name, value in zip(("logp_difference", "kl"), values):
+                self._count(f"level/{name}/scale_{scale}", value)
+
+    def _count_texts(self, rollouts: Rollouts) -> None:
+        lengths = rollouts.text_mask.sum(dim=1).float()
+        self._count("completions/mean_length", lengths.mean())
+        self._count("completions/clipped_ratio", (~rollouts.text_mask[:, -1]).float().mean())
 
     def _count_rewards(self, rewards_NF: torch.Tensor, rewards: torch.Tensor) -> None:
         deviations = nanstd(rewards.view(-1, self.args.num_generations))
@@ -311,7 +373,7 @@ class NextFlowGRPOTrainer(Trainer):
     # Loss
 
     def _logps(self, model, rollouts: Rollouts) -> tuple[torch.Tensor, torch.Tensor]:
-        return prefix_logps(model, rollouts, self.prefix, self.schedule, self.args)
+        return rollout_logps(model, rollouts, self.prefix, self.schedule, self.args)
 
     def _reference_logps(self, rollouts: Rollouts) -> torch.Tensor:
         if self.ref_model is not None:
@@ -322,30 +384,50 @@ class NextFlowGRPOTrainer(Trainer):
     def compute_loss(self, model, inputs: Rollouts, return_outputs=False, num_items_in_batch=None):
         if return_outputs:
             raise ValueError("the loss of GRPO comes without outputs")
-        args, rollouts = self.args, inputs
+        rollouts, parts = inputs, self._parts(inputs)
         logps, entropies = self._logps(model, rollouts)
         old = logps.detach() if rollouts.old_logps is None else rollouts.old_logps
-        ratios = log_ratios(logps, old, self.prefix, args.importance_sampling_level)
+        ref = logps if rollouts.ref_logps is None else rollouts.ref_logps
+        widths = [part.weights.shape[1] for part in parts]
+        columns = (values.split(widths, dim=1) for values in (logps, old, ref, rollouts.sampling_logps, entropies))
+        return sum(
+            part.share * self._part_loss(part, rollouts.advantages, *own) for part, *own in zip(parts, *columns)
+        )
+
+    def _parts(self, rollouts: Rollouts) -> list[Part]:
+        """What is optimised of a batch, in the order of its log-probabilities."""
+        args, parts = self.args, []
+        if args.optimize != "image":
+            weights = rollouts.text_mask / rollouts.text_mask.sum(dim=1, keepdim=True)
+            parts.append(Part("text/", weights, rollouts.text_mask, (1,) * weights.shape[1], args.text_loss_weight))
+        if args.optimize != "text":
+            weights = self.token_weights.to(rollouts.codes.device).expand_as(rollouts.codes)
+            if rollouts.token_mask is not None:
+                weights = weights * rollouts.token_mask
+                weights = weights / weights.sum(dim=1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
+            parts.append(Part("", weights, torch.ones_like(weights, dtype=torch.bool), self.prefix.lengths, 1.0))
+        return parts
+
+    def _part_loss(self, part: Part, advantages, logps, old, ref, sampling_logps, entropies) -> torch.Tensor:
+        args, name, sampled = self.args, part.name, part.sampled
+        ratios = log_ratios(logps, old, part.lengths, args.importance_sampling_level)
         high = args.epsilon if args.epsilon_high is None else args.epsilon_high
-        losses, clipped_low, clipped_high = clipped_policy_loss(ratios, rollouts.advantages, args.epsilon, high)
-        weights = self.token_weights.to(logps.device).expand_as(logps)
-        if rollouts.token_mask is not None:
-            weights = weights * rollouts.token_mask
-            weights = weights / weights.sum(dim=1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
-        mean = lambda values: (values * weights).sum(dim=1).mean()  # noqa: E731
+        losses, clipped_low, clipped_high = clipped_policy_loss(ratios, advantages, args.epsilon, high)
+        mean = lambda values: (values * part.weights).sum(dim=1).mean()  # noqa: E731
         loss = mean(losses)
         if args.beta:
-            kl = kl_to_reference(logps, rollouts.ref_logps)
+            kl = kl_to_reference(logps, ref)
             loss = loss + args.beta * mean(kl)
-            self._count("kl", mean(kl))
-        self._count("entropy", entropies.mean())
-        for name, clipped in (("low", clipped_low), ("high", clipped_high), ("region", clipped_low | clipped_high)):
-            self._count(f"clip_ratio/{name}_mean", clipped.float().mean())
-        self._count("clip_ratio/low_min", clipped_low.float().mean(), "min")
-        self._count("clip_ratio/high_max", clipped_high.float().mean(), "max")
-        difference = (old.detach() - rollouts.sampling_logps).abs()
-        self._count("sampling/sampling_logp_difference/mean", difference.mean())
-        self._count("sampling/sampling_logp_difference/max", difference.max(), "max")
+            self._count(f"{name}kl", mean(kl))
+        share = lambda values: values[sampled].float().mean()  # noqa: E731
+        self._count(f"{name}entropy", share(entropies))
+        for bound, clipped in (("low", clipped_low), ("high", clipped_high), ("region", clipped_low | clipped_high)):
+            self._count(f"{name}clip_ratio/{bound}_mean", share(clipped))
+        self._count(f"{name}clip_ratio/low_min", share(clipped_low), "min")
+        self._count(f"{name}clip_ratio/high_max", share(clipped_high), "max")
+        difference = (old.detach() - sampling_logps).abs()[sampled]
+        self._count(f"{name}sampling/sampling_logp_difference/mean", difference.mean())
+        self._count(f"{name}sampling/sampling_logp_difference/max", difference.max(), "max")
         return loss
 
     def _count(self, name: str, value: torch.Tensor, over: str = "mean") -> None:
@@ -373,17 +455,21 @@ class NextFlowGRPOTrainer(Trainer):
             metrics, self._metrics = dict(self._metrics), defaultdict(list)
             rollouts, steps = (sum(metrics.pop(f"{name}_seconds", [])) for name in ("rollout", "step"))
             counted, self._logged_at = self.state.global_step - self._logged_at, self.state.global_step
-            logs = logs | {name: EXTREMES.get(name, _mean)(values) for name, values in metrics.items()}
+            logs = logs | {
+                name: EXTREMES.get(name.removeprefix("text/"), _mean)(values) for name, values in metrics.items()
+            }
             logs |= {"step_time": steps / max(counted, 1), "rollout_share": rollouts / max(steps, 1e-9)}
             if self.args.log_completions and self.is_world_process_zero():
                 self._draw_completions()
         super().log(logs, start_time)
 
     def _draw_completions(self) -> None:
-        entries = [(f"{reward:.3g}: {text}", [image]) for text, image, reward in self._pictures]
-        sheet = draw_sheet(entries[: self.args.num_completions_to_print])
+        kept = self._pictures[: self.args.num_completions_to_print]
+        captions, pictures = [f"{reward:.3g}: {text}" for text, _, reward in kept], [image for _, image, _ in kept]
+        sheet = draw_sheet([(caption, [picture]) for caption, picture in zip(captions, pictures)])
         path = Path(self.args.output_dir) / "completions" / f"step-{self.state.global_step}.png"
         write_atomically(path, lambda partial: sheet.save(partial, format="PNG"))
+        self._reports.log(self.args, self.state.global_step, pictures, captions)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Rewards of `num_generations_eval` pictures for each prompt of the dataset, sampled as in training."""
@@ -395,8 +481,9 @@ class NextFlowGRPOTrainer(Trainer):
         own, rewards = range(rank, len(dataset), world), [torch.empty(0, len(self.reward_funcs))]
         for start in range(0, len(own), at_once):
             rows = [(index, dataset[index]) for index in own[start : start + at_once] for _ in range(count)]
-            _, pictures, conversations = self._sample(rows, step=-1 - start)
-            rewards.append(self._judge(rows, conversations, pictures))
+            rollouts, pictures, conversations = self._sample(rows, step=-1 - start)
+            texts = None if rollouts.text_mask is None else rollouts.texts()
+            rewards.append(self._judge(rows, conversations, pictures, texts))
         rewards_NF = self.accelerator.pad_across_processes(
             torch.cat(rewards).to(self.args.device), pad_index=float("nan")
         )
@@ -410,7 +497,7 @@ class NextFlowGRPOTrainer(Trainer):
 
 
 class _Buffer(TrainerCallback):
-    """The rollouts that a checkpoint finds unfinished."""
+    """The rollouts that a checkpoint finds unfinished; ends what reports pictures."""
 
     def __init__(self, trainer: NextFlowGRPOTrainer):
         self.trainer = trainer
@@ -422,6 +509,9 @@ class _Buffer(TrainerCallback):
         if self._is_within_generation(args):
             tensors = load_file(self._path(args, state), device=str(args.device))
             trainer._buffer = trainer._split(Rollouts(**tensors))
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.trainer._reports.close()
 
     def on_save(self, args, state, control, **kwargs):
         if self._is_within_generation(args):
