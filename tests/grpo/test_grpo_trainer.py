@@ -290,13 +290,13 @@ def test_a_verifiable_reward_climbs_and_a_shuffled_one_does_not(policy, tiny_pro
     gains = {"true": [], "shuffled": []}
     for seed in (1, 2, 3):
         for name, shuffle in (("true", None), ("shuffled", torch.Generator().manual_seed(seed))):
-            values = {"max_steps": 20, "optim": "adamw_torch", "learning_rate": 3e-3, "seed": seed}
-            values |= {"num_generations": 8, "per_device_train_batch_size": 32, "logging_steps": 100}
+            values = {"max_steps": 40, "optim": "adamw_torch", "learning_rate": 5e-3, "seed": seed}
+            values |= {"num_generations": 8, "per_device_train_batch_size": 64, "logging_steps": 100}
             reward = Bright(shuffle)
             trainer(policy, tiny_processor, tmp_path, reward=reward, **values).train()
             gains[name].append(reward.gain)
     mean = {name: sum(values) / 3 for name, values in gains.items()}
-    assert min(gains["true"]) > 0 and mean["true"] > 3 * abs(mean["shuffled"]), gains
+    assert min(gains["true"]) > max(0, *gains["shuffled"]) and mean["true"] > 2 * abs(mean["shuffled"]), gains
 
 
 def test_values_of_prefixes_are_soft_means_over_their_continuations(policy, tiny_processor, tmp_path):
