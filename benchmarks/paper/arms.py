@@ -295,7 +295,8 @@ def conclude(name: str, claims: Sequence[Claim], runs: dict, options, notes: Seq
         "cpu_seconds": {
             arm: [round(run["cpu_seconds"]) for _, run in sorted(by_seed.items())] for arm, by_seed in runs.items()
         },
-        "settings": settings_of(options) | {"seeds": options.seeds},
+        "settings": {name: value for name, value in settings_of(options).items() if name != "run"}
+        | {"seeds": options.seeds},
         "machine": machine(torch.device("cpu")),
     }
     report(result, options.json, options.output or RESULTS / f"{name}.json")
