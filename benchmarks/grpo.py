@@ -345,7 +345,7 @@ def main(arguments: list[str] | None = None) -> None:
             for arm in ARMS
         },
         "arms": {arm: {str(seed): done[arm][seed] for seed in seeds} for arm in ARMS},
-        "settings": {name: value for name, value in settings_of(options).items() if name not in ("model", "packs")}
+        "settings": settings_of(options)
         | {name: Path(getattr(options, name)).name for name in ("model", "packs")}
         | {"seeds": options.seeds},
         "machine": machine(torch.device("cpu")) | {"threads": 1},
