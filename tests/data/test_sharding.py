@@ -99,8 +99,15 @@ def test_committed_settings_are_what_accelerate_reads(name, environment):
         assert config["gradient_accumulation_steps"] == config["gradient_clipping"] == "auto"
 
 
+def test_one_device_keeps_the_weights_precision():
+    arguments, values = launched("single_gpu")
+    assert arguments.num_processes == 1 and values["ACCELERATE_MIXED_PRECISION"] == "no"
+    assert not (arguments.multi_gpu or arguments.use_fsdp or arguments.use_deepspeed)
+
+
 def test_all_committed_settings_are_tested():
-    assert {path.stem for path in SETTINGS.iterdir()} == {"ddp", "fsdp2", "deepspeed_zero2", "deepspeed_zero3"}
+    tested = {"single_gpu", "ddp", "fsdp2", "deepspeed_zero2", "deepspeed_zero3"}
+    assert {path.stem for path in SETTINGS.iterdir()} == tested
 
 
 def test_weights_have_gradients_in_a_batch_without_pictures(data_model):
