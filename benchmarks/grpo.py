@@ -31,9 +31,8 @@ from benchmarks.grpo_figures import draw_curves, draw_strips
 from benchmarks.harness import in_processes, interval, machine, report
 from examples.shapes.evaluate import Evaluator, text_to_image
 from examples.shapes.grammar import CATEGORIES, held_out_prompts
-from examples.shapes.muon import MuonWithAdamW
 from examples.shapes.rewards import shapes_judge, training_prompts
-from examples.shapes.transformer import PACKS, PEAK
+from examples.shapes.transformer import PACKS, PEAK, new_optimizer
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor
 from transformers_nextflow.data import PackedDataset
 from transformers_nextflow.data.extraction import check_plan
@@ -225,13 +224,7 @@ def supervised(model, processor, watch: Watch, work: Path, options, common: dict
     values = {"per_device_train_batch_size": options.packs_at_once, "max_steps": 1_000_000, "logging_steps": 50}
     values |= {"bf16": True, "weight_decay": 0.05, "adam_beta2": 0.95}
     arguments = NextFlowTrainingArguments(work, **values, **common)
-    optimizer = MuonWithAdamW(
-        model.named_parameters(),
-        lambda name: "language_model.layers" in name,
-        options.supervised_learning_rate,
-        arguments.weight_decay,
-        (arguments.adam_beta1, arguments.adam_beta2),
-    )
+    optimizer = new_optimizer(model, arguments, options.supervised_learning_rate)
     decay = lambda: 0.02 + 0.49 * (1 + math.cos(math.pi * min(watch.progress(watch.trainer.state), 1)))  # noqa: E731
     schedule = LambdaLR(optimizer, lambda step: min((step + 1) / WARMUP, 1) * (decay() if step else 1))
     packs = PackedDataset(options.packs, model, processor, seed=common["seed"])

@@ -65,22 +65,26 @@ def tiny_config(text: dict | None = None, vq: dict | None = None, **overrides) -
 def tiny_model(config: NextFlowConfig | None = None, seed: int = 0) -> NextFlowForConditionalGeneration:
     """At the usual initialisation logits are nearly uniform and scale embeddings zero, which would hide mistakes."""
     torch.manual_seed(seed)
-    model = NextFlowForConditionalGeneration(config or tiny_config()).eval()
+    model = enlarge_(NextFlowForConditionalGeneration(config or tiny_config()).eval())
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.startswith("model.vq_model"):
-                continue
+        for name, parameter in model.model.language_model.named_parameters():
             if name.endswith("norm.weight"):
                 parameter.uniform_(0.5, 1.5)
-            elif parameter.ndim > 1:
-                parameter.normal_(std=1.5 * parameter.shape[-1] ** -0.5)
-        model.model.code_embeddings.weight.normal_()
-        model.model.scale_embedding.index.weight.normal_()
-        # at initialisation features are so small that every picture gets the same codes
-        model.model.vq_model.semantic_to_code[-1].weight.mul_(50)
-        model.model.vq_model.pixel_encoder.to_code.weight.mul_(50)
     model.generation_config.pad_token_id = PAD
     model.generation_config.eos_token_id = EOS
+    return model
+
+
+@torch.no_grad()
+def enlarge_(model: NextFlowForConditionalGeneration) -> NextFlowForConditionalGeneration:
+    for name, parameter in model.named_parameters():
+        if not name.startswith("model.vq_model") and parameter.ndim > 1:
+            parameter.normal_(std=1.5 * parameter.shape[-1] ** -0.5)
+    model.model.code_embeddings.weight.normal_()
+    model.model.scale_embedding.index.weight.normal_()
+    # at initialisation features are so small that every picture gets the same codes
+    model.model.vq_model.semantic_to_code[-1].weight.mul_(50)
+    model.model.vq_model.pixel_encoder.to_code.weight.mul_(50)
     return model
 
 

@@ -8,7 +8,6 @@ arm, so differences are taken seed by seed. An arm that is finished is not train
 import argparse
 import dataclasses
 import json
-import os
 import statistics
 import sys
 import time
@@ -20,16 +19,13 @@ import torch
 from transformers import PrinterCallback, TrainerCallback
 
 from benchmarks.harness import in_processes, interval, machine, report
-from examples.shapes.documents import build_packs
-from examples.shapes.muon import MuonWithAdamW
-from examples.shapes.stages import settings
-from examples.shapes.transformer import EXTRACTION, PACK_LENGTH, PACKS, PEAK, new_model
+from examples.shapes.transformer import EXTRACTION, PACKS, new_model, new_trainer
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor, NextFlowVQModel
-from transformers_nextflow.data import ExtractionSettings, FixedLength, PackCollator, PackedDataset
+from transformers_nextflow.data import PackCollator, PackedDataset
 from transformers_nextflow.data.extraction import check_plan
-from transformers_nextflow.files import output_folder, write_atomically
+from transformers_nextflow.files import write_atomically
 from transformers_nextflow.losses import IGNORE
-from transformers_nextflow.training import NextFlowTrainer, NextFlowTrainingArguments
+from transformers_nextflow.training import NextFlowTrainer
 
 RESULTS = Path(__file__).parents[1] / "results" / "paper"
 HELD_OUT = dataclasses.replace(EXTRACTION, self_correction=None, drop_text=0.0, seed=1)  # documents of another seed
@@ -153,26 +149,6 @@ def untrained(
     return new_model(processor.tokenizer, vq_model, seed, **config), processor
 
 
-def code_documents(
-    folder: Path,
-    model: NextFlowForConditionalGeneration,
-    processor: NextFlowProcessor,
-    count: int,
-    mixture: dict[str, float],
-    extraction: ExtractionSettings,
-    multiple_of: int = 1,
-) -> Path:
-    """Packs of documents of a mixture, coded by the model's tokenizers into `folder`, once."""
-    start = folder / "start"
-    if not start.exists():
-        with output_folder(start) as partial:
-            processor.save_pretrained(partial)
-            model.save_pretrained(partial)
-    shards = -(-count // extraction.documents_per_shard)
-    workers = min(len(os.sched_getaffinity(0)), shards)
-    return build_packs(folder, start, count, mixture, extraction, FixedLength(PACK_LENGTH), multiple_of, workers)
-
-
 class HeldOut(TrainerCallback):
     """Cross-entropies of held-out packs, unweighted, at `POINTS` steps of a training.
 
@@ -243,21 +219,11 @@ def train_arm(
 ) -> dict:
     """Train as the recipe does, on one process; returns the CPU's seconds, the `curve` of held-out losses and the
     `final` ones."""
-    model.model.vq_model.requires_grad_(False)
-    model.set_attn_implementation("eager")
-    for layer in model.model.language_model.layers:
-        layer.compile(dynamic=True)
-    values = settings(steps, PEAK) | {"save_strategy": "no", "warmup_steps": min(100, steps // 4), "seed": seed}
-    arguments = NextFlowTrainingArguments(folder / "work", per_device_train_batch_size=packs_of_a_step, **values)
-    optimizer = MuonWithAdamW(
-        model.named_parameters(),
-        lambda name: "language_model.layers" in name,
-        PEAK,
-        arguments.weight_decay,
-        (arguments.adam_beta1, arguments.adam_beta2),
+    values = {"save_strategy": "no", "warmup_steps": min(100, steps // 4)}
+    trainer = new_trainer(
+        *(folder / "work", model, processor, packs, packs_of_a_step, steps, seed, ArmTrainer, values),
+        callbacks=[held_out],
     )
-    dataset = PackedDataset(packs, model, processor, seed=seed)
-    trainer = ArmTrainer(model, arguments, train_dataset=dataset, optimizers=(optimizer, None), callbacks=[held_out])
     trainer.remove_callback(PrinterCallback)  # standard output is for the result
     held_out.trainer = trainer
     started = time.process_time()

@@ -11,7 +11,7 @@ from torch import nn
 
 from examples.shapes.assemble import IMAGE_GENERATION
 from examples.shapes.evaluate import Evaluator, text_to_image
-from examples.shapes.transformer import EXTRACTION, PACKS
+from examples.shapes.transformer import EXTRACTION, PACKS, code_documents
 from transformers_nextflow import NextFlowVQModel
 from transformers_nextflow.data import PackedDataset
 
@@ -20,7 +20,6 @@ from .arms import (
     Claim,
     HeldOut,
     begin,
-    code_documents,
     conclude,
     parse,
     run_arms,

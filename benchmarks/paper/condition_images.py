@@ -12,11 +12,12 @@ from pathlib import Path
 
 from examples.shapes.assemble import IMAGE_GENERATION
 from examples.shapes.evaluate import Evaluator, captions, edits
-from examples.shapes.transformer import EXTRACTION, PACKS, new_processor
+from examples.shapes.transformer import EXTRACTION, PACKS, code_documents, new_processor
 from examples.shapes.world import sample_scene
 from transformers_nextflow.data import PackedDataset
+from transformers_nextflow.data.shards import read_manifest
 
-from .arms import HELD_OUT, Claim, HeldOut, begin, code_documents, conclude, parse, run_arms, train_arm, untrained
+from .arms import HELD_OUT, Claim, HeldOut, begin, conclude, parse, run_arms, train_arm, untrained
 
 ARMS = ("with", "without")
 CLAIMS = tuple(Claim(None, None, *ARMS, measure, None) for measure in ("captions", "edits", "text", "vision", "fine"))
@@ -36,7 +37,7 @@ def packs_of(folder: Path, arm: str) -> Path:
 def run_arm(arm: str, seed: int, options) -> dict:
     folder: Path = options.folder / "condition_images"
     model, processor = start_of(arm, seed, options)
-    counts = {name: len(PackedDataset(packs_of(folder, name), *start_of(name, seed, options))) for name in ARMS}
+    counts = {name: sum(e["rows"] for e in read_manifest(packs_of(folder, name))["shards"]) for name in ARMS}
     steps = round(options.steps * counts[arm] / counts["with"])
     held_out = HeldOut({"": PackedDataset(packs_of(folder / "held_out", arm), model, processor)})
     result = train_arm(folder, model, processor, packs_of(folder, arm), held_out, steps, seed)

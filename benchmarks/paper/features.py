@@ -9,7 +9,7 @@ minimises, and without (`clean_`). The paper's curves are of long training; ours
 import dataclasses
 from pathlib import Path
 
-from examples.shapes.transformer import EXTRACTION, PACKS
+from examples.shapes.transformer import EXTRACTION, PACKS, code_documents
 from transformers_nextflow import SelfCorrection
 from transformers_nextflow.data import PackedDataset
 
@@ -18,7 +18,6 @@ from .arms import (
     Claim,
     HeldOut,
     begin,
-    code_documents,
     conclude,
     parse,
     run_arms,

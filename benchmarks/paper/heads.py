@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 
-from examples.shapes.transformer import MIXTURE
+from examples.shapes.transformer import MIXTURE, code_documents
 from transformers_nextflow import modeling_nextflow
 from transformers_nextflow.data import PackedDataset
 from transformers_nextflow.losses import IGNORE, joint_cross_entropy
 
-from .arms import HELD_OUT, Claim, HeldOut, begin, code_documents, conclude, parse, run_arms, train_arm, untrained
+from .arms import HELD_OUT, Claim, HeldOut, begin, conclude, parse, run_arms, train_arm, untrained
 
 ARMS = ("joint", "separate")
 SAYS = "one head over one vocabulary is chosen over separate ones"

@@ -8,10 +8,10 @@ loss within it, not the entry into a level.
 
 from pathlib import Path
 
-from examples.shapes.transformer import MIXTURE
+from examples.shapes.transformer import MIXTURE, code_documents
 from transformers_nextflow.data import PackedDataset
 
-from .arms import HELD_OUT, Claim, HeldOut, begin, code_documents, conclude, parse, run_arms, train_arm, untrained
+from .arms import HELD_OUT, Claim, HeldOut, begin, conclude, parse, run_arms, train_arm, untrained
 
 ALPHAS = {"alpha-0.9": 0.9, "alpha-0.5": 0.5, "alpha-0": 0.0}
 SAYS = (

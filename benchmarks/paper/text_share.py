@@ -7,7 +7,7 @@ one of `text-0` holds three, so that both see as many positions of text-to-image
 
 from pathlib import Path
 
-from examples.shapes.transformer import EXTRACTION, PACK_LENGTH
+from examples.shapes.transformer import EXTRACTION, PACK_LENGTH, code_documents
 from transformers_nextflow.data import CostModel, FixedLength, PackedDataset, pack
 
 from .arms import (
@@ -15,7 +15,6 @@ from .arms import (
     Claim,
     HeldOut,
     begin,
-    code_documents,
     conclude,
     parse,
     run_arms,

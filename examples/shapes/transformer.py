@@ -1,5 +1,6 @@
 """Training of the transformer: documents are coded and packed once, then text and codes are trained on together."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -51,57 +52,76 @@ def new_processor(model: NextFlowForConditionalGeneration, tokenizer: PreTrained
 def code_documents(
     folder: Path,
     model: NextFlowForConditionalGeneration,
-    tokenizer: PreTrainedTokenizerFast,
+    processor: NextFlowProcessor,
     count: int,
-    mixture: dict,
+    mixture: dict[str, float],
+    extraction: ExtractionSettings = EXTRACTION,
+    multiple_of: int = 1,
 ) -> Path:
-    """Save the untrained model and its processor to `folder`/start, and pack documents coded by them; returns the
-    folder of packs. One process works while the others wait."""
+    """Save the untrained model and its processor to `folder`/start, and pack documents of a mixture coded by them;
+    returns the folder of packs. One process works, on all cores, while the others wait."""
     start = folder / "start"
     state = PartialState(cpu=True, backend="gloo" if processes() > 1 else None)
+    workers = min(len(os.sched_getaffinity(0)), -(-count // extraction.documents_per_shard))
     with state.local_main_process_first():
         if not start.exists():
             with output_folder(start) as partial:
-                new_processor(model, tokenizer).save_pretrained(partial)
+                processor.save_pretrained(partial)
                 model.save_pretrained(partial)
-        strategy = FixedLength(PACK_LENGTH)
-        return build_packs(folder, start, count, mixture, EXTRACTION, strategy, multiple_of=2 * PACKS, num_proc=2)
+        return build_packs(folder, start, count, mixture, extraction, FixedLength(PACK_LENGTH), multiple_of, workers)
 
 
-def train_on_packs(
+def new_optimizer(
+    model: NextFlowForConditionalGeneration, arguments: NextFlowTrainingArguments, peak: float
+) -> MuonWithAdamW:
+    """Muon for the decoder's layers, whatever else is trained by AdamW."""
+    return MuonWithAdamW(
+        model.named_parameters(),
+        lambda name: "language_model.layers" in name,
+        peak,
+        arguments.weight_decay,
+        (arguments.adam_beta1, arguments.adam_beta2),
+    )
+
+
+def new_trainer(
     output: Path,
     model: NextFlowForConditionalGeneration,
     processor: NextFlowProcessor,
     packs: Path,
+    packs_of_a_step: int,
     steps: int,
     seed: int,
-) -> None:
-    """Train everything but the vision tokenizer into `output`; `seed` orders the packs."""
+    trainer_class: type[NextFlowTrainer] = NextFlowTrainer,
+    values: dict | None = None,
+    **kwargs,
+) -> NextFlowTrainer:
+    """Of everything but the vision tokenizer, on packs in an order by `seed`.
+
+    Args:
+        packs_of_a_step: of each process.
+        values: training arguments beside the recipe's.
+        kwargs: of `trainer_class`.
+    """
     model.model.vq_model.requires_grad_(False)
     model.set_attn_implementation("eager")  # the fastest backward at these lengths on a CPU
     for layer in model.model.language_model.layers:
         layer.compile(dynamic=True)
-    values = settings(steps, PEAK) | {"save_steps": 250, "seed": seed}
-    arguments = NextFlowTrainingArguments(output, per_device_train_batch_size=PACKS, **values)
-    optimizer = MuonWithAdamW(
-        model.named_parameters(),
-        lambda name: "language_model.layers" in name,
-        PEAK,
-        arguments.weight_decay,
-        (arguments.adam_beta1, arguments.adam_beta2),
-    )
+    values = settings(steps, PEAK) | {"per_device_train_batch_size": packs_of_a_step, "seed": seed} | (values or {})
+    arguments = NextFlowTrainingArguments(output, **values)
+    optimizers = new_optimizer(model, arguments, PEAK), None
     dataset = PackedDataset(packs, model, processor, seed=seed)
-    trainer = NextFlowTrainer(
-        model, arguments, train_dataset=dataset, processing_class=processor, optimizers=(optimizer, None)
-    )
-    finish(trainer)
+    return trainer_class(model, arguments, train_dataset=dataset, optimizers=optimizers, **kwargs)
 
 
 def train_transformer(folder: Path, tokenizer: PreTrainedTokenizerFast, vq_model: NextFlowVQModel) -> None:
     """All tasks together from the start: text-to-image, captions, questions and edits."""
     if is_finished(folder / "transformer"):
         return
-    packs = code_documents(folder, new_model(tokenizer, vq_model), tokenizer, DOCUMENTS, MIXTURE)
+    model = new_model(tokenizer, vq_model)
+    multiple = 2 * PACKS  # two processes share a step
+    packs = code_documents(folder, model, new_processor(model, tokenizer), DOCUMENTS, MIXTURE, multiple_of=multiple)
     model = NextFlowForConditionalGeneration.from_pretrained(folder / "start")
     processor = NextFlowProcessor.from_pretrained(folder / "start")
-    train_on_packs(folder / "transformer", model, processor, packs, STEPS, seed=0)
+    saving = {"values": {"save_steps": 250}, "processing_class": processor}
+    finish(new_trainer(folder / "transformer", model, processor, packs, PACKS, STEPS, seed=0, **saving))

@@ -7,6 +7,7 @@ import datasets
 import pytest
 import torch
 from data_samples import SETTINGS, documents
+from tiny_models import enlarge_
 
 from transformers_nextflow.data import ComputeBudget, CostModel, PackedDataset, Source, extract, pack
 
@@ -24,19 +25,9 @@ def datasets_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def data_model(tiny_model):
-    """Condition images carry their last scale; weights are large enough to matter."""
+    """Weights are large enough to matter."""
     torch.manual_seed(1)
-    model = copy.deepcopy(tiny_model)
-    model.config.condition_last_scale = True
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if not name.startswith("model.vq_model") and parameter.ndim > 1:
-                parameter.normal_(std=1.5 * parameter.shape[-1] ** -0.5)
-        model.model.code_embeddings.weight.normal_()
-        model.model.scale_embedding.index.weight.normal_()
-        model.model.vq_model.semantic_to_code[-1].weight.mul_(50)
-        model.model.vq_model.pixel_encoder.to_code.weight.mul_(50)
-    return model.eval()
+    return enlarge_(copy.deepcopy(tiny_model)).eval()
 
 
 @pytest.fixture(scope="session")

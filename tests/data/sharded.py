@@ -67,7 +67,6 @@ def run(packs: Path, output: Path, name: str, trainer_class=NextFlowTrainer, res
     dataset = SomeWithoutPictures(folder, manifest, sequence_spec(manifest["identity"]))
     model = NextFlowForConditionalGeneration.from_pretrained(output / "model")
     processor = NextFlowProcessor.from_pretrained(output / "model")
-    processor.condition_last_scale = True
     callbacks = [EMACallback(0.9)]
     if name == "lora":
         torch.manual_seed(0)

@@ -1,6 +1,5 @@
 """Pictures along a training: those of the weights at that step, at no cost to the training."""
 
-import copy
 import sys
 from types import SimpleNamespace
 
@@ -22,9 +21,8 @@ def callback(tiny_processor, tmp_path) -> SamplesCallback:
     """Two prompts, the second an edit."""
     (tmp_path / "condition.png").write_bytes(random_picture(0))
     images = [[], [Image.open(tmp_path / "condition.png").convert("RGB")]]
-    processor = copy.deepcopy(tiny_processor)
-    processor.condition_last_scale = True  # as the model has it
-    return SamplesCallback(processor, PROMPTS, every=2, images=images, seed=3, guidance_scale=1.5, aspect_ratio="2:1")
+    settings = {"every": 2, "seed": 3, "guidance_scale": 1.5, "aspect_ratio": "2:1"}
+    return SamplesCallback(tiny_processor, PROMPTS, images=images, **settings)
 
 
 def drawn(folder) -> dict[str, np.ndarray]:
