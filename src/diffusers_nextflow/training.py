@@ -300,8 +300,7 @@ def checkpoint_to_resume(name: str | None, output: Path) -> Path | None:
     if name is None:
         return None
     if name == "latest":
-        found = [path for path in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-        return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+        return next(reversed(_checkpoints(output)), None)
     if not re.fullmatch(r"checkpoint-\d+", Path(name).name) or not Path(name).is_dir():
         raise ValueError(f"resume_from_checkpoint must be latest or a folder checkpoint-STEP, got {name}")
     return Path(name)
@@ -359,9 +358,14 @@ def _save_checkpoint(accelerator: Accelerator, output: Path, step: int, limit: i
     shutil.rmtree(whole, ignore_errors=True)
     partial.rename(whole)
     if limit is not None:
-        found = [path for path in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-        for old in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))[:-limit]:
+        for old in _checkpoints(output)[:-limit]:
             shutil.rmtree(old)
+
+
+def _checkpoints(output: Path) -> list[Path]:
+    """From the oldest to the newest."""
+    found = [path for path in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
 @contextmanager
