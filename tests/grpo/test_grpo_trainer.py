@@ -157,7 +157,7 @@ def test_two_processes_train_as_one(policy, tiny_processor, tmp_path):
     script = tmp_path / "run.py"
     script.write_text(
         "import sys\n"
-        f"sys.path[:0] = [{str(ROOT / 'tests' / 'grpo')!r}]\n"
+        f"sys.path[:0] = {[str(ROOT / 'tests'), str(ROOT / 'tests' / 'grpo')]!r}\n"
         "from test_grpo_trainer import trainer\n"
         "from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor\n"
         "folder, output = sys.argv[1:]\n"
@@ -400,6 +400,7 @@ def test_a_reward_that_dies_in_mid_run_loses_no_step(policy, tiny_processor, tmp
     with pytest.raises(RewardError, match="server gone"):
         run.train()
     again = trainer(policy, tiny_processor, tmp_path / "died", **values)
+    (tmp_path / "died" / "checkpoint-9").mkdir()  # killed while it was written
     again.train(resume_from_checkpoint=True)
     whole = trainer(policy, tiny_processor, tmp_path / "whole", **values)
     whole.train()

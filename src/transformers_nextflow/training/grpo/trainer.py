@@ -18,6 +18,7 @@ from ...data.inspection import draw_sheet
 from ...files import write_atomically
 from ...modeling_nextflow import NextFlowForConditionalGeneration
 from ...processing_nextflow import NextFlowProcessor
+from ..checkpoints import checkpoint_to_resume
 from ..samples import PictureReports
 from .config import NextFlowGRPOConfig
 from .objective import (
@@ -442,9 +443,17 @@ class NextFlowGRPOTrainer(Trainer):
 
     # What comes out
 
-    def train(self, *args, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """See `Trainer.train`. `True` goes on from the newest whole checkpoint in `output_dir`, whatever a killed run
+        left beside it. A reward at fault ends the training with its last step saved.
+
+        Raises:
+            RewardError: if a reward is at fault.
+            ValueError: if what should be resumed is no whole checkpoint.
+        """
+        self.args.resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         try:
-            return super().train(*args, **kwargs)
+            return super().train(self.args.resume_from_checkpoint, *args, **kwargs)
         except RewardError:
             if self.state.global_step:
                 self._save_checkpoint(self.model, trial=None)
