@@ -145,7 +145,8 @@ def test_pictures_are_those_of_image_mode(model, image_generation):
 def test_a_picture_of_further_passes_is_read_as_first_predicted(model):
     """Its codes are those of image mode; what follows it is predicted as in one forward."""
     controls, inputs = {"guidance_scale": 3.0, "refine_top_k": (4,)}, with_nulls(model, PROMPTS, NULLS)
-    output = answer(model, inputs, controls, do_sample=False, max_new_images=1)
+    at_once = {"sequence_bias": {(BOI,): 100.0, (EOS,): -100.0}}  # a picture first, then text
+    output = answer(model, inputs, controls, do_sample=False, max_new_images=1, **at_once)
     again = {name: output[name] for name in ("attention_mask", "image_grid_hw", "image_codes")}
     with torch.no_grad():
         logits = model(input_ids=output.sequences, **again).logits
@@ -155,7 +156,7 @@ def test_a_picture_of_further_passes_is_read_as_first_predicted(model):
         rows = with_nulls(model, [[*parts[:place], BOI]], [[*null, BOI]])
         alone = model.generate(**rows, generation_mode="image", aspect_ratio="2:1", seed=0, **controls)
         assert torch.equal(alone[0] - TEXT_ROWS, parts[place].codes)
-        assert place < len(parts) - 1, "text must follow"
+        assert place == len(prompt) and len(parts) > place + 4, "text must follow"
         last = logits[row][output.attention_mask[row].bool()][-2, :TEXT_ROWS]
         assert relative(output.logits[row][-1][0], last) < 1e-5
 
