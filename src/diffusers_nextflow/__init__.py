@@ -12,6 +12,7 @@ from .conditioning import NextFlowConditioner, condition_dim
 from .decoding import NextFlowDecoderMixin
 from .pipeline_nextflow import NextFlowPipeline
 from .pipelines import (
+    DECODERS,
     NextFlowDecoderPipeline,
     NextFlowFluxDecoderPipeline,
     NextFlowQwenImageDecoderPipeline,
@@ -21,13 +22,7 @@ from .pixel_autoencoder import PixelAutoencoder
 
 # What `DiffusionPipeline.from_pretrained` looks up: a pipeline's class on `diffusers`, and the classes of components,
 # by the module's name in model_index.json, on `diffusers.pipelines`.
-for pipeline in (
-    NextFlowPipeline,
-    NextFlowDecoderPipeline,
-    NextFlowXLDecoderPipeline,
-    NextFlowFluxDecoderPipeline,
-    NextFlowQwenImageDecoderPipeline,
-):
+for pipeline in (NextFlowPipeline, *DECODERS):
     setattr(diffusers, pipeline.__name__, pipeline)
 diffusers.pipelines.diffusers_nextflow = sys.modules[__name__]
 

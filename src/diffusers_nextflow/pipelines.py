@@ -252,3 +252,11 @@ class NextFlowQwenImageDecoderPipeline(TokenDecoderMixin, QwenImageImg2ImgPipeli
         if prompt_embeds_mask is not None:
             prompt_embeds_mask = prompt_embeds_mask.repeat_interleave(num_images_per_prompt, dim=0)
         return prompt_embeds, prompt_embeds_mask
+
+
+DECODERS = (
+    NextFlowDecoderPipeline,
+    NextFlowXLDecoderPipeline,
+    NextFlowFluxDecoderPipeline,
+    NextFlowQwenImageDecoderPipeline,
+)

@@ -10,8 +10,9 @@ import random
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 SHAPES_MODEL = Path(__file__).parents[2] / "checkpoints" / "nextflow-shapes"  # in a checkout of the repository
 
 DECODERS = ("vq", "diffusion")
+DECODER_GROUP = "transformers_nextflow.decoders"  # of entry points: each loads decoders of its name from a folder
 
 
 def model_name(model: str | None) -> str:
@@ -81,19 +83,34 @@ def load_decoder(args: argparse.Namespace, vq_model: "NextFlowVQModel") -> "Diff
         raise ValueError("--decoder diffusion needs --decoder-model, a folder or Hub id")
     if args.decoder_steps is not None and args.decoder_steps < 1:
         raise ValueError(f"--decoder-steps must be positive, got {args.decoder_steps}")
-    from diffusers import DiffusionPipeline
-
-    from diffusers_nextflow import NextFlowDecoderMixin
-
-    decoder = DiffusionPipeline.from_pretrained(model_name(args.decoder_model))
-    if not isinstance(decoder, NextFlowDecoderMixin):
-        raise ValueError(f"{args.decoder_model} must hold a diffusion decoder, got a {type(decoder).__name__}")
+    name = model_name(args.decoder_model)
+    decoder = decoder_loader(args.decoder)(name)
     if decoder.vq_model is not None:
         ours, theirs = vq_model.quantizer.state_dict(), decoder.vq_model.quantizer.state_dict()
         if ours.keys() != theirs.keys() or not all(torch.equal(ours[name].cpu(), theirs[name]) for name in ours):
-            raise ValueError(f"{args.decoder_model} decodes another vision tokenizer's codes")
+            raise ValueError(f"{name} decodes another vision tokenizer's codes")
     decoder.set_progress_bar_config(disable=None)
     return decoder.to(vq_model.device)
+
+
+def decoder_loader(kind: str) -> Callable[[str], "DiffusionPipeline"]:
+    """What an installed package loads such decoders by.
+
+    Raises:
+        ValueError: if none does, or it lacks a package.
+    """
+    found = list(entry_points(group=DECODER_GROUP, name=kind))
+    if not found:
+        raise ValueError(
+            f"no installed package loads decoders for --decoder {kind}: install transformers-nextflow anew"
+        )
+    try:
+        return found[0].load()
+    except ImportError as error:
+        raise ValueError(
+            f"--decoder {kind} needs a package that is not installed ({error}): "
+            f"pip install 'transformers-nextflow[diffusers]'"
+        ) from error
 
 
 def load_vision_tokenizer(model: str | None) -> "tuple[NextFlowVQModel, NextFlowImageProcessor]":

@@ -1,7 +1,9 @@
 """The shapes world's decoder at a tiny size: recipe, training script, benchmark and console command."""
 
 import argparse
+import ast
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -21,9 +23,11 @@ from diffusers_nextflow import NextFlowPipeline, PixelAutoencoder
 from examples import train_diffusion_decoder
 from examples.shapes.diffusion_decoder import ShapesBatches, export, new_decoder
 from examples.shapes.world import is_training_scene, render
+from tests.diffusers.tiny_decoders import stock_components, stock_pipeline
 from transformers_nextflow.loading import load_vq_model
 
-SHAPES = Path(__file__).parents[2] / "checkpoints" / "nextflow-shapes"
+ROOT = Path(__file__).parents[2]
+SHAPES = ROOT / "checkpoints" / "nextflow-shapes"
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +149,27 @@ def test_benchmark(pipe):
 # The console command
 
 
-def test_generate_ends_in_the_decoder(console, trained, pipe):
+@pytest.fixture
+def install(tmp_path_factory, monkeypatch):
+    """The package's metadata, as an installation of this tree has them; `False`: those of one without entry points."""
+
+    def install(entry_points: bool = True) -> None:
+        tomllib = pytest.importorskip("tomllib", reason="Python before 3.11 reads no TOML")
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        folder = tmp_path_factory.mktemp("site-packages")
+        metadata = folder / f"transformers_nextflow-{project['version']}.dist-info"
+        metadata.mkdir()
+        (metadata / "METADATA").write_text(f"Name: {project['name']}\nVersion: {project['version']}\n")
+        groups = project["entry-points"] if entry_points else {}
+        lines = [line for group, names in groups.items() for line in (f"[{group}]", *map(" = ".join, names.items()))]
+        (metadata / "entry_points.txt").write_text("\n".join(lines))
+        monkeypatch.syspath_prepend(folder)
+
+    return install
+
+
+def test_generate_ends_in_the_decoder(console, trained, pipe, install):
+    install()
     options = ("--seed", 3, "--decoder", "diffusion", "--decoder-model", trained / "exported", "--decoder-steps", 2)
     status, out, err = console("generate", "a red circle", *options, "--num-images", 2, "--json", model=SHAPES)
     assert status == 0, err
@@ -177,8 +201,42 @@ def test_decoder_options_that_contradict_each_other(console, options, message):
     assert status == 2 and message in err
 
 
-def test_decoder_of_other_codes(console, trained):
-    """The tiny model's tokenizer is not the shapes world's."""
+def test_decoders_that_cannot_be(console, trained, tmp_path, install):
+    install()
+    stock_pipeline("unet", stock_components("unet")).save_pretrained(tmp_path / "stock")
+    (tmp_path / "empty").mkdir()
+    shutil.copytree(trained / "exported", tmp_path / "damaged")
+    weights = tmp_path / "damaged" / "conditioner" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    for name, message in (
+        # the tiny model's tokenizer is not the shapes world's
+        (trained / "exported", "decodes another vision tokenizer's codes"),
+        ("stock", "stock must hold a diffusion decoder (NextFlowDecoderPipeline, "),
+        ("stock", "NextFlowQwenImageDecoderPipeline), got a StableDiffusionPipeline"),
+        ("empty", "no file named model_index.json found in directory empty"),
+        ("damaged", "damaged/conditioner/diffusion_pytorch_model.safetensors"),
+    ):
+        status, _, err = console("generate", "a red circle", "--decoder", "diffusion", "--decoder-model", name)
+        assert status == 2 and message in err
+
+
+def test_decoders_without_diffusers(console, trained, install, monkeypatch):
     options = ("--decoder", "diffusion", "--decoder-model", trained / "exported")
+    install()
+    for name in [name for name in sys.modules if name.split(".")[0] in ("diffusers", "diffusers_nextflow")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "diffusers", None)
     status, _, err = console("generate", "a red circle", *options)
-    assert status == 2 and "decodes another vision tokenizer's codes" in err
+    assert status == 2 and "--decoder diffusion needs a package that is not installed (" in err
+    assert err.rstrip().endswith("pip install 'transformers-nextflow[diffusers]'")
+    install(entry_points=False)
+    status, _, err = console("generate", "a red circle", *options)
+    assert status == 2 and "no installed package loads decoders for --decoder diffusion" in err
+
+
+def test_the_package_below_does_not_import_this_one():
+    for path in (ROOT / "src" / "transformers_nextflow").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not any(name.split(".")[0] == "diffusers_nextflow" for name in names), path
