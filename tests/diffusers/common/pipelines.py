@@ -1,6 +1,7 @@
 """diffusers' pipeline, memory and LoRA tests on each family's decoder, and on the stock pipeline that it extends."""
 
 import copy
+import gc
 
 import diffusers
 import pytest
@@ -102,7 +103,7 @@ class Ours(Common):
         return self.arguments() | {"codes": random_codes(1), "grid": WIDE}
 
 
-def tests_of(family: str) -> dict[str, tuple[type, ...]]:
+def mixins_of(family: str) -> dict[str, tuple[type, ...]]:
     """In classes of their own, because the memory tests' mark, that they need an accelerator, holds for a class."""
     unet = (library.UNetLoraTesterMixin,) if family in UNETS else ()
     return {
@@ -116,6 +117,9 @@ def tests_of(family: str) -> dict[str, tuple[type, ...]]:
 for family in FAMILIES:
     setattr(diffusers.pipelines, FAMILIES[family][0].__name__, FAMILIES[family][0])  # where its source is looked up
     for base in (Ours, Stock):
-        for kind, mixins in tests_of(family).items():
+        for kind, mixins in mixins_of(family).items():
             name = f"Test{base.__name__}{family.title()}{kind}"
             globals()[name] = type(name, (base, *mixins), {"family": family, "__module__": __name__})
+
+torch.compiler.reset()  # so that all is imported
+gc.freeze()  # the library collects garbage twice for each test: nothing that was imported is any
