@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline
+from diffusers.image_processor import PipelineImageInput
 from diffusers.utils import logging
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.torch_utils import randn_tensor
@@ -39,14 +40,14 @@ class StableNames:
     custom_pipeline=folder, trust_remote_code=True)`, for a Hub id `custom_pipeline="pipeline"`.
     """
 
-    def save_pretrained(self, save_directory, **kwargs) -> None:
+    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
         for name, component in self.components.items():
             if type(component).__module__.split(".")[0] in (__package__, "transformers_nextflow"):
                 self.register_to_config(**{name: (__package__, type(component).__name__)})
         # one name for all: diffusers runs the files of all folders in one module, which may hold one pipeline
         shim = f"from {__package__} import {type(self).__name__} as Pipeline  # noqa: F401\n"
         write_atomically(Path(save_directory, "pipeline.py"), lambda partial: partial.write_text(shim))
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
 
 class NextFlowDecoderMixin(StableNames):
@@ -83,7 +84,9 @@ class NextFlowDecoderMixin(StableNames):
                     f"the vision tokenizer has condition_dim and patch_size {known}, but the conditioner {given}"
                 )
         if self.family == "unet":
-            widen_conv_in(backbone, self.vae.config.latent_channels, config.width)
+            channels = self.vae.config.latent_channels
+            widen_conv_in(backbone, channels, config.width)
+            self.image_processor.register_to_config(vae_latent_channels=channels)  # of noise, which it leaves alone
         else:
             if config.width != backbone.inner_dim:
                 raise ValueError(
@@ -98,7 +101,7 @@ class NextFlowDecoderMixin(StableNames):
         codes: torch.Tensor | Sequence[torch.Tensor] | None = None,
         grid: Grid | None = None,
         features: torch.Tensor | Sequence[torch.Tensor] | None = None,
-        image=None,
+        image: PipelineImageInput | None = None,
         upscale: int | None = None,
         strength: float = 1.0,
         height: int | None = None,
@@ -133,18 +136,21 @@ class NextFlowDecoderMixin(StableNames):
 
         Raises:
             ValueError: if the condition is given not at all or twice, does not fit the backbone, or captions are
-                missing or differ in number.
+                missing, no strings, or differ in number.
         """
         if self.conditioner is None:
             raise ValueError("the decoder has no conditioner; load one, or give a vq_model for a fresh one")
         if not 0 < strength <= 1:
             raise ValueError(f"strength must lie in (0, 1], got {strength}")
+        if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
+            raise ValueError(f"num_images_per_prompt must be a positive whole number, got {num_images_per_prompt!r}")
         features, start = self._condition(codes, grid, features, image, needs_start=strength < 1)
         cells = self.conditioner.cells(self.stride, upscale)
+        size = self.output_size(features.shape[-2:], upscale)
         batch, rows = len(features), len(features) * num_images_per_prompt
-        size = tuple(length * cells * self.stride for length in features.shape[-2:])
-        if (height or size[0], width or size[1]) != size:
-            raise ValueError(f"the output is {size[0]}x{size[1]} (height x width), got {height}x{width}")
+        asked = (size[0] if height is None else height, size[1] if width is None else width)
+        if asked != size:
+            raise ValueError(f"the output is {size[0]}x{size[1]} (height x width), got {asked[0]}x{asked[1]}")
         if isinstance(generator, list) and len(generator) != rows:
             raise ValueError(f"a list of generators needs one for each of {rows} pictures, got {len(generator)}")
         known = inspect.signature(super().__call__).parameters  # two of the stock pipelines swallow what they do not
@@ -169,6 +175,15 @@ class NextFlowDecoderMixin(StableNames):
                 generator=generator,
                 **kwargs,
             )
+
+    def output_size(self, grid: Grid, upscale: int | None = None) -> tuple[int, int]:
+        """(height, width) in pixels of the pictures of a grid's codes.
+
+        Raises:
+            ValueError: if a cell of the grid is no whole number of latents or tokens.
+        """
+        edge = self.conditioner.cells(self.stride, upscale) * self.stride
+        return grid[0] * edge, grid[1] * edge
 
     def get_timesteps(self, num_inference_steps: int, strength: float, *args, **kwargs):
         timesteps, steps = super().get_timesteps(num_inference_steps, strength, *args, **kwargs)
@@ -321,6 +336,8 @@ def _captions(captions: dict, kwargs: dict, batch: int) -> dict:
         else:
             captions[name] = [given] * batch if isinstance(given, str) else list(given)
             counts[name] = len(captions[name])
+            if wrong := [entry for entry in captions[name] if not isinstance(entry, str)]:
+                raise ValueError(f'{name} must hold strings ("" for none), got {wrong[0]!r}')
     if kwargs.get("prompt_embeds") is not None:
         counts["prompt_embeds"] = len(kwargs["prompt_embeds"])
     for name, count in counts.items():

@@ -56,13 +56,20 @@ class DecoderLoss(nn.Module):
 
         Returns:
             the mean squared error, float32.
+
+        Raises:
+            ValueError: if they are not of as many pictures, or see [`disturb`].
         """
-        cells = self.pipe.conditioner.cells(self.pipe.stride)
-        size = tuple(length * cells * self.pipe.stride for length in features.shape[-2:])
+        if not len(latents) == len(features) == len(captions):
+            raise ValueError(
+                f"latents, features and captions must be of as many pictures, got {len(latents)}, {len(features)} and "
+                f"{len(captions)}"
+            )
+        size = self.pipe.output_size(features.shape[-2:])
         noisy, timesteps, target = disturb(self.scheduler, latents, generator)
         with torch.no_grad():
             text = encode_captions(self.pipe, captions, size)
-        with self.pipe._reading(features, cells):
+        with self.pipe._reading(features, self.pipe.conditioner.cells(self.pipe.stride)):
             predicted = predict(self.pipe, noisy, timesteps, text, size, self.guidance_scale)
         return F.mse_loss(predicted.float(), target.float())
 

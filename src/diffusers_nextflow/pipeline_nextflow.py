@@ -5,10 +5,11 @@ from typing import Self
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
-from diffusers.image_processor import VaeImageProcessor
+from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor
+from transformers_nextflow.sampling import RowGenerators
 
 from .decoding import NextFlowDecoderMixin, StableNames
 
@@ -42,8 +43,8 @@ class NextFlowPipeline(StableNames, DiffusionPipeline):
         """Also of a transformers checkpoint, a folder or Hub id that holds model and processor alone.
 
         Args:
-            kwargs: as in `DiffusionPipeline.from_pretrained`; of a transformers checkpoint, `torch_dtype` and the
-                Hub's arguments, and `decoder`.
+            kwargs: as in `DiffusionPipeline.from_pretrained`; of a transformers checkpoint, `dtype`, `decoder` and
+                the Hub's arguments.
         """
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         try:
@@ -64,11 +65,16 @@ class NextFlowPipeline(StableNames, DiffusionPipeline):
             self.decoder.to(*args, **kwargs)
         return self
 
+    def enable_model_cpu_offload(self, *args, **kwargs) -> None:
+        super().enable_model_cpu_offload(*args, **kwargs)
+        if self.decoder is not None:
+            self.decoder.enable_model_cpu_offload(*args, **kwargs)
+
     @torch.no_grad()
     def __call__(
         self,
         prompt: str | Sequence[str],
-        image=None,
+        image: PipelineImageInput | Sequence[Sequence] | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         aspect_ratio: str | None = None,
         level: str | int | None = None,
@@ -89,8 +95,9 @@ class NextFlowPipeline(StableNames, DiffusionPipeline):
             prompt: one or several.
             image: one picture, or several, that belong to the only prompt; or a list of them for each prompt. Anything
                 the processor reads. Without a size, the output has that of each prompt's first picture.
-            negative_prompt, aspect_ratio, level, height, width, guidance_scale, seed, generator, kwargs: as in
-                `generate_image` of the model, whose defaults are in its configuration.
+            negative_prompt, aspect_ratio, level, height, width, guidance_scale, kwargs: as in `generate_image` of the
+                model, whose defaults are in its configuration.
+            seed, generator: as there; the decoder's noise follows from them too.
             output_type: `"pil"`, `"np"` (B, H, W, 3) in [0, 1], `"pt"` (B, 3, H, W) in [0, 1], or `"latent"`, the
                 codes (B, L).
             decoder_kwargs: of the decoder pipeline's call: `num_inference_steps`, `upscale`, `strength`, `prompt` (in
@@ -98,7 +105,13 @@ class NextFlowPipeline(StableNames, DiffusionPipeline):
 
         Returns:
             `ImagePipelineOutput`, or a tuple, with `images`, prompt by prompt.
+
+        Raises:
+            ValueError: for `decoder_kwargs` without a decoder, pictures or sizes that do not fit, and what
+                `generate_image` refuses.
         """
+        if decoder_kwargs and self.decoder is None:
+            raise ValueError(f"decoder_kwargs ({', '.join(decoder_kwargs)}) need a decoder, and the pipeline has none")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         pictures = _pictures(image, len(prompts))
         size = {"aspect_ratio": aspect_ratio, "level": level, "height": height, "width": width}
@@ -128,6 +141,8 @@ class NextFlowPipeline(StableNames, DiffusionPipeline):
         if output_type == "latent":
             images = codes
         elif self.decoder is not None:
+            if seed is not None:
+                generator = RowGenerators.create(len(prompts), num_images_per_prompt, seed).generators
             images = self._draw(prompts, codes, grid, num_images_per_prompt, generator, output_type, decoder_kwargs)
         else:
             pixels = self.model.model.vq_model.decode(codes, grid)
@@ -146,6 +161,7 @@ class NextFlowPipeline(StableNames, DiffusionPipeline):
         features = torch.cat(vq_model.condition_features(codes, grid), dim=1)
         if controls.get("strength", 1) < 1:
             controls.setdefault("image", list((vq_model.decode(codes, grid) + 1) / 2))
+        self.maybe_free_model_hooks()  # the decoder may need the memory
         return self.decoder(features=features, output_type=output_type, **controls).images
 
     def _size_of(self, image_grid_hw: torch.Tensor, pictures: list[list], level) -> tuple[int, int]:

@@ -119,7 +119,7 @@ def load_decoder(
     if adapter is not None:
         components["conditioner"] = NextFlowConditioner.from_pretrained(adapter, subfolder="conditioner")
     dtypes = {part: dtype for part in ("transformer", "text_encoder", "text_encoder_2")} | {"default": torch.float32}
-    pipe = decoder_class(config["_class_name"]).from_pretrained(name, torch_dtype=dtypes, **components)
+    pipe = decoder_class(config["_class_name"]).from_pretrained(name, dtype=dtypes, **components)
     if pipe.vq_model is None:
         raise ValueError(f"{name} holds no vision tokenizer: name one")
     if pipe.conditioner.config.upscale > upscale:
@@ -202,7 +202,8 @@ def train(
         validation: a batch whose pictures are drawn.
 
     Raises:
-        ValueError: see [`prepare`]; if the grids do not fit the backbone; for a checkpoint that is none.
+        ValueError: see [`prepare`]; if the grids do not fit the backbone, or pictures the grids; for a checkpoint that
+            is none.
     """
     pipe.conditioner.cells(pipe.stride)  # raises where a cell is no whole number of latents
     output = Path(arguments.output_dir)
@@ -255,6 +256,12 @@ def train(
     for number, batch in zip(numbers, loader):
         generator = torch.Generator().manual_seed(draw_seed(arguments.seed, number))
         features = condition_of(pipe.vq_model, batch)
+        drawn, expected = tuple(batch["pixel_values"].shape[-2:]), pipe.output_size(features.shape[-2:])
+        if drawn != expected:
+            raise ValueError(
+                f"codes of the grid {tuple(features.shape[-2:])} are drawn at {expected[0]}x{expected[1]} (upscale "
+                f"{pipe.conditioner.config.upscale}), but batch {number} holds pictures of {drawn[0]}x{drawn[1]}"
+            )
         latents = encode_pixels(pipe, batch["pixel_values"], generator)
         with accelerator.accumulate(loss_of):
             loss = loss_of(latents, features.to(latents.device), batch["captions"], generator)

@@ -276,9 +276,11 @@ def draw(
     """Pictures of generated codes by a diffusion decoder, the text as their caption."""
     import torch
 
+    from .sampling import RowGenerators
+
     codes = output.sequences - model.config.text_vocab_size
     features = torch.cat(model.model.vq_model.condition_features(codes, output.image_grid_hw[0].tolist()), dim=1)
-    generator = torch.Generator().manual_seed(seed)
+    generator = RowGenerators.create(1, len(codes), seed).generators
     given = {} if steps is None else {"num_inference_steps": steps}
     return decoder([text] * len(codes), features=features, generator=generator, **given).images
 

@@ -1,5 +1,7 @@
 """The paper's sizes, on the meta device: parameters and what the backbones read."""
 
+import copy
+
 import pytest
 import torch
 
@@ -52,36 +54,46 @@ def test_parameters(decoder):
     assert count(conditioner) == projection
 
 
+@pytest.fixture(scope="module")
+def first_layer(decoder):
+    """What reads the condition, with the latents' channels that its stock layer reads."""
+    backbone, conditioner = decoder
+    if conditioner.config.backbone == "unet":
+        unet = copy.deepcopy(backbone)
+        widen_conv_in(unet, 4, 320)
+        assert unet.config.in_channels == 324 and backbone.config.in_channels == 4
+        with pytest.raises(ValueError, match="got 324"):
+            widen_conv_in(unet, 4, 64)
+        return unet.conv_in, 4
+    layer = copy.deepcopy(backbone.x_embedder if conditioner.config.backbone == "flux" else backbone.img_in)
+    read_condition(layer)
+    assert layer(torch.empty(1, 512, 64, device="meta")).shape == (1, 512, 3072)
+    return layer, 64
+
+
 @pytest.mark.parametrize("upscale", [1, 2])
 @pytest.mark.parametrize("level", ["256", "512", "1024"])
-def test_what_the_backbone_reads(decoder, level, upscale):
-    backbone, conditioner = decoder
+def test_what_the_backbone_reads(decoder, first_layer, level, upscale):
+    """At every grid of the level that is no square."""
+    _, conditioner = decoder
+    layer, channels = first_layer
     table = VQ.schedule_table()
     schedules = [s for s in table.of_level(level) if s.final_grid[0] != s.final_grid[1]]
-    for schedule in (schedules[0], schedules[-1]):
+    assert len(schedules) == 40
+    for schedule in schedules:
         height, width = (length * upscale for length in table.image_size(schedule))
         features = torch.empty(2, CONDITION, *schedule.final_grid, device="meta")
         if conditioner.config.backbone == "unet":
             condition = conditioner(features, conditioner.cells(8, upscale))
-            assert condition.shape == (2, 320, height // 8, width // 8)
+            latents = torch.empty(2, channels, height // 8, width // 8, device="meta")
+            read, tokens = torch.cat([latents, condition], dim=1), (2, 320, height // 8, width // 8)
+            assert read.shape == (2, 4 + 320, height // 8, width // 8)
         else:
             condition = conditioner(features, conditioner.cells(16, upscale))
-            assert condition.shape == (2, (height // 16) * (width // 16), 3072)
-
-
-def test_first_layers_read_it(decoder):
-    backbone, conditioner = decoder
-    if conditioner.config.backbone == "unet":
-        widen_conv_in(backbone, 4, 320)
-        assert backbone.config.in_channels == 324
-        assert backbone.conv_in(torch.empty(1, 324, 16, 32, device="meta")).shape == (1, 320, 16, 32)
-        with pytest.raises(ValueError, match="got 324"):
-            widen_conv_in(backbone, 4, 64)
-    else:
-        layer = backbone.x_embedder if conditioner.config.backbone == "flux" else backbone.img_in
-        read_condition(layer)
-        assert layer(torch.empty(1, 512, 64 + 3072, device="meta")).shape == (1, 512, 3072)
-        assert layer(torch.empty(1, 512, 64, device="meta")).shape == (1, 512, 3072)
+            latents = torch.empty(2, (height // 16) * (width // 16), channels, device="meta")
+            read, tokens = torch.cat([latents, condition], dim=-1), (2, (height // 16) * (width // 16), 3072)
+            assert read.shape == (*tokens[:2], 64 + 3072)
+        assert layer(read).shape == tokens
 
 
 @pytest.mark.parametrize("stride", [7, 12, 32])

@@ -144,6 +144,11 @@ def test_other_predictions():
                 loss_of(*inputs)
 
 
+def test_a_caption_for_each_picture():
+    with pytest.raises(ValueError, match="of as many pictures, got 2, 2 and 1"):
+        DecoderLoss(decoder("unet"))(torch.ones(2, 4, 8, 16), torch.ones(2, 26, 2, 4), [""], seeded())
+
+
 # What is trained
 
 
@@ -193,21 +198,23 @@ def test_full_training_changes_unet_and_conditioner_and_saves_their_average(tmp_
 
 
 def test_killed_training_resumes_as_if_nothing_had_happened_and_loads_in_a_fresh_process(tmp_path):
-    """Killed after a step, and again while it writes a checkpoint."""
+    """A whole UNet and adapters, killed after a step, and again while it writes a checkpoint."""
     pipe = decoder("flux", vq_model=copy.deepcopy(tiny_vq_model()))
     train(pipe, Batches(), arguments(tmp_path / "flux", rank=2))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT / "src"), str(ROOT))), "OMP_NUM_THREADS": "1"}
     run = [sys.executable, "-m", "tests.diffusers.tiny_trainings", str(tmp_path)]
     done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=600, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
-    left = json.loads((tmp_path / "left.json").read_text())
-    assert "checkpoint-2" in left and ".checkpoint-4.partial" in left and "checkpoint-4" not in left
-    for name in ("log.jsonl", "checkpoint-6/trained.safetensors", "unet/diffusion_pytorch_model.safetensors"):
-        whole, resumed = ((tmp_path / run / name).read_bytes() for run in ("whole", "killed"))
-        if name == "log.jsonl":
-            whole, resumed = ([drop_seconds(line) for line in text.splitlines()] for text in (whole, resumed))
-            assert len(whole) == 6 and len({row["loss"] for row in whole}) == 6
-        assert resumed == whole, name
+    results = {"": "unet/diffusion_pytorch_model.safetensors", "-lora": "pytorch_lora_weights.safetensors"}
+    for kind, result in results.items():
+        left = json.loads((tmp_path / f"left{kind}.json").read_text())
+        assert "checkpoint-2" in left and ".checkpoint-4.partial" in left and "checkpoint-4" not in left
+        for name in ("log.jsonl", "checkpoint-6/trained.safetensors", result):
+            whole, resumed = ((tmp_path / (run + kind) / name).read_bytes() for run in ("whole", "killed"))
+            if name == "log.jsonl":
+                whole, resumed = ([drop_seconds(line) for line in text.splitlines()] for text in (whole, resumed))
+                assert len(whole) == 6 and len({row["loss"] for row in whole}) == 6
+            assert resumed == whole, name
     assert torch.equal(load_file(tmp_path / "picture.safetensors")["picture"], picture(pipe))
 
 
@@ -285,6 +292,10 @@ def test_wrong_combinations(tmp_path):
         train(decoder("unet"), Batches(), arguments(tmp_path, resume_from_checkpoint="there"))
     with pytest.raises(ValueError, match="multiple of the 8 pixels"):
         train(decoder("flux", vq_model=tiny_vq_model(4)), Batches(), arguments(tmp_path, rank=2))
+    with pytest.raises(ValueError, match=r"\(2, 4\) are drawn at 64x128 \(upscale 2\), but batch 0 holds .* of 32x64"):
+        pipe = decoder("unet")
+        pipe.conditioner.register_to_config(upscale=2)
+        train(pipe, Batches(), arguments(tmp_path))
     (tmp_path / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
     with pytest.raises(ValueError, match="starts from one of .*FluxPipeline.*got WanPipeline"):
         load_decoder(str(tmp_path))

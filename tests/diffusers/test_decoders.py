@@ -12,6 +12,7 @@ pytest.importorskip("diffusers", reason="the diffusion decoder needs diffusers")
 from diffusers import DiffusionPipeline, EulerDiscreteScheduler, FluxTransformer2DModel
 
 from diffusers_nextflow import NextFlowConditioner
+from examples.shapes.diffusion_decoder import new_decoder
 from tests.diffusers.tiny_decoders import (
     FAMILIES,
     WIDE,
@@ -254,6 +255,14 @@ def test_half_precision(family):
     assert half("", image=torch.rand(3, 32, 64), strength=0.5, **TWO_STEPS).images.isfinite().all()
 
 
+def test_noise_of_any_number_of_channels_is_no_picture():
+    """Here 6 x 6 latents of 48 channels, which the stock loop would bring to 4 x 4 if it took them for pixels."""
+    pipe = new_decoder(tiny_vq_model(8), widths=(8, 8))
+    pipe.set_progress_bar_config(disable=True)
+    pictures = pipe("", random_codes(1, (3, 3)), upscale=1, **TWO_STEPS).images
+    assert pictures.shape == (1, 3, 24, 24)
+
+
 def test_adapter_on_the_layer_that_reads_the_condition():
     peft = pytest.importorskip("peft")
     pipe = decoder("flux")
@@ -268,6 +277,7 @@ def test_adapter_on_the_layer_that_reads_the_condition():
         ({"codes": None, "grid": None}, "give what to decode"),
         ({"prompt": None}, "caption"),
         ({"prompt": ["a", "b"]}, "prompt must have one entry for each of 1"),
+        ({"prompt": [None]}, r'prompt must hold strings \("" for none\), got None'),
         ({"negative_prompt": ["a", "b"]}, "negative_prompt must have one entry for each of 1"),
         ({"grid": (3, 3)}, r"grid \(3, 3\) must have the shape"),
         ({"grid": (4, 4)}, r"no scale schedule ends in the grid \(4, 4\)"),
@@ -288,7 +298,8 @@ def test_adapter_on_the_layer_that_reads_the_condition():
         ({"image": torch.rand(3, 48, 48), "strength": 0.5}, r"start from must be \(32, 64\), got \(48, 48\)"),
         ({"codes": None, "image": torch.rand(3, 32, 64)}, r"grid belongs to codes, got \(2, 4\)"),
         ({"codes": None, "grid": None, "image": [torch.rand(3, 32, 64), torch.rand(3, 48, 48)]}, "must have one grid"),
-        ({"height": 48}, "the output is 32x64"),
+        ({"height": 48}, r"the output is 32x64 \(height x width\), got 48x64"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt must be a positive whole number, got 0"),
         ({"upscale": 1.5}, "upscale must be a positive whole number"),
         ({"strength": 0}, r"strength must lie in \(0, 1\]"),
         ({"strength": 0.01}, "leaves none of 2 steps"),

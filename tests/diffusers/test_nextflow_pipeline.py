@@ -64,6 +64,10 @@ def test_ends_in_a_diffusion_decoder_and_round_trips(pipe, tmp_path):
         arguments = {"num_inference_steps": 2, **options}
         two = {"seed": 0, "num_images_per_prompt": 2}
         pictures = whole(PROMPTS, **two, output_type="pt", decoder_kwargs=arguments | {"generator": seeded()}).images
+        by_seed = whole(PROMPTS, **two, output_type="pt", decoder_kwargs=arguments).images
+        alone = whole(PROMPTS[1], **two, output_type="pt", decoder_kwargs=arguments).images
+        torch.testing.assert_close(by_seed[2:], alone, rtol=0, atol=1e-5)
+        assert (by_seed - pictures).abs().max() > 1e-3
         codes = pipe(PROMPTS, **two, output_type="latent").images
         captions = [prompt for prompt in PROMPTS for _ in range(2)]
         expected = unet(captions, codes, (8, 8), generator=seeded(), output_type="pt", **arguments).images
@@ -97,6 +101,24 @@ def test_offload(pipe):
     whole.enable_model_cpu_offload(device="cpu")
     expected = pipe(PROMPTS[0], seed=0, output_type="pt").images
     assert torch.equal(whole(PROMPTS[0], seed=0, output_type="pt").images, expected)
+
+    whole.decoder = decoder("unet", trained=True, vq_model=None, conditioner=conditioner_of(pipe))
+    arguments = {"seed": 0, "output_type": "pt", "decoder_kwargs": {"num_inference_steps": 1}}
+    whole.remove_all_hooks()
+    expected = whole(PROMPTS[0], **arguments).images
+    whole.enable_model_cpu_offload(device="cpu")
+    for _ in range(2):
+        assert torch.equal(whole(PROMPTS[0], **arguments).images, expected)
+        assert len(whole.decoder._all_hooks) == 4  # conditioner, text encoder, UNet, VAE
+
+
+def conditioner_of(pipe):
+    return decoder("unet", vq_model=pipe.model.model.vq_model).conditioner
+
+
+def test_arguments_of_a_decoder_that_is_not_there(pipe):
+    with pytest.raises(ValueError, match=r"decoder_kwargs \(upscale\) need a decoder, and the pipeline has none"):
+        pipe(PROMPTS[0], decoder_kwargs={"upscale": 2})
 
 
 def test_documentation_runs(monkeypatch):

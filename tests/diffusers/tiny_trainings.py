@@ -46,13 +46,20 @@ def picture(pipe) -> torch.Tensor:
         return pipe("a cat", **codes, num_inference_steps=2, generator=generator, output_type="pt").images
 
 
-def run(output: Path, kill_at: int | None = None, resume: str | None = None, dies_saving: bool = False) -> None:
-    pipe = decoder("unet", vq_model=tiny_vq_model())
-    for module in pipe.unet.modules():  # so that a step depends on torch's random numbers
+def run(
+    output: Path,
+    rank: int | None = None,
+    kill_at: int | None = None,
+    resume: str | None = None,
+    dies_saving: bool = False,
+) -> None:
+    """A whole UNet, or with `rank` adapters of Flux."""
+    pipe = decoder("unet" if rank is None else "flux", vq_model=tiny_vq_model())
+    for module in pipe.components[pipe.backbone].modules():  # so that a step depends on torch's random numbers
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.2
-    values = {"max_train_steps": 6, "checkpointing_steps": 2, "gradient_accumulation_steps": 2, "use_ema": True}
-    values |= {"lr_scheduler": "cosine", "resume_from_checkpoint": resume}
+    values = {"max_train_steps": 6, "checkpointing_steps": 2, "gradient_accumulation_steps": 2, "rank": rank}
+    values |= {"use_ema": rank is None, "lr_scheduler": "cosine", "resume_from_checkpoint": resume}
     if dies_saving:
         training.Path.rename = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
     train(pipe, Batches(kill_at=kill_at), arguments(output, **values), validation=Batches()[0])
@@ -67,11 +74,13 @@ def in_a_process(*args, **kwargs) -> int:
 
 
 def main(output: Path) -> None:
-    assert in_a_process(output / "whole") == 0
-    assert in_a_process(output / "killed", kill_at=7, resume="latest") == -signal.SIGKILL  # within the fourth step
-    assert in_a_process(output / "killed", resume="latest", dies_saving=True) == -signal.SIGKILL
-    (output / "left.json").write_text(json.dumps([path.name for path in (output / "killed").iterdir()]))
-    assert in_a_process(output / "killed", resume="latest") == 0
+    for kind, rank in (("", None), ("-lora", 2)):
+        whole, killed = output / f"whole{kind}", output / f"killed{kind}"
+        assert in_a_process(whole, rank) == 0
+        assert in_a_process(killed, rank, kill_at=7, resume="latest") == -signal.SIGKILL  # within the fourth step
+        assert in_a_process(killed, rank, resume="latest", dies_saving=True) == -signal.SIGKILL
+        (output / f"left{kind}.json").write_text(json.dumps([path.name for path in killed.iterdir()]))
+        assert in_a_process(killed, rank, resume="latest") == 0
 
     conditioner = NextFlowConditioner.from_pretrained(output / "flux", subfolder="conditioner")
     pipe = decoder("flux", conditioner=conditioner)

@@ -4,6 +4,8 @@ import importlib
 import importlib.machinery
 import importlib.util
 import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +25,14 @@ def source_folder() -> Path:
 
 def is_available() -> bool:
     return (source_folder() / "tests" / "pipelines" / "testing_utils").is_dir()
+
+
+def source_version() -> dict[str, str]:
+    """Version and commit of the checkout, which may be another's than the installed diffusers."""
+    text = (source_folder() / "src" / "diffusers" / "__init__.py").read_text()
+    command = ["git", "-C", str(source_folder()), "rev-parse", "HEAD"]
+    commit = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    return {"version": re.search(r'^__version__ = "(.+)"', text, re.MULTILINE)[1], "commit": commit}
 
 
 def import_library(name: str) -> ModuleType:

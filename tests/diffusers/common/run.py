@@ -8,6 +8,7 @@ skipped by the stock pipeline too, or be one of `IMPOSSIBLE`. `--record` writes 
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 
 from tests.common.controls import skipped
 from tests.common.run import Recorder
-from tests.diffusers.common.library import CACHE, REPOSITORY, is_available, source_folder
+from tests.diffusers.common.library import CACHE, REPOSITORY, is_available, source_folder, source_version
 
 RESULTS = Path(__file__).with_name("results.json")
 # Tests that the stock pipelines pass and no decoder can, by the test's name.
@@ -34,12 +35,23 @@ def download() -> None:
 
 
 def run(*options: str) -> dict:
-    """Counts, failures and skips of the decoders and of the stock pipelines."""
+    """Counts, failures and skips of the decoders and of the stock pipelines, and whose tests these are."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     recorder = Recorder()
     quiet = ["-q", "-o", "addopts=", "-p", "no:cacheprovider", "-W", "ignore", "--tb=short"]
     pytest.main([*quiet, str(Path(__file__).with_name("pipelines.py")), *options], plugins=[recorder])
-    return recorder.results() | {"diffusers": diffusers.__version__}
+    versions = {"diffusers": diffusers.__version__, "tests": source_version()}
+    return versions | recorder.results() | {"pipelines": by_pipeline(recorder)}
+
+
+def by_pipeline(recorder: Recorder) -> dict[str, dict[str, int]]:
+    """Counts of each pipeline by the names of its test classes, `TestOursFlux`, `TestStockFlux`, ..."""
+    counts: dict[str, dict[str, int]] = {}
+    for kind in ("passed", "failed", "skipped"):
+        for name in sorted(getattr(recorder, kind)):
+            pipeline = re.match(r"Test(Ours|Stock)[A-Z][a-z]+", name)[0]
+            counts.setdefault(pipeline, dict.fromkeys(("passed", "failed", "skipped"), 0))[kind] += 1
+    return counts
 
 
 def faults(results: dict) -> list[str]:
