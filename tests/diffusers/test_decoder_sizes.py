@@ -54,6 +54,25 @@ def test_parameters(decoder):
     assert count(conditioner) == projection
 
 
+def test_parameters_of_stable_diffusion_xl():
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(
+            sample_size=128,
+            block_out_channels=[320, 640, 1280],
+            down_block_types=["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+            up_block_types=["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+            transformer_layers_per_block=[1, 2, 10],
+            attention_head_dim=[5, 10, 20],
+            cross_attention_dim=2048,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        )
+    assert count(unet) == 2_567_463_684
+    assert NextFlowConditioner.for_backbone(VQ, unet).config.width == 320
+
+
 @pytest.fixture(scope="module")
 def first_layer(decoder):
     """What reads the condition, with the latents' channels that its stock layer reads."""
