@@ -239,13 +239,13 @@ def decoder(family: str, trained: bool = False, **components):
 
 
 @torch.no_grad()
-def let_condition_speak(pipe) -> None:
+def let_condition_speak(pipe, std: float = 2.0) -> None:
     """Weights where a fresh conditioner has zeros."""
     generator = torch.Generator().manual_seed(1)
     if pipe.family == "unet":
-        pipe.unet.conv_in.weight[:, 4:].normal_(std=2, generator=generator)
+        pipe.unet.conv_in.weight[:, 4:].normal_(std=std, generator=generator)
     else:
-        pipe.conditioner.projection[-1].weight.normal_(std=2, generator=generator)
+        pipe.conditioner.projection[-1].weight.normal_(std=std, generator=generator)
 
 
 def guidance(family: str) -> dict:
