@@ -34,7 +34,7 @@ from .grammar import (
 )
 from .judge import judge_edit, judge_request
 from .sizes import CANVASES
-from .world import COLOURS, KINDS, Scene, render
+from .world import CELL, COLOURS, KINDS, Scene, cell, render
 
 CHECKPOINT = Path(__file__).parents[2] / "checkpoints" / "nextflow-shapes"
 BATCH = 25
@@ -124,9 +124,25 @@ def captions(evaluator: Evaluator, scenes: list[Scene]) -> dict:
     return interval([[caption_matches(answer, scene)] for answer, scene in zip(answers, scenes)])
 
 
+def untouched(edit: Edit) -> np.ndarray:
+    """(H, W) bool: what the instruction leaves as it is. An added object may stand in any free cell, so of an addition
+    the cells that the source's objects stand in."""
+    if edit.added is None:
+        return (render(edit.source) == render(edit.target)).all(axis=-1)
+    taken = np.zeros((edit.source.height // CELL, edit.source.width // CELL), dtype=bool)
+    for item in edit.source.objects:
+        taken[cell(item)] = True
+    return taken.repeat(CELL, axis=0).repeat(CELL, axis=1)
+
+
 def edits(evaluator: Evaluator, per_operation: int, split: str) -> dict:
-    """Share of edits done with everything else unchanged; beside it the source handed back, which never counts."""
+    """Share of edits done with everything else unchanged; beside it the source handed back, which never counts.
+
+    `untouched_error` is the mean squared error, against the source, of what the instructions leave as it is, pictures
+    being in [-1, 1]: of the edits that are done, of all edits, and of the tokenizer's reconstructions of true results.
+    """
     rows, everything, copied = {}, [], []
+    errors = {"done": [], "all": [], "reconstruction": []}
     for operation in EDITS:
         tasks: list[Edit] = held_out_edits(operation, per_operation, evaluator.seed, split)
         sources = [render(task.source) for task in tasks]
@@ -135,7 +151,18 @@ def edits(evaluator: Evaluator, per_operation: int, split: str) -> dict:
         rows[operation] = interval(values)
         everything += values
         copied += [[judge_edit(source, task)] for source, task in zip(sources, tasks)]
-    return {"overall": interval(everything), "copy_the_source": interval(copied)} | rows
+        rebuilt, _ = evaluator.reconstructions(to_pixel_values([render(task.target) for task in tasks]))
+        rebuilt = [np.asarray(picture) for picture in evaluator.processor.post_process_image(rebuilt)]
+        for task, source, (picture,), own, (done,) in zip(tasks, sources, drawn, rebuilt, values):
+            error, own_error = (
+                np.square((each.astype(float) - source)[untouched(task)] / 127.5).mean() for each in (picture, own)
+            )
+            errors["all"].append(error)
+            errors["reconstruction"].append(own_error)
+            if done:
+                errors["done"].append(error)
+    means = {name: float(f"{np.mean(values):.4g}") if values else None for name, values in errors.items()}
+    return {"overall": interval(everything), "copy_the_source": interval(copied)} | rows | {"untouched_error": means}
 
 
 def tokenizer(evaluator: Evaluator, requests: list[Request], scenes: list[Scene]) -> dict:

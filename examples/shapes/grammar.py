@@ -102,12 +102,8 @@ def compose(
 
 
 def caption(scene: Scene) -> str:
-    """The canonical caption: every object with its size, in a fixed order, and the background."""
-    order = [list(KINDS), list(COLOURS), list(RADII)]
-    objects = sorted(
-        (Described(item.kind, item.colour, item.size) for item in scene.objects),
-        key=lambda item: [names.index(name) for names, name in zip(order, dataclasses.astuple(item))],
-    )
+    """The canonical caption: every object with its size, in reading order, equal ones together, and the background."""
+    objects = [Described(item.kind, item.colour, item.size) for item in sorted(scene.objects, key=cell)]
     groups = [_group(item, count) for item, count in Counter(objects).items()]
     return ", ".join(groups) + BACKGROUND_WORDS[0].format(scene.background)
 

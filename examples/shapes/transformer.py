@@ -24,11 +24,13 @@ from .sizes import nextflow_config
 from .stages import finish, is_finished, processes, settings
 
 CORRECTION = SelfCorrection(probability=0.25, token_share=(0.0, 0.3), top_k=4)
-MIXTURE = {"t2i": 0.52, "caption": 0.14, "vqa": 0.04, "edit": 0.30}  # of documents; edits are half of the tokens
+MIXTURE = {"t2i": 0.42, "caption": 0.2, "vqa": 0.03, "edit": 0.35}  # of documents; edits are half of the tokens
 DOCUMENTS = 120_000
 EXTRACTION = ExtractionSettings("chat", drop_text=0.1, self_correction=CORRECTION, variants=2, batch_size=64)
 PACK_LENGTH, PACKS = 392, 10  # positions of a pack, packs of a step in each of two processes
-STEPS, PEAK = 16_000, 1.2e-3
+STEPS, PEAK = 6_000, 1.2e-3
+WEIGHT_DECAY = 0.5  # unlearns that some kinds never had some colours, which training would have a model believe
+DECAY_SHARE = 0.25  # of the steps, the last: until then the rate is constant, and a run can be prolonged
 
 
 def new_model(
@@ -123,5 +125,8 @@ def train_transformer(folder: Path, tokenizer: PreTrainedTokenizerFast, vq_model
     packs = code_documents(folder, model, new_processor(model, tokenizer), DOCUMENTS, MIXTURE, multiple_of=multiple)
     model = NextFlowForConditionalGeneration.from_pretrained(folder / "start")
     processor = NextFlowProcessor.from_pretrained(folder / "start")
-    saving = {"values": {"save_steps": 250}, "processing_class": processor}
-    finish(new_trainer(folder / "transformer", model, processor, packs, PACKS, STEPS, seed=0, **saving))
+    schedule = {"num_decay_steps": int(DECAY_SHARE * STEPS), "min_lr_ratio": 0.02, "decay_type": "linear"}
+    values = {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": schedule}
+    values |= {"weight_decay": WEIGHT_DECAY, "save_steps": 250}
+    kwargs = {"values": values, "processing_class": processor}
+    finish(new_trainer(folder / "transformer", model, processor, packs, PACKS, STEPS, seed=0, **kwargs))

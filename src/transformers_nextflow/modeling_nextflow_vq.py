@@ -144,13 +144,13 @@ class FigureGroundEncoder(nn.Module):
 
     - Scales 1, 3, .. of the schedule divide the picture into one window for each of their cells: the *ground* is the
       window's colour nearest to the picture's median, the *figure* the colour farthest from the ground.
-    - Scale 2, a single cell like scale 1, holds the *arrangement*: the figures of scale 3, where there are any.
+    - Scale 2, a single cell like scale 1, holds the *arrangement*: which windows of scale 3 show a figure.
     - Scales 4, 6, .. hold the *patterns* in the windows of the scale before: how far each pixel is from ground to
       figure, averaged to `patch_size` x `patch_size` numbers for each cell. At the last scale, which rebuilds the
       picture, only the way along the line between the two counts.
     - Every scale has channels of its own, constant over each of its cells, so that with `scale_entries` its codes
-      depend on nothing else. Shape and colour never share a code, and what cells of one scale must agree on is said
-      by one code before them.
+      depend on nothing else. Shape and colour never share a code, and what cells of one scale must agree on, which
+      of them are taken, is said by one code before them.
 
     Differs from the paper, whose pixel branch is a CNN: there a code depends on all of the picture and on the codes
     before it, which takes a transformer long to learn. Two colours to a window suit flat graphics; photographs become
@@ -165,7 +165,7 @@ class FigureGroundEncoder(nn.Module):
         self.patch_size = config.patch_size
         self.schedules = config.schedule_table()
         pattern_dim = config.pattern_dim
-        self.arrangement_to_code = nn.Linear(3 * self.ARRANGEMENT[0] * self.ARRANGEMENT[1], pattern_dim, bias=False)
+        self.arrangement_to_code = nn.Linear(self.ARRANGEMENT[0] * self.ARRANGEMENT[1], pattern_dim, bias=False)
         self.to_code = nn.Linear(config.patch_size**2, pattern_dim, bias=False)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -181,10 +181,10 @@ class FigureGroundEncoder(nn.Module):
             return torch.cat([F.interpolate(part, size=schedule.final_grid, mode="nearest") for part in parts], dim=1)
 
     def arrangement(self, colours: torch.Tensor) -> torch.Tensor:
-        """(B, 1, 3 * 36): the figures of (B, 6, h, w) colours, 0 where a window shows its ground alone."""
+        """(B, 1, 36): 1 where a window of (B, 6, h, w) colours shows a figure, 0 where it shows its ground alone."""
         ground, figure = colours.split(3, dim=1)
         shown = ((figure - ground).norm(dim=1, keepdim=True) / self.LEAST_CONTRAST).clamp(max=1)
-        return F.interpolate(shown * figure, size=self.ARRANGEMENT, mode="nearest").flatten(1)[:, None]
+        return F.interpolate(shown, size=self.ARRANGEMENT, mode="nearest").flatten(1)[:, None]
 
     def colours(self, pixel_values: torch.Tensor, cells: Grid) -> torch.Tensor:
         """(B, 6, *cells): RGB of ground and figure of each window."""

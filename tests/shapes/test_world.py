@@ -198,8 +198,20 @@ def test_captions_read_back_and_tell_scenes_apart():
             world.Described(item.kind, item.colour, item.size) for item in scene.objects
         )
     for scene, other in itertools.pairwise(drawn):
-        same = grammar.caption(scene) == grammar.caption(other)
-        assert grammar.caption_matches(grammar.caption(scene), other) == same
+        contents = [
+            (each.background, Counter((item.kind, item.colour, item.size) for item in each.objects))
+            for each in (scene, other)
+        ]
+        assert grammar.caption_matches(grammar.caption(scene), other) == (contents[0] == contents[1])
+
+
+def test_a_caption_names_objects_in_reading_order_and_equal_ones_together():
+    objects = tuple(
+        world.Object(kind, "red", "small", y, x)
+        for kind, y, x in (("ring", 44, 44), ("circle", 12, 44), ("ring", 12, 12), ("square", 44, 12))
+    )
+    text = grammar.caption(world.Scene(64, 64, "gray", objects))
+    assert text == "two small red rings, a small red circle, a small red square on a gray background"
 
 
 @pytest.mark.parametrize(
