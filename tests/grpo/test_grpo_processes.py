@@ -1,0 +1,57 @@
+"""A step is the same by one process, accumulated, and by two; what breaks that is seen."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from grpo_samples import policy_of
+from two_processes import ACCUMULATED, BUGS, ONE, differences, train
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_model):
+    policy = policy_of(tiny_model)
+    with torch.no_grad():
+        policy.lm_head.weight[policy.config.boi_token_id] *= 8  # texts of different lengths
+    return policy
+
+
+@pytest.fixture(scope="module")
+def by_two(policy, tiny_processor, tmp_path_factory) -> dict[str | None, dict]:
+    """What two processes come to, by the bug that is planted."""
+    folder = tmp_path_factory.mktemp("two")
+    policy.save_pretrained(folder / "policy")
+    tiny_processor.save_pretrained(folder / "policy")
+    paths = [ROOT / "src", ROOT, ROOT / "tests", ROOT / "tests" / "grpo"]
+    environment = os.environ | {"PYTHONPATH": ":".join(map(str, paths)), "OMP_NUM_THREADS": "1"}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
+    command += [str(ROOT / "tests" / "grpo" / "two_processes.py"), str(folder / "policy"), str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(folder / "results.pt")
+
+
+def test_two_processes_train_as_one(policy, tiny_processor, tmp_path, by_two):
+    """Weights, every logged value, codes and advantages, over two generations."""
+    whole, accumulated = (train(policy, tiny_processor, tmp_path, layout) for layout in (ONE, ACCUMULATED))
+    assert len(whole["codes"]) == 2 and whole["advantages"][1].any()
+    assert {"loss", "reward", "reward_std", "frac_reward_zero_std", "kl", "text/entropy"} <= whole["log"][0].keys()
+    assert not differences(whole, accumulated)
+    assert not differences(whole, by_two[None])
+    assert not differences(accumulated, by_two[None])
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_planted_bug_sets_two_processes_apart(policy, tiny_processor, tmp_path, by_two, bug):
+    """One that one process has too is compared with itself."""
+    _, shows = BUGS[bug]
+    assert shows <= differences(train(policy, tiny_processor, tmp_path, ONE, bug), by_two[bug])
