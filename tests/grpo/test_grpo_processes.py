@@ -1,6 +1,7 @@
 """A step is the same by one process, accumulated, and by two; what breaks that is seen."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from grpo_samples import policy_of
-from two_processes import ACCUMULATED, BUGS, ONE, differences, train
+from two_processes import ACCUMULATED, BUGS, ONE, PICTURES, differences, train
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,9 +24,13 @@ def policy(tiny_model):
 
 
 @pytest.fixture(scope="module")
-def by_two(policy, tiny_processor, tmp_path_factory) -> dict[str | None, dict]:
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("two")
+
+
+@pytest.fixture(scope="module")
+def by_two(policy, tiny_processor, folder) -> dict[str | None, dict]:
     """What two processes come to, by the bug that is planted."""
-    folder = tmp_path_factory.mktemp("two")
     policy.save_pretrained(folder / "policy")
     tiny_processor.save_pretrained(folder / "policy")
     paths = [ROOT / "src", ROOT, ROOT / "tests", ROOT / "tests" / "grpo"]
@@ -48,6 +53,24 @@ def test_two_processes_train_as_one(policy, tiny_processor, tmp_path, by_two):
     assert not differences(whole, accumulated)
     assert not differences(whole, by_two[None])
     assert not differences(accumulated, by_two[None])
+
+
+def test_two_processes_train_pictures_alone_as_one(policy, tiny_processor, tmp_path, by_two):
+    """Guided, by two forwards under checkpointing, which leave some parameters without a gradient."""
+    found = differences(train(policy, tiny_processor, tmp_path, ONE, **PICTURES), by_two["pictures"])
+    assert found <= {"clip_ratio/low_min", "clip_ratio/high_max"}  # extremes over batches, which differ
+
+
+def test_a_reward_that_dies_on_one_process_ends_both_with_what_was_trained(
+    policy, tiny_processor, tmp_path, by_two, folder
+):
+    """One process goes on to the same end."""
+    assert by_two["fault"] == "a reward function is at fault on process 1"
+    shutil.copytree(folder / "died", tmp_path / "died")
+    again = train(policy, tiny_processor, tmp_path / "died", ACCUMULATED, resume=True)
+    assert [row["step"] for row in again["log"]] == [1, 2, 3] and len(again["codes"]) == 1
+    whole = by_two[None]
+    assert not differences(again, whole | {name: whole[name][1:] for name in ("codes", "advantages")})
 
 
 @pytest.mark.parametrize("bug", BUGS)

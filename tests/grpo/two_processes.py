@@ -1,5 +1,5 @@
 """One training in several layouts, and bugs of layouts planted: `torchrun two_processes.py POLICY FOLDER` writes what
-two processes come to, without a bug and with each of `BUGS`."""
+two processes come to, without a bug and with each of `BUGS`, with `PICTURES` alone, and where one's reward dies."""
 
 import os
 import sys
@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_grpo_trainer import state, trainer
+from test_grpo_trainer import redness, state, trainer
 
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor
-from transformers_nextflow.training.grpo import NextFlowGRPOTrainer
+from transformers_nextflow.training.grpo import NextFlowGRPOTrainer, RewardError
 from transformers_nextflow.training.grpo import trainer as module
 
 ROWS, GROUP = 6, 4  # of a process, of a prompt: of three groups the second is on both processes
@@ -24,27 +24,28 @@ SETTINGS = {
     "max_steps": 3,  # of two generations
     "learning_rate": 1e-3,
 }
+PICTURES = {"optimize": "image", "logprob_mode": "behaviour", "guidance_scale": 2.0, "gradient_checkpointing": True}
 ONE = {"per_device_train_batch_size": 2 * ROWS}
 ACCUMULATED = {"per_device_train_batch_size": ROWS, "gradient_accumulation_steps": 2}
 TWO = {"per_device_train_batch_size": ROWS, "ddp_backend": "gloo"}
-TIMES = ("step_time", "rollout_share", "train_runtime", "train_samples_per_second", "train_steps_per_second")
+TIMES = ("step_time", "rollout_share")
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def train(policy, processor, folder: Path, layout: dict, bug: str | None = None) -> dict:
+def train(policy, processor, folder: Path, layout: dict, bug: str | None = None, resume=None, **values) -> dict:
     """Weights, log, and every generation's codes and advantages."""
     generations = []
     with pytest.MonkeyPatch.context() as patch:
         if bug is not None:
             BUGS[bug][0](patch)
-        run = trainer(policy, processor, folder, **SETTINGS, **layout)
+        run = trainer(policy, processor, folder, **SETTINGS | layout | values)
         generate = run._generate
         run._generate = lambda rows: generations.append(generate(rows)) or generations[-1]
-        run.train()
+        run.train(resume)
     gather = lambda name: [run.accelerator.gather(getattr(each, name)) for each in generations]  # noqa: E731
     return {
         "weights": state(run.model),
-        "log": [{name: row[name] for name in row if name not in TIMES} for row in run.state.log_history],
+        "log": [{k: row[k] for k in row if k not in TIMES} for row in run.state.log_history if "loss" in row],
         "codes": gather("codes"),
         "advantages": gather("advantages"),
     }
@@ -58,7 +59,7 @@ def differences(one: dict, two: dict) -> set[str]:
         found.add("weights")
     assert len(one["log"]) == len(two["log"])
     for a, b in zip(one["log"], two["log"]):
-        assert a.keys() == b.keys()
+        assert a.keys() == b.keys(), a.keys() ^ b.keys()
         found |= {name for name in a if a[name] != pytest.approx(b[name], rel=1e-3, abs=1e-4)}
     return found
 
@@ -136,11 +137,30 @@ BUGS = {  # what is planted, and where it shows
 }
 
 
+def dies_on_the_second_process():
+    """Rewards that it has for the first generation alone."""
+    calls = []
+
+    def reward(images, **kwargs):
+        calls.append(images)
+        if RANK == 1 and len(calls) == 2:
+            raise ConnectionError("server gone")
+        return redness(images)
+
+    reward.__name__ = "redness"  # in the log
+    return reward
+
+
 def main() -> None:
     policy_folder, folder = map(Path, sys.argv[1:])
     policy = NextFlowForConditionalGeneration.from_pretrained(policy_folder)
     processor = NextFlowProcessor.from_pretrained(policy_folder)
     results = {bug: train(policy, processor, folder / "run", TWO, bug) for bug in (None, *BUGS)}
+    results["pictures"] = train(policy, processor, folder / "run", TWO, **PICTURES)
+    try:
+        train(policy, processor, folder / "died", TWO, reward=dies_on_the_second_process())
+    except RewardError as error:
+        results["fault"] = str(error)
     if RANK == 0:
         torch.save(results, folder / "results.pt")
 

@@ -61,6 +61,8 @@ class NextFlowGRPOConfig(GRPOConfig):
     """
 
     bf16: bool | None = field(default=False, metadata={"help": "autocast in training"})
+    # pictures leave the text head without a gradient, texts the code head
+    ddp_find_unused_parameters: bool | None = field(default=True, metadata={"help": "of several devices"})
     optimize: str = field(default="image", metadata={"help": "image, text or both"})
     text_temperature: float = field(default=1.0, metadata={"help": "of the text before a picture"})
     text_top_k: int = field(default=0, metadata={"help": "of the text before a picture, 0 for all tokens"})

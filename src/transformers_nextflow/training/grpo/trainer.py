@@ -567,7 +567,7 @@ class _Buffer(TrainerCallback):
         trainer._step = self._batches(args, state, train_dataloader)
         trainer._logged_at = state.global_step
         if trainer._step % trainer._batches_of_generation:
-            tensors = load_file(self._path(args, state), device=str(args.device))
+            tensors = load_file(self._path(Path(args.resume_from_checkpoint)), device=str(args.device))
             trainer._buffer = trainer._split(Rollouts(**tensors))
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -577,16 +577,16 @@ class _Buffer(TrainerCallback):
         if self._batches(args, state, train_dataloader) % self.trainer._batches_of_generation:
             parts = [part.tensors() for part in self.trainer._buffer]
             tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-            write_atomically(self._path(args, state), lambda partial: save_file(tensors, partial))
+            path = self._path(Path(args.output_dir, f"checkpoint-{state.global_step}"))
+            write_atomically(path, lambda partial: save_file(tensors, partial))
 
     def _batches(self, args, state, loader: DataLoader) -> int:
         """How many the steps so far took; the last one of an epoch takes what is left of it."""
         epochs, steps = divmod(state.global_step, math.ceil(len(loader) / args.gradient_accumulation_steps))
         return epochs * len(loader) + steps * args.gradient_accumulation_steps
 
-    def _path(self, args, state) -> Path:
-        rank = self.trainer.accelerator.process_index
-        return Path(args.output_dir) / f"checkpoint-{state.global_step}" / ROLLOUTS.format(rank=rank)
+    def _path(self, checkpoint: Path) -> Path:
+        return checkpoint / ROLLOUTS.format(rank=self.trainer.accelerator.process_index)
 
 
 def _rows(items: list) -> list:
