@@ -7,9 +7,11 @@ From one checkpoint of the recipe, stopped early, and for several seeds:
 - `vanilla`: GRPO on all scales, as many rollouts as `prefix`; scored also when `prefix`'s seconds are over;
 - `supervised`: the recipe goes on, on PACKS, for `prefix`'s seconds, over which its learning rate comes down.
 
-The sampler that judges all of them is chosen for the checkpoint as it was, on the dev split; scores are of held-out
-prompts of the test split, which share none with training's. Seconds are the CPU's, of one thread, without those of
-measuring. An arm that is finished is not run again. Beside the JSON, curves and pictures before and after.
+The dev split decides everything but the result: how GRPO trains, by short trainings of a seed of their own (`RECIPES`,
+or `--recipe`); which categories training's prompts come from, the more the worse the checkpoint does; and under which
+sampler (`SAMPLERS`) a model is judged, the checkpoint and every arm each under its own. Scores are of held-out prompts
+of the test split, which share none with training's. Seconds are the CPU's, of one thread, without those of measuring.
+What is finished is not run again. Beside the JSON, curves and pictures before and after.
 """
 
 import argparse
@@ -37,6 +39,7 @@ from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProc
 from transformers_nextflow.data import PackedDataset
 from transformers_nextflow.data.extraction import check_plan
 from transformers_nextflow.files import write_atomically
+from transformers_nextflow.lora import lora_config
 from transformers_nextflow.training import NextFlowTrainer, NextFlowTrainingArguments
 from transformers_nextflow.training.grpo import NextFlowGRPOConfig, NextFlowGRPOTrainer
 from transformers_nextflow.training.grpo.rollouts import rollout_logps
@@ -49,6 +52,20 @@ SAMPLERS = {
     "guided-cool": {"guidance_scale": 2.0, "temperature": 0.6},
     "by-scale": {"guidance_scale": [3.0, 3.0, 1.5, 2.0, 1.0, 1.0], "temperature": [0.6, 0.6, 0.1, 0.3, 0.1, 0.1]},
 }
+# How GRPO may train: what is drawn and whose probabilities count, how far a step goes, what holds it back. Pictures
+# are judged under guidance; `plain` draws without it, `conditional` forgets it in training.
+GUIDED = {"guidance_scale": 2.0, "logprob_mode": "behaviour", "learning_rate": 3e-5}
+RECIPES = {
+    "guided": GUIDED,
+    "guided-slow": GUIDED | {"learning_rate": 1e-5},
+    "guided-fast": GUIDED | {"learning_rate": 1e-4},
+    "guided-kl": GUIDED | {"beta": 0.05},
+    "guided-adapters": GUIDED | {"learning_rate": 5e-4},
+    "conditional": GUIDED | {"logprob_mode": "conditional"},
+    "plain": {"learning_rate": 3e-5},
+}
+ADAPTED = ("guided-adapters",)  # trains a LoRA alone
+SWEEP_SEED = 0  # no arm's
 POINTS = 4  # of a training, at which dev prompts and gradients are measured
 NUM_PROMPTS = 4_000  # trained on
 SHOWN = 2  # pictures of each category on the sheet
@@ -78,7 +95,12 @@ class Watch(TrainerCallback):
     """
 
     def __init__(
-        self, name: str, dev: Callable[[], float], score: Callable[[], dict], limit: float | None, at_seconds: float
+        self,
+        name: str,
+        dev: Callable[[], float],
+        score: Callable[[], dict] | None,
+        limit: float | None = None,
+        at_seconds: float = math.inf,
     ):
         self.name, self.dev, self.score, self.limit, self.at_seconds = name, dev, score, limit, at_seconds
         self.started, self.apart, self.trainer = 0.0, 0.0, None
@@ -151,8 +173,15 @@ def strip(model, processor, sampling: dict) -> Image.Image:
     return Image.fromarray(np.concatenate([group[0] for group in groups], axis=1))
 
 
+def judged(model, processor, options) -> dict:
+    """Test scores under the sampler that is best on the dev split."""
+    dev = {name: score(model, processor, sampling, options.prompts, "dev") for name, sampling in SAMPLERS.items()}
+    chosen = max(SAMPLERS, key=lambda name: dev[name]["overall"])
+    return {"sampler": chosen, "dev": dev, "test": score(model, processor, SAMPLERS[chosen], options.prompts, "test")}
+
+
 def path_of(options, name: str, part: str | int) -> Path:
-    """Where the result of an arm and a seed, or of a sampler and a split, goes."""
+    """Where the result of an arm and a seed, or of a recipe in the sweep, goes."""
     return options.folder / f"{name}-{part}.json"
 
 
@@ -163,83 +192,120 @@ def finish(path: Path, result: dict, picture: Image.Image | None = None) -> dict
     return result
 
 
-def run_before(sampler: str, split: str, options) -> dict:
-    """The checkpoint's score under one of `SAMPLERS`."""
-    model = NextFlowForConditionalGeneration.from_pretrained(options.model)
-    processor = NextFlowProcessor.from_pretrained(options.model)
-    result = score(model, processor, SAMPLERS[sampler], options.prompts, split)
-    picture = strip(model, processor, SAMPLERS[sampler]) if split == "test" else None
-    return finish(path_of(options, sampler, split), result, picture)
-
-
-def run_arm(arm: str, seed: int, sampling: dict, options, seconds: float = math.inf) -> dict:
-    """Train one arm from the checkpoint and score it; `seconds` are those of `prefix`."""
-    path = path_of(options, arm, seed)
+def load(options) -> tuple[NextFlowForConditionalGeneration, NextFlowProcessor]:
     model = NextFlowForConditionalGeneration.from_pretrained(options.model)
     model.model.vq_model.requires_grad_(False)
     model.set_attn_implementation("eager")  # the fastest backward at these lengths on a CPU
-    processor = NextFlowProcessor.from_pretrained(options.model)
+    return model, NextFlowProcessor.from_pretrained(options.model)
+
+
+def run_before(name: str, part: int, options) -> dict:
+    """The checkpoint as it is."""
+    model, processor = load(options)
+    result = judged(model, processor, options)
+    return finish(path_of(options, name, part), result, strip(model, processor, SAMPLERS[result["sampler"]]))
+
+
+def run_trial(name: str, recipe: str, before: dict, options) -> dict:
+    """A short training by one of `RECIPES`, scored on the dev split under the checkpoint's sampler."""
+    model, processor = load(options)
+    sampling = SAMPLERS[before["sampler"]]
+    dev = lambda prompts: score(model, processor, sampling, prompts, "dev")["overall"]  # noqa: E731
+    watch = Watch(f"sweep, {recipe}", lambda: dev(options.curve_prompts), None)
+    trainer = policy_trainer(
+        "prefix", SWEEP_SEED, recipe, options.sweep_steps, before, model, processor, watch, options
+    )
+    trainer.train()
+    result = {"seconds": watch.seconds, "dev": dev(options.prompts), "held_out": watch.held_out}
+    return finish(path_of(options, name, recipe), result | {"rewards": watch.rewards})
+
+
+def run_arm(arm: str, seed: int, recipe: str, before: dict, options, seconds: float = math.inf) -> dict:
+    """Train one arm from the checkpoint and score it; `seconds` are those of `prefix`."""
+    model, processor = load(options)
+    sampling = SAMPLERS[before["sampler"]]
     watch = Watch(
         f"{arm}, seed {seed}",
         lambda: score(model, processor, sampling, options.curve_prompts, "dev")["overall"],
-        lambda: score(model, processor, sampling, options.prompts, "test"),
+        lambda: judged(model, processor, options),
         limit=seconds if arm == "supervised" else None,
         at_seconds=seconds if arm == "vanilla" else math.inf,
     )
-    work = options.folder / "work" / path.stem
-    common = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "seed": seed, "use_cpu": True}
     if arm == "supervised":
-        trainer = supervised(model, processor, watch, work, options, common)
+        trainer = supervised(seed, model, processor, watch, options)
     else:
-        arguments = NextFlowGRPOConfig(
-            work,
-            learning_rate=options.learning_rate,
-            lr_scheduler_type="constant_with_warmup",
-            warmup_steps=5,
-            num_generations=options.group,
-            per_device_train_batch_size=options.group * options.prompts_at_once,
-            prefix_tokens=None if arm == "vanilla" else options.prefix_tokens,
-            beta=options.beta,
-            max_steps=options.steps,
-            logging_steps=min(5, options.steps),
-            gradient_checkpointing=False,
-            **common,
-        )
-        reward, prompts = Shuffled(seed) if arm == "shuffled" else shapes_judge, training_prompts(NUM_PROMPTS, seed)
-        trainer = NextFlowGRPOTrainer(model, reward, arguments, prompts, processing_class=processor, callbacks=[watch])
+        trainer = policy_trainer(arm, seed, recipe, options.steps, before, model, processor, watch, options)
+    trainer.train()
+    result = {"seconds": watch.seconds, "steps": trainer.state.global_step} | watch.measure(watch.score)
+    if arm == "vanilla":  # one that took no longer than `prefix` is scored at its end
+        result["at_equal_seconds"] = watch.on_the_way or dict(result)
+    result |= {"held_out": watch.held_out, "gradient_norms": watch.norms, "rewards": watch.rewards}
+    return finish(path_of(options, arm, seed), result, strip(model, processor, SAMPLERS[result["sampler"]]))
+
+
+def common_arguments(name: str, seed: int, options) -> dict:
+    work = options.folder / "work" / f"{name}-{seed}"
+    common = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "seed": seed, "use_cpu": True}
+    return common | {"output_dir": str(work), "weight_decay": 0.05, "adam_beta2": 0.95}
+
+
+def followed(trainer, watch: Watch):
     trainer.remove_callback(PrinterCallback)  # standard output is for the result
     watch.trainer = trainer
-    trainer.train()
-    result = {"seconds": watch.seconds, "steps": trainer.state.global_step, "score": watch.measure(watch.score)}
-    if arm == "vanilla":  # one that took no longer than `prefix` is scored at its end
-        result["at_equal_seconds"] = (
-            watch.on_the_way or {"step": result["steps"], "seconds": result["seconds"]} | (result["score"])
-        )
-    result |= {"held_out": watch.held_out, "gradient_norms": watch.norms, "rewards": watch.rewards}
-    return finish(path, result, strip(model, processor, sampling))
-
-
-def supervised(model, processor, watch: Watch, work: Path, options, common: dict) -> NextFlowTrainer:
-    """The recipe's trainer, whose learning rate follows the watch."""
-    values = {"per_device_train_batch_size": options.packs_at_once, "max_steps": 1_000_000, "logging_steps": 50}
-    values |= {"bf16": True, "weight_decay": 0.05, "adam_beta2": 0.95}
-    arguments = NextFlowTrainingArguments(work, **values, **common)
-    optimizer = new_optimizer(model, arguments, options.supervised_learning_rate)
-    decay = lambda: 0.02 + 0.49 * (1 + math.cos(math.pi * min(watch.progress(watch.trainer.state), 1)))  # noqa: E731
-    schedule = LambdaLR(optimizer, lambda step: min((step + 1) / WARMUP, 1) * (decay() if step else 1))
-    packs = PackedDataset(options.packs, model, processor, seed=common["seed"])
-    trainer = NextFlowTrainer(
-        model, arguments, train_dataset=packs, callbacks=[watch], optimizers=(optimizer, schedule)
-    )
     return trainer
 
 
-def prompts_in_common(options) -> dict[str, int]:
+def policy_trainer(
+    arm: str, seed: int, recipe: str, steps: int, before: dict, model, processor, watch: Watch, options
+) -> NextFlowGRPOTrainer:
+    """GRPO by one of `RECIPES`."""
+    arguments = NextFlowGRPOConfig(
+        lr_scheduler_type="linear",
+        warmup_steps=steps // 10,
+        num_generations=options.group,
+        per_device_train_batch_size=options.group * options.prompts_at_once,
+        prefix_tokens=None if arm == "vanilla" else options.prefix_tokens,
+        max_steps=steps,
+        logging_steps=min(5, steps),
+        gradient_checkpointing=False,
+        **common_arguments(arm, seed, options),
+        **RECIPES[recipe],
+    )
+    reward = Shuffled(seed) if arm == "shuffled" else shapes_judge
+    prompts = training_prompts(NUM_PROMPTS, seed, categories_by_need(before))
+    adapters = lora_config(modules_to_save=None) if recipe in ADAPTED else None
+    trainer = NextFlowGRPOTrainer(
+        model, reward, arguments, prompts, processing_class=processor, peft_config=adapters, callbacks=[watch]
+    )
+    return followed(trainer, watch)
+
+
+def categories_by_need(before: dict) -> list[str]:
+    """Each category once, and once more for every tenth of its dev prompts that the checkpoint gets wrong."""
+    scores = before["dev"][before["sampler"]]
+    return [name for name in CATEGORIES for _ in range(1 + round(10 * (1 - scores[name])))]
+
+
+def supervised(seed: int, model, processor, watch: Watch, options) -> NextFlowTrainer:
+    """The recipe's trainer, whose learning rate follows the watch."""
+    values = {"per_device_train_batch_size": options.packs_at_once, "max_steps": 1_000_000, "logging_steps": 50}
+    arguments = NextFlowTrainingArguments(bf16=True, **values, **common_arguments("supervised", seed, options))
+    optimizer = new_optimizer(model, arguments, options.supervised_learning_rate)
+    decay = lambda: 0.02 + 0.49 * (1 + math.cos(math.pi * min(watch.progress(watch.trainer.state), 1)))  # noqa: E731
+    schedule = LambdaLR(optimizer, lambda step: min((step + 1) / WARMUP, 1) * (decay() if step else 1))
+    packs = PackedDataset(options.packs, model, processor, seed=seed)
+    trainer = NextFlowTrainer(
+        model, arguments, train_dataset=packs, callbacks=[watch], optimizers=(optimizer, schedule)
+    )
+    return followed(trainer, watch)
+
+
+def prompts_in_common(before: dict, options) -> dict[str, int]:
     """How many prompts the splits have, and how many training shares with them."""
     trained = {
         row["prompt"][0]["content"]
-        for seed in range(1, options.seeds + 1)
-        for row in training_prompts(NUM_PROMPTS, seed)
+        for seed in (SWEEP_SEED, *range(1, options.seeds + 1))
+        for row in training_prompts(NUM_PROMPTS, seed, categories_by_need(before))
     }
     texts = {
         split: [r.text for category in CATEGORIES for r in held_out_prompts(category, options.prompts, 0, split)]
@@ -261,32 +327,30 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("packs", help="folder of the recipe's packs")
     parser.add_argument("--folder", type=Path, default=Path("runs/grpo-benchmark"), help="of finished arms")
     parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=250, help="of GRPO (default: %(default)s)")
+    parser.add_argument("--recipe", choices=RECIPES, help="of GRPO; default: the best of the sweep on the dev split")
+    parser.add_argument("--sweep-steps", type=int, default=60, help="of each recipe there (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=200, help="of GRPO (default: %(default)s)")
     parser.add_argument("--group", type=int, default=8, help="pictures of a prompt (default: %(default)s)")
-    parser.add_argument("--prompts-at-once", type=int, default=4, help="of a step (default: %(default)s)")
+    parser.add_argument("--prompts-at-once", type=int, default=16, help="of a step (default: %(default)s)")
     parser.add_argument("--prefix-tokens", type=int, default=10, help="default: %(default)s, four of six scales")
-    parser.add_argument("--learning-rate", type=float, default=1e-4, help="default: %(default)s")
     parser.add_argument("--supervised-learning-rate", type=float, default=PEAK, help="default: %(default)s")
     parser.add_argument("--packs-at-once", type=int, default=PACKS, help="of a step (default: %(default)s)")
-    parser.add_argument("--beta", type=float, default=0.0, help="weight of the KL (default: %(default)s)")
     parser.add_argument("--prompts", type=int, default=50, help="for each of six categories (default: %(default)s)")
-    parser.add_argument("--curve-prompts", type=int, default=10, help="the same along the way (default: %(default)s)")
+    parser.add_argument("--curve-prompts", type=int, default=20, help="the same along the way (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="JSON file (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser.parse_args(arguments)
 
 
 def settings_of(options: argparse.Namespace) -> dict[str, str]:
-    left_out = ("folder", "output", "json", "seeds")
-    return {name: str(value) for name, value in vars(options).items() if name not in left_out}
+    left_out = ("folder", "output", "json", "seeds", "recipe")
+    settings = {name: str(value) for name, value in vars(options).items() if name not in left_out}
+    return settings | {"samplers": json.dumps(SAMPLERS)}
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     check_plan(options.folder, {"settings": settings_of(options)})
-    common = prompts_in_common(options)
-    if common["test and training"]:
-        raise ValueError(f"training shares {common['test and training']} prompts with the test split")
     seeds = range(1, options.seeds + 1)
     done: dict[str, dict[int, dict]] = {arm: {} for arm in ARMS}
 
@@ -295,38 +359,45 @@ def main(arguments: list[str] | None = None) -> None:
         paths = {job[:2]: path_of(options, *job[:2]) for job in jobs}
         todo = [job for job in jobs if not paths[job[:2]].exists()]
         for job, outcome in in_processes(function, todo) if todo else ():
-            found = outcome.get("score", outcome)["overall"]
+            found = outcome["test"]["overall"] if "test" in outcome else outcome["dev"]
             print(f"{job[0]}, {job[1]}: {found} after {outcome.get('seconds', 0)} s", file=sys.stderr, flush=True)
         return {job: json.loads(path.read_text()) for job, path in paths.items()}
 
-    dev = {name: row for (name, _), row in run(run_before, [(name, "dev", options) for name in SAMPLERS]).items()}
-    chosen = max(SAMPLERS, key=lambda name: dev[name]["overall"])
-    before = run(run_before, [(chosen, "test", options)])[chosen, "test"]
-    sampling = SAMPLERS[chosen]
+    (before,) = run(run_before, [("before", 0, options)]).values()
+    common = prompts_in_common(before, options)
+    if common["test and training"]:
+        raise ValueError(f"training shares {common['test and training']} prompts with the test split")
+    recipe, sweep = options.recipe, None
+    if recipe is None:
+        trials = run(run_trial, [("sweep", name, before, options) for name in RECIPES])
+        sweep = {name: row["dev"] for (_, name), row in trials.items()}
+        recipe = max(RECIPES, key=sweep.get)
+    check_plan(options.folder / "arms", {"settings": {"recipe": RECIPES[recipe]}})
     # two phases, since `vanilla` and `supervised` need the seconds of `prefix`
-    arms = run(run_arm, [(arm, seed, sampling, options) for arm in ("prefix", "shuffled") for seed in seeds])
+    given = recipe, before, options
+    arms = run(run_arm, [(arm, seed, *given) for arm in ("prefix", "shuffled") for seed in seeds])
     spent = {seed: arms["prefix", seed]["seconds"] for seed in seeds}
-    rest = [(arm, seed, sampling, options, spent[seed]) for arm in ("vanilla", "supervised") for seed in seeds]
+    rest = [(arm, seed, *given, spent[seed]) for arm in ("vanilla", "supervised") for seed in seeds]
     for (arm, seed), outcome in (arms | run(run_arm, rest)).items():
         done[arm][seed] = outcome
 
     def gains(scores: list[dict]) -> dict:
-        return interval([round(row["overall"] - before["overall"], 4) for row in scores])
+        return interval([round(row["test"]["overall"] - before["test"]["overall"], 4) for row in scores])
 
-    gain = {arm: gains([done[arm][seed]["score"] for seed in seeds]) for arm in ARMS}
+    gain = {arm: gains([done[arm][seed] for seed in seeds]) for arm in ARMS}
     at_equal_seconds = [done["vanilla"][seed]["at_equal_seconds"] for seed in seeds]
-    prefix_scores = [done["prefix"][seed]["score"]["overall"] for seed in seeds]
+    ends = {arm: [done[arm][seed]["test"]["overall"] for seed in seeds] for arm in ARMS}
     result = {
-        "sampler": {"chosen": chosen, "dev": {name: row["overall"] for name, row in dev.items()}},
+        "sweep": {"chosen": recipe, "recipe": RECIPES[recipe], "dev": sweep},
         "prompts": common,
         "before": before,
         "gain": gain | {"vanilla, at the seconds of prefix": gains(at_equal_seconds)},
         "prefix against vanilla": {
             "paper": PAPER,
-            "at equal rollouts": interval(
-                [p - done["vanilla"][seed]["score"]["overall"] for p, seed in zip(prefix_scores, seeds)]
+            "at equal rollouts": interval([p - v for p, v in zip(ends["prefix"], ends["vanilla"])]),
+            "at equal seconds": interval(
+                [p - row["test"]["overall"] for p, row in zip(ends["prefix"], at_equal_seconds)]
             ),
-            "at equal seconds": interval([p - row["overall"] for p, row in zip(prefix_scores, at_equal_seconds)]),
             "seconds": {arm: [done[arm][seed]["seconds"] for seed in seeds] for arm in ("prefix", "vanilla")},
         },
         "goals": {
@@ -334,7 +405,10 @@ def main(arguments: list[str] | None = None) -> None:
             "shuffled stays within 0.05": abs(gain["shuffled"]["mean"]) <= 0.05,
         },
         "categories": {
-            arm: {name: round(statistics.mean(done[arm][seed]["score"][name] for seed in seeds), 4) for name in before}
+            arm: {
+                name: round(statistics.mean(done[arm][seed]["test"][name] for seed in seeds), 4)
+                for name in before["test"]
+            }
             for arm in ARMS
         },
         "arms": {arm: {str(seed): done[arm][seed] for seed in seeds} for arm in ARMS},
@@ -343,9 +417,9 @@ def main(arguments: list[str] | None = None) -> None:
         | {"seeds": options.seeds},
         "machine": machine(torch.device("cpu")) | {"threads": 1},
     }
-    strips = {"before": path_of(options, chosen, "test")} | {arm: path_of(options, arm, seeds[0]) for arm in ARMS}
+    strips = {"before": path_of(options, "before", 0)} | {arm: path_of(options, arm, seeds[0]) for arm in ARMS}
     sheets = {
-        "curves": draw_curves(done, before["overall"], dev[chosen]["overall"]),
+        "curves": draw_curves(done, before["test"]["overall"], before["dev"][before["sampler"]]["overall"]),
         "pictures": draw_strips(
             {name: Image.open(path.with_suffix(".png")) for name, path in strips.items()}, shown_prompts()
         ),

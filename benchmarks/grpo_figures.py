@@ -28,7 +28,7 @@ def draw_curves(runs: dict[str, dict[int, dict]], test: float, dev: float) -> Im
         scores[arm] = [
             [(0, dev), *((row["seconds"], row["dev"]) for row in run["held_out"])] for run in by_seed.values()
         ]
-        dots[arm] = [(run["seconds"], run["score"]["overall"]) for run in by_seed.values()]
+        dots[arm] = [(run["seconds"], run["test"]["overall"]) for run in by_seed.values()]
     image = Image.new("RGB", (2 * WIDTH, HEIGHT), PAPER)
     panel(image, 0, "reward of training (mean of 5 logs), by step", rewards, {}, None)
     panel(image, WIDTH, "held-out score: dev prompts by CPU seconds, dots: test prompts", scores, dots, test)

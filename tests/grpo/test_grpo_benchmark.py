@@ -9,9 +9,14 @@ from PIL import Image
 
 from benchmarks import grpo
 from benchmarks.grpo_figures import smooth
+from transformers_nextflow.training.grpo import NextFlowGRPOConfig
 
 SCORES = {"prefix": 0.6, "vanilla": 0.5, "shuffled": 0.41, "supervised": 0.45}
-DEV = {"guided": 0.3, "guided-cool": 0.4, "by-scale": 0.35}
+SWEEP = dict.fromkeys(grpo.RECIPES, 0.3) | {"guided-kl": 0.4}
+
+
+def scores(value: float) -> dict:
+    return {"overall": value} | dict.fromkeys(grpo.CATEGORIES, value)
 
 
 @pytest.fixture
@@ -20,23 +25,30 @@ def jobs(monkeypatch) -> list[tuple]:
     asked = []
     picture = Image.new("RGB", (64 * 12, 64))
 
-    def before(sampler, split, options):
-        asked.append((sampler, split))
-        found = DEV[sampler] if split == "dev" else 0.4
-        return grpo.finish(grpo.path_of(options, sampler, split), {"overall": found, "colors": found}, picture)
+    def judged(value: float) -> dict:
+        return {"sampler": "guided-cool", "dev": {"guided-cool": scores(value)}, "test": scores(value)}
 
-    def arm(name, seed, sampling, options, seconds=None):
-        asked.append((name, seed, sampling["temperature"], seconds))
+    def before(name, part, options):
+        asked.append((name, part))
+        return grpo.finish(grpo.path_of(options, name, part), judged(0.4), picture)
+
+    def trial(name, recipe, before, options):
+        asked.append((name, recipe))
+        return grpo.finish(grpo.path_of(options, name, recipe), {"seconds": 9, "dev": SWEEP[recipe]})
+
+    def arm(name, seed, recipe, before, options, seconds=None):
+        asked.append((name, seed, recipe, seconds))
         found = SCORES[name] + seed / 100
-        result = {"seconds": 100 + seed, "steps": 9, "score": {"overall": found, "colors": found}}
+        result = {"seconds": 100 + seed, "steps": 9} | judged(found)
         if name == "vanilla":
-            result["at_equal_seconds"] = {"overall": 0.45 + seed / 100}
+            result["at_equal_seconds"] = judged(0.45 + seed / 100)
         result |= {"held_out": [{"step": 9, "seconds": 100 + seed, "dev": found}], "gradient_norms": []}
         rewards = [{"step": step, "seconds": step, "reward": 0.1 * step} for step in range(1, 9)]
         result["rewards"] = [] if name == "supervised" else rewards
         return grpo.finish(grpo.path_of(options, name, seed), result, picture)
 
     monkeypatch.setattr(grpo, "run_before", before)
+    monkeypatch.setattr(grpo, "run_trial", trial)
     monkeypatch.setattr(grpo, "run_arm", arm)
     monkeypatch.setattr(grpo, "in_processes", lambda function, jobs: ((job, function(*job)) for job in jobs))
     monkeypatch.setattr(grpo, "NUM_PROMPTS", 50)
@@ -49,10 +61,10 @@ def test_a_run_ends_with_figures_and_goes_on_where_it_was_killed(jobs, tmp_path,
     grpo.main(options)
     result = json.loads(capsys.readouterr().out)
     assert result == json.loads((tmp_path / "grpo.json").read_text())
-    assert result["sampler"] == {"chosen": "guided-cool", "dev": DEV}
-    assert [job for job in jobs if len(job) == 2] == [(name, "dev") for name in DEV] + [("guided-cool", "test")]
+    assert result["sweep"] == {"chosen": "guided-kl", "recipe": grpo.RECIPES["guided-kl"], "dev": SWEEP}
+    assert [job for job in jobs if len(job) == 2] == [("before", 0), *(("sweep", name) for name in grpo.RECIPES)]
     arms = [job for job in jobs if len(job) == 4]
-    assert len(arms) == 8 and all(temperature == 0.6 for _, _, temperature, _ in arms)
+    assert len(arms) == 8 and all(recipe == "guided-kl" for _, _, recipe, _ in arms)
     # the arms of equal seconds get those of `prefix` with their seed
     assert all(seconds == (None if name in ("prefix", "shuffled") else 100 + seed) for name, seed, _, seconds in arms)
     assert result["gain"]["prefix"]["mean"] == pytest.approx(0.215)
@@ -65,11 +77,37 @@ def test_a_run_ends_with_figures_and_goes_on_where_it_was_killed(jobs, tmp_path,
         assert Image.open(tmp_path / f"grpo_{name}.png").size[0] > 500
 
     jobs.clear()
-    (tmp_path / "arms" / "vanilla-2.json").unlink()
+    for name in ("vanilla-2", "sweep-plain"):
+        (tmp_path / "arms" / f"{name}.json").unlink()
     grpo.main(options)
-    assert jobs == [("vanilla", 2, 0.6, 102)] and json.loads(capsys.readouterr().out) == result
+    assert jobs == [("sweep", "plain"), ("vanilla", 2, "guided-kl", 102)]
+    assert json.loads(capsys.readouterr().out) == result
     with pytest.raises(ValueError, match="was begun with another steps"):
         grpo.main([*options, "--steps", "7"])
+    with pytest.raises(ValueError, match="was begun with another recipe"):
+        grpo.main([*options, "--recipe", "plain"])
+
+
+def test_a_recipe_by_name_needs_no_sweep(jobs, tmp_path, capsys):
+    options = ["model", "packs", "--folder", str(tmp_path / "arms"), "--output", str(tmp_path / "grpo.json")]
+    grpo.main([*options, "--seeds", "1", "--prompts", "3", "--recipe", "plain", "--json"])
+    assert json.loads(capsys.readouterr().out)["sweep"]["dev"] is None
+    assert [job[0] for job in jobs] == ["before", "prefix", "shuffled", "vanilla", "supervised"]
+    assert {job[2] for job in jobs[1:]} == {"plain"}
+
+
+def test_prompts_come_from_what_the_checkpoint_gets_wrong():
+    dev = {"overall": 0.5} | dict.fromkeys(grpo.CATEGORIES, 1.0) | {"position": 0.28, "two_objects": 0.75}
+    drawn = grpo.categories_by_need({"sampler": "guided", "dev": {"guided": dev}})
+    assert {name: drawn.count(name) for name in grpo.CATEGORIES} == dict.fromkeys(grpo.CATEGORIES, 1) | {
+        "position": 8,
+        "two_objects": 3,
+    }
+
+
+@pytest.mark.parametrize("recipe", grpo.RECIPES)
+def test_every_recipe_is_one_that_the_trainer_takes(tmp_path, recipe):
+    NextFlowGRPOConfig(str(tmp_path), use_cpu=True, report_to="none", **grpo.RECIPES[recipe])
 
 
 def test_shuffled_rewards_are_the_judges_in_another_order(monkeypatch):

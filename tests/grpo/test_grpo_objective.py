@@ -15,6 +15,7 @@ from transformers_nextflow.training.grpo.objective import (
     kl_to_reference,
     log_ratios,
     num_prefix_scales,
+    prefix_values,
     sampling_support,
     token_weights,
 )
@@ -36,7 +37,8 @@ def sampled(policy, processor, args, prompts=None, m=3, aspect_ratio="1:1", coun
     schedule = policy.model.schedules.by_aspect_ratio(aspect_ratio)
     prompts = prompts or [chat("a large red circle"), chat("blue")]
     prefix = schedule.prefix(m)
-    rollouts, codes = roll_out(policy, processor, prompts, count, range(len(prompts)), prefix, schedule, args)
+    seeds = range(len(prompts) * count)
+    rollouts, codes = roll_out(policy, processor, prompts, count, seeds, prefix, schedule, args)
     return rollouts, codes, prefix, schedule
 
 
@@ -102,11 +104,14 @@ def test_a_forward_cut_after_the_prefix_is_the_whole_forward_there(policy, tiny_
     assert cut.shape[1] < full.shape[1]
 
 
-def test_rollouts_of_a_prompt_are_the_same_in_any_batch(policy, tiny_processor):
+def test_a_picture_is_the_same_in_any_batch_and_group(policy, tiny_processor):
     args, schedule = settings(), policy.model.schedules.by_aspect_ratio("1:1")
-    both = roll_out(policy, tiny_processor, [chat("a"), chat("a blue ring")], 2, [7, 8], schedule, schedule, args)[1]
-    alone = roll_out(policy, tiny_processor, [chat("a blue ring")], 2, [8], schedule, schedule, args)[1]
-    assert torch.equal(both[2:], alone)
+    draw = lambda prompts, count, seeds: roll_out(  # noqa: E731
+        policy, tiny_processor, [chat(prompt) for prompt in prompts], count, seeds, schedule, schedule, args
+    )[1]
+    both = draw(["a", "a blue ring"], 2, [6, 7, 8, 9])
+    assert torch.equal(both[2:], draw(["a blue ring"], 2, [8, 9]))
+    assert torch.equal(both[3:], draw(["a blue ring"], 1, [9])) and not torch.equal(both[2], both[3])
 
 
 def test_the_score_function_gives_the_gradient_of_the_expected_reward():
@@ -188,6 +193,29 @@ def test_kl_is_zero_at_the_reference_and_its_mean_is_the_kl():
     assert (k3 >= 0).all()
     exact = (logps.exp() * (logps - ref)).sum()
     torch.testing.assert_close((logps.exp() * k3).sum(), exact)
+
+
+def test_with_the_ratio_value_and_gradient_of_the_kl_are_eq_5s():
+    """All codes, enumerated as drawn by an older policy."""
+    torch.manual_seed(0)
+    logits, reference, older = torch.randn(6, requires_grad=True), torch.randn(6), torch.randn(6)
+    logps, ref, old = logits.log_softmax(-1), reference.log_softmax(-1), older.log_softmax(-1)
+    gradient = lambda value: torch.autograd.grad(value, logits, retain_graph=True)[0]  # noqa: E731
+    exact, reverse = (logps.exp() * (logps - ref)).sum(), (ref.exp() * (ref - logps)).sum()
+    estimate = (old.exp() * kl_to_reference(logps, ref, old)).sum()
+    torch.testing.assert_close(estimate, exact)
+    torch.testing.assert_close(gradient(estimate), gradient(exact))
+    alone = (logps.detach().exp() * kl_to_reference(logps, ref)).sum()
+    torch.testing.assert_close(gradient(alone), gradient(reverse))
+    assert (gradient(reverse) - gradient(exact)).abs().max() > 0.05
+
+
+def test_values_of_prefixes_leave_out_what_has_no_reward():
+    rewards = torch.tensor([[1.0, 2.0, math.nan], [math.nan] * 3, [3.0, 3.0, 3.0]])
+    values = prefix_values(rewards, 0.5)
+    assert values[0].item() == pytest.approx(0.5 * math.log((math.exp(2) + math.exp(4)) / 2))
+    assert values[1].isnan() and values[2].item() == pytest.approx(3.0)
+    assert torch.equal(prefix_values(rewards[:1, :1], 0.5), rewards[0, :1])
 
 
 def test_log_probabilities_are_renormalised_over_the_support():

@@ -33,7 +33,7 @@ def settings(**values) -> SimpleNamespace:
 
 def sampled(policy, processor, args, prompts=PROMPTS, m=3, count=2, seeds=None, **kwargs):
     schedule = policy.model.schedules.by_aspect_ratio("1:1")
-    prefix, seeds = schedule.prefix(m), range(len(prompts)) if seeds is None else seeds
+    prefix, seeds = schedule.prefix(m), range(len(prompts) * count) if seeds is None else seeds
     rollouts, codes = roll_out(policy, processor, prompts, count, seeds, prefix, schedule, args, **kwargs)
     return rollouts, codes, prefix, schedule
 
@@ -148,8 +148,8 @@ def test_ragged_texts_are_scored_together_as_one_by_one(policy, tiny_processor, 
 
 def test_answers_of_a_prompt_are_the_same_in_any_batch(policy, tiny_processor):
     args = settings()
-    both, codes, *_ = sampled(policy, tiny_processor, args, PROMPTS[:2], seeds=[7, 8])
-    alone, own, *_ = sampled(policy, tiny_processor, args, PROMPTS[1:2], seeds=[8])
+    both, codes, *_ = sampled(policy, tiny_processor, args, PROMPTS[:2], seeds=[6, 7, 8, 9])
+    alone, own, *_ = sampled(policy, tiny_processor, args, PROMPTS[1:2], seeds=[8, 9])
     assert torch.equal(codes[2:], own) and both.texts()[2:] == alone.texts()
     assert both.texts()[2] != both.texts()[3]
 
@@ -211,7 +211,7 @@ def test_the_loss_of_both_is_as_documented_by_hand(run_of_both):
             ratio = math.exp(logps[row, column] - rollouts.old_logps[row, column])
             difference = (rollouts.ref_logps[row, column] - logps[row, column]).item()
             clipped = min(max(ratio, 0.8), 1.2)
-            return -min(ratio * advantage, clipped * advantage) + 0.2 * (math.exp(difference) - difference - 1)
+            return -min(ratio * advantage, clipped * advantage) + 0.2 * ratio * (math.exp(difference) - difference - 1)
 
         tokens = [column for column in range(num_tokens) if rollouts.text_mask[row, column]]
         expected += 0.3 * sum(map(term, tokens)) / len(tokens) / 8

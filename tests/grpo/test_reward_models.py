@@ -8,13 +8,15 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 import torch
-from grpo_samples import chat, picture
+from grpo_samples import chat, picture, policy_of
 from PIL import Image
+from test_grpo_trainer import moved, state, trainer
 from transformers import CLIPConfig, CLIPModel
 
 from examples.shapes.grammar import CATEGORIES, held_out_prompts
 from examples.shapes.rewards import from_json, held_out_rows, shapes_judge, to_json, training_prompts
 from examples.shapes.world import render
+from transformers_nextflow.training.grpo import RewardError
 from transformers_nextflow.training.grpo.reward_models import ClipScore, RewardServer, TextMatch, prompt_text
 
 
@@ -132,3 +134,18 @@ def test_a_reward_server_at_fault_is_named(server):
         gone(images=images, prompts=prompts)
     with pytest.raises(ValueError, match="url must begin with http"):
         RewardServer("file:///etc/passwd")
+
+
+def test_a_server_that_dies_in_mid_run_loses_no_step(server, tiny_model, tiny_processor, tmp_path):
+    """The run goes on exactly when it is back; failures that retries outlast leave no trace."""
+    policy = policy_of(tiny_model)
+    values = {"max_steps": 4, "reward": client(server, retries=1)}
+    server.statuses = [503]
+    whole = trainer(policy, tiny_processor, tmp_path / "whole", **values)
+    whole.train()
+    server.statuses = [200, 200, 500, 500]
+    with pytest.raises(RewardError, match="reward_server raised ConnectionError.*HTTP Error 500"):
+        trainer(policy, tiny_processor, tmp_path / "died", **values).train()
+    again = trainer(policy, tiny_processor, tmp_path / "died", **values)
+    again.train(resume_from_checkpoint=True)
+    assert not moved(state(whole.model), state(again.model)) and moved(state(policy), state(again.model))

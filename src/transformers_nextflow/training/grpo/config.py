@@ -8,13 +8,15 @@ from ...sampling import SAMPLING_LIMITS, per_scale
 
 LOGPROB_MODES = ("conditional", "behaviour")
 LEVELS = ("token", "scale")
+SCALINGS = ("group", "batch", "none")
 OPTIMIZE = ("image", "text", "both")
 # fields of TRL's that say nothing about pictures drawn by scale
 NOT_APPLICABLE = (
     *("use_vllm", "use_transformers_continuous_batching", "use_transformers_paged", "cache_implementation"),
     *("repetition_penalty", "min_p", "generation_kwargs", "mask_truncated_completions", "max_tool_calling_iterations"),
     *("use_liger_kernel", "cast_lm_head_to_fp32", "disable_dropout", "router_aux_loss_coef", "pad_to_multiple_of"),
-    *("loss_type", "delta", "top_entropy_quantile", "entropy_coef", "use_adaptive_entropy"),
+    *("chat_template_kwargs", "log_multimodal", "transformers_continuous_batching_config", "loss_type", "delta"),
+    *("top_entropy_quantile", "entropy_coef", "use_adaptive_entropy"),
     *("off_policy_mask_threshold", "multi_objective_aggregation", "log_completions_hub_repo", "log_unique_prompts"),
 )
 
@@ -59,6 +61,8 @@ class NextFlowGRPOConfig(GRPOConfig):
     """
 
     bf16: bool | None = field(default=False, metadata={"help": "autocast in training"})
+    # pictures leave the text head without a gradient, texts the code head
+    ddp_find_unused_parameters: bool | None = field(default=True, metadata={"help": "of several devices"})
     optimize: str = field(default="image", metadata={"help": "image, text or both"})
     text_temperature: float = field(default=1.0, metadata={"help": "of the text before a picture"})
     text_top_k: int = field(default=0, metadata={"help": "of the text before a picture, 0 for all tokens"})
@@ -87,6 +91,14 @@ class NextFlowGRPOConfig(GRPOConfig):
         if self.importance_sampling_level not in LEVELS:
             raise ValueError(
                 f"importance_sampling_level must be one of {', '.join(LEVELS)}, got {self.importance_sampling_level!r}"
+            )
+        if self.scale_rewards not in SCALINGS:
+            raise ValueError(f"scale_rewards must be one of {', '.join(SCALINGS)}, got {self.scale_rewards!r}")
+        batches, accumulated = self.steps_per_generation * self.num_iterations, self.gradient_accumulation_steps
+        if accumulated > batches and accumulated % batches:
+            raise ValueError(
+                "gradient_accumulation_steps must hold whole generations, of steps_per_generation * num_iterations "
+                f"batches: got {accumulated} and {batches}"
             )
         if self.optimize not in OPTIMIZE:
             raise ValueError(f"optimize must be one of {', '.join(OPTIMIZE)}, got {self.optimize!r}")

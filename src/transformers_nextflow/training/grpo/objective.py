@@ -55,6 +55,16 @@ def group_advantages(rewards: torch.Tensor, num_generations: int, scale_rewards:
     return centred.nan_to_num(0.0).flatten()
 
 
+def prefix_values(rewards_NK: torch.Tensor, eta: float) -> torch.Tensor:
+    """(N,) values of prefixes, each continued K times: `eta * log(mean(exp(R / eta)))` over the continuations that
+    have a reward, NaN where none has (arXiv 2601.02256, VMR)."""
+    if rewards_NK.shape[1] == 1:
+        return rewards_NK[:, 0]
+    spoken = ~rewards_NK.isnan()
+    scaled = (rewards_NK / eta).masked_fill(~spoken, -torch.inf)
+    return eta * (scaled.logsumexp(dim=1) - spoken.sum(dim=1).log())
+
+
 def nanstd(values: torch.Tensor) -> torch.Tensor:
     """(G, N) -> (G, 1): Bessel's deviation of what is not NaN, 0 of a single value."""
     count = values.isfinite().sum(dim=1, keepdim=True)
@@ -139,7 +149,14 @@ def clipped_policy_loss(
     return losses, low, high
 
 
-def kl_to_reference(logps_Bn: torch.Tensor, ref_logps_Bn: torch.Tensor) -> torch.Tensor:
-    """(B, n): Schulman's k3 estimate of KL(pi || ref), never negative."""
+def kl_to_reference(
+    logps_Bn: torch.Tensor, ref_logps_Bn: torch.Tensor, old_logps_Bn: torch.Tensor | None = None
+) -> torch.Tensor:
+    """(B, n): Schulman's k3 estimate of KL(pi || ref), never negative.
+
+    Its gradient over codes that pi drew is that of KL(ref || pi). With `old_logps_Bn`, of the policy that drew them,
+    it is weighted by the ratio of each code, and both value and gradient are those of KL(pi || ref).
+    """
     difference = ref_logps_Bn - logps_Bn
-    return difference.exp() - difference - 1
+    k3 = difference.exp() - difference - 1
+    return k3 if old_logps_Bn is None else k3 * (logps_Bn - old_logps_Bn).exp()

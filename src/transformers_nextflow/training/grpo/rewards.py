@@ -10,9 +10,11 @@ import asyncio
 import inspect
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 from math import isfinite
 
+import numpy as np
 import torch
 
 RewardFunction = Callable[..., Sequence[float | None]]
@@ -35,10 +37,11 @@ def call_rewards(
     All functions run at the same time, each in a thread of its own, an `async` one in an event loop.
 
     Raises:
-        RewardError: naming the function that raised, took longer than `timeout` seconds, or returned another number
-            of rewards or one that is not finite.
+        RewardError: naming the function that raised, took longer than `timeout` seconds, or returned something else
+            than as many numbers as there are pictures, finite or `None`.
     """
     results: list[queue.Queue] = []
+    deadline = None if timeout is None else time.monotonic() + timeout
     for function in functions:
         result: queue.Queue = queue.Queue()
         threading.Thread(target=_call, args=(function, arguments, result), daemon=True).start()
@@ -47,7 +50,7 @@ def call_rewards(
     for function, result in zip(functions, results):
         name = reward_name(function)
         try:
-            rewards, error = result.get(timeout=timeout)
+            rewards, error = result.get(timeout=None if deadline is None else max(deadline - time.monotonic(), 0.0))
         except queue.Empty:
             raise RewardError(f"the reward function {name} has not returned after {timeout} seconds") from None
         if error is not None:
@@ -62,7 +65,7 @@ def _call(function: RewardFunction, arguments: dict, result: queue.Queue) -> Non
         if inspect.isawaitable(rewards):
             rewards = asyncio.run(_wait(rewards))
         result.put((rewards, None))
-    except Exception as error:
+    except BaseException as error:  # one that exits has not returned rewards either
         result.put((None, error))
 
 
@@ -71,7 +74,7 @@ async def _wait(rewards):
 
 
 def _check(name: str, rewards, num_pictures: int) -> list[float]:
-    if isinstance(rewards, torch.Tensor):
+    if isinstance(rewards, torch.Tensor | np.ndarray):
         rewards = rewards.tolist()
     if not isinstance(rewards, Sequence) or isinstance(rewards, str):
         raise RewardError(f"the reward function {name} must return a list of numbers, got {type(rewards).__name__}")
@@ -79,16 +82,20 @@ def _check(name: str, rewards, num_pictures: int) -> list[float]:
         raise RewardError(f"the reward function {name} returned {len(rewards)} rewards for {num_pictures} pictures")
     values = []
     for place, reward in enumerate(rewards):
-        value = float("nan") if reward is None else float(reward)
+        try:
+            value = float("nan") if reward is None else float(reward)
+        except (TypeError, ValueError):
+            value = float("nan")
         if reward is not None and not isfinite(value):
             raise RewardError(
-                f"the reward function {name} returned {reward} for picture {place}; None means no reward"
+                f"the reward function {name} returned {reward!r} for picture {place}: a reward is a finite number, or "
+                "None for no reward"
             )
         values.append(value)
     return values
 
 
-def combine(rewards_NF: torch.Tensor, weights_F: torch.Tensor) -> torch.Tensor:
-    """(N,) weighted sums of the rewards that are there; NaN where no function spoke."""
-    total = (rewards_NF * weights_F).nansum(dim=1)
-    return total.masked_fill(rewards_NF.isnan().all(dim=1), float("nan"))
+def combine(rewards: torch.Tensor, weights_F: torch.Tensor) -> torch.Tensor:
+    """(..., F) -> (...): weighted sums of the rewards that are there; NaN where no function spoke."""
+    total = (rewards * weights_F).nansum(dim=-1)
+    return total.masked_fill(rewards.isnan().all(dim=-1), float("nan"))

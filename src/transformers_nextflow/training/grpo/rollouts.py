@@ -128,6 +128,7 @@ def roll_out(
     optimised.
 
     Args:
+        seeds: of the pictures, prompt by prompt; a picture depends on its own alone.
         shared: rollouts, one for each prompt, whose texts and prefixes the pictures share.
 
     Returns:
@@ -143,10 +144,9 @@ def roll_out(
     if args.optimize != "image":
         inputs = {name: inputs[name] for name in inputs if name.endswith(("input_ids", "attention_mask"))}
         if shared is None:  # rows part at the first token
-            rows = torch.arange(len(seeds), device=device).repeat_interleave(num_pictures)
+            rows = torch.arange(len(conversations), device=device).repeat_interleave(num_pictures)
             inputs = {name: value[rows] for name, value in inputs.items()}
             condition_codes, condition_grids = condition_codes[rows], condition_grids[rows]
-            seeds = [seed_of(seed, number) for seed in seeds for number in range(num_pictures)]
             num_pictures = 1
         images = _flat_images(condition_codes, condition_grids)
         if shared is None:
@@ -163,7 +163,7 @@ def roll_out(
         height=height,
         width=width,
         num_images_per_prompt=num_pictures,
-        seed=list(seeds),
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         forced_codes=None if shared is None else shared.codes,
         output_logits=len(prefix),
         return_dict_in_generate=True,

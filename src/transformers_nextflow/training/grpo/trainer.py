@@ -1,9 +1,11 @@
 """[`NextFlowGRPOTrainer`]: prefix-tuning GRPO (NextFlow sec. 3.2.5) on transformers' Trainer, in TRL's shape."""
 
 import copy
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +30,7 @@ from .objective import (
     log_ratios,
     nanstd,
     num_prefix_scales,
+    prefix_values,
     token_weights,
 )
 from .rewards import RewardError, RewardFunction, call_rewards, combine, reward_name
@@ -189,7 +192,7 @@ class NextFlowGRPOTrainer(Trainer):
             if args.sync_ref_model:
                 self.add_callback(SyncRefModelCallback(self.ref_model, self.accelerator))
         self._step, self._logged_at, self._buffer = 0, 0, []
-        self._metrics: dict[str, list[float]] = defaultdict(list)
+        self._metrics: dict[str, list[tuple[float, float]]] = defaultdict(list)  # values with their weights
         self._pictures: list[tuple[str, Image.Image, float]] = []
         self._reports = PictureReports("completions")
         self.add_callback(_Buffer(self))
@@ -200,6 +203,11 @@ class NextFlowGRPOTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
+    @property
+    def _batches_of_generation(self) -> int:
+        """How many batches train on the rollouts of a generation, repetitions included."""
+        return self.args.steps_per_generation * self.args.num_iterations
+
     # Prompts
 
     def get_train_dataloader(self) -> DataLoader:
@@ -209,7 +217,7 @@ class NextFlowGRPOTrainer(Trainer):
             len(self.train_dataset),
             args.generation_batch_size // args.num_generations,
             args.num_generations,
-            args.num_iterations * args.steps_per_generation,
+            self._batches_of_generation,
             seed if args.shuffle_dataset else None,
         )
         if not len(order):
@@ -223,12 +231,11 @@ class NextFlowGRPOTrainer(Trainer):
 
     def _prepare_inputs(self, inputs: list[tuple[int, dict]]) -> Rollouts:
         """The rollouts of a step: new ones at the beginning of a generation, else the next of those that are there."""
-        steps = self.args.steps_per_generation
-        if self._step % (steps * self.args.num_iterations) == 0:
+        if self._step % self._batches_of_generation == 0:
             started = time.perf_counter()
             self._buffer = self._split(self._generate(inputs))
-            self._metrics["rollout_seconds"].append(time.perf_counter() - started)
-        rollouts = self._buffer[self._step % steps]
+            self._note("rollout_seconds", time.perf_counter() - started)
+        rollouts = self._buffer[self._step % self.args.steps_per_generation]
         self._step += 1
         return rollouts
 
@@ -242,16 +249,17 @@ class NextFlowGRPOTrainer(Trainer):
         """Sample, judge, and compare within groups."""
         args = self.args
         self.model.eval()
-        rollouts, pictures, conversations = self._sample(rows, self._step)
+        rollouts, pictures, conversations = self._sample(rows, self._seeds(rows, range(1)))
         texts = None if rollouts.text_mask is None else rollouts.texts()
-        rewards_NF = self._judge(rows, conversations, pictures, texts)
+        with self._at_fault_together():
+            rewards_NKF = self._judge(rows, conversations, pictures, texts)[:, None]
+            if args.vmr_continuations > 1:
+                rewards_NKF = torch.cat([rewards_NKF, self._judge_further(rollouts, rows, conversations)], dim=1)
         if texts is not None:
             self._count_texts(rollouts)
-        if args.vmr_continuations > 1:
-            rewards_NF = self._values(rollouts, rows, conversations, rewards_NF)
-        rewards_NF = self.accelerator.gather(rewards_NF.to(args.device)).cpu()
-        rewards = combine(rewards_NF, self.reward_weights)
-        self._count_rewards(rewards_NF, rewards)
+        rewards_NKF = self.accelerator.gather(rewards_NKF.to(args.device)).cpu()
+        rewards = prefix_values(combine(rewards_NKF, self.reward_weights), args.vmr_eta)
+        self._count_rewards(rewards_NKF.flatten(0, 1), rewards)
         first = self.accelerator.process_index * len(rows)
         own = slice(first, first + len(rows))
         advantages = group_advantages(rewards, args.num_generations, args.scale_rewards)
@@ -259,8 +267,8 @@ class NextFlowGRPOTrainer(Trainer):
         if self.token_mask_func is not None:
             rollouts.token_mask = self._mask(rollouts, rows, conversations, pictures)
         with torch.no_grad():
-            # later steps of the generation still compare with the policy that sampled
-            if args.num_iterations > 1 or args.steps_per_generation > args.gradient_accumulation_steps:
+            # where an update falls into a generation, what follows still compares with the policy that sampled
+            if args.gradient_accumulation_steps % self._batches_of_generation:
                 rollouts.old_logps = torch.cat([self._logps(self.model, part)[0] for part in self._split(rollouts)])
             if args.beta:
                 rollouts.ref_logps = torch.cat([self._reference_logps(part) for part in self._split(rollouts)])
@@ -273,7 +281,18 @@ class NextFlowGRPOTrainer(Trainer):
         self.model.train()
         return rollouts
 
-    def _sample(self, rows: list[tuple[int, dict]], step: int) -> tuple[Rollouts, list[Image.Image], list[list[dict]]]:
+    def _seeds(self, rows: list, numbers: range) -> list[int]:
+        """Of numbered pictures of this process's rows, by their place in the whole generation."""
+        generation, first = self._step // self._batches_of_generation, self.accelerator.process_index * len(rows)
+        return [
+            seed_of(self.args.seed, generation, first + place, number)
+            for place in range(len(rows))
+            for number in numbers
+        ]
+
+    def _sample(
+        self, rows: list[tuple[int, dict]], seeds: list[int]
+    ) -> tuple[Rollouts, list[Image.Image], list[list[dict]]]:
         """A picture and the conversation it answers for each row; equal neighbours share one reading of the prompt."""
         groups: list[tuple[int, list[dict], int]] = []
         for index, row in rows:
@@ -287,8 +306,7 @@ class NextFlowGRPOTrainer(Trainer):
         repeats = counts.pop() if len(counts) == 1 else 1
         if repeats == 1:
             groups = [(index, chat, 1) for index, chat, count in groups for _ in range(count)]
-        rank, chats = self.accelerator.process_index, [chat for _, chat, _ in groups]
-        seeds = [seed_of(self.args.seed, step, rank * len(chats) + place) for place in range(len(chats))]
+        chats = [chat for _, chat, _ in groups]
         rollouts, codes = roll_out(
             self._nextflow, self.processing_class, chats, repeats, seeds, self.prefix, self.schedule, self.args
         )
@@ -321,24 +339,36 @@ class NextFlowGRPOTrainer(Trainer):
             images=pictures,
             trainer_state=self.state,
             log_extra=lambda name, values: None,
-            log_metric=lambda name, value: self._metrics[name].append(float(value)),
+            log_metric=self._note,
             **_columns(rows),
         )
 
-    def _values(self, rollouts: Rollouts, rows, conversations, rewards_NF: torch.Tensor) -> torch.Tensor:
-        """VMR: soft values of the prefixes over further pictures that share them."""
-        args, further, rank = self.args, self.args.vmr_continuations - 1, self.accelerator.process_index
-        seeds = [seed_of(args.seed, self._step, rank * len(rows) + place, 1) for place in range(len(rows))]
-        _, codes = roll_out(
-            *(self._nextflow, self.processing_class, conversations, further, seeds, self.prefix, self.schedule, args),
-            shared=rollouts,
-        )
+    def _judge_further(self, rollouts: Rollouts, rows, conversations) -> torch.Tensor:
+        """(rows, further, functions) rewards of further pictures that continue the same prefixes."""
+        numbers = range(1, self.args.vmr_continuations)
+        seeds, further = self._seeds(rows, numbers), len(numbers)
+        policy = self._nextflow, self.processing_class
+        controls = self.prefix, self.schedule, self.args
+        _, codes = roll_out(*policy, conversations, further, seeds, *controls, shared=rollouts)
         texts = None if rollouts.text_mask is None else rollouts.texts()
-        repeat = lambda values: [value for value in values for _ in range(further)]  # noqa: E731
+        repeat = lambda values: [value for value in values for _ in numbers]  # noqa: E731
         texts = None if texts is None else repeat(texts)
-        others_NF = self._judge(repeat(rows), repeat(conversations), self._pictures_of(codes), texts)
-        all_KNF = torch.cat([rewards_NF[None], others_NF.view(len(rows), further, -1).movedim(1, 0)])
-        return args.vmr_eta * ((all_KNF / args.vmr_eta).logsumexp(dim=0) - torch.tensor(len(all_KNF)).log())
+        rewards_NF = self._judge(repeat(rows), repeat(conversations), self._pictures_of(codes), texts)
+        return rewards_NF.view(len(rows), further, -1)
+
+    @contextmanager
+    def _at_fault_together(self):
+        """A reward at fault on one process raises on all of them, so that none waits and all save."""
+        error = None
+        try:
+            yield
+        except RewardError as raised:
+            error = raised
+        faults = self.accelerator.gather(torch.tensor([error is not None], device=self.args.device))
+        if error is not None:
+            raise error
+        if faults.any():
+            raise RewardError(f"a reward function is at fault on process {int(faults.int().argmax())}")
 
     def _mask(self, rollouts: Rollouts, rows, conversations, pictures) -> torch.Tensor:
         mask = self.token_mask_func(prompts=conversations, images=pictures, prefix=self.prefix, **_columns(rows))
@@ -363,13 +393,13 @@ class NextFlowGRPOTrainer(Trainer):
 
     def _count_rewards(self, rewards_NF: torch.Tensor, rewards: torch.Tensor) -> None:
         deviations = nanstd(rewards.view(-1, self.args.num_generations))
-        self._metrics["reward"].append(float(rewards.nanmean()))
-        self._metrics["reward_std"].append(float(deviations.mean()))
-        self._metrics["frac_reward_zero_std"].append(float((deviations < 1e-8).float().mean()))
+        self._note("reward", rewards.nanmean())
+        self._note("reward_std", nanstd(rewards[None]))
+        self._note("frac_reward_zero_std", (deviations < 1e-8).float().mean())
         for function, column in zip(self.reward_funcs, rewards_NF.T):
             name = f"rewards/{reward_name(function)}"
-            self._metrics[f"{name}/mean"].append(float(column.nanmean()))
-            self._metrics[f"{name}/std"].append(float(nanstd(column[None])))
+            self._note(f"{name}/mean", column.nanmean())
+            self._note(f"{name}/std", nanstd(column[None]))
 
     # Loss
 
@@ -417,28 +447,34 @@ class NextFlowGRPOTrainer(Trainer):
         mean = lambda values: (values * part.weights).sum(dim=1).mean()  # noqa: E731
         loss = mean(losses)
         if args.beta:
-            kl = kl_to_reference(logps, ref)
+            kl = kl_to_reference(logps, ref, old if args.use_bias_correction_kl else None)
             loss = loss + args.beta * mean(kl)
             self._count(f"{name}kl", mean(kl))
-        share = lambda values: values[sampled].float().mean()  # noqa: E731
-        self._count(f"{name}entropy", share(entropies))
+        share = lambda name, values: self._count(name, values[sampled].float().mean(), int(sampled.sum()))  # noqa: E731
+        share(f"{name}entropy", entropies)
         for bound, clipped in (("low", clipped_low), ("high", clipped_high), ("region", clipped_low | clipped_high)):
-            self._count(f"{name}clip_ratio/{bound}_mean", share(clipped))
-        self._count(f"{name}clip_ratio/low_min", share(clipped_low), "min")
-        self._count(f"{name}clip_ratio/high_max", share(clipped_high), "max")
-        difference = (old.detach() - sampling_logps).abs()[sampled]
-        self._count(f"{name}sampling/sampling_logp_difference/mean", difference.mean())
-        self._count(f"{name}sampling/sampling_logp_difference/max", difference.max(), "max")
+            share(f"{name}clip_ratio/{bound}_mean", clipped)
+        self._count(f"{name}clip_ratio/low_min", clipped_low[sampled].float().mean(), over="min")
+        self._count(f"{name}clip_ratio/high_max", clipped_high[sampled].float().mean(), over="max")
+        difference = (old.detach() - sampling_logps).abs()
+        share(f"{name}sampling/sampling_logp_difference/mean", difference)
+        self._count(f"{name}sampling/sampling_logp_difference/max", difference[sampled].max(), over="max")
         return loss
 
-    def _count(self, name: str, value: torch.Tensor, over: str = "mean") -> None:
-        values = self.accelerator.gather(value.detach().float().reshape(1))
-        self._metrics[name].append(float(getattr(values, over)()))
+    def _count(self, name: str, value: torch.Tensor, weight: int = 1, over: str | None = None) -> None:
+        """Note a metric of all processes: the mean by their weights, or the extreme that `over` names."""
+        pair = torch.stack([value.detach().float(), value.new_tensor(weight, dtype=torch.float32)])
+        values, weights = self.accelerator.gather(pair[None]).T
+        of_all = getattr(values, over)() if over else (values * weights).sum() / weights.sum()
+        self._note(name, of_all, float(weights.sum()))
+
+    def _note(self, name: str, value: float | torch.Tensor, weight: float = 1.0) -> None:
+        self._metrics[name].append((float(value), weight))
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         started = time.perf_counter()
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self._metrics["step_seconds"].append(time.perf_counter() - started)
+        self._note("step_seconds", time.perf_counter() - started)
         return loss
 
     # What comes out
@@ -457,16 +493,17 @@ class NextFlowGRPOTrainer(Trainer):
         except RewardError:
             if self.state.global_step:
                 self._save_checkpoint(self.model, trial=None)
+                self.callback_handler.on_save(self.args, self.state, self.control)
             raise
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             metrics, self._metrics = dict(self._metrics), defaultdict(list)
-            rollouts, steps = (sum(metrics.pop(f"{name}_seconds", [])) for name in ("rollout", "step"))
+            rollouts, steps = (
+                sum(seconds for seconds, _ in metrics.pop(f"{name}_seconds", [])) for name in ("rollout", "step")
+            )
             counted, self._logged_at = self.state.global_step - self._logged_at, self.state.global_step
-            logs = logs | {
-                name: EXTREMES.get(name.removeprefix("text/"), _mean)(values) for name, values in metrics.items()
-            }
+            logs = logs | {name: _over_steps(name.removeprefix("text/"), values) for name, values in metrics.items()}
             logs |= {"step_time": steps / max(counted, 1), "rollout_share": rollouts / max(steps, 1e-9)}
             if self.args.log_completions and self.is_world_process_zero():
                 self._draw_completions()
@@ -481,18 +518,31 @@ class NextFlowGRPOTrainer(Trainer):
         self._reports.log(self.args, self.state.global_step, pictures, captions)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Rewards of `num_generations_eval` pictures for each prompt of the dataset, sampled as in training."""
+        """Rewards of `num_generations_eval` pictures for each prompt of the dataset, or of each of several datasets by
+        name, sampled as in training; pictures depend on the seed and the prompt's number alone."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if dataset is None:
+            raise ValueError("evaluation needs an eval_dataset")
+        if isinstance(dataset, dict):
+            results = (
+                self.evaluate(each, ignore_keys, f"{metric_key_prefix}_{name}") for name, each in dataset.items()
+            )
+            return {name: value for result in results for name, value in result.items()}
         count = self.args.num_generations_eval or self.args.num_generations
         at_once = max(self.args.per_device_eval_batch_size // count, 1)
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         self.model.eval()
         own, rewards = range(rank, len(dataset), world), [torch.empty(0, len(self.reward_funcs))]
-        for start in range(0, len(own), at_once):
-            rows = [(index, dataset[index]) for index in own[start : start + at_once] for _ in range(count)]
-            rollouts, pictures, conversations = self._sample(rows, step=-1 - start)
-            texts = None if rollouts.text_mask is None else rollouts.texts()
-            rewards.append(self._judge(rows, conversations, pictures, texts))
+        of_training, self._metrics = self._metrics, defaultdict(list)
+        with self._at_fault_together():
+            for start in range(0, len(own), at_once):
+                numbered = [(index, n) for index in own[start : start + at_once] for n in range(count)]
+                rows = [(index, dataset[index]) for index, _ in numbered]
+                seeds = [seed_of(self.args.seed, -1, *each) for each in numbered]
+                rollouts, pictures, conversations = self._sample(rows, seeds)
+                texts = None if rollouts.text_mask is None else rollouts.texts()
+                rewards.append(self._judge(rows, conversations, pictures, texts))
+        logged, self._metrics = self._metrics, of_training
         rewards_NF = self.accelerator.pad_across_processes(
             torch.cat(rewards).to(self.args.device), pad_index=float("nan")
         )
@@ -500,6 +550,7 @@ class NextFlowGRPOTrainer(Trainer):
         metrics = {f"{metric_key_prefix}_reward": float(combine(rewards_NF, self.reward_weights).nanmean())}
         for function, column in zip(self.reward_funcs, rewards_NF.T):
             metrics[f"{metric_key_prefix}_rewards/{reward_name(function)}/mean"] = float(column.nanmean())
+        metrics |= {f"{metric_key_prefix}_{name}": _over_steps(name, values) for name, values in logged.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -511,29 +562,31 @@ class _Buffer(TrainerCallback):
     def __init__(self, trainer: NextFlowGRPOTrainer):
         self.trainer = trainer
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
         trainer = self.trainer
-        trainer._step = state.global_step * args.gradient_accumulation_steps
+        trainer._step = self._batches(args, state, train_dataloader)
         trainer._logged_at = state.global_step
-        if self._is_within_generation(args):
-            tensors = load_file(self._path(args, state), device=str(args.device))
+        if trainer._step % trainer._batches_of_generation:
+            tensors = load_file(self._path(Path(args.resume_from_checkpoint)), device=str(args.device))
             trainer._buffer = trainer._split(Rollouts(**tensors))
 
     def on_train_end(self, args, state, control, **kwargs):
         self.trainer._reports.close()
 
-    def on_save(self, args, state, control, **kwargs):
-        if self._is_within_generation(args):
+    def on_save(self, args, state, control, train_dataloader=None, **kwargs):
+        if self._batches(args, state, train_dataloader) % self.trainer._batches_of_generation:
             parts = [part.tensors() for part in self.trainer._buffer]
             tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-            write_atomically(self._path(args, state), lambda partial: save_file(tensors, partial))
+            path = self._path(Path(args.output_dir, f"checkpoint-{state.global_step}"))
+            write_atomically(path, lambda partial: save_file(tensors, partial))
 
-    def _is_within_generation(self, args) -> bool:
-        return self.trainer._step % (args.steps_per_generation * args.num_iterations) != 0
+    def _batches(self, args, state, loader: DataLoader) -> int:
+        """How many the steps so far took; the last one of an epoch takes what is left of it."""
+        epochs, steps = divmod(state.global_step, math.ceil(len(loader) / args.gradient_accumulation_steps))
+        return epochs * len(loader) + steps * args.gradient_accumulation_steps
 
-    def _path(self, args, state) -> Path:
-        rank = self.trainer.accelerator.process_index
-        return Path(args.output_dir) / f"checkpoint-{state.global_step}" / ROLLOUTS.format(rank=rank)
+    def _path(self, checkpoint: Path) -> Path:
+        return checkpoint / ROLLOUTS.format(rank=self.trainer.accelerator.process_index)
 
 
 def _rows(items: list) -> list:
@@ -551,5 +604,8 @@ def _text(conversation: list[dict]) -> str:
     return " ".join(item["text"] for item in conversation[-1]["content"] if item["type"] == "text")
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+def _over_steps(name: str, noted: list[tuple[float, float]]) -> float:
+    """What is logged of a metric's weighted values."""
+    if name in EXTREMES:
+        return EXTREMES[name](value for value, _ in noted)
+    return sum(value * weight for value, weight in noted) / sum(weight for _, weight in noted)

@@ -1,0 +1,80 @@
+"""A step is the same by one process, accumulated, and by two; what breaks that is seen."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from grpo_samples import policy_of
+from two_processes import ACCUMULATED, BUGS, ONE, PICTURES, differences, train
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_model):
+    policy = policy_of(tiny_model)
+    with torch.no_grad():
+        policy.lm_head.weight[policy.config.boi_token_id] *= 8  # texts of different lengths
+    return policy
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("two")
+
+
+@pytest.fixture(scope="module")
+def by_two(policy, tiny_processor, folder) -> dict[str | None, dict]:
+    """What two processes come to, by the bug that is planted."""
+    policy.save_pretrained(folder / "policy")
+    tiny_processor.save_pretrained(folder / "policy")
+    paths = [ROOT / "src", ROOT, ROOT / "tests", ROOT / "tests" / "grpo"]
+    environment = os.environ | {"PYTHONPATH": ":".join(map(str, paths)), "OMP_NUM_THREADS": "1"}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
+    command += [str(ROOT / "tests" / "grpo" / "two_processes.py"), str(folder / "policy"), str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(folder / "results.pt")
+
+
+def test_two_processes_train_as_one(policy, tiny_processor, tmp_path, by_two):
+    """Weights, every logged value, codes and advantages, over two generations."""
+    whole, accumulated = (train(policy, tiny_processor, tmp_path, layout) for layout in (ONE, ACCUMULATED))
+    assert len(whole["codes"]) == 2 and whole["advantages"][1].any()
+    assert {"loss", "reward", "reward_std", "frac_reward_zero_std", "kl", "text/entropy"} <= whole["log"][0].keys()
+    assert not differences(whole, accumulated)
+    assert not differences(whole, by_two[None])
+    assert not differences(accumulated, by_two[None])
+
+
+def test_two_processes_train_pictures_alone_as_one(policy, tiny_processor, tmp_path, by_two):
+    """Guided, by two forwards under checkpointing, which leave some parameters without a gradient."""
+    found = differences(train(policy, tiny_processor, tmp_path, ONE, **PICTURES), by_two["pictures"])
+    assert found <= {"clip_ratio/low_min", "clip_ratio/high_max"}  # extremes over batches, which differ
+
+
+def test_a_reward_that_dies_on_one_process_ends_both_with_what_was_trained(
+    policy, tiny_processor, tmp_path, by_two, folder
+):
+    """One process goes on to the same end."""
+    assert by_two["fault"] == "a reward function is at fault on process 1"
+    shutil.copytree(folder / "died", tmp_path / "died")
+    again = train(policy, tiny_processor, tmp_path / "died", ACCUMULATED, resume=True)
+    assert [row["step"] for row in again["log"]] == [1, 2, 3] and len(again["codes"]) == 1
+    whole = by_two[None]
+    assert not differences(again, whole | {name: whole[name][1:] for name in ("codes", "advantages")})
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_planted_bug_sets_two_processes_apart(policy, tiny_processor, tmp_path, by_two, bug):
+    """One that one process has too is compared with itself."""
+    _, shows = BUGS[bug]
+    assert shows <= differences(train(policy, tiny_processor, tmp_path, ONE, bug), by_two[bug])
