@@ -84,7 +84,6 @@ class Case:
         self.config, self.vq_model = model.config, model.model.vq_model
         self.images: dict[str, list] = {}  # rows of pictures for the report
         self.curves: dict[str, dict[str, list[float]]] = {}  # per scale, for the report
-        self.supervised: list = []  # pictures of the packs that a check has run the model on
 
     @cached_property
     def codebook(self) -> torch.Tensor:
@@ -160,10 +159,12 @@ class Case:
         slots = [self.config.image_token_id] * num_image_slots(schedule) + [self.config.eoi_token_id]
         inputs = {"input_ids": torch.cat([ids, ids.new_tensor([slots])], dim=1)}
         grids, all_codes = torch.tensor([schedule.final_grid], device=ids.device), codes[0]
-        if "pixel_values" in prompt:
-            given = self.model.encode_images(prompt["pixel_values"], prompt["image_grid_hw"])
-            grids = torch.cat([prompt["image_grid_hw"], grids])
-            all_codes = torch.cat([given, all_codes])
+        if "image_grid_hw" in prompt:
+            given = prompt.get("image_codes")
+            if given is None:
+                given = self.model.encode_images(prompt["pixel_values"], prompt["image_grid_hw"])
+            grids = torch.cat([prompt["image_grid_hw"].to(ids.device), grids])
+            all_codes = torch.cat([given.to(ids.device), all_codes])
         inputs |= {"image_grid_hw": grids, "image_codes": all_codes}
         return Sequence(inputs, prompt, codes, schedule, ids.shape[1] - 1)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from . import sampling, tokenizer, transformer
+from . import prompts, sampling, tokenizer, transformer
 from .case import Case
 from .findings import ERROR, Check, Finding, Verdict
 from .pictures import Picture, default_pictures
@@ -71,9 +71,11 @@ def checks(case: Case) -> list[tuple[Callable[[Case], Finding], str]]:
             (shards.check_targets_again, "shards"),
         ]
     listed += [
+        (prompts.check_prompts, "transformer"),
         (transformer.check_positions, "transformer"),
         (transformer.check_inputs, "transformer"),
         (transformer.check_attention, "transformer"),
+        (transformer.check_decoder, "transformer"),
         (transformer.check_targets, "transformer"),
         (transformer.check_responses, "transformer"),
         (sampling.check_sampling, "sampling"),

@@ -3,7 +3,7 @@
 import torch
 
 from .case import Case, Sequence, captured
-from .findings import ERROR, SIGNIFICANT, Check, Finding, Verdict, difference, tolerance
+from .findings import SIGNIFICANT, Check, Finding, Verdict, difference, tolerance
 from .transformer import condition_example, input_verdict, parts_of, position_verdict
 
 PLAIN = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "refine_top_k": []}
@@ -80,75 +80,162 @@ def _step_verdict(case: Case, calls: list[dict], sequence: Sequence, ids, schedu
 
 
 def check_guidance(case: Case) -> Finding:
-    """Guided logits are uncond + s (cond - uncond), the prompt's rows first."""
+    """Guided logits are uncond + s (cond - uncond), the prompt's rows first, every scale with its own s."""
     check = Check(
-        "guidance", "sampling", "guided logits are uncond + s (cond - uncond), and differ from unguided ones"
+        "guidance",
+        "sampling",
+        "guided logits are uncond + s (cond - uncond), and with a condition picture none + s_image (uncond - none) + "
+        "s (cond - uncond), s and s_image of each scale its own; they differ from unguided ones",
     )
-    sequence, scale = case.example, 2.0
-    conditional = case.code_logits(sequence)
-    null = sequence.prompt["negative_input_ids"]
-    rest = sequence.inputs["input_ids"][:, sequence.start + 1 :]
-    inputs = sequence.inputs | {"input_ids": torch.cat([null, rest], dim=1)}
-    unconditional = case.code_logits(
-        Sequence(inputs, sequence.prompt, sequence.codes, sequence.schedule, null.shape[1] - 1)
-    )
-    output = generate(case, sequence, forced_codes=sequence.codes, guidance_scale=scale)
-    guided = torch.cat(output.logits, dim=1)[0].float()
-    expected = unconditional + scale * (conditional - unconditional)
     limit = 10 * tolerance(case.model.dtype)  # guidance magnifies rounding
-    effect = difference(conditional, unconditional)
-    figures = {"effect": effect, "difference": difference(guided, expected)}
-    step = "look at `sampling.guide`, at the order of the rows, and at the null prompt of the processor"
-    if effect <= tolerance(case.model.dtype):
-        verdict = Verdict("guidance without effect", "with and without the prompt the logits are the same", step)
-        return check.failed(f"prompt and null prompt differ by {effect:.1e}", verdict, **figures)
-    if figures["difference"] <= limit:
-        measured = (
-            f"they differ from the formula by {figures['difference']:.1e} of the largest; unguided: {effect:.2g}"
+    figures = {}
+    for kind, sequence in (("text", case.example), ("picture", condition_example(case))):
+        count = len(sequence.schedule)
+        scales = [2.0 + scale / count for scale in range(count)]
+        image_scales = [1.5 + scale / count for scale in range(count)] if kind == "picture" else [1.0] * count
+        output = generate(
+            case,
+            sequence,
+            forced_codes=sequence.codes,
+            guidance_scale=scales,
+            image_guidance_scale=image_scales,
         )
-        return check.passed(measured, **figures)
-    verdict = Verdict("wrong guidance", "another formula, or another null prompt", step)
-    if difference(guided, conditional + scale * (unconditional - conditional)) <= limit:
-        verdict = Verdict(
-            "guidance rows swapped", "the null prompt is taken for the prompt: guidance leads away from it", step
+        guided = torch.cat(output.logits, dim=1)[0].float()
+        conditional, null, none = _contexts(case, sequence)
+        lengths = torch.tensor(sequence.schedule.lengths)
+        s, reversed_s, t = (
+            torch.tensor(values).repeat_interleave(lengths)[:, None].to(guided)
+            for values in (scales, scales[::-1], image_scales)
         )
-    elif difference(guided, conditional) <= limit:
-        verdict = Verdict("guidance without effect", "the logits are those of the prompt alone", step)
-    elif difference(guided, conditional + scale * (conditional - unconditional)) <= limit:
-        verdict = Verdict("wrong guidance", "the formula is cond + s (cond - uncond): one more than s says", step)
-    return check.failed(
-        f"they differ from the formula by {figures['difference']:.2g} of the largest", verdict, **figures
+        formula = lambda a, b, c, s=s, t=t: c + t * (b - c) + s * (a - b)  # noqa: E731
+        effect, error = difference(conditional, null), difference(guided, formula(conditional, null, none))
+        figures |= {f"effect of the {kind}": effect, f"difference, {kind}": error}
+        step = "look at `sampling.guide`, at the order of the rows, and at the null prompt of the processor"
+        if effect <= tolerance(case.model.dtype):
+            verdict = Verdict("guidance without effect", "with and without the prompt the logits are the same", step)
+            return check.failed(f"prompt and null prompt differ by {effect:.1e}", verdict, **figures)
+        if error <= limit:
+            continue
+        mistakes = {
+            "guidance rows swapped: the null prompt is taken for the prompt": formula(null, conditional, none),
+            "guidance without effect: the logits are those of the prompt alone": conditional,
+            "wrong guidance: the formula is cond + s (cond - uncond), one more than s says": conditional
+            + s * (conditional - null),
+            "wrong guidance: scales take each other's s": formula(conditional, null, none, reversed_s),
+            "wrong guidance: s and s_image are exchanged": formula(conditional, null, none, t, s),
+        }
+        found = next((name for name, other in mistakes.items() if difference(guided, other) <= limit), None)
+        fault, cause = (found or "wrong guidance: another formula, or another null prompt").split(": ")
+        measured = f"logits differ from the formula by {error:.2g} of the largest"
+        return check.failed(measured, Verdict(fault, cause, step), **figures)
+    return check.passed(
+        f"they differ from the formula by {figures['difference, text']:.1e} and, with a condition picture, by "
+        f"{figures['difference, picture']:.1e} of the largest; the text moves them by "
+        f"{figures['effect of the text']:.2g}",
+        **figures,
     )
+
+
+def _contexts(case: Case, sequence: Sequence) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Teacher-forced logits after the prompt, the null prompt, and the null prompt without its pictures."""
+    boi, eoi = case.config.boi_token_id, case.config.eoi_token_id
+    null = sequence.prompt["negative_input_ids"]
+    ids = null[0].tolist()
+    while ids.index(boi) < len(ids) - 1:
+        del ids[ids.index(boi) : ids.index(eoi) + 1]
+    none = null.new_tensor([ids])
+    rest = sequence.inputs["input_ids"][:, sequence.start + 1 :]
+    logits = [case.code_logits(sequence)]
+    alone = {"image_grid_hw": sequence.inputs["image_grid_hw"][-1:], "image_codes": sequence.codes[0]}
+    for prompt, changed in ((null, {}), (none, alone)):
+        inputs = sequence.inputs | changed | {"input_ids": torch.cat([prompt, rest], dim=1)}
+        other = Sequence(inputs, sequence.prompt, sequence.codes, sequence.schedule, prompt.shape[1] - 1)
+        logits.append(case.code_logits(other))
+    return tuple(logits)
+
+
+def kept_probabilities(logits: torch.Tensor, temperature: float, top_k: int, top_p: float) -> torch.Tensor:
+    """(..., V) float64 what codes are drawn from: softmax at a temperature, of the `top_k` most likely codes, of these
+    the fewest that make up `top_p`."""
+    probs = (logits.double() / temperature).softmax(-1)
+    ordered, order = probs.sort(dim=-1, descending=True)
+    if top_k:
+        ordered[..., top_k:] = 0
+        ordered /= ordered.sum(-1, keepdim=True)
+    ordered[ordered.cumsum(-1) - ordered >= top_p] = 0
+    return torch.zeros_like(probs).scatter(-1, order, ordered / ordered.sum(-1, keepdim=True))
 
 
 def check_draws(case: Case) -> Finding:
-    """Codes are drawn from the logits: what they cost is the entropy, up to chance."""
+    """Codes are drawn from the logits as temperature, top-k and top-p say, each on its own."""
     check = Check(
         "draws",
         "sampling",
-        "at temperature 1 the mean of -log p of the codes drawn is the entropy of what they are drawn from",
+        "codes are drawn as temperature, top-k and top-p say: none that they exclude, the mean of -log p is the "
+        "entropy, and it varies as independent draws do",
     )
-    total, variance, count = 0.0, 0.0, 0
+    excess, variances, fourths, count, excluded = [], [], [], 0, 0
     null = case.example.prompt["negative_input_ids"]  # leaves most open
     open_prompt = {"input_ids": null, "attention_mask": torch.ones_like(null), "negative_input_ids": null}
     prompts = [case.answered(open_prompt, case.example.codes, case.example.schedule), *case.drawn_for[:3]]
     for number, sequence in enumerate(prompts):
-        output = generate(case, sequence, seed=case.seed * 1000 + number, num_images_per_prompt=8 if number else 24)
-        log_probs = torch.cat(output.logits, dim=1).float().log_softmax(-1)
+        scales = len(sequence.schedule)
+        temperature = [1.0 if number < 2 else 1.5 - scale / scales for scale in range(scales)]
+        top_k = [0 if number < 2 else 3 + scale for scale in range(scales)]
+        top_p = [1.0 if number < 2 else 0.95 - 0.3 * scale / scales for scale in range(scales)]
+        output = generate(
+            case,
+            sequence,
+            seed=case.seed * 1000 + number,
+            num_images_per_prompt=8 if number else 24,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+        )
         drawn = output.sequences - case.config.text_vocab_size
-        surprise = -log_probs.gather(-1, drawn[..., None].clamp(0, log_probs.shape[-1] - 1))[..., 0]
-        probs = log_probs.exp()
-        entropy = -(probs * log_probs).sum(-1)
-        total += float((surprise - entropy).double().sum())
-        variance += float(((probs * log_probs.square()).sum(-1) - entropy.square()).double().clamp(min=0).sum())
-        count += drawn.numel()
-    score = total / max(variance, 1e-12) ** 0.5
-    measured = f"{count} codes cost {total / count:+.3f} nats beyond the entropy ({score:+.1f} standard errors)"
-    if abs(score) <= SIGNIFICANT:
-        return check.passed(measured, score=score)
-    cause = "codes are drawn more often from the " + ("unlikely" if score > 0 else "likely") + " than the logits say"
-    step = "look at `sampling.sample`: the order of codes, temperature, top-k and top-p"
-    return check.failed(measured, Verdict("wrong draws", cause, step), ERROR, score=score)
+        for scale, logits in enumerate(output.logits):
+            moments = torch.zeros(3, dtype=torch.float64)
+            for logits_lV, codes_l in zip(logits, drawn[:, sequence.schedule.slice(scale)]):
+                probs = kept_probabilities(logits_lV, temperature[scale], top_k[scale], top_p[scale])
+                codes = codes_l[:, None].clamp(0, probs.shape[-1] - 1)
+                beyond = (-probs.log() - torch.special.entr(probs).sum(-1, keepdim=True)).masked_fill(probs == 0, 0)
+                excluded += int((probs.gather(-1, codes) == 0).sum())
+                sums = (beyond.gather(-1, codes), probs * beyond**2, probs * beyond**4)
+                moments += torch.stack([each.sum() for each in sums]).cpu()
+            excess, variances, fourths = (
+                [*values, float(value)] for values, value in zip((excess, variances, fourths), moments)
+            )
+            count += drawn[:, sequence.schedule.slice(scale)].numel()
+    score = sum(excess) / max(sum(variances), 1e-12) ** 0.5
+    spread = _spread_score(excess, variances, fourths)
+    measured = (
+        f"of {count} codes {excluded} are excluded ones; they cost {sum(excess) / count:+.3f} nats beyond the entropy "
+        f"({score:+.1f} standard errors), and vary {spread:+.1f} deviations more than independent draws"
+    )
+    figures = {"score": score, "spread": spread, "excluded": excluded}
+    step = "look at `sampling.sample`, `RowGenerators`, and who passes each scale its temperature, top-k and top-p"
+    if excluded:
+        cause = "top-k, top-p or a temperature of 0 are not applied, or to other scales than they are given for"
+        return check.failed(measured, Verdict("wrong draws", cause, step), **figures)
+    if abs(score) > SIGNIFICANT:
+        cause = (
+            "codes are drawn more often from the " + ("unlikely" if score > 0 else "likely") + " than the logits say"
+        )
+        return check.failed(measured, Verdict("wrong draws", cause, step), **figures)
+    if spread > SIGNIFICANT:
+        cause = "positions or pictures share their random numbers, so they come out alike"
+        return check.failed(measured, Verdict("draws not independent", cause, step), **figures)
+    return check.passed(measured, **figures)
+
+
+def _spread_score(excess: list[float], variances: list[float], fourths: list[float]) -> float:
+    """How far the squares of sums of independent deviations lie above their variances, in deviations (Wilson and
+    Hilferty's cube root of a chi-square); sums that one term may dominate are left out."""
+    squares = [a * a / v for a, v, m in zip(excess, variances, fourths) if 0 < m <= v * v]
+    if not squares:
+        return 0.0
+    width = 2 / (9 * len(squares))
+    return ((sum(squares) / len(squares)) ** (1 / 3) - (1 - width)) / width**0.5
 
 
 def check_ladder(case: Case) -> Finding:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -104,56 +105,73 @@ def _or_changed(case: Case, verdict: Verdict) -> Verdict:
 
 def stored_pictures(case: Case, limit: int = 24) -> list[tuple[tuple[int, int], np.ndarray, np.ndarray]]:
     """Grid, targets and inputs of pictures of rows drawn at random."""
+    pictures = (image for document in stored_documents(case) for image in document.images)
+    return list(islice(pictures, limit))
+
+
+@dataclass(frozen=True)
+class StoredDocument:
+    """One document as it is stored: compact ids, which of them are supervised, and its pictures' grids and codes."""
+
+    ids: np.ndarray
+    supervised: np.ndarray
+    images: list[tuple]
+
+
+def stored_documents(case: Case) -> Iterator[StoredDocument]:
+    """All documents, from rows drawn at random."""
     folder, manifest = open_shards(case.packs, hashes=False)
     spec = sequence_spec(manifest["identity"])
     rows = [(entry["file"], row) for entry in manifest["shards"] for row in range(entry["rows"])]
     shards: dict[str, Shard] = {}
-    found = []
-    for place in np.random.default_rng(case.seed).permutation(len(rows)):
-        file, row = rows[place]
-        shard = shards.setdefault(file, Shard(folder / "data" / file))
-        found += images_of(shard.row(row), spec, manifest["variants"])
-        if len(found) >= limit:
-            break
-    return found[:limit]
-
-
-def stored_sequences(case: Case, limit: int = 16) -> list[Sequence]:
-    """Documents of one picture after a text, drawn at random."""
-    folder, manifest = open_shards(case.packs, hashes=False)
-    spec = sequence_spec(manifest["identity"])
-    empty = case.processor.apply_chat_template([{"role": "user", "content": ""}], generation_mode="image")
-    null = empty["input_ids"].to(case.model.device)
-    rows = [(entry["file"], row) for entry in manifest["shards"] for row in range(entry["rows"])]
-    shards: dict[str, Shard] = {}
-    found: list[Sequence] = []
     for place in np.random.default_rng(case.seed).permutation(len(rows)):
         file, index = rows[place]
         row = shards.setdefault(file, Shard(folder / "data" / file)).row(index)
         images = iter(images_of(row, spec, manifest["variants"]))
-        ends = np.cumsum(row.get("document_lengths", [len(row["input_ids"])]))
-        for ids, flags in zip(np.split(row["input_ids"], ends[:-1]), np.split(row["supervised"], ends[:-1])):
-            at = np.flatnonzero(ids == spec.special.image)
-            shown = [next(images) for _ in at]
-            # a text that was dropped leaves the null prompt
-            if len(at) != 1 or not flags[at[0]] or at[0] + 1 <= null.shape[1]:
-                continue
-            grid, targets, inputs = _least_disturbed(*shown[0])
-            prompt = null.new_tensor([[*ids[: at[0]].tolist(), spec.special.boi]])
-            codes = torch.from_numpy(decodable_codes(targets, inputs))[None].to(case.model.device)
-            given = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt), "negative_input_ids": null}
-            found.append(case.answered(given, codes, case.vq_model.schedules.by_grid(grid)))
-            if len(found) == limit:
-                return found
+        ends = np.cumsum(row.get("document_lengths", [len(row["input_ids"])]))[:-1]
+        for ids, flags in zip(np.split(row["input_ids"], ends), np.split(row["supervised"], ends)):
+            yield StoredDocument(ids, flags, [next(images) for _ in range(int((ids == spec.special.image).sum()))])
+
+
+def stored_sequences(case: Case, limit: int = 16, edits: bool = False) -> list[Sequence]:
+    """Documents whose one supervised picture is their last: after a text alone, or as an edit of another picture of
+    its size."""
+    spec = sequence_spec(open_shards(case.packs, hashes=False)[1]["identity"])
+    empty = case.processor.apply_chat_template([{"role": "user", "content": ""}], generation_mode="image")
+    null = empty["input_ids"].to(case.model.device)
+    found: list[Sequence] = []
+    for document in stored_documents(case):
+        at = np.flatnonzero(document.ids == spec.special.image)
+        flags = document.supervised[at].astype(bool)
+        if len(at) == 0 or not flags[-1] or flags[:-1].any() or edits != (len(at) > 1):
+            continue
+        if edits and document.images[-2][0] != document.images[-1][0]:
+            continue
+        # a text that was dropped leaves the null prompt
+        if not edits and at[0] + 1 <= null.shape[1]:
+            continue
+        before = slice(0, at[-1])
+        *given, (grid, targets, inputs) = document.images
+        codes = torch.from_numpy(decodable_codes(*_least_disturbed(targets, inputs)))[None].to(case.model.device)
+        grids = np.array([each[0] for each in given]).reshape(-1, 2)
+        opened = spec.expand(document.ids[before], document.supervised[before], grids, np.array([at[-1]]))
+        prompt = null.new_tensor([[*opened["input_ids"].tolist(), spec.special.boi]])
+        inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt), "negative_input_ids": null}
+        if given:
+            inputs["image_codes"] = torch.from_numpy(np.concatenate([each[1][0] for each in given]).astype(np.int64))
+            inputs["image_grid_hw"] = torch.from_numpy(grids)
+        found.append(case.answered(inputs, codes, case.vq_model.schedules.by_grid(grid)))
+        if len(found) == limit:
+            break
     return found
 
 
-def _least_disturbed(grid, targets: np.ndarray, inputs: np.ndarray):
+def _least_disturbed(targets: np.ndarray, inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Of a picture's stored codings the one whose inputs are most like its targets."""
     if len(inputs) == 0:
-        return grid, targets, inputs
+        return targets, inputs
     best = int((inputs != targets[:, : inputs.shape[1]]).sum(axis=1).argmin())
-    return grid, targets[best : best + 1], inputs[best : best + 1]
+    return targets[best : best + 1], inputs[best : best + 1]
 
 
 def check_targets_again(case: Case) -> Finding:
@@ -338,7 +356,7 @@ def check_losses(case: Case) -> Finding:
         "stored targets cost less than codes drawn by their frequency alone would (unigram, each picture left out in "
         "turn), less than their neighbours in number or place, and less than with other settings of config.json",
     )
-    case.supervised = pictures = supervised_pictures(case)
+    pictures = supervised_pictures(case)
     if len(pictures) < ENOUGH:
         return check.noted("the shards hold too few supervised pictures to say")
     return _misread(case, check, pictures) or _judge_losses(case, check, pictures)
@@ -370,13 +388,11 @@ class Supervised:
     Attributes:
         codes: (L,) targets.
         log_probs: (L, V).
-        source: (L,) codes of the last picture before it that is only read, where it has the same grid.
     """
 
     schedule: ScaleSchedule
     codes: torch.Tensor
     log_probs: torch.Tensor
-    source: torch.Tensor | None
 
     def loss_of(self, codes: torch.Tensor) -> float:
         """Mean cost of (L,) codes; one that is all but impossible counts no more than 30 nats."""
@@ -400,16 +416,10 @@ def supervised_pictures(case: Case) -> list[Supervised]:
         )
         hidden = case.model.model(**batch, use_cache=False).last_hidden_state
         codes = batch["image_codes"].split([image.num_codes for image in layout.closed_images])
-        read: dict[int, tuple] = {}  # of each document, the last picture that is only read
         for image, own in zip(layout.closed_images, codes):
-            document = int(batch["document_ids"][0, image.start])
-            if labels[0, image.start] < 0:
-                read[document] = (image.schedule, own)
-                continue
-            log_probs = case.model.code_head(hidden[0, image.slots]).float().log_softmax(-1)
-            schedule, source = read.get(document, (None, None))
-            source = source if schedule == image.schedule else None
-            pictures.append(Supervised(image.schedule, own, log_probs, source))
+            if labels[0, image.start] >= 0:
+                log_probs = case.model.code_head(hidden[0, image.slots]).float().log_softmax(-1)
+                pictures.append(Supervised(image.schedule, own, log_probs))
         if len(pictures) >= SAMPLED:
             break
     return pictures
@@ -491,18 +501,17 @@ def check_copying(case: Case) -> Finding:
         "where the target's codes differ from the condition picture's, the target's are likelier",
     )
     gains, shares = [], []
-    for picture in case.supervised:
-        if picture.source is None:
-            continue
-        differ = picture.codes != picture.source
+    for sequence in stored_sequences(case, edits=True):
+        codes = sequence.codes[0]
+        source = sequence.inputs["image_codes"][-2 * len(codes) : -len(codes)]
+        differ = codes != source
         shares.append(float((~differ).float().mean()))
         if differ.any():
-            own, copied = (
-                F.nll_loss(picture.log_probs[differ], codes[differ]) for codes in (picture.codes, picture.source)
-            )
-            gains.append(float(copied - own))
+            logits = case.code_logits(sequence)[differ]
+            own, copied = (float(F.cross_entropy(logits, each[differ])) for each in (codes, source))
+            gains.append(copied - own)
     if len(gains) < ENOUGH:
-        return check.noted(f"{len(gains)} edits among the pictures looked at are too few to say", gains=gains)
+        return check.noted(f"{len(gains)} edits of a picture of the same size are too few to say", gains=gains)
     gain, score = sum(gains) / len(gains), z_score(torch.tensor(gains))
     measured = (
         f"over {len(gains)} edits, {sum(shares) / len(shares):.0%} of the codes are the source's; at the others the "

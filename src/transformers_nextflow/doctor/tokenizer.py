@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from ..quantizer import SelfCorrection
 from . import reference
@@ -20,20 +21,29 @@ def check_processor(case: Case) -> Finding:
     check = Check(
         "pictures to pixels",
         "tokenizer",
-        "a picture of a schedule's size reaches the tokenizer as pixel / 127.5 - 1, every pixel at its place",
+        "a picture of a schedule's size reaches the tokenizer as pixel / 127.5 - 1, every pixel at its place, and "
+        "comes back the same",
     )
     image = case.oblong.pictures[0].image
     if image.size != case.oblong.pixels.shape[-1:-3:-1]:  # the user's picture is resampled
         image = case.processor.image_processor.postprocess(case.oblong.pixels[:1].cpu())[0]
     noise = np.random.default_rng(case.seed).integers(0, 256, (image.height, image.width, 3), dtype=np.uint8)
-    from PIL import Image
-
     grid, pixels = case.pixels_of(Image.fromarray(noise))
     expected = torch.from_numpy(noise).permute(2, 0, 1)[None].to(pixels) / 127.5 - 1
     error = difference(pixels, expected)
+    inputs = case.processor.image_processor(Image.fromarray(noise), return_tensors="pt").to(case.model.device)
+    codes = torch.cat([each.flatten() for each in case.model.model.encode_images(**inputs)])
+    alike = float((codes == case.vq_forward(pixels).quantization.target_codes[0]).float().mean())
     back = np.asarray(case.processor.image_processor.postprocess(expected.cpu())[0])
     if error <= tolerance(pixels.dtype) and np.array_equal(back, noise):
-        return check.passed(f"the largest difference is {error:.1e}, and the way back gives the same picture")
+        if alike >= 1 - NOTICEABLE:
+            return check.passed(f"the largest difference is {error:.1e}, and the way back gives the same picture")
+        verdict = Verdict(
+            "patches misplaced",
+            "the model puts the patches, which the processor gives rightly, together to another picture",
+            "look at `unpatchify` and `encode_images`",
+        )
+        return check.failed(f"{alike:.0%} of the codes are those of the picture put together here", verdict)
     step = "compare processor_config.json with the one the model was trained with, and the processor's code"
     fault, cause = "pixels differ", "the processor changes pixels in another way than it was trained with"
     if pixels.shape != expected.shape or difference(pixels, _transposed(expected, grid)) < 1e-3:

@@ -260,6 +260,54 @@ def check_attention(case: Case) -> Finding:
     return check.failed(f"a change at position {place} moves position {other} by {response:.2g}", verdict)
 
 
+def check_decoder(case: Case) -> Finding:
+    """The decoder's layers compute what they are defined to compute."""
+    check = Check(
+        "layers of the decoder",
+        "transformer",
+        "hidden states equal those of Qwen2.5's formulas, written once more: normalisation, rotary sections and base "
+        "as config.json names them, attention, residual sums, final normalisation",
+    )
+    text, config = case.model.model.language_model, case.config.text_config
+    if config.rope_parameters["rope_type"] != "default" or config.use_sliding_window:
+        return check.noted("the formulas are written for plain rotary positions and full attention only")
+    inputs, schedules, documents = packed_example(case)
+    with captured(text) as calls, torch.no_grad():
+        output = case.model.model(**inputs, use_cache=False, output_hidden_states=True)
+    where = case.places(inputs["input_ids"][0], schedules, documents)
+    own, last = torch.tensor(documents), torch.tensor([block[1] for block in where.blocks])
+    order = torch.arange(len(documents))
+    seen = (own[:, None] == own) & (order <= last[:, None])
+    embeds = calls[0]["inputs_embeds"][0]
+    with torch.no_grad():
+        states = reference.decoder_states(text.layers, config, embeds, where.positions, seen.to(embeds.device))
+    weight = text.norm.weight if hasattr(text.norm, "weight") else torch.ones_like(embeds[0])
+    final = reference.normalised(states[-1], weight, config.rms_norm_eps)
+    limit = tolerance(embeds.dtype)
+    error = difference(output.last_hidden_state[0], final)
+    if error <= limit:
+        return check.passed(f"hidden states differ by at most {error:.1e} of the largest value", difference=error)
+    wrong = (
+        number for number, (a, b) in enumerate(zip(output.hidden_states[1:-1], states)) if difference(a[0], b) > limit
+    )
+    first = next(wrong, None)
+    if first is None and difference(output.last_hidden_state[0], states[-1]) <= limit:
+        place, cause = "behind the last layer", "the final normalisation is left out"
+    elif first is None:
+        place, cause = "from the last layer on", "the last layer or the final normalisation are computed otherwise"
+    else:
+        place, cause = f"from layer {first + 1} of {len(states)} on", "this layer is computed otherwise"
+    if first == 0 and list(text.rotary_emb.mrope_section) != list(config.rope_parameters["mrope_section"]):
+        cause = "the rotary sections in use are not those of config.json"
+    verdict = Verdict(
+        "wrong decoder layers",
+        cause,
+        "compare the code and `rope_parameters` with the training's; try another "
+        "`attn_implementation`, and the model without adapters, quantisation or compilation",
+    )
+    return check.failed(f"hidden states differ by {error:.2g} of the largest value {place}", verdict, difference=error)
+
+
 def check_targets(case: Case) -> Finding:
     """The loss is that of the right targets, weighted as eq. 2 says."""
     check = Check(
@@ -300,6 +348,13 @@ def check_targets(case: Case) -> Finding:
     if not is_near(losses[text], loss_of(text, ids[0, 1 : sequence.start + 1])):
         cause = "text positions predict another than the next token"
         return check.failed("the losses of text are not the next token's", Verdict("shifted targets", cause, step))
+    behind = losses[sequence.start + len(codes) :]
+    if bool(behind.any()):
+        cause = "<eoi>, which is inserted and never predicted, or what follows it is supervised"
+        return check.failed(
+            f"{int((behind != 0).sum())} positions behind the picture have a loss",
+            Verdict("boundary tokens supervised", cause, step),
+        )
     weights = torch.ones_like(losses)
     raw = torch.tensor([length**-case.config.scale_loss_alpha for length in sequence.schedule.lengths])
     raw = raw.repeat_interleave(torch.tensor(sequence.schedule.lengths))
