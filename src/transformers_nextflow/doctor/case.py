@@ -17,6 +17,9 @@ from ..scales import Grid, ScaleSchedule
 from . import reference
 from .pictures import Picture, draw, sizes
 
+LOOKED_AT = 32
+"""Prompts with pictures."""
+
 
 @dataclass(frozen=True)
 class Coded:
@@ -45,6 +48,7 @@ class Sequence:
         prompt: of `generate`: ids that end in `<boi>`, null prompt, condition images.
         codes: (1, L) of the answer.
         start: index of the answer's `<boi>`.
+        targets: (L,) what the model is to predict, `codes` but where these are self-corrected.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -52,6 +56,7 @@ class Sequence:
     codes: torch.Tensor
     schedule: ScaleSchedule
     start: int
+    targets: torch.Tensor
 
     @property
     def outputs(self) -> slice:
@@ -68,6 +73,7 @@ class Case:
         packs: folder of training shards.
         text_source: the model whose text the checkpoint must have kept.
         seed: of everything drawn.
+        drawn: whether the pictures are the doctor's own, of which a model may know nothing.
     """
 
     def __init__(
@@ -78,10 +84,12 @@ class Case:
         packs: Path | None = None,
         text_source: nn.Module | None = None,
         seed: int = 0,
+        drawn: bool = True,
     ):
         self.model, self.processor, self.pictures = model, processor, pictures
         self.packs, self.text_source, self.seed = packs, text_source, seed
         self.config, self.vq_model = model.config, model.model.vq_model
+        self.has_data = packs is not None or (not drawn and any(picture.caption for picture in pictures))
         self.images: dict[str, list] = {}  # rows of pictures for the report
         self.curves: dict[str, dict[str, list[float]]] = {}  # per scale, for the report
 
@@ -153,7 +161,13 @@ class Case:
         prompt.pop("mm_token_type_ids", None)
         return self.answered(prompt, codes, schedule)
 
-    def answered(self, prompt: dict[str, torch.Tensor], codes: torch.Tensor, schedule: ScaleSchedule) -> Sequence:
+    def answered(
+        self,
+        prompt: dict[str, torch.Tensor],
+        codes: torch.Tensor,
+        schedule: ScaleSchedule,
+        targets: torch.Tensor | None = None,
+    ) -> Sequence:
         """A prompt, as `generate` takes it, answered by the picture of (1, L) `codes`."""
         ids = prompt["input_ids"]
         slots = [self.config.image_token_id] * num_image_slots(schedule) + [self.config.eoi_token_id]
@@ -166,7 +180,7 @@ class Case:
             grids = torch.cat([prompt["image_grid_hw"].to(ids.device), grids])
             all_codes = torch.cat([given.to(ids.device), all_codes])
         inputs |= {"image_grid_hw": grids, "image_codes": all_codes}
-        return Sequence(inputs, prompt, codes, schedule, ids.shape[1] - 1)
+        return Sequence(inputs, prompt, codes, schedule, ids.shape[1] - 1, codes[0] if targets is None else targets)
 
     @cached_property
     def drawn_for(self) -> list[Sequence]:
@@ -177,7 +191,9 @@ class Case:
 
             if found := stored_sequences(self):
                 return found
-        return [self.sequence(picture.caption, codes, schedule) for picture, codes, schedule in self.described[:16]]
+        return [
+            self.sequence(picture.caption, codes, schedule) for picture, codes, schedule in self.described[:LOOKED_AT]
+        ]
 
     @cached_property
     def example(self) -> Sequence:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from . import prompts, sampling, tokenizer, transformer
+from . import losses, prompts, sampling, tokenizer, transformer, weights
 from .case import Case
 from .findings import ERROR, Check, Finding, Verdict
 from .pictures import Picture, default_pictures
@@ -56,6 +56,7 @@ class Diagnosis:
 def checks(case: Case) -> list[tuple[Callable[[Case], Finding], str]]:
     """All checks that a case has the material for, with their parts, in order."""
     listed = [
+        (weights.check_finite, "transformer"),
         (tokenizer.check_processor, "tokenizer"),
         (tokenizer.check_quantizer, "tokenizer"),
         (tokenizer.check_self_correction, "tokenizer"),
@@ -69,6 +70,7 @@ def checks(case: Case) -> list[tuple[Callable[[Case], Finding], str]]:
             (shards.check_round_trip, "shards"),
             (shards.check_correction_shares, "shards"),
             (shards.check_targets_again, "shards"),
+            (shards.check_correction_strength, "shards"),
         ]
     listed += [
         (prompts.check_prompts, "transformer"),
@@ -85,10 +87,14 @@ def checks(case: Case) -> list[tuple[Callable[[Case], Finding], str]]:
         (tokenizer.check_residuals, "tokenizer"),
         (tokenizer.check_reconstruction, "tokenizer"),
         (tokenizer.check_semantics, "tokenizer"),
+        (weights.check_code_embeddings, "transformer"),
+        (weights.check_trained, "transformer"),
         (transformer.check_text, "transformer"),
     ]
+    if case.has_data:
+        listed.append((losses.check_losses, "transformer"))
     if case.packs is not None:
-        listed += [(shards.check_losses, "transformer"), (shards.check_copying, "transformer")]
+        listed.append((losses.check_copying, "transformer"))
     return listed + [(transformer.check_prompt_gain, "transformer"), (sampling.check_ladder, "sampling")]
 
 
@@ -120,8 +126,10 @@ def examine(
     model.eval()
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
-        pictures = default_pictures(model.model.vq_model.schedules, seed) if pictures is None else list(pictures)
-        case = Case(model, processor, pictures, Path(packs) if packs is not None else None, text_source, seed)
+        drawn = pictures is None
+        pictures = default_pictures(model.model.vq_model.schedules, seed) if drawn else list(pictures)
+        packs = None if packs is None else Path(packs)
+        case = Case(model, processor, pictures, packs, text_source, seed, drawn)
         for run, part in checks(case):
             finding = _run(run, part, case)
             findings.append(finding)

@@ -115,7 +115,7 @@ def draw_curves(title: str, lines: Mapping[str, Sequence[float]], size: tuple[in
     pen.line([(left, top), (left, bottom), (right, bottom)], INK)
     for value in (low, (low + high) / 2, high):
         pen.text((5, place(0, value)[1] - 7), f"{value:.3g}", INK, font)
-    first = 0 if "ladder" in title else 1
+    first = 0 if "given" in "".join(lines) else 1
     for index in range(count):
         pen.text((place(index, low)[0] - 3, bottom + 5), str(index + first), INK, font)
     at = left

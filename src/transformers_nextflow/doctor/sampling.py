@@ -1,9 +1,11 @@
 """Checks of next-scale decoding: the same steps as in training, guidance, draws, and where quality is lost."""
 
+from dataclasses import replace
+
 import torch
 
 from .case import Case, Sequence, captured
-from .findings import SIGNIFICANT, Check, Finding, Verdict, difference, tolerance
+from .findings import ENOUGH, SIGNIFICANT, WARNING, Check, Finding, Verdict, difference, tolerance, z_score
 from .transformer import condition_example, input_verdict, parts_of, position_verdict
 
 PLAIN = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "refine_top_k": []}
@@ -149,8 +151,7 @@ def _contexts(case: Case, sequence: Sequence) -> tuple[torch.Tensor, torch.Tenso
     alone = {"image_grid_hw": sequence.inputs["image_grid_hw"][-1:], "image_codes": sequence.codes[0]}
     for prompt, changed in ((null, {}), (none, alone)):
         inputs = sequence.inputs | changed | {"input_ids": torch.cat([prompt, rest], dim=1)}
-        other = Sequence(inputs, sequence.prompt, sequence.codes, sequence.schedule, prompt.shape[1] - 1)
-        logits.append(case.code_logits(other))
+        logits.append(case.code_logits(replace(sequence, inputs=inputs, start=prompt.shape[1] - 1)))
     return tuple(logits)
 
 
@@ -187,7 +188,7 @@ def check_draws(case: Case) -> Finding:
             case,
             sequence,
             seed=case.seed * 1000 + number,
-            num_images_per_prompt=8 if number else 24,
+            num_images_per_prompt=4 if number else 12,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
@@ -239,47 +240,147 @@ def _spread_score(excess: list[float], variances: list[float], fourths: list[flo
 
 
 def check_ladder(case: Case) -> Finding:
-    """True codes for the first m scales, the rest sampled as by default: where the picture is lost."""
+    """True codes for the first m scales, the rest sampled as by default: where the picture is lost, and by what."""
     check = Check(
         "teacher-forcing ladder",
         "sampling",
-        "forced to the end it is the tokenizer's picture; the scale from which forcing helps most is the one that "
-        "sampling loses",
+        "with all scales given it is the tokenizer's picture; codes drawn with the checkpoint's settings are no less "
+        "likely to the model than plain draws (temperature 1, no guidance)",
     )
-    sequence = case.drawn_for[0]
-    codes, schedule = sequence.codes, sequence.schedule
-    truth = case.vq_model.decode(codes, schedule.final_grid)
-    height, width = case.vq_model.schedules.image_size(schedule)
-    errors, shown = [], case.processor.image_processor.postprocess(truth.cpu())
-    repeats = 4
-    for forced in range(len(schedule) + 1):
-        extra = {"forced_codes": codes[:, : schedule.prefix(forced).num_codes]} if forced else {}
-        tokens = case.model.generate(
-            **sequence.prompt,
-            generation_mode="image",
-            height=height,
-            width=width,
-            seed=case.seed,
-            num_images_per_prompt=repeats,
-            **extra,
-        )
-        pixels = case.model.decode_image_tokens(tokens, schedule.final_grid)
-        errors.append(float((pixels - truth).square().mean().sqrt() * 127.5))
-        shown += case.processor.image_processor.postprocess(pixels[:1].cpu())
-    case.images["the picture's codes decoded; then 0, 1, .. of its scales forced and the rest sampled"] = [shown]
-    case.curves["ladder: error against the tokenizer's picture, grey levels"] = {"scales forced": errors}
-    losses = torch.nn.functional.cross_entropy(case.code_logits(sequence), codes[0], reduction="none")
-    per_scale = [float(losses[schedule.slice(scale)].mean()) for scale in range(len(schedule))]
-    drops = [before - after for before, after in zip(errors, errors[1:])]
-    worst = max(range(len(drops)), key=drops.__getitem__)
+    sequences = case.drawn_for[:ENOUGH]
+    most = max(len(sequence.schedule) for sequence in sequences)
+    errors, likeness = [], []  # of each picture, with 0, 1, .. scales given
+    costs: dict[str, list[list[float]]] = {name: [] for name in COSTS}
+    likeness_of = Likeness(case, sequences)
+    for number, sequence in enumerate(sequences):
+        codes, schedule, seed = sequence.codes, sequence.schedule, case.seed + number
+        drawn = [_drawn(case, sequence, given, seed) for given in range(len(schedule) + 1)]
+        truth, *pictures = (case.vq_model.decode(each, schedule.final_grid) for each in (codes, *drawn))
+        errors.append([float((each - truth).square().mean().sqrt() * 127.5) for each in pictures])
+        likeness.append([likeness_of(each, truth) for each in pictures])
+        if number < 4:
+            shown = case.processor.image_processor.postprocess(torch.cat([truth, *pictures]).cpu())
+            case.images.setdefault(LADDER, []).append(shown)
+
+        after_truth = case.code_logits(sequence).log_softmax(-1)
+        after_own = torch.cat(generate(case, sequence, seed=seed).logits, dim=1)[0].float().log_softmax(-1)
+        own = case.answered(sequence.prompt, drawn[0], schedule)
+        after_drawn = case.code_logits(own).log_softmax(-1)
+        values = (_cost(after_truth, sequence.targets), _entropy(after_truth), _entropy(after_own))
+        for name, each in zip(COSTS, (*values, _cost(after_drawn, drawn[0][0]))):
+            costs[name].append([float(each[schedule.slice(scale)].mean()) for scale in range(len(schedule))])
+    means = {"error": _by_scale(errors), "likeness": _by_scale(likeness)}
+    means |= {name: _by_scale(rows) for name, rows in costs.items()}
+    case.curves["ladder: error against the tokenizer's picture, grey levels (RMS)"] = {"scales given": means["error"]}
+    case.curves["ladder: likeness to the tokenizer's picture, 1 = the same"] = {"scales given": means["likeness"]}
+    case.curves["what codes cost, nats a code"] = {name: means[name] for name in COSTS}
+    drops = [before - after for before, after in zip(means["error"], means["error"][1:])]
+    worst = max(range(most), key=drops.__getitem__)
+    of_picture = {name: torch.tensor([_mean(row) for row in rows]) for name, rows in costs.items()}
+    guilty, reason = _guilty(likeness_of.of_tokenizer(), means["likeness"][0], *of_picture.values())
     measured = (
-        f"RMS error {', '.join(f'{error:.0f}' for error in errors)} grey levels with 0, 1, .. scales forced; forcing "
-        f"scale {worst + 1} helps most ({drops[worst]:.0f})"
+        f"over {len(sequences)} pictures, with 0, 1, .. {most} scales given the error is "
+        f"{', '.join(f'{error:.0f}' for error in means['error'])} grey levels (RMS) and the likeness "
+        f"{', '.join(f'{value:.2f}' for value in means['likeness'])}; giving scale {worst + 1} helps most. "
+        f"Most is lost by {guilty}: {reason}"
     )
-    figures = {"error": errors, "loss": per_scale, "most": worst + 1}
-    if errors[-1] > 1.0:
+    figures = means | {"most": worst + 1, "guilty": guilty}
+    if max(row[-1] for row in errors) > 1.0:
+        cause = "codes that were given are not those that are decoded"
+        return check.failed(measured, Verdict("lost codes", cause, "look at `draw_images`"), **figures)
+    if guilty == SETTINGS:
         verdict = Verdict(
-            "lost codes", "codes that were forced are not those that are decoded", "look at `draw_images`"
+            "harmful sampling settings",
+            "the checkpoint's guidance, temperature, top-k and top-p draw codes that the model itself holds unlikely",
+            "set `image_generation` in config.json back to temperature 1 and guidance 1, then raise guidance slowly",
         )
-        return check.failed(measured, verdict, **figures)
+        return check.failed(measured, verdict, WARNING, **figures)
     return check.noted(measured, **figures)
+
+
+LADDER = "ladder: the true codes decoded; then with 0, 1, .. scales of true codes given, the rest sampled"
+COSTS = ("true codes", "expected after true codes", "expected after plain draws", "codes drawn by default")
+"""What codes cost, -log p: true ones; what the model expects of its next draws (entropy), after true codes and after
+plain draws of its own; and codes drawn with the checkpoint's settings. The first three are equal in a model that knows
+its data and itself."""
+SETTINGS = "the settings of sampling"
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _by_scale(rows: list[list[float]]) -> list[float]:
+    return [_mean([row[at] for row in rows if at < len(row)]) for at in range(max(map(len, rows)))]
+
+
+def _cost(log_probs: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    return -log_probs.gather(-1, codes[:, None])[:, 0]
+
+
+def _entropy(log_probs: torch.Tensor) -> torch.Tensor:
+    return -(log_probs.exp() * log_probs).sum(-1)
+
+
+def _drawn(case: Case, sequence: Sequence, given: int, seed: int) -> torch.Tensor:
+    """(1, L) codes of the sequence's picture, the first scales given, the rest sampled with the checkpoint's
+    settings."""
+    height, width = case.vq_model.schedules.image_size(sequence.schedule)
+    tokens = case.model.generate(
+        **sequence.prompt,
+        generation_mode="image",
+        height=height,
+        width=width,
+        seed=seed,
+        num_images_per_prompt=1,
+        forced_codes=sequence.codes[:, : sequence.schedule.prefix(given).num_codes] if given else None,
+    )
+    return tokens - case.config.text_vocab_size
+
+
+class Likeness:
+    """How alike pictures are to the semantic encoder: cosine, place by place, of its features beyond their mean."""
+
+    def __init__(self, case: Case, sequences: list[Sequence]):
+        self.case = case
+        truths = [case.vq_model.decode(each.codes, each.schedule.final_grid) for each in sequences]
+        self.mean = torch.cat([self._features(pixels).flatten(0, 1) for pixels in truths]).mean(0)
+
+    def _features(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.case.vq_model.semantic_features(pixels.to(self.case.vq_model.dtype)).float()
+
+    def __call__(self, pixels: torch.Tensor, others: torch.Tensor) -> float:
+        a, b = (self._features(each) - self.mean for each in (pixels, others))
+        return float(torch.cosine_similarity(a, b, dim=-1).mean())
+
+    def of_tokenizer(self) -> float:
+        """Of pictures to what their codes keep of them."""
+        groups = self.case.groups
+        values = [
+            self(self.case.vq_model.decode(each.codes, each.schedule.final_grid), each.pixels) for each in groups
+        ]
+        return _mean(values)
+
+
+def _guilty(
+    kept: float, sampled: float, true: torch.Tensor, expected: torch.Tensor, own: torch.Tensor, drawn: torch.Tensor
+) -> tuple[str, str]:
+    """What loses most of the likeness, and the figures that say so.
+
+    Args:
+        kept, sampled: likeness of the tokenizer's pictures to the given ones, and of sampled ones to the tokenizer's.
+        true, expected, own, drawn: [`COSTS`] of each picture.
+    """
+    if z_score(drawn - own) > SIGNIFICANT:
+        return SETTINGS, f"codes drawn cost {float(drawn.mean()):.2f} nats, plain draws {float(own.mean()):.2f}"
+    if kept < sampled:
+        return "the vision tokenizer", f"its codes keep a likeness of {kept:.2f}, sampling one of {sampled:.2f}"
+    figures = (
+        f"codes cost {float(true.mean()):.2f} nats; expected are {float(expected.mean()):.2f} after true codes and "
+        f"{float(own.mean()):.2f} after plain draws"
+    )
+    if z_score(true - expected) > SIGNIFICANT:
+        return "the transformer", f"it is surer of its predictions than they are right ({figures})"
+    if z_score(own - expected) > SIGNIFICANT:
+        return "exposure", f"its own draws lead it to where it is less sure than after true codes ({figures})"
+    return "what the prompt leaves open", f"the model is as often right as it expects ({figures})"

@@ -1,13 +1,11 @@
 """Checks of training shards, and of the transformer on what they hold."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from ..data.loading import PackReader, collate
 from ..data.shards import (
@@ -24,7 +22,7 @@ from ..data.shards import (
 )
 from ..scales import ScaleSchedule
 from . import reference
-from .case import Case, Sequence
+from .case import LOOKED_AT, Case, Sequence
 from .findings import ENOUGH, SIGNIFICANT, WARNING, Check, Finding, Verdict, z_score
 from .tokenizer import SWAPPED
 
@@ -34,7 +32,11 @@ SAMPLED = 16  # pictures that are looked at
 
 def check_files(case: Case) -> Finding:
     """Every shard is what was written, and every row unfolds."""
-    check = Check("files of the shards", "shards", "every shard is there, has its sha256, and its rows unfold")
+    check = Check(
+        "files of the shards",
+        "shards",
+        "every shard is there and has its sha256, its rows unfold, and something in them is supervised",
+    )
     try:
         report = verify(case.packs)
     except (ValueError, OSError) as error:
@@ -42,7 +44,15 @@ def check_files(case: Case) -> Finding:
             "damaged shards", "a file was cut, changed or lost after it was written", "copy or extract the shards anew"
         )
         return check.failed(str(error), verdict)
-    return check.passed(f"{report['rows']} rows, {report['tokens']} tokens in {report['shards']} shards", **report)
+    documents = list(stored_documents(case))
+    supervised = sum(int(document.supervised.sum()) for document in documents)
+    measured = f"{report['rows']} rows, {report['tokens']} tokens in {report['shards']} shards"
+    if supervised == 0:
+        verdict = Verdict(
+            "nothing supervised", "all flags are off, so there is no loss", "look at the documents' roles"
+        )
+        return check.failed(measured, verdict, **report)
+    return check.passed(measured, **report)
 
 
 def check_whose(case: Case) -> Finding:
@@ -133,7 +143,7 @@ def stored_documents(case: Case) -> Iterator[StoredDocument]:
             yield StoredDocument(ids, flags, [next(images) for _ in range(int((ids == spec.special.image).sum()))])
 
 
-def stored_sequences(case: Case, limit: int = 16, edits: bool = False) -> list[Sequence]:
+def stored_sequences(case: Case, limit: int = LOOKED_AT, edits: bool = False) -> list[Sequence]:
     """Documents whose one supervised picture is their last: after a text alone, or as an edit of another picture of
     its size."""
     spec = sequence_spec(open_shards(case.packs, hashes=False)[1]["identity"])
@@ -152,7 +162,11 @@ def stored_sequences(case: Case, limit: int = 16, edits: bool = False) -> list[S
             continue
         before = slice(0, at[-1])
         *given, (grid, targets, inputs) = document.images
-        codes = torch.from_numpy(decodable_codes(*_least_disturbed(targets, inputs)))[None].to(case.model.device)
+        targets, inputs = _least_disturbed(targets, inputs)
+        codes, targets = (
+            torch.from_numpy(each).to(case.model.device)
+            for each in (decodable_codes(targets, inputs), targets[0].astype(np.int64))
+        )
         grids = np.array([each[0] for each in given]).reshape(-1, 2)
         opened = spec.expand(document.ids[before], document.supervised[before], grids, np.array([at[-1]]))
         prompt = null.new_tensor([[*opened["input_ids"].tolist(), spec.special.boi]])
@@ -160,7 +174,7 @@ def stored_sequences(case: Case, limit: int = 16, edits: bool = False) -> list[S
         if given:
             inputs["image_codes"] = torch.from_numpy(np.concatenate([each[1][0] for each in given]).astype(np.int64))
             inputs["image_grid_hw"] = torch.from_numpy(grids)
-        found.append(case.answered(inputs, codes, case.vq_model.schedules.by_grid(grid)))
+        found.append(case.answered(inputs, codes[None], case.vq_model.schedules.by_grid(grid), targets))
         if len(found) == limit:
             break
     return found
@@ -237,14 +251,18 @@ class StoredCodes:
 
 def _recoded(case: Case, codes: torch.Tensor, schedule) -> torch.Tensor:
     """The nearest codes for the picture of `codes`, when the residual continues from `codes`."""
-    pixels = case.vq_model.decode(codes, schedule.final_grid)
-    with torch.no_grad():
-        features = case.vq_model.features(pixels.to(case.vq_model.pixel_encoder.to_code.weight.dtype))
+    features = _features_of(case, codes, schedule)
     config, nearest = case.config.vq_config, []
     for scale, asked in enumerate(reference.queries(features, codes, case.codebook, schedule)):
         allowed = reference.entries_of(config, scale)
         nearest.append(allowed.start + reference.distances(asked, case.codebook, config)[..., allowed].argmin(-1))
     return torch.cat(nearest, dim=1)
+
+
+def _features_of(case: Case, codes: torch.Tensor, schedule) -> torch.Tensor:
+    """What the encoder makes of the picture of `codes`."""
+    pixels = case.vq_model.decode(codes, schedule.final_grid)
+    return case.vq_model.features(pixels.to(case.vq_model.pixel_encoder.to_code.weight.dtype))
 
 
 def _agreement(a: torch.Tensor, b: torch.Tensor, schedule) -> float:
@@ -348,64 +366,57 @@ def _expected_share(settings: Mapping, case: Case) -> list[float]:
     return shares
 
 
-def check_losses(case: Case) -> Finding:
-    """The loss of each scale is below the entropy of its codes, and the right codes are the likeliest reading."""
+def check_correction_strength(case: Case) -> Finding:
+    """Disturbed inputs are near entries, as many as the settings allow."""
     check = Check(
-        "loss of each scale",
-        "transformer",
-        "stored targets cost less than codes drawn by their frequency alone would (unigram, each picture left out in "
-        "turn), less than their neighbours in number or place, and less than with other settings of config.json",
+        "strength of self-correction",
+        "shards",
+        "most disturbed inputs are among the nearest entries that the settings draw from (top_k), and nearer to the "
+        "nearest entry than to a random one; measured on the decoded picture, so not exactly",
     )
-    pictures = supervised_pictures(case)
-    if len(pictures) < ENOUGH:
-        return check.noted("the shards hold too few supervised pictures to say")
-    return _misread(case, check, pictures) or _judge_losses(case, check, pictures)
+    settings = correction_settings(open_shards(case.packs, hashes=False)[1])
+    config, outside, ways = case.config.vq_config, [], []
+    for grid, targets, inputs in stored_pictures(case, 2 * SAMPLED):
+        differ = inputs != targets[:, : inputs.shape[1]]
+        if settings is None or not differ.any():
+            continue
+        most = int(differ.sum(axis=1).argmax())
+        picture = StoredCodes(case, grid, targets[most : most + 1], inputs[most : most + 1])
+        codes, beyond, way = picture.codes(), [], []
+        features = _features_of(case, codes, picture.schedule)
+        for scale, asked in enumerate(reference.queries(features, codes, case.codebook, picture.schedule)[:-1]):
+            at, allowed = picture.schedule.slice(scale), reference.entries_of(config, scale)
+            disturbed = torch.from_numpy(differ[most, at])
+            distances = reference.distances(asked, case.codebook, config)[0, disturbed][:, allowed]
+            own = distances.gather(-1, codes[0, at][disturbed][:, None] - allowed.start)
+            nearest, random = distances.amin(-1, keepdim=True), distances.mean(-1, keepdim=True)
+            beyond += ((distances < own).sum(-1) >= settings["top_k"]).tolist()
+            way += ((own - nearest) / (random - nearest).clamp(min=1e-12)).flatten().tolist()
+        outside.append(float(np.mean(beyond)))
+        ways.append(float(np.mean(way)))
+    if len(outside) < ENOUGH:
+        return check.noted("the shards hold too few self-corrected inputs to say")
+    share, way = float(np.mean(outside)), float(np.mean(ways))
+    measured = (
+        f"{share:.0%} of the disturbed inputs are beyond the {settings['top_k']} nearest, and they lie {way:.0%} of "
+        f"the way from the nearest to a random entry ({len(outside)} pictures)"
+    )
+    if max(share, way) <= 0.5:
+        return check.passed(measured, outside=share, way=way)
+    cause = "inputs were drawn from too many entries, so the picture that they show is another one"
+    step = "lower top_k, or draw by distance (`temperature`), and extract the shards anew"
+    verdict = Verdict("self-correction too strong", cause, step)
+    return check.failed(measured, verdict, WARNING, outside=share, way=way)
 
 
-def other_settings(case: Case) -> list[tuple[str, str, object]]:
-    """Settings that weights do not show: the fault's name, the setting, another value."""
-    mode = "residual" if case.config.feature_mode == "accumulated" else "accumulated"
-    others = [("wrong feature mode", "feature_mode", mode)]
-    if case.config.position_scale is not None:
-        others.append(("wrong position scale", "position_scale", None))
-    return others
-
-
-@contextmanager
-def other_setting(config, name: str, value) -> Iterator[None]:
-    kept = getattr(config, name)
-    setattr(config, name, value)
-    try:
-        yield
-    finally:
-        setattr(config, name, kept)
-
-
-@dataclass(frozen=True)
-class Supervised:
-    """A supervised picture of the packs, as the model sees it.
-
-    Attributes:
-        codes: (L,) targets.
-        log_probs: (L, V).
-    """
-
-    schedule: ScaleSchedule
-    codes: torch.Tensor
-    log_probs: torch.Tensor
-
-    def loss_of(self, codes: torch.Tensor) -> float:
-        """Mean cost of (L,) codes; one that is all but impossible counts no more than 30 nats."""
-        return float(F.nll_loss(self.log_probs, codes, reduction="none").clamp(max=30).mean())
-
-
-def supervised_pictures(case: Case) -> list[Supervised]:
-    """Those of packs drawn at random."""
-    folder, manifest = open_shards(case.packs, "packs", hashes=False)
+def packed_pictures(case: Case) -> Iterator[tuple[ScaleSchedule, torch.Tensor, torch.Tensor]]:
+    """Schedule, (L,) targets and (L, V) log probabilities of supervised pictures, from packs run as in training."""
+    folder, manifest = open_shards(case.packs, hashes=False)
+    if manifest["content"] != "packs":
+        return
     reader = PackReader(folder, manifest, sequence_spec(manifest["identity"]), case.seed)
-    order = np.random.default_rng(case.seed).permutation(len(reader))
-    pictures = []
-    for index in order:
+    found = 0
+    for index in np.random.default_rng(case.seed).permutation(len(reader)):
         pack = collate([reader[int(index)]], 0, False)
         if "image_grid_hw" not in pack:
             continue
@@ -418,107 +429,7 @@ def supervised_pictures(case: Case) -> list[Supervised]:
         codes = batch["image_codes"].split([image.num_codes for image in layout.closed_images])
         for image, own in zip(layout.closed_images, codes):
             if labels[0, image.start] >= 0:
-                log_probs = case.model.code_head(hidden[0, image.slots]).float().log_softmax(-1)
-                pictures.append(Supervised(image.schedule, own, log_probs))
-        if len(pictures) >= SAMPLED:
-            break
-    return pictures
-
-
-def _misread(case: Case, check: Check, pictures: list[Supervised]) -> Finding | None:
-    """Whether the weights find other codes, or the same under another setting, likelier than what is stored."""
-    size, step = case.config.vq_config.codebook_size, "the model was trained on codes of another numbering or order"
-    readings: dict[str, tuple[Verdict, list[float]]] = {}
-    for shift in (-2, -1, 1, 2):
-        name = f"codes numbered {shift:+d}"
-        verdict = Verdict("wrong code offset", f"the model finds {name} likelier", f"{step}: compare the offsets")
-        readings[name] = verdict, [picture.loss_of((picture.codes + shift) % size) for picture in pictures]
-    for shift in (-1, 1):
-        name = f"codes {shift:+d} position"
-        verdict = Verdict("shifted targets", f"the model finds {name} likelier", f"{step}: compare the targets")
-        readings[name] = verdict, [picture.loss_of(picture.codes.roll(shift)) for picture in pictures]
-    for fault, name, value in other_settings(case):
-        cause = f"config.json says {name} = {getattr(case.config, name)}, the weights were trained with {value}"
-        with other_setting(case.config, name, value):
-            then = [picture.loss_of(picture.codes) for picture in supervised_pictures(case)]
-        readings[f"{name} = {value}"] = Verdict(fault, cause, f"set {name} to {value} in config.json"), then
-    own = torch.tensor([picture.loss_of(picture.codes) for picture in pictures])
-    best = min(readings, key=lambda name: sum(readings[name][1]))
-    verdict, values = readings[best]
-    if z_score(own - torch.tensor(values)) <= SIGNIFICANT:
-        return None
-    then = sum(values) / len(values)
-    measured = f"{float(own.mean()):.2f} nats a code over {len(own)} stored pictures, {then:.2f} with {best}"
-    return check.failed(measured, verdict, WARNING)
-
-
-def _judge_losses(case: Case, check: Check, pictures: list[Supervised]) -> Finding:
-    config = case.config.vq_config
-    most = max(len(picture.schedule) for picture in pictures)
-    loss = [[] for _ in range(most)]
-    unigram = [[] for _ in range(most)]
-    counts = torch.zeros(most, config.codebook_size)
-    for picture in pictures:
-        for scale in range(len(picture.schedule)):
-            counts[scale] += (
-                picture.codes[picture.schedule.slice(scale)].bincount(minlength=config.codebook_size).cpu()
-            )
-    for picture in pictures:
-        schedule, codes, log_probs = picture.schedule, picture.codes, picture.log_probs
-        losses = F.nll_loss(log_probs, codes, reduction="none")
-        for scale in range(len(schedule)):
-            own = codes[schedule.slice(scale)].cpu()
-            rest = counts[scale] - own.bincount(minlength=config.codebook_size)
-            allowed = reference.entries_of(config, scale)
-            size = allowed.stop - allowed.start
-            probability = (rest + 0.5) / (rest.sum() + 0.5 * size)
-            loss[scale].append(float(losses[schedule.slice(scale)].mean()))
-            unigram[scale].append(float(-probability[own].log().mean()))
-    means = {"loss": [float(np.mean(each)) for each in loss], "unigram": [float(np.mean(each)) for each in unigram]}
-    case.curves["loss of each scale, nats per code"] = means
-    shown = ", ".join(f"{a:.2f} ({b:.2f})" for a, b in zip(means["loss"], means["unigram"]))
-    measured = f"loss (unigram) of the scales over {len(pictures)} stored pictures: {shown}"
-    for scale in range(most):
-        score = z_score(torch.tensor(loss[scale]) - torch.tensor(unigram[scale]))
-        if score > SIGNIFICANT:
-            verdict = Verdict(
-                "worse than the unigram",
-                f"scale {scale + 1} is predicted worse than by the frequencies of its codes: not trained, trained on "
-                "other codes, or its inputs are not those of the training",
-                "train longer, or compare codes, inputs and positions with the training's",
-            )
-            return check.failed(
-                f"{measured}; scale {scale + 1} is {score:.1f} standard errors above", verdict, WARNING, **means
-            )
-    return check.passed(measured, **means)
-
-
-def check_copying(case: Case) -> Finding:
-    """Where an edit changes codes, the model gives the target's more than the source's."""
-    check = Check(
-        "copying the source",
-        "transformer",
-        "where the target's codes differ from the condition picture's, the target's are likelier",
-    )
-    gains, shares = [], []
-    for sequence in stored_sequences(case, edits=True):
-        codes = sequence.codes[0]
-        source = sequence.inputs["image_codes"][-2 * len(codes) : -len(codes)]
-        differ = codes != source
-        shares.append(float((~differ).float().mean()))
-        if differ.any():
-            logits = case.code_logits(sequence)[differ]
-            own, copied = (float(F.cross_entropy(logits, each[differ])) for each in (codes, source))
-            gains.append(copied - own)
-    if len(gains) < ENOUGH:
-        return check.noted(f"{len(gains)} edits of a picture of the same size are too few to say", gains=gains)
-    gain, score = sum(gains) / len(gains), z_score(torch.tensor(gains))
-    measured = (
-        f"over {len(gains)} edits, {sum(shares) / len(shares):.0%} of the codes are the source's; at the others the "
-        f"target is {gain:.1f} nats likelier ({score:.1f} standard errors)"
-    )
-    if score > -SIGNIFICANT:
-        return check.passed(measured, gain=gain, score=score)
-    cause = "handing the source back scores well where most of a picture stays, and the model has learned no more"
-    verdict = Verdict("copies the source", cause, "weigh changed regions more, or show more edits that change much")
-    return check.failed(measured, verdict, WARNING, gain=gain, score=score)
+                found += 1
+                yield image.schedule, own, case.model.code_head(hidden[0, image.slots]).float().log_softmax(-1)
+        if found >= SAMPLED:
+            return

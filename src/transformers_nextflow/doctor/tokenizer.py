@@ -8,7 +8,7 @@ from PIL import Image
 from ..quantizer import SelfCorrection
 from . import reference
 from .case import Case
-from .findings import ENOUGH, SIGNIFICANT, WARNING, Check, Finding, Verdict, difference, tolerance, z_score
+from .findings import ENOUGH, SIGNIFICANT, WARNING, Check, Finding, Verdict, alignment, difference, tolerance, z_score
 
 SWAPPED = "swapped height and width"
 INTERPOLATION = "wrong interpolation"
@@ -350,7 +350,7 @@ def check_semantics(case: Case) -> Finding:
             agreement += F.cosine_similarity(decoded, features, dim=-1).mean(1).tolist()
         wanted.append(features.mean(1))
         made.append(decoded.mean(1))
-    likeness, score = _alignment(torch.cat(made).cpu(), torch.cat(wanted).cpu(), case.seed)
+    likeness, score = alignment(torch.cat(made).cpu(), torch.cat(wanted).cpu(), case.seed)
     cosine = sum(agreement) / len(agreement) if agreement else None
     measured = f"alignment {likeness:.2f}, {score:.1f} standard deviations above chance"
     if cosine is not None:
@@ -365,14 +365,3 @@ def check_semantics(case: Case) -> Finding:
         "measure the agreement with the semantic teacher; was the semantic encoder reset?",
     )
     return check.failed(measured, verdict, WARNING, **figures)
-
-
-def _alignment(a_ND: torch.Tensor, b_NE: torch.Tensor, seed: int, draws: int = 300) -> tuple[float, float]:
-    """Linear centred kernel alignment of two sets of features, and its standard deviations above shuffled rows."""
-    kernels = [(rows - rows.mean(0)) @ (rows - rows.mean(0)).T for rows in (a_ND.double(), b_NE.double())]
-    a, b = (kernel / kernel.norm().clamp(min=1e-12) for kernel in kernels)
-    generator = torch.Generator().manual_seed(seed)
-    orders = [torch.randperm(len(a), generator=generator) for _ in range(draws)]
-    chance = torch.stack([(a[order][:, order] * b).sum() for order in orders])
-    value = float((a * b).sum())
-    return value, (value - float(chance.mean())) / max(float(chance.std()), 1e-12)
