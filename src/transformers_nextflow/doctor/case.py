@@ -73,7 +73,6 @@ class Case:
         packs: folder of training shards.
         text_source: the model whose text the checkpoint must have kept.
         seed: of everything drawn.
-        drawn: whether the pictures are the doctor's own, of which a model may know nothing.
     """
 
     def __init__(
@@ -84,12 +83,10 @@ class Case:
         packs: Path | None = None,
         text_source: nn.Module | None = None,
         seed: int = 0,
-        drawn: bool = True,
     ):
         self.model, self.processor, self.pictures = model, processor, pictures
         self.packs, self.text_source, self.seed = packs, text_source, seed
         self.config, self.vq_model = model.config, model.model.vq_model
-        self.has_data = packs is not None or (not drawn and any(picture.caption for picture in pictures))
         self.images: dict[str, list] = {}  # rows of pictures for the report
         self.curves: dict[str, dict[str, list[float]]] = {}  # per scale, for the report
 

@@ -91,8 +91,7 @@ def checks(case: Case) -> list[tuple[Callable[[Case], Finding], str]]:
         (weights.check_trained, "transformer"),
         (transformer.check_text, "transformer"),
     ]
-    if case.has_data:
-        listed.append((losses.check_losses, "transformer"))
+    listed.append((losses.check_losses, "transformer"))
     if case.packs is not None:
         listed.append((losses.check_copying, "transformer"))
     return listed + [(transformer.check_prompt_gain, "transformer"), (sampling.check_ladder, "sampling")]
@@ -126,10 +125,8 @@ def examine(
     model.eval()
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
-        drawn = pictures is None
-        pictures = default_pictures(model.model.vq_model.schedules, seed) if drawn else list(pictures)
-        packs = None if packs is None else Path(packs)
-        case = Case(model, processor, pictures, packs, text_source, seed, drawn)
+        pictures = default_pictures(model.model.vq_model.schedules, seed) if pictures is None else list(pictures)
+        case = Case(model, processor, pictures, None if packs is None else Path(packs), text_source, seed)
         for run, part in checks(case):
             finding = _run(run, part, case)
             findings.append(finding)

@@ -25,7 +25,8 @@ def check_losses(case: Case) -> Finding:
     pictures = supervised_pictures(case)
     if len(pictures) < ENOUGH:
         return check.noted(f"{len(pictures)} pictures to predict are too few to say")
-    return _misread(case, check, pictures) or _judge_losses(case, check, pictures)
+    known = case.packs is not None
+    return (_misread(case, check, pictures) if known else None) or _judge_losses(case, check, pictures, known)
 
 
 def other_settings(case: Case) -> list[tuple[str, object, str, object]]:
@@ -115,7 +116,7 @@ def _misread(case: Case, check: Check, pictures: list[Supervised]) -> Finding | 
     return check.failed(measured, verdict, WARNING)
 
 
-def _judge_losses(case: Case, check: Check, pictures: list[Supervised]) -> Finding:
+def _judge_losses(case: Case, check: Check, pictures: list[Supervised], known: bool) -> Finding:
     config = case.config.vq_config
     most = max(len(picture.schedule) for picture in pictures)
     loss = [[] for _ in range(most)]
@@ -141,6 +142,8 @@ def _judge_losses(case: Case, check: Check, pictures: list[Supervised]) -> Findi
     case.curves["loss of each scale, nats per code"] = means
     shown = ", ".join(f"{a:.2f} ({b:.2f})" for a, b in zip(means["loss"], means["unigram"]))
     measured = f"loss (unigram) of the scales over {len(pictures)} pictures: {shown}"
+    if not known:
+        return check.noted(f"{measured}, which it need not have been trained on", **means)
     for scale in range(most):
         score = z_score(torch.tensor(loss[scale]) - torch.tensor(unigram[scale]))
         if score > SIGNIFICANT:

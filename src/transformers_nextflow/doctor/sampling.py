@@ -176,19 +176,19 @@ def check_draws(case: Case) -> Finding:
         "entropy, and it varies as independent draws do",
     )
     excess, variances, fourths, count, excluded = [], [], [], 0, 0
-    null = case.example.prompt["negative_input_ids"]  # leaves most open
+    null = case.example.prompt["negative_input_ids"]  # leaves most open, and a high temperature more
     open_prompt = {"input_ids": null, "attention_mask": torch.ones_like(null), "negative_input_ids": null}
-    prompts = [case.answered(open_prompt, case.example.codes, case.example.schedule), *case.drawn_for[:3]]
-    for number, sequence in enumerate(prompts):
-        scales = len(sequence.schedule)
-        temperature = [1.0 if number < 2 else 1.5 - scale / scales for scale in range(scales)]
-        top_k = [0 if number < 2 else 3 + scale for scale in range(scales)]
-        top_p = [1.0 if number < 2 else 0.95 - 0.3 * scale / scales for scale in range(scales)]
+    open_ended = case.answered(open_prompt, case.example.codes, case.example.schedule)
+    for number, sequence in enumerate([open_ended, open_ended, *case.drawn_for[:2]]):
+        scales, plain = len(sequence.schedule), number % 2 == 0
+        temperature = [3.0 if number == 0 else 1.0 if plain else 1.5 - scale / scales for scale in range(scales)]
+        top_k = [0 if plain else 3 + scale for scale in range(scales)]
+        top_p = [1.0 if plain else 0.95 - 0.3 * scale / scales for scale in range(scales)]
         output = generate(
             case,
             sequence,
             seed=case.seed * 1000 + number,
-            num_images_per_prompt=4 if number else 12,
+            num_images_per_prompt=12 if sequence is open_ended else 4,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,

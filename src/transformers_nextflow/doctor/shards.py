@@ -35,7 +35,7 @@ def check_files(case: Case) -> Finding:
     check = Check(
         "files of the shards",
         "shards",
-        "every shard is there and has its sha256, its rows unfold, and something in them is supervised",
+        "every shard is there, has its sha256, and its rows unfold",
     )
     try:
         report = verify(case.packs)
@@ -44,15 +44,7 @@ def check_files(case: Case) -> Finding:
             "damaged shards", "a file was cut, changed or lost after it was written", "copy or extract the shards anew"
         )
         return check.failed(str(error), verdict)
-    documents = list(stored_documents(case))
-    supervised = sum(int(document.supervised.sum()) for document in documents)
-    measured = f"{report['rows']} rows, {report['tokens']} tokens in {report['shards']} shards"
-    if supervised == 0:
-        verdict = Verdict(
-            "nothing supervised", "all flags are off, so there is no loss", "look at the documents' roles"
-        )
-        return check.failed(measured, verdict, **report)
-    return check.passed(measured, **report)
+    return check.passed(f"{report['rows']} rows, {report['tokens']} tokens in {report['shards']} shards", **report)
 
 
 def check_whose(case: Case) -> Finding:

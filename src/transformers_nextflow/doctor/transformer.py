@@ -488,8 +488,8 @@ def check_prompt_gain(case: Case) -> Finding:
     measured = f"{share:.0%} of {len(gains)} pictures are; the right text is worth {gain:.1f} nats a picture"
     if share >= 0.75:
         return check.passed(measured, gain=gain, share=share)
-    if not case.has_data or len(gains) < ENOUGH:
-        return check.noted(measured + ", of pictures it may know nothing of", gain=gain, share=share)
+    if case.packs is None or len(gains) < ENOUGH:
+        return check.noted(measured + ", which it need not have been trained on", gain=gain, share=share)
     verdict = Verdict(
         "prompt ignored",
         "the texts do not describe these pictures, their ids are others than in training, or the model has not learnt "
