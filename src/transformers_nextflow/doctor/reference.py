@@ -44,6 +44,14 @@ def as_rows(maps_BChw: torch.Tensor) -> torch.Tensor:
     return maps_BChw.permute(0, 2, 3, 1).flatten(1, 2)
 
 
+def codebook(quantizer: nn.Module, config) -> torch.Tensor:
+    """(V, C) float32 entries, both halves normalised where the config says so."""
+    halves = [book.detach().float() for book in (quantizer.semantic_codebook, quantizer.pixel_codebook)]
+    if config.normalize_entries:
+        halves = [half / half.norm(dim=-1, keepdim=True).clamp(min=1e-12) for half in halves]
+    return torch.cat(halves, dim=-1)
+
+
 def sum_of_entries(
     codes_BL: torch.Tensor,
     codebook_VC: torch.Tensor,

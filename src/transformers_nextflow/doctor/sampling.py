@@ -173,15 +173,16 @@ def check_draws(case: Case) -> Finding:
         "draws",
         "sampling",
         "codes are drawn as temperature, top-k and top-p say: none that they exclude, the mean of -log p is the "
-        "entropy, and it varies as independent draws do",
+        "entropy, and likely and unlikely ones mix as in independent draws",
     )
-    excess, variances, fourths, count, excluded = [], [], [], 0, 0
-    null = case.example.prompt["negative_input_ids"]  # leaves most open, and a high temperature more
+    cost, variance, count, excluded = 0.0, 0.0, 0, 0
+    places = []  # of each call and scale: sum of places in the distribution, its variance, sum of fourth moments
+    null = case.example.prompt["negative_input_ids"]  # leaves most open, and a high temperature everything
     open_prompt = {"input_ids": null, "attention_mask": torch.ones_like(null), "negative_input_ids": null}
     open_ended = case.answered(open_prompt, case.example.codes, case.example.schedule)
     for number, sequence in enumerate([open_ended, open_ended, *case.drawn_for[:2]]):
         scales, plain = len(sequence.schedule), number % 2 == 0
-        temperature = [3.0 if number == 0 else 1.0 if plain else 1.5 - scale / scales for scale in range(scales)]
+        temperature = [10.0 if number == 0 else 1.0 if plain else 1.5 - scale / scales for scale in range(scales)]
         top_k = [0 if plain else 3 + scale for scale in range(scales)]
         top_p = [1.0 if plain else 0.95 - 0.3 * scale / scales for scale in range(scales)]
         output = generate(
@@ -195,22 +196,24 @@ def check_draws(case: Case) -> Finding:
         )
         drawn = output.sequences - case.config.text_vocab_size
         for scale, logits in enumerate(output.logits):
-            moments = torch.zeros(3, dtype=torch.float64)
+            moments = torch.zeros(6, dtype=torch.float64)
             for logits_lV, codes_l in zip(logits, drawn[:, sequence.schedule.slice(scale)]):
                 probs = kept_probabilities(logits_lV, temperature[scale], top_k[scale], top_p[scale])
                 codes = codes_l[:, None].clamp(0, probs.shape[-1] - 1)
                 beyond = (-probs.log() - torch.special.entr(probs).sum(-1, keepdim=True)).masked_fill(probs == 0, 0)
-                excluded += int((probs.gather(-1, codes) == 0).sum())
-                sums = (beyond.gather(-1, codes), probs * beyond**2, probs * beyond**4)
-                moments += torch.stack([each.sum() for each in sums]).cpu()
-            excess, variances, fourths = (
-                [*values, float(value)] for values, value in zip((excess, variances, fourths), moments)
-            )
+                ordered, order = probs.sort(dim=-1, descending=True)
+                place = torch.zeros_like(probs).scatter(-1, order, ordered.cumsum(-1) - ordered / 2 - 0.5)
+                chosen = probs.gather(-1, codes) == 0, beyond.gather(-1, codes), place.gather(-1, codes)
+                sums = (*chosen, probs * beyond**2, probs * place**2, probs * place**4)
+                moments += torch.stack([each.double().sum() for each in sums]).cpu()
+            excluded += int(moments[0])
+            cost, variance = cost + float(moments[1]), variance + float(moments[3])
+            places.append((float(moments[2]), float(moments[4]), float(moments[5])))
             count += drawn[:, sequence.schedule.slice(scale)].numel()
-    score = sum(excess) / max(sum(variances), 1e-12) ** 0.5
-    spread = _spread_score(excess, variances, fourths)
+    score = cost / max(variance, 1e-12) ** 0.5
+    spread = _spread_score(places)
     measured = (
-        f"of {count} codes {excluded} are excluded ones; they cost {sum(excess) / count:+.3f} nats beyond the entropy "
+        f"of {count} codes {excluded} are excluded ones; they cost {cost / count:+.3f} nats beyond the entropy "
         f"({score:+.1f} standard errors), and vary {spread:+.1f} deviations more than independent draws"
     )
     figures = {"score": score, "spread": spread, "excluded": excluded}
@@ -229,10 +232,10 @@ def check_draws(case: Case) -> Finding:
     return check.passed(measured, **figures)
 
 
-def _spread_score(excess: list[float], variances: list[float], fourths: list[float]) -> float:
-    """How far the squares of sums of independent deviations lie above their variances, in deviations (Wilson and
+def _spread_score(sums: list[tuple[float, float, float]]) -> float:
+    """How far squares of sums of independent deviations lie above their variances, in deviations (Wilson and
     Hilferty's cube root of a chi-square); sums that one term may dominate are left out."""
-    squares = [a * a / v for a, v, m in zip(excess, variances, fourths) if 0 < m <= v * v]
+    squares = [total**2 / variance for total, variance, fourth in sums if 0 < fourth <= variance**2]
     if not squares:
         return 0.0
     width = 2 / (9 * len(squares))

@@ -80,6 +80,14 @@ def check_quantizer(case: Case) -> Finding:
     )
     worst, worst_lookup = 0.0, 0.0
     config = case.config.vq_config
+    rounded = difference(case.codebook, reference.codebook(case.vq_model.quantizer, config))
+    if rounded > 4 * torch.finfo(torch.float32).eps:
+        verdict = Verdict(
+            "rounded codebook",
+            "entries are looked up and summed with fewer digits than float32, or are not those of the weights",
+            "keep the quantizer in float32 whatever the autocast, see `DualCodebookQuantizer.codebook`",
+        )
+        return check.failed(f"entries differ from the weights by {rounded:.1e} of the largest", verdict)
     for group in case.groups:
         schedule, codes = group.schedule, group.codes
         made = group.output.quantization.quantized
