@@ -14,7 +14,7 @@ from .examination import Diagnosis
 from .findings import Finding
 
 INK, PAPER = "#222222", "white"
-LINES = ("#4477aa", "#cc6677", "#228833")
+LINES = ("#4477aa", "#cc6677", "#228833", "#aa7700")
 COLOURS = {"ok": "#227722", "note": "#555555", "warning": "#aa6600", "error": "#aa0000"}
 MARKS = {"ok": "ok", "note": "note", "warning": "WARNING", "error": "ERROR"}
 PARTS = {
@@ -123,7 +123,7 @@ def draw_curves(title: str, lines: Mapping[str, Sequence[float]], size: tuple[in
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(12)
     values = [value for line in lines.values() for value in line]
     low, high = min(0.0, *values), max(max(values), 1e-9)
-    left, right, top, bottom = 50, size[0] - 15, 45, size[1] - 25
+    left, right, top, bottom = 50, size[0] - 15, 60, size[1] - 25
     count = max(map(len, lines.values()))
     place = lambda index, value: (  # noqa: E731
         left + (right - left) * index / max(count - 1, 1),
@@ -136,14 +136,17 @@ def draw_curves(title: str, lines: Mapping[str, Sequence[float]], size: tuple[in
     first = 0 if "given" in "".join(lines) else 1
     for index in range(count):
         pen.text((place(index, low)[0] - 3, bottom + 5), str(index + first), INK, font)
-    at = left
+    at, row = left, 22
     for (name, line), colour in zip(lines.items(), LINES):
         points = [place(index, value) for index, value in enumerate(line)]
         pen.line(points, colour, width=2)
         for x, y in points:
             pen.ellipse((x - 2, y - 2, x + 2, y + 2), colour)
-        pen.text((at, 24), name, colour, font)
-        at += 8 * len(name) + 15
+        length = font.getlength(name)
+        if at > left and at + length > right:
+            at, row = left, row + 16
+        pen.text((at, row), name, colour, font)
+        at += length + 15
     return image
 
 
@@ -191,7 +194,7 @@ class Sheet:
 
 
 def to_png(diagnosis: Diagnosis, title: str, alarms: int = 3) -> Image.Image:
-    """One picture of the outcome: the first alarms in full, all checks by name, curves and pictures."""
+    """One picture of the outcome: the first alarms in full, what every check measured, curves and pictures."""
     sheet = Sheet()
     sheet.text(title, 26)
     sheet.text(headline(diagnosis), 18, COLOURS[diagnosis.first.severity if diagnosis.first else "ok"])
@@ -201,9 +204,12 @@ def to_png(diagnosis: Diagnosis, title: str, alarms: int = 3) -> Image.Image:
         )
         for name, value in explained(finding):
             sheet.text(f"{name}: {value}", indent=16)
-    sheet.text("All checks", 20)
-    for finding in diagnosis.findings:
-        sheet.text(f"{MARKS[finding.severity]}  {finding.part}: {finding.check}", 13, COLOURS[finding.severity], 16)
+    for part, text in PARTS.items():
+        if findings := [finding for finding in diagnosis.findings if finding.part == part]:
+            sheet.text(text, 16)
+        for finding in findings:
+            line = f"{MARKS[finding.severity]}  {finding.check}: {finding.measured}"
+            sheet.text(line, 12, COLOURS[finding.severity], 16)
     if diagnosis.curves:
         sheet.text("Curves, scale by scale from coarse to fine", 20)
         sheet.pictures([draw_curves(name, lines) for name, lines in diagnosis.curves.items()])

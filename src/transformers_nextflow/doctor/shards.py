@@ -49,7 +49,12 @@ def check_files(case: Case) -> Finding:
 
 def check_whose(case: Case) -> Finding:
     """The shards were made with this model's tokenizers, schedules and ids."""
-    check = Check("whose shards", "shards", "tokenizers, schedules, special ids and code offset are the model's")
+    check = Check(
+        "whose shards",
+        "shards",
+        "the shards' manifest names this model's vision and text tokenizers (by hash), scale schedules, special ids "
+        "and first id of the codes",
+    )
     _, manifest = open_shards(case.packs, hashes=False)
     try:
         check_identity(manifest, identity_of(case.config, case.processor, case.vq_model))
