@@ -144,18 +144,17 @@ def _judge_losses(case: Case, check: Check, pictures: list[Supervised], known: b
     measured = f"loss (unigram) of the scales over {len(pictures)} pictures: {shown}"
     if not known:
         return check.noted(f"{measured}, which it need not have been trained on", **means)
-    for scale in range(most):
-        score = z_score(torch.tensor(loss[scale]) - torch.tensor(unigram[scale]))
-        if score > SIGNIFICANT:
-            verdict = Verdict(
-                "worse than the unigram",
-                f"scale {scale + 1} is predicted worse than by the frequencies of its codes: not trained, trained on "
-                "other codes, or its inputs are not those of the training",
-                "train longer, or compare codes, inputs and positions with the training's",
-            )
-            return check.failed(
-                f"{measured}; scale {scale + 1} is {score:.1f} standard errors above", verdict, WARNING, **means
-            )
+    scores = [z_score(torch.tensor(ours) - torch.tensor(theirs)) for ours, theirs in zip(loss, unigram)]
+    above = ", ".join(str(scale + 1) for scale, score in enumerate(scores) if score > SIGNIFICANT)
+    if above:
+        verdict = Verdict(
+            "worse than the unigram",
+            f"scale {above} is predicted worse than by the frequencies of its codes: not trained, trained on other "
+            "codes, or its inputs are not those of the training",
+            "train longer, or compare codes, inputs and positions with the training's",
+        )
+        measured += f"; scale {above} is up to {max(scores):.1f} standard errors above"
+        return check.failed(measured, verdict, WARNING, **means)
     return check.passed(measured, **means)
 
 

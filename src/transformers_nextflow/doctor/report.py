@@ -200,7 +200,9 @@ def to_png(diagnosis: Diagnosis, title: str, alarms: int = 3) -> Image.Image:
     sheet.text(headline(diagnosis), 18, COLOURS[diagnosis.first.severity if diagnosis.first else "ok"])
     for finding in diagnosis.alarms[:alarms]:
         sheet.text(
-            f"{MARKS[finding.severity]}: {finding.fault} ({finding.part}: {finding.check})", 18, COLOURS["error"]
+            f"{MARKS[finding.severity]}: {finding.fault} ({finding.part}: {finding.check})",
+            18,
+            COLOURS[finding.severity],
         )
         for name, value in explained(finding):
             sheet.text(f"{name}: {value}", indent=16)

@@ -203,7 +203,10 @@ def check_draws(case: Case) -> Finding:
                 beyond = (-probs.log() - torch.special.entr(probs).sum(-1, keepdim=True)).masked_fill(probs == 0, 0)
                 ordered, order = probs.sort(dim=-1, descending=True)
                 place = torch.zeros_like(probs).scatter(-1, order, ordered.cumsum(-1) - ordered / 2 - 0.5)
-                chosen = probs.gather(-1, codes) == 0, beyond.gather(-1, codes), place.gather(-1, codes)
+                least = logits_lV.masked_fill(probs == 0, torch.inf).amin(
+                    -1, keepdim=True
+                )  # in narrow dtypes many tie
+                chosen = logits_lV.gather(-1, codes) < least, beyond.gather(-1, codes), place.gather(-1, codes)
                 sums = (*chosen, probs * beyond**2, probs * place**2, probs * place**4)
                 moments += torch.stack([each.double().sum() for each in sums]).cpu()
             excluded += int(moments[0])
