@@ -542,10 +542,14 @@ def add_data(subparsers) -> None:
 def add_doctor(subparsers) -> None:
     parser = subparsers.add_parser("doctor", help="what is wrong with a checkpoint or its training shards")
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="local folder or Hub id")
-    parser.add_argument("--packs", metavar="FOLDER", help="packed training shards")
-    parser.add_argument("--images", metavar="FOLDER", help="pictures, with name.txt beside name.png (default: drawn)")
+    parser.add_argument(
+        "data",
+        nargs="*",
+        metavar="DATA",
+        help="folder of training shards, or of pictures with name.txt beside name.png (default: drawn pictures alone)",
+    )
     parser.add_argument("--text-source", metavar="NAME", help="model whose text the checkpoint must have kept")
-    parser.add_argument("--output", metavar="FOLDER", help="gets report.html and report.txt")
+    parser.add_argument("--report", metavar="FOLDER", help="gets report.html, report.png and report.txt")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=doctor)
@@ -556,9 +560,14 @@ def doctor(args: argparse.Namespace) -> None:
 
     from .doctor import examine, read_pictures, to_text, write_report
 
-    for folder in (args.packs, args.images):
-        if folder is not None and not Path(folder).is_dir():
+    packs, images = None, None
+    for folder in args.data:
+        if not Path(folder).is_dir():
             raise NotADirectoryError(f"there is no folder {folder}")
+        is_shards = (Path(folder) / "manifest.json").is_file()
+        if (packs if is_shards else images) is not None:
+            raise ValueError(f"give one folder of shards and one of pictures, got {' and '.join(args.data)}")
+        packs, images = (folder, images) if is_shards else (packs, folder)
     model, processor = load_model(args.checkpoint)
     source = None
     if args.text_source is not None:
@@ -569,13 +578,13 @@ def doctor(args: argparse.Namespace) -> None:
         diagnosis = examine(
             model,
             processor,
-            packs=args.packs,
-            pictures=None if args.images is None else read_pictures(args.images),
+            packs=packs,
+            pictures=None if images is None else read_pictures(images),
             text_source=source,
             seed=args.seed,
             on_check=lambda finding: progress.update(),
         )
-    page = None if args.output is None else write_report(diagnosis, args.output, args.checkpoint)
+    page = None if args.report is None else write_report(diagnosis, args.report, args.checkpoint)
     if args.json:
         print(json.dumps(diagnosis.to_dict(), indent=2))
         return

@@ -18,10 +18,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from transformers_nextflow import decoding, image_processing_nextflow, layout, losses, modeling_nextflow, quantizer
+from transformers_nextflow import (
+    decoding,
+    image_processing_nextflow,
+    layout,
+    losses,
+    modeling_nextflow,
+    processing_nextflow,
+    quantizer,
+    sampling,
+)
 from transformers_nextflow.data.shards import Shard, sha256_of
 from transformers_nextflow.decoding import RowDecoder
 from transformers_nextflow.modeling_nextflow import NextFlowRotaryEmbedding, ScaleEmbedding
+from transformers_nextflow.scales import ScaleSchedule
 
 OFFSET, SWAPPED, SHIFTED = "wrong code offset", "swapped height and width", "shifted targets"
 INTERPOLATION, DRIFTED, LEAKING = "wrong interpolation", "drifted tokenizer", "leaking documents"
@@ -538,3 +548,226 @@ def _(p):
 def _(p):
     for weight in p.copy_model().model.connector.parameters():
         weight.data.zero_()
+
+
+# Faults that the checks were not written for
+
+
+@fault("disturbed inputs from any entry", "self-correction too strong", packs=True)
+def _(p):
+    vq, draw = p.model.model.vq_model, np.random.default_rng(0)
+
+    def change(row):
+        for schedule, at, copies, inputs_at in pictures_of(row, 2, vq.schedules, p.model.config.image_token_id):
+            if inputs_at.stop == inputs_at.start:
+                continue
+            targets = row["image_codes"][at].reshape(copies, -1)
+            inputs = row["image_input_codes"][inputs_at].reshape(copies, -1)
+            for scale in range(len(schedule) - 1):
+                cells, entries = schedule.slice(scale), vq.quantizer.entries_of(scale)
+                other = draw.integers(entries.start, entries.stop, inputs[:, cells].shape)
+                inputs[:, cells] = np.where(inputs[:, cells] != targets[:, cells], other, inputs[:, cells])
+
+    rewrite(p.copy_packs(), change)
+
+
+@fault("scale weights not normalised", "wrong scale weights")
+def _(p):
+    p.patch(ScaleSchedule, "weights", lambda self, alpha: [length**-alpha for length in self.lengths])
+
+
+@fault("<eoi> supervised", "boundary tokens supervised")
+def _(p):
+    shift = losses.shift_labels_of
+
+    def other(labels, layout, *args, **kwargs):
+        shifted = shift(labels, layout, *args, **kwargs)
+        for image in layout.closed_images:
+            shifted[image.row, image.slots.stop] = p.model.config.eoi_token_id
+        return shifted
+
+    p.patch(modeling_nextflow, "shift_labels_of", other)
+
+
+@fault("null prompt with the user's text", "wrong null prompt")
+def _(p):
+    p.patch(processing_nextflow, "_without_user_texts", lambda chat, prompt: list(chat))
+
+
+@fault("null prompt without the template", "wrong null prompt")
+def _(p):
+    kind = type(p.processor)
+    render = kind._render_null_prompts
+    p.patch(
+        kind,
+        "_render_null_prompts",
+        lambda self, *args, **kwargs: [
+            self.image_placeholder * text.count(self.image_placeholder) + self.boi_token
+            for text in render(self, *args, **kwargs)
+        ],
+    )
+
+
+@fault("processor without condition pictures' last scale", "last scale of condition pictures dropped")
+def _(p):
+    p.processor = copy.deepcopy(p.processor)
+    p.processor.condition_last_scale = not p.model.config.condition_last_scale
+
+
+@fault("patches put together to a mirrored picture", "patches misplaced")
+def _(p):
+    unpatchify = modeling_nextflow.unpatchify
+    p.patch(modeling_nextflow, "unpatchify", lambda *args: unpatchify(*args).flip(-1))
+
+
+@fault("codebook in float16", "rounded codebook")
+def _(p):
+    book = quantizer.DualCodebookQuantizer.codebook
+    p.patch(quantizer.DualCodebookQuantizer, "codebook", lambda self: book(self).half().float())
+
+
+@fault("distances in float16", "wrong lookup")
+def _(p):
+    distances = quantizer.DualCodebookQuantizer.distances
+    p.patch(
+        quantizer.DualCodebookQuantizer,
+        "distances",
+        lambda self, features, book: distances(self, features.half().float(), book.half().float()).half().float(),
+    )
+
+
+@fault("code embeddings of one scale overwritten by noise", "code embeddings lost")
+def _(p):
+    model = p.copy_model().model
+    rows = model.code_embeddings.weight.data[model.vq_model.quantizer.entries_of(model.schedules.max_scales // 2)]
+    rows.copy_(torch.randn_like(rows) * rows.std())
+
+
+@fault("code embeddings in another order", "code embeddings lost")
+def _(p):
+    weight = p.copy_model().model.code_embeddings.weight
+    weight.data = weight.data[torch.randperm(len(weight))]
+
+
+@fault("rotary channels in contiguous sections", "wrong decoder layers")
+def _(p):
+    rotary = p.copy_model().model.language_model.rotary_emb
+    half = sum(rotary.mrope_section)
+    rotary.mrope_section = [half // 4, 3 * half // 8, half - half // 4 - 3 * half // 8]
+
+
+@fault("config.json with contiguous rotary sections", "wrong rotary sections", packs=True)
+def _(p):
+    rotary = p.copy_model().model.language_model.rotary_emb
+    half = sum(rotary.mrope_section)
+    rotary.mrope_section = [half // 4, 3 * half // 8, half - half // 4 - 3 * half // 8]
+    p.model.config.text_config.rope_parameters["mrope_section"] = rotary.mrope_section
+
+
+@fault("final norm dropped", "wrong decoder layers")
+def _(p):
+    p.copy_model().model.language_model.norm = nn.Identity()
+
+
+@fault("bias of the connector zeroed", "untrained weights")
+def _(p):
+    p.copy_model().model.connector[0].bias.data.zero_()
+
+
+@fault("one layer as before training", "untrained weights")
+def _(p):
+    for name, weight in p.copy_model().model.language_model.layers[-1].named_parameters():
+        weight.data = torch.randn_like(weight) * 0.02 if weight.ndim > 1 else torch.full_like(weight, "norm" in name)
+
+
+@fault("one row of the code head not a number", "damaged weights")
+def _(p):
+    p.copy_model().code_head.weight.data[7] = torch.nan
+
+
+@fault("code head of one scale overwritten by noise", "worse than the unigram", packs=True)
+def _(p):
+    model = p.copy_model()
+    rows = model.code_head.weight.data[model.model.vq_model.quantizer.entries_of(model.model.schedules.max_scales - 2)]
+    rows.copy_(torch.randn_like(rows) * rows.std())
+
+
+@fault("text tokenizer with shuffled ids", "prompt ignored", packs=True)
+def _(p):
+    rows = p.copy_model().model.language_model.embed_tokens.weight  # the same, seen from the model
+    first = 1 + max(p.model.config.boi_token_id, p.model.config.eoi_token_id, p.model.config.image_token_id)
+    rows.data[first:] = rows.data[first:][torch.randperm(len(rows) - first)]
+
+
+@fault("captions of other pictures", "prompt ignored", packs=True)
+def _(p):
+    schedules = p.model.model.schedules
+
+    def change(row):
+        alike: dict[tuple, list[tuple[slice, slice]]] = {}
+        for schedule, at, copies, inputs_at in pictures_of(row, 2, schedules, p.model.config.image_token_id):
+            alike.setdefault((schedule.final_grid, copies), []).append((at, inputs_at))
+        codes, inputs = row["image_codes"].copy(), row["image_input_codes"].copy()
+        for places in alike.values():
+            for (at, inputs_at), (other, other_inputs) in zip(places, places[1:] + places[:1]):
+                row["image_codes"][at], row["image_input_codes"][inputs_at] = codes[other], inputs[other_inputs]
+
+    packs = p.copy_packs()
+    rewrite(packs, change)
+    manifest = json.loads((packs / "manifest.json").read_text())
+    (packs / "manifest.json").write_text(json.dumps(manifest | {"samples": []}))  # as if mixed up before extraction
+
+
+def patch_controls(p, name: str) -> None:
+    """Each scale gets the setting of another."""
+    create = decoding.ImageControls.__init__
+
+    def other(self, *args, **kwargs):
+        create(self, *args, **kwargs)
+        object.__setattr__(self, name, list(getattr(self, name))[::-1])
+
+    p.patch(decoding.ImageControls, "__init__", other)
+
+
+@fault("guidance of the scales in the wrong order", "wrong guidance")
+def _(p):
+    patch_controls(p, "guidance")
+
+
+@fault("temperatures of the scales in the wrong order", "wrong draws")
+def _(p):
+    patch_controls(p, "temperature")
+
+
+@fault("guidance by text and by pictures exchanged", "wrong guidance")
+def _(p):
+    guide = decoding.guide
+    p.patch(decoding, "guide", lambda logits, s, i=1.0, n=2: guide(logits, *((i, s) if n == 3 else (s, i)), n))
+
+
+@fault("top-k not applied", "wrong draws")
+def _(p):
+    sample = decoding.sample
+    p.patch(decoding, "sample", lambda logits, t, k, top_p, uniform: sample(logits, t, 0, top_p, uniform))
+
+
+@fault("one random number for all positions", "draws not independent")
+def _(p):
+    uniform = sampling.RowGenerators.uniform
+    p.patch(sampling.RowGenerators, "uniform", lambda self, n, on: uniform(self, n, on)[:, :1].expand(-1, n))
+
+
+@fault("all pictures of a prompt alike", "draws not independent")
+def _(p):
+    uniform = sampling.RowGenerators.uniform
+    p.patch(
+        sampling.RowGenerators,
+        "uniform",
+        lambda self, n, on: uniform(self, n, on)[:1].expand(len(self.generators), -1),
+    )
+
+
+@fault("temperature 5 by default", "harmful sampling settings")
+def _(p):
+    config = p.copy_model().config
+    config.image_generation = config.image_generation | {"temperature": 5.0}

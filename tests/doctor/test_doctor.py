@@ -76,16 +76,17 @@ def test_the_command_writes_figures_and_a_report(capsys, tiny_checkpoint, tmp_pa
         Image.effect_noise((24, 24), 60 + number).convert("RGB").save(tmp_path / f"{number}.png")
         (tmp_path / f"{number}.txt").write_text(f"picture {number}\n")
     assert [picture.caption for picture in read_pictures(tmp_path)] == ["picture 0", "picture 1", "picture 2"]
-    assert cli.main(["doctor", str(tiny_checkpoint), "--json", "--output", "report", "--images", "."]) == 0
+    assert cli.main(["doctor", str(tiny_checkpoint), ".", "--json", "--report", "report"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert figures["fault"] in UNTRAINED
     assert {"check", "measured", "expected", "severity", "cause", "next_step"} <= set(figures["findings"][0])
     assert "missing scale embedding" in (tmp_path / "report" / "report.txt").read_text()
     assert (tmp_path / "report" / "report.html").stat().st_size > 10_000
-    assert cli.main(["doctor", str(tiny_checkpoint), "--packs", "nowhere"]) == 2
+    assert Image.open(tmp_path / "report" / "report.png").width > 1000
+    assert cli.main(["doctor", str(tiny_checkpoint), "nowhere"]) == 2
     assert "there is no folder nowhere" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
-    assert cli.main(["doctor", str(tiny_checkpoint), "--images", "empty"]) == 2
+    assert cli.main(["doctor", str(tiny_checkpoint), "empty"]) == 2
 
 
 def test_the_callback_leaves_training_as_it_was(tiny_model, tiny_processor, tmp_path):

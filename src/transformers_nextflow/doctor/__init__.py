@@ -16,6 +16,7 @@ _MODULE_OF = {
     "examine": "examination",
     "read_pictures": "pictures",
     "to_html": "report",
+    "to_png": "report",
     "to_text": "report",
     "write_report": "report",
 }

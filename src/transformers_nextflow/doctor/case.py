@@ -17,6 +17,9 @@ from ..scales import Grid, ScaleSchedule
 from . import reference
 from .pictures import Picture, draw, sizes
 
+LOOKED_AT = 32
+"""Prompts with pictures."""
+
 
 @dataclass(frozen=True)
 class Coded:
@@ -45,6 +48,7 @@ class Sequence:
         prompt: of `generate`: ids that end in `<boi>`, null prompt, condition images.
         codes: (1, L) of the answer.
         start: index of the answer's `<boi>`.
+        targets: (L,) what the model is to predict, `codes` but where these are self-corrected.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -52,6 +56,7 @@ class Sequence:
     codes: torch.Tensor
     schedule: ScaleSchedule
     start: int
+    targets: torch.Tensor
 
     @property
     def outputs(self) -> slice:
@@ -84,7 +89,6 @@ class Case:
         self.config, self.vq_model = model.config, model.model.vq_model
         self.images: dict[str, list] = {}  # rows of pictures for the report
         self.curves: dict[str, dict[str, list[float]]] = {}  # per scale, for the report
-        self.supervised: list = []  # pictures of the packs that a check has run the model on
 
     @cached_property
     def codebook(self) -> torch.Tensor:
@@ -154,18 +158,26 @@ class Case:
         prompt.pop("mm_token_type_ids", None)
         return self.answered(prompt, codes, schedule)
 
-    def answered(self, prompt: dict[str, torch.Tensor], codes: torch.Tensor, schedule: ScaleSchedule) -> Sequence:
+    def answered(
+        self,
+        prompt: dict[str, torch.Tensor],
+        codes: torch.Tensor,
+        schedule: ScaleSchedule,
+        targets: torch.Tensor | None = None,
+    ) -> Sequence:
         """A prompt, as `generate` takes it, answered by the picture of (1, L) `codes`."""
         ids = prompt["input_ids"]
         slots = [self.config.image_token_id] * num_image_slots(schedule) + [self.config.eoi_token_id]
         inputs = {"input_ids": torch.cat([ids, ids.new_tensor([slots])], dim=1)}
         grids, all_codes = torch.tensor([schedule.final_grid], device=ids.device), codes[0]
-        if "pixel_values" in prompt:
-            given = self.model.encode_images(prompt["pixel_values"], prompt["image_grid_hw"])
-            grids = torch.cat([prompt["image_grid_hw"], grids])
-            all_codes = torch.cat([given, all_codes])
+        if "image_grid_hw" in prompt:
+            given = prompt.get("image_codes")
+            if given is None:
+                given = self.model.encode_images(prompt["pixel_values"], prompt["image_grid_hw"])
+            grids = torch.cat([prompt["image_grid_hw"].to(ids.device), grids])
+            all_codes = torch.cat([given.to(ids.device), all_codes])
         inputs |= {"image_grid_hw": grids, "image_codes": all_codes}
-        return Sequence(inputs, prompt, codes, schedule, ids.shape[1] - 1)
+        return Sequence(inputs, prompt, codes, schedule, ids.shape[1] - 1, codes[0] if targets is None else targets)
 
     @cached_property
     def drawn_for(self) -> list[Sequence]:
@@ -176,7 +188,9 @@ class Case:
 
             if found := stored_sequences(self):
                 return found
-        return [self.sequence(picture.caption, codes, schedule) for picture, codes, schedule in self.described[:16]]
+        return [
+            self.sequence(picture.caption, codes, schedule) for picture, codes, schedule in self.described[:LOOKED_AT]
+        ]
 
     @cached_property
     def example(self) -> Sequence:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from . import sampling, tokenizer, transformer
+from . import losses, prompts, sampling, tokenizer, transformer, weights
 from .case import Case
 from .findings import ERROR, Check, Finding, Verdict
 from .pictures import Picture, default_pictures
@@ -56,6 +56,7 @@ class Diagnosis:
 def checks(case: Case) -> list[tuple[Callable[[Case], Finding], str]]:
     """All checks that a case has the material for, with their parts, in order."""
     listed = [
+        (weights.check_finite, "transformer"),
         (tokenizer.check_processor, "tokenizer"),
         (tokenizer.check_quantizer, "tokenizer"),
         (tokenizer.check_self_correction, "tokenizer"),
@@ -69,11 +70,14 @@ def checks(case: Case) -> list[tuple[Callable[[Case], Finding], str]]:
             (shards.check_round_trip, "shards"),
             (shards.check_correction_shares, "shards"),
             (shards.check_targets_again, "shards"),
+            (shards.check_correction_strength, "shards"),
         ]
     listed += [
+        (prompts.check_prompts, "transformer"),
         (transformer.check_positions, "transformer"),
         (transformer.check_inputs, "transformer"),
         (transformer.check_attention, "transformer"),
+        (transformer.check_decoder, "transformer"),
         (transformer.check_targets, "transformer"),
         (transformer.check_responses, "transformer"),
         (sampling.check_sampling, "sampling"),
@@ -83,10 +87,13 @@ def checks(case: Case) -> list[tuple[Callable[[Case], Finding], str]]:
         (tokenizer.check_residuals, "tokenizer"),
         (tokenizer.check_reconstruction, "tokenizer"),
         (tokenizer.check_semantics, "tokenizer"),
+        (weights.check_code_embeddings, "transformer"),
+        (weights.check_trained, "transformer"),
         (transformer.check_text, "transformer"),
     ]
+    listed.append((losses.check_losses, "transformer"))
     if case.packs is not None:
-        listed += [(shards.check_losses, "transformer"), (shards.check_copying, "transformer")]
+        listed.append((losses.check_copying, "transformer"))
     return listed + [(transformer.check_prompt_gain, "transformer"), (sampling.check_ladder, "sampling")]
 
 
@@ -119,7 +126,7 @@ def examine(
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
         pictures = default_pictures(model.model.vq_model.schedules, seed) if pictures is None else list(pictures)
-        case = Case(model, processor, pictures, Path(packs) if packs is not None else None, text_source, seed)
+        case = Case(model, processor, pictures, None if packs is None else Path(packs), text_source, seed)
         for run, part in checks(case):
             finding = _run(run, part, case)
             findings.append(finding)

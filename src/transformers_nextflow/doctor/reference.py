@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from ..scales import Grid, ScaleSchedule
 
@@ -41,6 +42,14 @@ def as_transposed_map(rows_BlC: torch.Tensor, grid: Grid) -> torch.Tensor:
 
 def as_rows(maps_BChw: torch.Tensor) -> torch.Tensor:
     return maps_BChw.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def codebook(quantizer: nn.Module, config) -> torch.Tensor:
+    """(V, C) float32 entries, both halves normalised where the config says so."""
+    halves = [book.detach().float() for book in (quantizer.semantic_codebook, quantizer.pixel_codebook)]
+    if config.normalize_entries:
+        halves = [half / half.norm(dim=-1, keepdim=True).clamp(min=1e-12) for half in halves]
+    return torch.cat(halves, dim=-1)
 
 
 def sum_of_entries(
@@ -178,3 +187,50 @@ def scale_embedding(weights, scale: int, count: int) -> torch.Tensor:
     angles = count * torch.exp(torch.arange(half) * (-math.log(10_000) / half))
     wave = torch.cat([angles.sin(), angles.cos()]).to(weights.length.weight)
     return weights.index.weight[scale] + weights.length.weight @ wave
+
+
+def rotate(heads_HLd: torch.Tensor, positions_3L: torch.Tensor, rope: dict) -> torch.Tensor:
+    """Rotary positions of three axes: frequency n turns by the axis that its section names, in turn over the three."""
+    half = heads_HLd.shape[-1] // 2
+    axes = [number % 3 for number, size in enumerate(rope["mrope_section"]) for _ in range(size)]
+    frequencies = rope["rope_theta"] ** (-torch.arange(half, dtype=torch.float64) / half)
+    angles_Ld = (positions_3L[axes] * frequencies[:, None]).T.to(heads_HLd.device)
+    cosines, sines = (wave.to(heads_HLd.dtype) for wave in (angles_Ld.cos(), angles_Ld.sin()))
+    first, second = heads_HLd.split(half, dim=-1)
+    return torch.cat([first * cosines - second * sines, second * cosines + first * sines], dim=-1)
+
+
+def normalised(hidden_LD: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMSNorm, in float32."""
+    hidden = hidden_LD.float()
+    return (hidden * (hidden.square().mean(-1, keepdim=True) + eps).rsqrt()).to(hidden_LD.dtype) * weight
+
+
+def decoder_states(
+    layers: Sequence[nn.Module], config, embeds_LD: torch.Tensor, positions_3L: torch.Tensor, seen_LL: torch.Tensor
+) -> list[torch.Tensor]:
+    """(L, D) after every layer of Qwen2.5's decoder, for one row; only its linear maps are the model's.
+
+    Args:
+        config: the text decoder's.
+        positions_3L: float64.
+        seen_LL: bool, whether a position (row) sees another (column).
+    """
+    heads, groups = config.num_attention_heads, config.num_attention_heads // config.num_key_value_heads
+    split = lambda rows_LD: rows_LD.unflatten(-1, (-1, config.hidden_size // heads)).transpose(0, 1)  # noqa: E731
+    hidden, states = embeds_LD, []
+    for layer in layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        inputs = normalised(hidden, layer.input_layernorm.weight, config.rms_norm_eps)
+        queries, keys, values = (
+            split(project(inputs)) for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        queries, keys = (rotate(each, positions_3L, config.rope_parameters) for each in (queries, keys))
+        keys, values = (each.repeat_interleave(groups, dim=0) for each in (keys, values))
+        scores = (queries @ keys.transpose(1, 2)).float() / queries.shape[-1] ** 0.5
+        weights = scores.masked_fill(~seen_LL, -math.inf).softmax(-1).to(values.dtype)
+        hidden = hidden + attention.o_proj((weights @ values).transpose(0, 1).flatten(1))
+        inputs = normalised(hidden, layer.post_attention_layernorm.weight, config.rms_norm_eps)
+        hidden = hidden + mlp.down_proj(mlp.act_fn(mlp.gate_proj(inputs)) * mlp.up_proj(inputs))
+        states.append(hidden)
+    return states

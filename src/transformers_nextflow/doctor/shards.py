@@ -1,12 +1,11 @@
 """Checks of training shards, and of the transformer on what they hold."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from ..data.loading import PackReader, collate
 from ..data.shards import (
@@ -23,7 +22,7 @@ from ..data.shards import (
 )
 from ..scales import ScaleSchedule
 from . import reference
-from .case import Case, Sequence
+from .case import LOOKED_AT, Case, Sequence
 from .findings import ENOUGH, SIGNIFICANT, WARNING, Check, Finding, Verdict, z_score
 from .tokenizer import SWAPPED
 
@@ -33,7 +32,11 @@ SAMPLED = 16  # pictures that are looked at
 
 def check_files(case: Case) -> Finding:
     """Every shard is what was written, and every row unfolds."""
-    check = Check("files of the shards", "shards", "every shard is there, has its sha256, and its rows unfold")
+    check = Check(
+        "files of the shards",
+        "shards",
+        "every shard is there, has its sha256, and its rows unfold",
+    )
     try:
         report = verify(case.packs)
     except (ValueError, OSError) as error:
@@ -46,7 +49,12 @@ def check_files(case: Case) -> Finding:
 
 def check_whose(case: Case) -> Finding:
     """The shards were made with this model's tokenizers, schedules and ids."""
-    check = Check("whose shards", "shards", "tokenizers, schedules, special ids and code offset are the model's")
+    check = Check(
+        "whose shards",
+        "shards",
+        "the shards' manifest names this model's vision and text tokenizers (by hash), scale schedules, special ids "
+        "and first id of the codes",
+    )
     _, manifest = open_shards(case.packs, hashes=False)
     try:
         check_identity(manifest, identity_of(case.config, case.processor, case.vq_model))
@@ -104,56 +112,77 @@ def _or_changed(case: Case, verdict: Verdict) -> Verdict:
 
 def stored_pictures(case: Case, limit: int = 24) -> list[tuple[tuple[int, int], np.ndarray, np.ndarray]]:
     """Grid, targets and inputs of pictures of rows drawn at random."""
+    pictures = (image for document in stored_documents(case) for image in document.images)
+    return list(islice(pictures, limit))
+
+
+@dataclass(frozen=True)
+class StoredDocument:
+    """One document as it is stored: compact ids, which of them are supervised, and its pictures' grids and codes."""
+
+    ids: np.ndarray
+    supervised: np.ndarray
+    images: list[tuple]
+
+
+def stored_documents(case: Case) -> Iterator[StoredDocument]:
+    """All documents, from rows drawn at random."""
     folder, manifest = open_shards(case.packs, hashes=False)
     spec = sequence_spec(manifest["identity"])
     rows = [(entry["file"], row) for entry in manifest["shards"] for row in range(entry["rows"])]
     shards: dict[str, Shard] = {}
-    found = []
-    for place in np.random.default_rng(case.seed).permutation(len(rows)):
-        file, row = rows[place]
-        shard = shards.setdefault(file, Shard(folder / "data" / file))
-        found += images_of(shard.row(row), spec, manifest["variants"])
-        if len(found) >= limit:
-            break
-    return found[:limit]
-
-
-def stored_sequences(case: Case, limit: int = 16) -> list[Sequence]:
-    """Documents of one picture after a text, drawn at random."""
-    folder, manifest = open_shards(case.packs, hashes=False)
-    spec = sequence_spec(manifest["identity"])
-    empty = case.processor.apply_chat_template([{"role": "user", "content": ""}], generation_mode="image")
-    null = empty["input_ids"].to(case.model.device)
-    rows = [(entry["file"], row) for entry in manifest["shards"] for row in range(entry["rows"])]
-    shards: dict[str, Shard] = {}
-    found: list[Sequence] = []
     for place in np.random.default_rng(case.seed).permutation(len(rows)):
         file, index = rows[place]
         row = shards.setdefault(file, Shard(folder / "data" / file)).row(index)
         images = iter(images_of(row, spec, manifest["variants"]))
-        ends = np.cumsum(row.get("document_lengths", [len(row["input_ids"])]))
-        for ids, flags in zip(np.split(row["input_ids"], ends[:-1]), np.split(row["supervised"], ends[:-1])):
-            at = np.flatnonzero(ids == spec.special.image)
-            shown = [next(images) for _ in at]
-            # a text that was dropped leaves the null prompt
-            if len(at) != 1 or not flags[at[0]] or at[0] + 1 <= null.shape[1]:
-                continue
-            grid, targets, inputs = _least_disturbed(*shown[0])
-            prompt = null.new_tensor([[*ids[: at[0]].tolist(), spec.special.boi]])
-            codes = torch.from_numpy(decodable_codes(targets, inputs))[None].to(case.model.device)
-            given = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt), "negative_input_ids": null}
-            found.append(case.answered(given, codes, case.vq_model.schedules.by_grid(grid)))
-            if len(found) == limit:
-                return found
+        ends = np.cumsum(row.get("document_lengths", [len(row["input_ids"])]))[:-1]
+        for ids, flags in zip(np.split(row["input_ids"], ends), np.split(row["supervised"], ends)):
+            yield StoredDocument(ids, flags, [next(images) for _ in range(int((ids == spec.special.image).sum()))])
+
+
+def stored_sequences(case: Case, limit: int = LOOKED_AT, edits: bool = False) -> list[Sequence]:
+    """Documents whose one supervised picture is their last: after a text alone, or as an edit of another picture of
+    its size."""
+    spec = sequence_spec(open_shards(case.packs, hashes=False)[1]["identity"])
+    empty = case.processor.apply_chat_template([{"role": "user", "content": ""}], generation_mode="image")
+    null = empty["input_ids"].to(case.model.device)
+    found: list[Sequence] = []
+    for document in stored_documents(case):
+        at = np.flatnonzero(document.ids == spec.special.image)
+        flags = document.supervised[at].astype(bool)
+        if len(at) == 0 or not flags[-1] or flags[:-1].any() or edits != (len(at) > 1):
+            continue
+        if edits and document.images[-2][0] != document.images[-1][0]:
+            continue
+        # a text that was dropped leaves the null prompt
+        if not edits and at[0] + 1 <= null.shape[1]:
+            continue
+        before = slice(0, at[-1])
+        *given, (grid, targets, inputs) = document.images
+        targets, inputs = _least_disturbed(targets, inputs)
+        codes, targets = (
+            torch.from_numpy(each).to(case.model.device)
+            for each in (decodable_codes(targets, inputs), targets[0].astype(np.int64))
+        )
+        grids = np.array([each[0] for each in given]).reshape(-1, 2)
+        opened = spec.expand(document.ids[before], document.supervised[before], grids, np.array([at[-1]]))
+        prompt = null.new_tensor([[*opened["input_ids"].tolist(), spec.special.boi]])
+        inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt), "negative_input_ids": null}
+        if given:
+            inputs["image_codes"] = torch.from_numpy(np.concatenate([each[1][0] for each in given]).astype(np.int64))
+            inputs["image_grid_hw"] = torch.from_numpy(grids)
+        found.append(case.answered(inputs, codes[None], case.vq_model.schedules.by_grid(grid), targets))
+        if len(found) == limit:
+            break
     return found
 
 
-def _least_disturbed(grid, targets: np.ndarray, inputs: np.ndarray):
+def _least_disturbed(targets: np.ndarray, inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Of a picture's stored codings the one whose inputs are most like its targets."""
     if len(inputs) == 0:
-        return grid, targets, inputs
+        return targets, inputs
     best = int((inputs != targets[:, : inputs.shape[1]]).sum(axis=1).argmin())
-    return grid, targets[best : best + 1], inputs[best : best + 1]
+    return targets[best : best + 1], inputs[best : best + 1]
 
 
 def check_targets_again(case: Case) -> Finding:
@@ -219,14 +248,18 @@ class StoredCodes:
 
 def _recoded(case: Case, codes: torch.Tensor, schedule) -> torch.Tensor:
     """The nearest codes for the picture of `codes`, when the residual continues from `codes`."""
-    pixels = case.vq_model.decode(codes, schedule.final_grid)
-    with torch.no_grad():
-        features = case.vq_model.features(pixels.to(case.vq_model.pixel_encoder.to_code.weight.dtype))
+    features = _features_of(case, codes, schedule)
     config, nearest = case.config.vq_config, []
     for scale, asked in enumerate(reference.queries(features, codes, case.codebook, schedule)):
         allowed = reference.entries_of(config, scale)
         nearest.append(allowed.start + reference.distances(asked, case.codebook, config)[..., allowed].argmin(-1))
     return torch.cat(nearest, dim=1)
+
+
+def _features_of(case: Case, codes: torch.Tensor, schedule) -> torch.Tensor:
+    """What the encoder makes of the picture of `codes`."""
+    pixels = case.vq_model.decode(codes, schedule.final_grid)
+    return case.vq_model.features(pixels.to(case.vq_model.pixel_encoder.to_code.weight.dtype))
 
 
 def _agreement(a: torch.Tensor, b: torch.Tensor, schedule) -> float:
@@ -330,66 +363,57 @@ def _expected_share(settings: Mapping, case: Case) -> list[float]:
     return shares
 
 
-def check_losses(case: Case) -> Finding:
-    """The loss of each scale is below the entropy of its codes, and the right codes are the likeliest reading."""
+def check_correction_strength(case: Case) -> Finding:
+    """Disturbed inputs are near entries, as many as the settings allow."""
     check = Check(
-        "loss of each scale",
-        "transformer",
-        "stored targets cost less than codes drawn by their frequency alone would (unigram, each picture left out in "
-        "turn), less than their neighbours in number or place, and less than with other settings of config.json",
+        "strength of self-correction",
+        "shards",
+        "most disturbed inputs are among the nearest entries that the settings draw from (top_k), and nearer to the "
+        "nearest entry than to a random one; measured on the decoded picture, so not exactly",
     )
-    case.supervised = pictures = supervised_pictures(case)
-    if len(pictures) < ENOUGH:
-        return check.noted("the shards hold too few supervised pictures to say")
-    return _misread(case, check, pictures) or _judge_losses(case, check, pictures)
+    settings = correction_settings(open_shards(case.packs, hashes=False)[1])
+    config, outside, ways = case.config.vq_config, [], []
+    for grid, targets, inputs in stored_pictures(case, 2 * SAMPLED):
+        differ = inputs != targets[:, : inputs.shape[1]]
+        if settings is None or not differ.any():
+            continue
+        most = int(differ.sum(axis=1).argmax())
+        picture = StoredCodes(case, grid, targets[most : most + 1], inputs[most : most + 1])
+        codes, beyond, way = picture.codes(), [], []
+        features = _features_of(case, codes, picture.schedule)
+        for scale, asked in enumerate(reference.queries(features, codes, case.codebook, picture.schedule)[:-1]):
+            at, allowed = picture.schedule.slice(scale), reference.entries_of(config, scale)
+            disturbed = torch.from_numpy(differ[most, at])
+            distances = reference.distances(asked, case.codebook, config)[0, disturbed][:, allowed]
+            own = distances.gather(-1, codes[0, at][disturbed][:, None] - allowed.start)
+            nearest, random = distances.amin(-1, keepdim=True), distances.mean(-1, keepdim=True)
+            beyond += ((distances < own).sum(-1) >= settings["top_k"]).tolist()
+            way += ((own - nearest) / (random - nearest).clamp(min=1e-12)).flatten().tolist()
+        outside.append(float(np.mean(beyond)))
+        ways.append(float(np.mean(way)))
+    if len(outside) < ENOUGH:
+        return check.noted("the shards hold too few self-corrected inputs to say")
+    share, way = float(np.mean(outside)), float(np.mean(ways))
+    measured = (
+        f"{share:.0%} of the disturbed inputs are beyond the {settings['top_k']} nearest, and they lie {way:.0%} of "
+        f"the way from the nearest to a random entry ({len(outside)} pictures)"
+    )
+    if max(share, way) <= 0.5:
+        return check.passed(measured, outside=share, way=way)
+    cause = "inputs were drawn from too many entries, so the picture that they show is another one"
+    step = "lower top_k, or draw by distance (`temperature`), and extract the shards anew"
+    verdict = Verdict("self-correction too strong", cause, step)
+    return check.failed(measured, verdict, WARNING, outside=share, way=way)
 
 
-def other_settings(case: Case) -> list[tuple[str, str, object]]:
-    """Settings that weights do not show: the fault's name, the setting, another value."""
-    mode = "residual" if case.config.feature_mode == "accumulated" else "accumulated"
-    others = [("wrong feature mode", "feature_mode", mode)]
-    if case.config.position_scale is not None:
-        others.append(("wrong position scale", "position_scale", None))
-    return others
-
-
-@contextmanager
-def other_setting(config, name: str, value) -> Iterator[None]:
-    kept = getattr(config, name)
-    setattr(config, name, value)
-    try:
-        yield
-    finally:
-        setattr(config, name, kept)
-
-
-@dataclass(frozen=True)
-class Supervised:
-    """A supervised picture of the packs, as the model sees it.
-
-    Attributes:
-        codes: (L,) targets.
-        log_probs: (L, V).
-        source: (L,) codes of the last picture before it that is only read, where it has the same grid.
-    """
-
-    schedule: ScaleSchedule
-    codes: torch.Tensor
-    log_probs: torch.Tensor
-    source: torch.Tensor | None
-
-    def loss_of(self, codes: torch.Tensor) -> float:
-        """Mean cost of (L,) codes; one that is all but impossible counts no more than 30 nats."""
-        return float(F.nll_loss(self.log_probs, codes, reduction="none").clamp(max=30).mean())
-
-
-def supervised_pictures(case: Case) -> list[Supervised]:
-    """Those of packs drawn at random."""
-    folder, manifest = open_shards(case.packs, "packs", hashes=False)
+def packed_pictures(case: Case) -> Iterator[tuple[ScaleSchedule, torch.Tensor, torch.Tensor]]:
+    """Schedule, (L,) targets and (L, V) log probabilities of supervised pictures, from packs run as in training."""
+    folder, manifest = open_shards(case.packs, hashes=False)
+    if manifest["content"] != "packs":
+        return
     reader = PackReader(folder, manifest, sequence_spec(manifest["identity"]), case.seed)
-    order = np.random.default_rng(case.seed).permutation(len(reader))
-    pictures = []
-    for index in order:
+    found = 0
+    for index in np.random.default_rng(case.seed).permutation(len(reader)):
         pack = collate([reader[int(index)]], 0, False)
         if "image_grid_hw" not in pack:
             continue
@@ -400,116 +424,9 @@ def supervised_pictures(case: Case) -> list[Supervised]:
         )
         hidden = case.model.model(**batch, use_cache=False).last_hidden_state
         codes = batch["image_codes"].split([image.num_codes for image in layout.closed_images])
-        read: dict[int, tuple] = {}  # of each document, the last picture that is only read
         for image, own in zip(layout.closed_images, codes):
-            document = int(batch["document_ids"][0, image.start])
-            if labels[0, image.start] < 0:
-                read[document] = (image.schedule, own)
-                continue
-            log_probs = case.model.code_head(hidden[0, image.slots]).float().log_softmax(-1)
-            schedule, source = read.get(document, (None, None))
-            source = source if schedule == image.schedule else None
-            pictures.append(Supervised(image.schedule, own, log_probs, source))
-        if len(pictures) >= SAMPLED:
-            break
-    return pictures
-
-
-def _misread(case: Case, check: Check, pictures: list[Supervised]) -> Finding | None:
-    """Whether the weights find other codes, or the same under another setting, likelier than what is stored."""
-    size, step = case.config.vq_config.codebook_size, "the model was trained on codes of another numbering or order"
-    readings: dict[str, tuple[Verdict, list[float]]] = {}
-    for shift in (-2, -1, 1, 2):
-        name = f"codes numbered {shift:+d}"
-        verdict = Verdict("wrong code offset", f"the model finds {name} likelier", f"{step}: compare the offsets")
-        readings[name] = verdict, [picture.loss_of((picture.codes + shift) % size) for picture in pictures]
-    for shift in (-1, 1):
-        name = f"codes {shift:+d} position"
-        verdict = Verdict("shifted targets", f"the model finds {name} likelier", f"{step}: compare the targets")
-        readings[name] = verdict, [picture.loss_of(picture.codes.roll(shift)) for picture in pictures]
-    for fault, name, value in other_settings(case):
-        cause = f"config.json says {name} = {getattr(case.config, name)}, the weights were trained with {value}"
-        with other_setting(case.config, name, value):
-            then = [picture.loss_of(picture.codes) for picture in supervised_pictures(case)]
-        readings[f"{name} = {value}"] = Verdict(fault, cause, f"set {name} to {value} in config.json"), then
-    own = torch.tensor([picture.loss_of(picture.codes) for picture in pictures])
-    best = min(readings, key=lambda name: sum(readings[name][1]))
-    verdict, values = readings[best]
-    if z_score(own - torch.tensor(values)) <= SIGNIFICANT:
-        return None
-    then = sum(values) / len(values)
-    measured = f"{float(own.mean()):.2f} nats a code over {len(own)} stored pictures, {then:.2f} with {best}"
-    return check.failed(measured, verdict, WARNING)
-
-
-def _judge_losses(case: Case, check: Check, pictures: list[Supervised]) -> Finding:
-    config = case.config.vq_config
-    most = max(len(picture.schedule) for picture in pictures)
-    loss = [[] for _ in range(most)]
-    unigram = [[] for _ in range(most)]
-    counts = torch.zeros(most, config.codebook_size)
-    for picture in pictures:
-        for scale in range(len(picture.schedule)):
-            counts[scale] += (
-                picture.codes[picture.schedule.slice(scale)].bincount(minlength=config.codebook_size).cpu()
-            )
-    for picture in pictures:
-        schedule, codes, log_probs = picture.schedule, picture.codes, picture.log_probs
-        losses = F.nll_loss(log_probs, codes, reduction="none")
-        for scale in range(len(schedule)):
-            own = codes[schedule.slice(scale)].cpu()
-            rest = counts[scale] - own.bincount(minlength=config.codebook_size)
-            allowed = reference.entries_of(config, scale)
-            size = allowed.stop - allowed.start
-            probability = (rest + 0.5) / (rest.sum() + 0.5 * size)
-            loss[scale].append(float(losses[schedule.slice(scale)].mean()))
-            unigram[scale].append(float(-probability[own].log().mean()))
-    means = {"loss": [float(np.mean(each)) for each in loss], "unigram": [float(np.mean(each)) for each in unigram]}
-    case.curves["loss of each scale, nats per code"] = means
-    shown = ", ".join(f"{a:.2f} ({b:.2f})" for a, b in zip(means["loss"], means["unigram"]))
-    measured = f"loss (unigram) of the scales over {len(pictures)} stored pictures: {shown}"
-    for scale in range(most):
-        score = z_score(torch.tensor(loss[scale]) - torch.tensor(unigram[scale]))
-        if score > SIGNIFICANT:
-            verdict = Verdict(
-                "worse than the unigram",
-                f"scale {scale + 1} is predicted worse than by the frequencies of its codes: not trained, trained on "
-                "other codes, or its inputs are not those of the training",
-                "train longer, or compare codes, inputs and positions with the training's",
-            )
-            return check.failed(
-                f"{measured}; scale {scale + 1} is {score:.1f} standard errors above", verdict, WARNING, **means
-            )
-    return check.passed(measured, **means)
-
-
-def check_copying(case: Case) -> Finding:
-    """Where an edit changes codes, the model gives the target's more than the source's."""
-    check = Check(
-        "copying the source",
-        "transformer",
-        "where the target's codes differ from the condition picture's, the target's are likelier",
-    )
-    gains, shares = [], []
-    for picture in case.supervised:
-        if picture.source is None:
-            continue
-        differ = picture.codes != picture.source
-        shares.append(float((~differ).float().mean()))
-        if differ.any():
-            own, copied = (
-                F.nll_loss(picture.log_probs[differ], codes[differ]) for codes in (picture.codes, picture.source)
-            )
-            gains.append(float(copied - own))
-    if len(gains) < ENOUGH:
-        return check.noted(f"{len(gains)} edits among the pictures looked at are too few to say", gains=gains)
-    gain, score = sum(gains) / len(gains), z_score(torch.tensor(gains))
-    measured = (
-        f"over {len(gains)} edits, {sum(shares) / len(shares):.0%} of the codes are the source's; at the others the "
-        f"target is {gain:.1f} nats likelier ({score:.1f} standard errors)"
-    )
-    if score > -SIGNIFICANT:
-        return check.passed(measured, gain=gain, score=score)
-    cause = "handing the source back scores well where most of a picture stays, and the model has learned no more"
-    verdict = Verdict("copies the source", cause, "weigh changed regions more, or show more edits that change much")
-    return check.failed(measured, verdict, WARNING, gain=gain, score=score)
+            if labels[0, image.start] >= 0:
+                found += 1
+                yield image.schedule, own, case.model.code_head(hidden[0, image.slots]).float().log_softmax(-1)
+        if found >= SAMPLED:
+            return

@@ -3,11 +3,12 @@
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from ..quantizer import SelfCorrection
 from . import reference
 from .case import Case
-from .findings import ENOUGH, SIGNIFICANT, WARNING, Check, Finding, Verdict, difference, tolerance, z_score
+from .findings import ENOUGH, SIGNIFICANT, WARNING, Check, Finding, Verdict, alignment, difference, tolerance, z_score
 
 SWAPPED = "swapped height and width"
 INTERPOLATION = "wrong interpolation"
@@ -20,20 +21,29 @@ def check_processor(case: Case) -> Finding:
     check = Check(
         "pictures to pixels",
         "tokenizer",
-        "a picture of a schedule's size reaches the tokenizer as pixel / 127.5 - 1, every pixel at its place",
+        "a picture of a schedule's size reaches the tokenizer as pixel / 127.5 - 1, every pixel at its place, and "
+        "comes back the same",
     )
     image = case.oblong.pictures[0].image
     if image.size != case.oblong.pixels.shape[-1:-3:-1]:  # the user's picture is resampled
         image = case.processor.image_processor.postprocess(case.oblong.pixels[:1].cpu())[0]
     noise = np.random.default_rng(case.seed).integers(0, 256, (image.height, image.width, 3), dtype=np.uint8)
-    from PIL import Image
-
     grid, pixels = case.pixels_of(Image.fromarray(noise))
     expected = torch.from_numpy(noise).permute(2, 0, 1)[None].to(pixels) / 127.5 - 1
     error = difference(pixels, expected)
+    inputs = case.processor.image_processor(Image.fromarray(noise), return_tensors="pt").to(case.model.device)
+    codes = torch.cat([each.flatten() for each in case.model.model.encode_images(**inputs)])
+    alike = float((codes == case.vq_forward(pixels).quantization.target_codes[0]).float().mean())
     back = np.asarray(case.processor.image_processor.postprocess(expected.cpu())[0])
     if error <= tolerance(pixels.dtype) and np.array_equal(back, noise):
-        return check.passed(f"the largest difference is {error:.1e}, and the way back gives the same picture")
+        if alike >= 1 - NOTICEABLE:
+            return check.passed(f"the largest difference is {error:.1e}, and the way back gives the same picture")
+        verdict = Verdict(
+            "patches misplaced",
+            "the model puts the patches, which the processor gives rightly, together to another picture",
+            "look at `unpatchify` and `encode_images`",
+        )
+        return check.failed(f"{alike:.0%} of the codes are those of the picture put together here", verdict)
     step = "compare processor_config.json with the one the model was trained with, and the processor's code"
     fault, cause = "pixels differ", "the processor changes pixels in another way than it was trained with"
     if pixels.shape != expected.shape or difference(pixels, _transposed(expected, grid)) < 1e-3:
@@ -70,6 +80,14 @@ def check_quantizer(case: Case) -> Finding:
     )
     worst, worst_lookup = 0.0, 0.0
     config = case.config.vq_config
+    rounded = difference(case.codebook, reference.codebook(case.vq_model.quantizer, config))
+    if rounded > 4 * torch.finfo(torch.float32).eps:
+        verdict = Verdict(
+            "rounded codebook",
+            "entries are looked up and summed with fewer digits than float32, or are not those of the weights",
+            "keep the quantizer in float32 whatever the autocast, see `DualCodebookQuantizer.codebook`",
+        )
+        return check.failed(f"entries differ from the weights by {rounded:.1e} of the largest", verdict)
     for group in case.groups:
         schedule, codes = group.schedule, group.codes
         made = group.output.quantization.quantized
@@ -340,7 +358,7 @@ def check_semantics(case: Case) -> Finding:
             agreement += F.cosine_similarity(decoded, features, dim=-1).mean(1).tolist()
         wanted.append(features.mean(1))
         made.append(decoded.mean(1))
-    likeness, score = _alignment(torch.cat(made).cpu(), torch.cat(wanted).cpu(), case.seed)
+    likeness, score = alignment(torch.cat(made).cpu(), torch.cat(wanted).cpu(), case.seed)
     cosine = sum(agreement) / len(agreement) if agreement else None
     measured = f"alignment {likeness:.2f}, {score:.1f} standard deviations above chance"
     if cosine is not None:
@@ -355,14 +373,3 @@ def check_semantics(case: Case) -> Finding:
         "measure the agreement with the semantic teacher; was the semantic encoder reset?",
     )
     return check.failed(measured, verdict, WARNING, **figures)
-
-
-def _alignment(a_ND: torch.Tensor, b_NE: torch.Tensor, seed: int, draws: int = 300) -> tuple[float, float]:
-    """Linear centred kernel alignment of two sets of features, and its standard deviations above shuffled rows."""
-    kernels = [(rows - rows.mean(0)) @ (rows - rows.mean(0)).T for rows in (a_ND.double(), b_NE.double())]
-    a, b = (kernel / kernel.norm().clamp(min=1e-12) for kernel in kernels)
-    generator = torch.Generator().manual_seed(seed)
-    orders = [torch.randperm(len(a), generator=generator) for _ in range(draws)]
-    chance = torch.stack([(a[order][:, order] * b).sum() for order in orders])
-    value = float((a * b).sum())
-    return value, (value - float(chance.mean())) / max(float(chance.std()), 1e-12)

@@ -1,6 +1,7 @@
 """Checks of the transformer: its code against the formulas, and what its weights respond to."""
 
 import copy
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from ..scales import ScaleSchedule
 from . import reference
 from .case import Case, Sequence, captured, changed
-from .findings import SIGNIFICANT, WARNING, Check, Finding, Verdict, difference, tolerance, z_score
+from .findings import ENOUGH, WARNING, Check, Finding, Verdict, difference, tolerance
 from .tokenizer import INTERPOLATION, SWAPPED
 
 COORDINATES, AXIS = "bf16 coordinates", "blind position axis"
@@ -260,6 +261,54 @@ def check_attention(case: Case) -> Finding:
     return check.failed(f"a change at position {place} moves position {other} by {response:.2g}", verdict)
 
 
+def check_decoder(case: Case) -> Finding:
+    """The decoder's layers compute what they are defined to compute."""
+    check = Check(
+        "layers of the decoder",
+        "transformer",
+        "hidden states equal those of Qwen2.5's formulas, written once more: normalisation, rotary sections and base "
+        "as config.json names them, attention, residual sums, final normalisation",
+    )
+    text, config = case.model.model.language_model, case.config.text_config
+    if config.rope_parameters["rope_type"] != "default" or config.use_sliding_window:
+        return check.noted("the formulas are written for plain rotary positions and full attention only")
+    inputs, schedules, documents = packed_example(case)
+    with captured(text) as calls, torch.no_grad():
+        output = case.model.model(**inputs, use_cache=False, output_hidden_states=True)
+    where = case.places(inputs["input_ids"][0], schedules, documents)
+    own, last = torch.tensor(documents), torch.tensor([block[1] for block in where.blocks])
+    order = torch.arange(len(documents))
+    seen = (own[:, None] == own) & (order <= last[:, None])
+    embeds = calls[0]["inputs_embeds"][0]
+    with torch.no_grad():
+        states = reference.decoder_states(text.layers, config, embeds, where.positions, seen.to(embeds.device))
+    weight = text.norm.weight if hasattr(text.norm, "weight") else torch.ones_like(embeds[0])
+    final = reference.normalised(states[-1], weight, config.rms_norm_eps)
+    limit = tolerance(embeds.dtype)
+    error = difference(output.last_hidden_state[0], final)
+    if error <= limit:
+        return check.passed(f"hidden states differ by at most {error:.1e} of the largest value", difference=error)
+    wrong = (
+        number for number, (a, b) in enumerate(zip(output.hidden_states[1:-1], states)) if difference(a[0], b) > limit
+    )
+    first = next(wrong, None)
+    if first is None and difference(output.last_hidden_state[0], states[-1]) <= limit:
+        place, cause = "behind the last layer", "the final normalisation is left out"
+    elif first is None:
+        place, cause = "from the last layer on", "the last layer or the final normalisation are computed otherwise"
+    else:
+        place, cause = f"from layer {first + 1} of {len(states)} on", "this layer is computed otherwise"
+    if first == 0 and list(text.rotary_emb.mrope_section) != list(config.rope_parameters["mrope_section"]):
+        cause = "the rotary sections in use are not those of config.json"
+    verdict = Verdict(
+        "wrong decoder layers",
+        cause,
+        "compare the code and `rope_parameters` with the training's; try another "
+        "`attn_implementation`, and the model without adapters, quantisation or compilation",
+    )
+    return check.failed(f"hidden states differ by {error:.2g} of the largest value {place}", verdict, difference=error)
+
+
 def check_targets(case: Case) -> Finding:
     """The loss is that of the right targets, weighted as eq. 2 says."""
     check = Check(
@@ -300,6 +349,13 @@ def check_targets(case: Case) -> Finding:
     if not is_near(losses[text], loss_of(text, ids[0, 1 : sequence.start + 1])):
         cause = "text positions predict another than the next token"
         return check.failed("the losses of text are not the next token's", Verdict("shifted targets", cause, step))
+    behind = losses[sequence.start + len(codes) :]
+    if bool(behind.any()):
+        cause = "<eoi>, which is inserted and never predicted, or what follows it is supervised"
+        return check.failed(
+            f"{int((behind != 0).sum())} positions behind the picture have a loss",
+            Verdict("boundary tokens supervised", cause, step),
+        )
     weights = torch.ones_like(losses)
     raw = torch.tensor([length**-case.config.scale_loss_alpha for length in sequence.schedule.lengths])
     raw = raw.repeat_interleave(torch.tensor(sequence.schedule.lengths))
@@ -343,9 +399,7 @@ def check_responses(case: Case) -> Finding:
     before = example.schedule.slice(max(len(example.schedule) - 2, 0))
     entries = reference.entries_of(case.config.vq_config, len(example.schedule) - 2)
     codes[:, before] = entries.start + (codes[:, before] - entries.start + 1) % (entries.stop - entries.start)
-    changed_codes = Sequence(
-        example.inputs | {"image_codes": codes[0]}, example.prompt, codes, example.schedule, example.start
-    )
+    changed_codes = replace(example, inputs=example.inputs | {"image_codes": codes[0]}, codes=codes)
     moves["the codes before"] = _moves(case.code_logits(changed_codes)[last], plain[last])
     moves["the condition picture"] = _condition_moves(case)
     embedding = model.scale_embedding
@@ -412,7 +466,12 @@ def check_text(case: Case) -> Finding:
 
 def check_prompt_gain(case: Case) -> Finding:
     """A picture is likelier after its own text than after another's."""
-    check = Check("prompt", "transformer", "a picture's codes are likelier after its own text than after another's")
+    check = Check(
+        "worth of the prompt",
+        "transformer",
+        "a picture's codes are likelier after its own text than after another's: always where the text is read, for "
+        "half of the pictures where it is not",
+    )
     gains = []
     for index, sequence in enumerate(case.drawn_for):
         others = [*case.drawn_for[index + 1 :], *case.drawn_for[:index]]
@@ -421,14 +480,20 @@ def check_prompt_gain(case: Case) -> Finding:
         if other is None:
             return check.noted("all pictures have the same text")
         wrong = case.answered(other.prompt, sequence.codes, sequence.schedule)
-        own, after_other = (code_losses(case.code_logits(each), sequence.codes[0]).sum() for each in (sequence, wrong))
+        own, after_other = (
+            F.cross_entropy(case.code_logits(each), sequence.targets, reduction="sum") for each in (sequence, wrong)
+        )
         gains.append(float(after_other - own))
-    gain, score = sum(gains) / len(gains), z_score(torch.tensor(gains))
-    measured = (
-        f"the right text is worth {gain:.1f} nats a picture ({score:.1f} standard errors, {len(gains)} pictures)"
+    gain, share = sum(gains) / len(gains), sum(value > 0 for value in gains) / len(gains)
+    measured = f"{share:.0%} of {len(gains)} pictures are; the right text is worth {gain:.1f} nats a picture"
+    if share >= 0.75:
+        return check.passed(measured, gain=gain, share=share)
+    if case.packs is None or len(gains) < ENOUGH:
+        return check.noted(measured + ", which it need not have been trained on", gain=gain, share=share)
+    verdict = Verdict(
+        "prompt ignored",
+        "the texts do not describe these pictures, their ids are others than in training, or the model has not learnt "
+        "to read them",
+        "read some texts beside their pictures (`transformers-nextflow data inspect`); drop fewer texts in training",
     )
-    return (check.passed if score > SIGNIFICANT else check.noted)(measured, gain=gain, score=score)
-
-
-def code_losses(logits: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(logits, codes, reduction="none")
+    return check.failed(measured, verdict, WARNING, gain=gain, share=share)
