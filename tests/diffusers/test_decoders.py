@@ -108,12 +108,14 @@ def test_saved_pipeline_loads_by_class_and_without(family, tmp_path):
         loaded = loader.from_pretrained(tmp_path)
         assert type(loaded) is type(pipe)
         loaded.set_progress_bar_config(disable=True)
-        assert torch.equal(loaded("a cat", random_codes(1), WIDE, generator=seeded(), **TWO_STEPS).images, expected)
+        pictures = loaded("a cat", random_codes(1), WIDE, generator=seeded(), **TWO_STEPS).images
+        # weights mapped from a file lie anywhere in memory, and kernels round by that
+        torch.testing.assert_close(pictures, expected, rtol=0, atol=1e-6)
     loaded = DiffusionPipeline.from_pretrained(tmp_path, vq_model=None)
     loaded.set_progress_bar_config(disable=True)
     assert loaded.vq_model is None
     pictures = loaded("a cat", features=condition(random_codes(1)), generator=seeded(), **TWO_STEPS).images
-    assert torch.equal(pictures, expected)
+    torch.testing.assert_close(pictures, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("family", ["unet", "flux"])
