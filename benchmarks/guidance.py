@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from examples.shapes.evaluate import CHECKPOINT, Evaluator, edits, text_to_image
+from examples.shapes.evaluate import CHECKPOINT, Evaluator, draw_edits, edits, text_to_image
 from transformers_nextflow import LinearRamp, NextFlowForConditionalGeneration, NextFlowProcessor, ScaleInterval
 
 from .harness import machine, report
@@ -56,7 +56,7 @@ def score(model, processor: NextFlowProcessor, task: str, controls: dict, prompt
     """Share of right pictures of one task, and their seconds."""
     evaluator = TimedEvaluator(model, processor, SEED, **controls)
     if task == "edit":
-        scores = edits(evaluator, prompts, SPLIT)
+        scores = edits(draw_edits(evaluator, prompts, SPLIT))
     else:
         scores = text_to_image(evaluator, prompts, copies, SPLIT)
     return scores["overall"] | {"cpu_seconds_per_picture": round(evaluator.seconds / evaluator.drawn, 4)}

@@ -11,7 +11,7 @@ import random
 from pathlib import Path
 
 from examples.shapes.assemble import IMAGE_GENERATION
-from examples.shapes.evaluate import Evaluator, captions, edits
+from examples.shapes.evaluate import Evaluator, captions, draw_edits, edits
 from examples.shapes.transformer import EXTRACTION, PACKS, code_documents, new_processor
 from examples.shapes.world import sample_scene
 from transformers_nextflow.data import PackedDataset
@@ -45,7 +45,7 @@ def run_arm(arm: str, seed: int, options) -> dict:
     evaluator = Evaluator(model.eval(), processor, seed=0)
     rng = random.Random("condition images, dev")
     scenes = [sample_scene(rng, training=False) for _ in range(CAPTIONS)]
-    scores = {"captions": captions(evaluator, scenes), "edits": edits(evaluator, EDITS, "dev")["overall"]}
+    scores = {"captions": captions(evaluator, scenes), "edits": edits(draw_edits(evaluator, EDITS, "dev"))["overall"]}
     return result | {"final": result["final"] | {name: interval["score"] for name, interval in scores.items()}}
 
 

@@ -135,34 +135,42 @@ def untouched(edit: Edit) -> np.ndarray:
     return taken.repeat(CELL, axis=0).repeat(CELL, axis=1)
 
 
-def edits(evaluator: Evaluator, per_operation: int, split: str) -> dict:
-    """Share of edits done with everything else unchanged; beside it the source handed back, which never counts.
-
-    `untouched_error` is the mean squared error, against the source, of what the instructions leave as it is, pictures
-    being in [-1, 1]: of the edits that are done, of all edits, and of the tokenizer's reconstructions of true results.
-    """
-    rows, everything, copied = {}, [], []
-    errors = {"done": [], "all": [], "reconstruction": []}
+def draw_edits(evaluator: Evaluator, per_operation: int, split: str) -> dict[str, list[tuple[Edit, np.ndarray]]]:
+    """Held-out edits of each operation with what the model makes of them."""
+    drawn = {}
     for operation in EDITS:
-        tasks: list[Edit] = held_out_edits(operation, per_operation, evaluator.seed, split)
-        sources = [render(task.source) for task in tasks]
-        drawn = evaluator.pictures([task.text for task in tasks], [Image.fromarray(source) for source in sources])
-        values = [[judge_edit(group[0], task)] for group, task in zip(drawn, tasks)]
-        rows[operation] = interval(values)
-        everything += values
-        copied += [[judge_edit(source, task)] for source, task in zip(sources, tasks)]
-        rebuilt, _ = evaluator.reconstructions(to_pixel_values([render(task.target) for task in tasks]))
-        rebuilt = [np.asarray(picture) for picture in evaluator.processor.post_process_image(rebuilt)]
-        for task, source, (picture,), own, (done,) in zip(tasks, sources, drawn, rebuilt, values):
-            error, own_error = (
-                np.square((each.astype(float) - source)[untouched(task)] / 127.5).mean() for each in (picture, own)
-            )
-            errors["all"].append(error)
-            errors["reconstruction"].append(own_error)
-            if done:
-                errors["done"].append(error)
-    means = {name: float(f"{np.mean(values):.4g}") if values else None for name, values in errors.items()}
-    return {"overall": interval(everything), "copy_the_source": interval(copied)} | rows | {"untouched_error": means}
+        tasks = held_out_edits(operation, per_operation, evaluator.seed, split)
+        sources = [Image.fromarray(render(task.source)) for task in tasks]
+        groups = evaluator.pictures([task.text for task in tasks], sources)
+        drawn[operation] = [(task, picture) for task, (picture,) in zip(tasks, groups)]
+    return drawn
+
+
+def edits(drawn: dict[str, list[tuple[Edit, np.ndarray]]]) -> dict:
+    """Share of edits done with everything else unchanged; beside it the source handed back, which never counts."""
+    rows = {operation: [[judge_edit(picture, task)] for task, picture in pairs] for operation, pairs in drawn.items()}
+    copied = [[judge_edit(render(task.source), task)] for pairs in drawn.values() for task, _ in pairs]
+    scores = {operation: interval(values) for operation, values in rows.items()}
+    return {"overall": interval(sum(rows.values(), [])), "copy_the_source": interval(copied)} | scores
+
+
+def untouched_error(evaluator: Evaluator, drawn: dict[str, list[tuple[Edit, np.ndarray]]]) -> dict:
+    """Mean squared error, against the source, of what the instructions leave as it is, pictures being in [-1, 1]: of
+    the edits that are done, of all edits, and of the tokenizer's reconstructions of true results."""
+    pairs = sum(drawn.values(), [])
+    rebuilt, _ = evaluator.reconstructions(to_pixel_values([render(task.target) for task, _ in pairs]))
+    rebuilt = [np.asarray(picture) for picture in evaluator.processor.post_process_image(rebuilt)]
+    errors = {"done": [], "all": [], "reconstruction": []}
+    for (task, picture), own in zip(pairs, rebuilt):
+        error, own_error = (
+            np.square((each.astype(float) - render(task.source))[untouched(task)] / 127.5).mean()
+            for each in (picture, own)
+        )
+        errors["all"].append(error)
+        errors["reconstruction"].append(own_error)
+        if judge_edit(picture, task):
+            errors["done"].append(error)
+    return {name: float(f"{np.mean(values):.4g}") if values else None for name, values in errors.items()}
 
 
 def tokenizer(evaluator: Evaluator, requests: list[Request], scenes: list[Scene]) -> dict:
@@ -235,10 +243,11 @@ def evaluate(evaluator: Evaluator, prompts: int, copies: int, split: str) -> dic
     requests = [r for category in CATEGORIES for r in held_out_prompts(category, prompts, evaluator.seed, split)]
     rng = random.Random(f"scenes {evaluator.seed} {split}")
     scenes = [request.reference_scene(rng) for request in requests]
+    drawn = draw_edits(evaluator, prompts, split)
     return {
         "text_to_image": text_to_image(evaluator, prompts, copies, split),
         "caption_scene_match": captions(evaluator, scenes),
-        "edit": edits(evaluator, prompts, split),
+        "edit": edits(drawn) | {"untouched_error": untouched_error(evaluator, drawn)},
         "tokenizer": tokenizer(evaluator, requests, scenes),
         "judge": judge_itself(requests, scenes),
         "seconds_per_picture": seconds_per_picture(evaluator),

@@ -169,6 +169,7 @@ trainer.train()
 if trainer.is_world_process_zero():
     (output / "two.json").write_text(json.dumps(trainer.state.log_history[0]))
     torch.save({name: value.detach() for name, value in model.named_parameters()}, output / "two.pt")
+trainer.accelerator.wait_for_everyone()
 torch.distributed.destroy_process_group()
 """
 
