@@ -149,11 +149,11 @@ def _judge_losses(case: Case, check: Check, pictures: list[Supervised], known: b
     if above:
         verdict = Verdict(
             "worse than the unigram",
-            f"scale {above} is predicted worse than by the frequencies of its codes: not trained, trained on other "
-            "codes, or its inputs are not those of the training",
+            f"predicted worse than by the frequencies of codes, at scale {above}: not trained, on other codes, "
+            "or inputs are not those of the training",
             "train longer, or compare codes, inputs and positions with the training's",
         )
-        measured += f"; scale {above} is up to {max(scores):.1f} standard errors above"
+        measured += f"; above it at scale {above}, by up to {max(scores):.1f} standard errors"
         return check.failed(measured, verdict, WARNING, **means)
     return check.passed(measured, **means)
 

@@ -176,7 +176,9 @@ def check_draws(case: Case) -> Finding:
         "entropy, and likely and unlikely ones mix as in independent draws",
     )
     cost, variance, count, excluded = 0.0, 0.0, 0, 0
-    places = []  # of each call and scale: sum of places in the distribution, its variance, sum of fourth moments
+    # sums of places in the distribution, their variances, sums of fourth moments: of each picture's positions of a
+    # scale, and of all pictures'
+    of_pictures, of_calls = [], []
     null = case.example.prompt["negative_input_ids"]  # leaves most open, and a high temperature everything
     open_prompt = {"input_ids": null, "attention_mask": torch.ones_like(null), "negative_input_ids": null}
     open_ended = case.answered(open_prompt, case.example.codes, case.example.schedule)
@@ -208,13 +210,15 @@ def check_draws(case: Case) -> Finding:
                 )  # in narrow dtypes many tie
                 chosen = logits_lV.gather(-1, codes) < least, beyond.gather(-1, codes), place.gather(-1, codes)
                 sums = (*chosen, probs * beyond**2, probs * place**2, probs * place**4)
-                moments += torch.stack([each.double().sum() for each in sums]).cpu()
+                own = torch.stack([each.double().sum() for each in sums]).cpu()
+                moments += own
+                of_pictures.append((float(own[2]), float(own[4]), float(own[5])))
             excluded += int(moments[0])
             cost, variance = cost + float(moments[1]), variance + float(moments[3])
-            places.append((float(moments[2]), float(moments[4]), float(moments[5])))
+            of_calls.append((float(moments[2]), float(moments[4]), float(moments[5])))
             count += drawn[:, sequence.schedule.slice(scale)].numel()
     score = cost / max(variance, 1e-12) ** 0.5
-    spread = _spread_score(places)
+    spread = max(_spread_score(of_pictures), _spread_score(of_calls))
     measured = (
         f"of {count} codes {excluded} are excluded ones; they cost {cost / count:+.3f} nats beyond the entropy "
         f"({score:+.1f} standard errors), and vary {spread:+.1f} deviations more than independent draws"
