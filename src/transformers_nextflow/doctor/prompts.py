@@ -50,7 +50,7 @@ def check_prompts(case: Case) -> Finding:
                 f"the null prompt of {_short(full_text)!r} is {_short(null_text)!r}",
                 Verdict("wrong null prompt", cause, step),
             )
-    return check.passed("all hold, for a text alone and after a picture")
+    return check.passed("ids, texts and null prompts are right, for a text alone and after a picture")
 
 
 def _short(text: str, most: int = 120) -> str:

@@ -44,7 +44,7 @@ def check_files(case: Case) -> Finding:
             "damaged shards", "a file was cut, changed or lost after it was written", "copy or extract the shards anew"
         )
         return check.failed(str(error), verdict)
-    return check.passed(f"{report['rows']} rows, {report['tokens']} tokens in {report['shards']} shards", **report)
+    return check.passed(f"{report['rows']} rows, {report['tokens']} tokens, files: {report['shards']}", **report)
 
 
 def check_whose(case: Case) -> Finding:
@@ -68,7 +68,7 @@ def check_whose(case: Case) -> Finding:
             cause = "shards and model were made with different settings"
         step = "extract the shards anew with this checkpoint, or train with the tokenizer that made them"
         return check.failed(str(error), Verdict(fault, cause, step))
-    return check.passed("all agree")
+    return check.passed("shards and model agree in all of them")
 
 
 def check_round_trip(case: Case) -> Finding:

@@ -485,7 +485,9 @@ def check_prompt_gain(case: Case) -> Finding:
         )
         gains.append(float(after_other - own))
     gain, share = sum(gains) / len(gains), sum(value > 0 for value in gains) / len(gains)
-    measured = f"{share:.0%} of {len(gains)} pictures are; the right text is worth {gain:.1f} nats a picture"
+    measured = (
+        f"{share:.0%} of {len(gains)} pictures are likelier after their own text, worth {gain:.1f} nats a picture"
+    )
     if share >= 0.75:
         return check.passed(measured, gain=gain, share=share)
     if case.packs is None or len(gains) < ENOUGH:

@@ -15,13 +15,13 @@ def check_finite(case: Case) -> Finding:
     tensors = dict(case.model.named_parameters())
     broken = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
     if not broken:
-        return check.passed(f"all {len(tensors)} tensors are")
+        return check.passed(f"all {len(tensors)} tensors are finite")
     verdict = Verdict(
         "damaged weights",
         "training diverged, a narrow dtype overflowed, or a file was damaged",
         "go back to the last checkpoint without; look at the loss and the gradient norm before it",
     )
-    return check.failed(f"{len(broken)} of {len(tensors)} tensors are not, {broken[0]} among them", verdict)
+    return check.failed(f"{len(broken)} of {len(tensors)} tensors are not finite, {broken[0]} among them", verdict)
 
 
 def check_trained(case: Case) -> Finding:
@@ -35,14 +35,19 @@ def check_trained(case: Case) -> Finding:
     tensors = {name: tensor for name, tensor in case.model.named_parameters() if tensor.numel() > 1}
     constant = [name for name, tensor in tensors.items() if bool((tensor == tensor.flatten()[0]).all())]
     if not constant:
-        return check.passed(f"none of {len(tensors)} does")
+        return check.passed(f"none of {len(tensors)} tensors is one number throughout")
     shown = ", ".join(constant[:3]) + (" ..." if len(constant) > 3 else "")
     verdict = Verdict(
         "untrained weights",
         "these tensors were never trained, or were reset or left out when weights were loaded, merged or converted",
         "compare them with the training's own checkpoint",
     )
-    return check.failed(f"{len(constant)} of {len(tensors)} do: {shown}", verdict, WARNING, constant=constant)
+    return check.failed(
+        f"{len(constant)} of {len(tensors)} tensors are one number throughout: {shown}",
+        verdict,
+        WARNING,
+        constant=constant,
+    )
 
 
 def check_code_embeddings(case: Case) -> Finding:
@@ -82,5 +87,6 @@ def check_code_embeddings(case: Case) -> Finding:
             measured = f"codes {where}: alignment {value:.2f}, {score:.1f} standard deviations above chance"
             return check.failed(measured, verdict, WARNING, deviations=scores)
     return check.passed(
-        f"{', '.join(f'{score:.0f}' for score in scores)} standard deviations above chance", deviations=scores
+        f"they agree, {', '.join(f'{score:.0f}' for score in scores)} standard deviations above chance, by table",
+        deviations=scores,
     )
