@@ -31,6 +31,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 from benchmarks.grpo_figures import draw_curves, draw_strips
 from benchmarks.harness import in_processes, interval, machine, report
+from examples.shapes.assemble import IMAGE_GENERATION
 from examples.shapes.evaluate import Evaluator, text_to_image
 from examples.shapes.grammar import CATEGORIES, held_out_prompts
 from examples.shapes.rewards import shapes_judge, training_prompts
@@ -50,7 +51,7 @@ ARMS = ("prefix", "vanilla", "shuffled", "supervised")
 SAMPLERS = {
     "guided": {"guidance_scale": 2.0, "temperature": 1.0},
     "guided-cool": {"guidance_scale": 2.0, "temperature": 0.6},
-    "by-scale": {"guidance_scale": [3.0, 3.0, 1.5, 2.0, 1.0, 1.0], "temperature": [0.6, 0.6, 0.1, 0.3, 0.1, 0.1]},
+    "by-scale": IMAGE_GENERATION,
 }
 # How GRPO may train: what is drawn and whose probabilities count, how far a step goes, what holds it back. Pictures
 # are judged under guidance; `plain` draws without it, `conditional` forgets it in training.

@@ -65,9 +65,9 @@ def score_table(scores: dict) -> str:
     return "\n".join(["| held-out combinations | score (95% interval) |", "|---|---|", *lines])
 
 
-def training_table(log: Path) -> str:
-    """Steps and minutes of every stage that the log holds."""
-    last = {row["stage"]: row for row in map(json.loads, log.read_text().splitlines())}
+def training_table(rows: list[dict]) -> str:
+    """Steps and minutes of every stage that the log's rows are of."""
+    last = {row["stage"]: row for row in rows}
     lines = [
         f"| {name} | {last[stage]['step']:,} of {batch} | {last[stage]['seconds'] / 60:.0f} |"
         for stage, (name, batch) in STAGES.items()
@@ -76,22 +76,22 @@ def training_table(log: Path) -> str:
     return "\n".join(["| stage | steps | minutes |", "|---|---|---|", *lines])
 
 
-def curve_table(log: Path) -> str:
+def curve_table(rows: list[dict]) -> str:
     """Losses of the transformer along its training."""
-    rows = [row for row in map(json.loads, log.read_text().splitlines()) if row["stage"] == "transformer"]
-    rows = list({row["step"]: row for row in rows}.values())  # of steps trained again after a stop, the last
-    names = ["loss_text", *(f"loss_scale_{scale}" for scale in range(1, 7))]
+    # of steps that were trained again after a stop, the last time counts
+    rows = list({row["step"]: row for row in rows if row["stage"] == "transformer"}.values())
+    losses = {"text": "loss_text"} | {f"scale {scale}": f"loss_scale_{scale}" for scale in range(1, 7)}
+    head = ["step", "rate", *losses]
     lines = [
-        f"| {row['step']:,} | {row['learning_rate']:.1e} | " + " | ".join(f"{row[name]:.3f}" for name in names) + " |"
+        [f"{row['step']:,}", f"{row['learning_rate']:.1e}", *(f"{row[name]:.3f}" for name in losses.values())]
         for row in rows
         if row["step"] in CURVE or row is rows[-1]
     ]
-    head = ["| step | rate | text | " + " | ".join(f"scale {k}" for k in range(1, 7)) + " |", "|---" * 9 + "|"]
-    return "\n".join([*head, *lines])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *lines])
 
 
-def card(scores: dict, log: Path) -> str:
-    """The model card."""
+def card(scores: dict, rows: list[dict]) -> str:
+    """The model card; `rows` are the training log's."""
     settings = scores["settings"]
     sampling = {name: settings["sampling"][name] for name in SAMPLING}
     return f"""---
@@ -132,13 +132,13 @@ Sampling: {json.dumps(sampling)}, chosen on the dev split.
 Seeds are fixed in the code and every batch is drawn from (stage, step, process). Hardware: 2 CPU cores with AVX-512
 in bfloat16 ({platform.machine()}), no GPU; some other work shared them, so the minutes are upper bounds.
 
-{training_table(log)}
+{training_table(rows)}
 
 One departure from the recipe: the first 2,250 steps of the transformer had a weight decay of 0.05, the others the
 recipe's 0.5. Mean cross-entropies of the transformer in training, in nats; what a prompt leaves open, such as places
 and sizes, keeps those of scales 1, 2 and 4 from zero:
 
-{curve_table(log)}
+{curve_table(rows)}
 
 Where it differs from the paper: the pixel branch splits windows into two colours and the pattern between them instead
 of a CNN, every scale has entries of its own, the lookup is Euclidean, the transformer's visual inputs are VAR's
@@ -164,7 +164,8 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=CHECKPOINT, help="folder of the checkpoint and its scores.json")
     arguments = parser.parse_args()
     scores = json.loads((arguments.model / "scores.json").read_text())
-    (arguments.model / "README.md").write_text(card(scores, arguments.run / "log.jsonl"))
+    rows = [json.loads(line) for line in (arguments.run / "log.jsonl").read_text().splitlines()]
+    (arguments.model / "README.md").write_text(card(scores, rows))
     table = f"<!-- scores -->\n{score_table(scores)}\n<!-- /scores -->"
     README.write_text(re.sub("<!-- scores -->.*<!-- /scores -->", lambda _: table, README.read_text(), flags=re.S))
 

@@ -162,10 +162,9 @@ def untouched_error(evaluator: Evaluator, drawn: dict[str, list[tuple[Edit, np.n
     rebuilt = [np.asarray(picture) for picture in evaluator.processor.post_process_image(rebuilt)]
     errors = {"done": [], "all": [], "reconstruction": []}
     for (task, picture), own in zip(pairs, rebuilt):
-        error, own_error = (
-            np.square((each.astype(float) - render(task.source))[untouched(task)] / 127.5).mean()
-            for each in (picture, own)
-        )
+        kept = untouched(task)
+        source = render(task.source)[kept].astype(float)
+        error, own_error = (np.square((each[kept] - source) / 127.5).mean() for each in (picture, own))
         errors["all"].append(error)
         errors["reconstruction"].append(own_error)
         if judge_edit(picture, task):

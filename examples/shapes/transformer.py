@@ -29,7 +29,7 @@ DOCUMENTS = 120_000
 EXTRACTION = ExtractionSettings("chat", drop_text=0.1, self_correction=CORRECTION, variants=2, batch_size=64)
 PACK_LENGTH, PACKS = 392, 10  # positions of a pack, packs of a step in each of two processes
 STEPS, PEAK = 6_000, 1.2e-3
-WEIGHT_DECAY = 0.5  # unlearns that some kinds never had some colours, which training would have a model believe
+WEIGHT_DECAY = 0.5  # meant against the belief that a kind never has a colour; its effect alone was not measured
 DECAY_SHARE = 0.25  # of the steps, the last: until then the rate is constant, and a run can be prolonged
 
 
@@ -125,8 +125,15 @@ def train_transformer(folder: Path, tokenizer: PreTrainedTokenizerFast, vq_model
     packs = code_documents(folder, model, new_processor(model, tokenizer), DOCUMENTS, MIXTURE, multiple_of=multiple)
     model = NextFlowForConditionalGeneration.from_pretrained(folder / "start")
     processor = NextFlowProcessor.from_pretrained(folder / "start")
-    schedule = {"num_decay_steps": int(DECAY_SHARE * STEPS), "min_lr_ratio": 0.02, "decay_type": "linear"}
-    values = {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": schedule}
-    values |= {"weight_decay": WEIGHT_DECAY, "save_steps": 250}
+    values = {
+        "lr_scheduler_type": "warmup_stable_decay",
+        "lr_scheduler_kwargs": {
+            "num_decay_steps": int(DECAY_SHARE * STEPS),
+            "min_lr_ratio": 0.02,
+            "decay_type": "linear",
+        },
+        "weight_decay": WEIGHT_DECAY,
+        "save_steps": 250,
+    }
     kwargs = {"values": values, "processing_class": processor}
     finish(new_trainer(folder / "transformer", model, processor, packs, PACKS, STEPS, seed=0, **kwargs))

@@ -20,8 +20,9 @@ def load_saved_decoder(name: str) -> NextFlowDecoderMixin:
     """
     with naming(f"the model_index.json in {name}"):
         found = DiffusionPipeline.load_config(name).get("_class_name")
-    classes = {decoder.__name__: decoder for decoder in DECODERS}
-    if found not in list(classes):
-        raise ValueError(f"{name} must hold a diffusion decoder ({', '.join(classes)}), got a {found}")
-    with naming(f"the decoder in {name}"):
-        return classes[found].from_pretrained(name)
+    for decoder in DECODERS:
+        if decoder.__name__ == found:
+            with naming(f"the decoder in {name}"):
+                return decoder.from_pretrained(name)
+    known = ", ".join(decoder.__name__ for decoder in DECODERS)
+    raise ValueError(f"{name} must hold a diffusion decoder ({known}), got a {found}")

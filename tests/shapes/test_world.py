@@ -208,7 +208,7 @@ def test_captions_read_back_and_tell_scenes_apart():
 def test_a_caption_names_objects_in_reading_order_and_equal_ones_together():
     objects = tuple(
         world.Object(kind, "red", "small", y, x)
-        for kind, y, x in (("ring", 44, 44), ("circle", 12, 44), ("ring", 12, 12), ("square", 44, 12))
+        for kind, y, x in (("square", 44, 12), ("ring", 44, 44), ("circle", 12, 44), ("ring", 12, 12))
     )
     text = grammar.caption(world.Scene(64, 64, "gray", objects))
     assert text == "two small red rings, a small red circle, a small red square on a gray background"

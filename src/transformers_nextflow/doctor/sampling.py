@@ -1,6 +1,7 @@
 """Checks of next-scale decoding: the same steps as in training, guidance, draws, and where quality is lost."""
 
 from dataclasses import replace
+from statistics import fmean
 
 import torch
 
@@ -198,25 +199,15 @@ def check_draws(case: Case) -> Finding:
         )
         drawn = output.sequences - case.config.text_vocab_size
         for scale, logits in enumerate(output.logits):
-            moments = torch.zeros(6, dtype=torch.float64)
-            for logits_lV, codes_l in zip(logits, drawn[:, sequence.schedule.slice(scale)]):
-                probs = kept_probabilities(logits_lV, temperature[scale], top_k[scale], top_p[scale])
-                codes = codes_l[:, None].clamp(0, probs.shape[-1] - 1)
-                beyond = (-probs.log() - torch.special.entr(probs).sum(-1, keepdim=True)).masked_fill(probs == 0, 0)
-                ordered, order = probs.sort(dim=-1, descending=True)
-                place = torch.zeros_like(probs).scatter(-1, order, ordered.cumsum(-1) - ordered / 2 - 0.5)
-                least = logits_lV.masked_fill(probs == 0, torch.inf).amin(
-                    -1, keepdim=True
-                )  # in narrow dtypes many tie
-                chosen = logits_lV.gather(-1, codes) < least, beyond.gather(-1, codes), place.gather(-1, codes)
-                sums = (*chosen, probs * beyond**2, probs * place**2, probs * place**4)
-                own = torch.stack([each.double().sum() for each in sums]).cpu()
-                moments += own
-                of_pictures.append((float(own[2]), float(own[4]), float(own[5])))
-            excluded += int(moments[0])
-            cost, variance = cost + float(moments[1]), variance + float(moments[3])
-            of_calls.append((float(moments[2]), float(moments[4]), float(moments[5])))
-            count += drawn[:, sequence.schedule.slice(scale)].numel()
+            codes_Bl = drawn[:, sequence.schedule.slice(scale)]
+            settings = temperature[scale], top_k[scale], top_p[scale]
+            pictures = [_moments(*each, *settings) for each in zip(logits, codes_Bl)]
+            of_pictures += [moments[3:].tolist() for moments in pictures]
+            total = torch.stack(pictures).sum(0)
+            of_calls.append(total[3:].tolist())
+            excluded += int(total[0])
+            cost, variance = cost + float(total[1]), variance + float(total[2])
+            count += codes_Bl.numel()
     score = cost / max(variance, 1e-12) ** 0.5
     spread = max(_spread_score(of_pictures), _spread_score(of_calls))
     measured = (
@@ -239,7 +230,25 @@ def check_draws(case: Case) -> Finding:
     return check.passed(measured, **figures)
 
 
-def _spread_score(sums: list[tuple[float, float, float]]) -> float:
+def _moments(
+    logits_lV: torch.Tensor, codes_l: torch.Tensor, temperature: float, top_k: int, top_p: float
+) -> torch.Tensor:
+    """(6,) float64 sums over the codes drawn for a picture's scale: how many the settings exclude; -log p beyond the
+    entropy, its variance; places in the distribution (-1/2 the likeliest, 1/2 the least), their variance, their fourth
+    moment."""
+    probs = kept_probabilities(logits_lV, temperature, top_k, top_p)
+    codes = codes_l[:, None].clamp(0, probs.shape[-1] - 1)
+    least = logits_lV.masked_fill(probs == 0, torch.inf).amin(-1, keepdim=True)  # in narrow dtypes many tie
+    excluded = logits_lV.gather(-1, codes) < least
+    beyond = (-probs.log() - torch.special.entr(probs).sum(-1, keepdim=True)).masked_fill(probs == 0, 0)
+    ordered, order = probs.sort(dim=-1, descending=True)
+    place = torch.zeros_like(probs).scatter(-1, order, ordered.cumsum(-1) - ordered / 2 - 0.5)
+    of_costs = beyond.gather(-1, codes), probs * beyond**2
+    of_places = place.gather(-1, codes), probs * place**2, probs * place**4
+    return torch.stack([each.double().sum() for each in (excluded, *of_costs, *of_places)]).cpu()
+
+
+def _spread_score(sums: list[list[float]]) -> float:
     """How far squares of sums of independent deviations lie above their variances, in deviations (Wilson and
     Hilferty's cube root of a chi-square); sums that one term may dominate are left out."""
     squares = [total**2 / variance for total, variance, fourth in sums if 0 < fourth <= variance**2]
@@ -286,7 +295,7 @@ def check_ladder(case: Case) -> Finding:
     case.curves["what codes cost, nats a code"] = {name: means[name] for name in COSTS}
     drops = [before - after for before, after in zip(means["error"], means["error"][1:])]
     worst = max(range(most), key=drops.__getitem__)
-    of_picture = {name: torch.tensor([_mean(row) for row in rows]) for name, rows in costs.items()}
+    of_picture = {name: torch.tensor([fmean(row) for row in rows]) for name, rows in costs.items()}
     guilty, reason = _guilty(likeness_of.of_tokenizer(), means["likeness"][0], *of_picture.values())
     measured = (
         f"over {len(sequences)} pictures, with 0, 1, .. {most} scales given the error is "
@@ -316,12 +325,8 @@ its data and itself."""
 SETTINGS = "the settings of sampling"
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
 def _by_scale(rows: list[list[float]]) -> list[float]:
-    return [_mean([row[at] for row in rows if at < len(row)]) for at in range(max(map(len, rows)))]
+    return [fmean([row[at] for row in rows if at < len(row)]) for at in range(max(map(len, rows)))]
 
 
 def _cost(log_probs: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
@@ -369,7 +374,7 @@ class Likeness:
         values = [
             self(self.case.vq_model.decode(each.codes, each.schedule.final_grid), each.pixels) for each in groups
         ]
-        return _mean(values)
+        return fmean(values)
 
 
 def _guilty(
