@@ -20,9 +20,10 @@ IMAGE_GENERATION = {
 
 
 def assemble(folder: Path) -> tuple[NextFlowForConditionalGeneration, NextFlowProcessor]:
-    """Model and processor of a run, in float32: its last transformer, finished or not, and its enlarged decoder."""
-    transformer = folder / "transformer"
-    last = transformer if is_finished(transformer) else get_last_checkpoint(transformer)
+    """Model and processor of a run, in float32: its transformer, the tuned one once that is finished, and its enlarged
+    decoder."""
+    stages = [folder / stage for stage in ("tuning", "transformer") if is_finished(folder / stage)]
+    last = stages[0] if stages else get_last_checkpoint(folder / "transformer")
     model = NextFlowForConditionalGeneration.from_pretrained(last)
     if is_finished(folder / "decoder"):
         model.model.vq_model = NextFlowVQModel.from_pretrained(folder / "decoder")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .evaluate import CHECKPOINT
 from .tokenizer import BATCH, TEACHER_BATCH
-from .transformer import DOCUMENTS, EXTRACTION, PACK_LENGTH, PACKS
+from .transformer import DOCUMENTS, EXTRACTION, PACK_LENGTH, PACKS, TUNING_DOCUMENTS
 
 README = Path(__file__).parents[2] / "README.md"
 CATEGORIES = {
@@ -34,6 +34,10 @@ STAGES = {
         "transformer",
         f"{2 * PACKS} packs of at most {PACK_LENGTH} positions: {DOCUMENTS:,} documents, {EXTRACTION.variants} "
         "self-corrected codings of each picture",
+    ),
+    "tuning": (
+        "the same, its cues under noise",
+        f"{2 * PACKS} packs: {TUNING_DOCUMENTS:,} documents, more captions and removals among them",
     ),
     "decoder": ("pixel decoder alone, twice as deep", f"{BATCH} pictures"),
 }
@@ -76,10 +80,10 @@ def training_table(rows: list[dict]) -> str:
     return "\n".join(["| stage | steps | minutes |", "|---|---|---|", *lines])
 
 
-def curve_table(rows: list[dict]) -> str:
-    """Losses of the transformer along its training."""
+def curve_table(rows: list[dict], stage: str) -> str:
+    """Losses of the transformer along a stage."""
     # of steps that were trained again after a stop, the last time counts
-    rows = list({row["step"]: row for row in rows if row["stage"] == "transformer"}.values())
+    rows = list({row["step"]: row for row in rows if row["stage"] == stage}.values())
     losses = {"text": "loss_text"} | {f"scale {scale}": f"loss_scale_{scale}" for scale in range(1, 7)}
     head = ["step", "rate", *losses]
     lines = [
@@ -138,7 +142,13 @@ One departure from the recipe: the first 2,250 steps of the transformer had a we
 recipe's 0.5. Mean cross-entropies of the transformer in training, in nats; what a prompt leaves open, such as places
 and sizes, keeps those of scales 1, 2 and 4 from zero:
 
-{curve_table(rows)}
+{curve_table(rows, "transformer")}
+
+The tuning repeats it on other documents, with noise on its inputs (`examples/shapes/noise.py`): a share of the words
+of answers, and of the colours of pictures that are described or drawn, is replaced by others. Its losses are under
+that noise:
+
+{curve_table(rows, "tuning")}
 
 Where it differs from the paper: the pixel branch splits windows into two colours and the pattern between them instead
 of a CNN, every scale has entries of its own, the lookup is Euclidean, the transformer's visual inputs are VAR's

@@ -4,7 +4,9 @@ A small UNet on the pixels of pictures at twice the size of the coded ones, trai
 goes. Stopped, the same command goes on. `decoder/` in the output, a pipeline's folder with the vision tokenizer, is
 what `checkpoints/nextflow-shapes-decoder` holds.
 
-- Latents are patches of 4 x 4 pixels, so that the UNet's coarsest resolution is the codes' own grid.
+- Latents are the frequencies of patches of 4 x 4 pixels, so that the UNet's coarsest resolution is the codes' grid.
+  Each is divided by the root of its standard deviation, which is between pixels, where flat areas come out grainy, and
+  equal variances, where the mean of a patch is one of sixteen numbers of equal weight.
 - The picture itself is predicted, down to pure noise: codes nearly determine it, so few steps suffice, while velocity
   would carry the noise of 48 channels through a UNet 64 wide, which leaves much of it in the picture.
 - Codes say all of a scene. No layer reads the caption, and the text encoder, which the pipeline has, is a token one.
@@ -62,7 +64,7 @@ class ShapesBatches(Dataset):
 def new_decoder(vq_model: NextFlowVQModel, widths: tuple[int, ...] = WIDTHS, seed: int = 0) -> NextFlowDecoderPipeline:
     """The untrained pipeline."""
     torch.manual_seed(seed)
-    vae, tokenizer = PixelAutoencoder(), letter_tokenizer()
+    vae, tokenizer = PixelAutoencoder(frequency_scales=frequency_scales()), letter_tokenizer()
     unet = UNet2DConditionModel(
         sample_size=32,
         in_channels=vae.config.latent_channels + widths[0],
@@ -85,12 +87,22 @@ def new_decoder(vq_model: NextFlowVQModel, widths: tuple[int, ...] = WIDTHS, see
             prediction_type="sample",
             rescale_betas_zero_snr=True,
             timestep_spacing="trailing",
+            steps_offset=1,  # which this spacing does not read; its default warns
             clip_sample=False,
             set_alpha_to_one=True,
         ),
         conditioner=NextFlowConditioner.for_backbone(vq_model.config, unet, UPSCALE),
         vq_model=vq_model,
     )
+
+
+def frequency_scales(batches: int = 16) -> list[float]:
+    """Roots of the standard deviations of the frequencies over training pictures, all colours together."""
+    pictures = ShapesBatches(BATCH, UPSCALE, seed=1)
+    latents = [PixelAutoencoder().encode(pictures[number]["pixel_values"]).latents for number in range(batches)]
+    # (B, 3 * frequencies, H, W) -> (frequencies, all else)
+    values = torch.cat([each.unflatten(1, (3, -1)).movedim(2, 0).flatten(1) for each in latents], 1)
+    return [round(float(value), 4) for value in values.std(1).sqrt()]
 
 
 def letter_tokenizer() -> CLIPTokenizer:

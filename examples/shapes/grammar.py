@@ -533,8 +533,8 @@ def _sample_vqa(rng: random.Random, height: int, width: int) -> Document:
     return Document("vqa", ask(rng, scene), (scene,))
 
 
-def _sample_edit_document(rng: random.Random, height: int, width: int) -> Document:
-    edit = sample_edit(rng, height, width)
+def _sample_edit_document(rng: random.Random, height: int, width: int, operation: str | None = None) -> Document:
+    edit = sample_edit(rng, height, width, operation)
     return Document("edit", (edit.text,), (edit.source, edit.target))
 
 
@@ -588,10 +588,14 @@ _SAMPLERS: dict[str, Callable[[random.Random, int, int], Document]] = {
 
 
 def sample_document(rng: random.Random, task: str, canvas: tuple[int, int] = (64, 64)) -> Document:
-    """Draw a training document of one of `TASKS` whose scenes are `canvas` = (height, width) pixels."""
+    """Draw a training document of one of `TASKS`, or of "edit/remove" and the like; its scenes are `canvas` = (height,
+    width) pixels."""
+    task, _, operation = task.partition("/")
     if task not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
-    return _SAMPLERS[task](rng, *canvas)
+    if operation and task != "edit":
+        raise ValueError(f"only edits have operations, got {task}/{operation}")
+    return _sample_edit_document(rng, *canvas, operation) if operation else _SAMPLERS[task](rng, *canvas)
 
 
 def all_texts(rng: random.Random, n: int) -> Iterator[str]:

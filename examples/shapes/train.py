@@ -9,9 +9,9 @@ from pathlib import Path
 
 from .text import train_text_tokenizer
 from .tokenizer import train_decoder, train_joint, train_pixel, train_teacher
-from .transformer import train_transformer
+from .transformer import train_transformer, tune_transformer
 
-STAGES = ("pixel", "teacher", "joint", "transformer", "decoder")
+STAGES = ("pixel", "teacher", "joint", "transformer", "tuning", "decoder")
 
 
 def main() -> None:
@@ -29,7 +29,9 @@ def main() -> None:
         vq_model = train_joint(folder, vq_model, teacher)
     if last >= 3:
         train_transformer(folder, text_tokenizer, vq_model)
-    if last >= 4:  # the codes do not depend on it
+    if last >= 4:
+        tune_transformer(folder)
+    if last >= 5:  # the codes do not depend on it
         train_decoder(folder, vq_model)
 
 

@@ -1,5 +1,6 @@
 """Training of the transformer: documents are coded and packed once, then text and codes are trained on together."""
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from transformers_nextflow.training import NextFlowTrainer, NextFlowTrainingArgu
 
 from .documents import build_packs
 from .muon import MuonWithAdamW
+from .noise import NoisyPacks
 from .sizes import nextflow_config
 from .stages import finish, is_finished, processes, settings
 
@@ -31,6 +33,12 @@ PACK_LENGTH, PACKS = 392, 10  # positions of a pack, packs of a step in each of 
 STEPS, PEAK = 6_000, 1.2e-3
 WEIGHT_DECAY = 0.5  # meant against the belief that a kind never has a colour; its effect alone was not measured
 DECAY_SHARE = 0.25  # of the steps, the last: until then the rate is constant, and a run can be prolonged
+
+# the tuning: captions and edits weigh more, of edits those that must find an object before anything is drawn
+TUNING_MIXTURE = {"t2i": 0.25, "caption": 0.3, "vqa": 0.03, "edit": 0.22, "edit/remove": 0.2}
+TUNING_DOCUMENTS = 48_000
+TUNING_EXTRACTION = dataclasses.replace(EXTRACTION, seed=1)
+TUNING_STEPS, TUNING_PEAK, TUNING_DECAY_SHARE = 1_600, 5e-4, 0.9
 
 
 def new_model(
@@ -96,6 +104,7 @@ def new_trainer(
     seed: int,
     trainer_class: type[NextFlowTrainer] = NextFlowTrainer,
     values: dict | None = None,
+    dataset_class: type[PackedDataset] = PackedDataset,
     **kwargs,
 ) -> NextFlowTrainer:
     """Of everything but the vision tokenizer, on packs in an order by `seed`.
@@ -103,6 +112,7 @@ def new_trainer(
     Args:
         packs_of_a_step: of each process.
         values: training arguments beside the recipe's.
+        dataset_class: of the packs.
         kwargs: of `trainer_class`.
     """
     model.model.vq_model.requires_grad_(False)
@@ -111,8 +121,8 @@ def new_trainer(
         layer.compile(dynamic=True)
     values = settings(steps, PEAK) | {"per_device_train_batch_size": packs_of_a_step, "seed": seed} | (values or {})
     arguments = NextFlowTrainingArguments(output, **values)
-    optimizers = new_optimizer(model, arguments, PEAK), None
-    dataset = PackedDataset(packs, model, processor, seed=seed)
+    optimizers = new_optimizer(model, arguments, arguments.learning_rate), None
+    dataset = dataset_class(packs, model, processor, seed=seed)
     return trainer_class(model, arguments, train_dataset=dataset, optimizers=optimizers, **kwargs)
 
 
@@ -124,16 +134,40 @@ def train_transformer(folder: Path, tokenizer: PreTrainedTokenizerFast, vq_model
     multiple = 2 * PACKS  # two processes share a step
     packs = code_documents(folder, model, new_processor(model, tokenizer), DOCUMENTS, MIXTURE, multiple_of=multiple)
     model = NextFlowForConditionalGeneration.from_pretrained(folder / "start")
+    _train(folder, "transformer", model, packs, PEAK, STEPS, DECAY_SHARE)
+
+
+def tune_transformer(folder: Path) -> None:
+    """The same again on documents of another mixture and inputs under noise."""
+    if is_finished(folder / "tuning"):
+        return
+    model = NextFlowForConditionalGeneration.from_pretrained(folder / "transformer")
     processor = NextFlowProcessor.from_pretrained(folder / "start")
+    data = folder / "tuning_data"
+    parts = data, model, processor, TUNING_DOCUMENTS, TUNING_MIXTURE, TUNING_EXTRACTION
+    packs = code_documents(*parts, multiple_of=2 * PACKS)
+    _train(folder, "tuning", model, packs, TUNING_PEAK, TUNING_STEPS, TUNING_DECAY_SHARE, dataset_class=NoisyPacks)
+
+
+def _train(
+    folder: Path,
+    stage: str,
+    model: NextFlowForConditionalGeneration,
+    packs: Path,
+    peak: float,
+    steps: int,
+    decay_share: float,
+    **kwargs,
+) -> None:
+    """A stage at a constant rate that falls to nearly nothing over a share of its steps, the last."""
+    processor = NextFlowProcessor.from_pretrained(folder / "start")
+    decay = {"num_decay_steps": int(decay_share * steps), "min_lr_ratio": 0.02, "decay_type": "linear"}
     values = {
+        "learning_rate": peak,
         "lr_scheduler_type": "warmup_stable_decay",
-        "lr_scheduler_kwargs": {
-            "num_decay_steps": int(DECAY_SHARE * STEPS),
-            "min_lr_ratio": 0.02,
-            "decay_type": "linear",
-        },
+        "lr_scheduler_kwargs": decay,
         "weight_decay": WEIGHT_DECAY,
         "save_steps": 250,
     }
-    kwargs = {"values": values, "processing_class": processor}
-    finish(new_trainer(folder / "transformer", model, processor, packs, PACKS, STEPS, seed=0, **kwargs))
+    kwargs |= {"values": values, "processing_class": processor}
+    finish(new_trainer(folder / stage, model, processor, packs, PACKS, steps, seed=0, **kwargs))

@@ -77,6 +77,8 @@ def short(monkeypatch, tmp_path):
     monkeypatch.setattr(tokenizer, "CODEBOOK_BATCH", 8)
     monkeypatch.setattr(transformer, "DOCUMENTS", 60)
     monkeypatch.setattr(transformer, "STEPS", 2)
+    monkeypatch.setattr(transformer, "TUNING_DOCUMENTS", 60)
+    monkeypatch.setattr(transformer, "TUNING_STEPS", 2)
     monkeypatch.setattr(transformer, "PACKS", 4)
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **kwargs: None)
     monkeypatch.setattr("examples.shapes.stages.LOGGING_STEPS", 1)
@@ -94,7 +96,7 @@ def test_the_stages_lead_to_a_checkpoint_and_run_once(short):
     assert processor.post_process_image(model.decode_image_tokens(tokens, (8, 8)))[0].size == (64, 64)
     rows = [json.loads(line) for line in (short / "log.jsonl").read_text().splitlines()]
     assert [(row["stage"], row["step"]) for row in rows] == [
-        (stage, step) for stage in ("pixel", "teacher", "joint", "transformer", "decoder") for step in (1, 2)
+        (stage, step) for stage in ("pixel", "teacher", "joint", "transformer", "tuning", "decoder") for step in (1, 2)
     ]
     train.main()
     assert len((short / "log.jsonl").read_text().splitlines()) == len(rows)

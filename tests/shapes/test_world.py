@@ -322,6 +322,23 @@ def test_the_corpus_has_a_small_vocabulary_and_covers_evaluation():
             assert set(request.text.split()) <= words
 
 
+@pytest.mark.parametrize("operation", EDITS)
+def test_documents_of_one_operation_are_edits_of_it(operation):
+    rng = random.Random(operation)
+    for document in (grammar.sample_document(rng, f"edit/{operation}") for _ in range(20)):
+        source, target = document.scenes
+        left, came = set(source.objects) - set(target.objects), set(target.objects) - set(source.objects)
+        changes = {
+            "recolour": [item.kind for item in left] == [item.kind for item in came] != [],
+            "kind": [item.colour for item in left] == [item.colour for item in came] != [],
+            "remove": len(left) == 1 and not came,
+            "add": len(came) == 1 and not left,
+            "background": source.background != target.background,
+        }
+        assert [name for name, changed in changes.items() if changed] == [operation]
+        assert grammar.shows_nothing_held_out(source, target)
+
+
 def test_wrong_arguments_are_named():
     rng = random.Random(0)
     with pytest.raises(ValueError, match="got 5"):
@@ -330,6 +347,10 @@ def test_wrong_arguments_are_named():
         world.sample_scene(rng, 20, 20, num_objects=2)
     with pytest.raises(ValueError, match="got 'poem'"):
         grammar.sample_document(rng, "poem")
+    with pytest.raises(ValueError, match="got caption/remove"):
+        grammar.sample_document(rng, "caption/remove")
+    with pytest.raises(ValueError, match="got 'tickle'"):
+        grammar.sample_document(rng, "edit/tickle")
     with pytest.raises(ValueError, match="got 'scene'"):
         grammar.held_out_prompts("scene", 1, 0)
     with pytest.raises(ValueError, match="got 'train'"):
