@@ -9,6 +9,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor, NextFlowVQModel
 
 from .stages import is_finished
+from .transformer import tuned
 
 CODES_DEPEND_ON = ("semantic_encoder", "semantic_to_code", "pixel_encoder", "quantizer")
 # Chosen on the dev split: which cells are taken and what stands in them is guided; what follows from earlier scales
@@ -20,11 +21,11 @@ IMAGE_GENERATION = {
 
 
 def assemble(folder: Path) -> tuple[NextFlowForConditionalGeneration, NextFlowProcessor]:
-    """Model and processor of a run, in float32: its transformer, the tuned one once that is finished, and its enlarged
-    decoder."""
-    stages = [folder / stage for stage in ("tuning", "transformer") if is_finished(folder / stage)]
-    last = stages[0] if stages else get_last_checkpoint(folder / "transformer")
-    model = NextFlowForConditionalGeneration.from_pretrained(last)
+    """Model and processor of a run, in float32: its last transformer, finished or not, and its enlarged decoder."""
+    if is_finished(folder / "transformer"):
+        model = tuned(folder)
+    else:
+        model = NextFlowForConditionalGeneration.from_pretrained(get_last_checkpoint(folder / "transformer"))
     if is_finished(folder / "decoder"):
         model.model.vq_model = NextFlowVQModel.from_pretrained(folder / "decoder")
         model.config.vq_config = model.model.vq_model.config

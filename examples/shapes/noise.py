@@ -14,7 +14,9 @@ import numpy as np
 from transformers_nextflow.data import PackedDataset
 from transformers_nextflow.losses import IGNORE
 
-MOST_WORDS = 0.3  # each pack draws the share of its words that are replaced from [0, MOST_WORDS]
+# Each pack draws the share of its words that are replaced from [0, MOST_WORDS], each picture that of its colours from
+# [0, 1].
+MOST_WORDS = 0.3
 COLOUR_SCALES = (0, 2, 4)  # of the tokenizer's six
 
 

@@ -9,6 +9,8 @@ import torch
 from examples.shapes import tokenizer, train, transformer
 from examples.shapes.assemble import assemble
 from examples.shapes.muon import MuonWithAdamW
+from examples.shapes.transformer import TUNED_SHARE
+from transformers_nextflow import NextFlowForConditionalGeneration
 
 
 def parameters(seed: int = 0) -> dict[str, torch.nn.Parameter]:
@@ -90,13 +92,19 @@ def test_the_stages_lead_to_a_checkpoint_and_run_once(short):
     train.main()
     model, processor = assemble(short)
     assert model.config.vq_config.decoder_blocks == 2
+    names = ("transformer", "tuning", "tuning_2")
+    stages = [NextFlowForConditionalGeneration.from_pretrained(short / name) for name in names]
+    first, second, third = (stage.model.language_model.layers[0].mlp.up_proj.weight for stage in stages)
+    mixed = TUNED_SHARE * third + (1 - TUNED_SHARE) * (TUNED_SHARE * second + (1 - TUNED_SHARE) * first)
+    torch.testing.assert_close(model.model.language_model.layers[0].mlp.up_proj.weight, mixed)
+    assert (third - second).abs().max() > 1e-5 < (second - first).abs().max()
     message = [{"role": "user", "content": "a large red circle"}]
     inputs = processor.apply_chat_template(message, generation_mode="image")
     tokens = model.generate(**inputs, generation_mode="image", seed=0)
     assert processor.post_process_image(model.decode_image_tokens(tokens, (8, 8)))[0].size == (64, 64)
     rows = [json.loads(line) for line in (short / "log.jsonl").read_text().splitlines()]
     assert [(row["stage"], row["step"]) for row in rows] == [
-        (stage, step) for stage in ("pixel", "teacher", "joint", "transformer", "tuning", "decoder") for step in (1, 2)
+        (stage, step) for stage in ("pixel", "teacher", "joint", *names, "decoder") for step in (1, 2)
     ]
     train.main()
     assert len((short / "log.jsonl").read_text().splitlines()) == len(rows)
