@@ -36,7 +36,8 @@ def test_shell_commands_run(tmp_path):
         run = [sys.executable, "-m", "transformers_nextflow", *arguments]
         done = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
-    assert {path.name for path in tmp_path.iterdir()} == {"picture.png", "edited.png", "reconstruction.png"}
+    written = {"picture.png", "edited.png", "reconstruction.png", "large.png"}
+    assert {path.name for path in tmp_path.iterdir()} == written
 
 
 def test_make_targets_of_the_readme_exist():

@@ -33,11 +33,18 @@ def assemble(folder: Path) -> tuple[NextFlowForConditionalGeneration, NextFlowPr
     return model.eval(), NextFlowProcessor.from_pretrained(folder / "start")
 
 
+def halve(vq_model: NextFlowVQModel) -> None:
+    """All that codes do not depend on in bfloat16."""
+    for name, part in vq_model.named_children():
+        if name not in CODES_DEPEND_ON:
+            part.bfloat16()
+
+
 def save(model: NextFlowForConditionalGeneration, processor: NextFlowProcessor, output: Path) -> None:
     """What codes depend on is stored in float32, everything else in bfloat16; all loads as float32."""
-    vq_model = model.model.vq_model
-    for name, part in [*model.model.named_children(), *model.named_children(), *vq_model.named_children()]:
-        if name not in ("model", "vq_model", "code_embeddings", *CODES_DEPEND_ON):
+    halve(model.model.vq_model)
+    for name, part in [*model.model.named_children(), *model.named_children()]:
+        if name not in ("model", "vq_model", "code_embeddings"):
             part.bfloat16()
     model.save_pretrained(output)
     for config in (model.config, model.config.text_config, model.config.vq_config):

@@ -29,6 +29,7 @@ from transformers_nextflow.cli import model_name
 from transformers_nextflow.files import output_folder
 from transformers_nextflow.loading import load_vq_model
 
+from .assemble import halve
 from .data import sample_canvas, to_pixel_values
 from .grammar import describe_scene
 from .world import render, sample_scene
@@ -164,10 +165,13 @@ def main() -> None:
 
 
 def export(trained: Path, folder: Path) -> None:
-    """The trained pipeline as it is shipped: the UNet in half precision, which loads as float32."""
+    """The trained pipeline as it is shipped: what codes do not depend on in half precision; all loads as float32."""
     pipe = NextFlowDecoderPipeline.from_pretrained(trained)
     pipe.unet.to(torch.float16)
+    halve(pipe.vq_model)
     pipe.save_pretrained(folder)
+    pipe.vq_model.config.dtype = torch.float32
+    pipe.vq_model.config.save_pretrained(folder / "vq_model")
 
 
 if __name__ == "__main__":

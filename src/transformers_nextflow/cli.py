@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .processing_nextflow import NextFlowProcessor
 
 SHAPES_MODEL = Path(__file__).parents[2] / "checkpoints" / "nextflow-shapes"  # in a checkout of the repository
+SHAPES_DECODER = SHAPES_MODEL.with_name("nextflow-shapes-decoder")
 
 DECODERS = ("vq", "diffusion")
 DECODER_GROUP = "transformers_nextflow.decoders"  # of entry points: each loads decoders of its name from a folder
@@ -79,11 +80,14 @@ def load_decoder(args: argparse.Namespace, vq_model: "NextFlowVQModel") -> "Diff
         if args.decoder_model is not None or args.decoder_steps is not None:
             raise ValueError("--decoder-model and --decoder-steps belong to --decoder diffusion")
         return None
-    if args.decoder_model is None:
+    name = args.decoder_model
+    if name is None and args.model is None and SHAPES_DECODER.is_dir():
+        name = str(SHAPES_DECODER)
+    if name is None:
         raise ValueError("--decoder diffusion needs --decoder-model, a folder or Hub id")
     if args.decoder_steps is not None and args.decoder_steps < 1:
         raise ValueError(f"--decoder-steps must be positive, got {args.decoder_steps}")
-    name = model_name(args.decoder_model)
+    name = model_name(name)
     decoder = decoder_loader(args.decoder)(name)
     if decoder.vq_model is not None:
         ours, theirs = vq_model.quantizer.state_dict(), decoder.vq_model.quantizer.state_dict()
@@ -192,7 +196,11 @@ def add_picture_options(parser: argparse.ArgumentParser, aspect_ratio: str) -> N
         default=DECODERS[0],
         help="what draws the pixels: the vision tokenizer, or a diffusion model (default: %(default)s)",
     )
-    decoder.add_argument("--decoder-model", metavar="NAME", help="local folder or Hub id of a diffusion decoder")
+    decoder.add_argument(
+        "--decoder-model",
+        metavar="NAME",
+        help="local folder or Hub id of a diffusion decoder (default: of the default model, its own)",
+    )
     decoder.add_argument("--decoder-steps", type=int, metavar="N", help="of denoising (default: the pipeline's)")
 
 

@@ -22,7 +22,7 @@ from PIL import Image
 from benchmarks.diffusion_decoder import edge_error, held_out_scenes, measure, reduced, sheet
 from diffusers_nextflow import NextFlowPipeline, PixelAutoencoder
 from examples import train_diffusion_decoder
-from examples.shapes.diffusion_decoder import ShapesBatches, export, new_decoder
+from examples.shapes.diffusion_decoder import CHECKPOINT, ShapesBatches, export, new_decoder
 from examples.shapes.world import is_training_scene, render
 from tests.diffusers.tiny_decoders import stock_components, stock_pipeline
 from transformers_nextflow.loading import load_vq_model
@@ -66,13 +66,31 @@ def test_script_trains_and_exports(trained, pipe):
     assert json.loads((trained / "trained" / "log.jsonl").read_text().splitlines()[-1])["step"] == 2
     sheet = Image.open(trained / "trained" / "validation" / "step-2.png")
     assert sheet.width in (2 * 128, 2 * 192) and sheet.height in (2 * 128, 2 * 192)
-    assert {parameter.dtype for parameter in pipe.unet.parameters()} == {torch.float32}
-    whole = DiffusionPipeline.from_pretrained(trained / "trained").unet.state_dict()
+    parts = pipe.unet, pipe.vq_model, pipe.conditioner
+    assert {parameter.dtype for part in parts for parameter in part.parameters()} == {torch.float32}
+    whole = DiffusionPipeline.from_pretrained(trained / "trained")
     for name, weight in pipe.unet.state_dict().items():
-        assert torch.equal(weight, whole[name].half().float())
+        assert torch.equal(weight, whole.unet.state_dict()[name].half().float())
+    for name, weight in pipe.vq_model.state_dict().items():  # the shipped ones, which are so already
+        assert torch.equal(weight, whole.vq_model.state_dict()[name])
     new = DiffusionPipeline.from_pretrained(trained / "new")
     assert not torch.equal(new.conditioner.projection.weight, pipe.conditioner.projection.weight)
     assert pipe.conditioner.config.upscale == 2
+
+
+def test_the_default_model_has_a_decoder_of_its_own(console, install):
+    install()
+    options = ("generate", "a red circle", "--seed", 3, "--decoder", "diffusion", "--decoder-steps", 4)
+    for name, more in (("own.png", ()), ("named.png", ("--decoder-model", CHECKPOINT))):
+        status, _, err = console(*options, *more, "--output", name, model=None)
+        assert status == 0, err
+    assert Image.open("own.png").tobytes() == Image.open("named.png").tobytes()
+    red, green, blue = np.asarray(Image.open("own.png"), dtype=int).transpose(2, 0, 1)
+    assert 100 < ((red > 180) & (green < 90) & (blue < 90)).sum() < 64 * 64  # of 128 x 128
+
+
+def test_the_shipped_decoder_is_small():
+    assert sum(path.stat().st_size for path in CHECKPOINT.rglob("*") if path.is_file()) < 25_000_000
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+from diffusers_nextflow import NextFlowDecoderPipeline as Pipeline  # noqa: F401
