@@ -29,6 +29,7 @@ def assemble(folder: Path) -> tuple[NextFlowForConditionalGeneration, NextFlowPr
     if is_finished(folder / "decoder"):
         model.model.vq_model = NextFlowVQModel.from_pretrained(folder / "decoder")
         model.config.vq_config = model.model.vq_model.config
+        model.config.vq_config._name_or_path = ""
     model.config.image_generation |= IMAGE_GENERATION
     return model.eval(), NextFlowProcessor.from_pretrained(folder / "start")
 

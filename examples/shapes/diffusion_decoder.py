@@ -14,6 +14,7 @@ what `checkpoints/nextflow-shapes-decoder` holds.
 
 import argparse
 import random
+import re
 import string
 from pathlib import Path
 
@@ -172,6 +173,8 @@ def export(trained: Path, folder: Path) -> None:
     pipe.save_pretrained(folder)
     pipe.vq_model.config.dtype = torch.float32
     pipe.vq_model.config.save_pretrained(folder / "vq_model")
+    for path in folder.rglob("*.json"):  # diffusers writes where each part was trained
+        path.write_text(re.sub(r'\n *"_name_or_path": "[^"]*",', "", path.read_text()))
 
 
 if __name__ == "__main__":
