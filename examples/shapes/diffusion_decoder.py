@@ -100,8 +100,8 @@ def new_decoder(vq_model: NextFlowVQModel, widths: tuple[int, ...] = WIDTHS, see
 
 def frequency_scales(batches: int = 16) -> list[float]:
     """Roots of the standard deviations of the frequencies over training pictures, all colours together."""
-    pictures = ShapesBatches(BATCH, UPSCALE, seed=1)
-    latents = [PixelAutoencoder().encode(pictures[number]["pixel_values"]).latents for number in range(batches)]
+    pictures, vae = ShapesBatches(BATCH, UPSCALE, seed=1), PixelAutoencoder()
+    latents = [vae.encode(pictures[number]["pixel_values"]).latents for number in range(batches)]
     # (B, 3 * frequencies, H, W) -> (frequencies, all else)
     values = torch.cat([each.unflatten(1, (3, -1)).movedim(2, 0).flatten(1) for each in latents], 1)
     return [round(float(value), 4) for value in values.std(1).sqrt()]

@@ -66,7 +66,8 @@ class PixelAutoencoder(ModelMixin, ConfigMixin):
     def decode(self, latents: torch.Tensor, generator=None, return_dict: bool = True) -> DecoderOutput | tuple:
         """The inverse, clamped to [-1, 1]."""
         pixels = nn.functional.conv_transpose2d(latents, self.to_pixels, stride=self.to_pixels.shape[-1], groups=3)
-        return DecoderOutput(pixels.clamp(-1, 1)) if return_dict else (pixels.clamp(-1, 1),)
+        pixels = pixels.clamp(-1, 1)
+        return DecoderOutput(pixels) if return_dict else (pixels,)
 
 
 def cosines(edge: int) -> torch.Tensor:
