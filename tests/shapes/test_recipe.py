@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
@@ -88,7 +89,7 @@ def short(monkeypatch, tmp_path):
     return tmp_path / "run"
 
 
-def test_the_stages_lead_to_a_checkpoint_and_run_once(short):
+def test_the_stages_lead_to_a_checkpoint_and_run_once(short, monkeypatch):
     train.main()
     model, processor = assemble(short)
     assert model.config.vq_config.decoder_blocks == 2
@@ -96,7 +97,7 @@ def test_the_stages_lead_to_a_checkpoint_and_run_once(short):
     stages = [NextFlowForConditionalGeneration.from_pretrained(short / name) for name in names]
     first, second, third = (stage.model.language_model.layers[0].mlp.up_proj.weight for stage in stages)
     mixed = TUNED_SHARE * third + (1 - TUNED_SHARE) * (TUNED_SHARE * second + (1 - TUNED_SHARE) * first)
-    torch.testing.assert_close(model.model.language_model.layers[0].mlp.up_proj.weight, mixed)
+    torch.testing.assert_close(model.model.language_model.layers[0].mlp.up_proj.weight, mixed, rtol=1e-6, atol=1e-8)
     assert (third - second).abs().max() > 1e-5 < (second - first).abs().max()
     message = [{"role": "user", "content": "a large red circle"}]
     inputs = processor.apply_chat_template(message, generation_mode="image")
@@ -108,3 +109,11 @@ def test_the_stages_lead_to_a_checkpoint_and_run_once(short):
     ]
     train.main()
     assert len((short / "log.jsonl").read_text().splitlines()) == len(rows)
+
+    shutil.rmtree(short / "tuning_2")
+    monkeypatch.setattr(transformer, "TUNING_PEAK", 0.0)
+    transformer.tune_transformer(short)
+    start = NextFlowForConditionalGeneration.from_pretrained(short / "tuning_2")  # what the second round starts from
+    mixed = TUNED_SHARE * second + (1 - TUNED_SHARE) * first
+    weight = start.model.language_model.layers[0].mlp.up_proj.weight
+    torch.testing.assert_close(weight, mixed, rtol=1e-6, atol=1e-8)
