@@ -31,6 +31,14 @@ ROOT = Path(__file__).parents[2]
 SHAPES = ROOT / "checkpoints" / "nextflow-shapes"
 
 
+@pytest.fixture(autouse=True, scope="module")
+def precision_of_its_own():
+    """accelerate keeps a process's first choice, of trainings in other modules too."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     """By the training script, for two steps, and exported."""
@@ -50,7 +58,6 @@ def trained(tmp_path_factory) -> Path:
         given = [str(word) for option in options.items() for word in option]
         patch.setattr(sys, "argv", ["train_diffusion_decoder", *given, "--shapes", "--use_ema"])
         train_diffusion_decoder.main()
-    AcceleratorState._reset_state(reset_partial_state=True)
     export(folder / "trained", folder / "exported")
     return folder
 
