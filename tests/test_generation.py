@@ -601,6 +601,15 @@ def test_the_largest_number_draws_from_the_kept_set():
         assert (rank < kept).all()
 
 
+@pytest.mark.parametrize("top_p", [0.9, 1.0])
+def test_no_number_draws_what_cannot_be(top_p):
+    logits = 3 * torch.randn(4000, 1, 200, generator=torch.Generator().manual_seed(0))
+    logits[..., :50] = logits[..., 150:] = -torch.inf
+    for number in (0.0, 1 - 2**-24):
+        codes = sample(logits, 1.0, 0, top_p, torch.full((4000, 1), number))
+        assert ((codes >= 50) & (codes < 150)).all()
+
+
 def test_streams_of_rows_do_not_depend_on_their_neighbours():
     both = RowGenerators.create(2, 2, seed=[1, 2])
     alone = RowGenerators.create(1, 2, seed=2)

@@ -133,7 +133,7 @@ def sample(
         temperature: 0 takes the most likely code, and so does anything below [`COLDEST`].
         top_k: how many of the most likely codes may be drawn; 0 = all.
         top_p: the smallest set of most likely codes whose probability reaches this may be drawn; 1.0 = all.
-        uniform_Bl: numbers in [0, 1), one draw for each position.
+        uniform_Bl: float32 numbers in [0, 1), one draw for each position.
 
     Raises:
         ValueError: if a position's logits are not finite (single codes may have -inf).
@@ -142,10 +142,18 @@ def sample(
         top = logits_BlV.max(dim=-1)
         _check_finite(top.values)
         return top.indices
-    indices, last, cumulative = _truncate(logits_BlV.float() / temperature, top_k, top_p)
-    mass = cumulative.gather(-1, last)
-    slot = (cumulative <= uniform_Bl[..., None] * mass).sum(dim=-1, keepdim=True).minimum(last)
-    return indices.gather(-1, slot).squeeze(-1)
+    logits_BlV, indices = logits_BlV.float() / temperature, None
+    if top_k or top_p < 1.0:
+        indices, last, cumulative = _truncate(logits_BlV, top_k, top_p)
+        mass = cumulative.gather(-1, last)
+    else:  # in the codes' own order, as sorting costs more than all the rest
+        _check_finite(logits_BlV.amax(dim=-1))
+        cumulative = logits_BlV.softmax(dim=-1).cumsum(dim=-1)
+        mass = cumulative[..., -1:]
+    # less than the mass also where rounded, as a float32 below 1 is at most 1 - 2^-24
+    share = uniform_Bl[..., None] * mass
+    slot = torch.searchsorted(cumulative, share, right=True)
+    return (slot if indices is None else indices.gather(-1, slot)).squeeze(-1)
 
 
 def kept_codes(logits_BlV: torch.Tensor, top_k: int, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -220,8 +228,8 @@ class RowGenerators:
         return RowGenerators([self.generators[row] for row in rows])
 
     def uniform(self, length: int, device: torch.device) -> torch.Tensor:
-        """(rows, length) in [0, 1), the next numbers of every row."""
-        draws = [torch.rand(length, generator=generator, device=generator.device) for generator in self.generators]
+        """(rows, length) float32 in [0, 1), the next numbers of every row."""
+        draws = [torch.rand(length, generator=own, device=own.device, dtype=torch.float) for own in self.generators]
         return torch.stack([draw.to(device) for draw in draws])
 
 

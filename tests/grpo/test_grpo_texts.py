@@ -58,10 +58,10 @@ def logps_of(policy, rollouts, prefix, schedule, args) -> torch.Tensor:
 def test_teacher_forced_log_probabilities_are_those_of_sampling(policy, tiny_processor, controls, optimize, m):
     """Ragged prompts, two of them with images, and ragged texts."""
     args = settings(optimize=optimize, **controls)
-    rollouts, _, prefix, schedule = sampled(policy, tiny_processor, args, m=m)
+    rollouts, _, prefix, schedule = sampled(policy, tiny_processor, args, m=m, count=4)
     logps = logps_of(policy, rollouts, prefix, schedule, args)
     num_tokens = rollouts.text_mask.shape[1]
-    assert logps.shape == (6, num_tokens + (prefix.num_codes if optimize == "both" else 0))
+    assert logps.shape == (12, num_tokens + (prefix.num_codes if optimize == "both" else 0))
     torch.testing.assert_close(logps, rollouts.sampling_logps, rtol=1e-5, atol=1e-5)
     of_text = logps[:, :num_tokens]
     assert not of_text[~rollouts.text_mask].any() and of_text[rollouts.text_mask].min() < -0.1
