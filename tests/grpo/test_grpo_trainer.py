@@ -307,7 +307,7 @@ def test_a_verifiable_reward_climbs_and_a_shuffled_one_does_not(policy, tiny_pro
             run = trainer(policy, tiny_processor, tmp_path, reward=reward, **values)
             run.train()
             brighter[name].append((sampled_brightness(run.model, tiny_processor) > median).float().mean().item())
-    assert min(brighter["true"]) > 0.9 and max(brighter["shuffled"]) < 0.7, brighter
+    assert min(brighter["true"]) > 0.75 and max(brighter["shuffled"]) < 0.65, brighter
 
 
 def test_values_of_prefixes_are_soft_means_over_their_continuations(policy, tiny_processor, tmp_path):
@@ -366,6 +366,13 @@ def test_completions_are_drawn_and_rewards_see_trl_arguments(policy, tiny_proces
         assert name in row
     assert row["sampling/sampling_logp_difference/max"] < 1e-4
     assert (tmp_path / "completions" / "step-1.png").exists()
+
+
+def test_rollouts_are_sampled_in_the_precision_of_training(policy, tiny_processor, tmp_path):
+    run = trainer(policy, tiny_processor, tmp_path, bf16=True)
+    run.train()
+    # 0.014 between a float32 rollout and training under bfloat16
+    assert 0 < run.state.log_history[0]["sampling/sampling_logp_difference/mean"] < 0.003
 
 
 def faulty(kind: str):

@@ -25,8 +25,9 @@ NOT_APPLICABLE = (
 class NextFlowGRPOConfig(GRPOConfig):
     """TRL's `GRPOConfig`; `num_generations` is the paper's G, `epsilon` and `beta` those of eq. 5.
 
-    Open in the paper: clip range, KL weight, G and learning rate; the defaults are TRL's. `bf16` is off by default:
-    rollouts are sampled in the weights' own precision, and training's log-probabilities should agree with them.
+    Open in the paper: clip range, KL weight, G and learning rate; the defaults are TRL's. `bf16` is off by default: it
+    holds for rollouts and training alike, but rounds the cached steps of one otherwise than the whole forward of the
+    other, and their log-probabilities should agree.
 
     Args:
         optimize (`str`, defaults to `"image"`):
@@ -60,7 +61,7 @@ class NextFlowGRPOConfig(GRPOConfig):
         ValueError: for values outside these, or a field of TRL's that does not apply.
     """
 
-    bf16: bool | None = field(default=False, metadata={"help": "autocast in training"})
+    bf16: bool | None = field(default=False, metadata={"help": "autocast of rollouts and training"})
     # pictures leave the text head without a gradient, texts the code head
     ddp_find_unused_parameters: bool | None = field(default=True, metadata={"help": "of several devices"})
     optimize: str = field(default="image", metadata={"help": "image, text or both"})

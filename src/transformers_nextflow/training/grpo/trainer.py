@@ -307,10 +307,17 @@ class NextFlowGRPOTrainer(Trainer):
         if repeats == 1:
             groups = [(index, chat, 1) for index, chat, count in groups for _ in range(count)]
         chats = [chat for _, chat, _ in groups]
-        rollouts, codes = roll_out(
-            self._nextflow, self.processing_class, chats, repeats, seeds, self.prefix, self.schedule, self.args
-        )
+        rollouts, codes = self._roll_out(chats, repeats, seeds)
         return rollouts, self._pictures_of(codes), [chat for chat in chats for _ in range(repeats)]
+
+    def _roll_out(
+        self, conversations: list[list[dict]], num_pictures: int, seeds: list[int], shared: Rollouts | None = None
+    ) -> tuple[Rollouts, torch.Tensor]:
+        """[`roll_out`] in the precision of training's forward."""
+        policy = self._nextflow, self.processing_class
+        controls = self.prefix, self.schedule, self.args
+        with self.accelerator.autocast():
+            return roll_out(*policy, conversations, num_pictures, seeds, *controls, shared)
 
     @torch.no_grad()
     def _pictures_of(self, codes: torch.Tensor) -> list[Image.Image]:
@@ -347,9 +354,7 @@ class NextFlowGRPOTrainer(Trainer):
         """(rows, further, functions) rewards of further pictures that continue the same prefixes."""
         numbers = range(1, self.args.vmr_continuations)
         seeds, further = self._seeds(rows, numbers), len(numbers)
-        policy = self._nextflow, self.processing_class
-        controls = self.prefix, self.schedule, self.args
-        _, codes = roll_out(*policy, conversations, further, seeds, *controls, shared=rollouts)
+        _, codes = self._roll_out(conversations, further, seeds, rollouts)
         texts = None if rollouts.text_mask is None else rollouts.texts()
         repeat = lambda values: [value for value in values for _ in numbers]  # noqa: E731
         texts = None if texts is None else repeat(texts)
