@@ -8,10 +8,10 @@ From one checkpoint of the recipe, stopped early, and for several seeds:
 - `supervised`: the recipe goes on, on PACKS, for `prefix`'s seconds, over which its learning rate comes down.
 
 The dev split decides everything but the result: how GRPO trains, by short trainings of a seed of their own (`RECIPES`,
-or `--recipe`); which categories training's prompts come from, the more the worse the checkpoint does; and under which
-sampler (`SAMPLERS`) a model is judged, the checkpoint and every arm each under its own. Scores are of held-out prompts
-of the test split, which share none with training's. Seconds are the CPU's, of one thread, without those of measuring.
-What is finished is not run again. Beside the JSON, curves and pictures before and after.
+or `--recipe`); which categories training's prompts come from, the more the worse the checkpoint does; and the sampler
+(of `SAMPLERS`) that is best for the checkpoint, under which it and every arm are judged. Scores are of held-out
+prompts of the test split, which share none with training's. Seconds are the CPU's, of one thread, without those of
+measuring. What is finished is not run again. Beside the JSON, curves and pictures before and after.
 """
 
 import argparse
@@ -174,13 +174,6 @@ def strip(model, processor, sampling: dict) -> Image.Image:
     return Image.fromarray(np.concatenate([group[0] for group in groups], axis=1))
 
 
-def judged(model, processor, options) -> dict:
-    """Test scores under the sampler that is best on the dev split."""
-    dev = {name: score(model, processor, sampling, options.prompts, "dev") for name, sampling in SAMPLERS.items()}
-    chosen = max(SAMPLERS, key=lambda name: dev[name]["overall"])
-    return {"sampler": chosen, "dev": dev, "test": score(model, processor, SAMPLERS[chosen], options.prompts, "test")}
-
-
 def path_of(options, name: str, part: str | int) -> Path:
     """Where the result of an arm and a seed, or of a recipe in the sweep, goes."""
     return options.folder / f"{name}-{part}.json"
@@ -203,8 +196,11 @@ def load(options) -> tuple[NextFlowForConditionalGeneration, NextFlowProcessor]:
 def run_before(name: str, part: int, options) -> dict:
     """The checkpoint as it is."""
     model, processor = load(options)
-    result = judged(model, processor, options)
-    return finish(path_of(options, name, part), result, strip(model, processor, SAMPLERS[result["sampler"]]))
+    dev = {name: score(model, processor, sampling, options.prompts, "dev") for name, sampling in SAMPLERS.items()}
+    chosen = max(SAMPLERS, key=lambda name: dev[name]["overall"])
+    test = score(model, processor, SAMPLERS[chosen], options.prompts, "test")
+    result = {"sampler": chosen, "dev": dev, "test": test}
+    return finish(path_of(options, name, part), result, strip(model, processor, SAMPLERS[chosen]))
 
 
 def run_trial(name: str, recipe: str, before: dict, options) -> dict:
@@ -228,7 +224,7 @@ def run_arm(arm: str, seed: int, recipe: str, before: dict, options, seconds: fl
     watch = Watch(
         f"{arm}, seed {seed}",
         lambda: score(model, processor, sampling, options.curve_prompts, "dev")["overall"],
-        lambda: judged(model, processor, options),
+        lambda: {"test": score(model, processor, sampling, options.prompts, "test")},
         limit=seconds if arm == "supervised" else None,
         at_seconds=seconds if arm == "vanilla" else math.inf,
     )
@@ -241,7 +237,7 @@ def run_arm(arm: str, seed: int, recipe: str, before: dict, options, seconds: fl
     if arm == "vanilla":  # one that took no longer than `prefix` is scored at its end
         result["at_equal_seconds"] = watch.on_the_way or dict(result)
     result |= {"held_out": watch.held_out, "gradient_norms": watch.norms, "rewards": watch.rewards}
-    return finish(path_of(options, arm, seed), result, strip(model, processor, SAMPLERS[result["sampler"]]))
+    return finish(path_of(options, arm, seed), result, strip(model, processor, sampling))
 
 
 def common_arguments(name: str, seed: int, options) -> dict:
