@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from itertools import accumulate
 
 import pytest
 import torch
@@ -81,7 +82,8 @@ def short(monkeypatch, tmp_path):
     monkeypatch.setattr(transformer, "DOCUMENTS", 60)
     monkeypatch.setattr(transformer, "STEPS", 2)
     monkeypatch.setattr(transformer, "TUNING_DOCUMENTS", 60)
-    monkeypatch.setattr(transformer, "TUNING_STEPS", 2)
+    rounds = {stage: (2, peak) for stage, (_, peak) in transformer.TUNING_ROUNDS.items()}
+    monkeypatch.setattr(transformer, "TUNING_ROUNDS", rounds)
     monkeypatch.setattr(transformer, "PACKS", 4)
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **kwargs: None)
     monkeypatch.setattr("examples.shapes.stages.LOGGING_STEPS", 1)
@@ -89,16 +91,19 @@ def short(monkeypatch, tmp_path):
     return tmp_path / "run"
 
 
+def weight_of(model: NextFlowForConditionalGeneration) -> torch.Tensor:
+    return model.model.language_model.layers[0].mlp.up_proj.weight
+
+
 def test_the_stages_lead_to_a_checkpoint_and_run_once(short, monkeypatch):
     train.main()
     model, processor = assemble(short)
     assert model.config.vq_config.decoder_blocks == 2
-    names = ("transformer", "tuning", "tuning_2")
-    stages = [NextFlowForConditionalGeneration.from_pretrained(short / name) for name in names]
-    first, second, third = (stage.model.language_model.layers[0].mlp.up_proj.weight for stage in stages)
-    mixed = TUNED_SHARE * third + (1 - TUNED_SHARE) * (TUNED_SHARE * second + (1 - TUNED_SHARE) * first)
-    torch.testing.assert_close(model.model.language_model.layers[0].mlp.up_proj.weight, mixed, rtol=1e-6, atol=1e-8)
-    assert (third - second).abs().max() > 1e-5 < (second - first).abs().max()
+    names = ("transformer", *transformer.TUNING_ROUNDS)
+    weights = [weight_of(NextFlowForConditionalGeneration.from_pretrained(short / name)) for name in names]
+    assert all((after - before).abs().max() > 1e-6 for before, after in zip(weights, weights[1:]))
+    *before_last, mixed = accumulate(weights, lambda mixed, weight: TUNED_SHARE * weight + (1 - TUNED_SHARE) * mixed)
+    torch.testing.assert_close(weight_of(model), mixed, rtol=1e-6, atol=1e-8)
     message = [{"role": "user", "content": "a large red circle"}]
     inputs = processor.apply_chat_template(message, generation_mode="image")
     tokens = model.generate(**inputs, generation_mode="image", seed=0)
@@ -110,10 +115,9 @@ def test_the_stages_lead_to_a_checkpoint_and_run_once(short, monkeypatch):
     train.main()
     assert len((short / "log.jsonl").read_text().splitlines()) == len(rows)
 
-    shutil.rmtree(short / "tuning_2")
-    monkeypatch.setattr(transformer, "TUNING_PEAK", 0.0)
+    # what the last round starts from
+    shutil.rmtree(short / names[-1])
+    monkeypatch.setitem(transformer.TUNING_ROUNDS, names[-1], (2, 0.0))
     transformer.tune_transformer(short)
-    start = NextFlowForConditionalGeneration.from_pretrained(short / "tuning_2")  # what the second round starts from
-    mixed = TUNED_SHARE * second + (1 - TUNED_SHARE) * first
-    weight = start.model.language_model.layers[0].mlp.up_proj.weight
-    torch.testing.assert_close(weight, mixed, rtol=1e-6, atol=1e-8)
+    start = NextFlowForConditionalGeneration.from_pretrained(short / names[-1])
+    torch.testing.assert_close(weight_of(start), before_last[-1], rtol=1e-6, atol=1e-8)
