@@ -143,7 +143,7 @@ def sample(
         _check_finite(top.values)
         return top.indices
     logits_BlV, indices = logits_BlV.float() / temperature, None
-    if top_k or top_p < 1.0:
+    if 0 < top_k < logits_BlV.shape[-1] or top_p < 1.0:
         indices, last, cumulative = _truncate(logits_BlV, top_k, top_p)
         mass = cumulative.gather(-1, last)
     else:  # in the codes' own order, as sorting costs more than all the rest
