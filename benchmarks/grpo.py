@@ -243,7 +243,7 @@ def run_arm(arm: str, seed: int, recipe: str, before: dict, options, seconds: fl
 def common_arguments(name: str, seed: int, options) -> dict:
     work = options.folder / "work" / f"{name}-{seed}"
     common = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "seed": seed, "use_cpu": True}
-    return common | {"output_dir": str(work), "weight_decay": 0.05, "adam_beta2": 0.95}
+    return common | {"bf16": True, "output_dir": str(work), "weight_decay": 0.05, "adam_beta2": 0.95}
 
 
 def followed(trainer, watch: Watch):
@@ -286,7 +286,7 @@ def categories_by_need(before: dict) -> list[str]:
 def supervised(seed: int, model, processor, watch: Watch, options) -> NextFlowTrainer:
     """The recipe's trainer, whose learning rate follows the watch."""
     values = {"per_device_train_batch_size": options.packs_at_once, "max_steps": 1_000_000, "logging_steps": 50}
-    arguments = NextFlowTrainingArguments(bf16=True, **values, **common_arguments("supervised", seed, options))
+    arguments = NextFlowTrainingArguments(**values, **common_arguments("supervised", seed, options))
     optimizer = new_optimizer(model, arguments, options.supervised_learning_rate)
     decay = lambda: 0.02 + 0.49 * (1 + math.cos(math.pi * min(watch.progress(watch.trainer.state), 1)))  # noqa: E731
     schedule = LambdaLR(optimizer, lambda step: min((step + 1) / WARMUP, 1) * (decay() if step else 1))
