@@ -302,12 +302,12 @@ def test_a_verifiable_reward_climbs_and_a_shuffled_one_does_not(policy, tiny_pro
     brighter = {"true": [], "shuffled": []}  # shares of pictures above the untrained policy's median
     for seed in (1, 2):
         for name, reward in (("true", brightness), ("shuffled", dealt_out(brightness, seed))):
-            values = {"max_steps": 40, "optim": "adamw_torch", "learning_rate": 3e-3, "seed": seed}
+            values = {"max_steps": 60, "optim": "adamw_torch", "learning_rate": 3e-3, "seed": seed}
             values |= {"num_generations": 8, "per_device_train_batch_size": 64, "logging_steps": 100}
             run = trainer(policy, tiny_processor, tmp_path, reward=reward, **values)
             run.train()
             brighter[name].append((sampled_brightness(run.model, tiny_processor) > median).float().mean().item())
-    assert min(brighter["true"]) > 0.75 and max(brighter["shuffled"]) < 0.65, brighter
+    assert min(brighter["true"]) > 0.9 and max(brighter["shuffled"]) < 0.7, brighter
 
 
 def test_values_of_prefixes_are_soft_means_over_their_continuations(policy, tiny_processor, tmp_path):

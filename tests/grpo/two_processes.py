@@ -17,7 +17,7 @@ ROWS, GROUP = 6, 4  # of a process, of a prompt: of three groups the second is o
 SETTINGS = {
     "num_generations": GROUP,
     "optimize": "both",
-    "max_completion_length": 6,
+    "max_completion_length": 8,
     "scale_rewards": "batch",
     "beta": 0.1,
     "num_iterations": 2,
@@ -130,7 +130,7 @@ BUGS = {  # what is planted, and where it shows
     "ungathered rewards": (ungathered_rewards, {"advantages", "weights"}),
     "advantages of the first process": (advantages_of_the_first_process, {"advantages", "weights"}),
     "seeds by process": (seeds_by_process, {"codes", "weights", "reward"}),
-    "texts weighed by their batch": (texts_weighed_by_their_batch, {"loss", "grad_norm"}),
+    "texts weighed by their batch": (texts_weighed_by_their_batch, {"weights", "loss"}),
     "gradients left where they are": (gradients_left_where_they_are, {"weights"}),
     "metrics of one process": (metrics_of_one_process, {"entropy", "text/entropy"}),
     "rewards of one process": (rewards_of_one_process, {"reward", "reward_std", "rewards/redness/mean"}),
