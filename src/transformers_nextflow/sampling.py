@@ -142,18 +142,20 @@ def sample(
         top = logits_BlV.max(dim=-1)
         _check_finite(top.values)
         return top.indices
-    logits_BlV, indices = logits_BlV.float() / temperature, None
+    logits_BlV = logits_BlV.float() / temperature
     if 0 < top_k < logits_BlV.shape[-1] or top_p < 1.0:
         indices, last, cumulative = _truncate(logits_BlV, top_k, top_p)
-        mass = cumulative.gather(-1, last)
-    else:  # in the codes' own order, as sorting costs more than all the rest
-        _check_finite(logits_BlV.amax(dim=-1))
-        cumulative = logits_BlV.softmax(dim=-1).cumsum(dim=-1)
-        mass = cumulative[..., -1:]
+        return indices.gather(-1, _draw(cumulative, cumulative.gather(-1, last), uniform_Bl)).squeeze(-1)
+    # in the codes' own order, as sorting costs more than all the rest
+    _check_finite(logits_BlV.amax(dim=-1))
+    cumulative = logits_BlV.softmax(dim=-1).cumsum(dim=-1)
+    return _draw(cumulative, cumulative[..., -1:], uniform_Bl).squeeze(-1)
+
+
+def _draw(cumulative: torch.Tensor, mass: torch.Tensor, uniform_Bl: torch.Tensor) -> torch.Tensor:
+    """(B, l, 1) the places that numbers in [0, 1) take of the first `mass` of cumulative probabilities."""
     # less than the mass also where rounded, as a float32 below 1 is at most 1 - 2^-24
-    share = uniform_Bl[..., None] * mass
-    slot = torch.searchsorted(cumulative, share, right=True)
-    return (slot if indices is None else indices.gather(-1, slot)).squeeze(-1)
+    return torch.searchsorted(cumulative, uniform_Bl[..., None] * mass, right=True)
 
 
 def kept_codes(logits_BlV: torch.Tensor, top_k: int, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
