@@ -1,6 +1,6 @@
 """Prefix-tuning GRPO on the shapes world: `python -m benchmarks.grpo MODEL PACKS --json`.
 
-From one checkpoint of the recipe, stopped early, and for several seeds:
+From one checkpoint of the recipe, stopped early (`examples.shapes.train --stop-at 750`), and for several seeds:
 
 - `prefix`: GRPO on the scales whose codes fit `--prefix-tokens`, the judge as reward;
 - `shuffled`: the control, `prefix` with the rewards of a batch dealt out at random;

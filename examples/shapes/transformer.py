@@ -23,7 +23,7 @@ from .documents import build_packs
 from .muon import MuonWithAdamW
 from .noise import NoisyPacks
 from .sizes import nextflow_config
-from .stages import finish, is_finished, processes, settings
+from .stages import StopAt, finish, is_finished, processes, settings
 
 CORRECTION = SelfCorrection(probability=0.25, token_share=(0.0, 0.3), top_k=4)
 MIXTURE = {"t2i": 0.42, "caption": 0.2, "vqa": 0.03, "edit": 0.35}  # of documents; edits are half of the tokens
@@ -130,15 +130,22 @@ def new_trainer(
     return trainer_class(model, arguments, train_dataset=dataset, optimizers=optimizers, **kwargs)
 
 
-def train_transformer(folder: Path, tokenizer: PreTrainedTokenizerFast, vq_model: NextFlowVQModel) -> None:
-    """All tasks together from the start: text-to-image, captions, questions and edits."""
+def train_transformer(
+    folder: Path, tokenizer: PreTrainedTokenizerFast, vq_model: NextFlowVQModel, stop_at: int | None = None
+) -> None:
+    """All tasks together from the start: text-to-image, captions, questions and edits; up to `stop_at` if given."""
+    if stop_at is not None and (folder / "transformer" / f"checkpoint-{stop_at}").exists():
+        return
     if is_finished(folder / "transformer"):
+        if stop_at is not None:
+            raise ValueError(f"cannot stop at step {stop_at}: {folder / 'transformer'} is trained to its end")
         return
     model = new_model(tokenizer, vq_model)
     multiple = 2 * PACKS  # two processes share a step
     packs = code_documents(folder, model, new_processor(model, tokenizer), DOCUMENTS, MIXTURE, multiple_of=multiple)
     model = NextFlowForConditionalGeneration.from_pretrained(folder / "start")
-    _train(folder, "transformer", model, packs, PEAK, STEPS, DECAY_SHARE, seed=0)
+    callbacks = [] if stop_at is None else [StopAt(stop_at)]
+    _train(folder, "transformer", model, packs, PEAK, STEPS, DECAY_SHARE, seed=0, callbacks=callbacks)
 
 
 def tune_transformer(folder: Path) -> None:

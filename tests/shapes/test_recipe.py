@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+import sys
 from itertools import accumulate
 
 import pytest
@@ -11,8 +12,9 @@ import torch
 from examples.shapes import tokenizer, train, transformer
 from examples.shapes.assemble import assemble
 from examples.shapes.muon import MuonWithAdamW
+from examples.shapes.stages import is_finished
 from examples.shapes.transformer import TUNED_SHARE
-from transformers_nextflow import NextFlowForConditionalGeneration
+from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor
 
 
 def parameters(seed: int = 0) -> dict[str, torch.nn.Parameter]:
@@ -96,7 +98,18 @@ def weight_of(model: NextFlowForConditionalGeneration) -> torch.Tensor:
 
 
 def test_the_stages_lead_to_a_checkpoint_and_run_once(short, monkeypatch):
+    early = short / "transformer" / "checkpoint-1"
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.argv", [*sys.argv, "--stop-at", "1"])
+        train.main()
+    start, stopped = (weight_of(NextFlowForConditionalGeneration.from_pretrained(x)) for x in (short / "start", early))
+    assert not torch.equal(start, stopped)
+    assert NextFlowProcessor.from_pretrained(early).tokenizer.vocab_size
+    assert not is_finished(short / "transformer") and not (short / "tuning_data").exists()
     train.main()
+    with pytest.raises(ValueError, match="stop at step 1: .* is trained to its end"):
+        shutil.rmtree(early)
+        transformer.train_transformer(short, None, None, stop_at=1)
     model, processor = assemble(short)
     assert model.config.vq_config.decoder_blocks == 2
     names = ("transformer", *transformer.TUNING_ROUNDS)
