@@ -7,7 +7,7 @@ From one checkpoint of the recipe, stopped early (`examples.shapes.train --stop-
 - `vanilla`: GRPO on all scales, as many rollouts as `prefix`; scored also when `prefix`'s seconds are over;
 - `supervised`: the recipe goes on, on PACKS, for `prefix`'s seconds, over which its learning rate comes down.
 
-The dev split decides everything but the result: how GRPO trains, by short trainings of a seed of their own (`RECIPES`,
+The dev split decides everything but the result: how GRPO trains, by trainings of a seed of their own (`RECIPES`,
 or `--recipe`); which categories training's prompts come from, the more the worse the checkpoint does; and the sampler
 (of `SAMPLERS`) that is best for the checkpoint, under which it and every arm are judged. Scores are of held-out
 prompts of the test split, which share none with training's. Seconds are the CPU's, of one thread, without those of
@@ -55,17 +55,16 @@ SAMPLERS = {
 }
 # How GRPO may train: what is drawn and whose probabilities count, how far a step goes, what holds it back. Pictures
 # are judged under guidance; `plain` draws without it, `conditional` forgets it in training.
-GUIDED = {"guidance_scale": 2.0, "logprob_mode": "behaviour", "learning_rate": 3e-5}
+GUIDED = {"guidance_scale": 2.0, "logprob_mode": "behaviour"}
 RECIPES = {
-    "guided": GUIDED,
-    "guided-slow": GUIDED | {"learning_rate": 1e-5},
-    "guided-fast": GUIDED | {"learning_rate": 1e-4},
-    "guided-kl": GUIDED | {"beta": 0.05},
-    "guided-adapters": GUIDED | {"learning_rate": 5e-4},
-    "conditional": GUIDED | {"logprob_mode": "conditional"},
-    "plain": {"learning_rate": 3e-5},
-}
-ADAPTED = ("guided-adapters",)  # trains a LoRA alone
+    "full": GUIDED | {"learning_rate": 3e-5},
+    "full-fast": GUIDED | {"learning_rate": 1e-4},
+    "adapters": GUIDED | {"learning_rate": 2e-4},
+    "adapters-fast": GUIDED | {"learning_rate": 5e-4},
+    "adapters-fast-kl": GUIDED | {"learning_rate": 5e-4, "beta": 0.05},
+    "adapters-fast-conditional": GUIDED | {"learning_rate": 5e-4, "logprob_mode": "conditional"},
+    "adapters-fast-plain": {"learning_rate": 5e-4},
+}  # `full` trains all but the tokenizer, `adapters` a LoRA alone
 SWEEP_SEED = 0  # no arm's
 POINTS = 4  # of a training, at which dev prompts and gradients are measured
 NUM_PROMPTS = 4_000  # trained on
@@ -204,14 +203,12 @@ def run_before(name: str, part: int, options) -> dict:
 
 
 def run_trial(name: str, recipe: str, before: dict, options) -> dict:
-    """A short training by one of `RECIPES`, scored on the dev split under the checkpoint's sampler."""
+    """A training by one of `RECIPES`, scored on the dev split under the checkpoint's sampler."""
     model, processor = load(options)
     sampling = SAMPLERS[before["sampler"]]
     dev = lambda prompts: score(model, processor, sampling, prompts, "dev")["overall"]  # noqa: E731
     watch = Watch(f"sweep, {recipe}", lambda: dev(options.curve_prompts), None)
-    trainer = policy_trainer(
-        "prefix", SWEEP_SEED, recipe, options.sweep_steps, before, model, processor, watch, options
-    )
+    trainer = policy_trainer("prefix", SWEEP_SEED, recipe, before, model, processor, watch, options)
     trainer.train()
     result = {"seconds": watch.seconds, "dev": dev(options.prompts), "held_out": watch.held_out}
     return finish(path_of(options, name, recipe), result | {"rewards": watch.rewards})
@@ -231,7 +228,7 @@ def run_arm(arm: str, seed: int, recipe: str, before: dict, options, seconds: fl
     if arm == "supervised":
         trainer = supervised(seed, model, processor, watch, options)
     else:
-        trainer = policy_trainer(arm, seed, recipe, options.steps, before, model, processor, watch, options)
+        trainer = policy_trainer(arm, seed, recipe, before, model, processor, watch, options)
     trainer.train()
     result = {"seconds": watch.seconds, "steps": trainer.state.global_step} | watch.measure(watch.score)
     if arm == "vanilla":  # one that took no longer than `prefix` is scored at its end
@@ -253,24 +250,24 @@ def followed(trainer, watch: Watch):
 
 
 def policy_trainer(
-    arm: str, seed: int, recipe: str, steps: int, before: dict, model, processor, watch: Watch, options
+    arm: str, seed: int, recipe: str, before: dict, model, processor, watch: Watch, options
 ) -> NextFlowGRPOTrainer:
     """GRPO by one of `RECIPES`."""
     arguments = NextFlowGRPOConfig(
         lr_scheduler_type="linear",
-        warmup_steps=steps // 10,
+        warmup_steps=options.steps // 10,
         num_generations=options.group,
         per_device_train_batch_size=options.group * options.prompts_at_once,
         prefix_tokens=None if arm == "vanilla" else options.prefix_tokens,
-        max_steps=steps,
-        logging_steps=min(5, steps),
+        max_steps=options.steps,
+        logging_steps=min(5, options.steps),
         gradient_checkpointing=False,
         **common_arguments(arm, seed, options),
         **RECIPES[recipe],
     )
     reward = Shuffled(seed) if arm == "shuffled" else shapes_judge
     prompts = training_prompts(NUM_PROMPTS, seed, categories_by_need(before))
-    adapters = lora_config(modules_to_save=None) if recipe in ADAPTED else None
+    adapters = lora_config(modules_to_save=None) if recipe.startswith("adapters") else None
     trainer = NextFlowGRPOTrainer(
         model, reward, arguments, prompts, processing_class=processor, peft_config=adapters, callbacks=[watch]
     )
@@ -325,8 +322,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=Path("runs/grpo-benchmark"), help="of finished arms")
     parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
     parser.add_argument("--recipe", choices=RECIPES, help="of GRPO; default: the best of the sweep on the dev split")
-    parser.add_argument("--sweep-steps", type=int, default=60, help="of each recipe there (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=200, help="of GRPO (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=100, help="of GRPO (default: %(default)s)")
     parser.add_argument("--group", type=int, default=8, help="pictures of a prompt (default: %(default)s)")
     parser.add_argument("--prompts-at-once", type=int, default=16, help="of a step (default: %(default)s)")
     parser.add_argument("--prefix-tokens", type=int, default=10, help="default: %(default)s, four of six scales")

@@ -12,7 +12,7 @@ from benchmarks.grpo_figures import smooth
 from transformers_nextflow.training.grpo import NextFlowGRPOConfig
 
 SCORES = {"prefix": 0.6, "vanilla": 0.5, "shuffled": 0.41, "supervised": 0.45}
-SWEEP = dict.fromkeys(grpo.RECIPES, 0.3) | {"guided-kl": 0.4}
+SWEEP = dict.fromkeys(grpo.RECIPES, 0.3) | {"adapters": 0.4}
 
 
 def scores(value: float) -> dict:
@@ -61,10 +61,10 @@ def test_a_run_ends_with_figures_and_goes_on_where_it_was_killed(jobs, tmp_path,
     grpo.main(options)
     result = json.loads(capsys.readouterr().out)
     assert result == json.loads((tmp_path / "grpo.json").read_text())
-    assert result["sweep"] == {"chosen": "guided-kl", "recipe": grpo.RECIPES["guided-kl"], "dev": SWEEP}
+    assert result["sweep"] == {"chosen": "adapters", "recipe": grpo.RECIPES["adapters"], "dev": SWEEP}
     assert [job for job in jobs if len(job) == 2] == [("before", 0), *(("sweep", name) for name in grpo.RECIPES)]
     arms = [job for job in jobs if len(job) == 4]
-    assert len(arms) == 8 and all(recipe == "guided-kl" for _, _, recipe, _ in arms)
+    assert len(arms) == 8 and all(recipe == "adapters" for _, _, recipe, _ in arms)
     # the arms of equal seconds get those of `prefix` with their seed
     assert all(seconds == (None if name in ("prefix", "shuffled") else 100 + seed) for name, seed, _, seconds in arms)
     assert result["gain"]["prefix"]["mean"] == pytest.approx(0.215)
@@ -77,23 +77,23 @@ def test_a_run_ends_with_figures_and_goes_on_where_it_was_killed(jobs, tmp_path,
         assert Image.open(tmp_path / f"grpo_{name}.png").size[0] > 500
 
     jobs.clear()
-    for name in ("vanilla-2", "sweep-plain"):
+    for name in ("vanilla-2", "sweep-full"):
         (tmp_path / "arms" / f"{name}.json").unlink()
     grpo.main(options)
-    assert jobs == [("sweep", "plain"), ("vanilla", 2, "guided-kl", 102)]
+    assert jobs == [("sweep", "full"), ("vanilla", 2, "adapters", 102)]
     assert json.loads(capsys.readouterr().out) == result
     with pytest.raises(ValueError, match="was begun with another steps"):
         grpo.main([*options, "--steps", "7"])
     with pytest.raises(ValueError, match="was begun with another recipe"):
-        grpo.main([*options, "--recipe", "plain"])
+        grpo.main([*options, "--recipe", "full"])
 
 
 def test_a_recipe_by_name_needs_no_sweep(jobs, tmp_path, capsys):
     options = ["model", "packs", "--folder", str(tmp_path / "arms"), "--output", str(tmp_path / "grpo.json")]
-    grpo.main([*options, "--seeds", "1", "--prompts", "3", "--recipe", "plain", "--json"])
+    grpo.main([*options, "--seeds", "1", "--prompts", "3", "--recipe", "full", "--json"])
     assert json.loads(capsys.readouterr().out)["sweep"]["dev"] is None
     assert [job[0] for job in jobs] == ["before", "prefix", "shuffled", "vanilla", "supervised"]
-    assert {job[2] for job in jobs[1:]} == {"plain"}
+    assert {job[2] for job in jobs[1:]} == {"full"}
 
 
 def test_prompts_come_from_what_the_checkpoint_gets_wrong():
