@@ -157,6 +157,11 @@ def gradient_norms(trainer: NextFlowGRPOTrainer) -> list[float]:
     return [round(norm, 5) for norm in norms]
 
 
+def mean_norms(rows: list[list[float]]) -> list[float]:
+    """Of norms by scale, measured at several times."""
+    return [round(statistics.mean(norms), 4) for norms in zip(*rows, strict=True)]
+
+
 def score(model, processor, sampling: dict, prompts: int, split: str) -> dict:
     """Share of pictures that show what held-out prompts ask, over all and by category."""
     rows = text_to_image(Evaluator(model.eval(), processor, seed=0, **sampling), prompts, 1, split)
@@ -392,6 +397,10 @@ def main(arguments: list[str] | None = None) -> None:
                 [p - row["test"]["overall"] for p, row in zip(ends["prefix"], at_equal_seconds)]
             ),
             "seconds": {arm: [done[arm][seed]["seconds"] for seed in seeds] for arm in ("prefix", "vanilla")},
+        },
+        "mean gradient norm by scale": {
+            arm: mean_norms([row["by_scale"] for seed in seeds for row in done[arm][seed]["gradient_norms"]])
+            for arm in ("prefix", "vanilla")
         },
         "goals": {
             "prefix rises by 0.10": gain["prefix"]["mean"] >= 0.10,

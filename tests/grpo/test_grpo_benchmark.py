@@ -42,7 +42,10 @@ def jobs(monkeypatch) -> list[tuple]:
         result = {"seconds": 100 + seed, "steps": 9} | judged(found)
         if name == "vanilla":
             result["at_equal_seconds"] = judged(0.45 + seed / 100)
-        result |= {"held_out": [{"step": 9, "seconds": 100 + seed, "dev": found}], "gradient_norms": []}
+        result |= {
+            "held_out": [{"step": 9, "seconds": 100 + seed, "dev": found}],
+            "gradient_norms": [{"by_scale": [0.1, seed]}],
+        }
         rewards = [{"step": step, "seconds": step, "reward": 0.1 * step} for step in range(1, 9)]
         result["rewards"] = [] if name == "supervised" else rewards
         return grpo.finish(grpo.path_of(options, name, seed), result, picture)
@@ -71,6 +74,7 @@ def test_a_run_ends_with_figures_and_goes_on_where_it_was_killed(jobs, tmp_path,
     against = result["prefix against vanilla"]
     assert against["at equal rollouts"]["mean"] == pytest.approx(0.1)
     assert against["at equal seconds"]["mean"] == pytest.approx(0.15)
+    assert result["mean gradient norm by scale"]["vanilla"] == [0.1, 1.5]
     assert result["goals"] == {"prefix rises by 0.10": True, "shuffled stays within 0.05": True}
     assert result["prompts"]["test"] == 18 and result["prompts"]["test and training"] == 0
     for name in ("curves", "pictures"):
