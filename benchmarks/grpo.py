@@ -385,6 +385,7 @@ def main(arguments: list[str] | None = None) -> None:
     gain = {arm: gains([done[arm][seed] for seed in seeds]) for arm in ARMS}
     at_equal_seconds = [done["vanilla"][seed]["at_equal_seconds"] for seed in seeds]
     ends = {arm: [done[arm][seed]["test"]["overall"] for seed in seeds] for arm in ARMS}
+    lead = lambda others: interval([round(p - v, 4) for p, v in zip(ends["prefix"], others, strict=True)])  # noqa: E731
     result = {
         "sweep": {"chosen": recipe, "recipe": RECIPES[recipe], "dev": sweep},
         "prompts": common,
@@ -392,10 +393,8 @@ def main(arguments: list[str] | None = None) -> None:
         "gain": gain | {"vanilla, at the seconds of prefix": gains(at_equal_seconds)},
         "prefix against vanilla": {
             "paper": PAPER,
-            "at equal rollouts": interval([p - v for p, v in zip(ends["prefix"], ends["vanilla"])]),
-            "at equal seconds": interval(
-                [p - row["test"]["overall"] for p, row in zip(ends["prefix"], at_equal_seconds)]
-            ),
+            "at equal rollouts": lead(ends["vanilla"]),
+            "at equal seconds": lead([row["test"]["overall"] for row in at_equal_seconds]),
             "seconds": {arm: [done[arm][seed]["seconds"] for seed in seeds] for arm in ("prefix", "vanilla")},
         },
         "mean gradient norm by scale": {

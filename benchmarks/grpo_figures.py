@@ -61,7 +61,7 @@ def panel(
         pen.text((left + 20, place(0, mark / 10)[1] - 7), f"{mark / 10:.1f}", INK, font)
     for quarter in range(5):
         x = reach * quarter / 4
-        pen.text((place(x, 0)[0] - 8, HEIGHT - MARGIN + 6), f"{x:.4g}", INK, font)
+        pen.text((place(x, 0)[0] - 8, HEIGHT - MARGIN + 6), f"{x:.0f}", INK, font)
     if level is not None:
         for dash in range(0, 40, 2):
             pen.line([place(reach * dash / 40, level), place(reach * (dash + 1) / 40, level)], INK)
