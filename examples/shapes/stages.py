@@ -90,7 +90,8 @@ class StopAt(TrainerCallback):
             raise ValueError(f"cannot stop at step {self.step}: the training is at step {state.global_step} already")
 
     def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = control.should_save = state.global_step >= self.step
+        if state.global_step >= self.step:
+            control.should_training_stop = control.should_save = True
 
 
 def is_finished(folder: Path) -> bool:

@@ -8,11 +8,12 @@ from itertools import accumulate
 
 import pytest
 import torch
+from transformers import TrainerControl, TrainerState
 
 from examples.shapes import tokenizer, train, transformer
 from examples.shapes.assemble import assemble
 from examples.shapes.muon import MuonWithAdamW
-from examples.shapes.stages import is_finished
+from examples.shapes.stages import StopAt, is_finished
 from examples.shapes.transformer import TUNED_SHARE
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor
 
@@ -95,6 +96,15 @@ def short(monkeypatch, tmp_path):
 
 def weight_of(model: NextFlowForConditionalGeneration) -> torch.Tensor:
     return model.model.language_model.layers[0].mlp.up_proj.weight
+
+
+def test_stopping_early_leaves_the_saves_before_it():
+    control = TrainerControl(should_save=True)
+    StopAt(5).on_step_end(None, TrainerState(global_step=4), control)
+    assert control.should_save and not control.should_training_stop
+    control = TrainerControl()
+    StopAt(5).on_step_end(None, TrainerState(global_step=5), control)
+    assert control.should_save and control.should_training_stop
 
 
 def test_the_stages_lead_to_a_checkpoint_and_run_once(short, monkeypatch):
