@@ -1,0 +1,28 @@
+"""The sizes of the emoji models: what two CPU cores can train."""
+
+# (1, 1) to the 32 pixel level's grid, then to the 64 pixel level's; areas of one index are alike, as in table 14
+SCHEDULES = [
+    [[1, 1], [2, 2], [3, 3], [4, 4], [5, 5], [6, 6], [8, 8]],
+    [[1, 1], [1, 2], [2, 4], [3, 6], [4, 7], [4, 8], [6, 12]],
+    [[1, 1], [2, 1], [4, 2], [6, 3], [7, 4], [8, 4], [12, 6]],
+    [[1, 1], [1, 3], [2, 5], [2, 6], [3, 9], [4, 12], [5, 15]],
+]
+LEVELS = {"32": 4, "64": 7}
+PATCH_SIZE = 8
+
+TEACHER_VISION = {
+    "hidden_size": 192,
+    "intermediate_size": 768,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 6,
+    "patch_size": PATCH_SIZE,
+    "num_patches": 64,
+}
+TEACHER_TEXT = {
+    "hidden_size": 192,
+    "intermediate_size": 576,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "max_position_embeddings": 32,
+}
+TEACHER_VOCABULARY = 3072

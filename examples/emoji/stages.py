@@ -1,0 +1,114 @@
+"""What the recipe's stages share: batches drawn by number, the trainers' settings, resuming, the log."""
+
+import json
+import os
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+FINISHED = "finished"
+LOGGING_STEPS = 50
+
+
+def processes() -> int:
+    """Of torchrun; 1 outside of it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def settings(steps: int, peak: float) -> dict:
+    """Training arguments of every stage: AdamW under a cosine to a fiftieth of its peak, bfloat16 on a CPU."""
+    return {
+        "max_steps": steps,
+        "learning_rate": peak,
+        "warmup_steps": 100,
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr_rate": 0.02},
+        "weight_decay": 0.05,
+        "adam_beta2": 0.95,
+        "bf16": True,
+        "use_cpu": True,
+        "ddp_backend": "gloo" if processes() > 1 else None,
+        "logging_steps": LOGGING_STEPS,
+        "save_steps": 500,
+        "save_total_limit": 2,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
+class Drawn(Dataset):
+    """`count` items, each drawn from a generator of its own name and number."""
+
+    def __init__(self, name: str, count: int, draw: Callable[[random.Random], dict]):
+        self.name, self.count, self.draw = name, count, draw
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict:
+        return self.draw(random.Random(f"{self.name} {index}"))
+
+
+class Log(TrainerCallback):
+    """A JSON line for everything that is logged, with the seconds that a stage has taken over all its runs."""
+
+    def __init__(self, path: Path, stage: str):
+        self.path, self.stage = path, stage
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.started = time.perf_counter() - self._seconds_until(state.global_step)
+
+    def _seconds_until(self, step: int) -> float:
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        rows = [row for row in map(json.loads, lines) if row["stage"] == self.stage and row["step"] <= step]
+        return rows[-1]["seconds"] if rows else 0.0
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or "loss" not in logs:
+            return
+        row = {"stage": self.stage, "step": state.global_step}
+        row["seconds"] = round(time.perf_counter() - self.started, 1)
+        row |= {name: round(value, 4) for name, value in logs.items()}
+        with open(self.path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+class StopAt(TrainerCallback):
+    """Ends a training with the checkpoint of a step."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step >= self.step:
+            raise ValueError(f"cannot stop at step {self.step}: the training is at step {state.global_step} already")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step >= self.step:
+            control.should_training_stop = control.should_save = True
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a stage has saved all of its model."""
+    return (folder / FINISHED).exists()
+
+
+def finish(trainer: Trainer) -> None:
+    """Train from the last checkpoint if there is one, and save the model unless [`StopAt`] ended it early."""
+    folder = Path(trainer.args.output_dir)
+    trainer.add_callback(Log(folder.parent / "log.jsonl", folder.name))
+    # fused attention has a slow backward at these lengths on a CPU
+    with sdpa_kernel(SDPBackend.MATH):
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.exists() else None)
+    if trainer.state.global_step < trainer.args.max_steps:
+        return
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        (folder / FINISHED).touch()
+    trainer.accelerator.wait_for_everyone()
