@@ -57,8 +57,8 @@ transformers-nextflow, which says how names and splits come about.
 {rows}
 
 Labels and tags are emojibase's ({words}, {words_licence}, by {words_by}).
-Twemoji's pictures are licensed under [CC BY 4.0](https://creativecommons.org/licenses/by/4.0/): name their makers where
-you show them. They were rendered to pixels and not changed otherwise.
+Twemoji's pictures are licensed under [CC BY 4.0](https://creativecommons.org/licenses/by/4.0/): name their makers
+where you show them. They were rendered to pixels and not changed otherwise.
 """
 
 

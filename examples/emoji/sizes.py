@@ -1,5 +1,7 @@
 """The sizes of the emoji models: what two CPU cores can train."""
 
+from transformers_nextflow import NextFlowVQConfig
+
 # (1, 1) to the 32 pixel level's grid, then to the 64 pixel level's; areas of one index are alike, as in table 14
 SCHEDULES = [
     [[1, 1], [2, 2], [3, 3], [4, 4], [5, 5], [6, 6], [8, 8]],
@@ -26,3 +28,23 @@ TEACHER_TEXT = {
     "max_position_embeddings": 32,
 }
 TEACHER_VOCABULARY = 3072
+
+
+def vq_config() -> NextFlowVQConfig:
+    """The vision tokenizer before its last stage, which doubles the pixel decoder's depth."""
+    return NextFlowVQConfig(
+        semantic_config={**TEACHER_VISION, "vision_use_head": False},
+        semantic_decoder_layers=2,
+        semantic_dim=16,
+        pixel_dim=16,
+        codebook_size=4096,
+        patch_size=PATCH_SIZE,
+        stem_stride=4,
+        base_channels=96,
+        channel_multipliers=[1, 2],
+        latent_channels=64,
+        encoder_blocks=2,
+        decoder_blocks=3,
+        scale_schedules=SCHEDULES,
+        levels=LEVELS,
+    )

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 FINISHED = "finished"
-LOGGING_STEPS = 50
+LOGGING_STEPS = 25
 
 
 def processes() -> int:
@@ -21,21 +21,24 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def settings(steps: int, peak: float) -> dict:
-    """Training arguments of every stage: AdamW under a cosine to a fiftieth of its peak, bfloat16 on a CPU."""
+def settings(steps: int, peak: float, decay_share: float = 1.0) -> dict:
+    """Training arguments of every stage: AdamW, bfloat16 on a CPU; the rate stays at its peak and falls to a fiftieth
+    of it along a cosine over the last share of the steps."""
+    warmup = min(100, steps // 10)
+    decay = min(int(decay_share * steps), steps - warmup)
     return {
         "max_steps": steps,
         "learning_rate": peak,
-        "warmup_steps": 100,
-        "lr_scheduler_type": "cosine_with_min_lr",
-        "lr_scheduler_kwargs": {"min_lr_rate": 0.02},
+        "warmup_steps": warmup,
+        "lr_scheduler_type": "warmup_stable_decay",
+        "lr_scheduler_kwargs": {"num_decay_steps": decay, "min_lr_ratio": 0.02},
         "weight_decay": 0.05,
         "adam_beta2": 0.95,
         "bf16": True,
         "use_cpu": True,
         "ddp_backend": "gloo" if processes() > 1 else None,
         "logging_steps": LOGGING_STEPS,
-        "save_steps": 500,
+        "save_steps": 200,
         "save_total_limit": 2,
         "report_to": "none",
         "disable_tqdm": True,
