@@ -1,6 +1,5 @@
 """The dual codebook, multi-scale residual quantisation, self-correction, and the features of the next scale."""
 
-import copy
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -33,17 +32,10 @@ def quantizer(request):
         pixel_weight=WEIGHTS[1],
         codebook_size=CODES,
         normalize_entries=request.param,
-        scale_entries=None,
     )
     quantizer = DualCodebookQuantizer(config).requires_grad_(False)
     quantizer.semantic_codebook.normal_()
     quantizer.pixel_codebook.normal_()
-    return quantizer
-
-
-def replace_entries(quantizer: DualCodebookQuantizer, scale_entries: list[int]) -> DualCodebookQuantizer:
-    quantizer = copy.copy(quantizer)
-    quantizer.scale_entries = scale_entries
     return quantizer
 
 
@@ -102,23 +94,6 @@ def test_distances_are_weighted_squared_distances(quantizer):
     torch.testing.assert_close(
         quantizer.distances(vectors, quantizer.codebook()), squared_distances(quantizer, vectors), atol=1e-5, rtol=1e-6
     )
-
-
-@SCHEDULES
-def test_scales_with_entries_of_their_own_look_up_nothing_else(quantizer, schedule):
-    quantizer = replace_entries(quantizer, [5, 10, 15, 20])
-    correction = SelfCorrection(token_share=0.5, top_k=4)
-    output = quantizer(features(schedule), schedule, correction, seed=0, keys=["a", "b", "c"])
-    residual, totals = features(schedule), entry_maps(quantizer, output.input_codes, schedule)
-    for scale, (first, last) in enumerate([(0, 5), (5, 15), (15, 30), (30, 50)]):
-        pooled = F.interpolate(residual, size=schedule[scale], mode="area")
-        distances = squared_distances(quantizer, to_sequence(pooled).flatten(0, 1))[:, first:last]
-        codes = output.target_codes[:, schedule.slice(scale)]
-        assert torch.equal(codes, first + distances.argmin(-1).view_as(codes))
-        drawn = output.input_codes[:, schedule.slice(scale)]
-        assert drawn.min() >= first and drawn.max() < last
-        residual = residual - totals[scale]
-    assert not torch.equal(output.input_codes, output.target_codes)
 
 
 @SCHEDULES

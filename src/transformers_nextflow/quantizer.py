@@ -9,7 +9,6 @@ Shape suffixes: B batch, L all codes of an image, l codes of one scale, C code c
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -23,20 +22,6 @@ def resize_features(features_BChw: torch.Tensor, grid: Grid) -> torch.Tensor:
     if features_BChw.shape[-2:] == torch.Size(grid):
         return features_BChw
     return F.interpolate(features_BChw, size=grid, mode="bicubic")
-
-
-def undo_resize(features_BChw: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """The (B, C, *grid) map whose upsampling by [`resize_features`] comes nearest to the features."""
-    inverse = _inverse_resize(grid, tuple(features_BChw.shape[-2:])).to(features_BChw)
-    return (features_BChw.flatten(2) @ inverse).unflatten(2, grid)
-
-
-@lru_cache(maxsize=512)
-def _inverse_resize(coarse: Grid, fine: Grid) -> torch.Tensor:
-    """(h*w of fine, h*w of coarse) pseudo-inverse of the upsampling, which is linear."""
-    cells = coarse[0] * coarse[1]
-    basis = resize_features(torch.eye(cells).view(cells, 1, *coarse), fine).flatten(1)
-    return torch.linalg.pinv(basis)
 
 
 def to_map(entries_BlC: torch.Tensor, grid: Grid) -> torch.Tensor:
@@ -185,7 +170,7 @@ class DualCodebookQuantizer(nn.Module):
     """One shared index, two entries: the lookup minimises `w_sem * d_sem + w_pix * d_pix` over both halves.
 
     With `normalize_entries` both halves are L2-normalised, entries and queries alike (TokenFlow); the residual itself
-    is never normalised. With `scale_entries` each scale looks up entries of its own.
+    is never normalised.
     """
 
     def __init__(self, config):
@@ -193,28 +178,22 @@ class DualCodebookQuantizer(nn.Module):
         self.dims = (config.semantic_dim, config.pixel_dim)
         self.weights = (config.semantic_weight, config.pixel_weight)
         self.normalize = config.normalize_entries
-        self.scale_entries = config.scale_entries
         self.semantic_codebook = nn.Parameter(torch.empty(config.codebook_size, config.semantic_dim))
         self.pixel_codebook = nn.Parameter(torch.empty(config.codebook_size, config.pixel_dim))
 
     def codebook(self) -> torch.Tensor:
         """(V, C) float32 entries, as they are looked up and summed."""
-        halves = (self.semantic_codebook, self.pixel_codebook)
-        return torch.cat(
-            [F.normalize(half.float(), dim=-1) if self.normalize else half.float() for half in halves], -1
-        )
+        entries_VC = torch.cat([self.semantic_codebook, self.pixel_codebook], dim=-1)
+        return torch.cat(self._halves(entries_VC.float()), dim=-1)
 
-    def entries_of(self, scale: int) -> slice:
-        """The entries that `scale` (0-based) looks up."""
-        if self.scale_entries is None:
-            return slice(0, len(self.pixel_codebook))
-        return slice(sum(self.scale_entries[:scale]), sum(self.scale_entries[: scale + 1]))
+    def _halves(self, vectors_NC: torch.Tensor) -> Sequence[torch.Tensor]:
+        """The semantic and the pixel half, of unit length; as they are for VAR's Euclidean lookup."""
+        halves = vectors_NC.split(self.dims, dim=-1)
+        return [F.normalize(half, dim=-1) for half in halves] if self.normalize else halves
 
     def distances(self, features_NC: torch.Tensor, codebook_VC: torch.Tensor) -> torch.Tensor:
         """(N, V) weighted sum of the squared distances of the halves."""
-        queries, entries = features_NC.split(self.dims, dim=-1), codebook_VC.split(self.dims, dim=-1)
-        if self.normalize:
-            queries = [F.normalize(half, dim=-1) for half in queries]
+        queries, entries = self._halves(features_NC), codebook_VC.split(self.dims, dim=-1)
         weighted_NC = torch.cat([w * half for w, half in zip(self.weights, queries)], dim=-1)
         squares_N1 = sum(w * half.square().sum(-1, keepdim=True) for w, half in zip(self.weights, queries))
         squares_V = sum(w * half.square().sum(-1) for w, half in zip(self.weights, entries))
@@ -263,16 +242,15 @@ class DualCodebookQuantizer(nn.Module):
             for scale, (h, w) in enumerate(schedule):
                 norms.append(residual_BChw.detach().square().mean().sqrt())
                 pooled_BChw = F.interpolate(residual_BChw, size=(h, w), mode="area")
-                allowed = self.entries_of(scale)
                 queries_NC = to_sequence(pooled_BChw).flatten(0, 1).detach()
                 queries.append(queries_NC)
-                distance_NV = self.distances(queries_NC, codebook_VC[allowed].detach())
-                target_Bl = allowed.start + distance_NV.argmin(dim=-1).view(batch, h * w)
+                distance_NV = self.distances(queries_NC, codebook_VC.detach())
+                target_Bl = distance_NV.argmin(dim=-1).view(batch, h * w)
                 input_Bl = target_Bl
                 if correction is not None:
                     at = schedule.slice(scale)
                     drawn_N = self._draw(distance_NV, pick_BL[:, at].flatten(), correction)
-                    input_Bl = torch.where(disturb_BL[:, at], allowed.start + drawn_N.view(batch, h * w), target_Bl)
+                    input_Bl = torch.where(disturb_BL[:, at], drawn_N.view(batch, h * w), target_Bl)
                 if keep_scales is None or keep_scales[scale]:
                     entries_BChw = resize_features(to_map(F.embedding(input_Bl, codebook_VC), (h, w)), grid)
                     total_BChw = total_BChw + entries_BChw

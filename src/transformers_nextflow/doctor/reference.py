@@ -91,13 +91,6 @@ def distances(asked_BlC: torch.Tensor, codebook_VC: torch.Tensor, config) -> tor
     return total
 
 
-def entries_of(config, scale: int) -> slice:
-    """The entries that a scale may use."""
-    if config.scale_entries is None:
-        return slice(0, config.codebook_size)
-    return slice(sum(config.scale_entries[:scale]), sum(config.scale_entries[: scale + 1]))
-
-
 def next_features(
     entries_BLC: torch.Tensor,
     schedule: ScaleSchedule,
@@ -172,13 +165,6 @@ def places(
             blocks += [(index, index + size - 1)] * size
             counter, index, scale = counter + 1, index + size, scale + 1
     return Places(torch.tensor(positions, dtype=torch.float64).T, scales, counts, blocks)
-
-
-def coordinate_waves(grid: Grid, frequencies: int) -> torch.Tensor:
-    """(h*w, 4 * frequencies): sines, then cosines, of row and column in the picture."""
-    place = torch.tensor([((row + 0.5) / grid[0], (column + 0.5) / grid[1]) for row, column in cells(grid)])
-    angles = (math.pi * place[:, :, None] * 2.0 ** torch.arange(frequencies)).flatten(1)
-    return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
 def scale_embedding(weights, scale: int, count: int) -> torch.Tensor:

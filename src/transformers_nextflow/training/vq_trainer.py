@@ -329,7 +329,7 @@ class MeasuredCodes:
         for scale, counts in enumerate(chosen):
             if not counts.sum():
                 continue
-            shares = counts[self.quantizer.entries_of(scale)].double() / counts.sum()
+            shares = counts.double() / counts.sum()
             logs[f"usage_scale_{scale + 1}"] = float((shares > 0).double().mean())
             logs[f"perplexity_scale_{scale + 1}"] = float(torch.special.entr(shares).sum().exp())
             logs[f"residual_scale_{scale + 1}"] = float(residuals[0, scale] / residuals[1, scale])
@@ -363,17 +363,12 @@ class Restarts(TrainerCallback):
         if state.global_step % self.every:
             return
         unused = self.accelerator.reduce(self.chosen, reduction="sum") == 0
-        shared = self.quantizer.scale_entries is None
-        for queries, scale in (
-            [(torch.cat(self.queries), 0)] if shared else zip(self.queries, range(len(self.queries)))
-        ):
-            at = self.quantizer.entries_of(scale)
-            dead = at.start + unused[at].nonzero().squeeze(1)
-            rows = queries[torch.randint(len(queries), (len(dead),)).to(queries.device)]
-            semantic, pixel = broadcast(rows).split(self.quantizer.dims, dim=-1)
-            self.quantizer.pixel_codebook[dead] = pixel
-            if not self.pixel_only:
-                self.quantizer.semantic_codebook[dead] = semantic
+        dead, queries = unused.nonzero().squeeze(1), torch.cat(self.queries)
+        rows = queries[torch.randint(len(queries), (len(dead),)).to(queries.device)]
+        semantic, pixel = broadcast(rows).split(self.quantizer.dims, dim=-1)
+        self.quantizer.pixel_codebook[dead] = pixel
+        if not self.pixel_only:
+            self.quantizer.semantic_codebook[dead] = semantic
         self.chosen.zero_()
 
 
