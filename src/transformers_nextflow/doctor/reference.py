@@ -44,12 +44,18 @@ def as_rows(maps_BChw: torch.Tensor) -> torch.Tensor:
     return maps_BChw.permute(0, 2, 3, 1).flatten(1, 2)
 
 
+def halves(vectors: torch.Tensor, config) -> list[torch.Tensor]:
+    """The semantic and the pixel half of (..., C), normalised where the config says so."""
+    parts = vectors.split((config.semantic_dim, config.pixel_dim), -1)
+    if not config.normalize_entries:
+        return list(parts)
+    return [part / part.norm(dim=-1, keepdim=True).clamp(min=1e-12) for part in parts]
+
+
 def codebook(quantizer: nn.Module, config) -> torch.Tensor:
-    """(V, C) float32 entries, both halves normalised where the config says so."""
-    halves = [book.detach().float() for book in (quantizer.semantic_codebook, quantizer.pixel_codebook)]
-    if config.normalize_entries:
-        halves = [half / half.norm(dim=-1, keepdim=True).clamp(min=1e-12) for half in halves]
-    return torch.cat(halves, dim=-1)
+    """(V, C) float32 entries."""
+    books = [book.detach().float() for book in (quantizer.semantic_codebook, quantizer.pixel_codebook)]
+    return torch.cat(halves(torch.cat(books, dim=-1), config), dim=-1)
 
 
 def sum_of_entries(
@@ -81,12 +87,8 @@ def queries(
 
 def distances(asked_BlC: torch.Tensor, codebook_VC: torch.Tensor, config) -> torch.Tensor:
     """(B, l, V) weighted squared distances of both halves of the codebook."""
-    split = (config.semantic_dim, config.pixel_dim)
-    total = 0.0
-    for weight, half, entries in zip(
-        (config.semantic_weight, config.pixel_weight), asked_BlC.split(split, -1), codebook_VC.split(split, -1)
-    ):
-        half = F.normalize(half, dim=-1) if config.normalize_entries else half
+    weights, total = (config.semantic_weight, config.pixel_weight), 0.0
+    for weight, half, entries in zip(weights, halves(asked_BlC, config), halves(codebook_VC, config)):
         total = total + weight * torch.cdist(half, entries.expand(len(half), -1, -1)).square()
     return total
 
