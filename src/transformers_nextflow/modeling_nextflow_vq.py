@@ -230,7 +230,7 @@ class NextFlowVQOutput(ModelOutput):
         reconstruction: (B, 3, H, W) in about [-1, 1], not clamped.
         semantic_features: (B, h*w, D), the semantic decoder's estimate of the teacher's features.
         features: (B, C, h, w) float32, what was quantised.
-        quantization: the quantizer's codes, partial sums and residual norms.
+        quantization: the quantizer's codes, pairs for its losses and residual norms.
     """
 
     reconstruction: torch.Tensor | None = None
@@ -389,6 +389,7 @@ class NextFlowVQModel(PreTrainedModel):
         keys: Sequence[str | int] | None = None,
         keep_scales: Sequence[bool] | None = None,
         pixel_only: bool = False,
+        codebook_loss: str = "tokenflow",
         **kwargs,
     ) -> NextFlowVQOutput:
         """Encode, quantise with a straight-through gradient, decode both branches.
@@ -397,14 +398,17 @@ class NextFlowVQModel(PreTrainedModel):
             pixel_values: (B, 3, H, W) in [-1, 1].
             keep_scales: which scales take part (random scale drop in training, NextFlow sec. 3.1).
             pixel_only: leave the semantic branch out, `semantic_features` too (the first stage of training).
+            codebook_loss: `"tokenflow"` or `"var"`, which gradients and pairs the quantizer gives, see
+                [`DualCodebookQuantizer.forward`].
         """
         schedule = self._schedule_of(pixel_values)
         features = self.features(pixel_values, pixel_only)
-        quantization = self.quantizer(features, schedule, correction, seed, keys, keep_scales, pixel_only)
-        quantized = features + (quantization.quantized - features).detach()
-        semantic, _ = quantized.split(self.quantizer.dims, dim=1)
+        quantization = self.quantizer(
+            features, schedule, correction, seed, keys, keep_scales, pixel_only, codebook_loss
+        )
+        semantic, _ = quantization.quantized.split(self.quantizer.dims, dim=1)
         return NextFlowVQOutput(
-            reconstruction=self._reconstruct(quantized, schedule),
+            reconstruction=self._reconstruct(quantization.quantized, schedule),
             semantic_features=None if pixel_only else self.semantic_decoder(semantic),
             features=features,
             quantization=quantization,
