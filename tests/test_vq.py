@@ -166,9 +166,9 @@ def _has_gradient(module: torch.nn.Module) -> bool:
     return any(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in module.parameters())
 
 
-def test_the_straight_through_gradient_is_the_decoders_own(model):
+def test_vars_straight_through_gradient_is_the_decoders_own(model):
     """d(loss)/d(features) equals d(loss)/d(quantised), as if nothing had been rounded."""
-    output = model(pictures(SQUARE))
+    output = model(pictures(SQUARE), codebook_loss="var")
     features_gradient = torch.autograd.grad(output.reconstruction.square().sum(), output.features)[0]
     quantized = output.quantization.quantized.detach().requires_grad_()
     reconstruction = model.pixel_decoder(quantized[:, model.config.semantic_dim :])

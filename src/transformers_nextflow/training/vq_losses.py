@@ -7,9 +7,7 @@ from torch import nn
 from ..quantizer import QuantizerOutput
 
 
-def codebook_losses(
-    quantization: QuantizerOutput, channels: slice = slice(None)
-) -> tuple[torch.Tensor, torch.Tensor]:
+def codebook_losses(quantization: QuantizerOutput, channels: slice = slice(None)) -> tuple[torch.Tensor, torch.Tensor]:
     """How far entries are from what they stand for: mean over the scales that took part of the mean square.
 
     Args:
