@@ -43,7 +43,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def accumulated():
-    return tiny_model(tiny_config(feature_mode="accumulated", coordinate_frequencies=2))
+    return tiny_model(tiny_config(feature_mode="accumulated"))
 
 
 def draw(model, *rows, nulls=None, grid=SQUARE, **kwargs) -> NextFlowImageOutput:
@@ -310,7 +310,7 @@ def last_scale_again(model, rows: list, sequences: torch.Tensor) -> torch.Tensor
     if model.config.feature_mode == "accumulated":
         maps = [to_map(entries[:, schedule.slice(scale)], grid) for scale, grid in enumerate(schedule)]
         own = to_sequence(sum(resize_features(each, SQUARE) for each in maps))
-    replaced = inner.connect(own, [SQUARE]) + inner.scale_embedding(torch.tensor([3]), torch.tensor([3]))
+    replaced = inner.connect(own) + inner.scale_embedding(torch.tensor([3]), torch.tensor([3]))
     seen = {}
     hook = inner.language_model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.update(embeds=kwargs["inputs_embeds"], **kwargs), with_kwargs=True

@@ -42,7 +42,7 @@ def model():
 @pytest.fixture(scope="module")
 def reading():
     """Reads pictures with their last scale."""
-    return tiny_model(tiny_config(coordinate_frequencies=1), seed=3)
+    return tiny_model(seed=2)
 
 
 def with_nulls(model, rows, nulls) -> dict:

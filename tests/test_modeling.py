@@ -220,26 +220,6 @@ def test_residual_features_resize_each_scales_entries_to_the_next_grid(model):
     torch.testing.assert_close(inner.next_scale_inputs(codes, schedule), inner.connector(expected))
 
 
-def test_the_connector_reads_where_cells_lie():
-    """Cells of one content differ by their place alone, and blocks read whole as scale by scale."""
-    model = tiny_model(tiny_config(coordinate_frequencies=1)).model
-    waves = [[], []]
-    for h, w in ((2, 3), (1, 1)):
-        for row in range(h):
-            for column in range(w):
-                angles = torch.pi * torch.tensor([(row + 0.5) / h, (column + 0.5) / w])
-                waves[h == 1].append(torch.cat([angles.sin(), angles.cos()]))
-    features = torch.randn(2, 1, model.config.vq_config.code_dim)
-    for grid, expected in (((2, 3), waves[0]), ((1, 1), waves[1])):
-        content = features.expand(2, len(expected), -1)
-        by_hand = model.connector(torch.cat([content, torch.stack(expected).expand(2, -1, -1)], dim=-1))
-        torch.testing.assert_close(model.connect(content, [grid]), by_hand)
-    cells = model.connect(features.expand(2, 6, -1), [(2, 3)])
-    assert min((cells[:, i] - cells[:, j]).abs().max() for i in range(6) for j in range(i)) > 1e-2
-    both = model.connect(features.expand(2, 7, -1), [(1, 1), (2, 3)])
-    torch.testing.assert_close(both[:, 1:], cells)
-
-
 def test_accumulated_features_are_vars():
     """VAR: every scale's entries bicubic to the final grid, summed, then area-resized to the next grid."""
     model = tiny_model(tiny_config(feature_mode="accumulated"))
@@ -506,7 +486,6 @@ def test_inputs_that_do_not_match_are_refused(model, change, message):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"coordinate_frequencies": -1}, "coordinate_frequencies must not be negative, got -1"),
         ({"feature_mode": "summed"}, 'feature_mode must be "residual" or "accumulated", got \'summed\''),
         ({"text": rope([4, 5, 8])}, r"mrope_section must sum to half the head size, 8, got \[4, 5, 8\]"),
         ({"boi_token_id": TEXT_ROWS}, f"boi_token_id must be a text row, 0 to {TEXT_ROWS - 1}, got {TEXT_ROWS}"),

@@ -1,6 +1,5 @@
 """The dual codebook, multi-scale residual quantisation, self-correction, and the features of the next scale."""
 
-import copy
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -9,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from transformers_nextflow.quantizer import (
+    CODEBOOK_LOSSES,
     DualCodebookQuantizer,
     SelfCorrection,
     next_scale_features,
@@ -33,17 +33,10 @@ def quantizer(request):
         pixel_weight=WEIGHTS[1],
         codebook_size=CODES,
         normalize_entries=request.param,
-        scale_entries=None,
     )
     quantizer = DualCodebookQuantizer(config).requires_grad_(False)
     quantizer.semantic_codebook.normal_()
     quantizer.pixel_codebook.normal_()
-    return quantizer
-
-
-def replace_entries(quantizer: DualCodebookQuantizer, scale_entries: list[int]) -> DualCodebookQuantizer:
-    quantizer = copy.copy(quantizer)
-    quantizer.scale_entries = scale_entries
     return quantizer
 
 
@@ -99,26 +92,8 @@ def test_targets_are_the_nearest_entries(quantizer, schedule):
 
 def test_distances_are_weighted_squared_distances(quantizer):
     vectors = features(SQUARE).permute(0, 2, 3, 1).reshape(-1, SEMANTIC + PIXEL)
-    torch.testing.assert_close(
-        quantizer.distances(vectors, quantizer.codebook()), squared_distances(quantizer, vectors), atol=1e-5, rtol=1e-6
-    )
-
-
-@SCHEDULES
-def test_scales_with_entries_of_their_own_look_up_nothing_else(quantizer, schedule):
-    quantizer = replace_entries(quantizer, [5, 10, 15, 20])
-    correction = SelfCorrection(token_share=0.5, top_k=4)
-    output = quantizer(features(schedule), schedule, correction, seed=0, keys=["a", "b", "c"])
-    residual, totals = features(schedule), entry_maps(quantizer, output.input_codes, schedule)
-    for scale, (first, last) in enumerate([(0, 5), (5, 15), (15, 30), (30, 50)]):
-        pooled = F.interpolate(residual, size=schedule[scale], mode="area")
-        distances = squared_distances(quantizer, to_sequence(pooled).flatten(0, 1))[:, first:last]
-        codes = output.target_codes[:, schedule.slice(scale)]
-        assert torch.equal(codes, first + distances.argmin(-1).view_as(codes))
-        drawn = output.input_codes[:, schedule.slice(scale)]
-        assert drawn.min() >= first and drawn.max() < last
-        residual = residual - totals[scale]
-    assert not torch.equal(output.input_codes, output.target_codes)
+    got = quantizer.distances(quantizer.normalized(vectors), quantizer.codebook())
+    torch.testing.assert_close(got, squared_distances(quantizer, vectors), atol=1e-5, rtol=1e-6)
 
 
 @SCHEDULES
@@ -128,18 +103,72 @@ def test_quantized_is_the_decoded_codes(quantizer, schedule):
     torch.testing.assert_close(output.quantized, sum(entry_maps(quantizer, output.input_codes, schedule)))
 
 
-def test_partial_sums_decode_the_scales_so_far(quantizer):
-    output = quantizer(features(SQUARE), SQUARE)
-    assert len(output.partial_sums) == len(SQUARE)
-    for scale, partial in enumerate(output.partial_sums, start=1):
-        codes = output.target_codes[:, : SQUARE.prefix(scale).num_codes]
-        torch.testing.assert_close(partial, quantizer.decode(codes, SQUARE))
+def sums_of_scales(quantizer, codes_BL: torch.Tensor, schedule: ScaleSchedule) -> list[torch.Tensor]:
+    """The running sum on the final grid after each scale."""
+    maps = entry_maps(quantizer, codes_BL, schedule)
+    return [sum(maps[: scale + 1]) for scale in range(len(schedule))]
+
+
+@SCHEDULES
+def test_tokenflows_pairs_are_each_scales_entries_and_normalised_queries(quantizer, schedule):
+    source = features(schedule)
+    output = quantizer(source, schedule, SelfCorrection(), keys="abc")
+    sums = [torch.zeros_like(source), *sums_of_scales(quantizer, output.input_codes, schedule)]
+    assert len(output.pairs) == len(schedule)
+    for scale, (given, meant) in enumerate(output.pairs):
+        entries = quantizer.codebook()[output.input_codes[:, schedule.slice(scale)]]
+        torch.testing.assert_close(given, to_map(entries, schedule[scale]))
+        pooled = F.adaptive_avg_pool2d(source - sums[scale], schedule[scale])
+        if quantizer.normalize:
+            pooled = torch.cat(
+                [half / half.norm(dim=1, keepdim=True) for half in pooled.split((SEMANTIC, PIXEL), 1)], 1
+            )
+        torch.testing.assert_close(meant, pooled, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(output.queries[scale], to_sequence(meant).flatten(0, 1))
+
+
+def test_vars_pairs_are_the_sum_so_far_and_the_features(quantizer):
+    source = features(SQUARE)
+    output = quantizer(source, SQUARE, codebook_loss="var")
+    assert len(output.pairs) == len(SQUARE)
+    for (given, meant), expected in zip(output.pairs, sums_of_scales(quantizer, output.target_codes, SQUARE)):
+        torch.testing.assert_close(given, expected)
+        assert torch.equal(meant, source)
+
+
+@pytest.mark.parametrize("codebook_loss", CODEBOOK_LOSSES)
+def test_dropped_scales_leave_no_pair(quantizer, codebook_loss):
+    keep_scales = [True, False, True, False]
+    output = quantizer(features(SQUARE), SQUARE, keep_scales=keep_scales, codebook_loss=codebook_loss)
+    assert len(output.pairs) == 2 and len(output.queries) == 4
+
+
+@SCHEDULES
+def test_both_forms_have_one_value_and_gradients_of_their_own(quantizer, schedule):
+    source = features(schedule).requires_grad_()
+    direction = features(schedule, seed=2)
+    outputs = {name: quantizer(source, schedule, codebook_loss=name) for name in CODEBOOK_LOSSES}
+    assert torch.equal(outputs["tokenflow"].target_codes, outputs["var"].target_codes)
+    assert torch.equal(outputs["tokenflow"].quantized, outputs["var"].quantized)
+    got = {
+        name: torch.autograd.grad((output.quantized * direction).sum(), source)[0] for name, output in outputs.items()
+    }
+    torch.testing.assert_close(got["var"], direction)
+    lookups = []
+    for (h, w), left in zip(schedule, [0.0, *sums_of_scales(quantizer, outputs["var"].target_codes, schedule)]):
+        query = F.adaptive_avg_pool2d(source - left, (h, w))
+        if quantizer.normalize:
+            query = torch.cat([half / half.norm(dim=1, keepdim=True) for half in query.split((SEMANTIC, PIXEL), 1)], 1)
+        lookups.append(F.interpolate(query, size=schedule.final_grid, mode="bicubic"))
+    (expected,) = torch.autograd.grad((sum(lookups) * direction).sum(), source)
+    torch.testing.assert_close(got["tokenflow"], expected, atol=1e-4, rtol=1e-4)
 
 
 def test_residual_norms_precede_each_scale(quantizer):
     source = features(SQUARE)
     output = quantizer(source, SQUARE)
-    residuals = [source, *(source - partial for partial in output.partial_sums[:-1])]
+    sums = sums_of_scales(quantizer, output.target_codes, SQUARE)
+    residuals = [source, *(source - partial for partial in sums[:-1])]
     expected = torch.stack([residual.square().mean().sqrt() for residual in residuals])
     torch.testing.assert_close(output.residual_norms, expected)
 
@@ -316,6 +345,8 @@ def test_maps_and_sequences_are_row_major():
 
 
 def test_errors(quantizer):
+    with pytest.raises(ValueError, match="codebook_loss must be one of tokenflow, var, got 'vqgan'"):
+        quantizer(features(SQUARE), SQUARE, codebook_loss="vqgan")
     with pytest.raises(ValueError, match=r"grid \(3, 7\), the schedule ends in \(5, 5\)"):
         quantizer(features(WIDE), SQUARE)
     for keys in (None, ["one"]):

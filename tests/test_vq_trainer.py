@@ -18,7 +18,7 @@ from transformers_nextflow.training import (
     enlarge_decoder,
     prepare_vq_stage,
 )
-from transformers_nextflow.training.vq_losses import adaptive_weight, codebook_losses
+from transformers_nextflow.training.vq_losses import PatchDiscriminator, adaptive_weight, codebook_losses
 
 
 @pytest.fixture
@@ -119,8 +119,8 @@ def test_losses_are_the_papers_by_hand(model, tmp_path):
     pixels = Pictures()[0]["pixel_values"]
     loss = run.compute_loss(run.model, {"pixel_values": pixels})
     output = prepared(pixels)
-    sums, features = output.quantization.partial_sums, output.features
-    distance = sum(((each - features) ** 2).mean() for each in sums) / len(sums)
+    pairs = output.quantization.pairs
+    distance = sum(((entries - queries) ** 2).mean() for entries, queries in pairs) / len(pairs)
     error = ((output.reconstruction - pixels) ** 2).mean()
     cosine = F.cosine_similarity(output.semantic_features, prepared.semantic_features(pixels, teacher), dim=-1).mean()
     torch.testing.assert_close(loss, error + 1.25 * distance + 1 - cosine)
@@ -134,7 +134,7 @@ def test_the_pixel_stage_counts_kept_scales_and_pixel_channels_alone(model, tmp_
     loss = run.compute_loss(run.model, {"pixel_values": pixels})
     output = model(pixels, keep_scales=keep, pixel_only=True)
     pixel = slice(model.config.semantic_dim, None)
-    distances = [((each - output.features)[:, pixel] ** 2).mean() for each in output.quantization.partial_sums]
+    distances = [((entries - queries)[:, pixel] ** 2).mean() for entries, queries in output.quantization.pairs]
     assert len(distances) == 2
     error = ((output.reconstruction - pixels) ** 2).mean()
     torch.testing.assert_close(loss, error + 1.25 * sum(distances) / 2)
@@ -156,10 +156,11 @@ def test_a_step_of_two_batches_moves_by_the_mean_of_their_losses(model, tmp_path
                 torch.testing.assert_close(moved_to, parameter - 0.1 * parameter.grad)
 
 
-def test_codebook_loss_moves_entries_alone_and_commitment_features_alone(model):
-    output = model(Pictures()[0]["pixel_values"])
+@pytest.mark.parametrize("codebook_loss", ["tokenflow", "var"])
+def test_codebook_loss_moves_entries_alone_and_commitment_features_alone(model, codebook_loss):
+    output = model(Pictures()[0]["pixel_values"], codebook_loss=codebook_loss)
     output.features.retain_grad()
-    codebook, commitment = codebook_losses(output.features, output.quantization)
+    codebook, commitment = codebook_losses(output.quantization)
     codebook.backward(retain_graph=True)
     assert output.features.grad is None and model.quantizer.pixel_codebook.grad.any()
     model.zero_grad()
@@ -181,7 +182,7 @@ def test_half_of_the_scales_drop_but_never_the_first(model, tmp_path):
 def test_the_adversary_begins_late_and_each_side_moves_by_its_own_loss(coarse_model, tmp_path):
     torch.manual_seed(1)
     prepared = prepare_vq_stage(coarse_model, "pixel")
-    arguments = {"discriminator_weight": 0.5, "discriminator_start": 2, "max_steps": 2, "weight_decay": 0.0}
+    arguments = {"discriminator_weight": 0.5, "discriminator_start": 3, "max_steps": 2, "weight_decay": 0.0}
     run = trainer(prepared, tmp_path, Large(), **arguments)
     before = state(run.model.discriminator)
     run.train()
@@ -198,6 +199,47 @@ def test_the_adversary_begins_late_and_each_side_moves_by_its_own_loss(coarse_mo
         judged[name].backward(retain_graph=True)
         gradients = {key: value.grad for key, value in run.model.named_parameters() if value.grad is not None}
         assert {key.split(".")[0] for key, gradient in gradients.items() if gradient.any()} == {parts}
+
+
+@pytest.mark.parametrize("adaptive", [False, True], ids=["constant", "adaptive"])
+def test_the_adversary_weighs_on_both_sides_from_its_step_on(coarse_model, tmp_path, adaptive):
+    arguments = {"discriminator_weight": 0.3, "discriminator_start": 5, "adaptive_discriminator_weight": adaptive}
+    run = trainer(prepare_vq_stage(coarse_model, "pixel"), tmp_path, Large(), scale_drop=0.0, **arguments)
+    pixels = Large()[0]["pixel_values"]
+    output, judged = run.model(pixels, adversarial=True, pixel_only=True)
+    error = ((output.reconstruction - pixels) ** 2).mean()
+    codebook, commitment = codebook_losses(output.quantization, slice(coarse_model.config.semantic_dim, None))
+    before = error + codebook + 0.25 * commitment
+    last = coarse_model.pixel_decoder.conv_out.weight
+    weight = adaptive_weight(error, judged["adversarial"], last) if adaptive else 1.0
+    fake, real = (run.model.discriminator(each) for each in (output.reconstruction, pixels))
+    deceived, told = -fake.mean(), (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
+    for completed, expected in ((3, before), (4, before + 0.3 * (weight * deceived + told))):
+        run.state.global_step = completed
+        torch.testing.assert_close(run.compute_loss(run.model, {"pixel_values": pixels}), expected)
+
+
+def test_var_codebook_loss_by_hand(model, tmp_path):
+    run = trainer(prepare_vq_stage(model, "pixel"), tmp_path, codebook_loss="var", scale_drop=0.0)
+    pixels = Pictures()[0]["pixel_values"]
+    loss = run.compute_loss(run.model, {"pixel_values": pixels})
+    output = model(pixels, pixel_only=True)
+    codes, schedule = output.quantization.target_codes, model.schedules.by_size(*pixels.shape[-2:])
+    pixel, distances = slice(model.config.semantic_dim, None), []
+    for scale in range(1, len(schedule) + 1):
+        total = model.quantizer.decode(codes[:, : schedule.prefix(scale).num_codes], schedule)
+        distances.append(((total - output.features)[:, pixel] ** 2).mean())
+    error = ((output.reconstruction - pixels) ** 2).mean()
+    torch.testing.assert_close(loss, error + 1.25 * sum(distances) / len(distances))
+
+
+def test_the_discriminator_begins_as_pix2pix_does():
+    torch.manual_seed(0)
+    for name, parameter in PatchDiscriminator().named_parameters():
+        if parameter.ndim == 4:
+            assert abs(parameter.std() - 0.02) < 2e-3 and abs(parameter.mean()) < 2e-3, name
+        elif name.endswith("weight"):
+            assert abs(parameter.mean() - 1) < 1e-2 and 0.015 < parameter.std() < 0.025, name
 
 
 def test_adaptive_weight_makes_both_losses_move_the_last_layer_equally():
@@ -320,6 +362,7 @@ def test_image_batches_hold_every_picture_once_at_its_schedule(tmp_path, model):
     ("arguments", "message"),
     [
         ({"stage": "both"}, "stage must be one of pixel, joint, decoder, got 'both'"),
+        ({"codebook_loss": "vqgan"}, "codebook_loss must be one of tokenflow, var, got 'vqgan'"),
         ({"scale_drop": 1.5}, "scale_drop must lie in \\[0, 1\\], got 1.5"),
         ({"codebook_weight": -1.0}, "codebook_weight must not be negative, got -1.0"),
         ({"stage": "joint"}, "give `teacher`"),

@@ -77,7 +77,7 @@ def train_stage(folder: Path, stage: str, model: NextFlowVQModel, steps: int, se
     """The model, trained through a stage."""
     model = prepare_vq_stage(model, stage).to(memory_format=torch.channels_last)
     values = settings(steps, PEAK) | {"save_strategy": "no", "warmup_steps": min(100, steps // 4), "seed": seed}
-    values |= {"perceptual_weight": 0.0, "discriminator_weight": 0.0}
+    values |= {"perceptual_weight": 0.0, "discriminator_weight": 0.0, "codebook_loss": "var"}
     arguments = NextFlowVQTrainingArguments(folder / "work", stage=stage, **values, **drop)
     trainer = ShapesVQTrainer(model, arguments, Drawn(f"{stage} {seed}", steps, draw), teacher=teacher)
     trainer.remove_callback(PrinterCallback)  # standard output is for the result

@@ -196,7 +196,7 @@ def train_stage(folder: Path, stage: str, model: NextFlowVQModel, peak: float, *
     if not is_finished(folder / stage):
         values = settings(STEPS[stage], peak) | {"perceptual_weight": 0.0, "discriminator_weight": 0.0}
         arguments = NextFlowVQTrainingArguments(
-            folder / stage, stage=stage, commitment_weight=1.25, distillation_weight=0.2, **values
+            folder / stage, stage=stage, codebook_loss="var", commitment_weight=1.25, distillation_weight=0.2, **values
         )
 
         def draw(rng: random.Random) -> dict:

@@ -74,9 +74,6 @@ class NextFlowVQConfig(PreTrainedConfig):
             Entries of the codebook; one index selects both halves.
         semantic_weight, pixel_weight (`float`, default to 1.0):
             Weights of the two squared distances in the lookup (sec. 2.1).
-        scale_entries (`list[int]`, *optional*):
-            How many entries of the codebook belong to each scale, in order; `None` is the paper: every scale looks up
-            all of them.
         normalize_entries (`bool`, defaults to `True`):
             Whether both halves are L2-normalised, entries and queries alike (TokenFlow); `False` is VAR's plain
             Euclidean lookup, whose short entries leave flat regions alone and so make fine scales predictable.
@@ -92,14 +89,6 @@ class NextFlowVQConfig(PreTrainedConfig):
             `stem_stride * 2 ** (len(channel_multipliers) - 1)` must equal `patch_size`.
         latent_channels (`int`, defaults to 256):
             Channels between the CNN and the codebook's pixel half.
-        padding_mode (`str`, defaults to `"zeros"`):
-            How the CNN continues pictures beyond their border (`"zeros"`, TokenFlow's, `"replicate"` or `"reflect"`).
-            With zeros, flat regions get other codes near the border.
-        pixel_encoder (`str`, defaults to `"cnn"`):
-            The pixel branch's encoder: a CNN with attention (`"cnn"`, TokenFlow's) or one that splits windows of the
-            picture into two colours and the pattern between them (`"figure_ground"`), for flat graphics and a small
-            transformer. The second needs schedules of one even number of scales from four, which begin with (1, 1)
-            twice, and whose grids divide the final one.
         decoder_base_channels (`int`, *optional*):
             `base_channels` of the pixel decoder, by default the same (TokenFlow's enhanced decoder: twice as many).
         norm_groups (`int`, *optional*):
@@ -136,7 +125,6 @@ class NextFlowVQConfig(PreTrainedConfig):
     codebook_size: int = 32768
     semantic_weight: float | int = 1.0
     pixel_weight: float | int = 1.0
-    scale_entries: list[int] | None = None
     normalize_entries: bool = True
     patch_size: int = 16
     image_size: int | None = None
@@ -144,8 +132,6 @@ class NextFlowVQConfig(PreTrainedConfig):
     channel_multipliers: list[int] | None = None
     stem_stride: int = 1
     latent_channels: int = 256
-    padding_mode: str = "zeros"
-    pixel_encoder: str = "cnn"
     decoder_base_channels: int | None = None
     norm_groups: int | None = None
     attention: str = "single"
@@ -161,10 +147,6 @@ class NextFlowVQConfig(PreTrainedConfig):
         self.channel_multipliers = self.channel_multipliers or [1, 1, 2, 2, 4]
         self.levels = self.levels or dict(PAPER_LEVELS)
         super().__post_init__(**kwargs)
-        if self.padding_mode not in ("zeros", "replicate", "reflect"):
-            raise ValueError(f'padding_mode must be "zeros", "replicate" or "reflect", got {self.padding_mode!r}')
-        if self.pixel_encoder not in ("cnn", "figure_ground"):
-            raise ValueError(f'pixel_encoder must be "cnn" or "figure_ground", got {self.pixel_encoder!r}')
         if self.attention not in ("single", "dense"):
             raise ValueError(f'attention must be "single" or "dense", got {self.attention!r}')
         if self.semantic_config.model_type not in SEMANTIC_ENCODERS:
@@ -180,10 +162,6 @@ class NextFlowVQConfig(PreTrainedConfig):
                 f"stem_stride {self.stem_stride} and {len(self.channel_multipliers)} channel_multipliers downsample "
                 f"by {downsampling}, but patch_size is {self.patch_size}"
             )
-        if self.pixel_encoder == "figure_ground":
-            self._check_figure_ground()
-        if self.scale_entries is not None:
-            self._check_scale_entries()
         if self.image_size is not None:
             self._check_image_size()
         elif self.semantic_config.patch_size != self.patch_size:
@@ -201,44 +179,10 @@ class NextFlowVQConfig(PreTrainedConfig):
                 f"one scale schedule, which ends in the grid ({edge}, {edge})"
             )
 
-    def _check_figure_ground(self) -> None:
-        schedules = list(self.schedule_table())
-        num_scales = {len(schedule) for schedule in schedules}
-        if len(num_scales) != 1 or max(num_scales) % 2 or max(num_scales) < 4:
-            raise ValueError(
-                f"figure and ground need schedules of one even length from 4, got lengths {sorted(num_scales)}"
-            )
-        for schedule in schedules:
-            if schedule[1] != (1, 1):
-                raise ValueError(f"figure and ground need schedules that begin with (1, 1) twice, got {schedule[1]}")
-            height, width = schedule.final_grid
-            uneven = next((grid for grid in schedule if height % grid[0] or width % grid[1]), None)
-            if uneven:
-                raise ValueError(f"figure and ground need grids that divide {schedule.final_grid}, got {uneven}")
-        pairs = max(num_scales) // 2
-        if self.pixel_dim % pairs or self.pixel_dim // pairs <= 6:
-            raise ValueError(
-                f"figure and ground need a pixel_dim of {pairs} equal parts with 6 channels for two colours and some "
-                f"for the pattern, got {self.pixel_dim}"
-            )
-
-    def _check_scale_entries(self) -> None:
-        num_scales, entries = self.schedule_table().max_scales, self.scale_entries
-        if len(entries) != num_scales or min(entries) < 1 or sum(entries) != self.codebook_size:
-            raise ValueError(
-                f"scale_entries must hold a positive number for each of {num_scales} scales that sum to codebook_size "
-                f"{self.codebook_size}, got {entries}"
-            )
-
     @property
     def code_dim(self) -> int:
         """Channels of a whole codebook entry, semantic half first."""
         return self.semantic_dim + self.pixel_dim
-
-    @property
-    def pattern_dim(self) -> int:
-        """Channels of an arrangement or a pattern with `pixel_encoder="figure_ground"`; a window's colours have 6."""
-        return self.pixel_dim // (self.schedule_table().max_scales // 2) - 6
 
     def schedule_table(self) -> ScheduleTable:
         """The schedules this tokenizer knows."""
@@ -264,10 +208,6 @@ class NextFlowConfig(PreTrainedConfig):
         feature_mode (`str`, defaults to `"residual"`):
             The input of the next scale: one scale's own entries (`"residual"`, the paper) or VAR's running sum
             (`"accumulated"`, for comparison).
-        coordinate_frequencies (`int`, defaults to 0):
-            Frequencies of the sinusoidal row and column that the connector reads beside a code's features. 0 is the
-            paper, which tells positions by RoPE alone: cells of one content, as after scale 1, are then told apart by
-            attention only, which a small model learns late.
         position_scale (`float`, *optional*):
             `C` of eq. 1. Open in the paper; `None` is the finest grid's edge (64 for table 14).
         condition_last_scale (`bool`, defaults to `True`):
@@ -292,7 +232,6 @@ class NextFlowConfig(PreTrainedConfig):
     eoi_token_id: int = 151653
     image_token_id: int = 151655
     feature_mode: str = "residual"
-    coordinate_frequencies: int = 0
     position_scale: float | int | None = None
     condition_last_scale: bool = True
     scale_loss_alpha: float | int = 0.9
@@ -313,8 +252,6 @@ class NextFlowConfig(PreTrainedConfig):
             )
         if self.feature_mode not in ("residual", "accumulated"):
             raise ValueError(f'feature_mode must be "residual" or "accumulated", got {self.feature_mode!r}')
-        if self.coordinate_frequencies < 0:
-            raise ValueError(f"coordinate_frequencies must not be negative, got {self.coordinate_frequencies}")
         given = self.image_generation or {}
         if unknown := set(given) - set(IMAGE_GENERATION_DEFAULTS):
             raise ValueError(

@@ -262,7 +262,7 @@ def draw_images(
                 first_columns = decoder.cache.last_columns(rows, schedule.lengths[scale])
                 for top_k in controls.refine_top_k:
                     features_BlC = same_scale_step(model.model.code_embeddings(codes_Bl), schedule, scale, total)
-                    inputs_rlD = model.model.connect(features_BlC, [schedule[scale]]).repeat(len(contexts), 1, 1)
+                    inputs_rlD = model.model.connect(features_BlC).repeat(len(contexts), 1, 1)
                     for row in rows:
                         length, counter = decoder.position(row)
                         decoder.rewind(row, (length - schedule.lengths[scale], counter - 1))
@@ -281,7 +281,7 @@ def draw_images(
                 contexts = contexts[: max(needed[scale + 1 :])]
                 rows = [row for context in contexts for row in context]
             features_BlC, total = next_scale_step(model.model.code_embeddings(codes_Bl), schedule, scale, total)
-            inputs_rlD = model.model.connect(features_BlC, [schedule[scale + 1]]).repeat(len(contexts), 1, 1)
+            inputs_rlD = model.model.connect(features_BlC).repeat(len(contexts), 1, 1)
             hidden_rlD = decoder.write_scale(rows, inputs_rlD, schedule, scale + 1)
     if forced_scales == len(schedule) and repeats > 1:
         codes_BL, logits = (

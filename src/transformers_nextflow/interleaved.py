@@ -116,7 +116,7 @@ def interleave(
         schedule = controls.schedule
         if config.condition_last_scale:
             entries_BlC = model.model.code_embeddings(codes_BL[:, schedule.slice(len(schedule) - 1)])
-            inputs_rlD = model.model.connect(entries_BlC, [schedule.final_grid]).repeat(len(contexts[:2]), 1, 1)
+            inputs_rlD = model.model.connect(entries_BlC).repeat(len(contexts[:2]), 1, 1)
             decoder.write_scale(all_rows, inputs_rlD, schedule, len(schedule))
         hidden.update(zip(all_rows, decoder.write_tokens(all_rows, [config.eoi_token_id] * len(all_rows))))
         slots = num_image_slots(schedule, config.condition_last_scale)

@@ -103,17 +103,6 @@ def scale_coordinates(grid: tuple[int, int], finest_edge: float) -> torch.Tensor
     return torch.stack([rows.repeat_interleave(w), columns.repeat(h)]).float()
 
 
-@lru_cache(maxsize=512)
-def coordinate_waves(grid: tuple[int, int], num_frequencies: int) -> torch.Tensor:
-    """(h*w, 4 * num_frequencies) float32 sines and cosines of where a grid's cells lie in the picture, row-major: of
-    `pi * 2**n` times row and column, each in (0, 1)."""
-    h, w = grid
-    rows, columns = (torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w
-    places = torch.stack([rows.repeat_interleave(w), columns.repeat(h)], dim=-1)
-    angles = torch.pi * (places[:, :, None] * 2.0 ** torch.arange(num_frequencies)).flatten(1)
-    return torch.cat([angles.sin(), angles.cos()], dim=-1)
-
-
 def num_image_slots(schedule: ScaleSchedule, last_scale: bool = False) -> int:
     """`<image>` placeholders of one image: sum of h_k * w_k for k = 2..K, plus the last grid again if `last_scale`."""
     return schedule.num_codes - 1 + (schedule.lengths[-1] if last_scale else 0)

@@ -27,11 +27,11 @@ from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 from .attention import FLEX, refuse_dense_mask, sequence_mask
 from .configuration_nextflow import NextFlowConfig
 from .generation_nextflow import NextFlowGenerationMixin
-from .layout import SequenceLayout, build_layout, check_integers, coordinate_waves
+from .layout import SequenceLayout, build_layout, check_integers
 from .losses import IGNORE, fill_code_targets, joint_cross_entropy, shift_labels_of
 from .modeling_nextflow_vq import NextFlowVQModel, unpatchify
 from .quantizer import next_scale_features
-from .scales import Grid, ScaleSchedule
+from .scales import ScaleSchedule
 
 
 class NextFlowRotaryEmbedding(Qwen2_5_VLRotaryEmbedding):
@@ -143,8 +143,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
         self.language_model = NextFlowTextModel(config.text_config)
         self.vq_model = NextFlowVQModel(config.vq_config).requires_grad_(False)
         self.code_embeddings = nn.Embedding(config.vq_config.codebook_size, code_dim)
-        connected = code_dim + 4 * config.coordinate_frequencies
-        self.connector = nn.Sequential(nn.Linear(connected, width), nn.GELU(), nn.Linear(width, width))
+        self.connector = nn.Sequential(nn.Linear(code_dim, width), nn.GELU(), nn.Linear(width, width))
         self.schedules = self.vq_model.schedules
         self.scale_embedding = ScaleEmbedding(self.schedules.max_scales, width)
         self.post_init()
@@ -194,32 +193,20 @@ class NextFlowModel(NextFlowPreTrainedModel):
     ) -> torch.Tensor:
         """(N, codes of at least scales 1..K-1) -> (N, l, D): what the blocks of scales 2..K hold, before their scale
         embeddings; with `last_scale` the codes of scale K too, on their own grid. K is `num_scales`, or all."""
-        return self.connect(*self._next_scale_features(self.code_embeddings(codes), schedule, last_scale, num_scales))
+        return self.connect(self._next_scale_features(self.code_embeddings(codes), schedule, last_scale, num_scales))
 
     def _next_scale_features(
         self, entries: torch.Tensor, schedule: ScaleSchedule, last_scale: bool, num_scales: int | None
-    ) -> tuple[torch.Tensor, list[Grid]]:
-        """(N, codes, C) -> (N, l, C), and the grids they lie on."""
+    ) -> torch.Tensor:
+        """(N, codes, C) -> (N, l, C)."""
         accumulate = self.config.feature_mode == "accumulated"
         features = next_scale_features(entries, schedule, accumulate, num_scales)
-        grids = list(schedule.grids[1:num_scales])
         if last_scale:
             features = torch.cat([features, entries[:, schedule.slice(len(schedule) - 1)]], dim=1)
-            grids.append(schedule.final_grid)
-        return features, grids
-
-    def connect(self, features: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
-        """(..., l, C) features of codes on these grids, one after the other -> (..., l, D) in the decoder's dtype."""
-        return self._project(self._with_coordinates(features, grids))
-
-    def _with_coordinates(self, features: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
-        """(..., l, C) -> (..., l, C + 4 * coordinate_frequencies)."""
-        if frequencies := self.config.coordinate_frequencies:
-            waves = torch.cat([coordinate_waves(grid, frequencies) for grid in grids]).to(features)
-            features = torch.cat([features, waves.expand(*features.shape[:-1], -1)], dim=-1)
         return features
 
-    def _project(self, features: torch.Tensor) -> torch.Tensor:
+    def connect(self, features: torch.Tensor) -> torch.Tensor:
+        """(..., C) features of codes -> (..., D) in the decoder's dtype."""
         visual = self.connector(features.to(self.connector[0].weight.dtype))
         return visual.to(self.get_input_embeddings().weight.dtype)
 
@@ -295,19 +282,18 @@ class NextFlowModel(NextFlowPreTrainedModel):
         # each module runs once, whatever the pictures are, so that devices that share its weights stay in step
         entries = self.code_embeddings(torch.cat([layout.scale_ids.new_empty(0), *codes]))
         entries_of = entries.split([len(each) for each in codes])
-        features = [F.pad(entries[:0], (0, 4 * self.config.coordinate_frequencies))]
+        features = [entries[:0]]
         slots = [layout.scale_ids.new_empty(2, 0)]
         for (schedule, last_scale, num_scales), members in groups.items():
             images = [layout.closed_images[index] for index in members]
             stacked = torch.stack([entries_of[index] for index in members])
             features_NlC = self._next_scale_features(stacked, schedule, last_scale, num_scales)
-            placed_NlC = self._with_coordinates(*features_NlC)
-            features.append(placed_NlC.flatten(0, 1))
+            features.append(features_NlC.flatten(0, 1))
             rows = torch.tensor([[image.row] for image in images], device=inputs_embeds.device)
             starts = torch.tensor([[image.start + 1] for image in images], device=inputs_embeds.device)
             columns = starts + torch.arange(images[0].num_inputs, device=inputs_embeds.device)
             slots.append(torch.stack([rows.expand_as(columns), columns]).flatten(1))
-        visual = self._project(torch.cat(features))
+        visual = self.connect(torch.cat(features))
         inputs_embeds[tuple(torch.cat(slots, dim=1))] = visual.to(inputs_embeds.dtype)
         inputs_embeds[at_image_BL] = inputs_embeds[at_image_BL] + scale_embeds.to(inputs_embeds.dtype)
         return inputs_embeds

@@ -2,7 +2,7 @@
 
 - The semantic branch is transformers' own SigLIP2-naflex encoder, which reads any grid, or one of TokenFlow's of a
   fixed size (`fixed_size.py`).
-- The pixel branch is a convolutional autoencoder; its encoder may be one for flat graphics instead.
+- The pixel branch is a convolutional autoencoder.
 - Both meet on one grid; their concatenated channels are quantised together (`quantizer.py`).
 - The pixel decoder reads the pixel half alone, the semantic decoder the semantic half (TokenFlow).
 
@@ -23,15 +23,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_nextflow import NextFlowVQConfig
 from .fixed_size import fixed_size_decoder, fixed_size_encoder, fixed_size_features
-from .quantizer import (
-    DualCodebookQuantizer,
-    QuantizerOutput,
-    SelfCorrection,
-    resize_features,
-    to_map,
-    to_sequence,
-    undo_resize,
-)
+from .quantizer import DualCodebookQuantizer, QuantizerOutput, SelfCorrection, resize_features, to_map, to_sequence
 from .scales import Grid, ScaleSchedule
 
 
@@ -55,9 +47,9 @@ class ResidualBlock(nn.Module):
     def __init__(self, config: NextFlowVQConfig, in_channels: int, out_channels: int):
         super().__init__()
         self.norm1 = _norm(config, in_channels)
-        self.conv1 = _conv(in_channels, out_channels, config.padding_mode)
+        self.conv1 = _conv(in_channels, out_channels)
         self.norm2 = _norm(config, out_channels)
-        self.conv2 = _conv(out_channels, out_channels, config.padding_mode)
+        self.conv2 = _conv(out_channels, out_channels)
         self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -85,8 +77,8 @@ def _norm(config: NextFlowVQConfig, channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(config.norm_groups or min(32, channels // 4), channels, eps=1e-6)
 
 
-def _conv(in_channels: int, out_channels: int, padding_mode: str) -> nn.Conv2d:
-    return nn.Conv2d(in_channels, out_channels, 3, padding=1, padding_mode=padding_mode)
+def _conv(in_channels: int, out_channels: int) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, 3, padding=1)
 
 
 def _resolution(
@@ -117,7 +109,7 @@ class PixelEncoder(nn.Module):
         super().__init__()
         widths = [config.base_channels * m for m in config.channel_multipliers]
         self.stem_stride = config.stem_stride
-        self.conv_in = _conv(3 * config.stem_stride**2, widths[0], config.padding_mode)
+        self.conv_in = _conv(3 * config.stem_stride**2, widths[0])
         resolutions = [
             _resolution(config, widths[max(i - 1, 0)], width, config.encoder_blocks, i == len(widths) - 1)
             for i, width in enumerate(widths)
@@ -126,8 +118,7 @@ class PixelEncoder(nn.Module):
         self.resolutions = nn.ModuleList(nn.Sequential(*layers) for layers in resolutions)
         self.downsamples = nn.ModuleList(nn.Conv2d(width, width, 3, stride=2) for width in widths[:-1])
         self.norm_out = _norm(config, widths[-1])
-        self.conv_out = _conv(widths[-1], config.latent_channels, config.padding_mode)
-        self.border = "constant" if config.padding_mode == "zeros" else config.padding_mode
+        self.conv_out = _conv(widths[-1], config.latent_channels)
         self.to_code = nn.Conv2d(config.latent_channels, config.pixel_dim, 1)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -135,81 +126,8 @@ class PixelEncoder(nn.Module):
         for i, resolution in enumerate(self.resolutions):
             hidden = resolution(hidden)
             if i < len(self.downsamples):
-                hidden = self.downsamples[i](F.pad(hidden, (0, 1, 0, 1), mode=self.border))
+                hidden = self.downsamples[i](F.pad(hidden, (0, 1, 0, 1)))
         return self.to_code(self.conv_out(F.silu(self.norm_out(hidden))))
-
-
-class FigureGroundEncoder(nn.Module):
-    """(B, 3, H, W) -> (B, pixel_dim, h, w): colours of windows and the patterns between them, each at its own scales.
-
-    - Scales 1, 3, .. of the schedule divide the picture into one window for each of their cells: the *ground* is the
-      window's colour nearest to the picture's median, the *figure* the colour farthest from the ground.
-    - Scale 2, a single cell like scale 1, holds the *arrangement*: which windows of scale 3 show a figure.
-    - Scales 4, 6, .. hold the *patterns* in the windows of the scale before: how far each pixel is from ground to
-      figure, averaged to `patch_size` x `patch_size` numbers for each cell. At the last scale, which rebuilds the
-      picture, only the way along the line between the two counts.
-    - Every scale has channels of its own, constant over each of its cells, so that with `scale_entries` its codes
-      depend on nothing else. Shape and colour never share a code, and what cells of one scale must agree on, which
-      of them are taken, is said by one code before them.
-
-    Differs from the paper, whose pixel branch is a CNN: there a code depends on all of the picture and on the codes
-    before it, which takes a transformer long to learn. Two colours to a window suit flat graphics; photographs become
-    posters.
-    """
-
-    LEAST_CONTRAST = 0.1  # distance in [-1, 1] RGB below which a pattern fades
-    ARRANGEMENT = (6, 6)  # grid to which an arrangement is brought, whatever the picture's
-
-    def __init__(self, config: NextFlowVQConfig):
-        super().__init__()
-        self.patch_size = config.patch_size
-        self.schedules = config.schedule_table()
-        pattern_dim = config.pattern_dim
-        self.arrangement_to_code = nn.Linear(self.ARRANGEMENT[0] * self.ARRANGEMENT[1], pattern_dim, bias=False)
-        self.to_code = nn.Linear(config.patch_size**2, pattern_dim, bias=False)
-
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        schedule = self.schedules.by_grid([length // self.patch_size for length in pixel_values.shape[-2:]])
-        with torch.autocast(pixel_values.device.type, enabled=False):
-            colours = [self.colours(pixel_values, windows) for windows in schedule.grids[::2]]
-            seconds = [self.arrangement_to_code(self.arrangement(colours[1]))]
-            for windows, cells in zip(colours[1:], schedule.grids[3::2]):
-                seconds.append(self.to_code(self.patterns(pixel_values, windows, cells)))
-            parts = []
-            for first, second, cells in zip(colours, seconds, schedule.grids[1::2]):
-                parts += [first, to_map(second, cells)]
-            return torch.cat([F.interpolate(part, size=schedule.final_grid, mode="nearest") for part in parts], dim=1)
-
-    def arrangement(self, colours: torch.Tensor) -> torch.Tensor:
-        """(B, 1, 36): 1 where a window of (B, 6, h, w) colours shows a figure, 0 where it shows its ground alone."""
-        ground, figure = colours.split(3, dim=1)
-        shown = ((figure - ground).norm(dim=1, keepdim=True) / self.LEAST_CONTRAST).clamp(max=1)
-        return F.interpolate(shown, size=self.ARRANGEMENT, mode="nearest").flatten(1)[:, None]
-
-    def colours(self, pixel_values: torch.Tensor, cells: Grid) -> torch.Tensor:
-        """(B, 6, *cells): RGB of ground and figure of each window."""
-        (B, _, H, W), (h, w) = pixel_values.shape, cells
-        median_B113 = pixel_values.flatten(2).median(dim=-1).values[:, None, None]
-        windows = pixel_values.reshape(B, 3, h, H // h, w, W // w).permute(0, 2, 4, 3, 5, 1).reshape(B, h * w, -1, 3)
-
-        def colour_at(index: torch.Tensor) -> torch.Tensor:
-            return windows.gather(2, index[..., None, None].expand(-1, -1, 1, 3))
-
-        ground = colour_at((windows - median_B113).square().sum(-1).argmin(-1))
-        figure = colour_at((windows - ground).square().sum(-1).argmax(-1))
-        return to_map(torch.cat([ground, figure], dim=-1).squeeze(2), cells)
-
-    def patterns(self, pixel_values: torch.Tensor, colours: torch.Tensor, cells: Grid) -> torch.Tensor:
-        """(B, h*w, p*p) for `cells` = (h, w): 0 is ground, 1 is figure."""
-        colours = F.interpolate(colours, size=pixel_values.shape[-2:], mode="nearest")
-        ground, figure = colours.split(3, dim=1)
-        size = [length * self.patch_size for length in cells]
-        contrast = (figure - ground).norm(dim=1, keepdim=True).clamp(min=self.LEAST_CONTRAST)
-        if size == list(pixel_values.shape[-2:]):
-            matte = ((pixel_values - ground) * (figure - ground)).sum(dim=1, keepdim=True) / contrast**2
-        else:
-            matte = (pixel_values - ground).norm(dim=1, keepdim=True) / contrast
-        return patchify(F.interpolate(matte, size=size, mode="area"), self.patch_size)
 
 
 class PixelDecoder(nn.Module):
@@ -220,16 +138,16 @@ class PixelDecoder(nn.Module):
         base_channels = config.decoder_base_channels or config.base_channels
         widths = [base_channels * m for m in reversed(config.channel_multipliers)]
         self.from_code = nn.Conv2d(config.pixel_dim, config.latent_channels, 1)
-        self.conv_in = _conv(config.latent_channels, widths[0], config.padding_mode)
+        self.conv_in = _conv(config.latent_channels, widths[0])
         resolutions = [
             _resolution(config, widths[max(i - 1, 0)], width, config.decoder_blocks, i == 0)
             for i, width in enumerate(widths)
         ]
         resolutions[0] = _middle(config, widths[0]) + resolutions[0]
         self.resolutions = nn.ModuleList(nn.Sequential(*layers) for layers in resolutions)
-        self.upsamples = nn.ModuleList(_conv(width, width, config.padding_mode) for width in widths[:-1])
+        self.upsamples = nn.ModuleList(_conv(width, width) for width in widths[:-1])
         self.norm_out = _norm(config, widths[-1])
-        self.conv_out = _conv(widths[-1], 3 * config.stem_stride**2, config.padding_mode)
+        self.conv_out = _conv(widths[-1], 3 * config.stem_stride**2)
         self.stem_stride = config.stem_stride
 
     def forward(self, quantized: torch.Tensor) -> torch.Tensor:
@@ -239,33 +157,6 @@ class PixelDecoder(nn.Module):
             if i < len(self.upsamples):
                 hidden = self.upsamples[i](F.interpolate(hidden, scale_factor=2.0, mode="nearest"))
         return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(hidden))), self.stem_stride)
-
-
-class FigureGroundDecoder(PixelDecoder):
-    """(B, pixel_dim, h, w) -> (B, 3, H, W): the picture of the finest colours and patterns, and what a
-    [`PixelDecoder`] adds to it."""
-
-    def __init__(self, config: NextFlowVQConfig):
-        super().__init__(config)
-        self.patch_size = config.patch_size
-        self.schedules = config.schedule_table()
-        self.pattern_dim = config.pattern_dim
-        self.from_code_to_pattern = nn.Linear(self.pattern_dim, config.patch_size**2, bias=False)
-
-    def forward(self, quantized: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(quantized.device.type, enabled=False):
-            composite = self.composite(quantized.to(self.from_code_to_pattern.weight.dtype))
-        return composite + super().forward(quantized)
-
-    def composite(self, quantized: torch.Tensor) -> torch.Tensor:
-        """Ground, and as much of the way to figure as the pattern says."""
-        grid = tuple(quantized.shape[-2:])
-        colours, patterns = quantized[:, -6 - self.pattern_dim :].split((6, self.pattern_dim), dim=1)
-        colours = undo_resize(colours, self.schedules.by_grid(grid)[-2])
-        size = [length * self.patch_size for length in grid]
-        ground, figure = F.interpolate(colours, size=size, mode="nearest").split(3, dim=1)
-        matte = unpatchify(self.from_code_to_pattern(to_sequence(patterns)), grid, self.patch_size)
-        return ground + matte * (figure - ground)
 
 
 class OneGridEmbeddings(Siglip2VisionEmbeddings):
@@ -339,7 +230,7 @@ class NextFlowVQOutput(ModelOutput):
         reconstruction: (B, 3, H, W) in about [-1, 1], not clamped.
         semantic_features: (B, h*w, D), the semantic decoder's estimate of the teacher's features.
         features: (B, C, h, w) float32, what was quantised.
-        quantization: the quantizer's codes, partial sums and residual norms.
+        quantization: the quantizer's codes, pairs for its losses and residual norms.
     """
 
     reconstruction: torch.Tensor | None = None
@@ -378,11 +269,10 @@ class NextFlowVQModel(PreTrainedModel):
         self.semantic_to_code = nn.Sequential(
             nn.Linear(width, width), nn.Tanh(), nn.Linear(width, config.semantic_dim)
         )
-        cnn = config.pixel_encoder == "cnn"
-        self.pixel_encoder = (PixelEncoder if cnn else FigureGroundEncoder)(config)
+        self.pixel_encoder = PixelEncoder(config)
         self.quantizer = DualCodebookQuantizer(config)
         self.semantic_decoder = SemanticDecoder(config)
-        self.pixel_decoder = (PixelDecoder if cnn else FigureGroundDecoder)(config)
+        self.pixel_decoder = PixelDecoder(config)
         self.post_init()
 
     @classmethod
@@ -499,6 +389,7 @@ class NextFlowVQModel(PreTrainedModel):
         keys: Sequence[str | int] | None = None,
         keep_scales: Sequence[bool] | None = None,
         pixel_only: bool = False,
+        codebook_loss: str = "tokenflow",
         **kwargs,
     ) -> NextFlowVQOutput:
         """Encode, quantise with a straight-through gradient, decode both branches.
@@ -507,14 +398,17 @@ class NextFlowVQModel(PreTrainedModel):
             pixel_values: (B, 3, H, W) in [-1, 1].
             keep_scales: which scales take part (random scale drop in training, NextFlow sec. 3.1).
             pixel_only: leave the semantic branch out, `semantic_features` too (the first stage of training).
+            codebook_loss: `"tokenflow"` or `"var"`, which gradients and pairs the quantizer gives, see
+                [`DualCodebookQuantizer.forward`].
         """
         schedule = self._schedule_of(pixel_values)
         features = self.features(pixel_values, pixel_only)
-        quantization = self.quantizer(features, schedule, correction, seed, keys, keep_scales, pixel_only)
-        quantized = features + (quantization.quantized - features).detach()
-        semantic, _ = quantized.split(self.quantizer.dims, dim=1)
+        quantization = self.quantizer(
+            features, schedule, correction, seed, keys, keep_scales, pixel_only, codebook_loss
+        )
+        semantic, _ = quantization.quantized.split(self.quantizer.dims, dim=1)
         return NextFlowVQOutput(
-            reconstruction=self._reconstruct(quantized, schedule),
+            reconstruction=self._reconstruct(quantization.quantized, schedule),
             semantic_features=None if pixel_only else self.semantic_decoder(semantic),
             features=features,
             quantization=quantization,

@@ -9,7 +9,6 @@ Shape suffixes: B batch, L all codes of an image, l codes of one scale, C code c
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -17,26 +16,14 @@ from torch import nn
 
 from .scales import Grid, ScaleSchedule
 
+CODEBOOK_LOSSES = ("tokenflow", "var")
+
 
 def resize_features(features_BChw: torch.Tensor, grid: Grid) -> torch.Tensor:
     """Bicubic resize of features to `grid`; the upsampling used everywhere codes meet another scale."""
     if features_BChw.shape[-2:] == torch.Size(grid):
         return features_BChw
     return F.interpolate(features_BChw, size=grid, mode="bicubic")
-
-
-def undo_resize(features_BChw: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """The (B, C, *grid) map whose upsampling by [`resize_features`] comes nearest to the features."""
-    inverse = _inverse_resize(grid, tuple(features_BChw.shape[-2:])).to(features_BChw)
-    return (features_BChw.flatten(2) @ inverse).unflatten(2, grid)
-
-
-@lru_cache(maxsize=512)
-def _inverse_resize(coarse: Grid, fine: Grid) -> torch.Tensor:
-    """(h*w of fine, h*w of coarse) pseudo-inverse of the upsampling, which is linear."""
-    cells = coarse[0] * coarse[1]
-    basis = resize_features(torch.eye(cells).view(cells, 1, *coarse), fine).flatten(1)
-    return torch.linalg.pinv(basis)
 
 
 def to_map(entries_BlC: torch.Tensor, grid: Grid) -> torch.Tensor:
@@ -47,6 +34,11 @@ def to_map(entries_BlC: torch.Tensor, grid: Grid) -> torch.Tensor:
 def to_sequence(features_BChw: torch.Tensor) -> torch.Tensor:
     """(B, C, h, w) -> (B, h*w, C), row-major."""
     return features_BChw.flatten(2).transpose(1, 2)
+
+
+def straight_through(value: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """`value` to the last bit, with a gradient to `source` alone, as if `source` had been handed on."""
+    return value.detach() + (source - source.detach())
 
 
 def next_scale_step(
@@ -167,16 +159,18 @@ class QuantizerOutput:
     Attributes:
         target_codes: (B, L) int64, the nearest entry at every position, scale by scale.
         input_codes: (B, L) int64, equal to the targets except where self-correction drew another entry.
-        quantized: (B, C, h, w) float32, the sum over scales of the input codes' entries.
-        partial_sums: the running sum after each scale, for the training losses.
+        quantized: (B, C, h, w) float32, the sum over scales of the input codes' entries; its gradient goes straight
+            through to the features.
+        pairs: what entries gave and what they stand for, two (B, C, ., .) maps for each scale that took part: the
+            training losses bring the one to the other.
         residual_norms: (S,) root mean square of the residual before each scale.
-        queries: what each scale looked up, (B * l, C), without gradient.
+        queries: what each scale looked up, (B * l, C), without gradient, normalised if entries are.
     """
 
     target_codes: torch.Tensor
     input_codes: torch.Tensor
     quantized: torch.Tensor
-    partial_sums: list[torch.Tensor]
+    pairs: list[tuple[torch.Tensor, torch.Tensor]]
     residual_norms: torch.Tensor
     queries: list[torch.Tensor]
 
@@ -185,7 +179,7 @@ class DualCodebookQuantizer(nn.Module):
     """One shared index, two entries: the lookup minimises `w_sem * d_sem + w_pix * d_pix` over both halves.
 
     With `normalize_entries` both halves are L2-normalised, entries and queries alike (TokenFlow); the residual itself
-    is never normalised. With `scale_entries` each scale looks up entries of its own.
+    is never normalised.
     """
 
     def __init__(self, config):
@@ -193,28 +187,22 @@ class DualCodebookQuantizer(nn.Module):
         self.dims = (config.semantic_dim, config.pixel_dim)
         self.weights = (config.semantic_weight, config.pixel_weight)
         self.normalize = config.normalize_entries
-        self.scale_entries = config.scale_entries
         self.semantic_codebook = nn.Parameter(torch.empty(config.codebook_size, config.semantic_dim))
         self.pixel_codebook = nn.Parameter(torch.empty(config.codebook_size, config.pixel_dim))
 
     def codebook(self) -> torch.Tensor:
         """(V, C) float32 entries, as they are looked up and summed."""
-        halves = (self.semantic_codebook, self.pixel_codebook)
-        return torch.cat(
-            [F.normalize(half.float(), dim=-1) if self.normalize else half.float() for half in halves], -1
-        )
+        return self.normalized(torch.cat([self.semantic_codebook, self.pixel_codebook], dim=-1).float())
 
-    def entries_of(self, scale: int) -> slice:
-        """The entries that `scale` (0-based) looks up."""
-        if self.scale_entries is None:
-            return slice(0, len(self.pixel_codebook))
-        return slice(sum(self.scale_entries[:scale]), sum(self.scale_entries[: scale + 1]))
+    def normalized(self, vectors: torch.Tensor) -> torch.Tensor:
+        """(.., C) with each half of unit length; as they are for VAR's Euclidean lookup."""
+        if not self.normalize:
+            return vectors
+        return torch.cat([F.normalize(half, dim=-1) for half in vectors.split(self.dims, dim=-1)], dim=-1)
 
-    def distances(self, features_NC: torch.Tensor, codebook_VC: torch.Tensor) -> torch.Tensor:
-        """(N, V) weighted sum of the squared distances of the halves."""
-        queries, entries = features_NC.split(self.dims, dim=-1), codebook_VC.split(self.dims, dim=-1)
-        if self.normalize:
-            queries = [F.normalize(half, dim=-1) for half in queries]
+    def distances(self, queries_NC: torch.Tensor, codebook_VC: torch.Tensor) -> torch.Tensor:
+        """(N, V) weighted sum of the squared distances of the halves, of queries and entries as [`normalized`]."""
+        queries, entries = queries_NC.split(self.dims, dim=-1), codebook_VC.split(self.dims, dim=-1)
         weighted_NC = torch.cat([w * half for w, half in zip(self.weights, queries)], dim=-1)
         squares_N1 = sum(w * half.square().sum(-1, keepdim=True) for w, half in zip(self.weights, queries))
         squares_V = sum(w * half.square().sum(-1) for w, half in zip(self.weights, entries))
@@ -229,11 +217,18 @@ class DualCodebookQuantizer(nn.Module):
         keys: Sequence[str | int] | None = None,
         keep_scales: Sequence[bool] | None = None,
         pixel_only: bool = False,
+        codebook_loss: str = "tokenflow",
     ) -> QuantizerOutput:
         """Quantise features of the final grid, coarse to fine.
 
         At each scale the residual is area-downsampled to the grid, looked up, and the entry, bicubic-upsampled to the
-        final grid, subtracted.
+        final grid, subtracted. Codes and values are the same for both kinds of `codebook_loss`, which says what
+        training learns from:
+
+        - `"tokenflow"`: each scale's entries stand for its queries (normalised, if so configured), and the gradient
+          goes straight through each lookup, so that queries' normalisation and area resize pass it on;
+        - `"var"`: the running sum of upsampled entries after each scale stands for the features themselves, and the
+          gradient goes from the whole sum straight to the features.
 
         Args:
             features_BChw: (B, C, h, w), semantic channels first, `(h, w)` the schedule's final grid.
@@ -243,6 +238,8 @@ class DualCodebookQuantizer(nn.Module):
             pixel_only: as if the semantic halves of all entries were 0, as those of the features must be (the first
                 stage of tokenizer training).
         """
+        if codebook_loss not in CODEBOOK_LOSSES:
+            raise ValueError(f"codebook_loss must be one of {', '.join(CODEBOOK_LOSSES)}, got {codebook_loss!r}")
         grid = tuple(features_BChw.shape[-2:])
         if grid != schedule.final_grid:
             raise ValueError(f"features have the grid {grid}, the schedule ends in {schedule.final_grid}")
@@ -257,31 +254,37 @@ class DualCodebookQuantizer(nn.Module):
             codebook_VC = self.codebook()
             if pixel_only:
                 codebook_VC = F.pad(codebook_VC[:, self.dims[0] :], (self.dims[0], 0))
-            residual_BChw = features_BChw.float()
+            residual_BChw = features_BChw = features_BChw.float()
             total_BChw = torch.zeros_like(residual_BChw)
-            targets, inputs, partial_sums, norms, queries = [], [], [], [], []
+            targets, inputs, pairs, norms, queries = [], [], [], [], []
             for scale, (h, w) in enumerate(schedule):
                 norms.append(residual_BChw.detach().square().mean().sqrt())
                 pooled_BChw = F.interpolate(residual_BChw, size=(h, w), mode="area")
-                allowed = self.entries_of(scale)
-                queries_NC = to_sequence(pooled_BChw).flatten(0, 1).detach()
-                queries.append(queries_NC)
-                distance_NV = self.distances(queries_NC, codebook_VC[allowed].detach())
-                target_Bl = allowed.start + distance_NV.argmin(dim=-1).view(batch, h * w)
+                query_BlC = self.normalized(to_sequence(pooled_BChw))
+                queries.append(query_BlC.detach().flatten(0, 1))
+                distance_NV = self.distances(queries[-1], codebook_VC.detach())
+                target_Bl = distance_NV.argmin(dim=-1).view(batch, h * w)
                 input_Bl = target_Bl
                 if correction is not None:
                     at = schedule.slice(scale)
                     drawn_N = self._draw(distance_NV, pick_BL[:, at].flatten(), correction)
-                    input_Bl = torch.where(disturb_BL[:, at], allowed.start + drawn_N.view(batch, h * w), target_Bl)
+                    input_Bl = torch.where(disturb_BL[:, at], drawn_N.view(batch, h * w), target_Bl)
                 if keep_scales is None or keep_scales[scale]:
-                    entries_BChw = resize_features(to_map(F.embedding(input_Bl, codebook_VC), (h, w)), grid)
-                    total_BChw = total_BChw + entries_BChw
-                    residual_BChw = residual_BChw - entries_BChw.detach()
-                    partial_sums.append(total_BChw)
+                    entry_BlC = F.embedding(input_Bl, codebook_VC)
+                    if codebook_loss == "tokenflow":
+                        pairs.append((to_map(entry_BlC, (h, w)), to_map(query_BlC, (h, w))))
+                        entry_BlC = straight_through(entry_BlC, query_BlC)
+                    step_BChw = resize_features(to_map(entry_BlC, (h, w)), grid)
+                    total_BChw = total_BChw + step_BChw
+                    residual_BChw = residual_BChw - step_BChw.detach()
+                    if codebook_loss == "var":
+                        pairs.append((total_BChw, features_BChw))
                 targets.append(target_Bl)
                 inputs.append(input_Bl)
+            if codebook_loss == "var":
+                total_BChw = straight_through(total_BChw, features_BChw)
         return QuantizerOutput(
-            torch.cat(targets, 1), torch.cat(inputs, 1), total_BChw, partial_sums, torch.stack(norms), queries
+            torch.cat(targets, 1), torch.cat(inputs, 1), total_BChw, pairs, torch.stack(norms), queries
         )
 
     @staticmethod

@@ -234,17 +234,11 @@ def _(p):
     rewrite(p.copy_packs(), change)
 
 
-def collapse(p, scale: int) -> None:
-    vq = p.copy_model().model.vq_model
-    entries = vq.quantizer.entries_of(scale)
-    for book in (vq.quantizer.semantic_codebook, vq.quantizer.pixel_codebook):
-        mean = book.data[entries].mean(0)
-        book.data[entries] = mean + 1e-4 * torch.randn_like(book.data[entries])
-
-
-@fault("entries of the first scale alike", "collapsed coarse codebook")
+@fault("entries alike", "collapsed coarse codebook")
 def _(p):
-    collapse(p, 0)
+    quantizer = p.copy_model().model.vq_model.quantizer
+    for book in (quantizer.semantic_codebook, quantizer.pixel_codebook):
+        book.data = book.data.mean(0) + 1e-4 * torch.randn_like(book)
 
 
 LISTED = len(FAULTS)
@@ -437,11 +431,6 @@ def _(p):
     rewrite(p.copy_packs(), change)
 
 
-@fault("entries of the last scale alike", "collapsed fine codebook")
-def _(p):
-    collapse(p, p.model.model.schedules.max_scales - 1)
-
-
 @fault("config.json with another feature mode", "wrong feature mode", packs=True)
 def _(p):
     config = p.copy_model().config
@@ -564,8 +553,8 @@ def _(p):
             targets = row["image_codes"][at].reshape(copies, -1)
             inputs = row["image_input_codes"][inputs_at].reshape(copies, -1)
             for scale in range(len(schedule) - 1):
-                cells, entries = schedule.slice(scale), vq.quantizer.entries_of(scale)
-                other = draw.integers(entries.start, entries.stop, inputs[:, cells].shape)
+                cells = schedule.slice(scale)
+                other = draw.integers(vq.config.codebook_size, size=inputs[:, cells].shape)
                 inputs[:, cells] = np.where(inputs[:, cells] != targets[:, cells], other, inputs[:, cells])
 
     rewrite(p.copy_packs(), change)
@@ -636,10 +625,9 @@ def _(p):
     )
 
 
-@fault("code embeddings of one scale overwritten by noise", "code embeddings lost")
+@fault("code embeddings overwritten by noise", "code embeddings lost")
 def _(p):
-    model = p.copy_model().model
-    rows = model.code_embeddings.weight.data[model.vq_model.quantizer.entries_of(model.schedules.max_scales // 2)]
+    rows = p.copy_model().model.code_embeddings.weight.data
     rows.copy_(torch.randn_like(rows) * rows.std())
 
 
@@ -685,10 +673,9 @@ def _(p):
     p.copy_model().code_head.weight.data[7] = torch.nan
 
 
-@fault("code head of one scale overwritten by noise", "worse than the unigram", packs=True)
+@fault("code head overwritten by noise", "worse than the unigram", packs=True)
 def _(p):
-    model = p.copy_model()
-    rows = model.code_head.weight.data[model.model.vq_model.quantizer.entries_of(model.model.schedules.max_scales - 2)]
+    rows = p.copy_model().code_head.weight.data
     rows.copy_(torch.randn_like(rows) * rows.std())
 
 

@@ -63,7 +63,7 @@ def test_the_report_is_one_page_with_every_check_and_its_pictures(good):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_any_checkpoint_can_be_examined(tiny_model, tiny_processor, dtype):
-    """Another kind of tokenizer and of features, random weights: formulas hold, and no judge is needed."""
+    """Random weights: formulas hold, and no judge is needed."""
     model = copy.deepcopy(tiny_model).to(dtype)
     diagnosis = examine(model, tiny_processor)
     errors = {finding.fault for finding in diagnosis.findings if finding.severity == "error"}

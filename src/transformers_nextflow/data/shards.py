@@ -135,7 +135,7 @@ def vision_tokenizer_hash(vq_model) -> str:
         digest.update(kept.detach().float().cpu().contiguous().numpy().tobytes())
     config = vq_model.config
     lookup = (config.semantic_weight, config.pixel_weight, config.normalize_entries, config.semantic_feature_layer)
-    digest.update(repr((*lookup, config.scale_entries, config.padding_mode, config.pixel_encoder)).encode())
+    digest.update(repr(lookup).encode())
     return digest.hexdigest()
 
 

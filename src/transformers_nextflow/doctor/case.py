@@ -234,13 +234,8 @@ class Case:
                 count += 1
             entries = model.code_embeddings.weight[code][None].detach()
             features = reference.next_features(entries, schedule, accumulate, resize, to_map)
-            grids = list(schedule.grids[1:])
             if count > features.shape[1]:
                 features = torch.cat([features, entries[:, schedule.slice(len(schedule) - 1)]], dim=1)
-                grids.append(schedule.final_grid)
-            if config.coordinate_frequencies:
-                waves = [reference.coordinate_waves(grid, config.coordinate_frequencies) for grid in grids]
-                features = torch.cat([features, torch.cat(waves)[None].to(features)], dim=-1)
             if visual and count:
                 first, _, second = model.connector
                 hidden = nn.functional.gelu(features.to(first.weight.dtype) @ first.weight.T + first.bias)

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 
 from ..scales import ScaleSchedule
-from . import reference
 from .case import Case
 from .findings import ENOUGH, SIGNIFICANT, WARNING, Check, Finding, Verdict, z_score
 
@@ -133,9 +132,7 @@ def _judge_losses(case: Case, check: Check, pictures: list[Supervised], known: b
         for scale in range(len(schedule)):
             own = codes[schedule.slice(scale)].cpu()
             rest = counts[scale] - own.bincount(minlength=config.codebook_size)
-            allowed = reference.entries_of(config, scale)
-            size = allowed.stop - allowed.start
-            probability = (rest + 0.5) / (rest.sum() + 0.5 * size)
+            probability = (rest + 0.5) / (rest.sum() + 0.5 * config.codebook_size)
             loss[scale].append(float(losses[schedule.slice(scale)].mean()))
             unigram[scale].append(float(-probability[own].log().mean()))
     means = {"loss": [float(np.mean(each)) for each in loss], "unigram": [float(np.mean(each)) for each in unigram]}

@@ -44,12 +44,18 @@ def as_rows(maps_BChw: torch.Tensor) -> torch.Tensor:
     return maps_BChw.permute(0, 2, 3, 1).flatten(1, 2)
 
 
+def halves(vectors: torch.Tensor, config) -> list[torch.Tensor]:
+    """The semantic and the pixel half of (..., C), normalised where the config says so."""
+    parts = vectors.split((config.semantic_dim, config.pixel_dim), -1)
+    if not config.normalize_entries:
+        return list(parts)
+    return [part / part.norm(dim=-1, keepdim=True).clamp(min=1e-12) for part in parts]
+
+
 def codebook(quantizer: nn.Module, config) -> torch.Tensor:
-    """(V, C) float32 entries, both halves normalised where the config says so."""
-    halves = [book.detach().float() for book in (quantizer.semantic_codebook, quantizer.pixel_codebook)]
-    if config.normalize_entries:
-        halves = [half / half.norm(dim=-1, keepdim=True).clamp(min=1e-12) for half in halves]
-    return torch.cat(halves, dim=-1)
+    """(V, C) float32 entries."""
+    books = [book.detach().float() for book in (quantizer.semantic_codebook, quantizer.pixel_codebook)]
+    return torch.cat(halves(torch.cat(books, dim=-1), config), dim=-1)
 
 
 def sum_of_entries(
@@ -81,21 +87,10 @@ def queries(
 
 def distances(asked_BlC: torch.Tensor, codebook_VC: torch.Tensor, config) -> torch.Tensor:
     """(B, l, V) weighted squared distances of both halves of the codebook."""
-    split = (config.semantic_dim, config.pixel_dim)
-    total = 0.0
-    for weight, half, entries in zip(
-        (config.semantic_weight, config.pixel_weight), asked_BlC.split(split, -1), codebook_VC.split(split, -1)
-    ):
-        half = F.normalize(half, dim=-1) if config.normalize_entries else half
+    weights, total = (config.semantic_weight, config.pixel_weight), 0.0
+    for weight, half, entries in zip(weights, halves(asked_BlC, config), halves(codebook_VC, config)):
         total = total + weight * torch.cdist(half, entries.expand(len(half), -1, -1)).square()
     return total
-
-
-def entries_of(config, scale: int) -> slice:
-    """The entries that a scale may use."""
-    if config.scale_entries is None:
-        return slice(0, config.codebook_size)
-    return slice(sum(config.scale_entries[:scale]), sum(config.scale_entries[: scale + 1]))
 
 
 def next_features(
@@ -172,13 +167,6 @@ def places(
             blocks += [(index, index + size - 1)] * size
             counter, index, scale = counter + 1, index + size, scale + 1
     return Places(torch.tensor(positions, dtype=torch.float64).T, scales, counts, blocks)
-
-
-def coordinate_waves(grid: Grid, frequencies: int) -> torch.Tensor:
-    """(h*w, 4 * frequencies): sines, then cosines, of row and column in the picture."""
-    place = torch.tensor([((row + 0.5) / grid[0], (column + 0.5) / grid[1]) for row, column in cells(grid)])
-    angles = (math.pi * place[:, :, None] * 2.0 ** torch.arange(frequencies)).flatten(1)
-    return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
 def scale_embedding(weights, scale: int, count: int) -> torch.Tensor:

@@ -250,9 +250,8 @@ def _recoded(case: Case, codes: torch.Tensor, schedule) -> torch.Tensor:
     """The nearest codes for the picture of `codes`, when the residual continues from `codes`."""
     features = _features_of(case, codes, schedule)
     config, nearest = case.config.vq_config, []
-    for scale, asked in enumerate(reference.queries(features, codes, case.codebook, schedule)):
-        allowed = reference.entries_of(config, scale)
-        nearest.append(allowed.start + reference.distances(asked, case.codebook, config)[..., allowed].argmin(-1))
+    for asked in reference.queries(features, codes, case.codebook, schedule):
+        nearest.append(reference.distances(asked, case.codebook, config).argmin(-1))
     return torch.cat(nearest, dim=1)
 
 
@@ -352,12 +351,11 @@ def correction_settings(manifest: Mapping) -> dict | None:
 
 def _expected_share(settings: Mapping, case: Case) -> list[float]:
     low, high = np.broadcast_to(settings["token_share"], 2)
+    kept = 1 / min(settings["top_k"], case.config.vq_config.codebook_size)  # the draw may give the nearest itself
     shares = []
     for scale in range(case.vq_model.schedules.max_scales):
         last = settings["last_scale"]
         takes_part = settings["first_scale"] <= scale and (last is None or scale <= last)
-        entries = reference.entries_of(case.config.vq_config, scale)
-        kept = 1 / min(settings["top_k"], entries.stop - entries.start)  # the draw may give the nearest itself
         share = settings["probability"] * (low + high) / 2
         shares.append(float(takes_part * share * (1 - kept)) if settings["temperature"] is None else float("nan"))
     return shares
@@ -382,10 +380,10 @@ def check_correction_strength(case: Case) -> Finding:
         codes, beyond, way = picture.codes(), [], []
         features = _features_of(case, codes, picture.schedule)
         for scale, asked in enumerate(reference.queries(features, codes, case.codebook, picture.schedule)[:-1]):
-            at, allowed = picture.schedule.slice(scale), reference.entries_of(config, scale)
+            at = picture.schedule.slice(scale)
             disturbed = torch.from_numpy(differ[most, at])
-            distances = reference.distances(asked, case.codebook, config)[0, disturbed][:, allowed]
-            own = distances.gather(-1, codes[0, at][disturbed][:, None] - allowed.start)
+            distances = reference.distances(asked, case.codebook, config)[0, disturbed]
+            own = distances.gather(-1, codes[0, at][disturbed][:, None])
             nearest, random = distances.amin(-1, keepdim=True), distances.mean(-1, keepdim=True)
             beyond += ((distances < own).sum(-1) >= settings["top_k"]).tolist()
             way += ((own - nearest) / (random - nearest).clamp(min=1e-12)).flatten().tolist()

@@ -104,17 +104,14 @@ def check_quantizer(case: Case) -> Finding:
         asked = reference.queries(group.output.features, codes, case.codebook, schedule)
         for scale, asked_BlC in enumerate(asked):
             distances = reference.distances(asked_BlC, case.codebook, config)
-            allowed = reference.entries_of(config, scale)
             chosen = distances.gather(-1, codes[:, schedule.slice(scale), None]).squeeze(-1)
-            nearest = distances[..., allowed].amin(-1)
-            scale_of_distance = distances[..., allowed].mean().clamp(min=1e-12)
+            nearest = distances.amin(-1)
+            scale_of_distance = distances.mean().clamp(min=1e-12)
             gap = float((chosen - nearest).max() / scale_of_distance)
             if gap > tolerance(torch.float32):
                 return check.failed(
                     f"at scale {scale + 1} a chosen entry lies {gap:.2g} mean distances farther than the nearest",
-                    _lookup_verdict(
-                        distances[..., allowed].argmin(-1) + allowed.start, codes[:, schedule.slice(scale)]
-                    ),
+                    _lookup_verdict(distances.argmin(-1), codes[:, schedule.slice(scale)]),
                     scale=scale + 1,
                 )
             worst_lookup = max(worst_lookup, gap)
@@ -164,9 +161,8 @@ def check_self_correction(case: Case) -> Finding:
     )
     right = []
     for scale, asked_BlC in enumerate(asked):
-        at, allowed = group.schedule.slice(scale), reference.entries_of(config, scale)
-        distances = reference.distances(asked_BlC, case.codebook, config)[..., allowed]
-        chosen = distances.gather(-1, (targets[:, at, None] - allowed.start).clamp(0, distances.shape[-1] - 1))
+        distances = reference.distances(asked_BlC, case.codebook, config)
+        chosen = distances.gather(-1, targets[:, group.schedule.slice(scale), None])
         right.append((chosen[..., 0] - distances.amin(-1)) <= tolerance(torch.float32) * distances.mean())
     wrong = 1 - float(torch.cat(right, dim=1).float().mean())
     share = float((inputs != targets).float().mean())
@@ -270,11 +266,10 @@ def check_codebook(case: Case) -> Finding:
     for group in case.groups:
         asked = reference.queries(group.output.features, group.codes, case.codebook, group.schedule)
         for scale, asked_BlC in enumerate(asked):
-            at, allowed = group.schedule.slice(scale), reference.entries_of(config, scale)
+            at = group.schedule.slice(scale)
             distances = reference.distances(asked_BlC, case.codebook, config)
             own = distances.gather(-1, group.codes[:, at, None])[..., 0]
-            one = distances[..., allowed].mean(dim=(0, 1)).argmin()
-            alone = distances[..., allowed.start + one]
+            alone = distances[..., distances.mean(dim=(0, 1)).argmin()]
             gains[scale] += (alone - own).mean(1).tolist()
             energies[scale] += float(alone.mean(1).sum())
             used[scale] += group.codes[:, at].flatten().tolist()

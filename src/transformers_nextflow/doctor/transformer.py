@@ -397,8 +397,7 @@ def check_responses(case: Case) -> Finding:
     moves["the prompt"] = _prompt_moves(case)
     codes = example.codes.clone()
     before = example.schedule.slice(max(len(example.schedule) - 2, 0))
-    entries = reference.entries_of(case.config.vq_config, len(example.schedule) - 2)
-    codes[:, before] = entries.start + (codes[:, before] - entries.start + 1) % (entries.stop - entries.start)
+    codes[:, before] = (codes[:, before] + 1) % case.config.vq_config.codebook_size
     changed_codes = replace(example, inputs=example.inputs | {"image_codes": codes[0]}, codes=codes)
     moves["the codes before"] = _moves(case.code_logits(changed_codes)[last], plain[last])
     moves["the condition picture"] = _condition_moves(case)

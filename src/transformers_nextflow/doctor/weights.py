@@ -4,9 +4,8 @@ import torch
 
 from .case import Case
 from .findings import ENOUGH, SIGNIFICANT, WARNING, Check, Finding, Verdict, alignment
-from .reference import entries_of
 
-COMPARED = 256  # entries of a scale
+COMPARED = 256  # entries of the table
 
 
 def check_finite(case: Case) -> Finding:
@@ -58,35 +57,29 @@ def check_code_embeddings(case: Case) -> Finding:
         "entries that are near each other in the vision tokenizer's table are so in the transformer's copy, which "
         "training moves a little (alignment of both, against entries in random order)",
     )
-    config, rows = case.config.vq_config, case.model.model.code_embeddings.weight.detach()
-    tables = 1 if config.scale_entries is None else len(config.scale_entries)
-    scores, step = [], "compare `code_embeddings` with the vision tokenizer's codebook, and both with the training's"
+    rows, entries = case.model.model.code_embeddings.weight.detach(), case.codebook
     generator = torch.Generator().manual_seed(case.seed)
-    for scale in range(tables):
-        entries = entries_of(config, scale)
-        size = entries.stop - entries.start
-        if size < ENOUGH:
-            continue
-        chosen = torch.randperm(size, generator=generator)[:COMPARED]
-        pick = lambda table, shift=0, at=chosen, of=entries, n=size: table[of][(at + shift) % n].float().cpu()  # noqa: E731
-        value, score = alignment(pick(rows), pick(case.codebook), case.seed)
-        scores.append(score)
-        for shift in (-1, 1):
-            other, _ = alignment(pick(rows, shift), pick(case.codebook), case.seed)
-            if other > max(value, 0.5):
-                verdict = Verdict("wrong code offset", f"row c belongs to code c{-shift:+d}", step)
-                return check.failed(f"alignment {value:.2f}, {other:.2f} for rows one apart", verdict, WARNING)
-        if score < SIGNIFICANT:
-            where = f"of scale {scale + 1}" if tables > 1 else "of all scales"
-            verdict = Verdict(
-                "code embeddings lost",
-                f"the embeddings of the codes {where} are not those of the vision tokenizer's entries: reset, in "
-                "another order, or of another codebook",
-                step,
-            )
-            measured = f"codes {where}: alignment {value:.2f}, {score:.1f} standard deviations above chance"
-            return check.failed(measured, verdict, WARNING, deviations=scores)
-    return check.passed(
-        f"they agree, {', '.join(f'{score:.0f}' for score in scores)} standard deviations above chance, by table",
-        deviations=scores,
+    chosen = torch.randperm(len(rows), generator=generator)[:COMPARED].to(rows.device)
+    if len(chosen) < ENOUGH:
+        return check.noted("the table holds too few entries to say")
+    step = "compare `code_embeddings` with the vision tokenizer's codebook, and both with the training's"
+    aligned = {
+        shift: alignment(rows[(chosen + shift) % len(rows)].float().cpu(), entries[chosen].float().cpu(), case.seed)
+        for shift in (0, -1, 1)
+    }
+    value, score = aligned[0]
+    for shift in (-1, 1):
+        other, _ = aligned[shift]
+        if other > max(value, 0.5):
+            verdict = Verdict("wrong code offset", f"row c belongs to code c{-shift:+d}", step)
+            return check.failed(f"alignment {value:.2f}, {other:.2f} for rows one apart", verdict, WARNING)
+    measured = f"alignment {value:.2f}, {score:.1f} standard deviations above chance"
+    if score > SIGNIFICANT:
+        return check.passed(measured, deviations=score)
+    verdict = Verdict(
+        "code embeddings lost",
+        "the embeddings are not those of the vision tokenizer's entries: reset, in another order, or of another "
+        "codebook",
+        step,
     )
+    return check.failed(measured, verdict, WARNING, deviations=score)

@@ -1,7 +1,4 @@
-"""Losses of the vision tokenizer (NextFlow sec. 3.1; forms and weights are TokenFlow's).
-
-Shape suffixes as in `quantizer.py`.
-"""
+"""Losses of the vision tokenizer (NextFlow sec. 3.1; forms are TokenFlow's, commit 9812da0 of its repository)."""
 
 import torch
 import torch.nn.functional as F
@@ -10,10 +7,8 @@ from torch import nn
 from ..quantizer import QuantizerOutput
 
 
-def codebook_losses(
-    features_BChw: torch.Tensor, quantization: QuantizerOutput, channels: slice = slice(None)
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """How far the running sum after each scale is from the features: mean over scales of the mean square.
+def codebook_losses(quantization: QuantizerOutput, channels: slice = slice(None)) -> tuple[torch.Tensor, torch.Tensor]:
+    """How far entries are from what they stand for: mean over the scales that took part of the mean square.
 
     Args:
         channels: which channels count.
@@ -21,14 +16,20 @@ def codebook_losses(
     Returns:
         The codebook's loss, whose gradient moves entries alone, and the commitment, which moves features alone.
     """
-    sums = torch.stack(quantization.partial_sums)[:, :, channels]
-    features = features_BChw[:, channels]
-    return (sums - features.detach()).square().mean(), (features - sums.detach()).square().mean()
+    pairs = [(given[:, channels], meant[:, channels]) for given, meant in quantization.pairs]
+    codebook = sum(F.mse_loss(given, meant.detach()) for given, meant in pairs)
+    commitment = sum(F.mse_loss(meant, given.detach()) for given, meant in pairs)
+    return codebook / len(pairs), commitment / len(pairs)
 
 
 def distillation_loss(estimate: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """One minus the cosine between (B, N, D) features and the teacher's."""
     return 1 - F.cosine_similarity(estimate.float(), target.float(), dim=-1).mean()
+
+
+def adversarial_loss(fake: torch.Tensor) -> torch.Tensor:
+    """The tokenizer's side of the hinge loss: patch scores of its pictures should be high."""
+    return -fake.float().mean()
 
 
 def discriminator_loss(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
@@ -49,7 +50,7 @@ def adaptive_weight(reconstruction: torch.Tensor, adversarial: torch.Tensor, las
 
 
 class PatchDiscriminator(nn.Module):
-    """PatchGAN: (B, 3, H, W) -> (B, 1, about H/8, about W/8), a score for each patch.
+    """PatchGAN: (B, 3, H, W) -> (B, 1, about H/8, about W/8), a score for each patch; begins as pix2pix' does.
 
     Differs from pix2pix' and TokenFlow's: group norm in place of batch norm, so that a score depends neither on the
     other pictures of a batch nor on the number of devices.
@@ -64,6 +65,9 @@ class PatchDiscriminator(nn.Module):
             blocks += [nn.Conv2d(narrow, wide, 4, stride, padding=1, bias=False), nn.GroupNorm(min(32, wide), wide)]
             blocks.append(nn.LeakyReLU(0.2))
         self.layers = nn.Sequential(*blocks, nn.Conv2d(widths[-1], 1, 4, padding=1))
+        for layer in self.layers:
+            if isinstance(layer, (nn.Conv2d, nn.GroupNorm)):
+                nn.init.normal_(layer.weight, mean=float(isinstance(layer, nn.GroupNorm)), std=0.02)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         return self.layers(pixel_values)

@@ -16,9 +16,16 @@ from transformers import TrainerCallback, TrainingArguments
 
 from ..files import write_atomically
 from ..modeling_nextflow_vq import AttnBlock, NextFlowVQModel, NextFlowVQOutput, ResidualBlock
-from ..quantizer import QuantizerOutput
+from ..quantizer import CODEBOOK_LOSSES, QuantizerOutput
 from .order import OrderedTrainer
-from .vq_losses import PatchDiscriminator, adaptive_weight, codebook_losses, discriminator_loss, distillation_loss
+from .vq_losses import (
+    PatchDiscriminator,
+    adaptive_weight,
+    adversarial_loss,
+    codebook_losses,
+    discriminator_loss,
+    distillation_loss,
+)
 
 STAGES = ("pixel", "joint", "decoder")
 DISCRIMINATOR = "discriminator.safetensors"
@@ -28,15 +35,25 @@ SHEET_PICTURES = 8
 
 @dataclass
 class NextFlowVQTrainingArguments(TrainingArguments):
-    """`TrainingArguments` with TokenFlow's defaults, and the losses' weights.
+    """`TrainingArguments` and the losses' weights. Defaults are what TokenFlow's training script sets for its SigLIP
+    tokenizer (commit 9812da0 of its repository): the optimizer's, and those of all losses.
 
     Args:
         stage (`str`): `"pixel"`, `"joint"` or `"decoder"`, see [`prepare_vq_stage`].
+        weight_decay (`float`):
+            0, since TokenFlow's optimizer never gets the 0.05 that its script has an option for.
+        codebook_loss (`str`):
+            What entries are fitted to and how the gradient passes them: `"tokenflow"` (each scale's normalised
+            entries to its normalised queries) or `"var"` (the running sum after each scale to the features), see
+            [`DualCodebookQuantizer.forward`].
         l2_weight, perceptual_weight, codebook_weight, commitment_weight, distillation_weight (`float`):
             Weights of the losses. The perceptual one needs the package `lpips`, or a network given to the trainer.
         discriminator_weight (`float`):
-            Of the adversarial loss, beside VQGAN's adaptive weight; 0 is without.
-        discriminator_start (`int`): Step at which discriminator and adversarial loss begin.
+            Of the adversarial loss, the tokenizer's and the discriminator's alike; 0 is without.
+        discriminator_start (`int`): Step, counted from 1, from which discriminator and adversarial loss take part.
+        adaptive_discriminator_weight (`bool`):
+            Whether the tokenizer's adversarial loss has VQGAN's [`adaptive_weight`] beside its own. TokenFlow has
+            it as an option, which its script leaves off.
         scale_drop (`float`):
             Share of batches in which every scale but the first is dropped with probability 1/2. Open in the paper,
             which drops half of the scales; TokenFlow drops one scale in a tenth of its steps.
@@ -45,16 +62,20 @@ class NextFlowVQTrainingArguments(TrainingArguments):
             current batch; 0 is never.
 
     Raises:
-        ValueError: for an unknown `stage`, negative weights, or a share outside [0, 1].
+        ValueError: for an unknown `stage` or `codebook_loss`, negative weights, or a share outside [0, 1].
     """
 
     stage: str = field(default="pixel", metadata={"help": "pixel, joint or decoder", "choices": STAGES})
     learning_rate: float = field(default=1e-4, metadata={"help": "peak"})
-    weight_decay: float = field(default=0.05, metadata={"help": "of matrices"})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "how the learning rate goes on"})
+    weight_decay: float = field(default=0.0, metadata={"help": "of matrices"})
     adam_beta2: float = field(default=0.95, metadata={"help": "of AdamW"})
     per_device_train_batch_size: int = field(default=1, metadata={"help": "items of the dataset, which are batches"})
     per_device_eval_batch_size: int = field(default=1, metadata={"help": "items of the dataset, which are batches"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "batches hold what is needed"})
+    codebook_loss: str = field(
+        default="tokenflow", metadata={"help": "form of codebook and commitment loss", "choices": CODEBOOK_LOSSES}
+    )
     l2_weight: float = field(default=1.0, metadata={"help": "of the squared error of pixels"})
     perceptual_weight: float = field(default=1.0, metadata={"help": "of LPIPS"})
     codebook_weight: float = field(default=1.0, metadata={"help": "of the entries' distance to features"})
@@ -62,6 +83,7 @@ class NextFlowVQTrainingArguments(TrainingArguments):
     distillation_weight: float = field(default=1.0, metadata={"help": "of 1 - cosine to the teacher's features"})
     discriminator_weight: float = field(default=0.5, metadata={"help": "of the adversarial loss; 0 is without"})
     discriminator_start: int = field(default=20_000, metadata={"help": "step at which the adversary begins"})
+    adaptive_discriminator_weight: bool = field(default=False, metadata={"help": "VQGAN's, beside the weight"})
     scale_drop: float = field(default=0.1, metadata={"help": "share of batches in which half of the scales drop"})
     restart_steps: int = field(default=0, metadata={"help": "steps between restarts of unused entries; 0: never"})
 
@@ -69,11 +91,25 @@ class NextFlowVQTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.stage not in STAGES:
             raise ValueError(f"stage must be one of {', '.join(STAGES)}, got {self.stage!r}")
+        if self.codebook_loss not in CODEBOOK_LOSSES:
+            raise ValueError(f"codebook_loss must be one of {', '.join(CODEBOOK_LOSSES)}, got {self.codebook_loss!r}")
         for name in ("l2", "perceptual", "codebook", "commitment", "distillation", "discriminator"):
             if (weight := getattr(self, f"{name}_weight")) < 0:
                 raise ValueError(f"{name}_weight must not be negative, got {weight}")
         if not 0 <= self.scale_drop <= 1:
             raise ValueError(f"scale_drop must lie in [0, 1], got {self.scale_drop}")
+
+    def loss_weights(self, step: int) -> dict[str, float]:
+        """Weight of each loss by its name, at optimizer step `step`, counted from 1."""
+        adversarial = self.discriminator_weight if step >= self.discriminator_start else 0.0
+        return {
+            "reconstruction": 1.0,
+            "codebook": self.codebook_weight,
+            "commitment": self.commitment_weight,
+            "distillation": self.distillation_weight,
+            "adversarial": adversarial,
+            "discriminator": adversarial,
+        }
 
 
 def prepare_vq_stage(model: NextFlowVQModel, stage: str) -> NextFlowVQModel:
@@ -133,7 +169,7 @@ class VQTraining(nn.Module):
         fixed = {name: parameter.detach() for name, parameter in self.discriminator.named_parameters()}
         deceived = functional_call(self.discriminator, fixed, output.reconstruction)
         real, fake = self.discriminator(pixel_values), self.discriminator(output.reconstruction.detach())
-        return output, {"adversarial": -deceived.float().mean(), "discriminator": discriminator_loss(real, fake)}
+        return output, {"adversarial": adversarial_loss(deceived), "discriminator": discriminator_loss(real, fake)}
 
 
 class NextFlowVQTrainer(OrderedTrainer):
@@ -146,7 +182,8 @@ class NextFlowVQTrainer(OrderedTrainer):
     `output_dir/reconstructions`. A checkpoint is a folder for `NextFlowVQModel.from_pretrained`.
 
     Differs from TokenFlow's training: discriminator and tokenizer share one optimizer, which moves each by its own
-    loss alone, and one bound on the gradient's norm; without entropy loss (its weight is 0 there).
+    loss alone, and one bound on the gradient's norm; the perceptual network runs without dropout, as it was made to
+    (there `.train()` switches it on); no entropy loss (its weight is 0 there).
 
     Args:
         model: as [`prepare_vq_stage`] left it; parameters frozen since then stay frozen.
@@ -203,26 +240,28 @@ class NextFlowVQTrainer(OrderedTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         args, pixel_values = self.args, inputs["pixel_values"]
-        adversarial = args.discriminator_weight > 0 and self.state.global_step >= args.discriminator_start
-        pixel_only = args.stage == "pixel"
+        weights = args.loss_weights(self.state.global_step + 1)
+        adversarial, pixel_only = weights["adversarial"] > 0, args.stage == "pixel"
         keep_scales = self._draw_scales(self.vq_model.schedules.by_size(*pixel_values.shape[-2:]))
-        output, judged = model(pixel_values, adversarial, keep_scales=keep_scales, pixel_only=pixel_only)
-        losses = {"reconstruction": self.reconstruction_loss(output.reconstruction.float(), pixel_values)}
-        total = losses["reconstruction"]
+        output, losses = model(
+            pixel_values,
+            adversarial,
+            keep_scales=keep_scales,
+            pixel_only=pixel_only,
+            codebook_loss=args.codebook_loss,
+        )
+        losses["reconstruction"] = self.reconstruction_loss(output.reconstruction.float(), pixel_values)
         if args.stage != "decoder":
             channels = slice(self.vq_model.config.semantic_dim if pixel_only else 0, None)
-            losses["codebook"], losses["commitment"] = codebook_losses(output.features, output.quantization, channels)
-            total = total + args.codebook_weight * losses["codebook"] + args.commitment_weight * losses["commitment"]
+            losses["codebook"], losses["commitment"] = codebook_losses(output.quantization, channels)
         if args.stage == "joint":
             with torch.no_grad(), self.accelerator.autocast():
                 target = self.vq_model.semantic_features(pixel_values, self.teacher)
             losses["distillation"] = distillation_loss(output.semantic_features, target)
-            total = total + args.distillation_weight * losses["distillation"]
-        if adversarial:
+        if adversarial and args.adaptive_discriminator_weight:
             last_layer = self.vq_model.pixel_decoder.conv_out.weight
-            adaptive = adaptive_weight(losses["reconstruction"], judged["adversarial"], last_layer)
-            total = total + args.discriminator_weight * adaptive * judged["adversarial"] + judged["discriminator"]
-            losses |= judged
+            weights["adversarial"] *= adaptive_weight(losses["reconstruction"], losses["adversarial"], last_layer)
+        total = sum(weights[name] * loss for name, loss in losses.items())
         self._measured.add(losses, output, pixel_values)
         if self._restarts is not None:
             self._restarts.see(output.quantization)
@@ -329,7 +368,7 @@ class MeasuredCodes:
         for scale, counts in enumerate(chosen):
             if not counts.sum():
                 continue
-            shares = counts[self.quantizer.entries_of(scale)].double() / counts.sum()
+            shares = counts.double() / counts.sum()
             logs[f"usage_scale_{scale + 1}"] = float((shares > 0).double().mean())
             logs[f"perplexity_scale_{scale + 1}"] = float(torch.special.entr(shares).sum().exp())
             logs[f"residual_scale_{scale + 1}"] = float(residuals[0, scale] / residuals[1, scale])
@@ -363,17 +402,12 @@ class Restarts(TrainerCallback):
         if state.global_step % self.every:
             return
         unused = self.accelerator.reduce(self.chosen, reduction="sum") == 0
-        shared = self.quantizer.scale_entries is None
-        for queries, scale in (
-            [(torch.cat(self.queries), 0)] if shared else zip(self.queries, range(len(self.queries)))
-        ):
-            at = self.quantizer.entries_of(scale)
-            dead = at.start + unused[at].nonzero().squeeze(1)
-            rows = queries[torch.randint(len(queries), (len(dead),)).to(queries.device)]
-            semantic, pixel = broadcast(rows).split(self.quantizer.dims, dim=-1)
-            self.quantizer.pixel_codebook[dead] = pixel
-            if not self.pixel_only:
-                self.quantizer.semantic_codebook[dead] = semantic
+        dead, queries = unused.nonzero().squeeze(1), torch.cat(self.queries)
+        rows = queries[torch.randint(len(queries), (len(dead),)).to(queries.device)]
+        semantic, pixel = broadcast(rows).split(self.quantizer.dims, dim=-1)
+        self.quantizer.pixel_codebook[dead] = pixel
+        if not self.pixel_only:
+            self.quantizer.semantic_codebook[dead] = semantic
         self.chosen.zero_()
 
 
