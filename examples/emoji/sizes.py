@@ -1,6 +1,8 @@
 """The sizes of the emoji models: what two CPU cores can train."""
 
-from transformers_nextflow import NextFlowVQConfig
+from transformers import PreTrainedTokenizerFast
+
+from transformers_nextflow import NextFlowConfig, NextFlowVQConfig
 
 # (1, 1) to the 32 pixel level's grid, then to the 64 pixel level's; areas of one index are alike, as in table 14
 SCHEDULES = [
@@ -47,4 +49,30 @@ def vq_config() -> NextFlowVQConfig:
         decoder_blocks=3,
         scale_schedules=SCHEDULES,
         levels=LEVELS,
+    )
+
+
+SPECIAL_IDS = {"boi_token_id": "<|vision_start|>", "eoi_token_id": "<|vision_end|>", "image_token_id": "<|image_pad|>"}
+
+
+def nextflow_config(text_tokenizer: PreTrainedTokenizerFast, vq: NextFlowVQConfig, **overrides) -> NextFlowConfig:
+    """The transformer: 8 layers of width 256, every mechanism the library's default."""
+    ids = {name: text_tokenizer.convert_tokens_to_ids(token) for name, token in SPECIAL_IDS.items()}
+    return NextFlowConfig(
+        text_config={
+            "vocab_size": len(text_tokenizer),
+            "hidden_size": 256,
+            "intermediate_size": 704,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 4096,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+            "bos_token_id": None,
+            "eos_token_id": text_tokenizer.eos_token_id,
+            "pad_token_id": text_tokenizer.pad_token_id,
+        },
+        vq_config=vq,
+        tie_word_embeddings=True,
+        **ids | overrides,
     )
