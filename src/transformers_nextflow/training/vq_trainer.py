@@ -58,8 +58,8 @@ class NextFlowVQTrainingArguments(TrainingArguments):
             Share of batches in which every scale but the first is dropped with probability 1/2. Open in the paper,
             which drops half of the scales; TokenFlow drops one scale in a tenth of its steps.
         restart_steps (`int`):
-            Every so many steps, entries that no picture has chosen since the last time are set to residuals of the
-            current batch; 0 is never.
+            Every so many steps, entries that no picture has chosen since the last time are set to what the current
+            batch looked up; 0 is never.
 
     Raises:
         ValueError: for an unknown `stage` or `codebook_loss`, negative weights, or a share outside [0, 1].
