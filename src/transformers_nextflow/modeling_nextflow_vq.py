@@ -283,8 +283,8 @@ class NextFlowVQModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         if isinstance(module, DualCodebookQuantizer):
-            init.normal_(module.semantic_codebook)
-            init.normal_(module.pixel_codebook)
+            for entries in (module.semantic_codebook, module.pixel_codebook):
+                init.normal_(entries, std=entries.shape[-1] ** -0.5)  # of about unit length, as they are looked up
         elif isinstance(module, nn.Conv2d):
             init.kaiming_uniform_(module.weight, a=5**0.5)
             init.zeros_(module.bias)
