@@ -167,8 +167,8 @@ class Tasks:
         Args:
             split: "train", "dev" or "test".
             part: of the targets; only "seen" is trained on.
-            kind: one of [`KINDS`] of the task; by default a drawn one, by the root of its number of targets. Of a kind,
-                dev and test take every target once before any comes again.
+            kind: one of [`KINDS`] of the task, whose targets dev and test take once each before any comes again; by
+                default a drawn one, by the root of its number of targets.
 
         Raises:
             ValueError: if there is no such task, kind, split or part, or it has no item.
@@ -281,7 +281,7 @@ class Tasks:
                 if kind == "style":
                     groups[thing,].append(row)
                 elif thing[kind] or kind in UNMARKED:
-                    groups[thing.without(kind), style].append(row)
+                    groups[self._base(kind, row), style].append(row)
             found[kind] = {}
             for group in groups.values():
                 for target in group:
@@ -305,26 +305,28 @@ class Tasks:
         style = None if kind == "style" else self.styles[target]
         return self._value(kind, source), self._value(kind, target), style
 
+    def _base(self, kind: str, row: int) -> Thing:
+        """What an edit of the kind leaves as it is."""
+        return self.things[row] if kind == "style" else self.things[row].without(kind)
+
     @cached_property
-    def _changes(self) -> dict[str, dict[tuple, list[tuple[int, int]]]]:
-        """Kind of edit -> change -> the pairs of seen pictures that show it."""
-        found: dict[str, dict[tuple, list]] = {kind: defaultdict(list) for kind in INSTRUCTIONS}
+    def _changes(self) -> dict[str, dict[tuple, dict[Thing, list[tuple[int, int]]]]]:
+        """Kind of edit -> change -> thing -> the pairs of seen pictures that show it."""
+        found: dict[str, dict[tuple, dict]] = {}
         for kind, targets in self._sources.items():
+            found[kind] = defaultdict(lambda: defaultdict(list))
             for target, sources in targets.items():
                 if self.splits[target] == "train":
+                    base = self._base(kind, target)
                     for source in sources:
-                        found[kind][self._change(kind, source, target)].append((source, target))
+                        found[kind][self._change(kind, source, target)][base].append((source, target))
         return found
 
-    def _analogies(self, kind: str, target: int) -> list[tuple[int, list[tuple[int, int]]]]:
-        """Sources of a target, each with the pairs of other things that show the same change."""
-        found = []
-        for source in self._sources[kind][target]:
-            pairs = self._changes[kind].get(self._change(kind, source, target), ())
-            thing = self.things[target].without(kind)
-            if others := [pair for pair in pairs if self.things[pair[1]].without(kind) != thing]:
-                found.append((source, others))
-        return found
+    def _analogies(self, kind: str, target: int) -> list[int]:
+        """Sources of a target whose change another thing shows as well."""
+        base, changes = self._base(kind, target), self._changes[kind]
+        shown = {source: changes.get(self._change(kind, source, target), ()) for source in self._sources[kind][target]}
+        return [source for source, things in shown.items() if len(things) > (base in things)]
 
     def _editing(self, draw: "_Draw", target: int) -> Item:
         source = draw.rng.choice(self._sources[draw.kind][target])
@@ -335,8 +337,10 @@ class Tasks:
         return Item("editing", draw.kind, (target,), user, (Picture((target,)),))
 
     def _analogy(self, draw: "_Draw", target: int) -> Item:
-        source, pairs = draw.rng.choice(self._analogies(draw.kind, target))
-        before, after = draw.rng.choice(pairs)
+        source = draw.rng.choice(self._analogies(draw.kind, target))
+        things = self._changes[draw.kind][self._change(draw.kind, source, target)]
+        thing = draw.rng.choice([thing for thing in things if thing != self._base(draw.kind, target)])
+        before, after = draw.rng.choice(things[thing])
         user = *(Picture((row,)) for row in (before, after, source)), draw.word(ANALOGIES)
         return Item("analogy", draw.kind, (target,), user, (Picture((target,)),))
 
