@@ -1,0 +1,137 @@
+"""Items of the tasks as documents of the data pipeline, and the path from them to packs."""
+
+import dataclasses
+import io
+import random
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from PIL import Image
+
+from transformers_nextflow.configuration_nextflow import NextFlowConfig
+from transformers_nextflow.data import CostModel, Document, ExtractionSettings, Message, Source, extract, pack
+from transformers_nextflow.data.packing import Strategy
+from transformers_nextflow.files import write_atomically
+from transformers_nextflow.scales import ScheduleTable
+
+from .sizes import LEVELS, PATCH_SIZE, SCHEDULES
+from .tasks import Item, Picture, Tasks
+from .world import World, in_a_row
+
+INVERTED = 0.1  # share of text-to-image turned into captioning in late pretraining (NextFlow sec. 5)
+KINDS = {"question": "captioning", "analogy": "editing", "sequence": "video"}  # else the task's own name
+SIZES = ScheduleTable(SCHEDULES, LEVELS, PATCH_SIZE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """What a stage of the transformer's training reads: `level` of all pictures, share of each task in documents."""
+
+    level: str
+    mixture: Mapping[str, float]
+
+
+def inverted(mixture: Mapping[str, float]) -> dict[str, float]:
+    """The mixture with a tenth of text-to-image as captioning, worded as captions are."""
+    share = INVERTED * mixture["text-to-image"]
+    return {
+        **mixture,
+        "text-to-image": mixture["text-to-image"] - share,
+        "captioning": mixture.get("captioning", 0.0) + share,
+    }
+
+
+STAGES = {
+    "alignment": Stage("32", {"text-to-image": 0.5, "captioning": 0.5}),
+    "pretraining-32": Stage("32", {"text-to-image": 0.5, "captioning": 0.15, "question": 0.1, "editing": 0.25}),
+    "pretraining-64": Stage(
+        "64",
+        inverted(
+            {
+                "text-to-image": 0.4,
+                "captioning": 0.08,
+                "question": 0.08,
+                "editing": 0.2,
+                "analogy": 0.05,
+                "tags": 0.05,
+                "reasoning": 0.05,
+                "sequence": 0.03,
+                "arrangement": 0.06,
+            }
+        ),
+    ),
+}
+
+
+def draw_picture(picture: Picture, world: World, level: str) -> np.ndarray:
+    """uint8 (height, width, 3) of the size that its shape has at a level."""
+    height, width = SIZES.image_size(SIZES.by_aspect_ratio(picture.aspect_ratio, level))
+    return in_a_row([world.pictures[row] for row in picture.rows], height, width)
+
+
+def to_document(key: str, item: Item, world: World, level: str) -> Document:
+    """An item in the pipeline's schema."""
+    messages = tuple(
+        Message(role, tuple(part if isinstance(part, str) else None for part in content))
+        for role, content in (("user", item.user), ("assistant", item.assistant))
+    )
+    images = tuple(_png(draw_picture(picture, world, level)) for picture in (*item.read, *item.drawn))
+    return Document(key, KINDS.get(item.task, item.task), messages, images)
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def draw_rows(world: World, stage: Stage, count: int, seed: int) -> Iterator[dict[str, Any]]:
+    """Rows of `count` training documents of a stage; each depends on the seed and its number alone."""
+    tasks = Tasks.of(world)
+    for number in range(count):
+        rng = random.Random(f"document {seed} {number}")
+        task = rng.choices(list(stage.mixture), list(stage.mixture.values()))[0]
+        item = tasks.draw(task, "train", number, seed)
+        yield to_document(f"emoji-{number}", item, world, stage.level).to_row()
+
+
+def _draw_rows(folder: str, stage: str, count: int, seed: int) -> Iterator[dict[str, Any]]:
+    yield from draw_rows(World(folder), STAGES[stage], count, seed)
+
+
+def build_packs(
+    output: Path,
+    model: str | Path,
+    data: str | Path,
+    stage: str,
+    count: int,
+    settings: ExtractionSettings,
+    strategy: Strategy,
+    multiple_of: int = 1,
+    num_proc: int = 1,
+) -> Path:
+    """Documents of a stage, coded and packed; the same call continues a stopped run.
+
+    Args:
+        output: gets `source`, `documents` and `packs`.
+        model: folder of a NextFlow model, whose tokenizers code the documents.
+        data: folder of the emoji data set.
+        stage: of [`STAGES`]; its level takes the place of the settings'.
+        count: documents.
+
+    Returns:
+        The folder of packs.
+    """
+    parquet = output / "source" / "documents.parquet"
+    if not parquet.exists():
+        arguments = {"folder": str(data), "stage": stage, "count": count, "seed": settings.seed}
+        rows = datasets.Dataset.from_generator(_draw_rows, gen_kwargs=arguments)
+        write_atomically(parquet, lambda partial: rows.to_parquet(str(partial)))
+    settings = dataclasses.replace(settings, level=STAGES[stage].level)
+    extract(Source(str(parquet)), model, output / "documents", settings, num_proc=num_proc)
+    cost_model = CostModel.from_config(NextFlowConfig.from_pretrained(model))
+    pack([output / "documents"], output / "packs", strategy, cost_model, multiple_of, seed=settings.seed)
+    return output / "packs"
