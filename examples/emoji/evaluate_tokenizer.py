@@ -25,7 +25,6 @@ from transformers import Siglip2Model
 
 from transformers_nextflow import NextFlowVQModel
 from transformers_nextflow.loading import load_vq_model
-from transformers_nextflow.modeling_nextflow_vq import run_siglip
 
 from .splits import NAME, PAIR
 from .teacher import new_teacher, teacher_tokenizer, text_embeddings, tokenize
@@ -95,7 +94,7 @@ class NamesFound:
         batches = [self.names[start : start + 256] for start in range(0, len(self.names), 256)]
         self.texts_ND = torch.cat([text_embeddings(teacher, tokenize(tokenizer, batch)) for batch in batches])
 
-    def _head(self, features_BLD: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    def _head(self, features_BLD: torch.Tensor) -> torch.Tensor:
         """The teacher from the layer that the tokenizer reads to its normalised embedding."""
         vision, layer = self.teacher.vision_model, self.model.config.semantic_feature_layer
         for block in vision.encoder.layers[len(vision.encoder.layers) + 1 + layer :]:
@@ -104,15 +103,14 @@ class NamesFound:
 
     def from_codes(self, rows: list[int], codes: torch.Tensor, grid: tuple[int, int]) -> float:
         features = [self.model.condition_features(batch, grid)[2] for batch in codes.split(BATCH)]
-        embeddings = [self._head(each.flatten(2).transpose(1, 2), grid) for each in features]
+        embeddings = [self._head(each.flatten(2).transpose(1, 2)) for each in features]
         return self._score(rows, torch.cat(embeddings))
 
     def from_pixels(self, rows: list[int], pixels: torch.Tensor) -> float:
         """The teacher's own score."""
-        grid = tuple(length // self.model.config.patch_size for length in pixels.shape[-2:])
         found = []
         for batch in pixels.split(BATCH):
-            found.append(self._head(self.model.semantic_features(batch, self.teacher.vision_model), grid))
+            found.append(self._head(self.model.semantic_features(batch, self.teacher.vision_model)))
         return self._score(rows, torch.cat(found))
 
     def _score(self, rows: list[int], embeddings_BD: torch.Tensor) -> float:

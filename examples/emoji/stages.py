@@ -82,35 +82,20 @@ class Log(TrainerCallback):
             file.write(json.dumps(row) + "\n")
 
 
-class StopAt(TrainerCallback):
-    """Ends a training with the checkpoint of a step."""
-
-    def __init__(self, step: int):
-        self.step = step
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if state.global_step >= self.step:
-            raise ValueError(f"cannot stop at step {self.step}: the training is at step {state.global_step} already")
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step >= self.step:
-            control.should_training_stop = control.should_save = True
-
-
 def is_finished(folder: Path) -> bool:
     """Whether a stage has saved all of its model."""
     return (folder / FINISHED).exists()
 
 
-def finish(trainer: Trainer) -> None:
-    """Train from the last checkpoint if there is one, and save the model unless [`StopAt`] ended it early."""
+def finish(trainer: Trainer, before_saving: Callable[[], None] | None = None) -> None:
+    """Train from the last checkpoint if there is one, and save the model, after `before_saving`."""
     folder = Path(trainer.args.output_dir)
     trainer.add_callback(Log(folder.parent / "log.jsonl", folder.name))
     # fused attention has a slow backward at these lengths on a CPU
     with sdpa_kernel(SDPBackend.MATH):
         trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.exists() else None)
-    if trainer.state.global_step < trainer.args.max_steps:
-        return
+    if before_saving is not None:
+        before_saving()
     trainer.save_model()
     if trainer.is_world_process_zero():
         (folder / FINISHED).touch()

@@ -17,12 +17,14 @@ import torch
 from data_samples import SETTINGS, documents, files_of, picture
 from PIL import Image
 
-from transformers_nextflow import SelfCorrection
+from transformers_nextflow import NextFlowVQModel, SelfCorrection
 from transformers_nextflow.data import (
     ComputeBudget,
     CostModel,
+    Document,
     DocumentReader,
     ExtractionSettings,
+    Message,
     Source,
     extract,
     pack,
@@ -239,6 +241,36 @@ def test_a_batch_is_not_coded_twice(document_source, data_checkpoint, extracted,
     batches = [path for path in done if path.suffix == ".npz"]
     assert len(first) == 5 and len(batches) == len(set(batches)) > 8
     assert files_of(tmp_path / "out") == files_of(extracted)
+
+
+def test_a_repeated_picture_is_encoded_once_and_drawn_by_each_document(data_checkpoint, tmp_path, monkeypatch):
+    """Ten documents of two pictures: each gets what it gets where pictures do not repeat."""
+    chat = Message("user", ("it",)), Message("assistant", (None,))
+    made = [
+        Document(f"d{n}", "text-to-image", chat, (picture(n % 2),))
+        for n in range(10)
+    ]
+    encoded, features = [], NextFlowVQModel.features
+
+    def counted(self, pixel_values, *args):
+        encoded.append(len(pixel_values))
+        return features(self, pixel_values, *args)
+
+    monkeypatch.setattr(NextFlowVQModel, "features", counted)
+    path = tmp_path / "together.parquet"
+    datasets.Dataset.from_list([document.to_row() for document in made]).to_parquet(str(path))
+    settings = dataclasses.replace(SETTINGS, documents_per_shard=10)
+    extract(Source(str(path)), data_checkpoint, tmp_path / "together", settings)
+    assert encoded == [2]
+    for document in made[:3]:
+        path = tmp_path / f"{document.key}.parquet"
+        datasets.Dataset.from_list([document.to_row()]).to_parquet(str(path))
+        extract(Source(str(path)), data_checkpoint, tmp_path / document.key, settings)
+        folders = tmp_path / document.key, tmp_path / "together"
+        alone, together = (codes_of(folder, document.key)[0] for folder in folders)
+        assert all(np.array_equal(a, b) for a, b in zip(alone, together))
+    inputs = [str(codes_of(tmp_path / "together", f"d{n}")[0][2]) for n in (0, 2, 4)]
+    assert len(set(inputs)) == 3, "each document has its own self-correction"
 
 
 def test_another_run_in_the_same_folder_is_refused(document_source, data_checkpoint, extracted):

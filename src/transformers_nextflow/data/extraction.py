@@ -258,10 +258,11 @@ class Extractor:
         coded: dict[tuple[int, int], dict] = {}
         broken: dict[int, str] = {}
         samples = []
-        for number, (schedule, supervised, members) in enumerate(self._batches(documents)):
+        for number, (schedule, supervised, pictures) in enumerate(self._batches(documents)):
             path = work / f"{number:05d}.npz"
             if not path.exists():
-                self._code_batch(documents, schedule, supervised, members, path)
+                self._code_batch(documents, schedule, supervised, pictures, path)
+            members = [member for places_of_one in pictures for member in places_of_one]
             with np.load(path, allow_pickle=False) as batch:
                 failures = {int(m): str(e) for m, e in zip(batch["failed"], batch["errors"])}
                 broken |= {members[m][0]: error for m, error in failures.items()}
@@ -345,39 +346,43 @@ class Extractor:
             raise Skipped("aspect ratio", f"{width}x{height}")
         return self.schedules.nearest_to_image(height, width, self.settings.level)
 
-    def _batches(self, documents) -> list[tuple[ScaleSchedule, bool, list[tuple[int, int]]]]:
-        """Pictures, as (document, image), of one schedule and one supervision, `batch_size` at a time."""
-        groups: dict[tuple, list] = {}
+    def _batches(self, documents) -> list[tuple[ScaleSchedule, bool, list[list[tuple[int, int]]]]]:
+        """Pictures of one schedule and one supervision, `batch_size` at a time, each with the places, as (document,
+        image), where the shard shows it."""
+        groups: dict[tuple, dict[bytes | str, list]] = {}
         for number, (document, schedules) in enumerate(documents):
             for image, (schedule, supervised) in enumerate(zip(schedules, document.supervised_images)):
-                groups.setdefault((schedule.final_grid, supervised), []).append((number, image))
+                pictures = groups.setdefault((schedule.final_grid, supervised), {})
+                pictures.setdefault(document.images[image], []).append((number, image))
         size = self.settings.batch_size
         return [
-            (self.schedules.by_grid(grid), supervised, members[start : start + size])
-            for (grid, supervised), members in sorted(groups.items())
-            for start in range(0, len(members), size)
+            (self.schedules.by_grid(grid), supervised, list(pictures.values())[start : start + size])
+            for (grid, supervised), pictures in sorted(groups.items())
+            for start in range(0, len(pictures), size)
         ]
 
     @torch.no_grad()
-    def _code_batch(self, documents, schedule: ScaleSchedule, supervised: bool, members, path: Path) -> None:
+    def _code_batch(self, documents, schedule: ScaleSchedule, supervised: bool, pictures, path: Path) -> None:
         """Code the pictures of a batch and keep the result; what cannot be read is kept as its error."""
         pixels, keys, failed, errors = [], [], [], []
-        for place, (number, image) in enumerate(members):
-            document, _ = documents[number]
+        first = 0
+        for places in pictures:
+            names = [(documents[number][0], image) for number, image in places]
             try:
+                document, image = names[0]
                 pixels.append(self.pixels(document.images[image], schedule))
-                keys.append(f"{document.key}/{image}")
+                keys.append([f"{document.key}/{image}" for document, image in names])
             except UNREADABLE as error:
-                failed.append(place)
-                errors.append(f"{type(error).__name__}: {error}")
+                failed += range(first, first + len(places))
+                errors += [f"{type(error).__name__}: {error}"] * len(places)
+            first += len(places)
         variants = range(self.settings.num_variants if supervised else 0)
         codes, inputs = self.code(pixels, schedule, keys, variants)
         result = {"thumbnail": np.zeros(0, np.uint8), "error": np.zeros(())}
         if pixels:
-            batch = torch.stack(pixels).to(self.device)
             stored = torch.from_numpy(decodable_codes(codes[0], inputs[0])[None]).to(self.device)
             decoded = thumbnail(self.vq_model.decode(stored, schedule.final_grid)[0])
-            result["thumbnail"] = thumbnail(batch[0])
+            result["thumbnail"] = thumbnail(pixels[0])
             result["error"] = thumbnail_error(decoded, {"thumbnail": result["thumbnail"].tobytes().hex()})
         result |= {"codes": codes, "inputs": inputs, "failed": np.array(failed, int), "errors": np.array(errors, str)}
 
@@ -389,28 +394,36 @@ class Extractor:
 
     @torch.no_grad()
     def code(
-        self, pixels: Sequence[torch.Tensor], schedule: ScaleSchedule, keys: Sequence[str], variants: Sequence[int]
+        self,
+        pixels: Sequence[torch.Tensor],
+        schedule: ScaleSchedule,
+        keys: Sequence[Sequence[str]],
+        variants: Sequence[int],
     ) -> tuple[np.ndarray, np.ndarray]:
         """Code pictures of one schedule.
 
         Args:
             pixels: (3, H, W) each.
-            keys: their names, on which the draws of self-correction depend.
+            keys: the names of each in all its places, on which the draws of self-correction depend.
             variants: numbers of the self-corrected encodings; none for pictures that are only read.
 
         Returns:
-            (pictures, variants or 1, codes) targets and (pictures, variants, codes of all scales but the last) inputs.
+            (places, variants or 1, codes) targets and (places, variants, codes of all scales but the last) inputs,
+            picture by picture.
         """
         coarse, dtype = schedule.offsets[-1], code_dtype(self.config.vq_config.codebook_size)
-        codes = np.zeros((len(pixels), max(len(variants), 1), schedule.num_codes), dtype)
-        inputs = np.zeros((len(pixels), len(variants), coarse), dtype)
+        repeats = [len(names) for names in keys]
+        codes = np.zeros((sum(repeats), max(len(variants), 1), schedule.num_codes), dtype)
+        inputs = np.zeros((sum(repeats), len(variants), coarse), dtype)
         if not pixels:
             return codes, inputs
         features = self.vq_model.features(torch.stack(pixels).to(self.device))
         if not variants:
-            codes[:, 0] = self.vq_model.quantizer(features, schedule).target_codes.cpu().numpy()
+            targets = self.vq_model.quantizer(features, schedule).target_codes.cpu().numpy()
+            codes[:, 0] = targets.repeat(repeats, axis=0)
+        features = features.repeat_interleave(torch.tensor(repeats, device=features.device), dim=0)
         for place, variant in enumerate(variants):
-            draws, seed = [f"{key}/{variant}" for key in keys], self.settings.seed
+            draws, seed = [f"{key}/{variant}" for names in keys for key in names], self.settings.seed
             output = self.vq_model.quantizer(features, schedule, self.settings.self_correction, seed, draws)
             codes[:, place] = output.target_codes.cpu().numpy()
             inputs[:, place] = output.input_codes[:, :coarse].cpu().numpy()

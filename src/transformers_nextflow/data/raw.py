@@ -57,7 +57,7 @@ class RawDocuments(Dataset):
             except UNREADABLE as error:
                 raise ValueError(f"{document.key}: unreadable image: {error}") from error
             variants = [self.epoch] if supervised and corrected else []
-            codes, inputs = self.extractor.code([pixels], schedule, [f"{document.key}/{place}"], variants)
+            codes, inputs = self.extractor.code([pixels], schedule, [[f"{document.key}/{place}"]], variants)
             coded.append({"codes": codes[0], "inputs": inputs[0]})
         row = self.extractor.row(document, schedules, coded)
         return unfold(row, np.array([len(row["input_ids"])]), self.spec, int(corrected), [0] * len(coded))

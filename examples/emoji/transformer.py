@@ -1,0 +1,163 @@
+"""Training of the transformer: documents are coded and packed once for each stage, then trained on (table 2 in small)."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from transformers import PreTrainedTokenizerFast
+
+from transformers_nextflow import (
+    NextFlowForConditionalGeneration,
+    NextFlowImageProcessor,
+    NextFlowProcessor,
+    NextFlowVQModel,
+    SelfCorrection,
+)
+from transformers_nextflow.data import ExtractionSettings, FixedLength, PackedDataset
+from transformers_nextflow.files import output_folder
+from transformers_nextflow.training import EMACallback, NextFlowTrainer, NextFlowTrainingArguments, Stage
+
+from .documents import STAGES as MIXTURES
+from .documents import build_packs
+from .muon import MuonWithAdamW
+from .sizes import nextflow_config
+from .stages import finish, is_finished, processes, settings
+
+EXTRACTION = ExtractionSettings(
+    "chat", drop_text=0.1, self_correction=SelfCorrection(), variants=2, batch_size=64, documents_per_shard=16_000
+)
+WEIGHT_DECAY = 0.05
+EMA_DECAY = 0.995
+
+
+@dataclass(frozen=True)
+class Training:
+    """How long and how fast a stage trains.
+
+    Attributes:
+        documents: coded and packed for it; steps go over them again and again.
+        pack_length, packs: positions of a pack, and packs of a step in each of two processes.
+        steps, peak: of the optimizer, and its learning rate, which falls over the last `decay_share` of them.
+        trains, scale_loss_alpha: see [`Stage`].
+    """
+
+    documents: int
+    pack_length: int
+    packs: int
+    steps: int
+    peak: float
+    decay_share: float
+    trains: str = "all"
+    scale_loss_alpha: float = 0.9
+
+
+# Table 2's order: connector and head alone, then everything, at the lower level without and at the higher with eq. 2
+TRAININGS = {
+    "alignment": Training(8_000, 192, 16, 60, 1e-3, 0.5, "connector_and_head", 0.0),
+    "pretraining-32": Training(32_000, 192, 16, 400, 3e-3, 0.1, scale_loss_alpha=0.0),
+    "pretraining-64": Training(64_000, 400, 10, 1_500, 3e-3, 0.5),
+}
+
+
+def new_model(
+    tokenizer: PreTrainedTokenizerFast, vq_model: NextFlowVQModel, seed: int = 4, **config
+) -> NextFlowForConditionalGeneration:
+    """The transformer at its start, around the trained tokenizer; code embeddings begin as its codebook."""
+    torch.manual_seed(seed)
+    model = NextFlowForConditionalGeneration(nextflow_config(tokenizer, vq_model.config, **config))
+    model.model.vq_model.load_state_dict(vq_model.state_dict())
+    model.model.code_embeddings.weight.data.copy_(vq_model.quantizer.codebook())
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def new_processor(model: NextFlowForConditionalGeneration, tokenizer: PreTrainedTokenizerFast) -> NextFlowProcessor:
+    image_processor = NextFlowImageProcessor.from_vq_config(model.config.vq_config)
+    return NextFlowProcessor(image_processor, tokenizer, condition_last_scale=model.config.condition_last_scale)
+
+
+def code_documents(folder: Path, start: Path, data: Path, stage: str) -> Path:
+    """Pack a stage's documents, coded by the tokenizers in `start`; returns the folder of packs. One process works,
+    on all cores, while the others wait."""
+    training = TRAININGS[stage]
+    state = PartialState(cpu=True, backend="gloo" if processes() > 1 else None)
+    workers = min(len(os.sched_getaffinity(0)), -(-training.documents // EXTRACTION.documents_per_shard))
+    with state.local_main_process_first():
+        return build_packs(
+            folder / f"{stage}-data",
+            start,
+            data,
+            stage,
+            training.documents,
+            EXTRACTION,
+            FixedLength(training.pack_length),
+            2 * training.packs,
+            workers,
+        )
+
+
+def new_optimizer(
+    model: NextFlowForConditionalGeneration, arguments: NextFlowTrainingArguments, peak: float
+) -> MuonWithAdamW:
+    """Muon for the decoder's layers, whatever else is trained by AdamW.
+
+    Differs from the paper, whose optimizer is AdamW: at these sizes Muon needs fewer steps.
+    """
+    return MuonWithAdamW(
+        model.named_parameters(),
+        lambda name: "language_model.layers" in name,
+        peak,
+        arguments.weight_decay,
+        (arguments.adam_beta1, arguments.adam_beta2),
+    )
+
+
+def train_stage(folder: Path, stage: str, before: Path, data: Path) -> Path:
+    """Train one stage from the model in `before`, unless it is finished; returns the folder of its average."""
+    training, output = TRAININGS[stage], folder / stage
+    packs = code_documents(folder, folder / "start", data, stage)
+    if is_finished(output):
+        return output
+    model = NextFlowForConditionalGeneration.from_pretrained(before)
+    processor = NextFlowProcessor.from_pretrained(folder / "start")
+    mixture = dict(MIXTURES[stage].mixture)
+    Stage(
+        stage, training.trains, MIXTURES[stage].level, 1, training.peak, training.scale_loss_alpha, mixture
+    ).prepare(model)
+    model.set_attn_implementation("eager")  # the fastest backward at these lengths on a CPU
+    if training.trains == "all":
+        for layer in model.model.language_model.layers:
+            layer.compile(dynamic=True)
+    values = settings(training.steps, training.peak, training.decay_share)
+    values |= {"weight_decay": WEIGHT_DECAY, "per_device_train_batch_size": training.packs}
+    arguments = NextFlowTrainingArguments(output, **values)
+    average = EMACallback(EMA_DECAY)
+    optimizer = new_optimizer(model, arguments, training.peak) if training.trains == "all" else None
+    trainer = NextFlowTrainer(
+        model,
+        arguments,
+        train_dataset=PackedDataset(packs, model, processor),
+        processing_class=processor,
+        optimizers=(optimizer, None),
+        callbacks=[average],
+    )
+    finish(trainer, before_saving=lambda: average.copy_to(model))
+    return output
+
+
+def train_transformer(folder: Path, tokenizer: PreTrainedTokenizerFast, vq_model: NextFlowVQModel, data: Path) -> Path:
+    """All stages in order; returns the folder of the last model."""
+    start = folder / "start"
+    with PartialState(cpu=True, backend="gloo" if processes() > 1 else None).local_main_process_first():
+        if not start.exists():
+            model = new_model(tokenizer, vq_model)
+            with output_folder(start) as partial:
+                new_processor(model, tokenizer).save_pretrained(partial)
+                model.save_pretrained(partial)
+    before = start
+    for stage in TRAININGS:
+        before = train_stage(folder, stage, before, data)
+    return before
