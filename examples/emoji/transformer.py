@@ -1,4 +1,4 @@
-"""Training of the transformer: documents are coded and packed once for each stage, then trained on (table 2 in small)."""
+"""Training of the transformer: each stage's documents are coded and packed once, then trained on (table 2 in small)."""
 
 import os
 from dataclasses import dataclass
@@ -56,8 +56,8 @@ class Training:
 # Table 2's order: connector and head alone, then everything, at the lower level without and at the higher with eq. 2
 TRAININGS = {
     "alignment": Training(8_000, 192, 16, 60, 1e-3, 0.5, "connector_and_head", 0.0),
-    "pretraining-32": Training(32_000, 192, 16, 400, 3e-3, 0.1, scale_loss_alpha=0.0),
-    "pretraining-64": Training(64_000, 400, 10, 1_500, 3e-3, 0.5),
+    "pretraining-32": Training(24_000, 192, 16, 300, 3e-3, 0.1, scale_loss_alpha=0.0),
+    "pretraining-64": Training(48_000, 848, 5, 1_200, 3e-3, 0.5),
 }
 
 
@@ -124,9 +124,9 @@ def train_stage(folder: Path, stage: str, before: Path, data: Path) -> Path:
     model = NextFlowForConditionalGeneration.from_pretrained(before)
     processor = NextFlowProcessor.from_pretrained(folder / "start")
     mixture = dict(MIXTURES[stage].mixture)
-    Stage(
-        stage, training.trains, MIXTURES[stage].level, 1, training.peak, training.scale_loss_alpha, mixture
-    ).prepare(model)
+    Stage(stage, training.trains, MIXTURES[stage].level, 1, training.peak, training.scale_loss_alpha, mixture).prepare(
+        model
+    )
     model.set_attn_implementation("eager")  # the fastest backward at these lengths on a CPU
     if training.trains == "all":
         for layer in model.model.language_model.layers:
