@@ -1,4 +1,4 @@
-"""Training of the transformer: each stage's documents are coded and packed once, then trained on (table 2 in small)."""
+"""Training of the transformer: documents of each stage are coded and packed once, then trained on (table 2)."""
 
 import os
 from dataclasses import dataclass
