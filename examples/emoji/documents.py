@@ -22,7 +22,7 @@ from .tasks import Item, Picture, Tasks
 from .world import World, in_a_row
 
 INVERTED = 0.1  # share of text-to-image turned into captioning in late pretraining (NextFlow sec. 5)
-KINDS = {"question": "captioning", "analogy": "editing", "sequence": "video"}  # else the task's own name
+DOCUMENT_KINDS = {"question": "captioning", "analogy": "editing", "sequence": "video"}  # else the task's own name
 SIZES = ScheduleTable(SCHEDULES, LEVELS, PATCH_SIZE)
 
 
@@ -79,7 +79,7 @@ def to_document(key: str, item: Item, world: World, level: str) -> Document:
         for role, content in (("user", item.user), ("assistant", item.assistant))
     )
     images = tuple(_png(draw_picture(picture, world, level)) for picture in (*item.read, *item.drawn))
-    return Document(key, KINDS.get(item.task, item.task), messages, images)
+    return Document(key, DOCUMENT_KINDS.get(item.task, item.task), messages, images)
 
 
 def _png(pixels: np.ndarray) -> bytes:

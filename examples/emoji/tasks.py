@@ -418,11 +418,12 @@ class Tasks:
             for row in self._countable
             if self.styles[row] == style and self.splits[row] == "train" and row != target
         ]
-        while True:
+        for _ in range(10_000):
             cells = [target, *draw.rng.sample(others, 2 if draw.kind == "row" else 1)]
             draw.rng.shuffle(cells)
             if draw.part != SEEN or self._arrangement_split(cells) == draw.split:
                 return tuple(cells)
+        raise ValueError(f"nothing stands beside {self.names[target]}, {style}, in the split {draw.split}")
 
 
 @dataclass(frozen=True)

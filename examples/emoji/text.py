@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from .splits import SEEN
 from .tasks import KINDS, Tasks
+from .wordings import CAPTION
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
 VOCABULARY = 4096
@@ -19,9 +20,8 @@ def training_texts(tasks: Tasks) -> Iterator[str]:
     Names whose pictures are held out are among them: a word is to be a token wherever it occurs, and which letters it
     has says nothing of a picture. No text model is trained on them.
     """
-    for name, style, tags in zip(tasks.names, tasks.styles, tasks.tags):
-        yield f"{name}, {style}"
-        yield ", ".join(tags)
+    yield from (CAPTION.format(name=name, style=style) for name, style in zip(tasks.names, tasks.styles))
+    yield from sorted({", ".join(tags) for tags in tasks.tags})
     for task, kinds in KINDS.items():
         for kind in kinds:
             if tasks.targets(task, kind, "train", SEEN):

@@ -1,0 +1,63 @@
+"""The real names, and a small world of one-coloured pictures."""
+
+import io
+from pathlib import Path
+
+import datasets
+import pytest
+from PIL import Image
+
+from examples.emoji.data import FEATURES
+from examples.emoji.names import names_of
+from examples.emoji.packages import STYLES, fetch, read_icons
+from examples.emoji.splits import SEEN, held_out, is_dev
+from examples.emoji.tasks import Tasks
+from examples.emoji.world import World
+
+datasets.disable_progress_bars()
+
+
+@pytest.fixture(scope="session")
+def real_tasks(pytestconfig) -> Tasks:
+    """All names and styles of the world, as if no two pictures were equal; the words of a name are its tags."""
+    try:
+        archives = {style: fetch(package, pytestconfig.cache.mkdir("emoji")) for style, package in STYLES.items()}
+    except RuntimeError as error:
+        pytest.skip(f"the packages cannot be fetched: {error}")
+    keys = [(key, style) for style, archive in archives.items() for key in sorted(read_icons(archive))]
+    of_key = names_of(key for key, _ in keys)
+    names, styles = [of_key[key] for key, _ in keys], [style for _, style in keys]
+    parts = held_out(names, styles)
+    splits = [
+        "train" if part == SEEN else "dev" if is_dev(name, style) else "test"
+        for name, style, part in zip(names, styles, parts)
+    ]
+    return Tasks(names, styles, [name.split() for name in names], parts, splits, range(len(keys)))
+
+
+SMALL = (
+    *("cat", "dog", "cow", "red heart", "blue heart", "green heart", "three oclock", "four oclock", "five oclock"),
+    *("man", "woman", "person", "man: dark skin tone", "woman: dark skin tone", "man: light skin tone", "baby"),
+    *("child", "older person", "artist", "man artist", "woman artist"),
+)
+
+
+@pytest.fixture(scope="session")
+def small_world_folder(tmp_path_factory) -> Path:
+    """A data set whose pictures are all seen; each has a colour of its own."""
+    rows = []
+    for style in ("noto", "twemoji"):
+        for name in SMALL:
+            buffer = io.BytesIO()
+            number = len(rows)
+            Image.new("RGB", (64, 64), (5 * number, 250 - 5 * number, 128)).save(buffer, format="PNG")
+            row = {"name": name, "style": style, "label": name, "tags": [*name.split(), "emoji"], "part": SEEN}
+            rows.append(row | {"split": "train", "twin": number, "image": {"bytes": buffer.getvalue(), "path": None}})
+    folder = tmp_path_factory.mktemp("emoji") / "data"
+    datasets.Dataset.from_list(rows, features=FEATURES).save_to_disk(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_world(small_world_folder) -> World:
+    return World(small_world_folder)
