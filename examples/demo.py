@@ -10,10 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from .shapes.data import photo
+import skimage
+from PIL import Image
 
-PROMPT = "a red circle to the left of a blue square with a white background"
-INSTRUCTION = "make the blue square yellow"
+PROMPT = "red heart, fluent"
+INSTRUCTION = "make it blue"
 PHOTO = "chelsea.png"  # scikit-image's cat, which no training stage sees
 PHOTO_BOX = (75, 0, 375, 300)  # left, top, right, bottom
 
@@ -31,7 +32,7 @@ def demo(output: Path, model: str | None = None) -> None:
     picture, edited, photograph, pair = (
         str(output / f"{name}.png") for name in ("picture", "edit", "photo", "reconstruction")
     )
-    photo(PHOTO).crop(PHOTO_BOX).save(photograph)
+    Image.open(Path(skimage.__file__).parent / "data" / PHOTO).crop(PHOTO_BOX).save(photograph)
     chosen = ["--model", model] if model else []
     run("generate", PROMPT, "--output", picture, "--seed", "0", *chosen)
     run("describe", picture, *chosen)

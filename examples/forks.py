@@ -11,9 +11,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor, codes_of_region
-
-MODEL = Path(__file__).parents[1] / "checkpoints" / "nextflow-shapes"
+from transformers_nextflow import codes_of_region
+from transformers_nextflow.cli import load_model
 
 
 def read_codes(model, processor, picture: Image.Image) -> tuple[torch.Tensor, tuple[int, int]]:
@@ -76,12 +75,10 @@ def main() -> None:
     parser.add_argument("--box", type=int, nargs=4, default=(0, 0, 32, 32), metavar="PIXEL", help="what to draw anew")
     parser.add_argument("--count", type=int, default=4, metavar="N", help="variations (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
-    parser.add_argument("--model", default=str(MODEL), metavar="NAME", help="default: the repository's checkpoint")
+    parser.add_argument("--model", metavar="NAME", help="default: the repository's checkpoint")
     parser.add_argument("--output", type=Path, default=Path("fork.png"), metavar="PNG", help="default: %(default)s")
     args = parser.parse_args()
-    model = NextFlowForConditionalGeneration.from_pretrained(args.model).eval()
-    processor = NextFlowProcessor.from_pretrained(args.model)
-    given = model, processor, Image.open(args.picture), args.text
+    given = *load_model(args.model), Image.open(args.picture), args.text
     if args.task == "variations":
         pictures = variations(*given, args.scales, args.count, args.seed)
     elif args.task == "inpaint":

@@ -29,28 +29,23 @@ from transformers_nextflow import NextFlowImageProcessor
 from transformers_nextflow.data import DocumentReader, Source
 from transformers_nextflow.loading import load_vq_model
 
-from .shapes.diffusion_decoder import ShapesBatches
-
 STAGES = {"base": 1, "x2": 2}
 
 
 @dataclass
 class ScriptArguments:
     pretrained_model_name_or_path: str = field(metadata={"help": "folder or Hub id of a stock pipeline or a decoder"})
+    dataset_name: str = field(metadata={"help": "folder of images, Parquet, JSON lines, tars or Hub dataset"})
     vision_tokenizer: str | None = field(
         default=None, metadata={"help": "NextFlow model, or its vision tokenizer; default: the decoder's own"}
     )
     stage: str = field(default="base", metadata={"help": "base, at the resolution of the codes, or x2"})
     adapter: str | None = field(default=None, metadata={"help": "output of a LoRA training to start from"})
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "folder of images, Parquet, JSON lines, tars or Hub dataset"}
-    )
     dataset_config_name: str | None = field(default=None, metadata={"help": "configuration of a Hub dataset"})
     dataset_split: str = field(default="train", metadata={"help": "of the dataset"})
     shards: str | None = field(
         default=None, metadata={"help": "shards extracted from the dataset, whose codes are the condition"}
     )
-    shapes: bool = field(default=False, metadata={"help": "instead of a dataset: scenes of the shapes world"})
     image_column: str = "image"
     caption_column: str = "text"
     level: str | None = field(default=None, metadata={"help": "of the scale schedules; default: the highest"})
@@ -63,10 +58,6 @@ def main() -> None:
     script, arguments = parser.parse_args_into_dataclasses()
     if script.stage not in STAGES:
         parser.error(f"--stage must be one of {', '.join(STAGES)}, got {script.stage}")
-    if script.shapes == (script.dataset_name is not None):
-        parser.error("give either --dataset_name or --shapes")
-    if script.shards is not None and script.dataset_name is None:
-        parser.error("--shards hold codes alone: give the source of their pictures as --dataset_name")
     if script.adapter is not None and arguments.rank is None:
         parser.error("--adapter continues adapters: give their --rank")
     upscale = STAGES[script.stage]
@@ -78,8 +69,6 @@ def main() -> None:
 
 
 def make_batches(script: ScriptArguments, vq_model, upscale: int, seed: int):
-    if script.shapes:
-        return ShapesBatches(script.train_batch_size, upscale, script.proportion_empty_prompts, seed)
     source = Source(script.dataset_name, script.dataset_split, script.dataset_config_name)
     table = source.load()
     image_processor = NextFlowImageProcessor.from_vq_config(vq_model.config)

@@ -1,16 +1,11 @@
 """Tune a NextFlow's coarse scales by GRPO (NextFlow sec. 3.2.5).
 
-On the shapes world, with the judge as reward, adapters, and a picture sheet at every log:
+On a dataset of prompts (rows with `prompt`, optionally `images`, other columns for the rewards), with reward functions
+by dotted path, adapters, and a picture sheet at every log; under `accelerate launch` on several devices:
 
-    python -m examples.train_grpo --output_dir runs/grpo --reward_funcs shapes_judge --use_peft --lora_r 16 \
-        --learning_rate 1e-4 --num_generations 8 --per_device_train_batch_size 16 --max_steps 100 \
-        --logging_steps 5 --log_completions
-
-With a dataset of your own (rows with `prompt`, optionally `images`, other columns for the rewards) and reward
-functions by dotted path; under `accelerate launch` on several devices:
-
-    accelerate launch -m examples.train_grpo --model_name_or_path owner/model --dataset_name owner/prompts \
-        --reward_funcs my_package.rewards.aesthetic --output_dir runs/grpo
+    python -m examples.train_grpo --dataset_name owner/prompts --reward_funcs my_package.rewards.aesthetic \
+        --use_peft --lora_r 16 --learning_rate 1e-4 --num_generations 8 --per_device_train_batch_size 16 \
+        --max_steps 100 --logging_steps 5 --log_completions --output_dir runs/grpo
 
 For one small GPU see `docs/grpo.md`.
 """
@@ -27,43 +22,36 @@ from transformers_nextflow.lora import lora_config
 from transformers_nextflow.training.grpo import NextFlowGRPOConfig, NextFlowGRPOTrainer
 from transformers_nextflow.training.grpo.reward_models import ClipScore
 
-from .shapes.rewards import shapes_judge, training_prompts
-
 
 @dataclass
 class GRPOScriptArguments(ScriptArguments):
-    dataset_name: str | None = field(default=None, metadata={"help": "Hub or local dataset; default: shapes prompts"})
+    dataset_name: str | None = field(default=None, metadata={"help": "Hub or local dataset of prompts"})
     reward_funcs: list[str] = field(
-        default_factory=lambda: ["shapes_judge"],
-        metadata={"help": "shapes_judge, clip:MODEL (also SigLIP, PickScore), or dotted paths of functions"},
+        default_factory=list, metadata={"help": "clip:MODEL (also SigLIP, PickScore), or dotted paths of functions"}
     )
-    num_prompts: int = field(default=2_000, metadata={"help": "prompts of the shapes world"})
 
 
 def reward_function(name: str):
     """A reward by its name, see `--reward_funcs`."""
-    if name == "shapes_judge":
-        return shapes_judge
     if name.startswith("clip:"):
         return ClipScore(name.removeprefix("clip:"))
     module, _, attribute = name.rpartition(".")
     if not module:
-        raise ValueError(f"a reward is shapes_judge, clip:MODEL or a dotted path, got {name!r}")
+        raise ValueError(f"a reward is clip:MODEL or a dotted path, got {name!r}")
     return getattr(importlib.import_module(module), attribute)
 
 
 def main() -> None:
     parser = TrlParser((GRPOScriptArguments, NextFlowGRPOConfig, ModelConfig))
     script, arguments, model_arguments = parser.parse_args_and_config()
+    if script.dataset_name is None or not script.reward_funcs:
+        parser.error("give --dataset_name and --reward_funcs")
     name = model_name(model_arguments.model_name_or_path)
     processor = NextFlowProcessor.from_pretrained(name)
     model = NextFlowForConditionalGeneration.from_pretrained(
         name, dtype=model_arguments.dtype, quantization_config=get_quantization_config(model_arguments)
     )
-    if script.dataset_name is None:
-        prompts = training_prompts(script.num_prompts, arguments.seed)
-    else:
-        prompts = datasets.load_dataset(script.dataset_name, script.dataset_config, split=script.dataset_train_split)
+    prompts = datasets.load_dataset(script.dataset_name, script.dataset_config, split=script.dataset_train_split)
     adapters = None
     if model_arguments.use_peft:
         adapters = lora_config(r=model_arguments.lora_r, lora_alpha=model_arguments.lora_alpha, modules_to_save=None)

@@ -1,10 +1,9 @@
 """Train or fine-tune a NextFlow on packs or on raw documents, alone or as one of the paper's stages.
 
-`python -m examples.build_shards` makes packs of the shapes world, `transformers-nextflow data extract | pack` of any
-source. A few documents need none: `--documents chats.jsonl` codes their pictures in training. Then, on one device or
-under `accelerate launch`:
+`transformers-nextflow data extract | pack` makes packs of any source. A few documents need none: `--documents
+chats.jsonl` codes their pictures in training. Then, on one device or under `accelerate launch`:
 
-    python -m examples.train_transformer --packs runs/shapes-packs/packs --output_dir runs/sft --stage sft \
+    python -m examples.train_transformer --packs packs --output_dir runs/sft --stage sft \
         --max_steps 100 --logging_steps 10 --use_lora
 
 `--use_liger_kernel` takes Liger's kernels, `--load_in_4bit` beside `--use_lora` is QLoRA.

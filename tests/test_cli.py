@@ -212,11 +212,11 @@ def test_models_that_cannot_be(run, model, message):
 
 
 def test_default_model_is_the_repositorys(run, tiny_checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "SHAPES_MODEL", tmp_path / "nowhere")
+    monkeypatch.setattr(cli, "DEFAULT_MODEL", tmp_path / "nowhere")
     status, _, error = run("generate", "a", model=None)
     assert status == 2
     assert error.startswith("error: name a model with --model")
-    monkeypatch.setattr(cli, "SHAPES_MODEL", tiny_checkpoint)
+    monkeypatch.setattr(cli, "DEFAULT_MODEL", tiny_checkpoint)
     assert run("generate", "a", "--output", "a.png", model=None)[0] == 0
 
 

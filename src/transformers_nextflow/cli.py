@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from .modeling_nextflow_vq import NextFlowVQModel
     from .processing_nextflow import NextFlowProcessor
 
-SHAPES_MODEL = Path(__file__).parents[2] / "checkpoints" / "nextflow-shapes"  # in a checkout of the repository
-SHAPES_DECODER = SHAPES_MODEL.with_name("nextflow-shapes-decoder")
+DEFAULT_MODEL = Path(__file__).parents[2] / "checkpoints" / "nextflow-emoji"  # in a checkout of the repository
+DEFAULT_DECODER = DEFAULT_MODEL.with_name("nextflow-emoji-decoder")
 
 DECODERS = ("vq", "diffusion")
 DECODER_GROUP = "transformers_nextflow.decoders"  # of entry points: each loads decoders of its name from a folder
@@ -43,9 +43,9 @@ def model_name(model: str | None) -> str:
         NotADirectoryError: if it can only be a folder, and there is none.
     """
     if model is None:
-        if not (SHAPES_MODEL / "config.json").is_file():
-            raise ValueError(f"name a model with --model: the default, {SHAPES_MODEL}, does not exist")
-        return str(SHAPES_MODEL)
+        if not (DEFAULT_MODEL / "config.json").is_file():
+            raise ValueError(f"name a model with --model: the default, {DEFAULT_MODEL}, does not exist")
+        return str(DEFAULT_MODEL)
     if "://" in model:
         raise ValueError(f"a model is a local folder or an id on the Hub, got {model}")
     if not Path(model).is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
@@ -81,8 +81,8 @@ def load_decoder(args: argparse.Namespace, vq_model: "NextFlowVQModel") -> "Diff
             raise ValueError("--decoder-model and --decoder-steps belong to --decoder diffusion")
         return None
     name = args.decoder_model
-    if name is None and args.model is None and SHAPES_DECODER.is_dir():
-        name = str(SHAPES_DECODER)
+    if name is None and args.model is None and DEFAULT_DECODER.is_dir():
+        name = str(DEFAULT_DECODER)
     if name is None:
         raise ValueError("--decoder diffusion needs --decoder-model, a folder or Hub id")
     if args.decoder_steps is not None and args.decoder_steps < 1:

@@ -14,8 +14,8 @@ from transformers.models.auto.image_processing_auto import (
     get_image_processor_class_from_name,
 )
 
-from examples.shapes.text import train_text_tokenizer
 from tests.common.library import import_library
+from tests.tiny_tokenizer import tiny_text_tokenizer
 
 ModelTesterMixin = import_library("test_modeling_common").ModelTesterMixin
 ProcessorTesterMixin = import_library("test_processing_common").ProcessorTesterMixin
@@ -167,14 +167,14 @@ CHAT_TEMPLATE = (
 
 
 class LibraryProcessorTest(ProcessorTesterMixin):
-    """With the shapes world's text tokenizer and a chat template without tools, as in transformers' tests of Emu3."""
+    """With a tiny text tokenizer and a chat template without tools, as in transformers' tests of Emu3."""
 
     special_tokens: dict[str, str]
 
     @classmethod
     def _setup_tokenizer(cls):
         return transformers.PreTrainedTokenizerFast(
-            tokenizer_object=train_text_tokenizer(num_texts=500).backend_tokenizer,
+            tokenizer_object=tiny_text_tokenizer().backend_tokenizer,
             bos_token="<|im_start|>",
             eos_token="<|im_end|>",
             pad_token="<|endoftext|>",

@@ -4,10 +4,10 @@ import unittest
 from functools import partialmethod
 from unittest import mock
 
-from examples.shapes.text import train_text_tokenizer
 from tests.common.controls import IMPOSSIBLE
 from tests.common.library import import_library
 from tests.conftest import LEVELS, PATCH_SIZE, SCHEDULES
+from tests.tiny_tokenizer import tiny_text_tokenizer
 from transformers_nextflow import NextFlowImageProcessor, NextFlowProcessor
 
 ProcessorTesterMixin = import_library("test_processing_common").ProcessorTesterMixin
@@ -24,7 +24,7 @@ class NextFlowProcessorTest(ProcessorTesterMixin, unittest.TestCase):
 
     @classmethod
     def _setup_tokenizer(cls):
-        return train_text_tokenizer(num_texts=500)
+        return tiny_text_tokenizer()
 
     @classmethod
     def _setup_image_processor(cls):

@@ -59,7 +59,7 @@ def test_the_documented_commands_turn_photographs_into_shards(photos, tmp_path, 
     assert read_manifest(Path("packs"))["statistics"]["documents"] == 6
 
     # what was coded decodes to pictures that are recognisably the photographs
-    _, processor, vq_model = load_vision_tokenizer(str(cli.SHAPES_MODEL))
+    _, processor, vq_model = load_vision_tokenizer(str(cli.DEFAULT_MODEL))
     manifest = read_manifest(Path("documents"))
     spec = sequence_spec(manifest["identity"])
     (entry,) = manifest["shards"]
@@ -78,7 +78,7 @@ def test_the_documented_commands_turn_photographs_into_shards(photos, tmp_path, 
                 pixels = patches["pixel_values"].view(h, w, p, p, 3).permute(0, 2, 1, 3, 4)
                 likeness[name] = np.corrcoef(decoded, pixels.numpy().ravel())[0, 1]
         assert max(likeness, key=likeness.get) == names[int(row["key"])]
-        assert max(likeness.values()) > 0.6, likeness  # posters, of inputs that self-correction disturbed
+        assert max(likeness.values()) > 0.6, likeness  # of inputs that self-correction disturbed
     sheet = Image.open("sheet/sheet.png")
     assert sheet.size[0] > 700 and "a photo of chelsea" in Path("sheet/index.html").read_text()
 

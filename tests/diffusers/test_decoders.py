@@ -12,13 +12,13 @@ pytest.importorskip("diffusers", reason="the diffusion decoder needs diffusers")
 from diffusers import DiffusionPipeline, EulerDiscreteScheduler, FluxTransformer2DModel
 
 from diffusers_nextflow import NextFlowConditioner
-from examples.shapes.diffusion_decoder import new_decoder
 from tests.diffusers.tiny_decoders import (
     FAMILIES,
     WIDE,
     decoder,
     guidance,
     let_condition_speak,
+    pixel_decoder,
     random_codes,
     stock_components,
     stock_pipeline,
@@ -259,8 +259,7 @@ def test_half_precision(family):
 
 def test_noise_of_any_number_of_channels_is_no_picture():
     """Here 6 x 6 latents of 48 channels, which the stock loop would bring to 4 x 4 if it took them for pixels."""
-    pipe = new_decoder(tiny_vq_model(8), widths=(8, 8))
-    pipe.set_progress_bar_config(disable=True)
+    pipe = pixel_decoder(tiny_vq_model(8))
     pictures = pipe("", random_codes(1, (3, 3)), upscale=1, **TWO_STEPS).images
     assert pictures.shape == (1, 3, 24, 24)
 

@@ -1,4 +1,4 @@
-"""The whole model as a diffusers pipeline, on the shapes checkpoint."""
+"""The whole model as a diffusers pipeline, on the tiny checkpoint."""
 
 import copy
 import re
@@ -16,20 +16,19 @@ from diffusers_nextflow import NextFlowPipeline
 from tests.diffusers.tiny_decoders import decoder
 
 ROOT = Path(__file__).parents[2]
-SHAPES = ROOT / "checkpoints" / "nextflow-shapes"
 PROMPTS = ["a red circle", "a blue square"]
 
 
 @pytest.fixture(scope="module")
-def pipe():
-    return NextFlowPipeline.from_pretrained(SHAPES)
+def pipe(tiny_checkpoint):
+    return NextFlowPipeline.from_pretrained(tiny_checkpoint)
 
 
 def test_pictures_are_those_of_generate(pipe):
     chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
     inputs = pipe.processor.apply_chat_template(chats, generation_mode="image")
     tokens = pipe.model.generate(**inputs, generation_mode="image", seed=3, num_images_per_prompt=2)
-    pixels = pipe.model.decode_image_tokens(tokens, (8, 8))
+    pixels = pipe.model.decode_image_tokens(tokens, (3, 3))
     for mine, expected in zip(
         pipe(PROMPTS, seed=3, num_images_per_prompt=2).images, pipe.processor.post_process_image(pixels)
     ):
@@ -38,12 +37,12 @@ def test_pictures_are_those_of_generate(pipe):
     torch.testing.assert_close(pictures, (pixels + 1) / 2)
     codes = pipe(PROMPTS, seed=3, num_images_per_prompt=2, output_type="latent").images
     assert torch.equal(codes, tokens - pipe.model.config.text_vocab_size)
-    generated = pipe(PROMPTS[0], generator=torch.Generator().manual_seed(1), aspect_ratio="3:2").images[0]
-    assert 2 * generated.width == 3 * generated.height
+    generated = pipe(PROMPTS[0], generator=torch.Generator().manual_seed(1), aspect_ratio="2:1").images[0]
+    assert generated.width == 2 * generated.height
 
 
 def test_edit_keeps_the_size_of_its_source(pipe):
-    sources = [pipe(prompt, seed=0, aspect_ratio="3:2").images[0] for prompt in PROMPTS]
+    sources = [pipe(prompt, seed=0, aspect_ratio="2:1").images[0] for prompt in PROMPTS]
     one = pipe("make it green", image=sources[0], seed=1).images
     assert [picture.size for picture in one] == [sources[0].size]
     both = pipe(["make it green", "make it red"], image=sources, seed=1).images
@@ -70,9 +69,9 @@ def test_ends_in_a_diffusion_decoder_and_round_trips(pipe, tmp_path):
         assert (by_seed - pictures).abs().max() > 1e-3
         codes = pipe(PROMPTS, **two, output_type="latent").images
         captions = [prompt for prompt in PROMPTS for _ in range(2)]
-        expected = unet(captions, codes, (8, 8), generator=seeded(), output_type="pt", **arguments).images
+        expected = unet(captions, codes, (3, 3), generator=seeded(), output_type="pt", **arguments).images
         torch.testing.assert_close(pictures, expected, rtol=0, atol=1e-5)
-    assert whole(PROMPTS[0], decoder_kwargs={"num_inference_steps": 1, "upscale": 2}).images[0].size == (128, 128)
+    assert whole(PROMPTS[0], decoder_kwargs={"num_inference_steps": 1, "upscale": 2}).images[0].size == (48, 48)
 
     whole.save_pretrained(tmp_path)
     loaded = DiffusionPipeline.from_pretrained(tmp_path)
@@ -88,11 +87,11 @@ def seeded() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-def test_neither_pipeline_nor_transformers_checkpoint(tmp_path):
+def test_neither_pipeline_nor_transformers_checkpoint(tiny_checkpoint, tmp_path):
     with pytest.raises(OSError):
         NextFlowPipeline.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="does not take variant"):
-        NextFlowPipeline.from_pretrained(SHAPES, variant="fp16")
+        NextFlowPipeline.from_pretrained(tiny_checkpoint, variant="fp16")
 
 
 def test_offload(pipe):

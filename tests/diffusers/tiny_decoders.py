@@ -39,6 +39,7 @@ from diffusers_nextflow import (
     NextFlowFluxDecoderPipeline,
     NextFlowQwenImageDecoderPipeline,
     NextFlowXLDecoderPipeline,
+    PixelAutoencoder,
 )
 from tests.tiny_models import tiny_config
 from transformers_nextflow import NextFlowVQModel
@@ -236,6 +237,24 @@ def decoder(family: str, trained: bool = False, **components):
     if trained:
         let_condition_speak(pipe)
     return pipe
+
+
+def pixel_decoder(vq_model: NextFlowVQModel) -> NextFlowDecoderPipeline:
+    """On 4 x 4 pixels' frequencies in place of a VAE's latents, by a UNet that reads no caption."""
+    vae = PixelAutoencoder()
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=vae.config.latent_channels,
+        out_channels=vae.config.latent_channels,
+        block_out_channels=[8, 8],
+        layers_per_block=1,
+        down_block_types=["DownBlock2D"] * 2,
+        mid_block_type="UNetMidBlock2D",
+        up_block_types=["UpBlock2D"] * 2,
+        cross_attention_dim=16,
+        norm_num_groups=2,
+    )
+    return decoder("unet", vae=vae, unet=unet, vq_model=vq_model)
 
 
 @torch.no_grad()

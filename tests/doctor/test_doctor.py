@@ -7,10 +7,10 @@ import re
 import pytest
 import torch
 from faults import FAULTS, LISTED, planted
+from own_pictures import build
 from PIL import Image
 from transformers import TrainerState, TrainingArguments
 
-from examples.build_shards import build
 from transformers_nextflow import cli
 from transformers_nextflow.doctor import DoctorCallback, examine, read_pictures, to_html, to_text
 from transformers_nextflow.doctor.pictures import default_pictures
@@ -19,7 +19,7 @@ UNTRAINED = {"missing scale embedding"}  # zero before training
 
 
 @pytest.fixture(scope="module")
-def shapes():
+def trained():
     """The repository's checkpoint."""
     return cli.load_model(None)
 
@@ -32,14 +32,14 @@ def packs(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def good(shapes, packs):
-    return examine(*shapes, packs=packs)
+def good(trained, packs):
+    return examine(*trained, packs=packs)
 
 
 @pytest.mark.parametrize("fault", FAULTS[:LISTED], ids=lambda fault: fault.title)
-def test_a_planted_fault_is_named_first(fault, shapes, packs, tmp_path):
-    pictures = default_pictures(shapes[0].model.schedules, seed=0, each=4)
-    with planted(fault, *shapes, packs, tmp_path) as patient:
+def test_a_planted_fault_is_named_first(fault, trained, packs, tmp_path):
+    pictures = default_pictures(trained[0].model.schedules, seed=0, each=4)
+    with planted(fault, *trained, packs, tmp_path) as patient:
         diagnosis = examine(**patient, pictures=pictures, stop_at_first=True)
     assert diagnosis.first is not None and diagnosis.first.fault == fault.expected, to_text(diagnosis)
     assert all((diagnosis.first.measured, diagnosis.first.expected, diagnosis.first.cause, diagnosis.first.next_step))
@@ -68,6 +68,14 @@ def test_any_checkpoint_can_be_examined(tiny_model, tiny_processor, dtype):
     diagnosis = examine(model, tiny_processor)
     errors = {finding.fault for finding in diagnosis.findings if finding.severity == "error"}
     assert errors == UNTRAINED, to_text(diagnosis)
+
+
+def test_packs_of_a_checkpoints_own_pictures(tiny_model, tiny_processor, tiny_checkpoint, tmp_path):
+    report = build(tmp_path, str(tiny_checkpoint), 10, 256)
+    manifest = json.loads((tmp_path / "packs" / "manifest.json").read_text())
+    assert manifest["statistics"]["documents"] == 10 and report
+    findings = examine(tiny_model, tiny_processor, packs=tmp_path / "packs").findings
+    assert {finding.fault for finding in findings if finding.part == "shards"} == {None}
 
 
 def test_the_command_writes_figures_and_a_report(capsys, tiny_checkpoint, tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ def policy(tiny_model):
     """One that goes on to the picture after some tokens."""
     policy = policy_of(tiny_model)
     with torch.no_grad():
-        policy.lm_head.weight[policy.config.boi_token_id] *= 8
+        policy.lm_head.weight[policy.config.boi_token_id] *= 4
     return policy
 
 

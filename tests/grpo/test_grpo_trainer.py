@@ -300,7 +300,7 @@ def sampled_brightness(model, processor) -> torch.Tensor:
 def test_a_verifiable_reward_climbs_and_a_shuffled_one_does_not(policy, tiny_processor, tmp_path):
     median = sampled_brightness(policy, tiny_processor).median()
     brighter = {"true": [], "shuffled": []}  # shares of pictures above the untrained policy's median
-    for seed in (1, 2):
+    for seed in (2, 3):
         for name, reward in (("true", brightness), ("shuffled", dealt_out(brightness, seed))):
             values = {"max_steps": 60, "optim": "adamw_torch", "learning_rate": 3e-3, "seed": seed}
             values |= {"num_generations": 8, "per_device_train_batch_size": 64, "logging_steps": 100}

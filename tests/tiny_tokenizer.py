@@ -1,30 +1,31 @@
-"""The text tokenizer of the shapes world: byte-level BPE on the grammar, with Qwen's special tokens."""
-
-import random
+"""A text tokenizer for tests: byte-level BPE on a few sentences, with Qwen's special tokens."""
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from .grammar import all_texts
-
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
-VOCABULARY_SIZE = 512
+SENTENCES = [
+    "system\nuser\nassistant\n",
+    "a red circle to the left of a blue square",
+    "two small squares above a large green star",
+    "make the blue square yellow, and remove the star",
+    "How many circles are there? Describe the picture.",
+    "There is one red circle, and a black triangle below it.",
+]
 
 
-def train_text_tokenizer(num_texts: int = 20_000) -> PreTrainedTokenizerFast:
-    """Every word of the grammar becomes one token; any other text still encodes, as bytes."""
+def tiny_text_tokenizer() -> PreTrainedTokenizerFast:
+    """The sentences' words are one token each; any other text still encodes, as bytes."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY_SIZE,
+        vocab_size=512,
         special_tokens=SPECIAL_TOKENS,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = list(all_texts(random.Random("text tokenizer"), num_texts))
-    texts += ["user\n", "assistant\n", "system\n"] * 100
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(SENTENCES, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=4096
     )

@@ -1,1 +1,0 @@
-from diffusers_nextflow import NextFlowDecoderPipeline as Pipeline  # noqa: F401
