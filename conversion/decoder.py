@@ -175,7 +175,7 @@ class TextDecoder:
 
     def _leave_out_tied_head(self) -> None:
         embedding, head = self.names[EMBEDDING], self.names.pop(HEAD)
-        (_, embeddings), (_, heads) = self.source.tensors([embedding]), self.source.tensors([head])
+        (_, embeddings), (_, heads) = self.source.tensors([embedding, head])
         if not torch.equal(embeddings, heads):
             raise ValueError(f"config.json ties {head} to the embeddings, but their tensors differ")
 

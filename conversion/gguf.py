@@ -3,6 +3,7 @@
 transformers leaves out what it does not know of a file without an error. Here such files are refused by name.
 """
 
+import json
 import re
 import tempfile
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from transformers_nextflow.files import read_json
 from transformers_nextflow.loading import naming
 from transformers_nextflow.safetensors_folder import SINGLE, listing
 
@@ -44,6 +46,7 @@ def safetensors_folder(path: str | Path) -> Iterator[Path]:
                 raise ValueError(f"it lacks {listing(missing)}")
             config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         tokenizer.save_pretrained(folder)
+        _drop_tokens_from(config.vocab_size, Path(folder) / "tokenizer.json")
         config.save_pretrained(folder)
         state = (
             model.state_dict()
@@ -53,6 +56,14 @@ def safetensors_folder(path: str | Path) -> Iterator[Path]:
         save_file(state, Path(folder) / SINGLE)
         del model, state
         yield Path(folder)
+
+
+def _drop_tokens_from(rows: int, path: Path) -> None:
+    """Leave out the added tokens of a tokenizer.json without a row: the library gives byte-level tokenizers of GGUF
+    files GPT-2's `<|endoftext|>`, whether the file has it or not."""
+    values = read_json(path)
+    values["added_tokens"] = [token for token in values["added_tokens"] if token["id"] < rows]
+    path.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
 
 
 def _check(path: Path) -> None:
