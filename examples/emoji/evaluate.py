@@ -1,4 +1,4 @@
-"""Score a checkpoint on the emoji world: `python -m examples.emoji.evaluate --json --output checkpoints/nextflow-emoji/scores.json`.
+"""Score a checkpoint on the emoji world: `python -m examples.emoji.evaluate --json --output scores.json`.
 
 For every group of prompts of the test split, apart by kind and by whether the target was held out: the model's share,
 its 95% interval and number of prompts, the vision tokenizer's own on the truth (the ceiling), and baselines. One
@@ -15,8 +15,9 @@ from tqdm.auto import tqdm
 
 from benchmarks.harness import machine, report, save
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor
+from transformers_nextflow.cli import DEFAULT_MODEL
 
-from .artist import CHECKPOINT, Artist
+from .artist import Artist
 from .scoring import GROUPS, Exam
 from .tasks import Tasks
 from .world import World
@@ -25,7 +26,9 @@ SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p")
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=Path, default=CHECKPOINT, help="folder of the checkpoint (default: %(default)s)")
+    parser.add_argument(
+        "--model", type=Path, default=DEFAULT_MODEL, help="folder of the checkpoint (default: %(default)s)"
+    )
     parser.add_argument("--data", type=Path, default=Path("runs/emoji/data"), help="of `examples.emoji.data`")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -43,7 +46,9 @@ def main() -> None:
     add_model_options(parser)
     parser.add_argument("--split", choices=("test", "dev"), default="test", help="dev is for choosing settings")
     parser.add_argument("--prompts", type=int, default=1_000, help="of a figure, or all that its split has")
-    parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS), metavar="GROUP", help=", ".join(GROUPS))
+    parser.add_argument(
+        "--only", nargs="+", choices=GROUPS, default=list(GROUPS), metavar="GROUP", help=", ".join(GROUPS)
+    )
     sampling = parser.add_argument_group("sampling (default: the checkpoint's own)")
     for name in SAMPLING:
         sampling.add_argument(f"--{name.replace('_', '-')}", type=int if name == "top_k" else float)
