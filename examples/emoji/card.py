@@ -1,8 +1,8 @@
 """Write the checkpoint's model card, and README's blocks of the same: `python -m examples.emoji.card RUN`.
 
-Figures come from files beside the weights: `scores.json` of `evaluate`, `tokenizer_scores.json` of `evaluate_tokenizer` and
-`sampling.json` of `choose_sampling`; steps, hours and losses from RUN's logs; what differs from the paper from
-`docs/paper_and_here.md`. Each block stands between comments that name it, in the card as in README.
+Figures come from files beside the weights: `scores.json` of `evaluate`, `tokenizer_scores.json` of
+`evaluate_tokenizer`, `sampling.json` of `choose_sampling`; steps, hours and losses from RUN's logs; what differs from
+the paper from `docs/paper_and_here.md`. Each block stands between comments that name it, in the card as in README.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
 For every group of prompts of the test split, apart by kind and by whether the target was held out: the model's share,
 its 95% interval and number of prompts, the vision tokenizer's own on the truth (the ceiling), and baselines. One
-picture for each prompt from the seed of its number, none chosen. What is right is in `judge.py`, groups in
-`scoring.py`.
+picture for each prompt from the seed of its number, none chosen. Groups are in `groups.py`, what is right in
+`scoring.py` and `judge.py`.
 """
 
 import argparse
@@ -18,7 +18,8 @@ from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProc
 from transformers_nextflow.cli import DEFAULT_MODEL
 
 from .artist import Artist
-from .scoring import GROUPS, Exam
+from .groups import GROUPS
+from .scoring import Exam
 from .tasks import Tasks
 from .world import World
 

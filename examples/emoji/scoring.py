@@ -1,4 +1,4 @@
-"""Groups of prompts, what a model makes of them, and the figures.
+"""What is handed in for prompts, and what it is worth.
 
 Whatever is handed in for a group of prompts is judged alike: the model's pictures or answers, the truth as the vision
 tokenizer rebuilds it (what no drawing can be better than, but by luck), and what takes no model (`baselines.py`). A
@@ -6,7 +6,7 @@ picture that was not drawn counts as wrong. Shares come with Wilson's 95% interv
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,8 +17,8 @@ from .baselines import mean_pictures, most_frequent, other_styles
 from .documents import SIZES, draw_picture
 from .intervals import paired_difference, proportion
 from .judge import Judge, untouched, untouched_errors
-from .splits import COMBINATION, NAME, PAIR, SEEN
-from .tasks import FRAMES, KINDS, Item, Picture, Tasks
+from .splits import COMBINATION, PAIR, SEEN
+from .tasks import KINDS, Item, Picture, Tasks
 from .world import World, in_a_row
 
 PARTS = {"seen": (SEEN,), "held out": (PAIR, COMBINATION)}
@@ -29,6 +29,12 @@ MODEL, TOKENIZER, MEAN, OTHER, SOURCE, FREQUENT = (
 TRAINING_ANSWERS = 2_000  # of which the most frequent is taken
 DRAWING = ("picture", "name", "style")
 ATTRIBUTES = ("noun", "gender", "tone", "every attribute")
+EXACT = {"exact": str}
+CAPTION = {
+    "exact": str,
+    "name": lambda text: text.rpartition(", ")[0],
+    "style": lambda text: text.rpartition(", ")[2],
+}
 
 Drawing = np.ndarray | None
 Verdicts = dict[str, dict[str, np.ndarray]]  # who -> measure -> one value a prompt: bool, or the float of an error
@@ -111,14 +117,25 @@ def pooled(several: Sequence[Verdicts]) -> Verdicts:
     }
 
 
-def by_kind(exam: Exam, task: str, judge: Callable[[Exam, list[Item]], Verdicts], figure=figures) -> dict:
-    """Figures of each kind of a task, seen and held out, and of all its prompts together."""
+def by_kind(
+    exam: Exam,
+    task: str,
+    ask: Callable[[list[Item]], list],
+    judge: Callable[[Exam, list[Item], list], Verdicts],
+    figure: Callable[[Verdicts], dict] = figures,
+) -> dict:
+    """Figures of each kind of a task, seen and held out, and of all its prompts together.
+
+    Args:
+        ask: what the model makes of items.
+        judge: what that is worth.
+    """
     result, all_verdicts = {}, {part: [] for part in PARTS}
     for kind in KINDS[task]:
         result[kind] = {}
         for part, parts in PARTS.items():
             if items := exam.items(task, kind, parts):
-                verdicts = judge(exam, items)
+                verdicts = judge(exam, items, ask(items))
                 all_verdicts[part].append(verdicts)
                 result[kind][part] = figure(verdicts)
     return {"all kinds": {part: figure(pooled(each)) for part, each in all_verdicts.items() if each}, **result}
@@ -155,11 +172,11 @@ def single_pictures(
     return {who: judged(exam, each, rows, measures) for who, each in handed_in.items()}
 
 
-def changed_pictures(exam: Exam, items: list[Item]) -> Verdicts:
+def changed_pictures(exam: Exam, items: Sequence[Item], drawings: Sequence[np.ndarray]) -> Verdicts:
     """Of edits and analogies, whose last picture is the one to change."""
     rows = [item.targets[0] for item in items]
     handed_in = {
-        MODEL: exam.artist.draw(items),
+        MODEL: drawings,
         TOKENIZER: exam.artist.rebuild(exam.truths(items)),
         SOURCE: [draw_picture(item.read[-1], exam.world, exam.artist.level) for item in items],
     }
@@ -191,14 +208,14 @@ def change_figures(verdicts: Verdicts) -> dict:
     return result
 
 
-def frames(exam: Exam, items: list[Item]) -> Verdicts:
+def frames(exam: Exam, items: Sequence[Item], sequences: Sequence[Sequence[np.ndarray]]) -> Verdicts:
     """Of sequences: every frame the right one, as many as asked for, and each frame by itself."""
     rows = [row for item in items for row in item.targets]
     ends = np.cumsum([len(item.targets) for item in items])[:-1]
     truths = [draw_picture(picture, exam.world, exam.artist.level) for item in items for picture in item.drawn]
     cut = lambda pictures: [list(pictures[start:end]) for start, end in zip((0, *ends), (*ends, len(rows)))]  # noqa: E731
     handed_in = {
-        MODEL: [drawn for _, drawn in exam.artist.interleave(items, max(FRAMES))],
+        MODEL: sequences,
         TOKENIZER: cut(exam.artist.rebuild(truths)),
         MEAN: cut([exam.mean_of(row) for row in rows]),
         OTHER: cut(exam.others_of(rows)),
@@ -213,11 +230,11 @@ def frames(exam: Exam, items: list[Item]) -> Verdicts:
     return verdicts
 
 
-def arrangements(exam: Exam, items: list[Item]) -> Verdicts:
+def arrangements(exam: Exam, items: Sequence[Item], canvases: Sequence[np.ndarray]) -> Verdicts:
     """In GenEval's terms, for which a name counts in any style: see [`Judge.right_rows`]."""
     pictures, others = [item.drawn[0] for item in items], iter(exam.others_of([r for i in items for r in i.targets]))
     handed_in = {
-        MODEL: exam.artist.draw(items),
+        MODEL: canvases,
         TOKENIZER: exam.artist.rebuild(exam.truths(items)),
         MEAN: [exam.canvas(picture, [exam.mean_of(row) for row in picture.rows]) for picture in pictures],
         OTHER: [exam.canvas(picture, [next(others) for _ in picture.rows]) for picture in pictures],
@@ -225,119 +242,29 @@ def arrangements(exam: Exam, items: list[Item]) -> Verdicts:
     measures = {"every cell": "picture", "position": "name", "style": "style"}
     measures |= {"two objects": "two objects", "counting": "counting"}
     verdicts = {}
-    for who, canvases in handed_in.items():
-        present = [place for place, canvas in enumerate(canvases) if canvas is not None]
+    for who, each in handed_in.items():
+        present = [place for place, canvas in enumerate(each) if canvas is not None]
         right = {}
         if present:
-            right = exam.judge.right_rows(*zip(*((canvases[place], items[place].targets) for place in present)))
+            right = exam.judge.right_rows(*zip(*((each[place], items[place].targets) for place in present)))
         verdicts[who] = {
             name: _spread(right.get(measure, False), present, len(items)) for name, measure in measures.items()
         }
     return verdicts
 
 
-def answers(exam: Exam, items: list[Item]) -> Verdicts:
-    """Equal to the truth, to the letter."""
+def answers(
+    exam: Exam, items: Sequence[Item], given: Sequence[str], measures: Mapping[str, Callable[[str], str]] = EXACT
+) -> Verdicts:
+    """Equal to the truth, to the letter, in what each measure reads of both."""
     truths, (task, kind) = [item.assistant[0] for item in items], (items[0].task, items[0].kind)
     seen = [exam.tasks.draw(task, "train", number, kind=kind) for number in range(TRAINING_ANSWERS)]
     frequent = most_frequent([item.assistant[0] for item in seen])
-    handed_in = {MODEL: exam.artist.answer(items), FREQUENT: [frequent] * len(items)}
-    return {
-        who: {"exact": np.array([answer == truth for answer, truth in zip(each, truths)])}
-        for who, each in handed_in.items()
-    }
-
-
-def caption_answers(exam: Exam, items: list[Item]) -> Verdicts:
-    """And the parts of a caption, name and style, each by itself."""
-    truths, given = [item.assistant[0] for item in items], exam.artist.answer(items)
-    seen = [exam.tasks.draw("captioning", "train", number, kind="") for number in range(TRAINING_ANSWERS)]
-    handed_in = {MODEL: given, FREQUENT: [most_frequent([item.assistant[0] for item in seen])] * len(items)}
-    part = lambda text, place: text.rpartition(", ")[place]  # noqa: E731
+    handed_in = {MODEL: given, FREQUENT: [frequent] * len(items)}
     return {
         who: {
-            "exact": np.array([answer == truth for answer, truth in zip(each, truths)]),
-            "name": np.array([part(answer, 0) == part(truth, 0) for answer, truth in zip(each, truths)]),
-            "style": np.array([part(answer, 2) == part(truth, 2) for answer, truth in zip(each, truths)]),
+            measure: np.array([read(answer) == read(truth) for answer, truth in zip(each, truths)])
+            for measure, read in measures.items()
         }
         for who, each in handed_in.items()
     }
-
-
-# Groups
-
-
-def drawings(exam: Exam) -> dict:
-    """Text to image."""
-    result = {}
-    for part in (SEEN, PAIR, COMBINATION):
-        items = exam.items("text-to-image", "", (part,))
-        measures = (*DRAWING, *ATTRIBUTES) if part == COMBINATION else DRAWING
-        result[part] = figures(single_pictures(exam, items, exam.artist.draw(items), measures))
-    return result
-
-
-def drawings_32(exam: Exam) -> dict:
-    """Text to image at the lower level."""
-    return drawings(Exam(exam.artist.at_level("32"), exam.tasks, exam.split, exam.prompts))
-
-
-def captions(exam: Exam) -> dict:
-    parts = {part: exam.items("captioning", "", (part,)) for part in (SEEN, PAIR, COMBINATION, NAME)}
-    return {part: figures(caption_answers(exam, items)) for part, items in parts.items()}
-
-
-def questions(exam: Exam) -> dict:
-    return by_kind(exam, "question", answers)
-
-
-def edits(exam: Exam) -> dict:
-    return by_kind(exam, "editing", changed_pictures, change_figures)
-
-
-def analogies(exam: Exam) -> dict:
-    return by_kind(exam, "analogy", changed_pictures, change_figures)
-
-
-def sequences(exam: Exam) -> dict:
-    return by_kind(exam, "sequence", frames)
-
-
-def canvases(exam: Exam) -> dict:
-    return by_kind(exam, "arrangement", arrangements)
-
-
-def reasoning(exam: Exam) -> dict:
-    """Reasoning first against the same tags without: the model writes its own thoughts, then the picture."""
-    result = {}
-    for part in (SEEN, PAIR):
-        thinking = exam.items("reasoning", "", (part,))
-        count = len(exam.tasks.targets("tags", "", exam.split, part))
-        drawn = (exam.tasks.draw("tags", exam.split, number, part=part, kind="") for number in range(count))
-        plain = {item.targets: item for item in drawn}
-        items = [plain[item.targets] for item in thinking]
-        without = single_pictures(exam, items, exam.artist.draw(items))
-        thoughts = exam.artist.interleave(thinking, 1)
-        rows = [item.targets[0] for item in items]
-        pictures = [next(iter(drawn), None) for _, drawn in thoughts]
-        reasoned = judged(exam, pictures, rows, DRAWING)
-        exact = np.array([text == item.assistant[0] for (text, _), item in zip(thoughts, thinking)])
-        result[part] = {
-            "reasoning first": {**figures({MODEL: reasoned})[MODEL], "thoughts exact": proportion(exact)},
-            "tags alone": figures(without),
-            "difference": {name: paired_difference(reasoned[name], without[MODEL][name]) for name in DRAWING},
-        }
-    return result
-
-
-GROUPS: dict[str, Callable[[Exam], dict]] = {
-    "drawings": drawings,
-    "drawings-32": drawings_32,
-    "captions": captions,
-    "questions": questions,
-    "edits": edits,
-    "analogies": analogies,
-    "reasoning": reasoning,
-    "sequences": sequences,
-    "arrangements": canvases,
-}
