@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .data import pixels_of
+from .data import pixels_of, twin_groups
+from .splits import SEEN
 
 WHITE = 255
 
@@ -33,6 +34,27 @@ class World:
         self.splits: list[str] = columns["split"].to_pylist()
         self.twins = np.asarray(columns["twin"].to_pylist())
         self.pictures = np.stack([pixels_of(image["bytes"]) for image in columns["image"].to_pylist()])
+
+    @classmethod
+    def from_arrays(
+        cls,
+        pictures: np.ndarray,
+        names: list[str],
+        styles: list[str],
+        tags: list[list[str]] | None = None,
+        parts: list[str] | None = None,
+        splits: list[str] | None = None,
+    ) -> "World":
+        """A world of other pictures; without `parts` and `splits` all of it is seen in training."""
+        world = cls.__new__(cls)
+        world.pictures, world.names, world.styles = pictures, names, styles
+        world.tags = tags or [[] for _ in names]
+        world.parts = parts or [SEEN] * len(names)
+        world.splits = splits or ["train"] * len(names)
+        world.twins = np.arange(len(names))
+        for group in twin_groups(list(pictures)):
+            world.twins[group] = group[0]
+        return world
 
     def __len__(self) -> int:
         return len(self.names)
