@@ -1,12 +1,17 @@
-# make demo | test | lint | common-tests | diffusers-tests: each works from a fresh clone.
+# make demo | test | lint | smollm2 | common-tests | diffusers-tests: each works from a fresh clone.
 
 PYTHON := .venv/bin/python
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint common-tests diffusers-tests
+.PHONY: demo test lint smollm2 common-tests diffusers-tests
 
 demo: $(INSTALLED)
 	$(PYTHON) -m examples.demo --output demo
+
+# SmolLM2-135M-Instruct around the emoji checkpoint's vision tokenizer, compared with its source
+smollm2: $(INSTALLED)
+	$(PYTHON) -m pip install -c constraints.txt -e '.[gguf]'
+	PYTHONPATH=src:. $(PYTHON) -m examples.smollm2 --vq checkpoints/nextflow-emoji --output runs/smollm2
 
 test: lint
 	$(PYTHON) -m pytest -q

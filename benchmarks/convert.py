@@ -19,7 +19,8 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from benchmarks.harness import machine, report
 from conversion.checkpoints import ShardedWriter
-from conversion.qwen2_5_vl import TEXT_KEYS, convert, parse_size
+from conversion.decoder import TEXT_KEYS
+from conversion.language_model import convert, parse_size
 from examples.shapes.text import train_text_tokenizer
 from transformers_nextflow import NextFlowVQConfig, NextFlowVQModel
 
