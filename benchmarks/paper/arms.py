@@ -15,14 +15,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import PrinterCallback, TrainerCallback
 
 from benchmarks.harness import in_processes, interval, machine, report
 from examples.emoji.documents import Stage, build_packs
+from examples.emoji.judge import Judge
 from examples.emoji.sizes import LEVELS
 from examples.emoji.splits import PAIR
 from examples.emoji.stages import settings
+from examples.emoji.tasks import Item
 from examples.emoji.transformer import EXTRACTION, TRAININGS, WEIGHT_DECAY, new_model, new_optimizer, new_processor
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor, NextFlowVQModel
 from transformers_nextflow.data import ExtractionSettings, FixedLength, PackCollator, PackedDataset
@@ -324,3 +327,8 @@ def train_arm(
     model.eval()
     final = {name: value for name, value in losses.rows[-1].items() if name != "step"}
     return {"cpu_seconds": round(time.process_time() - started, 1), "curve": losses.rows, "final": final}
+
+
+def share_right(judge: Judge, drawings: Sequence[np.ndarray], items: Sequence[Item]) -> float:
+    """R@1 of pictures that were asked for alone."""
+    return round(float(judge.right(drawings, [item.targets[0] for item in items])["picture"].mean()), 4)

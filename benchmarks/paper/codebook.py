@@ -9,14 +9,14 @@ from pathlib import Path
 
 from torch import nn
 
-from benchmarks.emoji import draw, share_right
+from examples.emoji.artist import Artist
 from examples.emoji.judge import Judge
 from examples.emoji.splits import PAIR
 from examples.emoji.tasks import Tasks
 from examples.emoji.world import World
 from transformers_nextflow import NextFlowVQModel
 
-from .arms import HELD_OUT, T2I, Claim, code, conduct, dev, save_start, train_arm, untrained
+from .arms import HELD_OUT, T2I, Claim, code, conduct, dev, save_start, share_right, train_arm, untrained
 
 ARMS = ("dual", "single")
 SAYS = "a single-branch tokenizer generates worse"
@@ -49,7 +49,7 @@ def run_arm(folder: Path, arm: str, seed: int, options) -> dict:
     world = World(options.data)
     tasks = Tasks.of(world)
     items = [tasks.draw("text-to-image", "dev", number, part=PAIR) for number in range(options.held_out)]
-    result["final"]["right"] = share_right(Judge(world), draw(*parts, items, world), items)
+    result["final"]["right"] = share_right(Judge(world), Artist(*parts, world).draw(items), items)
     return result
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.emoji import answer, draw, share_right
+from examples.emoji.artist import Artist
 from examples.emoji.documents import Stage
 from examples.emoji.judge import Judge
 from examples.emoji.splits import PAIR
@@ -19,7 +19,7 @@ from examples.emoji.tasks import Tasks
 from examples.emoji.world import World
 from transformers_nextflow.data.shards import read_manifest
 
-from .arms import HELD_OUT, Claim, code, conduct, dev, save_start, train_arm, untrained
+from .arms import HELD_OUT, Claim, code, conduct, dev, save_start, share_right, train_arm, untrained
 
 ARMS = ("with", "without")
 CLAIMS = [Claim(None, None, *ARMS, measure, None) for measure in ("captions", "edits", "text", "vision", "fine")]
@@ -46,9 +46,10 @@ def run_arm(folder: Path, arm: str, seed: int, options) -> dict:
         [tasks.draw(task, "dev", number, part=PAIR) for number in range(options.held_out)]
         for task in ("captioning", "editing")
     )
-    exact = [text == item.assistant[0] for text, item in zip(answer(*parts, captions, world), captions)]
+    artist = Artist(*parts, world)
+    exact = [text == item.assistant[0] for text, item in zip(artist.answer(captions), captions)]
     result["final"]["captions"] = round(float(np.mean(exact)), 4)
-    result["final"]["edits"] = share_right(Judge(world), draw(*parts, edits, world), edits)
+    result["final"]["edits"] = share_right(Judge(world), artist.draw(edits), edits)
     return result
 
 
