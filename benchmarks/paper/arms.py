@@ -47,8 +47,8 @@ SIGNS = ("-", "+", "0 or -", None)
 
 @dataclass(frozen=True)
 class Claim:
-    """A difference that the paper speaks of: `measure` of the arm `first` minus that of `second`, or a `measure` that is
-    a difference itself, and `second` None.
+    """A difference that the paper speaks of: `measure` of the arm `first` minus that of `second`, which is None where the
+    `measure` is a difference itself.
 
     Args:
         says, where: the paper, in words, and its figure, table or section; None where it does not speak of it, and the
