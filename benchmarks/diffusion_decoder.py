@@ -10,6 +10,7 @@ R@1 among all pictures of the world. Differences from the diffusion decoder are 
 
 import argparse
 import itertools
+import random
 import time
 from pathlib import Path
 
@@ -109,9 +110,7 @@ def measure(pipe, arguments) -> tuple[dict, dict[str, list[np.ndarray]], list[st
     dev = world.rows(PAIR, "dev")[: arguments.dev]
     mask = tune(pipe, world.pictures[dev], large.pictures[dev])
     rows = world.rows(PAIR, "test")
-    rows = [
-        rows[place] for place in np.random.default_rng(arguments.seed).permutation(len(rows))[: arguments.pictures]
-    ]
+    rows = random.Random(arguments.seed).sample(rows, min(arguments.pictures, len(rows)))
     captions = [caption_of(world, [row]) for row in rows]
     drawn, seconds = draw_all(pipe, world.pictures[rows], captions, mask, arguments)
     truths = drawn["truth"] = list(large.pictures[rows])

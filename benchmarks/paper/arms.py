@@ -47,10 +47,10 @@ SIGNS = ("-", "+", "0 or -", None)
 
 @dataclass(frozen=True)
 class Claim:
-    """A difference that the paper speaks of: `measure` of the arm `first` minus that of `second`, which is None where the
-    `measure` is a difference itself.
+    """A difference that the paper speaks of: `measure` of the arm `first` minus that of `second`, or of nothing.
 
     Args:
+        second: None where the measure is a difference itself.
         says, where: the paper, in words, and its figure, table or section; None where it does not speak of it, and the
             difference is shown beside those of which it does.
         sign: of the difference in the paper, one of `SIGNS`.

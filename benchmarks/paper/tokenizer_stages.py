@@ -6,7 +6,8 @@ Arms of the recipe's tokenizer, with RUN's teacher:
 - `joint`: all parts from the start, as many steps;
 - `staged-without-drop`: `staged` with every scale in every batch.
 
-Each is measured before and after (`enlarged_`) the doubled decoder is trained alone for half as many steps again: PSNR in dB of names that no training saw, and with about half of the scales dropped; `gained` is what it adds.
+Each is measured before and after (`enlarged_`) the doubled decoder is trained alone for half as many steps again:
+PSNR in dB of names that no training saw, and with about half of the scales dropped; `gained` is what it adds.
 """
 
 import random

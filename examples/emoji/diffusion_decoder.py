@@ -54,8 +54,8 @@ class EmojiBatches(Dataset):
         edges = world.pictures.shape[1], large.pictures.shape[1]
         if edges[1] != UPSCALE * edges[0] or (large.names, large.styles) != (world.names, world.styles):
             raise ValueError(
-                f"the large pictures must be those of the data set at {UPSCALE * edges[0]} pixels, got {len(large)} of "
-                f"{edges[1]} beside {len(world)} of {edges[0]}: make them by examples.emoji.data --size"
+                f"the large pictures must be the {len(world)} of the data set at {UPSCALE * edges[0]} pixels, got "
+                f"{len(large)} of {edges[1]}: make them by examples.emoji.data --size"
             )
         self.world, self.large, self.batch_size, self.seed = world, large, batch_size, seed
 
