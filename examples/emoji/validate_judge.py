@@ -7,6 +7,7 @@ themselves; grey, noise, mean pictures and pictures of other prompts have to sco
 
 import argparse
 import io
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -258,7 +259,11 @@ def validation(world: World, rows: np.ndarray, rng: np.random.Generator) -> dict
     }
     toned = np.array([labels["skin tone"][row] != "" for row in rows])
     gendered = np.array([labels["gender"][row] in GENDERS for row in rows])
+    started = time.perf_counter()
     judge = Judge(world, labels)
+    built = time.perf_counter()
+    judge.right(changed["to forgive"]["blur 1"], rows)
+    seconds = {"world": round(built - started, 2), "drawings": round(time.perf_counter() - built, 2)}
     measured = partial(judged, judge, toned=toned, gendered=gendered)
     true = {name: measured(drawings, rows) for name, drawings in (changed["to forgive"] | changed["beyond"]).items()}
     absurd = {name: measured(drawings, rows) for name, drawings in nonsense(world, rows, rng).items()}
@@ -288,6 +293,7 @@ def validation(world: World, rows: np.ndarray, rng: np.random.Generator) -> dict
         "nonsense": absurd,
         "baselines": baselines,
         "ties": ties(judge, changed["to forgive"]),
+        "seconds": seconds,
     }
 
 
