@@ -131,7 +131,8 @@ def test_finished_arms_are_of_one_setting(tmp_path, monkeypatch):
     conduct("--seeds", "3")
     assert len(done) == 6
     result = json.loads((tmp_path / "out.json").read_text())
-    assert result["claims"][0]["verdict"] == "agree" and result["cpu_seconds"] == {"one": [1.0] * 3, "other": [1.0] * 3}
+    assert result["claims"][0]["verdict"] == "agree"
+    assert result["cpu_seconds"] == {"one": [1.0] * 3, "other": [1.0] * 3}
     with pytest.raises(ValueError, match="another steps"):
         conduct("--steps", "6")
     with pytest.raises(SystemExit):

@@ -49,7 +49,8 @@ def test_linked_files_exist(page):
 
 
 def test_modules_that_commands_name_exist():
-    pages = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/*.md"), *ROOT.glob("benchmarks/**/*.md")]
+    folders = ROOT / "docs", ROOT / "examples", ROOT / "benchmarks"
+    pages = [ROOT / "README.md", *(page for folder in folders for page in folder.rglob("*.md"))]
     for page in pages:
         for name in set(re.findall(r"-m ((?:examples|benchmarks|conversion)(?:\.\w+)+)", page.read_text())):
             assert (ROOT / name.replace(".", "/")).with_suffix(".py").exists(), f"{page}: {name}"
