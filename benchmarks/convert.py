@@ -21,7 +21,7 @@ from benchmarks.harness import machine, report
 from conversion.checkpoints import ShardedWriter
 from conversion.decoder import TEXT_KEYS
 from conversion.language_model import convert, parse_size
-from examples.shapes.text import train_text_tokenizer
+from tests.tiny_tokenizer import tiny_text_tokenizer
 from transformers_nextflow import NextFlowVQConfig, NextFlowVQModel
 
 VQ = {
@@ -35,7 +35,7 @@ VQ = {
 
 def write_sources(folder: Path, layers: int, hidden_size: int, shard_size: int) -> None:
     """A Qwen2.5-VL of bfloat16 zeros in the Hub's key layout, and a small vision tokenizer."""
-    tokenizer = train_text_tokenizer(num_texts=100)
+    tokenizer = tiny_text_tokenizer()
     text = {
         "vocab_size": 152064,
         "hidden_size": hidden_size,

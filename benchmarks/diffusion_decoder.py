@@ -1,12 +1,11 @@
 """Is the small diffusion decoder sharper than the vision tokenizer's, enlarged?
 `python -m benchmarks.diffusion_decoder --output benchmarks/results/diffusion_decoder.json --sheet docs/decoder.png`
 
-Held-out scenes of the shapes world are coded at 64 x 64 pixels and drawn at 128 x 128 from their codes alone: by the
-diffusion decoder, by the vision tokenizer's decoder enlarged bicubically, and by that under an unsharp mask, whose
-radius and amount are those with the least edge error on pictures of the "dev" split. The truth is the world's own
-rendering at twice the size. Of each: edge error (mean absolute difference of the finite differences along both axes,
-in grey levels of 255), PSNR, and the judge's score of the picture, brought back to the world's resolution by the
-means of 2 x 2 pixels. Differences from the diffusion decoder are paired, with 95% intervals of a t distribution.
+Held-out pictures are coded at 64 x 64 pixels and drawn at 128 x 128 from their codes alone: by the diffusion decoder,
+by the vision tokenizer's decoder enlarged bicubically, and by that under an unsharp mask, whose radius and amount are
+those with the least edge error on pictures of the dev split. The truth is the same drawing rendered at 128 pixels. Of
+each: edge error (mean absolute difference of the finite differences along both axes, in grey levels of 255), PSNR, and
+R@1 among all pictures of the world. Differences from the diffusion decoder are paired, with 95% intervals.
 """
 
 import argparse
@@ -23,27 +22,19 @@ from diffusers import DiffusionPipeline
 from PIL import Image, ImageFilter
 
 import diffusers_nextflow  # noqa: F401, lets DiffusionPipeline load its pipelines
-from examples.shapes.data import to_pixel_values
-from examples.shapes.diffusion_decoder import CHECKPOINT, SAMPLING_STEPS, UPSCALE
-from examples.shapes.grammar import CATEGORIES, Request, held_out_prompts
-from examples.shapes.judge import judge_request
-from examples.shapes.sheet import cell
-from examples.shapes.world import Scene, render
+from examples.emoji.diffusion_decoder import SAMPLING_STEPS, UPSCALE, EmojiBatches, caption_of
+from examples.emoji.judge import Judge
+from examples.emoji.splits import PAIR
+from examples.emoji.world import World, to_pixel_values
+from transformers_nextflow.cli import DEFAULT_DECODER
 
+from .figures import draw_strips
 from .harness import interval, machine, report
 
 BATCH = 25
 RADII, AMOUNTS = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0), (0, 25, 50, 75, 100, 150, 200, 300, 400)  # amounts in percent
 COLUMNS = 8
-ROWS = {"truth": "true", "vq_bicubic": "vq, bicubic", "vq_unsharp": "vq, unsharp mask", "diffusion": "diffusion"}
-
-
-def held_out_scenes(count: int, seed: int, split: str) -> list[tuple[Request, Scene]]:
-    """Requests of all categories in turn, each with a scene that satisfies it."""
-    each = -(-count // len(CATEGORIES))
-    groups = [held_out_prompts(category, each, seed, split) for category in CATEGORIES]
-    requests = [request for together in zip(*groups) for request in together][:count]
-    return [(request, request.reference_scene(random.Random(f"{seed} {request.text}"))) for request in requests]
+ROWS = {"truth": "true", "vq_bicubic": "vq, bicubic", "vq_unsharp": "vq, unsharp", "diffusion": "diffusion"}
 
 
 def edge_error(picture: np.ndarray, truth: np.ndarray) -> float:
@@ -54,13 +45,6 @@ def edge_error(picture: np.ndarray, truth: np.ndarray) -> float:
 
 def psnr(picture: np.ndarray, truth: np.ndarray) -> float:
     return float(10 * np.log10(255**2 / max(np.square(picture.astype(np.float64) - truth).mean(), 1e-10)))
-
-
-def reduced(picture: np.ndarray) -> np.ndarray:
-    """The means of 2 x 2 pixels, uint8."""
-    height, width, _ = picture.shape
-    blocks = picture.reshape(height // UPSCALE, UPSCALE, width // UPSCALE, UPSCALE, 3)
-    return np.round(blocks.mean(axis=(1, 3))).astype(np.uint8)
 
 
 def to_uint8(pixels: torch.Tensor) -> list[np.ndarray]:
@@ -77,99 +61,92 @@ def unsharp(picture: np.ndarray, radius: float, amount: int) -> np.ndarray:
     return np.asarray(Image.fromarray(picture).filter(ImageFilter.UnsharpMask(radius, amount, threshold=0)))
 
 
-def batches_of(pipe, scenes: list[Scene]):
-    """Codes of scenes in batches, with their grid."""
-    for start in range(0, len(scenes), BATCH):
-        pixels = to_pixel_values([render(scene) for scene in scenes[start : start + BATCH]])
+def coded(pipe, pictures: np.ndarray):
+    """Codes of pictures in batches, with their places and their grid."""
+    for start in range(0, len(pictures), BATCH):
+        pixels = to_pixel_values(list(pictures[start : start + BATCH]))
         grid = pipe.vq_model.schedules.by_size(*pixels.shape[-2:]).final_grid
-        yield start, pipe.vq_model.encode(pixels), grid
+        yield slice(start, start + BATCH), pipe.vq_model.encode(pixels), grid
 
 
-def tune(pipe, scenes: list[Scene]) -> tuple[float, int]:
+def tune(pipe, pictures: np.ndarray, truths: np.ndarray) -> tuple[float, int]:
     """Radius and amount of the unsharp mask with the least edge error."""
-    pictures = [
-        picture for _, codes, grid in batches_of(pipe, scenes) for picture in enlarged(pipe.vq_model, codes, grid)
-    ]
-    truths = [render(scene, UPSCALE) for scene in scenes]
+    drawn = [picture for _, codes, grid in coded(pipe, pictures) for picture in enlarged(pipe.vq_model, codes, grid)]
 
     def error(setting: tuple[float, int]) -> float:
-        return float(np.mean([edge_error(unsharp(p, *setting), truth) for p, truth in zip(pictures, truths)]))
+        return float(np.mean([edge_error(unsharp(each, *setting), truth) for each, truth in zip(drawn, truths)]))
 
     return min(itertools.product(RADII, AMOUNTS), key=error)
 
 
-def draw_all(pipe, scenes: list[Scene], captions: list[str], mask: tuple[float, int], arguments) -> dict:
-    """Pictures of every way to draw, and the seconds of the diffusion decoder and of the vision tokenizer's."""
-    pictures: dict[str, list[np.ndarray]] = {name: [] for name in ROWS}
-    pictures["truth"] = [render(scene, UPSCALE) for scene in scenes]
+def draw_all(pipe, pictures: np.ndarray, captions: list[str], mask: tuple[float, int], arguments) -> tuple[dict, dict]:
+    """What every way to draw makes of the pictures, and the seconds of the two that are no filter."""
+    drawn: dict[str, list[np.ndarray]] = {name: [] for name in ROWS}
     seconds = {"vq_bicubic": 0.0, "diffusion": 0.0}
-    for start, codes, grid in batches_of(pipe, scenes):
+    for at, codes, grid in coded(pipe, pictures):
         began = time.process_time()
-        pictures["vq_bicubic"] += enlarged(pipe.vq_model, codes, grid)
+        drawn["vq_bicubic"] += enlarged(pipe.vq_model, codes, grid)
         decoded = time.process_time()
-        drawn = pipe(
-            captions[start : start + BATCH],
+        images = pipe(
+            captions[at],
             codes=codes,
             grid=grid,
             num_inference_steps=arguments.steps,
             strength=arguments.strength,
-            generator=torch.Generator().manual_seed(arguments.seed + start),
+            generator=torch.Generator().manual_seed(arguments.seed + at.start),
             output_type="pt",
         ).images
-        pictures["diffusion"] += to_uint8(drawn * 2 - 1)
+        drawn["diffusion"] += to_uint8(images * 2 - 1)
         seconds["vq_bicubic"] += decoded - began
         seconds["diffusion"] += time.process_time() - decoded
-    pictures["vq_unsharp"] = [unsharp(picture, *mask) for picture in pictures["vq_bicubic"]]
-    return {"pictures": pictures, "seconds": seconds}
+    drawn["vq_unsharp"] = [unsharp(picture, *mask) for picture in drawn["vq_bicubic"]]
+    return drawn, seconds
 
 
 def measure(pipe, arguments) -> tuple[dict, dict[str, list[np.ndarray]], list[str]]:
     """All figures, and the pictures with their captions."""
-    mask = tune(pipe, [scene for _, scene in held_out_scenes(arguments.dev, arguments.seed, "dev")])
-    drawn = held_out_scenes(arguments.pictures, arguments.seed, "test")
-    captions = [request.text for request, _ in drawn]
-    result = draw_all(pipe, [scene for _, scene in drawn], captions, mask, arguments)
-    pictures, truths = result["pictures"], result["pictures"]["truth"]
+    batches = EmojiBatches(World(arguments.data), World(arguments.large), BATCH)
+    world, large = batches.world, batches.large
+    dev = world.rows(PAIR, "dev")[: arguments.dev]
+    mask = tune(pipe, world.pictures[dev], large.pictures[dev])
+    rows = world.rows(PAIR, "test")
+    rows = random.Random(arguments.seed).sample(rows, min(arguments.pictures, len(rows)))
+    captions = [caption_of(world, [row]) for row in rows]
+    drawn, seconds = draw_all(pipe, world.pictures[rows], captions, mask, arguments)
+    truths = drawn["truth"] = list(large.pictures[rows])
+    judge, errors = Judge(world), {}
     figures: dict = {"unsharp_mask": {"radius": mask[0], "percent": mask[1]}}
-    errors = {}
-    for name, group in pictures.items():
+    for name, group in drawn.items():
         errors[name] = [edge_error(picture, truth) for picture, truth in zip(group, truths)]
-        scores = [judge_request(reduced(picture), request) for picture, (request, _) in zip(group, drawn)]
-        figures[name] = {"judge": round(float(np.mean(scores)), 4)}
+        figures[name] = {"right": round(float(judge.right(group, rows)["picture"].mean()), 4)}
         if name != "truth":
-            figures[name]["edge_error"] = summary(errors[name])
-            figures[name]["psnr"] = summary([psnr(picture, truth) for picture, truth in zip(group, truths)])
+            figures[name]["edge_error"] = over_pictures(errors[name])
+            figures[name]["psnr"] = over_pictures([psnr(picture, truth) for picture, truth in zip(group, truths)])
     for name in ("vq_bicubic", "vq_unsharp"):
         gained = [other - ours for other, ours in zip(errors[name], errors["diffusion"])]
-        figures[name]["edge_error_above_diffusion"] = summary(gained)
-    for name, seconds in result["seconds"].items():
-        figures[name]["cpu_seconds_per_picture"] = round(seconds / len(drawn), 5)
-    return figures, pictures, captions
+        figures[name]["edge_error_above_diffusion"] = over_pictures(gained)
+    for name, total in seconds.items():
+        figures[name]["cpu_seconds_per_picture"] = round(total / len(rows), 5)
+    return figures, drawn, captions
 
 
-def summary(values: list[float]) -> dict:
-    """Mean and half of its 95% interval over pictures."""
+def over_pictures(values: list[float]) -> dict:
+    """Mean and half of its 95% interval."""
     return {name: value for name, value in interval(values).items() if name != "seeds"}
 
 
-def sheet(pictures: dict[str, list[np.ndarray]], captions: list[str]) -> Image.Image:
+def sheet(drawn: dict[str, list[np.ndarray]], captions: list[str]) -> Image.Image:
     """The first pictures, one row for each way to draw; nothing is picked by hand."""
-    rows = [
-        [cell(picture, label if column else f"{label}: {captions[column]}") for column, picture in enumerate(group)]
-        for label, group in ((text, pictures[name][:COLUMNS]) for name, text in ROWS.items())
-    ]
-    width, height = rows[0][0].size
-    result = Image.new("RGB", (width * len(rows[0]), height * len(rows)), "white")
-    for top, row in enumerate(rows):
-        for left, image in enumerate(row):
-            result.paste(image, (left * width, top * height))
-    return result
+    strips = {text: Image.fromarray(np.concatenate(drawn[name][:COLUMNS], axis=1)) for name, text in ROWS.items()}
+    return draw_strips(strips, captions[:COLUMNS], cell=132)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--decoder", default=str(CHECKPOINT), metavar="NAME", help="default: %(default)s")
-    parser.add_argument("--pictures", type=int, default=100, metavar="N", help="default: %(default)s")
+    parser.add_argument("--decoder", default=str(DEFAULT_DECODER), metavar="NAME", help="default: the repository's")
+    parser.add_argument("--data", type=Path, default=Path("runs/emoji/data"), help="default: %(default)s")
+    parser.add_argument("--large", type=Path, default=Path("runs/emoji/data-128"), help="default: %(default)s")
+    parser.add_argument("--pictures", type=int, default=200, metavar="N", help="default: %(default)s")
     parser.add_argument("--dev", type=int, default=50, metavar="N", help="to tune the mask (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=SAMPLING_STEPS, metavar="N", help="default: %(default)s")
     parser.add_argument("--strength", type=float, default=1.0, help="below 1 from the enlarged picture")
@@ -180,14 +157,13 @@ def main() -> None:
     arguments = parser.parse_args()
     pipe = DiffusionPipeline.from_pretrained(arguments.decoder)
     pipe.set_progress_bar_config(disable=True)
-    figures, pictures, captions = measure(pipe, arguments)
-    names = ("pictures", "dev", "steps", "strength", "seed")
-    figures["settings"] = {name: getattr(arguments, name) for name in names}
+    figures, drawn, captions = measure(pipe, arguments)
+    figures["settings"] = {name: getattr(arguments, name) for name in ("pictures", "dev", "steps", "strength", "seed")}
     figures["machine"] = machine(torch.device("cpu")) | {"diffusers": diffusers.__version__}
     report(figures, arguments.json, arguments.output)
     if arguments.sheet is not None:
         arguments.sheet.parent.mkdir(parents=True, exist_ok=True)
-        sheet(pictures, captions).save(arguments.sheet, optimize=True)
+        sheet(drawn, captions).save(arguments.sheet, optimize=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Planted faults and the name the doctor gives each first; no alarm on the good checkpoint:
 `python -m benchmarks.doctor --json`.
 
-Each of `tests/doctor/faults.py` is planted in the repository's checkpoint or in shards made with it, and the
+Each of `tests/doctor/faults.py` is planted in the repository's checkpoint or in shards of its own drawings, and the
 first finding compared with the fault's name. The good checkpoint is examined with its shards over some seeds.
 """
 
@@ -14,8 +14,8 @@ import torch
 from tqdm import tqdm
 from transformers.utils import logging
 
-from examples.build_shards import build
 from tests.doctor.faults import FAULTS, LISTED, planted
+from tests.doctor.own_pictures import build
 from transformers_nextflow.cli import load_model, model_name
 from transformers_nextflow.doctor import examine
 from transformers_nextflow.doctor.pictures import default_pictures

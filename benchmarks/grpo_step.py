@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.harness import machine, report
-from examples.shapes.text import train_text_tokenizer
+from tests.tiny_tokenizer import tiny_text_tokenizer
 from transformers_nextflow import (
     NextFlowConfig,
     NextFlowForConditionalGeneration,
@@ -32,7 +32,7 @@ STEPS = {"prefix, 256": ("256", PREFIX), "prefix, 1024": ("1024", PREFIX), "all 
 
 def small_model(width: int, layers: int) -> tuple[NextFlowForConditionalGeneration, NextFlowProcessor]:
     """Random weights, the paper's schedules."""
-    tokenizer = train_text_tokenizer(num_texts=500)
+    tokenizer = tiny_text_tokenizer()
     ids = tokenizer.convert_tokens_to_ids(["<|vision_start|>", "<|vision_end|>", "<|image_pad|>"])
     teacher = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     torch.manual_seed(0)

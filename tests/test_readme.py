@@ -36,8 +36,24 @@ def test_shell_commands_run(tmp_path):
         run = [sys.executable, "-m", "transformers_nextflow", *arguments]
         done = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
-    written = {"picture.png", "edited.png", "reconstruction.png", "large.png"}
+    written = {"picture.png", "edited.png", "reconstruction.png", "answer"}
     assert {path.name for path in tmp_path.iterdir()} == written
+    assert (tmp_path / "answer" / "answer.md").exists()
+
+
+@pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))])
+def test_linked_files_exist(page):
+    text = (ROOT / page).read_text()
+    targets = {target for target in re.findall(r"\]\(([^)#]+)\)", text) if not target.startswith("http")}
+    assert not [target for target in targets if not (ROOT / page).parent.joinpath(target).exists()]
+
+
+def test_modules_that_commands_name_exist():
+    folders = ROOT / "docs", ROOT / "examples", ROOT / "benchmarks"
+    pages = [ROOT / "README.md", *(page for folder in folders for page in folder.rglob("*.md"))]
+    for page in pages:
+        for name in set(re.findall(r"-m ((?:examples|benchmarks|conversion)(?:\.\w+)+)", page.read_text())):
+            assert (ROOT / name.replace(".", "/")).with_suffix(".py").exists(), f"{page}: {name}"
 
 
 def test_make_targets_of_the_readme_exist():

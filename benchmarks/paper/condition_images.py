@@ -2,62 +2,56 @@
 `python -m benchmarks.paper.condition_images RUN --json`.
 
 Next-scale inputs stop before the last scale, so without that block a picture to describe or to edit lacks its finest
-codes. Arms `with` and `without` train from new weights on equally many of the same captions and edits; text-to-image
-shows no condition and is left out. Packs of the first arm hold fewer documents, so it takes more steps and costs more.
-Beside held-out losses, `captions` and `edits` are the judge's scores on the dev split.
+codes. Arms `with` and `without` train from new weights on equally many of the same captions and edits; packs of the
+first hold fewer documents, so it takes more steps. Beside held-out losses, on dev's held-out pairs: `captions` exact,
+and `edits` right among all pictures.
 """
 
-import random
 from pathlib import Path
 
-from examples.shapes.assemble import IMAGE_GENERATION
-from examples.shapes.evaluate import Evaluator, captions, draw_edits, edits
-from examples.shapes.transformer import EXTRACTION, PACKS, code_documents, new_processor
-from examples.shapes.world import sample_scene
-from transformers_nextflow.data import PackedDataset
+import numpy as np
+
+from examples.emoji.artist import Artist
+from examples.emoji.documents import Stage
+from examples.emoji.judge import Judge
+from examples.emoji.splits import PAIR
+from examples.emoji.tasks import Tasks
+from examples.emoji.world import World
 from transformers_nextflow.data.shards import read_manifest
 
-from .arms import HELD_OUT, Claim, HeldOut, begin, conclude, parse, run_arms, train_arm, untrained
+from .arms import HELD_OUT, Claim, code, conduct, dev, save_start, share_right, train_arm, untrained
 
 ARMS = ("with", "without")
-CLAIMS = tuple(Claim(None, None, *ARMS, measure, None) for measure in ("captions", "edits", "text", "vision", "fine"))
-MIXTURE = {"caption": 0.3, "edit": 0.7}
-EDITS, CAPTIONS = 50, 250  # edits for each operation
+CLAIMS = [Claim(None, None, *ARMS, measure, None) for measure in ("captions", "edits", "text", "vision", "fine")]
+READING = Stage("64", {"captioning": 0.3, "editing": 0.7})
 
 
-def start_of(arm: str, seed: int, options):
-    model, processor = untrained(options.run, seed, condition_last_scale=arm == "with")
-    return model, new_processor(model, processor.tokenizer)
-
-
-def packs_of(folder: Path, arm: str) -> Path:
-    return folder / arm / "packs"
-
-
-def run_arm(arm: str, seed: int, options) -> dict:
-    folder: Path = options.folder / "condition_images"
-    model, processor = start_of(arm, seed, options)
-    counts = {name: sum(e["rows"] for e in read_manifest(packs_of(folder, name))["shards"]) for name in ARMS}
-    steps = round(options.steps * counts[arm] / counts["with"])
-    held_out = HeldOut({"": PackedDataset(packs_of(folder / "held_out", arm), model, processor)})
-    result = train_arm(folder, model, processor, packs_of(folder, arm), held_out, steps, seed)
-    model.config.image_generation |= IMAGE_GENERATION
-    evaluator = Evaluator(model.eval(), processor, seed=0)
-    rng = random.Random("condition images, dev")
-    scenes = [sample_scene(rng, training=False) for _ in range(CAPTIONS)]
-    scores = {"captions": captions(evaluator, scenes), "edits": edits(draw_edits(evaluator, EDITS, "dev"))["overall"]}
-    return result | {"final": result["final"] | {name: interval["score"] for name, interval in scores.items()}}
-
-
-def main() -> None:
-    options = parse(__doc__, ("joint", "start"), steps=1500, documents=27_000)
-    folder = begin("condition_images", options)
+def prepare(folder: Path, options) -> None:
     for arm in ARMS:
-        model, processor = start_of(arm, 1, options)
-        code_documents(folder / arm, model, processor, options.documents, MIXTURE, EXTRACTION, PACKS)
-        code_documents(folder / "held_out" / arm, model, processor, options.held_out, MIXTURE, HELD_OUT)
-    conclude("condition_images", CLAIMS, run_arms(folder, run_arm, ARMS, options), options)
+        parts = untrained(options.run, 1, condition_last_scale=arm == "with")
+        start = save_start(folder / f"{arm}-start", *parts)
+        code(folder / f"{arm}-training", options, READING, start=start)
+        code(folder / f"{arm}-held_out", options, dev(READING), HELD_OUT, start)
+
+
+def run_arm(folder: Path, arm: str, seed: int, options) -> dict:
+    parts = untrained(options.run, seed, condition_last_scale=arm == "with")
+    training, held_out = (folder / f"{arm}-{name}" / "packs" for name in ("training", "held_out"))
+    counts = {name: read_manifest(folder / f"{name}-training" / "packs")["statistics"]["packs"] for name in ARMS}
+    steps = max(1, round(options.steps * counts[arm] / counts["with"]))
+    result = train_arm(folder, parts, training, {"": held_out}, steps, seed)
+    world = World(options.data)
+    tasks = Tasks.of(world)
+    captions, edits = (
+        [tasks.draw(task, "dev", number, part=PAIR) for number in range(options.held_out)]
+        for task in ("captioning", "editing")
+    )
+    artist = Artist(*parts, world)
+    exact = [text == item.assistant[0] for text, item in zip(artist.answer(captions), captions)]
+    result["final"]["captions"] = round(float(np.mean(exact)), 4)
+    result["final"]["edits"] = share_right(Judge(world), artist.draw(edits), edits)
+    return result
 
 
 if __name__ == "__main__":
-    main()
+    conduct("condition_images", __doc__, CLAIMS, ARMS, run_arm, prepare, steps=750)

@@ -1,29 +1,25 @@
 """One softmax over text and codes against one for each (fig. 9): `python -m benchmarks.paper.heads RUN --json`.
 
-Arms train on RUN/packs and differ in the cross-entropy alone: `joint` normalises over text rows and code rows
-together, `separate` each target over the rows of its own kind. Held-out losses of both arms are of the second kind,
-because it is what a step of generation draws from, and because a sum over more rows is never smaller.
+`joint` normalises over text rows and code rows together, `separate` each target over the rows of its own kind.
+Held-out losses of both are of the second kind, because it is what a step of generation draws from, and because a sum
+over more rows is never smaller.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
-from examples.shapes.transformer import MIXTURE, code_documents
 from transformers_nextflow import modeling_nextflow
-from transformers_nextflow.data import PackedDataset
 from transformers_nextflow.losses import IGNORE, joint_cross_entropy
 
-from .arms import HELD_OUT, Claim, HeldOut, begin, conclude, parse, run_arms, train_arm, untrained
+from .arms import HELD_OUT, MIXTURE, Claim, HeldOut, code, conduct, dev, train_arm, untrained
 
 ARMS = ("joint", "separate")
 SAYS = "one head over one vocabulary is chosen over separate ones"
-CLAIMS = (
-    Claim(SAYS, "fig. 9", "joint", "separate", "vision", "0 or -"),
-    Claim(SAYS, "fig. 9", "joint", "separate", "text", "0 or -"),
-)
+CLAIMS = [Claim(SAYS, "fig. 9", *ARMS, measure, "0 or -") for measure in ("vision", "text")]
 
 
 def separate_cross_entropy(
@@ -46,12 +42,8 @@ def separate_cross_entropy(
 @contextmanager
 def separate_heads() -> Iterator[None]:
     """Inside, models of this process compute [`separate_cross_entropy`]."""
-    before = modeling_nextflow.joint_cross_entropy
-    modeling_nextflow.joint_cross_entropy = separate_cross_entropy
-    try:
+    with patch.object(modeling_nextflow, "joint_cross_entropy", separate_cross_entropy):
         yield
-    finally:
-        modeling_nextflow.joint_cross_entropy = before
 
 
 class HeldOutByKind(HeldOut):
@@ -62,20 +54,18 @@ class HeldOutByKind(HeldOut):
             return super().losses(model, batches)
 
 
-def run_arm(arm: str, seed: int, options) -> dict:
-    folder: Path = options.folder / "heads"
-    model, processor = untrained(options.run, seed)
-    held_out = HeldOutByKind({"": PackedDataset(folder / "held_out" / "packs", model, processor)})
+def prepare(folder: Path, options) -> None:
+    code(folder / "training", options, MIXTURE)
+    code(folder / "held_out", options, dev(MIXTURE), HELD_OUT)
+
+
+def run_arm(folder: Path, arm: str, seed: int, options) -> dict:
+    parts, held_out = untrained(options.run, seed), {"": folder / "held_out" / "packs"}
     with separate_heads() if arm == "separate" else nullcontext():
-        return train_arm(folder, model, processor, options.run / "packs", held_out, options.steps, seed)
-
-
-def main() -> None:
-    options = parse(__doc__, ("joint", "start", "packs"), steps=250)
-    folder = begin("heads", options)
-    code_documents(folder / "held_out", *untrained(options.run, seed=1), options.held_out, MIXTURE, HELD_OUT)
-    conclude("heads", CLAIMS, run_arms(folder, run_arm, ARMS, options), options)
+        return train_arm(
+            folder, parts, folder / "training" / "packs", held_out, options.steps, seed, losses_class=HeldOutByKind
+        )
 
 
 if __name__ == "__main__":
-    main()
+    conduct("heads", __doc__, CLAIMS, ARMS, run_arm, prepare)

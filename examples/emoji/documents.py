@@ -1,7 +1,13 @@
-"""Items of the tasks as documents of the data pipeline, and the path from them to packs."""
+"""Items of the tasks as documents of the data pipeline, and the path from them to packs.
 
+`python -m examples.emoji.documents --data runs/emoji/data --output runs/emoji-packs` draws documents of all tasks,
+codes them with a checkpoint's tokenizers, packs and verifies them: `packs` in the output is ready to train on.
+"""
+
+import argparse
 import dataclasses
 import io
+import json
 import random
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,13 +17,26 @@ import datasets
 import numpy as np
 from PIL import Image
 
+from transformers_nextflow import SelfCorrection
+from transformers_nextflow.cli import model_name
 from transformers_nextflow.configuration_nextflow import NextFlowConfig
-from transformers_nextflow.data import CostModel, Document, ExtractionSettings, Message, Source, extract, pack
+from transformers_nextflow.data import (
+    ComputeBudget,
+    CostModel,
+    Document,
+    ExtractionSettings,
+    Message,
+    Source,
+    extract,
+    pack,
+    verify,
+)
 from transformers_nextflow.data.packing import Strategy
 from transformers_nextflow.files import write_atomically
 from transformers_nextflow.scales import ScheduleTable
 
 from .sizes import LEVELS, PATCH_SIZE, SCHEDULES
+from .splits import SEEN
 from .tasks import Item, Picture, Tasks
 from .world import World, in_a_row
 
@@ -28,10 +47,18 @@ SIZES = ScheduleTable(SCHEDULES, LEVELS, PATCH_SIZE)
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """What a stage of the transformer's training reads: `level` of all pictures, share of each task in documents."""
+    """What a stage of the transformer's training reads.
+
+    Attributes:
+        level: of all pictures.
+        mixture: share of each task in documents.
+        split, part: of the targets, see [`Tasks.draw`]; those that are held out are for held-out losses alone.
+    """
 
     level: str
     mixture: Mapping[str, float]
+    split: str = "train"
+    part: str = SEEN
 
 
 def inverted(mixture: Mapping[str, float]) -> dict[str, float]:
@@ -89,24 +116,24 @@ def _png(pixels: np.ndarray) -> bytes:
 
 
 def draw_rows(world: World, stage: Stage, count: int, seed: int) -> Iterator[dict[str, Any]]:
-    """Rows of `count` training documents of a stage; each depends on the seed and its number alone."""
+    """Rows of `count` documents of a stage; each depends on the seed and its number alone."""
     tasks = Tasks.of(world)
     for number in range(count):
         rng = random.Random(f"document {seed} {number}")
         task = rng.choices(list(stage.mixture), list(stage.mixture.values()))[0]
-        item = tasks.draw(task, "train", number, seed)
+        item = tasks.draw(task, stage.split, number, seed, stage.part)
         yield to_document(f"emoji-{number}", item, world, stage.level).to_row()
 
 
-def _draw_rows(folder: str, stage: str, count: int, seed: int) -> Iterator[dict[str, Any]]:
-    yield from draw_rows(World(folder), STAGES[stage], count, seed)
+def _draw_rows(folder: str, stage: Stage, count: int, seed: int) -> Iterator[dict[str, Any]]:
+    yield from draw_rows(World(folder), stage, count, seed)
 
 
 def build_packs(
     output: Path,
     model: str | Path,
     data: str | Path,
-    stage: str,
+    stage: Stage,
     count: int,
     settings: ExtractionSettings,
     strategy: Strategy,
@@ -119,7 +146,7 @@ def build_packs(
         output: gets `source`, `documents` and `packs`.
         model: folder of a NextFlow model, whose tokenizers code the documents.
         data: folder of the emoji data set.
-        stage: of [`STAGES`]; its level takes the place of the settings'.
+        stage: what to draw; its level takes the place of the settings'.
         count: documents.
 
     Returns:
@@ -130,8 +157,40 @@ def build_packs(
         arguments = {"folder": str(data), "stage": stage, "count": count, "seed": settings.seed}
         rows = datasets.Dataset.from_generator(_draw_rows, gen_kwargs=arguments)
         write_atomically(parquet, lambda partial: rows.to_parquet(str(partial)))
-    settings = dataclasses.replace(settings, level=STAGES[stage].level)
+    settings = dataclasses.replace(settings, level=stage.level)
     extract(Source(str(parquet)), model, output / "documents", settings, num_proc=num_proc)
     cost_model = CostModel.from_config(NextFlowConfig.from_pretrained(model))
     pack([output / "documents"], output / "packs", strategy, cost_model, multiple_of, seed=settings.seed)
     return output / "packs"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("runs/emoji/data"), help="data set (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("runs/emoji-packs"), help="default: %(default)s")
+    parser.add_argument("--model", help="local folder or Hub id (default: the repository's checkpoint)")
+    parser.add_argument("--stage", choices=STAGES, default="pretraining-64", help="default: %(default)s")
+    parser.add_argument("--documents", type=int, default=2_000, metavar="N", help="default: %(default)s")
+    parser.add_argument("--length", type=int, default=2_048, metavar="N", help="of a pack (default: %(default)s)")
+    parser.add_argument("--multiple-of", type=int, default=1, metavar="N", help="ranks x accumulation steps")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    arguments = parser.parse_args()
+    model = model_name(arguments.model)
+    settings = ExtractionSettings(
+        "chat", drop_text=0.1, self_correction=SelfCorrection(), variants=2, seed=arguments.seed
+    )
+    packs = build_packs(
+        arguments.output,
+        model,
+        arguments.data,
+        STAGES[arguments.stage],
+        arguments.documents,
+        settings,
+        ComputeBudget(arguments.length),
+        arguments.multiple_of,
+    )
+    print(json.dumps(verify(packs, model), indent=2))
+
+
+if __name__ == "__main__":
+    main()

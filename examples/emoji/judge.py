@@ -76,9 +76,13 @@ class Judge:
         """uint8 (H, W, 3) square drawings -> bool (B, N): the nearest pictures of each, several where they tie."""
         near = np.empty((len(drawings), len(self.world)), bool)
         for start in range(0, len(drawings), CHUNK):
-            distances = squared_distances(features(drawings[start : start + CHUNK]), self._features)
-            near[start : start + CHUNK] = (distances == distances.min(1, keepdims=True))[:, self._group]
+            distances = self.distances(drawings[start : start + CHUNK])
+            near[start : start + CHUNK] = distances == distances.min(1, keepdims=True)
         return near
+
+    def distances(self, drawings: Sequence[np.ndarray]) -> np.ndarray:
+        """uint8 (H, W, 3) square drawings -> float64 (B, N): the squared distance of each to every picture."""
+        return squared_distances(features(drawings), self._features)[:, self._group]
 
     def right(self, drawings: Sequence[np.ndarray], targets: Sequence[int]) -> dict[str, np.ndarray]:
         """Whether each drawing is the picture asked for, and has its name, its style and its other labels.

@@ -90,7 +90,7 @@ def code_documents(folder: Path, start: Path, data: Path, stage: str) -> Path:
             folder / f"{stage}-data",
             start,
             data,
-            stage,
+            MIXTURES[stage],
             training.documents,
             EXTRACTION,
             FixedLength(training.pack_length),

@@ -90,7 +90,8 @@ def checkpoint(small_world, tmp_path_factory):
 @pytest.mark.parametrize("stage", ["alignment", "pretraining-64"])
 def test_packs_hold_every_document_at_the_level_of_the_stage(small_world_folder, checkpoint, tmp_path, stage):
     settings = ExtractionSettings("chat", drop_text=0.1, variants=2, documents_per_shard=16)
-    packs = build_packs(tmp_path, checkpoint, small_world_folder, stage, 24, settings, FixedLength(2048))
+    given = tmp_path, checkpoint, small_world_folder, STAGES[stage], 24, settings, FixedLength(2048)
+    packs = build_packs(*given)
     manifest = read_manifest(tmp_path / "documents")
     assert manifest["statistics"]["documents"] == 24
     assert manifest["settings"]["level"] == STAGES[stage].level
@@ -102,7 +103,7 @@ def test_packs_hold_every_document_at_the_level_of_the_stage(small_world_folder,
             grids = np.asarray(shard.row(index)["image_grid_hw"]).reshape(-1, 2)
             assert {tuple(grid) for grid in grids.tolist()} <= finals
     assert read_manifest(packs)["content"] == "packs"
-    assert build_packs(tmp_path, checkpoint, small_world_folder, stage, 24, settings, FixedLength(2048)) == packs
+    assert build_packs(*given) == packs
 
 
 def test_frequent_words_are_single_tokens(real_tasks):
