@@ -49,7 +49,7 @@ PAPER = "fig. 12: prefixes of 512, 256, 128 and 64 tokens climb faster and highe
 ARMS = ("prefix", "vanilla", "shuffled", "supervised")
 PARTS = {"seen": SEEN, "held out": PAIR}
 # adapters; drawn under guidance, as pictures are judged, and guidance is part of the trained distribution
-GRPO = {"guidance_scale": 2.0, "logprob_mode": "behaviour", "beta": 0.05, "warmup_ratio": 0.1}
+GRPO = {"guidance_scale": 2.0, "logprob_mode": "behaviour", "beta": 0.05}
 SWEEP_SEED = 0  # no arm's
 POINTS = 4  # of a training, at which dev prompts are measured
 NUM_PROMPTS = 4_000  # trained on
@@ -196,6 +196,7 @@ def policy_trainer(arm: str, seed: int, rate: float, model, processor, watch: Wa
     arguments = NextFlowGRPOConfig(
         learning_rate=rate,
         lr_scheduler_type="linear",
+        warmup_steps=options.steps // 10,
         num_generations=options.group,
         per_device_train_batch_size=options.group * options.prompts_at_once,
         prefix_tokens=None if arm == "vanilla" else options.prefix_tokens,

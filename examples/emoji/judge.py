@@ -3,10 +3,11 @@
 The metric: both pictures are resized to 16 x 16 pixels by Pillow's bilinear filter (on the way down a triangle over
 twice the pixel's width) and their uint8 RGB values compared by squared difference. It has no parameter that was fitted
 to anything, and was chosen on true pictures before any model was scored (`validate_judge.py`,
-`benchmarks/results/emoji_judge.json`). Of nine candidates it is the finest that one step defines and that finds at
-least .95 of the true pictures again under every change that it has to forgive: 32 x 32 and 64 x 64 pixels, and 16 x 16
-without the filter's overlap, do not under a blur of two pixels. Searching shifts costs nine times as much and CIELAB a
-second step, for nothing that is required; 8 x 8 pixels pass as well, and would forgive more than they have to.
+`benchmarks/results/emoji_judge.json`): of nine candidates it is the finest that finds at least .95 of the true pictures
+again under every change that it has to forgive, and that one step defines. RGB at 32 x 32 and 64 x 64 pixels, at three
+resolutions added up, and at 16 x 16 without the filter's overlap finds fewer under a blur of two pixels, and searching
+shifts does not help against blur. CIELAB at 16 x 16 passes too, with a second step and no gain; 8 x 8 pixels pass too,
+and would forgive more than they have to.
 
 All of it is exact, in integers. Pictures that are equal to the pixel are one picture under several names, and where
 several are nearest at one distance, a drawing is right if the one asked for is among them.

@@ -61,6 +61,7 @@ def build(output: Path, name: str, count: int, length: int) -> dict:
                 kind, messages, images = "text", (Message(None, (prompt,)),), ()
             yield Document(str(number), kind, messages, tuple(map(png, images))).to_row()
 
+    output.mkdir(parents=True, exist_ok=True)
     parquet = output / "source.parquet"
     datasets.Dataset.from_list(list(rows())).to_parquet(str(parquet))
     settings = ExtractionSettings("chat", drop_text=0.1, self_correction=CORRECTION, variants=2)
