@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from examples.emoji import assemble, card, choose_sampling, evaluate
+from examples import demo
+from examples.emoji import assemble, card, choose_sampling, evaluate, panels, sheet
 from examples.emoji.artist import Artist
 from examples.emoji.baselines import other_styles
 from examples.emoji.data import FEATURES
@@ -34,7 +35,7 @@ from examples.emoji.scoring import (
 )
 from examples.emoji.splits import COMBINATION, NAME, PAIR, SEEN
 from examples.emoji.stages import FINISHED
-from examples.emoji.tasks import Tasks
+from examples.emoji.tasks import KINDS, Tasks
 from examples.emoji.world import to_pixel_values
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor
 from transformers_nextflow.training import prepare_vq_stage
@@ -173,7 +174,7 @@ def test_answers_are_compared_to_the_letter(exam):
 def test_items_of_a_group_are_its_targets_once_each_or_as_many_as_asked_for(exam):
     few = Exam(exam.artist, exam.tasks, prompts=5)
     everything = exam.items("text-to-image", "", (SEEN, PAIR))
-    assert len({item.targets for item in everything}) == len(everything) > 30
+    assert len({item.targets for item in everything}) == len(everything) > 20
     assert [item.targets for item in few.items("text-to-image", "", (SEEN, PAIR))] != everything[:5]
     assert len({item.targets for item in few.items("text-to-image", "", (SEEN, PAIR))}) == 5
     assert all(exam.world.splits[row] != "dev" for item in everything for row in item.targets)
@@ -209,6 +210,36 @@ def test_the_lower_level_takes_the_first_of_a_value_for_each_scale(exam):
     assert artist.at_level("32").sampling["guidance_scale"] == ramp[:4]
     result = drawings_32(Exam(artist, exam.tasks, prompts=2))
     assert set(result) == {SEEN, PAIR, COMBINATION}
+
+
+# Sheets
+
+
+def test_a_panel_shows_its_pictures_enlarged_and_nothing_else_above_its_text(exam):
+    first, second = exam.world.pictures[:2]
+    pixels = np.asarray(panels.panel([first, second], "", height=128))
+    assert np.array_equal(pixels[:128, :128], first.repeat(2, 0).repeat(2, 1))
+    assert np.array_equal(pixels[:128, 132:260], second.repeat(2, 0).repeat(2, 1))
+    assert (pixels[128:] == 255).all() and not np.array_equal(pixels, panels.panel([first, second], "text"))
+    assert panels.wrap("three words here", 11) == ["three words", "here"]
+
+
+def test_a_sheet_shows_held_out_prompts_in_their_order_beside_the_truth(exam):
+    (row,) = sheet.prompts(exam.artist, exam.tasks, count=2)
+    items = [exam.tasks.draw("text-to-image", "test", number, part=PAIR, kind="") for number in range(2)]
+    for cell, item, drawing in zip(row, items, exam.artist.draw(items), strict=True):
+        expected = panels.panel([drawing, exam.world.pictures[item.targets[0]]], item.user[0])
+        assert np.array_equal(cell, expected)
+    kinds = sum(len(row) for row in sheet.edits(exam.artist, exam.tasks))
+    assert kinds == len([kind for kind in KINDS["editing"] if exam.tasks.targets("editing", kind, "test", PAIR)])
+
+
+def test_the_demo_needs_the_checkpoint_alone(emoji_checkpoint, tmp_path, capsys):
+    demo.demo(tmp_path, emoji_checkpoint)
+    names = {"drawing", "scales", "edit", "caption", "reasoning"}
+    assert {path.name for path in tmp_path.iterdir()} == {f"{name}.png" for name in names}
+    assert Image.open(tmp_path / "scales.png").width > 6 * Image.open(tmp_path / "drawing.png").width
+    assert len(capsys.readouterr().out.splitlines()) >= len(names)
 
 
 # From a run to its card
