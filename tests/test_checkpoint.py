@@ -1,4 +1,4 @@
-"""The shipped checkpoint: small, loadable, and built of the paper's own mechanisms."""
+"""The shipped checkpoint: small, loadable, of two levels; `emoji/test_mechanisms.py` holds its mechanisms."""
 
 from pathlib import Path
 
@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor
-from transformers_nextflow.modeling_nextflow_vq import PixelDecoder, PixelEncoder
 
 CHECKPOINT = Path(__file__).parents[1] / "checkpoints" / "nextflow-emoji"
 
@@ -29,24 +28,6 @@ def test_every_weight_is_in_the_checkpoint_and_finite(model):
     _, report = NextFlowForConditionalGeneration.from_pretrained(CHECKPOINT, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
     assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
-
-
-def test_its_mechanisms_are_the_papers(model):
-    """NextFlow sec. 2.1, 2.2 and 3.1, whatever the library's defaults are."""
-    config, vq = model.config, model.config.vq_config
-    assert vq.semantic_config.model_type == "siglip2_vision_model"  # naflex: any grid
-    assert type(model.model.vq_model.pixel_encoder) is PixelEncoder  # a CNN
-    assert type(model.model.vq_model.pixel_decoder) is PixelDecoder
-    assert (vq.semantic_weight, vq.pixel_weight) == (1, 1)
-    assert vq.normalize_entries
-    assert vq.semantic_dim > 0 and vq.pixel_dim > 0
-    assert model.model.code_embeddings.weight.shape == (vq.codebook_size, vq.semantic_dim + vq.pixel_dim)  # one table
-    assert config.feature_mode == "residual"
-    assert config.scale_loss_alpha == 0.9
-    half = config.text_config.hidden_size // config.text_config.num_attention_heads // 2
-    assert config.text_config.rope_parameters["mrope_section"] == [1] * half  # interleaved
-    assert model.model.connector[0].in_features == vq.semantic_dim + vq.pixel_dim  # codes alone, no position
-    assert config.position_scale is None  # the finest grid's edge
 
 
 def test_there_are_two_levels_of_one_final_grid_each(model):

@@ -99,12 +99,9 @@ class Exam:
 
 
 def figures(verdicts: Verdicts) -> dict:
-    """Shares with their intervals; of errors the mean."""
+    """Shares with their intervals."""
     return {
-        who: {
-            measure: proportion(values) if values.dtype == bool else {"mean": round(float(np.nanmean(values)), 3)}
-            for measure, values in each.items()
-        }
+        who: {measure: proportion(values) for measure, values in each.items() if values.dtype == bool}
         for who, each in verdicts.items()
     }
 
@@ -196,8 +193,6 @@ def change_figures(verdicts: Verdicts) -> dict:
     """And how the error of untouched pixels compares with the tokenizer's own on the same targets."""
     result, errors = figures(verdicts), {who: verdicts[who]["untouched"] for who in (MODEL, TOKENIZER)}
     known = ~np.isnan(errors[MODEL])
-    for who in errors:
-        del result[who]["untouched"]
     if known.any():
         own, least = (errors[who][known] for who in (MODEL, TOKENIZER))
         result["squared error of untouched pixels"] = {

@@ -6,13 +6,17 @@ from pathlib import Path
 import datasets
 import pytest
 from PIL import Image
+from tiny_models import tiny_config, tiny_model
 
 from examples.emoji.data import FEATURES
 from examples.emoji.names import names_of
 from examples.emoji.packages import STYLES, fetch, read_icons
+from examples.emoji.sizes import LEVELS, PATCH_SIZE, SCHEDULES, SPECIAL_IDS
 from examples.emoji.splits import SEEN, held_out, is_dev
 from examples.emoji.tasks import Tasks
+from examples.emoji.text import train_text_tokenizer, training_texts
 from examples.emoji.world import World
+from transformers_nextflow import NextFlowImageProcessor, NextFlowProcessor
 
 datasets.disable_progress_bars()
 
@@ -61,3 +65,19 @@ def small_world_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def small_world(small_world_folder) -> World:
     return World(small_world_folder)
+
+
+@pytest.fixture(scope="session")
+def emoji_checkpoint(small_world, tmp_path_factory) -> Path:
+    """A tiny model with the emoji models' schedules and the text tokenizer of the small world."""
+    tokenizer = train_text_tokenizer(training_texts(Tasks.of(small_world)), 400)
+    text = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+    vision = tiny_config().vq_config.semantic_config.to_dict() | {"patch_size": PATCH_SIZE, "num_patches": 64}
+    vq = {"scale_schedules": SCHEDULES, "levels": LEVELS, "patch_size": PATCH_SIZE, "semantic_config": vision}
+    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in SPECIAL_IDS.items()}
+    model = tiny_model(tiny_config(text, vq | {"channel_multipliers": [1, 1, 1]}, **ids))
+    image_processor = NextFlowImageProcessor.from_vq_config(model.config.vq_config)
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model.save_pretrained(folder)
+    NextFlowProcessor(image_processor, tokenizer).save_pretrained(folder)
+    return folder

@@ -5,13 +5,11 @@ import io
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_models import tiny_config, tiny_model
 
 from examples.emoji.documents import STAGES, Stage, build_packs, draw_picture, draw_rows, to_document
-from examples.emoji.sizes import LEVELS, PATCH_SIZE, SCHEDULES, SPECIAL_IDS
+from examples.emoji.sizes import LEVELS, SCHEDULES
 from examples.emoji.tasks import KINDS, Picture, Tasks
 from examples.emoji.text import train_text_tokenizer, training_texts
-from transformers_nextflow import NextFlowImageProcessor, NextFlowProcessor
 from transformers_nextflow.data import DocumentReader, ExtractionSettings, FixedLength
 from transformers_nextflow.data.shards import Shard, read_manifest
 
@@ -71,26 +69,10 @@ def test_rows_are_read_back_as_the_documents_and_depend_on_their_number_alone(sm
     assert {document.kind for document in documents} == {"editing", "reasoning"}
 
 
-@pytest.fixture(scope="module")
-def checkpoint(small_world, tmp_path_factory):
-    """A tiny model with the emoji models' schedules and the text tokenizer of the small world."""
-    tokenizer = train_text_tokenizer(training_texts(Tasks.of(small_world)), 400)
-    text = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
-    vision = tiny_config().vq_config.semantic_config.to_dict() | {"patch_size": PATCH_SIZE, "num_patches": 64}
-    vq = {"scale_schedules": SCHEDULES, "levels": LEVELS, "patch_size": PATCH_SIZE, "semantic_config": vision}
-    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in SPECIAL_IDS.items()}
-    model = tiny_model(tiny_config(text, vq | {"channel_multipliers": [1, 1, 1]}, **ids))
-    image_processor = NextFlowImageProcessor.from_vq_config(model.config.vq_config)
-    folder = tmp_path_factory.mktemp("checkpoint")
-    model.save_pretrained(folder)
-    NextFlowProcessor(image_processor, tokenizer).save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.parametrize("stage", ["alignment", "pretraining-64"])
-def test_packs_hold_every_document_at_the_level_of_the_stage(small_world_folder, checkpoint, tmp_path, stage):
+def test_packs_hold_every_document_at_the_level_of_the_stage(small_world_folder, emoji_checkpoint, tmp_path, stage):
     settings = ExtractionSettings("chat", drop_text=0.1, variants=2, documents_per_shard=16)
-    given = tmp_path, checkpoint, small_world_folder, STAGES[stage], 24, settings, FixedLength(2048)
+    given = tmp_path, emoji_checkpoint, small_world_folder, STAGES[stage], 24, settings, FixedLength(2048)
     packs = build_packs(*given)
     manifest = read_manifest(tmp_path / "documents")
     assert manifest["statistics"]["documents"] == 24
