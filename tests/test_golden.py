@@ -1,10 +1,11 @@
-"""Checkpoints of earlier days are drawn, read and trained on as they were (`golden/write.py`)."""
+"""Checkpoints, adapters and packs of earlier days do what they did (`golden/write.py`)."""
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_models import BOI, relative
 
-from tests.golden.write import CONFIGS, load, results
+from tests.golden.write import CONFIGS, FOLDER, adapted, load, packs_of, results
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -37,3 +38,21 @@ def test_they_tell_codes_apart(then_and_now):
     assert len(then["encoded/codes"].unique()) > 8
     for turn in ("first turn", "second turn"):
         assert (then[f"{turn}/sequences"] == BOI).sum() > 6
+
+
+def test_an_adapter_is_opened():
+    model, inputs, then = load("two_levels")
+    expected = load_file(FOLDER / "adapter" / "results.safetensors")["logits"]
+    assert relative(adapted(model, inputs), expected) < 1e-4
+    assert relative(then["chats/logits"], expected) > 1e-2
+
+
+def test_packs_are_opened():
+    model, *_ = load("two_levels")
+    then, now = load_file(FOLDER / "packs" / "results.safetensors"), packs_of(model)
+    assert now.keys() == then.keys() and len(then["image_grid_hw"]) > 3
+    for name, tensor in then.items():
+        if tensor.is_floating_point():
+            assert relative(now[name], tensor) < 1e-4, name
+        else:
+            assert torch.equal(now[name], tensor), name

@@ -1,17 +1,25 @@
 """Golden checkpoints, and what they draw, read and learn: `PYTHONPATH=src:. python -m tests.golden.write`.
 
-Two tiny models with random weights and the default mechanisms alone. Beside each stand inputs, and what the code of the
-day made of them; `tests/test_golden.py` asks today's code for the same. To write them anew changes what checkpoints
-mean.
+Two tiny models with random weights and the default mechanisms alone; an adapter and packs for the first. Beside them
+stand inputs, and what the code of the day made of them; `tests/test_golden.py` asks today's code for the same. To write
+them anew changes what files mean that people have.
 """
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import datasets
 import torch
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
-from tests.tiny_models import BOI, EOI, EOS, IMAGE, PATCH, Picture, batch_of, tiny_config, tiny_model
-from transformers_nextflow import NextFlowForConditionalGeneration
+from tests.data.data_samples import SETTINGS, documents
+from tests.tiny_models import BOI, EOI, EOS, IMAGE, PAD, PATCH, Picture, batch_of, tiny_config, tiny_model
+from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowImageProcessor, NextFlowProcessor
+from transformers_nextflow.data import ComputeBudget, CostModel, PackCollator, PackedDataset, Source, extract, pack
+from transformers_nextflow.lora import lora_config
 
 FOLDER = Path(__file__).parent
 CODES = 64
@@ -224,6 +232,21 @@ def results(model, inputs: dict[str, dict]) -> dict[str, torch.Tensor]:
     return found
 
 
+def adapted(model, inputs: dict[str, dict], folder: Path = FOLDER / "adapter") -> torch.Tensor:
+    """Logits under the golden adapter."""
+    chats = {name: tensor for name, tensor in inputs["chats"].items() if not name.startswith("negative")}
+    with torch.no_grad():
+        return PeftModel.from_pretrained(model, folder).eval()(**chats).logits[:, -3:]
+
+
+def packs_of(model, folder: Path = FOLDER / "packs") -> dict[str, torch.Tensor]:
+    """What the golden packs hold, and their loss."""
+    dataset = PackedDataset(folder, model, NextFlowProcessor.from_pretrained(FOLDER / "two_levels"))
+    batch = PackCollator(dataset)([dataset[0], dataset[1]])
+    with torch.no_grad():
+        return batch | {"loss": model(**batch).loss}
+
+
 # Files
 
 
@@ -241,15 +264,54 @@ def load(name: str) -> tuple[NextFlowForConditionalGeneration, dict[str, dict], 
     return model, inputs, load_file(FOLDER / name / "results.safetensors")
 
 
+def processor_of(model) -> NextFlowProcessor:
+    """Words of the chat template and a few more."""
+    words = ["user", "assistant", "system", "a", "red", "circle", "blue", "square", "it", "the", "green", "star"]
+    ids = {"<|endoftext|>": PAD, "<|im_end|>": EOS, "<|vision_start|>": BOI, "<|vision_end|>": EOI}
+    ids |= {"<|image_pad|>": IMAGE, "<|im_start|>": EOS - 1, "<|unknown|>": 1}
+    tokenizer = Tokenizer(models.WordLevel(ids | {word: 2 + i for i, word in enumerate(words)}, "<|unknown|>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(list(ids))
+    config = model.config.vq_config
+    return NextFlowProcessor(
+        NextFlowImageProcessor(PATCH, scale_schedules=config.scale_schedules, levels=config.levels),
+        PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=1024
+        ),
+        condition_last_scale=model.config.condition_last_scale,
+    )
+
+
+def write_packs(model, folder: Path) -> None:
+    processor_of(model).save_pretrained(FOLDER / "two_levels")
+    with TemporaryDirectory() as work:
+        source = f"{work}/documents.parquet"
+        datasets.Dataset.from_list([document.to_row() for document in documents()]).to_parquet(source)
+        extract(Source(source), FOLDER / "two_levels", f"{work}/documents", SETTINGS)
+        pack([f"{work}/documents"], folder, ComputeBudget(300), CostModel("blocks", 1.0, 3e-4, 0.5))
+
+
+def save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+
+
 def main() -> None:
     for seed, (name, overrides) in enumerate(CONFIGS.items()):
-        folder = FOLDER / name
         model = tiny_model(tiny_config(**overrides), seed=seed)
-        model.save_pretrained(folder)
-        save_file(flat(inputs_of(model)), folder / "inputs.safetensors")
-        save_file({}, folder / "results.safetensors")
+        model.save_pretrained(FOLDER / name)
+        save(flat(inputs_of(model)), FOLDER / name / "inputs.safetensors")
+        save({}, FOLDER / name / "results.safetensors")
         model, inputs, _ = load(name)
-        save_file({key: x.contiguous() for key, x in results(model, inputs).items()}, folder / "results.safetensors")
+        save(results(model, inputs), FOLDER / name / "results.safetensors")
+    model, inputs, _ = load("two_levels")
+    model.name_or_path = "two_levels"
+    torch.manual_seed(0)
+    get_peft_model(model, lora_config(r=2, init_lora_weights=False)).save_pretrained(FOLDER / "adapter")
+    (FOLDER / "adapter" / "README.md").unlink()
+    save({"logits": adapted(load("two_levels")[0], inputs)}, FOLDER / "adapter" / "results.safetensors")
+    model, *_ = load("two_levels")
+    write_packs(model, FOLDER / "packs")
+    save(packs_of(model), FOLDER / "packs" / "results.safetensors")
 
 
 if __name__ == "__main__":
