@@ -7,7 +7,7 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch._dynamo.testing import CompileCounter
-from transformers import pipeline
+from transformers import BitsAndBytesConfig, pipeline
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -127,6 +127,64 @@ def test_quantised_loading_leaves_vision_tokenizer_and_heads_alone(model):
     assert converted == {name for name in linear if name.startswith("model.language_model.")}
     kept_of_base = HfQuantizer.get_modules_to_not_convert(model.model, None, model.model._keep_in_fp32_modules)
     assert not should_convert_module("vq_model.semantic_encoder.encoder.layers.0.mlp.fc1", kept_of_base)
+
+
+QUANTISED = {
+    "4 bits": lambda: BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    ),
+    "8 bits": lambda: BitsAndBytesConfig(load_in_8bit=True),
+}
+
+
+@pytest.mark.parametrize("bits", QUANTISED)
+def test_a_quantised_model_draws_reads_and_answers(bits, tmp_path):
+    """What it holds beside the decoder's layers is exact, and with it codes and pictures."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    whole = tiny_model(tiny_config(text={"hidden_size": 64, "intermediate_size": 128}))
+    whole.save_pretrained(tmp_path)
+    settings = QUANTISED[bits]()
+    loaded = NextFlowForConditionalGeneration.from_pretrained(tmp_path, quantization_config=settings, device_map="cpu")
+    quantised = [module for module in loaded.modules() if "bitsandbytes" in type(module).__module__]
+    batch = batch_of(whole, *ROWS)
+    read = batch["attention_mask"].bool()
+    likeness = torch.cosine_similarity(*(logits_of(each, batch)[read].float() for each in (loaded, whole)), dim=-1)
+    assert len(quantised) == 2 * 7 and 0.9 < likeness.mean() < 0.99999
+    pixels = torch.rand(9 + 8, 48) * 2 - 1
+    assert torch.equal(loaded.encode_images(pixels, [SQUARE, WIDE]), whole.encode_images(pixels, [SQUARE, WIDE]))
+    prompt = batch_of(whole, [10, Picture(SQUARE, 1, last_scale=True), BOI])
+    codes = loaded.generate(**prompt, generation_mode="image", guidance_scale=1.0, seed=0)
+    assert torch.equal(loaded.decode_image_tokens(codes), whole.decode_image_tokens(codes))
+    answer = loaded.generate(**batch, generation_mode="interleaved", image_generation={"guidance_scale": 1.0}, seed=0)
+    assert answer.sequences.shape[1] > batch["input_ids"].shape[1]
+
+
+def test_pictures_have_their_codes_in_a_float16_model(model, folder):
+    loaded = NextFlowForConditionalGeneration.from_pretrained(folder, dtype=torch.float16)
+    pixels = torch.rand(9 + 8, 48) * 2 - 1
+    codes = model.encode_images(pixels, [SQUARE, WIDE])
+    assert torch.equal(loaded.encode_images(pixels, [SQUARE, WIDE]), codes) and len(codes.unique()) > 4
+    batch = batch_of(model, *ROWS)
+    del batch["image_codes"]
+    batch["pixel_values"] = pixels.half()
+    logits, expected = logits_of(loaded, batch), logits_of(model, batch | {"pixel_values": pixels.half().float()})
+    assert relative(logits.float(), expected) < 0.05
+
+
+def test_more_text_rows_leave_everything_as_it_is(model, tmp_path):
+    """Codes follow the text rows, so their ids move; new rows are drawn by no one."""
+    larger = tiny_model()
+    larger.resize_token_embeddings(TEXT_ROWS + 8)
+    larger.save_pretrained(tmp_path)
+    batch = batch_of(model, *ROWS)
+    drawing = batch_of(model, [10, BOI]) | {"generation_mode": "image", "guidance_scale": 1.0, "seed": 0}
+    expected, codes = logits_of(model, batch), model.generate(**drawing)
+    for each in (larger, NextFlowForConditionalGeneration.from_pretrained(tmp_path)):
+        text, added, of_codes = logits_of(each, batch).split([TEXT_ROWS, 8, CODES], dim=-1)
+        assert torch.equal(torch.cat([text, of_codes], dim=-1), expected)
+        drawn = each.generate(**drawing)
+        assert torch.equal(drawn - 8, codes)
+        assert torch.equal(each.decode_image_tokens(drawn), model.decode_image_tokens(codes))
 
 
 # Forward

@@ -1,8 +1,8 @@
 """Golden checkpoints, and what they draw, read and learn: `PYTHONPATH=src:. python -m tests.golden.write`.
 
 Two tiny models with random weights and the default mechanisms alone; an adapter and packs for the first. Beside them
-stand inputs, and what the code of the day made of them; `tests/test_golden.py` asks today's code for the same. To write
-them anew changes what files mean that people have.
+stand inputs, and what the code of the day made of them; `tests/test_golden.py` asks the same of the code of today. To
+write them anew changes what files mean that people have.
 """
 
 from pathlib import Path
