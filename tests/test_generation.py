@@ -330,7 +330,7 @@ def last_scale_again(model, rows: list, sequences: torch.Tensor) -> torch.Tensor
     if model.config.feature_mode == "accumulated":
         maps = [to_map(entries[:, schedule.slice(scale)], grid) for scale, grid in enumerate(schedule)]
         own = to_sequence(sum(resize_features(each, SQUARE) for each in maps))
-    replaced = inner.connect(own) + inner.scale_embedding(torch.tensor([3]), torch.tensor([3]))
+    replaced = inner.connector(own) + inner.scale_embedding(torch.tensor([3]), torch.tensor([3]))
     seen = {}
     hook = inner.language_model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.update(embeds=kwargs["inputs_embeds"], **kwargs), with_kwargs=True

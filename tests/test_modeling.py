@@ -267,7 +267,7 @@ def test_the_number_of_scales_is_told_to_boi_and_blocks():
 
 def test_code_embeddings_start_as_the_codebook():
     model = NextFlowModel(tiny_config())
-    assert torch.equal(model.code_embeddings.weight, model.vq_model.quantizer.codebook())
+    assert torch.equal(model.code_embeddings.weight, model.vq_model.quantizer())
 
 
 def test_gradients_never_reach_the_vision_tokenizer(trainable):
