@@ -47,12 +47,8 @@ def test_an_adapter_is_opened():
     assert relative(then["chats/logits"], expected) > 1e-2
 
 
-def test_packs_are_opened():
+def test_packs_are_refused_by_their_version():
+    """They name the vision tokenizer by another hash than today's."""
     model, *_ = load("two_levels")
-    then, now = load_file(FOLDER / "packs" / "results.safetensors"), packs_of(model)
-    assert now.keys() == then.keys() and len(then["image_grid_hw"]) > 3
-    for name, tensor in then.items():
-        if tensor.is_floating_point():
-            assert relative(now[name], tensor) < 1e-4, name
-        else:
-            assert torch.equal(now[name], tensor), name
+    with pytest.raises(ValueError, match="has format version 1, not 2: extract and pack anew"):
+        packs_of(model)

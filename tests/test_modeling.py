@@ -330,6 +330,20 @@ def test_packed_documents_are_each_alone(trainable, order):
         assert relative(gradient, alone[name]) < 1e-5, name
 
 
+def test_training_after_inference_mode():
+    """Of grids that were first seen in inference mode."""
+    schedules = [[[1, 1], [2, 3], [3, 5]], [[1, 1], [3, 2], [5, 3]]]
+    model = tiny_model(tiny_config(vq={"scale_schedules": schedules})).train()
+    inputs = batch_of(model, [10, Picture((3, 5), last_scale=True), 11, Picture((5, 3))])
+    with torch.inference_mode():
+        model(**inputs)
+        prompt = batch_of(model, [10, Picture((3, 5), last_scale=True), BOI])
+        model.generate(**prompt, generation_mode="image", guidance_scale=1.0, height=20, width=12)
+    ids = inputs["input_ids"]
+    model(**inputs, labels=ids.masked_fill((ids == BOI) | (ids == IMAGE), -100)).loss.backward()
+    assert model.model.connector[0].weight.grad.abs().max() > 0
+
+
 def test_gradient_checkpointing_changes_no_gradient(trainable):
     inputs = batch_of(trainable, [10, Picture(SQUARE), 11], [10, 12, Picture(WIDE)])
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)

@@ -27,6 +27,7 @@ from .attention import FLEX, refuse_dense_mask, sequence_mask
 from .configuration_nextflow import NextFlowConfig
 from .generation_nextflow import NextFlowGenerationMixin
 from .layout import SequenceLayout, build_layout, check_integers
+from .lora import place_adapters
 from .losses import IGNORE, fill_code_targets, joint_cross_entropy, shift_labels_of
 from .modeling_nextflow_vq import LibraryModel, NextFlowVQModel, unpatchify
 from .precision import AtLeastFloat32
@@ -99,6 +100,11 @@ class NextFlowPreTrainedModel(LibraryModel):
         model.base_model.vq_model.requires_grad_(False)  # loading replaces parameters and thaws them
         return loaded
 
+    def __setattr__(self, name, value):
+        if name == "peft_config":  # what PEFT sets on a model that it has just put adapters on
+            place_adapters(self, value)
+        super().__setattr__(name, value)
+
     def set_attn_implementation(self, attn_implementation: str | dict, **kwargs) -> None:
         """As of the library's models; flex attention is the decoder's alone, see [`NextFlowModel`]."""
         if attn_implementation == FLEX:
@@ -141,7 +147,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
         width, code_dim = config.text_config.hidden_size, config.vq_config.code_dim
         self.language_model = NextFlowTextModel(config.text_config)
         self.vq_model = NextFlowVQModel(config.vq_config).requires_grad_(False)
-        self.code_embeddings = CodeEmbeddings(config.vq_config.codebook_size, code_dim)
+        self.code_embeddings = CodeEmbeddings(config.vq_config.codebook_size, code_dim, dtype=torch.float32)
         self.connector = Connector(code_dim, width)
         self.schedules = self.vq_model.schedules
         self.scale_embedding = ScaleEmbedding(self.schedules.max_scales, width)

@@ -291,6 +291,7 @@ class NextFlowVQModel(AtLeastFloat32, LibraryModel):
         self.quantizer = DualCodebookQuantizer(config)
         self.semantic_decoder = SemanticDecoder(config)
         self.pixel_decoder = PixelDecoder(config)
+        self.float()  # where it is built under another default
         self.post_init()
 
     @torch.no_grad()
