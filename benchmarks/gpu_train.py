@@ -95,7 +95,9 @@ def settings(attention: str, liger: bool) -> dict[str, Setting]:
     return rows
 
 
-def logits_at_once(hidden, heads, num_rows, targets, weights, z_loss: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+def logits_at_once(
+    hidden, heads, num_rows, targets, weights, z_loss: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Takes the place of `joint_cross_entropy`, but for the z-loss, for which no row asks."""
     at = targets != IGNORE
     total, losses = naive(hidden[at], *(head.weight for head in heads), targets[at], weights[at])

@@ -1,4 +1,4 @@
-"""Weights are used by calling modules, so whoever hooks modules serves every way into the model: offload by accelerate,
+"""Weights are used by calling modules, so whoever hooks modules serves every way into the model: accelerate's offload,
 and a hook that lets each module have its weights only while it runs."""
 
 import copy
@@ -158,7 +158,7 @@ def weights_only_while_running(model) -> Iterator[dict[str, torch.nn.Parameter]]
     """Every module has its own weights from just before its forward to just after it, and none otherwise."""
     weights = dict(model.named_parameters(remove_duplicate=False))
     handles = []
-    for path, module in model.named_modules():
+    for module in model.modules():
         own = {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
         away = {
             name: torch.nn.Parameter(parameter.to("meta"), parameter.requires_grad) for name, parameter in own.items()
@@ -190,7 +190,7 @@ def test_gradients_reach_weights_that_are_there_only_while_their_module_runs(mod
         model(**with_labels(model), z_loss=0.1, use_cache=False).loss.backward()
         output = model.model.vq_model(torch.rand(1, 3, 12, 12, generator=torch.Generator().manual_seed(0)))
         (output.reconstruction.square().sum() + output.semantic_features.square().sum()).backward()
-        output.quantization.partial_sums[-1].square().sum().backward()
+        sum(entries.sum() for entries, _ in output.quantization.pairs).backward()
         return {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
 
     model.requires_grad_(True)

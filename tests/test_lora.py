@@ -104,7 +104,8 @@ def test_an_adapter_added_to_the_model_itself_is_saved_and_loaded(tmp_path):
 
 
 def adapters_of(model) -> set[str]:
-    return {name.split(".lora_A")[0].split("base_model.model.")[-1] for name in model.state_dict() if ".lora_A" in name}
+    names = [name.split(".lora_A")[0] for name in model.state_dict() if ".lora_A" in name]
+    return {name.split("base_model.model.")[-1] for name in names}
 
 
 def add_by_peft(model, config):

@@ -211,7 +211,8 @@ def test_draws_depend_on_seed_and_key_alone(quantizer):
     assert torch.equal(permuted.input_codes, together.input_codes[order])
     torch.manual_seed(99)
     assert torch.equal(quantizer.quantize(source, SQUARE, correction, 5, keys).input_codes, together.input_codes)
-    for other in (quantizer.quantize(source, SQUARE, correction, 6, keys), quantizer.quantize(source, SQUARE, correction, 5, "xyz")):
+    for seed, names in ((6, keys), (5, "xyz")):
+        other = quantizer.quantize(source, SQUARE, correction, seed, names)
         assert not torch.equal(other.input_codes, together.input_codes)
 
 
