@@ -144,7 +144,7 @@ class Decoding:
             if scale + 1 == len(self.schedule):
                 break
             features = F.interpolate(total, size=self.schedule[scale + 1], mode="area").flatten(2).transpose(1, 2)
-            block = self.model.model.connect(features)
+            block = self.model.model.connector(features)
             hidden = self._forward(block.repeat(2, 1, 1), self._positions(scale + 1), cache, causal=False)
         return torch.cat(codes, dim=1)
 
@@ -157,7 +157,7 @@ class Decoding:
             logits, kept = (unconditional + GUIDANCE * (conditional - unconditional)).topk(TOP_K)
             codes.append(kept.gather(-1, torch.multinomial(logits.softmax(-1)[0], 1)[None]))
             entries = self.model.model.code_embeddings(codes[-1][..., 0])
-            embedding = self.model.model.connect(entries)
+            embedding = self.model.model.connector(entries)
             positions = torch.full((3, 2, 1), float(PROMPT_TOKENS + step), device=self.device)
             hidden = self._forward(embedding.repeat(2, 1, 1), positions, cache, causal=True)
         return torch.cat(codes, dim=1)

@@ -96,11 +96,11 @@ def settings(attention: str, liger: bool) -> dict[str, Setting]:
 
 
 def logits_at_once(
-    hidden, text_rows, code_rows, targets, weights, z_loss: float = 0.0
+    hidden, heads, num_rows, targets, weights, z_loss: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Takes the place of `joint_cross_entropy`, but for the z-loss, for which no row asks."""
     at = targets != IGNORE
-    total, losses = naive(hidden[at], text_rows, code_rows, targets[at], weights[at])
+    total, losses = naive(hidden[at], *(head.weight for head in heads), targets[at], weights[at])
     return total, losses.new_zeros(targets.shape).masked_scatter(at, losses)
 
 

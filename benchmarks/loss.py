@@ -7,6 +7,7 @@ rows. Times alternate within one process.
 
 import argparse
 import multiprocessing
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,7 +25,12 @@ def naive(hidden, text_rows, code_rows, targets, weights) -> tuple[torch.Tensor,
     return (losses * weights).sum(), losses.detach()
 
 
-LOSSES = {"naive": naive, "chunked": joint_cross_entropy}
+def chunked(hidden, text_rows, code_rows, targets, weights) -> tuple[torch.Tensor, torch.Tensor]:
+    heads = [partial(F.linear, weight=rows) for rows in (text_rows, code_rows)]
+    return joint_cross_entropy(hidden, heads, len(text_rows) + len(code_rows), targets, weights)
+
+
+LOSSES = {"naive": naive, "chunked": chunked}
 
 
 def new_inputs(sizes: dict[str, int], device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:

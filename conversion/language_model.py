@@ -68,7 +68,7 @@ def new_tensors(config: NextFlowConfig, vq_model: NextFlowVQModel, dtype: torch.
         "model.scale_embedding": model.model.scale_embedding,
         "code_head": model.code_head,
     }
-    tensors = {"model.code_embeddings.weight": vq_model.quantizer.codebook().detach()}  # float32, as in training
+    tensors = {"model.code_embeddings.weight": vq_model.quantizer().detach()}  # float32, as in training
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         for prefix, part in parts.items():

@@ -6,6 +6,7 @@ from test_modeling import qwen_of
 from tiny_models import (
     BOI,
     CODES,
+    EOI,
     EOS,
     IMAGE,
     PAD,
@@ -79,8 +80,14 @@ def with_last_scale(rows: list) -> list:
 
 @pytest.mark.parametrize(
     "strategy",
-    [{"do_sample": False}, {"do_sample": True, "top_k": 0, "temperature": 1.5}, {"num_beams": 3}],
-    ids=["greedy", "sampled", "beams"],
+    [
+        {"do_sample": False},
+        {"do_sample": True, "top_k": 0, "temperature": 1.5},
+        {"num_beams": 3},
+        {"num_beams": 3, "num_return_sequences": 2, "do_sample": True, "top_p": 0.9},
+        {"do_sample": False, "repetition_penalty": 1.4, "no_repeat_ngram_size": 2, "min_new_tokens": 4},
+    ],
+    ids=["greedy", "sampled", "beams", "sampled beams", "processors"],
 )
 def test_text_is_qwens_token_by_token(model, strategy):
     qwen = qwen_of(model)
@@ -119,6 +126,19 @@ def test_captions_are_those_of_full_forwards(model, last_scale):
             inputs["attention_mask"] = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
     assert torch.equal(cached.sequences, inputs["input_ids"]) and torch.equal(uncached, inputs["input_ids"])
     assert cached.sequences.shape[1] == length + 6
+
+
+@pytest.mark.parametrize("drafts", ["lookup", "another model", "its own"])
+@pytest.mark.parametrize("chat", [[10, 11, 12, 10, 11], CHATS[0]], ids=["text", "pictures"])
+def test_drafted_text_is_the_models_own(model, drafts, chat):
+    """Prompt lookup and assisted generation only guess ahead."""
+    inputs = batch_of(model, *with_last_scale([[*chat, 12, 11, 12]]))
+    options = TEXT_ONLY | {"suppress_tokens": [BOI, IMAGE, EOI, EOS], "max_new_tokens": 12, "do_sample": False}
+    expected = model.generate(**inputs, **options)
+    assistants = {"another model": tiny_model(seed=5), "its own": tiny_model()}
+    drafting = {"prompt_lookup_num_tokens": 3} if drafts == "lookup" else {"assistant_model": assistants[drafts]}
+    assert torch.equal(model.generate(**inputs, **options, **drafting), expected)
+    assert len(expected[0, -12:].unique()) > 3
 
 
 def test_a_batch_of_captions_is_each_alone(model):
@@ -310,7 +330,7 @@ def last_scale_again(model, rows: list, sequences: torch.Tensor) -> torch.Tensor
     if model.config.feature_mode == "accumulated":
         maps = [to_map(entries[:, schedule.slice(scale)], grid) for scale, grid in enumerate(schedule)]
         own = to_sequence(sum(resize_features(each, SQUARE) for each in maps))
-    replaced = inner.connect(own) + inner.scale_embedding(torch.tensor([3]), torch.tensor([3]))
+    replaced = inner.connector(own) + inner.scale_embedding(torch.tensor([3]), torch.tensor([3]))
     seen = {}
     hook = inner.language_model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.update(embeds=kwargs["inputs_embeds"], **kwargs), with_kwargs=True
@@ -504,6 +524,24 @@ def test_several_images_of_an_edit_see_its_pictures(model):
     output = draw(model, *EDITS, num_images_per_prompt=2)
     rows = [row for row in EDITS for _ in range(2)]
     assert relative(joined(output), forced(model, *rows, sequences=output.sequences)) < 1e-5
+
+
+def test_edits_of_edits_see_what_was_drawn(model):
+    """Each picture is drawn after those before it, given by their codes: as one forward over all of them says."""
+    chat, null, drawn = [[10, Picture(SQUARE, 1, last_scale=True)]], [[20, Picture(SQUARE, 1, last_scale=True)]], []
+    for turn, grid in enumerate((WIDE, SQUARE, WIDE)):
+        chat[0] += [11 + turn]
+        options = {"grid": grid, "seed": turn, "guidance_scale": 2.0}
+        output = draw(model, [*chat[0], BOI], nulls=[[*null[0], BOI]], **options)
+        codes = output.sequences
+        conditional, unconditional = (
+            forced(model, [*row[0], BOI], sequences=codes, grid=grid) for row in (chat, null)
+        )
+        assert relative(joined(output), unconditional + 2.0 * (conditional - unconditional)) < 1e-4
+        drawn.append(Picture(grid, last_scale=True, codes=codes[0] - TEXT_ROWS))
+        for row in (chat, null):
+            row[0].append(drawn[-1])
+    assert not torch.equal(drawn[0].codes, drawn[2].codes)
 
 
 def test_one_seed_serves_every_prompt(model):

@@ -219,6 +219,22 @@ def test_a_second_turn_reads_only_what_is_new(request, name, image_generation, b
         assert len(held) == 3 * len(prompts)
 
 
+@BY_GUIDANCE
+def test_six_turns_over_one_cache(reading, image_generation):
+    """As if all was run again in each turn."""
+    inputs = with_nulls(reading, *(last_scales(each[:2], reading) for each in (PROMPTS, NULLS)))
+    for turn in range(6):
+        cached = answer(reading, inputs, image_generation, seed=turn, max_new_tokens=4, max_new_images=1)
+        anew = {name: value for name, value in inputs.items() if name != "past_key_values"}
+        whole = answer(reading, anew, image_generation, seed=turn, max_new_tokens=4, max_new_images=1)
+        assert torch.equal(cached.sequences, whole.sequences) and torch.equal(cached.image_codes, whole.image_codes)
+        for mine, others in zip(cached.logits, whole.logits):
+            assert all(relative(one, other) < 1e-4 for one, other in zip(mine, others))
+        new = with_nulls(reading, [[30 + turn, 31], [32]], [[20], [20, 21]])
+        inputs = reading.next_turn(cached, **new)
+    assert len(cached.image_grid_hw) > 1 + 6
+
+
 def test_a_next_turn_is_the_turn_before_and_the_new_messages(model):
     first = answer(model, with_nulls(model, PROMPTS, NULLS), GUIDED)
     following = [[30, Picture(SQUARE, 9), 31], [33], [Picture(WIDE, 8), Picture(SQUARE, 7), 34]]

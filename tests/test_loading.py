@@ -1,5 +1,7 @@
 """What users of transformers expect of any model: loading, dtypes, caches, compilation, pipelines, adapters."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -7,13 +9,14 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch._dynamo.testing import CompileCounter
-from transformers import pipeline
+from transformers import BitsAndBytesConfig, pipeline
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from tests.tiny_models import BOI, CODES, SQUARE, TEXT_ROWS, WIDE, Picture, batch_of, relative, tiny_config, tiny_model
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowModel, NextFlowVQModel
 from transformers_nextflow.cli import main
+from transformers_nextflow.data.shards import vision_tokenizer_hash
 from transformers_nextflow.loading import load_vq_model
 
 ROWS = ([10, Picture(SQUARE, 1), 11], [12, 13, Picture(WIDE, 2), 14, 15])
@@ -60,12 +63,42 @@ def test_device_map_changes_nothing(model, folder, device_map):
     assert torch.equal(logits_of(loaded.cpu(), batch), logits_of(model, batch))
 
 
+@pytest.mark.parametrize("how", ["loaded", "cast", "loaded alone", "built"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_pictures_have_their_codes_in_any_precision(model, folder, how, dtype, tmp_path):
+    """Those that shards hold, and the name that shards know their tokenizer by; decoded pictures are the same too."""
+    vq_model = model.model.vq_model
+    if how == "loaded":
+        other = NextFlowForConditionalGeneration.from_pretrained(folder, dtype=dtype).model.vq_model
+    elif how == "cast":
+        other = copy.deepcopy(model).to(dtype).model.vq_model
+    elif how == "loaded alone":
+        vq_model.save_pretrained(tmp_path / "alone")
+        other = NextFlowVQModel.from_pretrained(tmp_path / "alone", dtype=dtype)
+    else:
+        other = NextFlowVQModel._from_config(copy.deepcopy(vq_model.config), dtype=dtype)
+        other.load_state_dict(vq_model.state_dict())
+    pixels = torch.rand(8, 3, 12, 12, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    codes = vq_model.encode(pixels)
+    assert len(codes.unique()) > 10 and torch.equal(other.encode(pixels), codes)
+    assert torch.equal(other.decode(codes, SQUARE), vq_model.decode(codes, SQUARE))
+    assert vision_tokenizer_hash(other) == vision_tokenizer_hash(vq_model)
+
+
+def test_rounded_encoders_are_another_vision_tokenizer(model):
+    other = copy.deepcopy(model.model.vq_model)
+    with torch.no_grad():
+        for parameter in other.pixel_encoder.parameters():
+            parameter.copy_(parameter.bfloat16())
+    assert vision_tokenizer_hash(other) != vision_tokenizer_hash(model.model.vq_model)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_codes_stay_float32_in_a_half_model(model, folder, dtype):
     loaded = NextFlowForConditionalGeneration.from_pretrained(folder, dtype=dtype)
     assert loaded.dtype == dtype and loaded.code_head.weight.dtype == dtype
     assert loaded.model.code_embeddings.weight.dtype == torch.float32
-    assert torch.equal(loaded.model.vq_model.quantizer.codebook(), model.model.vq_model.quantizer.codebook())
+    assert torch.equal(loaded.model.vq_model.quantizer(), model.model.vq_model.quantizer())
     assert loaded.model.language_model.rotary_emb.inv_freq.dtype == torch.float32
     logits = logits_of(loaded, batch_of(model, *ROWS))
     assert logits.dtype == dtype and relative(logits.float(), logits_of(model, batch_of(model, *ROWS))) < 0.1
@@ -86,7 +119,7 @@ def test_missing_weights_are_initialised_as_at_the_start(folder, warnings_of_the
     assert "code_head.weight" in warnings_of_the_library.text and "MISSING" in warnings_of_the_library.text
     biases = loaded.model.vq_model.semantic_encoder.encoder.layers[0].mlp.fc1.bias
     assert 0 < biases.abs().max() < 1e-4
-    assert torch.equal(loaded.model.code_embeddings.weight, loaded.model.vq_model.quantizer.codebook())
+    assert torch.equal(loaded.model.code_embeddings.weight, loaded.model.vq_model.quantizer())
 
 
 def test_extra_weights_are_reported(folder, warnings_of_the_library):
@@ -127,6 +160,52 @@ def test_quantised_loading_leaves_vision_tokenizer_and_heads_alone(model):
     assert converted == {name for name in linear if name.startswith("model.language_model.")}
     kept_of_base = HfQuantizer.get_modules_to_not_convert(model.model, None, model.model._keep_in_fp32_modules)
     assert not should_convert_module("vq_model.semantic_encoder.encoder.layers.0.mlp.fc1", kept_of_base)
+
+
+QUANTISED = {
+    "4 bits": lambda: BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    ),
+    "8 bits": lambda: BitsAndBytesConfig(load_in_8bit=True),
+}
+
+
+@pytest.mark.parametrize("bits", QUANTISED)
+def test_a_quantised_model_draws_reads_and_answers(bits, tmp_path):
+    """What it holds beside the decoder's layers is exact, and with it codes and pictures."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    whole = tiny_model(tiny_config(text={"hidden_size": 64, "intermediate_size": 128}))
+    whole.save_pretrained(tmp_path)
+    settings = QUANTISED[bits]()
+    loaded = NextFlowForConditionalGeneration.from_pretrained(tmp_path, quantization_config=settings, device_map="cpu")
+    quantised = [module for module in loaded.modules() if "bitsandbytes" in type(module).__module__]
+    batch = batch_of(whole, *ROWS)
+    read = batch["attention_mask"].bool()
+    likeness = torch.cosine_similarity(*(logits_of(each, batch)[read].float() for each in (loaded, whole)), dim=-1)
+    assert len(quantised) == 2 * 7 and 0.9 < likeness.mean() < 0.99999
+    pixels = torch.rand(9 + 8, 48) * 2 - 1
+    assert torch.equal(loaded.encode_images(pixels, [SQUARE, WIDE]), whole.encode_images(pixels, [SQUARE, WIDE]))
+    prompt = batch_of(whole, [10, Picture(SQUARE, 1, last_scale=True), BOI])
+    codes = loaded.generate(**prompt, generation_mode="image", guidance_scale=1.0, seed=0)
+    assert torch.equal(loaded.decode_image_tokens(codes), whole.decode_image_tokens(codes))
+    answer = loaded.generate(**batch, generation_mode="interleaved", image_generation={"guidance_scale": 1.0}, seed=0)
+    assert answer.sequences.shape[1] > batch["input_ids"].shape[1]
+
+
+def test_more_text_rows_leave_everything_as_it_is(model, tmp_path):
+    """Codes follow the text rows, so their ids move; new rows are drawn by no one."""
+    larger = tiny_model()
+    larger.resize_token_embeddings(TEXT_ROWS + 8)
+    larger.save_pretrained(tmp_path)
+    batch = batch_of(model, *ROWS)
+    drawing = batch_of(model, [10, BOI]) | {"generation_mode": "image", "guidance_scale": 1.0, "seed": 0}
+    expected, codes = logits_of(model, batch), model.generate(**drawing)
+    for each in (larger, NextFlowForConditionalGeneration.from_pretrained(tmp_path)):
+        text, added, of_codes = logits_of(each, batch).split([TEXT_ROWS, 8, CODES], dim=-1)
+        assert torch.equal(torch.cat([text, of_codes], dim=-1), expected)
+        drawn = each.generate(**drawing)
+        assert torch.equal(drawn - 8, codes)
+        assert torch.equal(each.decode_image_tokens(drawn), model.decode_image_tokens(codes))
 
 
 # Forward

@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 import torch
-from tiny_models import EOS, SQUARE, Picture, batch_of, relative, tiny_config, tiny_model
+from tiny_models import BOI, EOS, SQUARE, Picture, batch_of, relative, tiny_config, tiny_model
 from transformers import BitsAndBytesConfig
 
 from transformers_nextflow import NextFlowForConditionalGeneration
@@ -98,6 +98,96 @@ def test_an_adapter_added_to_the_model_itself_is_saved_and_loaded(tmp_path):
     loaded.load_adapter(str(tmp_path))
     assert not torch.equal(logits(loaded), logits(tiny_model()))
     assert torch.equal(logits(loaded), logits(model))
+
+
+# PEFT's own settings
+
+
+def adapters_of(model) -> set[str]:
+    names = [name.split(".lora_A")[0] for name in model.state_dict() if ".lora_A" in name]
+    return {name.split("base_model.model.")[-1] for name in names}
+
+
+def add_by_peft(model, config):
+    return peft.get_peft_model(model, config)
+
+
+def add_by_transformers(model, config):
+    model.add_adapter(config)
+    return model
+
+
+BY_DOOR = pytest.mark.parametrize("add", [add_by_peft, add_by_transformers])
+
+
+@BY_DOOR
+@pytest.mark.parametrize("tied", [False, True])
+def test_all_linear_trains_layers_connector_and_heads(add, tied, tmp_path):
+    """Each adapter gets a gradient; the frozen vision tokenizer has none, in what is loaded again as well."""
+    config = tiny_config(tie_word_embeddings=tied)
+    adapted = add(tiny_model(config), peft.LoraConfig(target_modules="all-linear", r=2, init_lora_weights=False))
+    parts = {".".join(name.split(".")[:2]) for name in adapters_of(adapted)}
+    heads = {"code_head"} if tied else {"code_head", "lm_head"}
+    assert parts == {"model.language_model", "model.connector"} | heads
+    assert len(adapters_of(adapted)) == 2 * 7 + 2 + len(heads)
+    inputs = batch(tiny_model(config))
+    adapted(**inputs, labels=inputs["input_ids"]).loss.backward()
+    for name, parameter in adapted.named_parameters():
+        assert parameter.requires_grad == (".lora_" in name), name
+        assert not parameter.requires_grad or parameter.grad.abs().max() > 0, name
+    expected = logits(adapted.eval())
+    adapted.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(tiny_model(config), tmp_path).eval()
+    assert adapters_of(loaded) == adapters_of(adapted) and relative(logits(loaded), expected) < 1e-6
+
+
+@BY_DOOR
+def test_names_of_layers_mean_the_decoders(add):
+    """SigLIP2's layers have the same names."""
+    adapted = add(tiny_model(), peft.LoraConfig(target_modules=["q_proj", "v_proj"]))
+    layers = [f"model.language_model.layers.{layer}.self_attn" for layer in (0, 1)]
+    assert adapters_of(adapted) == {f"{layer}.{name}_proj" for layer in layers for name in "qv"}
+
+
+@BY_DOOR
+def test_adapters_of_the_vision_tokenizer_alone_are_refused(add):
+    with pytest.raises(ValueError, match="frozen vision tokenizer, got {'fc1'}"):
+        add(tiny_model(), peft.LoraConfig(target_modules=["fc1"]))
+
+
+@pytest.mark.parametrize("targets", [["lm_head"], ["code_head"], ["lm_head", "code_head"]])
+def test_adapters_on_heads_learn_from_the_loss_as_from_logits(targets):
+    """The loss in chunks is the loss of the logits, with the same gradients."""
+    torch.manual_seed(0)
+    config = peft.LoraConfig(target_modules=targets, r=2, init_lora_weights=False)
+    adapted = peft.get_peft_model(tiny_model(), config)
+    inputs = batch(adapted.get_base_model())
+    ids = inputs["input_ids"]
+    at_text = (ids < EOS) & (inputs["attention_mask"] == 1)
+    words = ((7 * ids + 3) % EOS).masked_fill(~at_text, -100)
+
+    def gradients(loss) -> list[torch.Tensor]:
+        return [loss.detach(), *torch.autograd.grad(loss, [p for p in adapted.parameters() if p.requires_grad])]
+
+    by_loss = gradients(adapted(**inputs, shift_labels=words).loss)
+    scores = adapted(**inputs).logits.flatten(0, 1)
+    by_logits = gradients(torch.nn.functional.cross_entropy(scores, words.flatten()))
+    assert len(by_loss) == 1 + 2 * len(config.target_modules)
+    for ours, theirs in zip(by_loss, by_logits):
+        assert relative(ours, theirs) < 1e-5
+
+
+def test_the_connector_is_trained_and_saved_whole(tmp_path):
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["connector"])
+    adapted = peft.get_peft_model(tiny_model(), config)
+    train(adapted, batch(adapted.get_base_model()))
+    expected = logits(adapted.eval())
+    adapted.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(tiny_model(), tmp_path).eval()
+    assert torch.equal(logits(loaded), expected) and not torch.equal(logits(loaded), logits(tiny_model()))
+    prompt = batch_of(tiny_model(), [1, 2, BOI])
+    drawn = loaded.generate(**prompt, generation_mode="image", guidance_scale=1.0, seed=0)
+    assert drawn.shape == (1, 11) or drawn.shape == (1, 14)
 
 
 def test_settings_can_be_changed():

@@ -267,7 +267,7 @@ def test_the_number_of_scales_is_told_to_boi_and_blocks():
 
 def test_code_embeddings_start_as_the_codebook():
     model = NextFlowModel(tiny_config())
-    assert torch.equal(model.code_embeddings.weight, model.vq_model.quantizer.codebook())
+    assert torch.equal(model.code_embeddings.weight, model.vq_model.quantizer())
 
 
 def test_gradients_never_reach_the_vision_tokenizer(trainable):
@@ -328,6 +328,20 @@ def test_packed_documents_are_each_alone(trainable, order):
     assert together.keys() == alone.keys() and len(together) > 30
     for name, gradient in together.items():
         assert relative(gradient, alone[name]) < 1e-5, name
+
+
+def test_training_after_inference_mode():
+    """Of grids that were first seen in inference mode."""
+    schedules = [[[1, 1], [2, 3], [3, 5]], [[1, 1], [3, 2], [5, 3]]]
+    model = tiny_model(tiny_config(vq={"scale_schedules": schedules})).train()
+    inputs = batch_of(model, [10, Picture((3, 5), last_scale=True), 11, Picture((5, 3))])
+    with torch.inference_mode():
+        model(**inputs)
+        prompt = batch_of(model, [10, Picture((3, 5), last_scale=True), BOI])
+        model.generate(**prompt, generation_mode="image", guidance_scale=1.0, height=20, width=12)
+    ids = inputs["input_ids"]
+    model(**inputs, labels=ids.masked_fill((ids == BOI) | (ids == IMAGE), -100)).loss.backward()
+    assert model.model.connector[0].weight.grad.abs().max() > 0
 
 
 def test_gradient_checkpointing_changes_no_gradient(trainable):

@@ -83,7 +83,7 @@ def nearest_by_hand(quantizer, features_BChw, input_codes_BL, schedule) -> torch
 @SCHEDULES
 def test_targets_are_the_nearest_entries(quantizer, schedule):
     source = features(schedule)
-    output = quantizer(source, schedule)
+    output = quantizer.quantize(source, schedule)
     assert output.target_codes.shape == (3, schedule.num_codes)
     assert torch.equal(output.input_codes, output.target_codes)
     distances = nearest_by_hand(quantizer, source, output.target_codes, schedule)
@@ -92,13 +92,13 @@ def test_targets_are_the_nearest_entries(quantizer, schedule):
 
 def test_distances_are_weighted_squared_distances(quantizer):
     vectors = features(SQUARE).permute(0, 2, 3, 1).reshape(-1, SEMANTIC + PIXEL)
-    got = quantizer.distances(quantizer.normalized(vectors), quantizer.codebook())
+    got = quantizer.distances(quantizer.normalized(vectors), quantizer())
     torch.testing.assert_close(got, squared_distances(quantizer, vectors), atol=1e-5, rtol=1e-6)
 
 
 @SCHEDULES
 def test_quantized_is_the_decoded_codes(quantizer, schedule):
-    output = quantizer(features(schedule), schedule, SelfCorrection(), keys="abc")
+    output = quantizer.quantize(features(schedule), schedule, SelfCorrection(), keys="abc")
     torch.testing.assert_close(output.quantized, quantizer.decode(output.input_codes, schedule))
     torch.testing.assert_close(output.quantized, sum(entry_maps(quantizer, output.input_codes, schedule)))
 
@@ -112,11 +112,11 @@ def sums_of_scales(quantizer, codes_BL: torch.Tensor, schedule: ScaleSchedule) -
 @SCHEDULES
 def test_tokenflows_pairs_are_each_scales_entries_and_normalised_queries(quantizer, schedule):
     source = features(schedule)
-    output = quantizer(source, schedule, SelfCorrection(), keys="abc")
+    output = quantizer.quantize(source, schedule, SelfCorrection(), keys="abc")
     sums = [torch.zeros_like(source), *sums_of_scales(quantizer, output.input_codes, schedule)]
     assert len(output.pairs) == len(schedule)
     for scale, (given, meant) in enumerate(output.pairs):
-        entries = quantizer.codebook()[output.input_codes[:, schedule.slice(scale)]]
+        entries = quantizer()[output.input_codes[:, schedule.slice(scale)]]
         torch.testing.assert_close(given, to_map(entries, schedule[scale]))
         pooled = F.adaptive_avg_pool2d(source - sums[scale], schedule[scale])
         if quantizer.normalize:
@@ -129,7 +129,7 @@ def test_tokenflows_pairs_are_each_scales_entries_and_normalised_queries(quantiz
 
 def test_vars_pairs_are_the_sum_so_far_and_the_features(quantizer):
     source = features(SQUARE)
-    output = quantizer(source, SQUARE, codebook_loss="var")
+    output = quantizer.quantize(source, SQUARE, codebook_loss="var")
     assert len(output.pairs) == len(SQUARE)
     for (given, meant), expected in zip(output.pairs, sums_of_scales(quantizer, output.target_codes, SQUARE)):
         torch.testing.assert_close(given, expected)
@@ -139,7 +139,7 @@ def test_vars_pairs_are_the_sum_so_far_and_the_features(quantizer):
 @pytest.mark.parametrize("codebook_loss", CODEBOOK_LOSSES)
 def test_dropped_scales_leave_no_pair(quantizer, codebook_loss):
     keep_scales = [True, False, True, False]
-    output = quantizer(features(SQUARE), SQUARE, keep_scales=keep_scales, codebook_loss=codebook_loss)
+    output = quantizer.quantize(features(SQUARE), SQUARE, keep_scales=keep_scales, codebook_loss=codebook_loss)
     assert len(output.pairs) == 2 and len(output.queries) == 4
 
 
@@ -147,7 +147,7 @@ def test_dropped_scales_leave_no_pair(quantizer, codebook_loss):
 def test_both_forms_have_one_value_and_gradients_of_their_own(quantizer, schedule):
     source = features(schedule).requires_grad_()
     direction = features(schedule, seed=2)
-    outputs = {name: quantizer(source, schedule, codebook_loss=name) for name in CODEBOOK_LOSSES}
+    outputs = {name: quantizer.quantize(source, schedule, codebook_loss=name) for name in CODEBOOK_LOSSES}
     assert torch.equal(outputs["tokenflow"].target_codes, outputs["var"].target_codes)
     assert torch.equal(outputs["tokenflow"].quantized, outputs["var"].quantized)
     got = {
@@ -166,7 +166,7 @@ def test_both_forms_have_one_value_and_gradients_of_their_own(quantizer, schedul
 
 def test_residual_norms_precede_each_scale(quantizer):
     source = features(SQUARE)
-    output = quantizer(source, SQUARE)
+    output = quantizer.quantize(source, SQUARE)
     sums = sums_of_scales(quantizer, output.target_codes, SQUARE)
     residuals = [source, *(source - partial for partial in sums[:-1])]
     expected = torch.stack([residual.square().mean().sqrt() for residual in residuals])
@@ -175,7 +175,7 @@ def test_residual_norms_precede_each_scale(quantizer):
 
 def test_a_dropped_scale_subtracts_nothing(quantizer):
     source = features(SQUARE)
-    dropped = quantizer(source, SQUARE, keep_scales=[True, False, True, True])
+    dropped = quantizer.quantize(source, SQUARE, keep_scales=[True, False, True, True])
     maps = entry_maps(quantizer, dropped.target_codes, SQUARE)
     torch.testing.assert_close(dropped.quantized, maps[0] + maps[2] + maps[3])
     third = F.adaptive_avg_pool2d(source - maps[0], SQUARE[2]).permute(0, 2, 3, 1).reshape(-1, SEMANTIC + PIXEL)
@@ -188,12 +188,12 @@ def test_a_dropped_scale_subtracts_nothing(quantizer):
 def test_the_residual_continues_from_the_drawn_code(quantizer, schedule, temperature):
     source = features(schedule)
     correction = SelfCorrection(top_k=4, temperature=temperature)
-    output = quantizer(source, schedule, correction, seed=3, keys=[0, 1, 2])
+    output = quantizer.quantize(source, schedule, correction, seed=3, keys=[0, 1, 2])
     drawn = output.input_codes != output.target_codes
     assert drawn.any()
     distances = nearest_by_hand(quantizer, source, output.input_codes, schedule)
     assert torch.equal(output.target_codes, distances.argmin(-1))
-    plain = quantizer(source, schedule).target_codes
+    plain = quantizer.quantize(source, schedule).target_codes
     assert not torch.equal(output.target_codes, plain)  # later targets correct the disturbance
     nearest = distances.topk(4, largest=False).indices
     assert (nearest == output.input_codes[..., None]).any(-1).all()
@@ -201,17 +201,18 @@ def test_the_residual_continues_from_the_drawn_code(quantizer, schedule, tempera
 
 def test_draws_depend_on_seed_and_key_alone(quantizer):
     source, keys, correction = features(SQUARE), ["cat", "dog", 7], SelfCorrection()
-    together = quantizer(source, SQUARE, correction, seed=5, keys=keys)
+    together = quantizer.quantize(source, SQUARE, correction, seed=5, keys=keys)
     for i, key in enumerate(keys):
-        alone = quantizer(source[i : i + 1], SQUARE, correction, seed=5, keys=[key])
+        alone = quantizer.quantize(source[i : i + 1], SQUARE, correction, seed=5, keys=[key])
         assert torch.equal(alone.input_codes[0], together.input_codes[i])
         assert torch.equal(alone.target_codes[0], together.target_codes[i])
     order = [2, 0, 1]
-    permuted = quantizer(source[order], SQUARE, correction, seed=5, keys=[keys[i] for i in order])
+    permuted = quantizer.quantize(source[order], SQUARE, correction, seed=5, keys=[keys[i] for i in order])
     assert torch.equal(permuted.input_codes, together.input_codes[order])
     torch.manual_seed(99)
-    assert torch.equal(quantizer(source, SQUARE, correction, 5, keys).input_codes, together.input_codes)
-    for other in (quantizer(source, SQUARE, correction, 6, keys), quantizer(source, SQUARE, correction, 5, "xyz")):
+    assert torch.equal(quantizer.quantize(source, SQUARE, correction, 5, keys).input_codes, together.input_codes)
+    for seed, names in ((6, keys), (5, "xyz")):
+        other = quantizer.quantize(source, SQUARE, correction, seed, names)
         assert not torch.equal(other.input_codes, together.input_codes)
 
 
@@ -219,8 +220,8 @@ def test_draws_depend_on_seed_and_key_alone(quantizer):
     "correction", [SelfCorrection(token_share=0.0), SelfCorrection(probability=0.0), SelfCorrection(top_k=1)]
 )
 def test_nothing_to_disturb_is_plain(quantizer, correction):
-    plain = quantizer(features(SQUARE), SQUARE)
-    output = quantizer(features(SQUARE), SQUARE, correction, keys="abc")
+    plain = quantizer.quantize(features(SQUARE), SQUARE)
+    output = quantizer.quantize(features(SQUARE), SQUARE, correction, keys="abc")
     assert torch.equal(output.input_codes, plain.target_codes)
     assert torch.equal(output.target_codes, plain.target_codes)
     assert torch.equal(output.quantized, plain.quantized)
@@ -277,7 +278,7 @@ def test_the_largest_pick_stays_in_the_top_k():
 
 
 def test_top_k_beyond_the_codebook_is_the_codebook(quantizer):
-    output = quantizer(features(SQUARE), SQUARE, SelfCorrection(top_k=CODES + 5), keys="abc")
+    output = quantizer.quantize(features(SQUARE), SQUARE, SelfCorrection(top_k=CODES + 5), keys="abc")
     assert output.input_codes.max() < CODES
 
 
@@ -285,7 +286,7 @@ def test_top_k_beyond_the_codebook_is_the_codebook(quantizer):
 def test_only_scales_within_the_limits_are_disturbed(quantizer, first, last):
     correction = SelfCorrection(token_share=1.0, first_scale=first, last_scale=last, top_k=20)
     disturb, _ = correction.draws(SQUARE, seed=0, keys="abc")
-    output = quantizer(features(SQUARE), SQUARE, correction, keys="abc")
+    output = quantizer.quantize(features(SQUARE), SQUARE, correction, keys="abc")
     for scale in range(len(SQUARE)):
         inside = first <= scale <= (len(SQUARE) - 1 if last is None else last)
         at = SQUARE.slice(scale)
@@ -295,9 +296,9 @@ def test_only_scales_within_the_limits_are_disturbed(quantizer, first, last):
 
 def test_bfloat16_autocast_changes_no_code(quantizer):
     source = features(SQUARE, batch=8)
-    plain = quantizer(source, SQUARE, SelfCorrection(), keys=range(8))
+    plain = quantizer.quantize(source, SQUARE, SelfCorrection(), keys=range(8))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        autocast = quantizer(source, SQUARE, SelfCorrection(), keys=range(8))
+        autocast = quantizer.quantize(source, SQUARE, SelfCorrection(), keys=range(8))
     assert torch.equal(autocast.target_codes, plain.target_codes)
     assert torch.equal(autocast.input_codes, plain.input_codes)
     assert autocast.quantized.dtype == torch.float32
@@ -306,7 +307,7 @@ def test_bfloat16_autocast_changes_no_code(quantizer):
 
 @SCHEDULES
 def test_residual_features_are_one_scales_entries_on_the_next_grid(quantizer, schedule):
-    entries = quantizer.codebook()[quantizer(features(schedule), schedule).target_codes]
+    entries = quantizer()[quantizer.quantize(features(schedule), schedule).target_codes]
     expected = []
     for scale in range(1, len(schedule)):
         (h0, w0), (h1, w1) = schedule[scale - 1], schedule[scale]
@@ -320,13 +321,13 @@ def test_residual_features_are_one_scales_entries_on_the_next_grid(quantizer, sc
 
 @SCHEDULES
 def test_accumulated_features_are_the_running_sum_on_the_next_grid(quantizer, schedule):
-    codes = quantizer(features(schedule), schedule).target_codes
+    codes = quantizer.quantize(features(schedule), schedule).target_codes
     maps = entry_maps(quantizer, codes, schedule)
     expected = [
         F.adaptive_avg_pool2d(sum(maps[:scale]), schedule[scale]).flatten(2).transpose(1, 2)
         for scale in range(1, len(schedule))
     ]
-    result = next_scale_features(quantizer.codebook()[codes], schedule, accumulate=True)
+    result = next_scale_features(quantizer()[codes], schedule, accumulate=True)
     torch.testing.assert_close(result, torch.cat(expected, 1))
 
 
@@ -346,12 +347,12 @@ def test_maps_and_sequences_are_row_major():
 
 def test_errors(quantizer):
     with pytest.raises(ValueError, match="codebook_loss must be one of tokenflow, var, got 'vqgan'"):
-        quantizer(features(SQUARE), SQUARE, codebook_loss="vqgan")
+        quantizer.quantize(features(SQUARE), SQUARE, codebook_loss="vqgan")
     with pytest.raises(ValueError, match=r"grid \(3, 7\), the schedule ends in \(5, 5\)"):
-        quantizer(features(WIDE), SQUARE)
+        quantizer.quantize(features(WIDE), SQUARE)
     for keys in (None, ["one"]):
         with pytest.raises(ValueError, match="one key for each of the 3 samples"):
-            quantizer(features(SQUARE), SQUARE, SelfCorrection(), keys=keys)
+            quantizer.quantize(features(SQUARE), SQUARE, SelfCorrection(), keys=keys)
     for wrong in ({"probability": 1.5}, {"token_share": -0.1}, {"token_share": (0.8, 0.2)}):
         with pytest.raises(ValueError, match="shares must lie in"):
             replace(SelfCorrection(), **wrong)

@@ -61,7 +61,7 @@ class Case:
 
     def run(self, **kwargs):
         keep_scales = self.setting["keep_scales"]
-        return self.quantizer(
+        return self.quantizer.quantize(
             self.features, self.schedule, keep_scales=keep_scales, pixel_only=self.pixel_only, **kwargs
         )
 

@@ -5,12 +5,13 @@ Held-out losses of both are of the second kind, because it is what a step of gen
 over more rows is never smaller.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from torch import nn
 
 from transformers_nextflow import modeling_nextflow
 from transformers_nextflow.losses import IGNORE, joint_cross_entropy
@@ -24,18 +25,19 @@ CLAIMS = [Claim(SAYS, "fig. 9", *ARMS, measure, "0 or -") for measure in ("visio
 
 def separate_cross_entropy(
     hidden: torch.Tensor,
-    text_rows: torch.Tensor,
-    code_rows: torch.Tensor,
+    heads: Sequence[nn.Linear],
+    num_rows: int,
     targets: torch.Tensor,
     weights: torch.Tensor,
     z_loss: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As [`joint_cross_entropy`], but under a softmax over the rows of the target's own kind."""
-    is_code = targets >= len(text_rows)
-    text_targets, code_targets = targets.clone(), targets - len(text_rows)
+    text_rows = heads[0].out_features
+    is_code = targets >= text_rows
+    text_targets, code_targets = targets.clone(), targets - text_rows
     text_targets[is_code], code_targets[~is_code] = IGNORE, IGNORE
-    text_total, text_losses = joint_cross_entropy(hidden, text_rows, code_rows[:0], text_targets, weights, z_loss)
-    code_total, code_losses = joint_cross_entropy(hidden, text_rows[:0], code_rows, code_targets, weights, z_loss)
+    text_total, text_losses = joint_cross_entropy(hidden, heads[:1], num_rows, text_targets, weights, z_loss)
+    code_total, code_losses = joint_cross_entropy(hidden, heads[1:], num_rows, code_targets, weights, z_loss)
     return text_total + code_total, text_losses + code_losses
 
 

@@ -112,7 +112,7 @@ class Artist:
         return rebuilt
 
     def _batches(self, items: Sequence[Item], what: str) -> Iterator[list[int]]:
-        """Numbers of items to be run together: pictures of one shape, and prompts of like length next to each other."""
+        """Numbers of items to be run together: pictures of one shape, prompts of like length next to each other."""
         texts = [sum(len(part) for part in item.user if isinstance(part, str)) for item in items]
         order = sorted(range(len(items)), key=lambda n: (_aspect_ratio(items[n]), len(items[n].read), texts[n]))
         with tqdm(total=len(items), desc=what, leave=False) as progress:

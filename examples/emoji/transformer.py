@@ -68,7 +68,7 @@ def new_model(
     torch.manual_seed(seed)
     model = NextFlowForConditionalGeneration(nextflow_config(tokenizer, vq_model.config, **config))
     model.model.vq_model.load_state_dict(vq_model.state_dict())
-    model.model.code_embeddings.weight.data.copy_(vq_model.quantizer.codebook())
+    model.model.code_embeddings.weight.data.copy_(vq_model.quantizer())
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model

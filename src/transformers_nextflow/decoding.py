@@ -61,12 +61,14 @@ class RowDecoder:
     """Rows that read prompts, then grow by tokens and scales, over one [`RowCache`].
 
     Attributes:
+        device: of the prompts; wherever the model's parts are, what goes between them is here.
         counters: of each row, the position counter of what comes next (NextFlow fig. 5).
     """
 
-    def __init__(self, model: "NextFlowForConditionalGeneration", cache: RowCache):
+    def __init__(self, model: "NextFlowForConditionalGeneration", cache: RowCache, device: torch.device):
         self.model = model
         self.cache = cache
+        self.device = device
         self.counters = [0] * cache.num_rows
 
     def read(
@@ -97,7 +99,7 @@ class RowDecoder:
         padding_RL = columns_RL < 0
         columns_RL = torch.where(padding_RL, columns_RL.amax(dim=1, keepdim=True), columns_RL)
         rows_R1 = torch.arange(len(fresh), device=input_ids.device)[:, None]
-        embeds_RLD = self.model.get_input_embeddings()(input_ids)
+        embeds_RLD = self.model.get_input_embeddings()(input_ids).to(self.device)
         if layout.images:
             embeds_RLD = self.model.model.embed_images(embeds_RLD, layout, codes)
         blocks_RL = layout.block_ids[rows_R1, columns_RL].masked_fill(padding_RL, -1)
@@ -117,10 +119,10 @@ class RowDecoder:
     ) -> torch.Tensor:
         """One token for each of `rows`; returns their (r, 1, D) hidden states. `opens`: the tokens are `<boi>` of
         pictures of this schedule."""
-        embedding = self.model.get_input_embeddings()
-        embeds_r1D = embedding(torch.tensor(token_ids, device=embedding.weight.device)[:, None])
+        ids_r1 = torch.tensor(token_ids, device=self.device)[:, None]
+        embeds_r1D = self.model.get_input_embeddings()(ids_r1).to(self.device)
         if opens is not None:
-            embeds_r1D = embeds_r1D + self._scale_embedding(0, opens).to(embeds_r1D.dtype)
+            embeds_r1D = embeds_r1D + self._scale_embedding(0, opens).to(embeds_r1D)
         positions_r1 = torch.tensor([self.counters[row] for row in rows], device=embeds_r1D.device).float()[:, None]
         return self._forward(rows, embeds_r1D, positions_r1.expand(3, -1, -1), [[token] for token in token_ids])
 
@@ -129,7 +131,7 @@ class RowDecoder:
     ) -> torch.Tensor:
         """The block of scale `scale` (0-based; len(schedule) is the further block of the last codes) for each of
         `rows`; returns its (r, l, D) hidden states."""
-        inputs_rlD = inputs_rlD + self._scale_embedding(scale, schedule).to(inputs_rlD.dtype)
+        inputs_rlD = inputs_rlD + self._scale_embedding(scale, schedule).to(inputs_rlD)
         grid = schedule[min(scale, len(schedule) - 1)]
         cells_2l = scale_coordinates(grid, self.model.model.finest_edge).to(inputs_rlD.device)
         counter_r = torch.tensor([self.counters[row] for row in rows], device=inputs_rlD.device)
@@ -153,9 +155,8 @@ class RowDecoder:
         self.counters = [self.counters[row] for row in rows]
 
     def _scale_embedding(self, scale: int, schedule: ScaleSchedule) -> torch.Tensor:
-        embedding = self.model.model.scale_embedding
-        index, count = torch.tensor([[scale + 1], [len(schedule)]], device=embedding.index.weight.device)
-        return embedding(index, count)
+        index, count = torch.tensor([[scale + 1], [len(schedule)]], device=self.device)
+        return self.model.model.scale_embedding(index, count)
 
     def _forward(
         self,
@@ -174,7 +175,7 @@ class RowDecoder:
             past_key_values=self.cache,
             use_cache=True,
             **({} if is_causal else {"is_causal": False}),
-        ).last_hidden_state
+        ).last_hidden_state.to(self.device)
         self.cache.commit(token_ids)
         for row in rows:
             self.counters[row] += 1
@@ -220,13 +221,13 @@ def draw_images(
         whole = [bool(forced_mask[:, schedule.slice(scale)].all()) for scale in range(len(schedule))]
         reached = [schedule.slice(scale).stop <= forced_codes.shape[1] for scale in range(len(schedule))]
         forced_scales = [*(a and b for a, b in zip(whole, reached)), False].index(False)
-    hidden_rlD, device = hidden_r1D, hidden_r1D.device
+    hidden_rlD, device = hidden_r1D, decoder.device
     codes_BL = torch.empty(len(contexts[0]), 0, dtype=torch.long, device=device)
     logits, num_logits = [], len(schedule) if output_logits is True else int(output_logits)
     total = 0.0 if model.config.feature_mode == "accumulated" else None
 
     def predict(hidden_rlD: torch.Tensor, scale: int) -> torch.Tensor:
-        logits_rlV = model.code_head(hidden_rlD[: needed[scale] * len(codes_BL)]).float()
+        logits_rlV = model.code_head(hidden_rlD[: needed[scale] * len(codes_BL)]).to(device, torch.float32)
         return guide(logits_rlV, controls.guidance[scale], controls.image_guidance[scale], needed[scale])
 
     def pick(logits_BlV: torch.Tensor, scale: int, top_k: int) -> torch.Tensor:
@@ -262,7 +263,7 @@ def draw_images(
                 first_columns = decoder.cache.last_columns(rows, schedule.lengths[scale])
                 for top_k in controls.refine_top_k:
                     features_BlC = same_scale_step(model.model.code_embeddings(codes_Bl), schedule, scale, total)
-                    inputs_rlD = model.model.connect(features_BlC).repeat(len(contexts), 1, 1)
+                    inputs_rlD = model.model.connector(features_BlC).to(hidden_rlD).repeat(len(contexts), 1, 1)
                     for row in rows:
                         length, counter = decoder.position(row)
                         decoder.rewind(row, (length - schedule.lengths[scale], counter - 1))
@@ -281,7 +282,7 @@ def draw_images(
                 contexts = contexts[: max(needed[scale + 1 :])]
                 rows = [row for context in contexts for row in context]
             features_BlC, total = next_scale_step(model.model.code_embeddings(codes_Bl), schedule, scale, total)
-            inputs_rlD = model.model.connect(features_BlC).repeat(len(contexts), 1, 1)
+            inputs_rlD = model.model.connector(features_BlC).to(hidden_rlD).repeat(len(contexts), 1, 1)
             hidden_rlD = decoder.write_scale(rows, inputs_rlD, schedule, scale + 1)
     if forced_scales == len(schedule) and repeats > 1:
         codes_BL, logits = (

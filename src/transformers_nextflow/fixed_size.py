@@ -34,7 +34,7 @@ def stretch_positions(positions_1ND: torch.Tensor, grid: Grid) -> torch.Tensor:
 class StretchedCLIPEmbeddings(CLIPVisionEmbeddings):
     def interpolate_pos_encoding(self, embeddings, height, width):
         grid = (height // self.patch_size, width // self.patch_size)
-        return stretch_positions(self.position_embedding.weight[None], grid)
+        return stretch_positions(self.position_embedding(self.position_ids), grid)
 
 
 class StretchedViTEmbeddings(ViTEmbeddings):

@@ -178,7 +178,8 @@ class NextFlowGenerationMixin(GenerationMixin):
         num_images = integer("num_images_per_prompt", num_images, 1)
         generators = RowGenerators.create(len(input_ids), num_images, seed, generator)
         if forced_codes is not None:
-            forced_codes, forced_mask = self._check_forced(forced_codes, forced_mask, len(input_ids), schedule)
+            forced = self._check_forced(forced_codes, forced_mask, len(input_ids), schedule)
+            forced_codes, forced_mask = (tensor.to(input_ids.device) for tensor in forced)
         elif forced_mask is not None:
             raise ValueError("forced_mask needs forced_codes")
         if not self._is_open(input_ids) or not (negative_input_ids is None or self._is_open(negative_input_ids)):
@@ -529,7 +530,7 @@ class NextFlowGenerationMixin(GenerationMixin):
         if mask.any() and not (0 <= codes[mask].min() and codes[mask].max() < limit):
             low, high = int(codes[mask].min()), int(codes[mask].max())
             raise ValueError(f"forced_codes must lie in [0, {limit}), without the text rows, got {low} to {high}")
-        return codes.to(self.device), mask.to(self.device)
+        return codes, mask
 
     def _context_rows(
         self, prompts: tuple, nulls: tuple, controls: ImageControls
@@ -618,7 +619,7 @@ class NextFlowGenerationMixin(GenerationMixin):
                 f"past_key_values must come from interleaved generation over {len(input_ids)} rows (prompts and null "
                 f"prompts), got {held}"
             )
-        decoder = RowDecoder(self, past_key_values)
+        decoder = RowDecoder(self, past_key_values, input_ids.device)
         hidden_R1D = decoder.read(input_ids, mask, layout, [codes[index] for indices in of_row for index in indices])
         pictures = [[(given[index], codes[index]) for index in indices] for indices in of_row[:num_prompts]]
         return decoder, hidden_R1D, pictures

@@ -66,7 +66,7 @@ def interleave(
 
     def write_text() -> None:
         rows = [row for row, answer in enumerate(answers) if not answer.is_open and not answer.is_done]
-        logits_rV = model.lm_head(torch.cat([hidden[row] for row in rows])).float()
+        logits_rV = model.lm_head(torch.cat([hidden[row] for row in rows])).to(decoder.device, torch.float32)
         uniform_r1 = generators.take(rows).uniform(1, logits_rV.device) if do_sample else None
         for index, row in enumerate(rows):
             answer, logits_1V = answers[row], logits_rV[index : index + 1]
@@ -116,7 +116,7 @@ def interleave(
         schedule = controls.schedule
         if config.condition_last_scale:
             entries_BlC = model.model.code_embeddings(codes_BL[:, schedule.slice(len(schedule) - 1)])
-            inputs_rlD = model.model.connect(entries_BlC).repeat(len(contexts[:2]), 1, 1)
+            inputs_rlD = model.model.connector(entries_BlC).to(hidden_R1D).repeat(len(contexts[:2]), 1, 1)
             decoder.write_scale(all_rows, inputs_rlD, schedule, len(schedule))
         hidden.update(zip(all_rows, decoder.write_tokens(all_rows, [config.eoi_token_id] * len(all_rows))))
         slots = num_image_slots(schedule, config.condition_last_scale)

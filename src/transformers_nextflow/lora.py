@@ -5,12 +5,17 @@ model = get_peft_model(model, lora_config())
 ```
 """
 
+import copy
+import re
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from peft import LoraConfig
+from torch import nn
 
-# The decoder's linear layers; the vision tokenizer has some of the same names, and no part in training.
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftConfig
+
+    from .modeling_nextflow import NextFlowPreTrainedModel
+
 DECODER_LINEARS = r"(.*\.)?language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 CODE_MODULES = ["code_head", "code_embeddings"]
 
@@ -35,3 +40,39 @@ def lora_config(**kwargs) -> "LoraConfig":
         "task_type": "CAUSAL_LM",
     }
     return LoraConfig(**defaults | kwargs)
+
+
+# What adapters have no place on, though it has linear layers: the frozen vision tokenizer, and a table of embeddings.
+LEFT_OUT = r"(.*\.)?(vq_model|scale_embedding)\..*"
+
+
+def place_adapters(model: "NextFlowPreTrainedModel", configs: dict[str, "PeftConfig"]) -> None:
+    """Take adapters that PEFT has just put on `model` off what has none, and say so in their configs.
+
+    PEFT's `"all-linear"` means every linear layer but `lm_head`, as of models of text. Here `lm_head` gets an adapter
+    as well, unless it is the embedding too, because it shares a softmax with `code_head`.
+
+    Raises:
+        ValueError: if no adapter is left.
+    """
+    for path, module in list(model.named_modules()):
+        if hasattr(module, "base_layer") and re.fullmatch(LEFT_OUT, path):
+            model.set_submodule(path, module.base_layer)
+    adapted = [path for path, module in model.named_modules() if hasattr(module, "base_layer")]
+    bare = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    bare = [path for path in bare if not re.fullmatch(LEFT_OUT, path) and not path.startswith(tuple(adapted))]
+    for name, config in configs.items():
+        targets = getattr(config, "target_modules", None)
+        if not targets:
+            continue
+        if not adapted:
+            raise ValueError(f"adapters of {name} would all sit on the frozen vision tokenizer, got {targets}")
+        if not config.exclude_modules:
+            config.exclude_modules = LEFT_OUT
+        if bare == ["lm_head"] and not model.config.tie_word_embeddings:
+            from peft import inject_adapter_in_model
+
+            of_head = copy.deepcopy(config)
+            of_head.target_modules = {"lm_head"}
+            inject_adapter_in_model(of_head, model, name)
+            config.target_modules = {*targets, "lm_head"}

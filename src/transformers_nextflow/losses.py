@@ -4,14 +4,16 @@ Shape suffixes: B batch, L sequence, N supervised positions, n those of one chun
 codes).
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from .layout import SequenceLayout
 
 IGNORE = -100
-LOGITS_AT_ONCE = 2**26  # of one chunk: 256 MiB in float32
+LOGITS_AT_ONCE = 2**25  # of one chunk: 128 MiB in float32
 
 
 def shift_labels_of(
@@ -86,94 +88,42 @@ def fill_code_targets(
 
 def joint_cross_entropy(
     hidden: torch.Tensor,
-    text_rows: torch.Tensor,
-    code_rows: torch.Tensor,
+    heads: Sequence[Callable[[torch.Tensor], torch.Tensor]],
+    num_rows: int,
     targets: torch.Tensor,
     weights: torch.Tensor,
     z_loss: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum of weight x cross-entropy under one softmax over text and code rows; exact, without the logits of all
+    """Sum of weight x cross-entropy under one softmax over the rows of all heads; exact, without the logits of all
     positions at once.
+
+    Heads are called, chunk by chunk of positions, so that adapters on them, offload and tensor parallelism take part.
+    What a chunk's logits were is computed again in the backward.
 
     Args:
         hidden: (..., D).
-        text_rows, code_rows: (text rows, D) and (codes, D), the weights of the heads.
+        heads: modules from (n, D) hidden states to (n, rows) logits, in the order of the targets' ids.
+        num_rows: of all heads.
         targets: (...) int64 over all rows, `IGNORE` where nothing is supervised.
         weights: (...) of the targets, constants.
         z_loss: coefficient of the squared log-sum-exp of the logits, added to each target's cross-entropy before it is
             weighed; it holds the softmax's normaliser near 1. No part of the paper.
 
     Returns:
-        The sum, a scalar to divide and to differentiate once, and the (...) unweighted cross-entropies, detached, 0
-        where nothing is supervised. Both float32, or float64 for inputs in it.
+        The sum, a scalar, and the (...) unweighted cross-entropies, detached, 0 where nothing is supervised. Both
+        float32, or float64 for logits in it.
     """
     supervised = targets != IGNORE
-    inputs = [hidden[supervised], text_rows, code_rows]
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        inputs = [tensor.to(torch.get_autocast_dtype(device)) for tensor in inputs]
-    if not torch.is_grad_enabled():  # a function's forward cannot ask
-        inputs = [tensor.detach() for tensor in inputs]
-    with torch.autocast(device, enabled=False):
-        total, losses_N = _WeightedCrossEntropy.apply(*inputs, targets[supervised], weights[supervised], z_loss)
-    return total, losses_N.new_zeros(targets.shape).masked_scatter(supervised, losses_N)
 
+    def of_chunk(hidden_nD, targets_n, weights_n):
+        logits_nV = torch.cat([head(hidden_nD).to(hidden_nD.device) for head in heads], dim=-1)
+        logits_nV = logits_nV.to(torch.promote_types(logits_nV.dtype, torch.float32))
+        losses_n = F.cross_entropy(logits_nV, targets_n, reduction="none")
+        penalties_n = z_loss * logits_nV.logsumexp(dim=-1) ** 2 if z_loss else 0.0
+        return ((losses_n + penalties_n) * weights_n).sum(), losses_n.detach()
 
-class _WeightedCrossEntropy(torch.autograd.Function):
-    """A weighted sum of losses is a scalar, so its gradient is known in the forward up to one factor: the logits of
-    each chunk become their own gradient in place, and what is kept is the size of the hidden states and the rows."""
-
-    @staticmethod
-    def forward(ctx, hidden_ND, text_rows, code_rows, targets_N, weights_N, z_loss):
-        heads = (text_rows, code_rows)
-        sizes = [len(rows) for rows in heads]
-        dtype = torch.promote_types(hidden_ND.dtype, torch.float32)  # of all but the products with the rows
-        weights_N = weights_N.to(dtype)
-        losses_N, log_sums_N = torch.empty_like(weights_N), torch.empty_like(weights_N)
-        hidden_gradient, *row_gradients = (
-            torch.zeros_like(tensor, dtype=dtype) if needed else None
-            for tensor, needed in zip((hidden_ND, *heads), ctx.needs_input_grad)
-        )
-        length = max(1, min(len(hidden_ND), LOGITS_AT_ONCE // sum(sizes)))
-        products_nV = hidden_ND.new_empty(length, sum(sizes))
-        for start in range(0, len(hidden_ND), length):
-            chunk = slice(start, start + length)
-            hidden_nD, targets_n1, weights_n1 = hidden_ND[chunk], targets_N[chunk, None], weights_N[chunk, None]
-            products_nV = products_nV[: len(hidden_nD)]
-            parts = products_nV.split(sizes, dim=1)
-            for part, rows in zip(parts, heads):
-                torch.mm(hidden_nD, rows.T, out=part)
-            logits_nV = products_nV.to(dtype)
-            peaks_n1 = logits_nV.amax(dim=1, keepdim=True)
-            targets_logits_n1 = logits_nV.gather(1, targets_n1)
-            sums_n1 = logits_nV.sub_(peaks_n1).exp_().sum(dim=1, keepdim=True)
-            log_sums_n1 = sums_n1.log() + peaks_n1
-            losses_N[chunk] = (log_sums_n1 - targets_logits_n1)[:, 0]
-            log_sums_N[chunk] = log_sums_n1[:, 0]
-            if not any(ctx.needs_input_grad):
-                continue
-            # weight x (probabilities - one at the target), and the log-sum-exp's gradient, probabilities too
-            scales_n1 = weights_n1 * (1 + 2 * z_loss * log_sums_n1)
-            logits_nV.mul_(scales_n1 / sums_n1).scatter_add_(1, targets_n1, -weights_n1)
-            products_nV.copy_(logits_nV)
-            for part, rows, row_gradient in zip(parts, heads, row_gradients):
-                if hidden_gradient is not None:
-                    _add_product(hidden_gradient[chunk], part, rows)
-                if row_gradient is not None:
-                    _add_product(row_gradient, part.T, hidden_nD)
-        ctx.save_for_backward(hidden_gradient, *row_gradients)
-        ctx.mark_non_differentiable(losses_N)
-        return ((losses_N + z_loss * log_sums_N**2) * weights_N).sum(), losses_N
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, scale, _):
-        return *(None if gradient is None else gradient * scale for gradient in ctx.saved_tensors), None, None, None
-
-
-def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """total += a @ b, summed in total's precision."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    else:
-        total += a @ b
+    length = max(1, LOGITS_AT_ONCE // num_rows)
+    chunks = [tensor[supervised].split(length) for tensor in (hidden, targets, weights)]
+    totals, losses = zip(*(checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in zip(*chunks)))
+    losses_N = torch.cat(losses)
+    return sum(totals), losses_N.new_zeros(targets.shape).masked_scatter(supervised, losses_N)

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -28,23 +27,30 @@ from .attention import FLEX, refuse_dense_mask, sequence_mask
 from .configuration_nextflow import NextFlowConfig
 from .generation_nextflow import NextFlowGenerationMixin
 from .layout import SequenceLayout, build_layout, check_integers
+from .lora import place_adapters
 from .losses import IGNORE, fill_code_targets, joint_cross_entropy, shift_labels_of
-from .modeling_nextflow_vq import NextFlowVQModel, unpatchify
+from .modeling_nextflow_vq import LibraryModel, NextFlowVQModel, unpatchify
+from .precision import AtLeastFloat32
 from .quantizer import next_scale_features
 from .scales import ScaleSchedule
 
 
-class NextFlowRotaryEmbedding(Qwen2_5_VLRotaryEmbedding):
+class NextFlowRotaryEmbedding(AtLeastFloat32, Qwen2_5_VLRotaryEmbedding):
     """Qwen's rotary embedding whose frequencies stay float32 when the model is cast."""
 
-    def _apply(self, fn, recurse=True):
-        kept = {name: getattr(self, name) for name in ("inv_freq", "original_inv_freq")}
-        super()._apply(fn, recurse)
-        for name, frequencies in kept.items():
-            cast = getattr(self, name)
-            if cast.dtype != frequencies.dtype:
-                setattr(self, name, frequencies.to(cast.device))
-        return self
+
+class CodeEmbeddings(AtLeastFloat32, nn.Embedding):
+    """A row for each code, float32 whatever the model is cast to."""
+
+
+class Connector(nn.Sequential):
+    """(..., C) features of codes -> (..., D), in the connector's own precision."""
+
+    def __init__(self, code_dim: int, width: int):
+        super().__init__(nn.Linear(code_dim, width), nn.GELU(), nn.Linear(width, width))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return super().forward(features.to(next(self.parameters()).dtype))
 
 
 class ScaleEmbedding(nn.Module):
@@ -62,25 +68,25 @@ class ScaleEmbedding(nn.Module):
 
     def forward(self, scale_ids: torch.Tensor, num_scales: torch.Tensor) -> torch.Tensor:
         """(...) scale indices and numbers of scales, both at least 1 -> (..., D)."""
+        indices = self.index(scale_ids)
         half = self.length.in_features // 2
         frequencies = torch.exp(torch.arange(half, device=num_scales.device) * (-math.log(10_000) / half))
         angles = torch.arange(self.max_scales + 1, device=num_scales.device)[:, None] * frequencies
         waves = torch.cat([angles.sin(), angles.cos()], dim=-1)  # one row for each number of scales
-        lengths = self.length(waves.to(self.length.weight.dtype))
-        return self.index(scale_ids) + F.embedding(num_scales, lengths)
+        return indices + F.embedding(num_scales, self.length(waves.to(indices.dtype)))
 
 
-class NextFlowPreTrainedModel(PreTrainedModel):
+class NextFlowPreTrainedModel(LibraryModel):
     config_class = NextFlowConfig
     config: NextFlowConfig
     base_model_prefix = "model"
     input_modalities = ("text", "image")
     output_modalities = ("text", "image")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["Qwen2_5_VLDecoderLayer", "Siglip2EncoderLayer", "ResidualBlock"]
+    _no_split_modules = ["Qwen2_5_VLDecoderLayer", "CodeEmbeddings"]
     # float32 under float16, and what quantised loading leaves alone beside the heads
     _keep_in_fp32_modules = [rf"(?:model\.)?{name}" for name in ("vq_model", "connector", "scale_embedding")]
-    _keep_in_fp32_modules_strict = ["quantizer", "code_embeddings"]
+    _keep_in_fp32_modules_strict = ["vq_model", "code_embeddings"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -94,6 +100,11 @@ class NextFlowPreTrainedModel(PreTrainedModel):
         model.base_model.vq_model.requires_grad_(False)  # loading replaces parameters and thaws them
         return loaded
 
+    def __setattr__(self, name, value):
+        if name == "peft_config":  # what PEFT sets on a model that it has just put adapters on
+            place_adapters(self, value)
+        super().__setattr__(name, value)
+
     def set_attn_implementation(self, attn_implementation: str | dict, **kwargs) -> None:
         """As of the library's models; flex attention is the decoder's alone, see [`NextFlowModel`]."""
         if attn_implementation == FLEX:
@@ -102,12 +113,6 @@ class NextFlowPreTrainedModel(PreTrainedModel):
         else:
             super().set_attn_implementation(attn_implementation, **kwargs)
 
-    @classmethod
-    def is_custom_code(cls) -> bool:
-        # for custom code that writes parameters in place, loading leaves out `_init_weights` of modules without
-        # parameters of their own, such as SigLIP2's attention; here all goes through `transformers.initialization`
-        return False
-
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
@@ -115,7 +120,7 @@ class NextFlowPreTrainedModel(PreTrainedModel):
             init.zeros_(module.index.weight)
             init.zeros_(module.length.weight)
         elif isinstance(module, NextFlowModel):
-            init.copy_(module.code_embeddings.weight, module.vq_model.quantizer.codebook())
+            init.copy_(module.code_embeddings.weight, module.vq_model.quantizer())
 
 
 class NextFlowTextModel(Qwen2_5_VLTextModel):
@@ -142,8 +147,8 @@ class NextFlowModel(NextFlowPreTrainedModel):
         width, code_dim = config.text_config.hidden_size, config.vq_config.code_dim
         self.language_model = NextFlowTextModel(config.text_config)
         self.vq_model = NextFlowVQModel(config.vq_config).requires_grad_(False)
-        self.code_embeddings = nn.Embedding(config.vq_config.codebook_size, code_dim)
-        self.connector = nn.Sequential(nn.Linear(code_dim, width), nn.GELU(), nn.Linear(width, width))
+        self.code_embeddings = CodeEmbeddings(config.vq_config.codebook_size, code_dim, dtype=torch.float32)
+        self.connector = Connector(code_dim, width)
         self.schedules = self.vq_model.schedules
         self.scale_embedding = ScaleEmbedding(self.schedules.max_scales, width)
         self.post_init()
@@ -193,7 +198,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
     ) -> torch.Tensor:
         """(N, codes of at least scales 1..K-1) -> (N, l, D): what the blocks of scales 2..K hold, before their scale
         embeddings; with `last_scale` the codes of scale K too, on their own grid. K is `num_scales`, or all."""
-        return self.connect(self._next_scale_features(self.code_embeddings(codes), schedule, last_scale, num_scales))
+        return self.connector(self._next_scale_features(self.code_embeddings(codes), schedule, last_scale, num_scales))
 
     def _next_scale_features(
         self, entries: torch.Tensor, schedule: ScaleSchedule, last_scale: bool, num_scales: int | None
@@ -204,11 +209,6 @@ class NextFlowModel(NextFlowPreTrainedModel):
         if last_scale:
             features = torch.cat([features, entries[:, schedule.slice(len(schedule) - 1)]], dim=1)
         return features
-
-    def connect(self, features: torch.Tensor) -> torch.Tensor:
-        """(..., C) features of codes -> (..., D) in the decoder's dtype."""
-        visual = self.connector(features.to(self.connector[0].weight.dtype))
-        return visual.to(self.get_input_embeddings().weight.dtype)
 
     def image_codes_of(
         self, layout: SequenceLayout, pixel_values: torch.Tensor | None, image_codes: torch.Tensor | None
@@ -260,7 +260,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
             else:
                 batch = torch.stack([patches[index] for index in members])
                 pixels = unpatchify(batch, schedule.final_grid, self.config.vq_config.patch_size)
-            for index, row in zip(members, self.vq_model.encode(pixels)):
+            for index, row in zip(members, self.vq_model.encode(pixels).to(pixels.device)):
                 codes[index] = row
         return codes
 
@@ -293,9 +293,9 @@ class NextFlowModel(NextFlowPreTrainedModel):
             starts = torch.tensor([[image.start + 1] for image in images], device=inputs_embeds.device)
             columns = starts + torch.arange(images[0].num_inputs, device=inputs_embeds.device)
             slots.append(torch.stack([rows.expand_as(columns), columns]).flatten(1))
-        visual = self.connect(torch.cat(features))
-        inputs_embeds[tuple(torch.cat(slots, dim=1))] = visual.to(inputs_embeds.dtype)
-        inputs_embeds[at_image_BL] = inputs_embeds[at_image_BL] + scale_embeds.to(inputs_embeds.dtype)
+        visual = self.connector(torch.cat(features))
+        inputs_embeds[tuple(torch.cat(slots, dim=1))] = visual.to(inputs_embeds)
+        inputs_embeds[at_image_BL] = inputs_embeds[at_image_BL] + scale_embeds.to(inputs_embeds)
         return inputs_embeds
 
     @can_return_tuple
@@ -406,6 +406,11 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
         self.code_head = nn.Linear(width, config.vq_config.codebook_size, bias=False)
         self.post_init()
 
+    @property
+    def num_rows(self) -> int:
+        """Of both heads: text rows, then codes."""
+        return self.config.text_vocab_size + self.config.vq_config.codebook_size
+
     def get_input_embeddings(self):
         return self.model.get_input_embeddings()
 
@@ -487,7 +492,7 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
             if loss_weights is not None:
                 weights_BL = loss_weights.masked_fill(targets_BL == IGNORE, 0.0)
             total, token_losses_BL = joint_cross_entropy(
-                hidden_BLD, self.lm_head.weight, self.code_head.weight, targets_BL, weights_BL, z_loss
+                hidden_BLD, (self.lm_head, self.code_head), self.num_rows, targets_BL, weights_BL, z_loss
             )
             loss = total / (weights_BL.sum() if num_items_in_batch is None else num_items_in_batch)
 
@@ -496,7 +501,7 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
             indices = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             kept = hidden_BLD[:, indices, :]
             heads = {"all": (self.lm_head, self.code_head), "text": (self.lm_head,), "codes": (self.code_head,)}
-            parts = [head(kept) for head in heads[logits_over]]
+            parts = [head(kept).to(kept.device) for head in heads[logits_over]]
             logits = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
         return NextFlowOutput(
             loss=loss,

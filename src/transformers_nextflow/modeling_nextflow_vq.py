@@ -23,6 +23,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_nextflow import NextFlowVQConfig
 from .fixed_size import fixed_size_decoder, fixed_size_encoder, fixed_size_features
+from .precision import AtLeastFloat32
 from .quantizer import DualCodebookQuantizer, QuantizerOutput, SelfCorrection, resize_features, to_map, to_sequence
 from .scales import Grid, ScaleSchedule
 
@@ -162,10 +163,14 @@ class PixelDecoder(nn.Module):
 class OneGridEmbeddings(Siglip2VisionEmbeddings):
     """SigLIP2's embeddings for a batch of one grid: the positions are resized once, not once per image."""
 
-    @staticmethod
-    def resize_positional_embeddings(positional_embeddings, spatial_shapes, max_length):
-        resize = Siglip2VisionEmbeddings.resize_positional_embeddings
-        return resize(positional_embeddings, spatial_shapes[:1], max_length).expand(len(spatial_shapes), -1, -1)
+    def forward(self, pixel_values: torch.Tensor, spatial_shapes: torch.Tensor) -> torch.Tensor:
+        patches_BLD = self.patch_embedding(pixel_values)
+        edge = self.position_embedding_size
+        positions_ND = self.position_embedding(torch.arange(edge**2, device=pixel_values.device))
+        positions_1Dhw = to_map(positions_ND[None].float(), (edge, edge))
+        grid = spatial_shapes[0].tolist()
+        resized_1Dhw = F.interpolate(positions_1Dhw, grid, mode="bilinear", antialias=True)
+        return patches_BLD + to_sequence(resized_1Dhw).to(patches_BLD.dtype)
 
 
 def one_grid_siglip(config: Siglip2VisionConfig) -> Siglip2VisionModel:
@@ -239,23 +244,36 @@ class NextFlowVQOutput(ModelOutput):
     quantization: QuantizerOutput | None = None
 
 
-class NextFlowVQModel(PreTrainedModel):
-    """Images to multi-scale codes and back. Works on batches of one grid; callers group by grid."""
+class LibraryModel(PreTrainedModel):
+    """What transformers is to know of this package's models."""
+
+    def post_init(self):
+        super().post_init()
+        # parts bring names of classes that stand elsewhere in their library; wrapping policies look each one up
+        self._no_split_modules &= {type(module).__name__ for module in self.modules()}
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # for custom code that writes parameters in place, loading leaves out `_init_weights` of modules without
+        # parameters of their own, such as SigLIP2's attention; here all goes through `transformers.initialization`
+        return False
+
+
+class NextFlowVQModel(AtLeastFloat32, LibraryModel):
+    """Images to multi-scale codes and back. Works on batches of one grid; callers group by grid.
+
+    Float32 whatever it is loaded in or cast to, since codes must be those that shards hold.
+    """
 
     config_class = NextFlowVQConfig
     config: NextFlowVQConfig
     base_model_prefix = "vq_model"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
-    _no_split_modules = [
-        "Siglip2EncoderLayer",
-        "SiglipEncoderLayer",
-        "CLIPEncoderLayer",
-        "ViTLayer",
-        "ResidualBlock",
-        "AttnBlock",
+    _no_split_modules = ["OneGridEmbeddings", "ResidualBlock", "AttnBlock"]
+    _keep_in_fp32_modules_strict = [
+        *("semantic_encoder", "semantic_to_code", "pixel_encoder", "quantizer", "semantic_decoder", "pixel_decoder")
     ]
-    _keep_in_fp32_modules_strict = ["quantizer"]
     _supports_sdpa = True
     _supports_flash_attn = True
     supports_gradient_checkpointing = True
@@ -273,12 +291,8 @@ class NextFlowVQModel(PreTrainedModel):
         self.quantizer = DualCodebookQuantizer(config)
         self.semantic_decoder = SemanticDecoder(config)
         self.pixel_decoder = PixelDecoder(config)
+        self.float()  # where it is built under another default
         self.post_init()
-
-    @classmethod
-    def is_custom_code(cls) -> bool:
-        # see `NextFlowPreTrainedModel.is_custom_code`
-        return False
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -323,7 +337,7 @@ class NextFlowVQModel(PreTrainedModel):
         if pixel_only:
             return F.pad(pixel, (0, 0, 0, 0, self.config.semantic_dim, 0))
         semantic = to_map(self.semantic_to_code(self.semantic_features(pixel_values)), grid)
-        return torch.cat([semantic.float(), pixel], dim=1)
+        return torch.cat([semantic.to(pixel), pixel], dim=1)
 
     @torch.no_grad()
     def encode(
@@ -344,9 +358,8 @@ class NextFlowVQModel(PreTrainedModel):
         """
         schedule = self._schedule_of(pixel_values)
         with torch.autocast(pixel_values.device.type, enabled=False):
-            dtype = self.pixel_encoder.to_code.weight.dtype
-            features = self.features(pixel_values.to(dtype))
-            output = self.quantizer(features, schedule, correction, seed, keys)
+            features = self.features(pixel_values.float())
+            output = self.quantizer.quantize(features, schedule, correction, seed, keys)
         if correction is None:
             return output.target_codes
         return output.input_codes, output.target_codes
@@ -377,7 +390,7 @@ class NextFlowVQModel(PreTrainedModel):
         self._check_codes(codes, schedule)
         quantized = self.quantizer.decode(codes, schedule)
         semantic, pixel = quantized.split(self.quantizer.dims, dim=1)
-        decoded = self.semantic_decoder(semantic.to(self.semantic_decoder.to_features[0].weight.dtype))
+        decoded = self.semantic_decoder(semantic)
         return semantic, pixel, to_map(decoded, schedule.final_grid)
 
     @can_return_tuple
@@ -403,7 +416,7 @@ class NextFlowVQModel(PreTrainedModel):
         """
         schedule = self._schedule_of(pixel_values)
         features = self.features(pixel_values, pixel_only)
-        quantization = self.quantizer(
+        quantization = self.quantizer.quantize(
             features, schedule, correction, seed, keys, keep_scales, pixel_only, codebook_loss
         )
         semantic, _ = quantization.quantized.split(self.quantizer.dims, dim=1)
@@ -416,7 +429,7 @@ class NextFlowVQModel(PreTrainedModel):
 
     def _reconstruct(self, quantized: torch.Tensor, schedule: ScaleSchedule) -> torch.Tensor:
         """(B, C, h, w) -> (B, 3, H, W), from the pixel half alone."""
-        pixel = quantized[:, self.config.semantic_dim :].to(self.pixel_decoder.conv_in.weight.dtype)
+        pixel = quantized[:, self.config.semantic_dim :]
         return resize_features(self.pixel_decoder(pixel), self.schedules.image_size(schedule))
 
     def _schedule_of(self, pixel_values: torch.Tensor) -> ScaleSchedule:

@@ -190,7 +190,7 @@ class DualCodebookQuantizer(nn.Module):
         self.semantic_codebook = nn.Parameter(torch.empty(config.codebook_size, config.semantic_dim))
         self.pixel_codebook = nn.Parameter(torch.empty(config.codebook_size, config.pixel_dim))
 
-    def codebook(self) -> torch.Tensor:
+    def forward(self) -> torch.Tensor:
         """(V, C) float32 entries, as they are looked up and summed."""
         return self.normalized(torch.cat([self.semantic_codebook, self.pixel_codebook], dim=-1).float())
 
@@ -208,7 +208,7 @@ class DualCodebookQuantizer(nn.Module):
         squares_V = sum(w * half.square().sum(-1) for w, half in zip(self.weights, entries))
         return torch.addmm(squares_N1 + squares_V, weighted_NC, codebook_VC.T, alpha=-2)
 
-    def forward(
+    def quantize(
         self,
         features_BChw: torch.Tensor,
         schedule: ScaleSchedule,
@@ -251,7 +251,7 @@ class DualCodebookQuantizer(nn.Module):
             disturb_BL, pick_BL = (draw.to(features_BChw.device) for draw in draws)
 
         with torch.autocast(features_BChw.device.type, enabled=False):
-            codebook_VC = self.codebook()
+            codebook_VC = self().to(features_BChw.device)
             if pixel_only:
                 codebook_VC = F.pad(codebook_VC[:, self.dims[0] :], (self.dims[0], 0))
             residual_BChw = features_BChw = features_BChw.float()
@@ -301,7 +301,7 @@ class DualCodebookQuantizer(nn.Module):
     def decode(self, codes_BL: torch.Tensor, schedule: ScaleSchedule) -> torch.Tensor:
         """(B, L) codes of the first scales of `schedule`, at least one -> (B, C, h, w) sum of their entries on the
         final grid."""
-        codebook_VC = self.codebook()
+        codebook_VC = self().to(codes_BL.device)
         total_BChw, done = 0, 0
         for scale, (h, w) in enumerate(schedule):
             if done == codes_BL.shape[1]:

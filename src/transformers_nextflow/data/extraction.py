@@ -419,12 +419,12 @@ class Extractor:
             return codes, inputs
         features = self.vq_model.features(torch.stack(pixels).to(self.device))
         if not variants:
-            targets = self.vq_model.quantizer(features, schedule).target_codes.cpu().numpy()
+            targets = self.vq_model.quantizer.quantize(features, schedule).target_codes.cpu().numpy()
             codes[:, 0] = targets.repeat(repeats, axis=0)
         features = features.repeat_interleave(torch.tensor(repeats, device=features.device), dim=0)
         for place, variant in enumerate(variants):
             draws, seed = [f"{key}/{variant}" for names in keys for key in names], self.settings.seed
-            output = self.vq_model.quantizer(features, schedule, self.settings.self_correction, seed, draws)
+            output = self.vq_model.quantizer.quantize(features, schedule, self.settings.self_correction, seed, draws)
             codes[:, place] = output.target_codes.cpu().numpy()
             inputs[:, place] = output.input_codes[:, :coarse].cpu().numpy()
         return codes, inputs

@@ -17,7 +17,7 @@ from ..files import read_json, write_atomically
 from ..scales import ScheduleTable, paper_schedules
 from .sequences import SequenceSpec, SpecialIds
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 knew vision tokenizers by their weights rounded to bfloat16
 MANIFEST = "manifest.json"
 MANIFEST_ENTRIES = {"content": str, "identity": dict, "statistics": dict, "variants": int, "shards": list}
 SHARD_ENTRIES = {"file": str, "rows": int, "bytes": int, "sha256": str}
@@ -122,17 +122,13 @@ def text_tokenizer_hash(processor) -> str:
 
 
 def vision_tokenizer_hash(vq_model) -> str:
-    """sha256 of everything codes depend on: both encoders and the quantizer, not the decoders.
-
-    Encoders are hashed as bfloat16, so that a model loaded in lower precision is still known for the same.
-    """
+    """sha256 of everything codes depend on: both encoders and the quantizer, not the decoders."""
     digest = hashlib.sha256()
     for name, tensor in sorted(vq_model.state_dict().items()):
         if name.split(".")[0] in ("pixel_decoder", "semantic_decoder"):
             continue
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        kept = tensor if name.startswith("quantizer.") else tensor.bfloat16()
-        digest.update(kept.detach().float().cpu().contiguous().numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     config = vq_model.config
     lookup = (config.semantic_weight, config.pixel_weight, config.normalize_entries, config.semantic_feature_layer)
     digest.update(repr(lookup).encode())
@@ -215,7 +211,8 @@ def read_manifest(folder: Path) -> dict:
         raise FileNotFoundError(f"{folder} holds no {MANIFEST}: no shards, or an extraction or packing not finished")
     manifest = read_json(path)
     if manifest.get("format_version") != FORMAT_VERSION:
-        raise ValueError(f"{path} has format version {manifest.get('format_version')}, not {FORMAT_VERSION}")
+        version = manifest.get("format_version")
+        raise ValueError(f"{path} has format version {version}, not {FORMAT_VERSION}: extract and pack anew")
     for name, kind in MANIFEST_ENTRIES.items():
         if not isinstance(manifest.get(name), kind):
             raise ValueError(f"{path} must hold a {kind.__name__} as {name}, got {manifest.get(name)!r}")

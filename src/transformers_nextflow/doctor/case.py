@@ -92,7 +92,7 @@ class Case:
 
     @cached_property
     def codebook(self) -> torch.Tensor:
-        return self.vq_model.quantizer.codebook().detach()
+        return self.vq_model.quantizer().detach()
 
     @cached_property
     def groups(self) -> list[Coded]:
@@ -112,8 +112,7 @@ class Case:
 
     @torch.no_grad()
     def vq_forward(self, pixels: torch.Tensor) -> NextFlowVQOutput:
-        dtype = self.vq_model.pixel_encoder.to_code.weight.dtype
-        return self.vq_model(pixels.to(dtype))
+        return self.vq_model(pixels.float())
 
     def pixels_of(self, image) -> tuple[Grid, torch.Tensor]:
         """A picture as the processor gives it: final grid, and (1, 3, H, W) put together from its patches here."""

@@ -258,7 +258,7 @@ def _recoded(case: Case, codes: torch.Tensor, schedule) -> torch.Tensor:
 def _features_of(case: Case, codes: torch.Tensor, schedule) -> torch.Tensor:
     """What the encoder makes of the picture of `codes`."""
     pixels = case.vq_model.decode(codes, schedule.final_grid)
-    return case.vq_model.features(pixels.to(case.vq_model.pixel_encoder.to_code.weight.dtype))
+    return case.vq_model.features(pixels)
 
 
 def _agreement(a: torch.Tensor, b: torch.Tensor, schedule) -> float:

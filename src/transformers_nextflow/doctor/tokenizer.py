@@ -345,9 +345,8 @@ def check_semantics(case: Case) -> Finding:
     )
     wanted, made, agreement = [], [], []
     for group in case.groups:
-        dtype = case.vq_model.pixel_encoder.to_code.weight.dtype
         with torch.no_grad():
-            features = case.vq_model.semantic_features(group.pixels.to(dtype)).float()
+            features = case.vq_model.semantic_features(group.pixels.float())
         decoded = group.output.semantic_features.float()
         if decoded.shape == features.shape:
             agreement += F.cosine_similarity(decoded, features, dim=-1).mean(1).tolist()

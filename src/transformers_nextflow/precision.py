@@ -1,0 +1,16 @@
+"""What stays float32 in a model of lower precision."""
+
+import torch
+from torch import nn
+
+
+class AtLeastFloat32(nn.Module):
+    """A base of modules whose numbers no cast makes coarser than float32: `.to(torch.bfloat16)` leaves them alone."""
+
+    def _apply(self, fn, recurse=True):
+        def fine(tensor: torch.Tensor) -> torch.Tensor:
+            applied = fn(tensor)
+            coarse = tensor.is_floating_point() and applied.dtype.itemsize < torch.float32.itemsize
+            return tensor.to(applied.device, torch.float32) if coarse else applied
+
+        return super()._apply(fine, recurse)

@@ -1,0 +1,203 @@
+"""Weights are used by calling modules, so whoever hooks modules serves every way into the model: accelerate's offload,
+and a hook that lets each module have its weights only while it runs."""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from tiny_models import BOI, EOS, PATCH, SQUARE, WIDE, Picture, batch_of, relative, tiny_config, tiny_model
+
+from transformers_nextflow import NextFlowForConditionalGeneration
+
+accelerate = pytest.importorskip("accelerate")
+
+ROWS = [[10, Picture(SQUARE, 1), 11, 12, EOS], [13, Picture(WIDE, 2), EOS]]
+EDIT = [10, Picture(SQUARE, 1, last_scale=True), 11]
+NULL = [Picture(SQUARE, 1, last_scale=True), 20, 21]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def model(request) -> NextFlowForConditionalGeneration:
+    return tiny_model(tiny_config(tie_word_embeddings=request.param))
+
+
+def guided(model, prompt: list, null: list) -> dict:
+    negative = batch_of(model, null)
+    return batch_of(model, prompt) | {f"negative_{name}": negative[name] for name in ("input_ids", "attention_mask")}
+
+
+def with_labels(model) -> dict:
+    batch = batch_of(model, *ROWS)
+    return batch | {"labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
+
+
+def patches() -> torch.Tensor:
+    return torch.rand(9 + 8, 3 * PATCH**2, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def loss(model) -> torch.Tensor:
+    return model(**with_labels(model)).loss
+
+
+def token_losses(model) -> torch.Tensor:
+    return model(**with_labels(model), z_loss=0.1).token_losses
+
+
+def logits(model) -> torch.Tensor:
+    return model(**batch_of(model, *ROWS)).logits
+
+
+def draw(model) -> torch.Tensor:
+    return model.generate(**guided(model, [10, 11, BOI], [20, BOI]), generation_mode="image", seed=0)
+
+
+def draw_refined(model) -> torch.Tensor:
+    prompt = guided(model, [10, 11, BOI], [20, BOI])
+    return model.generate(**prompt, generation_mode="image", seed=0, refine_top_k=[3], num_images_per_prompt=2)
+
+
+def edit(model) -> torch.Tensor:
+    prompt = guided(model, [*EDIT, BOI], [*NULL, BOI])
+    return model.generate(**prompt, generation_mode="image", seed=0, image_guidance_scale=1.5)
+
+
+def describe(model) -> torch.Tensor:
+    inputs = batch_of(model, *ROWS)
+    del inputs["image_codes"]
+    return model.generate(**inputs, pixel_values=patches(), max_new_tokens=5, do_sample=False, suppress_tokens=[BOI])
+
+
+def interleave(model) -> torch.Tensor:
+    options = {"generation_mode": "interleaved", "max_new_tokens": 6, "sequence_bias": {(BOI,): 4.0}}
+    output = model.generate(**guided(model, EDIT, NULL), **options, max_new_images=2, seed=0)
+    assert len(output.image_grid_hw) > 1
+    return torch.cat([output.sequences[0], output.image_codes])
+
+
+def encode(model) -> torch.Tensor:
+    return model.encode_images(patches(), [SQUARE, WIDE])
+
+
+def decode(model) -> torch.Tensor:
+    return model.decode_image_tokens(48 + torch.arange(14)[None], SQUARE)
+
+
+def decoder_conditions(model) -> torch.Tensor:
+    return torch.cat(model.model.vq_model.condition_features(torch.arange(14)[None], SQUARE), dim=1)
+
+
+def tokenize(model) -> torch.Tensor:
+    return model.model.vq_model(torch.rand(1, 3, 12, 12, generator=torch.Generator().manual_seed(0))).semantic_features
+
+
+USES = [loss, token_losses, logits, draw, draw_refined, edit, describe, interleave, encode, decode]
+USES += [decoder_conditions, tokenize]
+BY_USE = pytest.mark.parametrize("use", USES, ids=lambda use: use.__name__)
+
+
+def assert_same(use: Callable, model, other) -> None:
+    with torch.no_grad():
+        expected, got = use(model), use(other)
+    if expected.is_floating_point():
+        assert relative(got, expected) < 1e-5
+    else:
+        assert torch.equal(got, expected)
+
+
+# accelerate
+
+
+@BY_USE
+def test_offloaded_to_the_cpu(model, use):
+    other = copy.deepcopy(model)
+    accelerate.cpu_offload(other, execution_device=torch.device("cpu"))
+    assert {parameter.device.type for parameter in other.parameters()} == {"meta"}
+    assert_same(use, model, other)
+
+
+@BY_USE
+def test_offloaded_to_disk_by_a_device_map(model, use, tmp_path):
+    """The library's own `device_map="auto"`, with memory for half of the weights."""
+    model.save_pretrained(tmp_path / "model")
+    options = {"device_map": "auto", "max_memory": {"cpu": "90KB"}, "offload_folder": tmp_path / "offloaded"}
+    other = NextFlowForConditionalGeneration.from_pretrained(tmp_path / "model", **options)
+    places = set(other.hf_device_map.values())
+    assert places == {"cpu", "disk"}
+    other.generation_config = model.generation_config
+    assert_same(use, model, other)
+
+
+@BY_USE
+@pytest.mark.parametrize("part", ["heads", "images", "decoder"])
+def test_parts_on_disk(model, use, part, tmp_path):
+    parts = {
+        "heads": ("lm_head", "code_head"),
+        "images": ("model.vq_model", "model.code_embeddings", "model.connector", "model.scale_embedding"),
+        "decoder": ("model.language_model",),
+    }
+    everything = [name for names in parts.values() for name in names]
+    if model.config.tie_word_embeddings and part != "images":
+        pytest.skip("accelerate keeps tied weights on one device")
+    model.save_pretrained(tmp_path / "model")
+    other = NextFlowForConditionalGeneration.from_pretrained(
+        tmp_path / "model",
+        device_map={name: "disk" if name in parts[part] else "cpu" for name in everything},
+        offload_folder=tmp_path / "offloaded",
+    )
+    other.generation_config = model.generation_config
+    assert_same(use, model, other)
+
+
+# A hook of our own
+
+
+@contextmanager
+def weights_only_while_running(model) -> Iterator[dict[str, torch.nn.Parameter]]:
+    """Every module has its own weights from just before its forward to just after it, and none otherwise."""
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    handles = []
+    for module in model.modules():
+        own = {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
+        away = {
+            name: torch.nn.Parameter(parameter.to("meta"), parameter.requires_grad) for name, parameter in own.items()
+        }
+        module._parameters.update(away)
+        handles.append(module.register_forward_pre_hook(lambda module, _, own=own: module._parameters.update(own)))
+        handles.append(module.register_forward_hook(lambda module, *_, away=away: module._parameters.update(away)))
+    yield weights
+    for handle in handles:
+        handle.remove()
+    for path, parameter in weights.items():
+        parent, _, name = path.rpartition(".")
+        model.get_submodule(parent)._parameters[name] = parameter
+
+
+@BY_USE
+def test_weights_are_there_only_while_their_module_runs(model, use):
+    other = copy.deepcopy(model)
+    with weights_only_while_running(other):
+        assert_same(use, model, other)
+
+
+def test_gradients_reach_weights_that_are_there_only_while_their_module_runs(model):
+    """Of the loss and of the tokenizer's own training, as without a hook."""
+
+    def gradients(model, weights: dict) -> dict[str, torch.Tensor]:
+        for parameter in weights.values():
+            parameter.grad = None
+        model(**with_labels(model), z_loss=0.1, use_cache=False).loss.backward()
+        output = model.model.vq_model(torch.rand(1, 3, 12, 12, generator=torch.Generator().manual_seed(0)))
+        (output.reconstruction.square().sum() + output.semantic_features.square().sum()).backward()
+        sum(entries.sum() for entries, _ in output.quantization.pairs).backward()
+        return {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
+
+    model.requires_grad_(True)
+    other = copy.deepcopy(model)
+    expected = gradients(model, dict(model.named_parameters(remove_duplicate=False)))
+    with weights_only_while_running(other) as weights:
+        got = gradients(other, weights)
+    assert got.keys() == expected.keys() and len(got) > 100
+    for name, gradient in got.items():
+        assert relative(gradient, expected[name]) < 1e-5, name
