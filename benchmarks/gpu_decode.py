@@ -34,12 +34,13 @@ from transformers import BitsAndBytesConfig
 from transformers_nextflow import (
     NextFlowConfig,
     NextFlowForConditionalGeneration,
+    NextFlowModel,
     NextFlowVQModel,
-    decoding,
+    drawing,
     generation_nextflow,
 )
+from transformers_nextflow.contexts import Context
 from transformers_nextflow.flops import image_passes, model_cost
-from transformers_nextflow.row_cache import RowCache
 
 from . import decode
 from .harness import interleaved_seconds, machine, median, names_in, report, wait
@@ -105,12 +106,12 @@ class Drawing:
             return run
 
         measured = {
-            "prompt": (decoding.RowDecoder, "read"),
-            "scale steps": (decoding.RowDecoder, "write_scale"),
+            "prompt": (generation_nextflow, "read_prompts"),
+            "scale steps": (Context, "read_scale"),
             "code head": (self.model.code_head, "forward"),
-            "guidance": (decoding, "guide"),
-            "sampling": (decoding, "sample"),
-            "next-scale features": (decoding, "next_scale_step"),
+            "guidance": (drawing, "guide"),
+            "sampling": (drawing, "sample"),
+            "next-scale features": (NextFlowModel, "scale_inputs"),
             "vision decoder": (NextFlowVQModel, "decode"),
         }
         self.pixels()
@@ -135,12 +136,12 @@ def without(model: NextFlowForConditionalGeneration) -> dict[str, Callable]:
     def both_heads(hidden: torch.Tensor) -> torch.Tensor:
         return torch.cat([lm_head(hidden), head(hidden)], dim=-1)[..., rows:]
 
-    def full_mask(config, inputs_embeds, cache, visible):
-        mask, is_causal = row_mask(config, inputs_embeds, cache, visible)
-        if mask["full_attention"] is None and not is_causal:
-            shape = (len(inputs_embeds), 1, inputs_embeds.shape[1], cache.step.reach.shape[0])
-            mask["full_attention"] = torch.ones(shape, dtype=torch.bool, device=inputs_embeds.device)
-        return mask, is_causal
+    def masked(self, inputs, positions, ids, mask=None, in_block=False):
+        if in_block:
+            keys = self.length + inputs.shape[1]
+            shape = (len(inputs), 1, inputs.shape[1], keys)
+            mask = {"full_attention": torch.ones(shape, dtype=torch.bool, device=inputs.device)}
+        read(self, inputs, positions, ids, mask=mask)
 
     @contextmanager
     def eager() -> Iterator[None]:
@@ -149,12 +150,10 @@ def without(model: NextFlowForConditionalGeneration) -> dict[str, Callable]:
         yield
         model.model.language_model.set_attn_implementation(before)
 
-    row_mask = decoding.row_mask
-    growing = lambda layers, rows, capacity: RowCache(layers, rows, capacity=1)  # noqa: E731
+    read = Context.read
     return {
-        "a cache laid out beforehand": lambda: mock.patch.object(generation_nextflow, "RowCache", growing),
         "only the code rows of the heads": lambda: mock.patch.object(model.code_head, "forward", both_heads),
-        "attention without a mask": lambda: mock.patch.object(decoding, "row_mask", full_mask),
+        "attention without a mask": lambda: mock.patch.object(Context, "read", masked),
         "PyTorch's fused attention": eager,
     }
 

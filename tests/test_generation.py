@@ -301,19 +301,23 @@ def test_guidance_in_an_interval(model):
         draw(model, *PROMPTS, nulls=NULLS, guidance_scale=ScaleInterval(3.0, 1, 3))
 
 
-def decoder_rows(model, *args, **kwargs) -> list[tuple[int, int]]:
-    """(rows, length) of every forward of the decoder."""
-    seen = []
-    hook = model.model.language_model.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(tuple(kwargs["inputs_embeds"].shape[:2])), with_kwargs=True
-    )
+def decoder_rows(model, *args, **kwargs) -> list[int]:
+    """How many rows read the prompts, then each scale from the second on."""
+    seen = {}
+
+    def count(module, args, kwargs):
+        rows, length = kwargs["inputs_embeds"].shape[:2]
+        step = length if kwargs["in_block"] else 0
+        seen[step] = seen.get(step, 0) + rows
+
+    hook = model.model.language_model.register_forward_pre_hook(count, with_kwargs=True)
     draw(model, *args, **kwargs)
     hook.remove()
-    return seen
+    return list(seen.values())
 
 
 def test_null_rows_stop_after_the_last_guided_scale(model):
-    rows = lambda scales: [count for count, _ in decoder_rows(model, *PROMPTS, nulls=NULLS, guidance_scale=scales)]  # noqa: E731
+    rows = lambda scales: decoder_rows(model, *PROMPTS, nulls=NULLS, guidance_scale=scales)  # noqa: E731
     assert rows([3.0, 3.0, 3.0]) == [6, 6, 6]
     assert rows([1.0, 1.0, 3.0]) == [6, 6, 6]  # the last scale reads what the null rows held before
     assert rows([3.0, 3.0, 1.0]) == [6, 6, 3]
@@ -428,7 +432,7 @@ def test_variations_share_a_prefix_and_its_cost(request, features, length, rows_
     assert len(varied.sequences.unique(dim=0)) == 12
     rows = [row for row in EDITS for _ in range(4)]
     assert relative(joined(varied), forced(model, *rows, sequences=varied.sequences)) < 1e-5
-    assert [count for count, _ in decoder_rows(model, *EDITS, **kwargs)] == rows_read
+    assert decoder_rows(model, *EDITS, **kwargs) == rows_read
     whole = draw(model, *EDITS, num_images_per_prompt=2, forced_codes=codes)
     assert torch.equal(whole.sequences - TEXT_ROWS, codes.repeat_interleave(2, dim=0))
     rows = [row for row in EDITS for _ in range(2)]

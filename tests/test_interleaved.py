@@ -203,7 +203,7 @@ def test_a_second_turn_reads_only_what_is_new(request, name, image_generation, b
     inputs = with_nulls(model, following, [[*NEXT_NULL[0], new_picture], *NEXT_NULL[1:]][rows])
     inputs = model.next_turn(first, **inputs)
     cache = inputs.pop("past_key_values")
-    held = [len(ids) for ids in cache.token_ids]
+    held = [context.length for context in cache for _ in context.rows]
     whole, all_tokens, _ = forwarded(model, lambda: answer(model, inputs, image_generation, seed=1))
     cached, new_tokens, counted = forwarded(
         model, lambda: answer(model, inputs | {"past_key_values": cache}, image_generation, seed=1)
@@ -214,7 +214,7 @@ def test_a_second_turn_reads_only_what_is_new(request, name, image_generation, b
         assert all(relative(one, other) < 1e-5 for one, other in zip(mine, others))
     if not batched and image_generation == PLAIN:
         assert all_tokens - new_tokens == held[0]
-    assert counted[0] < sum(held)
+    assert new_tokens < all_tokens - sum(held) / 2
     if image_generation == GUIDED:
         assert len(held) == 3 * len(prompts)
 
@@ -377,8 +377,6 @@ def test_a_cache_must_hold_the_beginning_of_the_rows(model):
             with_nulls(model, [[10, 11, 12]], [[20]]) | {"past_key_values": first.past_key_values},
             GUIDED | {"image_guidance_scale": 1.0},
         )
-    with pytest.raises(ValueError, match="go on in interleaved generation alone"):
-        model(torch.tensor([[10]]), past_key_values=first.past_key_values)
 
 
 def test_a_chat_goes_on(tiny_model, tiny_processor):

@@ -8,11 +8,10 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
-from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.masking_utils import create_causal_mask
 
 from .block_attention import BLOCKS, segments_of
 from .layout import SequenceLayout
-from .row_cache import RowCache
 
 FLEX = "flex_attention"
 
@@ -71,49 +70,6 @@ def refuse_dense_mask(config: PreTrainedConfig, mask: torch.Tensor | None) -> No
             f'attn_implementation="{FLEX}" takes an attention_mask of the shape (B, keys), not a dense one of '
             f'{tuple(mask.shape)}; use "sdpa" for that'
         )
-
-
-def row_mask(
-    config: PreTrainedConfig, inputs_embeds: torch.Tensor, past_key_values: RowCache, visible: torch.Tensor | None
-) -> tuple[dict, bool]:
-    """The mask of new tokens that follow what each row of a cache holds.
-
-    Args:
-        inputs_embeds: (B, L, D) of the rows named by `past_key_values.begin`.
-        visible: (B, L) int64, how many of the new tokens each one sees, always the first ones; None = all.
-
-    Returns:
-        What `Qwen2_5_VLTextModel` takes as `attention_mask`, and the `is_causal` it is exact with.
-    """
-    past = past_key_values.past
-    batch, length = inputs_embeds.shape[:2]
-    device = inputs_embeds.device
-    ragged = len(set(past)) > 1
-    if visible is not None and not ragged and bool((visible == torch.arange(1, length + 1, device=device)).all()):
-        mask = create_causal_mask(
-            config=config, inputs_embeds=inputs_embeds, attention_mask=None, past_key_values=past_key_values
-        )
-        return {"full_attention": mask}, True
-    if (ragged or visible is not None) and config._attn_implementation and "flash" in config._attn_implementation:
-        raise ValueError(
-            f"attn_implementation={config._attn_implementation!r} cannot mask rows of different lengths, or pictures "
-            'in prompts; use "sdpa", "flex_attention" or "eager"'
-        )
-    past_B = torch.tensor(past, device=device)
-    held_BL = see_visible = None
-    if visible is not None:
-        last_BL, offset = past_B[:, None] + visible, max(past)
-        see_visible = lambda batch, head, q, kv: kv < last_BL[batch, q - offset]  # noqa: E731
-    elif ragged:
-        held_BL = torch.arange(max(past) + length, device=device) < past_B[:, None] + length
-    mask = create_bidirectional_mask(
-        config=config,
-        inputs_embeds=inputs_embeds,
-        attention_mask=held_BL,
-        past_key_values=past_key_values,
-        and_mask_function=see_visible,
-    )
-    return {"full_attention": mask}, False
 
 
 def visible_lengths(block_ids: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """`generate`: text by next token (transformers' own loop), images by next scale (NextFlow sec. 2.2), and both in turn.
 
-The steps themselves are in `decoding.py`. Shape suffixes: B prompts or pictures, R rows (prompts, then null prompts,
+The steps themselves are in `drawing.py` and `contexts.py`. Shape suffixes: B prompts or pictures, R rows (prompts, then null prompts,
 then those without images), L prompt, l codes of one scale, D hidden, V vocabulary or codebook size.
 """
 
@@ -17,10 +17,10 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import ModelOutput
 
-from .decoding import ImageControls, RowDecoder, draw_images
+from .contexts import Context, read_prompts
+from .drawing import Forced, ImageControls, Sampler, draw_pictures
 from .interleaved import Answer, interleave
 from .layout import check_integers, final_grids, num_image_slots
-from .row_cache import RowCache
 from .sampling import SAMPLING_LIMITS, PerScale, RowGenerators, integer, per_scale
 from .scales import ScaleSchedule
 
@@ -67,7 +67,7 @@ class NextFlowInterleavedOutput(ModelOutput):
     negative_sequences: torch.LongTensor | None = None
     negative_attention_mask: torch.LongTensor | None = None
     logits: tuple[tuple[torch.FloatTensor, ...], ...] | None = None
-    past_key_values: RowCache | None = None
+    past_key_values: list[Context] | None = None
 
 
 class NextFlowGenerationMixin(GenerationMixin):
@@ -189,23 +189,13 @@ class NextFlowGenerationMixin(GenerationMixin):
 
         prompts, nulls = (input_ids, attention_mask), (negative_input_ids, negative_attention_mask)
         rows = self._context_rows(prompts, nulls, controls)
-        decoder, hidden_R1D, _ = self._read_prompts(
+        contexts, _ = self._read_prompts(
             rows, len(input_ids), pixel_values, image_codes, image_grid_hw, schedule, is_open=True
         )
-        contexts = [list(range(start, start + len(input_ids))) for start in range(0, len(rows[0]), len(input_ids))]
-        codes, logits = draw_images(
-            decoder,
-            contexts,
-            hidden_R1D,
-            controls,
-            generators,
-            repeats=num_images,
-            forced_codes=forced_codes,
-            forced_mask=forced_mask,
-            keep_contexts=False,
-            output_logits=output_logits,
-            on_scale_end=on_scale_end,
-        )
+        forced = None if forced_codes is None else Forced(forced_codes, forced_mask)
+        num_logits = len(schedule) if output_logits is True else int(output_logits)
+        sampler = Sampler(self, controls, generators, forced, num_logits)
+        codes, logits = draw_pictures(sampler, contexts, num_images, on_scale_end)
         sequences = codes + self.config.text_vocab_size
         if not return_dict_in_generate:
             return sequences
@@ -222,7 +212,7 @@ class NextFlowGenerationMixin(GenerationMixin):
         pixel_values: torch.FloatTensor | None = None,
         image_codes: torch.LongTensor | None = None,
         image_grid_hw: torch.LongTensor | None = None,
-        past_key_values: RowCache | None = None,
+        past_key_values: list[Context] | None = None,
         image_generation: dict | None = None,
         max_new_images: int | None = None,
         seed: int | Sequence[int] | None = None,
@@ -290,7 +280,7 @@ class NextFlowGenerationMixin(GenerationMixin):
         self._prepare_special_tokens(generation_config, True, device=input_ids.device, batch_size=len(input_ids))
         if streamer is not None:
             streamer.put(input_ids.cpu())
-        decoder, hidden_R1D, pictures = self._read_prompts(
+        contexts, pictures = self._read_prompts(
             rows,
             len(input_ids),
             pixel_values,
@@ -317,10 +307,9 @@ class NextFlowGenerationMixin(GenerationMixin):
             )
             for text_ids in prompt_ids
         ]
-        interleave(
-            decoder,
+        contexts = interleave(
+            contexts,
             answers,
-            hidden_R1D,
             controls,
             generators,
             do_sample=bool(generation_config.do_sample),
@@ -330,7 +319,7 @@ class NextFlowGenerationMixin(GenerationMixin):
             output_logits=output_logits,
             on_scale_end=on_scale_end,
         )
-        return self._interleaved_output(prompts, nulls, pictures, answers, controls.schedule, decoder.cache, pad_id)
+        return self._interleaved_output(prompts, nulls, pictures, answers, controls.schedule, contexts, pad_id)
 
     @torch.no_grad()
     def next_turn(
@@ -538,7 +527,7 @@ class NextFlowGenerationMixin(GenerationMixin):
         """(R, L) ids and mask: the prompts, and the null prompts and those without images where they guide, padded on
         the left."""
         contexts = [prompts]
-        if controls.max_contexts > 1:
+        if controls.max_roles > 1:
             ids, mask = nulls
             if ids is None:
                 raise ValueError(
@@ -556,7 +545,7 @@ class NextFlowGenerationMixin(GenerationMixin):
             raise ValueError(
                 f"null prompts must hold the images of their prompts, got {null_images[0]} <boi> tokens for {images}"
             )
-        if controls.max_contexts > 2:
+        if controls.max_roles > 2:
             ids, mask = contexts[1]
             contexts.append((ids, mask.masked_fill(self._at_images(ids), 0)))
         length = max(ids.shape[1] for ids, _ in contexts)
@@ -581,16 +570,16 @@ class NextFlowGenerationMixin(GenerationMixin):
         image_grid_hw,
         schedule: ScaleSchedule,
         is_open: bool = False,
-        past_key_values: RowCache | None = None,
-    ) -> tuple[RowDecoder, torch.Tensor, list[list[tuple]]]:
-        """Run what the cache does not hold of the rows.
+        past_key_values: list[Context] | None = None,
+    ) -> tuple[list[Context], list[list[tuple]]]:
+        """Run what the contexts do not hold of the rows.
 
         Args:
             schedule: of the pictures to draw.
             is_open: the rows end in the `<boi>` of such a picture.
 
         Returns:
-            the decoder, the (R, 1, D) hidden states of the last tokens, and each prompt's images as (grid, codes).
+            the contexts, and each prompt's images as (grid, codes).
         """
         input_ids, mask = rows
         closed = ((input_ids == self.config.boi_token_id) & mask).sum(dim=1) - int(is_open)
@@ -609,23 +598,19 @@ class NextFlowGenerationMixin(GenerationMixin):
         own = replace(layout, images=[image for image in layout.images if image.row < num_prompts])
         codes = self.model.image_codes_of(own, pixel_values, image_codes)
 
-        if past_key_values is None:
-            # the answer's last scale is read only where something follows; more pictures make the memory grow
-            capacity = input_ids.shape[1] + (schedule.num_codes - 1 if is_open else 2 * schedule.num_codes)
-            past_key_values = RowCache(self.config.text_config.num_hidden_layers, len(input_ids), capacity)
-        elif not isinstance(past_key_values, RowCache) or past_key_values.num_rows != len(input_ids):
-            held = getattr(past_key_values, "num_rows", type(past_key_values).__name__)
+        contexts = past_key_values or [Context.empty(self, len(input_ids), input_ids.device)]
+        num_rows = sum(len(context.rows) for context in contexts)
+        if num_rows != len(input_ids):
             raise ValueError(
                 f"past_key_values must come from interleaved generation over {len(input_ids)} rows (prompts and null "
-                f"prompts), got {held}"
+                f"prompts), got {num_rows}"
             )
-        decoder = RowDecoder(self, past_key_values, input_ids.device)
-        hidden_R1D = decoder.read(input_ids, mask, layout, [codes[index] for indices in of_row for index in indices])
+        of_rows = [codes[index] for indices in of_row for index in indices]
         pictures = [[(given[index], codes[index]) for index in indices] for indices in of_row[:num_prompts]]
-        return decoder, hidden_R1D, pictures
+        return read_prompts(contexts, input_ids, mask, layout, of_rows), pictures
 
     def _interleaved_output(
-        self, prompts, nulls, pictures, answers: list[Answer], schedule: ScaleSchedule, cache: RowCache, pad_id: int
+        self, prompts, nulls, pictures, answers: list[Answer], schedule: ScaleSchedule, contexts, pad_id: int
     ) -> NextFlowInterleavedOutput:
         config = self.config
         picture_ids = [
@@ -643,7 +628,7 @@ class NextFlowGenerationMixin(GenerationMixin):
 
         sequences, attention_mask = follow(*prompts, [answer.token_ids for answer in answers])
         negative = (None, None)
-        if nulls[0] is not None and cache.num_rows > len(answers):
+        if nulls[0] is not None and sum(len(context.rows) for context in contexts) > len(answers):
             negative = follow(*nulls, [picture_ids * len(answer.image_codes) for answer in answers])
         for row, answer in zip(pictures, answers):
             row += [(schedule.final_grid, codes) for codes in answer.image_codes]
@@ -655,7 +640,7 @@ class NextFlowGenerationMixin(GenerationMixin):
             negative_sequences=negative[0],
             negative_attention_mask=negative[1],
             logits=tuple(tuple(answer.logits) for answer in answers) if answers[0].logits else None,
-            past_key_values=cache,
+            past_key_values=contexts,
         )
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):

@@ -4,14 +4,15 @@ Shape suffixes: R rows (prompts, then null prompts, then those without images), 
 vocabulary.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from .decoding import ImageControls, RowDecoder, draw_images
+from .contexts import Context, last_hidden
+from .drawing import ImageControls, Sampler, draw_scales, read_scale
 from .layout import num_image_slots
 from .sampling import RowGenerators, sample
 
@@ -41,9 +42,8 @@ class Answer:
 
 
 def interleave(
-    decoder: RowDecoder,
+    contexts: Sequence[Context],
     answers: Sequence[Answer],
-    hidden_R1D: torch.Tensor,
     controls: ImageControls,
     generators: RowGenerators,
     do_sample: bool,
@@ -52,21 +52,24 @@ def interleave(
     streamer: BaseStreamer | None = None,
     output_logits: bool = False,
     on_scale_end: Callable[[int, int, torch.Tensor], None] | None = None,
-) -> None:
-    """Let the answers grow until all are done; see [`~NextFlowGenerationMixin.generate_interleaved`].
+) -> list[Context]:
+    """Let the answers grow until all are done; see [`~NextFlowGenerationMixin.generate`].
 
     Args:
-        hidden_R1D: of the last tokens of all rows.
-    """
-    model = decoder.model
-    config = model.config
-    hidden = dict(enumerate(hidden_R1D))  # (1, D) each, of the last token of an answer's row
-    num_prompt_ids = [len(answer.text_ids) for answer in answers]
-    num_contexts = len(hidden) // len(answers)
+        contexts: of all rows, which have read the prompts.
 
-    def write_text() -> None:
+    Returns:
+        The contexts as they are then.
+    """
+    model = contexts[0].model
+    config, schedule = model.config, controls.schedule
+    num_prompt_ids = [len(answer.text_ids) for answer in answers]
+    num_roles = sum(len(context.rows) for context in contexts) // len(answers)
+
+    def write_text(contexts: Sequence[Context]) -> list[Context]:
         rows = [row for row, answer in enumerate(answers) if not answer.is_open and not answer.is_done]
-        logits_rV = model.lm_head(torch.cat([hidden[row] for row in rows])).to(decoder.device, torch.float32)
+        writing, others = split(contexts, rows)
+        logits_rV = model.lm_head(last_hidden(writing)[:, -1]).to(writing[0].rows.device, torch.float32)
         uniform_r1 = generators.take(rows).uniform(1, logits_rV.device) if do_sample else None
         for index, row in enumerate(rows):
             answer, logits_1V = answers[row], logits_rV[index : index + 1]
@@ -92,47 +95,73 @@ def interleave(
             )
             if streamer is not None:
                 streamer.put(torch.tensor([token]))
-        rows = [row for row in rows if not answers[row].is_open and not answers[row].is_done]
-        if rows:
-            hidden.update(zip(rows, decoder.write_tokens(rows, [answers[row].token_ids[-1] for row in rows])))
+        going_on = [row for row in rows if not answers[row].is_open and not answers[row].is_done]
+        writing, stopped = split(writing, going_on)
+        for context in writing:
+            context.read_tokens([answers[row].token_ids[-1] for row in context.rows.tolist()])
+        return [*others, *stopped, *writing]
 
-    def draw() -> None:
+    def draw(contexts: Sequence[Context]) -> list[Context]:
         rows = [row for row, answer in enumerate(answers) if answer.is_open]
-        contexts = [[row + context * len(answers) for row in rows] for context in range(num_contexts)]
-        all_rows = [row for context in contexts for row in context]
-        before = {row: decoder.position(row) for row in all_rows}
-        codes_BL, logits = draw_images(
-            decoder,
-            contexts,
-            decoder.write_tokens(all_rows, [config.boi_token_id] * len(all_rows), opens=controls.schedule),
-            controls,
-            generators.take(rows),
-            output_logits=output_logits,
-            on_scale_end=on_scale_end and (lambda picture, *scale: on_scale_end(rows[picture], *scale)),
+        with_images, without = (
+            [row + role * len(answers) for role in roles for row in rows]
+            for roles in (range(min(num_roles, 2)), range(2, num_roles))
         )
-        for row in (row for context in contexts[2:] for row in context):
-            decoder.rewind(row, before[row])  # these are without images
-        all_rows = [row for context in contexts[:2] for row in context]
-        schedule = controls.schedule
+        drawing, others = split(contexts, [*with_images, *without])
+        unchanged, _ = split(drawing, without)
+        place = {row: index for index, row in enumerate([*with_images, *without])}
+        of_pictures = []
+        for context in drawing:
+            context.read_tokens([config.boi_token_id] * len(context.rows), opens=schedule)
+            numbers = [place[row] for row in context.rows.tolist()]
+            of_pictures.append(replace(context, rows=torch.tensor(numbers, device=context.rows.device)))
+        num_logits = len(schedule) if output_logits else 0
+        sampler = Sampler(model, controls, generators.take(rows), num_logits=num_logits)
+
+        def choose(contexts, codes_BL, scale):
+            codes_Bl = sampler(contexts, codes_BL, scale)
+            for row, so_far in zip(rows, torch.cat([codes_BL, codes_Bl], dim=1)):
+                if on_scale_end is not None:
+                    on_scale_end(row, scale, so_far)
+            return codes_Bl
+
+        codes_BL = torch.empty(len(rows), 0, dtype=torch.long, device=of_pictures[0].rows.device)
+        scales = range(len(schedule))
+        of_pictures, codes_BL = draw_scales(model, of_pictures, controls, choose, scales, codes_BL, keep_contexts=True)
+        of_pictures, _ = split(of_pictures, range(len(with_images)))
         if config.condition_last_scale:
-            entries_BlC = model.model.code_embeddings(codes_BL[:, schedule.slice(len(schedule) - 1)])
-            inputs_rlD = model.model.connector(entries_BlC).to(hidden_R1D).repeat(len(contexts[:2]), 1, 1)
-            decoder.write_scale(all_rows, inputs_rlD, schedule, len(schedule))
-        hidden.update(zip(all_rows, decoder.write_tokens(all_rows, [config.eoi_token_id] * len(all_rows))))
+            read_scale(model, of_pictures, codes_BL, schedule, len(schedule))
+        drawn = []
+        for context in of_pictures:
+            context.read_tokens([config.eoi_token_id] * len(context.rows))
+            numbers = [with_images[row] for row in context.rows.tolist()]
+            drawn.append(replace(context, rows=torch.tensor(numbers, device=context.rows.device)))
         slots = num_image_slots(schedule, config.condition_last_scale)
         for index, row in enumerate(rows):
             answer = answers[row]
             answer.token_ids += [config.image_token_id] * slots + [config.eoi_token_id]
             answer.image_codes.append(codes_BL[index])
-            answer.logits += [logits_BlV[index] for logits_BlV in logits]
+            answer.logits += [logits_BlV[index] for logits_BlV in sampler.logits]
             answer.is_open = False
             if streamer is not None:
                 streamer.put(torch.tensor([config.eoi_token_id]))
+        return [*others, *unchanged, *drawn]
 
     while not all(answer.is_done and not answer.is_open for answer in answers):
-        if any(not answer.is_open and not answer.is_done for answer in answers):
-            write_text()
-        else:
-            draw()
+        is_writing = any(not answer.is_open and not answer.is_done for answer in answers)
+        contexts = write_text(contexts) if is_writing else draw(contexts)
     if streamer is not None:
         streamer.end()
+    return contexts
+
+
+def split(contexts: Sequence[Context], rows: Collection[int]) -> tuple[list[Context], list[Context]]:
+    """The contexts of these rows, and those of the others."""
+    inside, outside = [], []
+    for context in contexts:
+        held = context.rows.tolist()
+        for parts, wanted in ((inside, True), (outside, False)):
+            at = [index for index, row in enumerate(held) if (row in rows) == wanted]
+            if at:
+                parts.append(context.take(at))
+    return inside, outside

@@ -19,7 +19,11 @@ from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRotaryEmbedding, Qwen2_5_VLTextModel
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
+    Qwen2_5_VLAttention,
+    Qwen2_5_VLRotaryEmbedding,
+    Qwen2_5_VLTextModel,
+)
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
@@ -31,7 +35,7 @@ from .lora import place_adapters
 from .losses import IGNORE, fill_code_targets, joint_cross_entropy, shift_labels_of
 from .modeling_nextflow_vq import LibraryModel, NextFlowVQModel, unpatchify
 from .precision import AtLeastFloat32
-from .quantizer import next_scale_features
+from .quantizer import latest_features, next_scale_features
 from .scales import ScaleSchedule
 
 
@@ -123,14 +127,26 @@ class NextFlowPreTrainedModel(LibraryModel):
             init.copy_(module.code_embeddings.weight, module.vq_model.quantizer())
 
 
+class NextFlowAttention(Qwen2_5_VLAttention):
+    """Qwen's, which can also read one scale block: without a mask, its positions see each other and all before them.
+
+    The decoder's own argument `is_causal` would say the same, but writes it into the config that all calls share.
+    """
+
+    def forward(self, *args, in_block: bool = False, **kwargs):
+        return super().forward(*args, **({"is_causal": False} if in_block else {}), **kwargs)
+
+
 class NextFlowTextModel(Qwen2_5_VLTextModel):
-    """Qwen2.5-VL's text decoder with float32 rotary frequencies, and flex attention allowed."""
+    """Qwen2.5-VL's text decoder with float32 rotary frequencies, scale blocks, and flex attention allowed."""
 
     _supports_flex_attn = True
 
     def __init__(self, config):
         super().__init__(config)
         self.rotary_emb = NextFlowRotaryEmbedding(config=config)
+        for layer in self.layers:
+            layer.self_attn.__class__ = NextFlowAttention  # has the same weights
 
 
 class NextFlowModel(NextFlowPreTrainedModel):
@@ -199,6 +215,14 @@ class NextFlowModel(NextFlowPreTrainedModel):
         """(N, codes of at least scales 1..K-1) -> (N, l, D): what the blocks of scales 2..K hold, before their scale
         embeddings; with `last_scale` the codes of scale K too, on their own grid. K is `num_scales`, or all."""
         return self.connector(self._next_scale_features(self.code_embeddings(codes), schedule, last_scale, num_scales))
+
+    def scale_inputs(self, codes: torch.Tensor, schedule: ScaleSchedule, scale: int) -> torch.Tensor:
+        """(N, codes of the first scales) -> (N, l, D): what the block of scale `scale` (0-based; K = the further block
+        of the last codes) holds, before its scale embedding, if these are the codes so far."""
+        is_last = scale == len(schedule)
+        accumulate = self.config.feature_mode == "accumulated" and not is_last
+        grid = schedule[scale - 1 if is_last else scale]
+        return self.connector(latest_features(self.code_embeddings, codes, schedule, grid, accumulate))
 
     def _next_scale_features(
         self, entries: torch.Tensor, schedule: ScaleSchedule, last_scale: bool, num_scales: int | None

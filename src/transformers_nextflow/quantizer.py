@@ -7,7 +7,7 @@ Shape suffixes: B batch, L all codes of an image, l codes of one scale, C code c
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,15 +60,25 @@ def next_scale_step(
     return to_sequence(F.interpolate(total_BChw, size=schedule[scale + 1], mode="area")), total_BChw
 
 
-def same_scale_step(
-    entries_BlC: torch.Tensor, schedule: ScaleSchedule, scale: int, total_BChw: torch.Tensor | float | None = None
+def latest_features(
+    embed: Callable[[torch.Tensor], torch.Tensor],
+    codes_BL: torch.Tensor,
+    schedule: ScaleSchedule,
+    grid: Grid,
+    accumulate: bool = False,
 ) -> torch.Tensor:
-    """Features (B, h*w, C) of scale `scale` (0-based) on its own grid from its own codebook entries, to predict it
-    again; residual or accumulated as in [`next_scale_step`], with the running sum before this scale."""
-    if total_BChw is None:
-        return entries_BlC
-    total_BChw = total_BChw + resize_features(to_map(entries_BlC, schedule[scale]), schedule.final_grid)
-    return to_sequence(F.interpolate(total_BChw, size=schedule[scale], mode="area"))
+    """What the codes so far say on `grid`, (B, h*w, C); residual or accumulated as in [`next_scale_step`].
+
+    Args:
+        embed: codes to codebook entries.
+        codes_BL: of the first scales of `schedule`, at least one.
+    """
+    scales = [scale for scale, offset in enumerate(schedule.offsets) if offset < codes_BL.shape[1]]
+    maps = (to_map(embed(codes_BL[:, schedule.slice(scale)]), schedule[scale]) for scale in scales[::-1])
+    if not accumulate:
+        return to_sequence(resize_features(next(maps), grid))
+    total_BChw = sum(resize_features(entries_BChw, schedule.final_grid) for entries_BChw in maps)
+    return to_sequence(F.interpolate(total_BChw, size=grid, mode="area"))
 
 
 def next_scale_features(

@@ -19,7 +19,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from transformers_nextflow import (
-    decoding,
+    contexts,
+    drawing,
+    generation_nextflow,
     image_processing_nextflow,
     layout,
     losses,
@@ -28,8 +30,8 @@ from transformers_nextflow import (
     quantizer,
     sampling,
 )
+from transformers_nextflow.contexts import Context
 from transformers_nextflow.data.shards import Shard, sha256_of
-from transformers_nextflow.decoding import RowDecoder
 from transformers_nextflow.modeling_nextflow import NextFlowRotaryEmbedding, ScaleEmbedding
 from transformers_nextflow.scales import ScaleSchedule
 
@@ -144,7 +146,7 @@ def _(p):
 @fault("rows and columns of coordinates exchanged", SWAPPED)
 def _(p):
     cells = layout.scale_coordinates
-    for module in (layout, decoding):
+    for module in (layout, contexts):
         p.patch(module, "scale_coordinates", lambda grid, edge: cells(grid, edge).flip(0))
 
 
@@ -182,7 +184,7 @@ def _(p):
 @fault("coordinates rounded to bfloat16", COORDINATES)
 def _(p):
     cells = layout.scale_coordinates
-    for module in (layout, decoding):
+    for module in (layout, contexts):
         p.patch(module, "scale_coordinates", lambda grid, edge: cells(grid, edge).bfloat16().float())
 
 
@@ -194,7 +196,7 @@ def _(p):
         rows, columns = cells(grid, edge)
         return torch.stack([rows, columns.mean().expand_as(columns)])
 
-    for module in (layout, decoding):
+    for module in (layout, contexts):
         p.patch(module, "scale_coordinates", blind)
 
 
@@ -216,8 +218,8 @@ def _(p):
 
 @fault("null prompts first", GUIDANCE)
 def _(p):
-    guide = decoding.guide
-    p.patch(decoding, "guide", lambda logits, s, i=1.0, n=2: guide(torch.cat(logits.chunk(n)[::-1]), s, i, n))
+    guide = drawing.guide
+    p.patch(drawing, "guide", lambda logits, s, i=1.0, n=2: guide(torch.cat(logits.chunk(n)[::-1]), s, i, n))
 
 
 @fault("disturbed codes stored as targets", MIXED, packs=True)
@@ -283,7 +285,7 @@ def _(p):
 @fault("rows and columns exchanged while sampling", SWAPPED)
 def _(p):
     cells = layout.scale_coordinates
-    p.patch(decoding, "scale_coordinates", lambda grid, edge: cells(grid, edge).flip(0))
+    p.patch(contexts, "scale_coordinates", lambda grid, edge: cells(grid, edge).flip(0))
 
 
 @fault("codes laid out column by column", SWAPPED)
@@ -310,14 +312,14 @@ def _(p):
 
 @fault("nearest neighbours while sampling", INTERPOLATION)
 def _(p):
-    step = decoding.next_scale_step
+    features = modeling_nextflow.latest_features
 
     def other(*args):
         nearest = lambda features, grid: F.interpolate(features, size=tuple(grid), mode="nearest")  # noqa: E731
         with patch.object(quantizer, "resize_features", nearest):
-            return step(*args)
+            return features(*args)
 
-    p.patch(decoding, "next_scale_step", other)
+    p.patch(modeling_nextflow, "latest_features", other)
 
 
 @fault("text not shifted", SHIFTED)
@@ -366,8 +368,8 @@ def _(p):
 
 @fault("no scale embedding while sampling", SCALES)
 def _(p):
-    embedding = RowDecoder._scale_embedding
-    p.patch(RowDecoder, "_scale_embedding", lambda self, *args: 0 * embedding(self, *args))
+    embedding = Context._scale_embedding
+    p.patch(Context, "_scale_embedding", lambda self, *args: 0 * embedding(self, *args))
 
 
 @fault("scale embedding never trained", SCALES)
@@ -378,15 +380,15 @@ def _(p):
 
 @fault("pictures in prompts lost while sampling", PIXELS)
 def _(p):
-    read, model = RowDecoder.read, modeling_nextflow.NextFlowModel
+    read, model = generation_nextflow.read_prompts, modeling_nextflow.NextFlowModel
     embed = model.embed_images
 
-    def other(self, *args):
+    def other(*args):
         drop = lambda self, embeds, layout, codes: embed(self, embeds, replace(layout, images=[]), codes)  # noqa: E731
         with patch.object(model, "embed_images", drop):
-            return read(self, *args)
+            return read(*args)
 
-    p.patch(RowDecoder, "read", other)
+    p.patch(generation_nextflow, "read_prompts", other)
 
 
 @fault("last rows of a picture blank", PIXELS)
@@ -403,8 +405,8 @@ def _(p):
 
 @fault("one guidance too much", "wrong guidance")
 def _(p):
-    guide = decoding.guide
-    p.patch(decoding, "guide", lambda logits, s, i=1.0, n=2: guide(logits, s + 1 if n > 1 else s, i, n))
+    guide = drawing.guide
+    p.patch(drawing, "guide", lambda logits, s, i=1.0, n=2: guide(logits, s + 1 if n > 1 else s, i, n))
 
 
 @fault("encoding gives disturbed targets", MIXED)
@@ -493,14 +495,13 @@ def _(p):
 
 @fault("the counter one too far while sampling", "wrong position counter")
 def _(p):
-    write = RowDecoder.write_scale
+    read = Context.read_scale
 
-    def other(self, rows, *args):
-        for row in rows:
-            self.counters[row] += 1
-        return write(self, rows, *args)
+    def other(self, *args):
+        self.counters = self.counters + 1
+        return read(self, *args)
 
-    p.patch(RowDecoder, "write_scale", other)
+    p.patch(Context, "read_scale", other)
 
 
 @fault("BGR for RGB", "swapped colour channels")
@@ -518,8 +519,8 @@ def _(p):
 
 @fault("draws at half the temperature", "wrong draws")
 def _(p):
-    sample = decoding.sample
-    p.patch(decoding, "sample", lambda logits, t, k, top_p, uniform: sample(2 * logits, t, k, top_p, uniform))
+    sample = drawing.sample
+    p.patch(drawing, "sample", lambda logits, t, k, top_p, uniform: sample(2 * logits, t, k, top_p, uniform))
 
 
 @fault("semantic entries zero", "semantic branch lost")
@@ -707,13 +708,13 @@ def _(p):
 
 def patch_controls(p, name: str) -> None:
     """Each scale gets the setting of another."""
-    create = decoding.ImageControls.__init__
+    create = drawing.ImageControls.__init__
 
     def other(self, *args, **kwargs):
         create(self, *args, **kwargs)
         object.__setattr__(self, name, list(getattr(self, name))[::-1])
 
-    p.patch(decoding.ImageControls, "__init__", other)
+    p.patch(drawing.ImageControls, "__init__", other)
 
 
 @fault("guidance of the scales in the wrong order", "wrong guidance")
@@ -728,14 +729,14 @@ def _(p):
 
 @fault("guidance by text and by pictures exchanged", "wrong guidance")
 def _(p):
-    guide = decoding.guide
-    p.patch(decoding, "guide", lambda logits, s, i=1.0, n=2: guide(logits, *((i, s) if n == 3 else (s, i)), n))
+    guide = drawing.guide
+    p.patch(drawing, "guide", lambda logits, s, i=1.0, n=2: guide(logits, *((i, s) if n == 3 else (s, i)), n))
 
 
 @fault("top-k not applied", "wrong draws")
 def _(p):
-    sample = decoding.sample
-    p.patch(decoding, "sample", lambda logits, t, k, top_p, uniform: sample(logits, t, 0, top_p, uniform))
+    sample = drawing.sample
+    p.patch(drawing, "sample", lambda logits, t, k, top_p, uniform: sample(logits, t, 0, top_p, uniform))
 
 
 @fault("one random number for all positions", "draws not independent")

@@ -79,7 +79,7 @@ def _step_verdict(case: Case, calls: list[dict], sequence: Sequence, ids, schedu
             return input_verdict(case, embeds[0], ids, schedules, codes, where, at)
         done = at.stop
     cause = "inputs and positions of every step are right; the cache or its mask are not"
-    return Verdict("wrong cache", cause, "look at `row_cache.py` and `row_mask`")
+    return Verdict("wrong cache", cause, "look at `contexts.py`")
 
 
 def check_guidance(case: Case) -> Finding:
@@ -306,7 +306,7 @@ def check_ladder(case: Case) -> Finding:
     figures = means | {"most": worst + 1, "guilty": guilty}
     if max(row[-1] for row in errors) > 1.0:
         cause = "codes that were given are not those that are decoded"
-        return check.failed(measured, Verdict("lost codes", cause, "look at `draw_images`"), **figures)
+        return check.failed(measured, Verdict("lost codes", cause, "look at `draw_scales`"), **figures)
     if guilty == SETTINGS:
         verdict = Verdict(
             "harmful sampling settings",

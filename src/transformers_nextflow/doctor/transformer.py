@@ -46,7 +46,7 @@ def _largest(actual: torch.Tensor, wanted: torch.Tensor) -> float:
 
 def position_verdict(actual: torch.Tensor, wanted: torch.Tensor) -> Verdict | None:
     """What is wrong with (3, B, L) positions, if anything."""
-    step = "look at `layout.py` (teacher forcing) and `RowDecoder.write_scale` (sampling)"
+    step = "look at `layout.py` (teacher forcing) and `Context.read_scale` (sampling)"
     if actual.shape != wanted.shape:
         return Verdict(
             "wrong positions", f"they have the shape {tuple(actual.shape)}, not {tuple(wanted.shape)}", step
@@ -164,7 +164,7 @@ def input_verdict(case: Case, actual: torch.Tensor, ids, schedules, codes, where
         expected = case.reference_inputs(ids, schedules, codes, where, **mistake)[at]
         return difference(actual, expected) <= tolerance(actual.dtype)
 
-    step = "look at `NextFlowModel.embed_images` (teacher forcing) and `RowDecoder` (sampling)"
+    step = "look at `NextFlowModel.embed_images` (teacher forcing) and `read_prompts` (sampling)"
     if matches(scales=False):
         return Verdict(SCALES, "blocks and `<boi>` come without the embedding of their scale", step)
     if matches(visual=False) or matches(visual=False, scales=False):

@@ -1,0 +1,219 @@
+"""Contexts: rows of one length over a cache of their own, which read prompts, tokens and scales.
+
+Rows of different lengths run apart, so that a scale step never has a mask: its positions see all that their row has
+read, and each other.
+
+Shape suffixes: R rows of a call, r rows of a context, L prompt, l new positions, D hidden.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache
+
+from .attention import sequence_mask
+from .layout import SequenceLayout, scale_coordinates
+from .scales import ScaleSchedule
+
+if TYPE_CHECKING:
+    from .modeling_nextflow import NextFlowForConditionalGeneration
+
+Layers = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass
+class Context:
+    """Rows that have read equally much.
+
+    A step replaces the tensors of the cache and never writes into them, so that what one context holds others may
+    hold too.
+
+    Attributes:
+        rows: (r,) which rows of the call these are, ascending. Wherever the model's parts are, what goes between them
+            is on this device.
+        cache: their keys and values.
+        counters: (r,) float32, the position counter of what comes next (NextFlow fig. 5).
+        token_ids: each row's ids so far, `<image>` for a visual input.
+        hidden_rlD: of what was read last.
+    """
+
+    model: "NextFlowForConditionalGeneration"
+    rows: torch.Tensor
+    cache: Cache
+    counters: torch.Tensor
+    token_ids: list[list[int]]
+    hidden_rlD: torch.Tensor
+
+    @classmethod
+    def empty(cls, model: "NextFlowForConditionalGeneration", num_rows: int, device: torch.device) -> "Context":
+        config = model.config.text_config
+        rows, hidden = torch.arange(num_rows, device=device), torch.empty(num_rows, 0, config.hidden_size)
+        counters = torch.zeros(num_rows, device=device)
+        return cls(model, rows, DynamicCache(config=config), counters, [[] for _ in rows], hidden.to(device))
+
+    @property
+    def length(self) -> int:
+        """How much each row has read."""
+        return len(self.token_ids[0])
+
+    def take(self, at: Sequence[int]) -> "Context":
+        """Some of the rows, in that order; a row may be taken several times."""
+        whole = list(at) == list(range(len(self.rows)))
+        index = torch.tensor(at, device=self.rows.device)
+        rows, counters, hidden_rlD = (
+            tensor if whole else tensor[index]
+            for tensor in (self.rows, self.counters, self.hidden_rlD)
+        )
+        layers = self.layers if whole else [tuple(x[index.to(x.device)] for x in layer) for layer in self.layers]
+        cache = DynamicCache(config=self.model.config.text_config)
+        taken = Context(self.model, rows, cache, counters, [self.token_ids[row] for row in at], hidden_rlD)
+        taken.layers = layers
+        return taken
+
+    def fork(self, count: int) -> "Context":
+        """Every row `count` times: row n becomes rows n * count and on."""
+        forked = self.take([at for at in range(len(self.rows)) for _ in range(count)])
+        copies = torch.arange(count, device=self.rows.device).repeat(len(self.rows))
+        return replace(forked, rows=forked.rows * count + copies)
+
+    @property
+    def layers(self) -> Layers:
+        """Keys and values (r, heads, length, head size) of every layer; none before anything is read."""
+        return [(layer.keys, layer.values) for layer in self.cache.layers if layer.is_initialized]
+
+    @layers.setter
+    def layers(self, layers: Layers) -> None:
+        for layer, (keys, values) in zip(self.cache.layers, layers):
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = keys, values
+
+    def read(
+        self,
+        inputs_rlD: torch.Tensor,
+        positions_3rl: torch.Tensor,
+        token_ids: Sequence[list[int]],
+        mask: dict | None = None,
+        in_block: bool = False,
+    ) -> None:
+        """Run new positions: causal ones, those of one scale block, or what `mask` says."""
+        self.hidden_rlD = self.model.model.language_model(
+            inputs_embeds=inputs_rlD,
+            position_ids=positions_3rl,
+            attention_mask={"full_attention": None} if in_block else mask,
+            past_key_values=self.cache,
+            use_cache=True,
+            in_block=in_block,
+        ).last_hidden_state.to(self.rows.device)
+        self.counters = positions_3rl[0, :, -1] + 1
+        self.token_ids = [before + new for before, new in zip(self.token_ids, token_ids)]
+
+    def read_tokens(self, token_ids: Sequence[int], opens: ScaleSchedule | None = None) -> None:
+        """One token for each row; `opens`: it is the `<boi>` of a picture of this schedule."""
+        ids_r1 = torch.tensor(token_ids, device=self.rows.device)[:, None]
+        embeds_r1D = self.model.get_input_embeddings()(ids_r1).to(self.rows.device)
+        if opens is not None:
+            embeds_r1D = embeds_r1D + self._scale_embedding(0, opens).to(embeds_r1D)
+        self.read(embeds_r1D, self.counters[:, None].expand(3, -1, -1), [[token] for token in token_ids])
+
+    def read_scale(self, inputs_rlD: torch.Tensor, schedule: ScaleSchedule, scale: int) -> None:
+        """The block of scale `scale` (0-based; len(schedule) is the further block of the last codes)."""
+        inputs_rlD = inputs_rlD.to(self.hidden_rlD)
+        inputs_rlD = inputs_rlD + self._scale_embedding(scale, schedule).to(inputs_rlD)
+        grid = schedule[min(scale, len(schedule) - 1)]
+        cells_2l = scale_coordinates(grid, self.model.model.finest_edge).to(inputs_rlD.device)
+        counter_rl = self.counters[:, None].expand(-1, cells_2l.shape[1])
+        positions_3rl = torch.stack([counter_rl, *(cells.expand_as(counter_rl) for cells in cells_2l)])
+        slots = [self.model.config.image_token_id] * cells_2l.shape[1]
+        self.read(inputs_rlD, positions_3rl, [slots] * len(self.rows), in_block=True)
+
+    def rewind(self, length: int) -> None:
+        """Forget the last block, of `length` positions."""
+        self.cache.crop(-length)
+        self.counters = self.counters - 1
+        self.token_ids = [ids[:-length] for ids in self.token_ids]
+
+    def _scale_embedding(self, scale: int, schedule: ScaleSchedule) -> torch.Tensor:
+        index, count = torch.tensor([[scale + 1], [len(schedule)]], device=self.rows.device)
+        return self.model.model.scale_embedding(index, count)
+
+
+def last_hidden(contexts: Sequence[Context]) -> torch.Tensor:
+    """(R, l, D) of what all rows read last, in their order."""
+    order = torch.cat([context.rows for context in contexts]).argsort()
+    hidden_RlD = torch.cat([context.hidden_rlD for context in contexts])
+    return hidden_RlD if len(contexts) == 1 else hidden_RlD[order]
+
+
+def keep_rows(contexts: Sequence[Context], num_rows: int) -> list[Context]:
+    """The contexts of the first `num_rows` rows alone."""
+    counts = [int((context.rows < num_rows).sum()) for context in contexts]
+    return [context.take(range(count)) for context, count in zip(contexts, counts) if count]
+
+
+def read_prompts(
+    contexts: Sequence[Context],
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    layout: SequenceLayout,
+    codes: list[torch.Tensor],
+) -> list[Context]:
+    """Read of every row what its context does not hold yet; `hidden_rlD` is that of the last tokens alone.
+
+    Args:
+        contexts: of all rows; they stay as they are.
+        input_ids, attention_mask: (R, L) whole rows; padding may stand anywhere.
+        codes: each finished image's (L_i,) codes.
+
+    Raises:
+        ValueError: if a context holds anything but the beginning of its rows, or a row brings nothing new.
+    """
+    model = contexts[0].model
+    embeds_RLD = model.get_input_embeddings()(input_ids).to(input_ids.device)
+    if layout.images:
+        embeds_RLD = model.model.embed_images(embeds_RLD, layout, codes)
+    columns = [row.nonzero().flatten() for row in attention_mask]
+    given = [ids[at].tolist() for ids, at in zip(input_ids, columns)]
+    blocks = [ids[at] for ids, at in zip(layout.block_ids, columns)]
+    implementation = model.config.text_config._attn_implementation
+    is_flash = implementation is not None and "flash" in implementation
+
+    done = []
+    for context in contexts:
+        held, parts = context.length, {}
+        for at, row in enumerate(context.rows.tolist()):
+            if given[row][:held] != context.token_ids[at] or len(given[row]) <= held:
+                raise ValueError(
+                    f"row {row} must begin with the {held} tokens past_key_values hold of it and go on, got "
+                    f"{len(given[row])} tokens"
+                )
+            runs = _runs(blocks[row][held:].tolist())
+            # the mask of whole rows is fast; behind a cache, or where there are no masks, runs are read one by one
+            whole = not held and not is_flash
+            key = (len(given[row]), any(is_block for _, is_block in runs)) if whole else tuple(runs)
+            parts.setdefault(key, (runs, whole, []))[2].append(at)
+        for runs, whole, members in parts.values():
+            part = context.take(members)
+            rows = part.rows.tolist()
+            of_rows = part.rows[:, None], torch.stack([columns[row] for row in rows])[:, held:]
+            inputs_rlD, positions_3rl = embeds_RLD[of_rows], layout.position_ids[(slice(None), *of_rows)]
+            mask = None
+            if whole:
+                own = replace(layout, block_ids=layout.block_ids[of_rows])
+                mask = sequence_mask(model.config.text_config, inputs_rlD, None, own, None, None)
+                runs = [(inputs_rlD.shape[1], False)]
+            start = 0
+            for length, is_block in runs:
+                at = slice(start, start := start + length)
+                ids = [given[row][held:][at] for row in rows]
+                part.read(inputs_rlD[:, at], positions_3rl[:, :, at], ids, mask=mask, in_block=is_block)
+            part.hidden_rlD = part.hidden_rlD[:, -1:]
+            done.append(part)
+    return done
+
+
+def _runs(block_ids: list[int]) -> list[tuple[int, bool]]:
+    """Lengths of neighbours that attend alike: text, or one scale block, and whether they are a block."""
+    return [(len(list(run)), block >= 0) for block, run in groupby(block_ids)]

@@ -1,0 +1,259 @@
+"""Next-scale decoding (NextFlow sec. 2.2): `draw_scales` is the algorithm, what it is asked with stands around it.
+
+Shape suffixes: B pictures, R rows (the prompts of all pictures, then their null prompts, then those without images),
+l codes of one scale, D hidden, V codebook size.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from .contexts import Context, keep_rows, last_hidden
+from .sampling import RowGenerators, guide, sample
+from .scales import ScaleSchedule
+
+if TYPE_CHECKING:
+    from .modeling_nextflow import NextFlowForConditionalGeneration
+
+LOGITS_AT_ONCE = 2**24
+"""Numbers of the logits, of all rows, that are computed and sampled from in one go: 64 MiB in float32."""
+
+
+@dataclass(frozen=True)
+class ImageControls:
+    """How pictures are drawn; the lists have one value for each scale.
+
+    Attributes:
+        schedule: the pictures' scales.
+        guidance, image_guidance: see [`guide`].
+        temperature, top_k, top_p: see [`sample`].
+        refine_top_k: top-k of one further pass over every scale but the first for each entry, see [`Sampler`].
+    """
+
+    schedule: ScaleSchedule
+    guidance: list[float]
+    image_guidance: list[float]
+    temperature: list[float]
+    top_k: list[int]
+    top_p: list[float]
+    refine_top_k: tuple[int, ...] = ()
+
+    def num_roles(self, scale: int) -> int:
+        """Which rows scale `scale` is predicted from: 1 = the prompts', 2 = and the null prompts', 3 = and those of
+        the null prompts without their images."""
+        if self.image_guidance[scale] != 1.0:
+            return 3
+        return 2 if self.guidance[scale] != 1.0 else 1
+
+    @property
+    def max_roles(self) -> int:
+        return self.roles_from(0)
+
+    def roles_from(self, scale: int) -> int:
+        """Rows that this scale or a later one is predicted from."""
+        return max(map(self.num_roles, range(scale, len(self.schedule))))
+
+
+@dataclass(frozen=True)
+class Forced:
+    """Codes that pictures must have.
+
+    Attributes:
+        codes, mask: (B, codes of the first scales) codes, and where they are forced.
+    """
+
+    codes: torch.Tensor
+    mask: torch.Tensor
+
+    def repeat(self, count: int) -> "Forced":
+        return Forced(*(tensor.repeat_interleave(count, dim=0) for tensor in (self.codes, self.mask)))
+
+    def num_scales(self, schedule: ScaleSchedule) -> int:
+        """How many of the first scales are forced as a whole."""
+        free = (~self.mask).any(dim=0).nonzero().flatten().tolist()
+        reach = min([*free, self.codes.shape[1]])
+        return sum(offset + length <= reach for offset, length in zip(schedule.offsets, schedule.lengths))
+
+
+@dataclass
+class Sampler:
+    """Chooses the codes of a scale from what the rows have just read.
+
+    A further pass of `refine_top_k` predicts a scale again from that scale's own codes, in place of the previous
+    scale's (TokenFlow's sampling in several steps); later scales see the block as it was first read.
+
+    Attributes:
+        forced: codes to take as they are.
+        num_logits: of how many first scales the guided logits of the last pass are kept in `logits`, (B, l, V)
+            float32.
+    """
+
+    model: "NextFlowForConditionalGeneration"
+    controls: ImageControls
+    generators: RowGenerators
+    forced: Forced | None = None
+    num_logits: int = 0
+
+    def __post_init__(self):
+        self.logits: list[torch.Tensor] = []
+
+    def __call__(self, contexts: Sequence[Context], codes_BL: torch.Tensor, scale: int) -> torch.Tensor:
+        """(B, l) codes of a scale, after those of the scales before it."""
+        codes_Bl, logits = self._draw(contexts, scale, self.controls.top_k[scale])
+        refine_top_k = self.controls.refine_top_k if scale else ()
+        first_read = [context.layers for context in contexts] if refine_top_k else []
+        for top_k in refine_top_k:
+            for context in contexts:
+                context.rewind(codes_Bl.shape[1])
+            read_scale(self.model, contexts, torch.cat([codes_BL, codes_Bl], dim=1), self.controls.schedule, scale)
+            codes_Bl, logits = self._draw(contexts, scale, top_k)
+        for context, layers in zip(contexts, first_read):
+            context.layers = layers
+        if scale < self.num_logits:
+            self.logits.append(torch.cat(logits, dim=1))
+        return codes_Bl
+
+    def take_forced(self, contexts: Sequence[Context], codes_BL: torch.Tensor, scale: int) -> torch.Tensor:
+        """As a call, for a scale that is forced as a whole: the pictures of a prompt are still one, and the random
+        numbers go by, so that the others are drawn as if nothing was forced."""
+        at = self.controls.schedule.slice(scale)
+        for _ in range(1 + len(self.controls.refine_top_k) if scale else 1):
+            self.generators.uniform(at.stop - at.start, torch.device("cpu"))
+        if scale < self.num_logits:
+            self.logits.append(torch.cat(list(self._predict(contexts, len(codes_BL), scale)), dim=1))
+        return self.forced.codes[:, at]
+
+    def _draw(self, contexts: Sequence[Context], scale: int, top_k: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """One pass: (B, l) codes, and the logits if they are to be kept."""
+        controls, at = self.controls, self.controls.schedule.slice(scale)
+        uniform_Bl = self.generators.uniform(at.stop - at.start, contexts[0].hidden_rlD.device)
+        codes, logits, start = [], [], 0
+        for logits_BlV in self._predict(contexts, len(uniform_Bl), scale):
+            uniform = uniform_Bl[:, start : start + logits_BlV.shape[1]]
+            codes.append(sample(logits_BlV, controls.temperature[scale], top_k, controls.top_p[scale], uniform))
+            start += logits_BlV.shape[1]
+            if scale < self.num_logits:
+                logits.append(logits_BlV)
+        codes_Bl = torch.cat(codes, dim=1)
+        if self.forced is not None and at.start < self.forced.codes.shape[1]:
+            codes_Bl = torch.where(self.forced.mask[:, at], self.forced.codes[:, at], codes_Bl)
+        return codes_Bl, logits
+
+    def _predict(self, contexts: Sequence[Context], num_pictures: int, scale: int) -> Iterable[torch.Tensor]:
+        """The scale's guided logits (B, some positions, V) in float32."""
+        controls, roles = self.controls, self.controls.num_roles(scale)
+        hidden_RlD = last_hidden(contexts)[: roles * num_pictures]
+        row_size = len(hidden_RlD) * self.model.config.vq_config.codebook_size
+        for hidden in hidden_RlD.split(max(LOGITS_AT_ONCE // row_size, 1), dim=1):
+            logits_RlV = self.model.code_head(hidden).to(hidden.device, torch.float32)
+            yield guide(logits_RlV, controls.guidance[scale], controls.image_guidance[scale], roles)
+
+
+def draw_scales(
+    model: "NextFlowForConditionalGeneration",
+    contexts: Sequence[Context],
+    controls: ImageControls,
+    choose: Callable[[Sequence[Context], torch.Tensor, int], torch.Tensor],
+    scales: range,
+    codes_BL: torch.Tensor,
+    keep_contexts: bool = False,
+) -> tuple[list[Context], torch.Tensor]:
+    """Draw some scales of pictures, and read the one that follows.
+
+    Args:
+        contexts: have just read `<boi>`, or the block of the first of `scales`.
+        choose: gives (B, l) codes from the contexts, the codes so far and the scale.
+        codes_BL: of the scales before.
+        keep_contexts: whether all rows must hold the whole picture afterwards; if not, null rows stop after the last
+            scale they guide.
+
+    Returns:
+        the contexts, and the codes so far.
+    """
+    for scale in scales:
+        codes_BL = torch.cat([codes_BL, choose(contexts, codes_BL, scale)], dim=1)
+        if scale + 1 < len(controls.schedule):
+            if not keep_contexts:
+                contexts = keep_rows(contexts, controls.roles_from(scale + 1) * len(codes_BL))
+            read_scale(model, contexts, codes_BL, controls.schedule, scale + 1)
+    return contexts, codes_BL
+
+
+def read_scale(model, contexts: Sequence[Context], codes_BL: torch.Tensor, schedule: ScaleSchedule, scale: int):
+    """Every row reads the block of scale `scale` of its picture, as the codes so far make it."""
+    inputs_BlD = model.model.scale_inputs(codes_BL, schedule, scale)
+    for context in contexts:
+        context.read_scale(inputs_BlD[context.rows % len(inputs_BlD)], schedule, scale)
+
+
+def draw_pictures(
+    sampler: Sampler,
+    contexts: Sequence[Context],
+    count: int = 1,
+    on_scale_end: Callable[[int, int, torch.Tensor], None] | None = None,
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """`count` pictures for each prompt, the rows of which have just read `<boi>`.
+
+    Scales that are forced as a whole are read once for all pictures of a prompt; then the rows part, and so many
+    pictures are drawn at once as memory takes (see [`pictures_at_once`]).
+
+    Args:
+        sampler: of all pictures, prompt by prompt; its `forced` codes of the prompts.
+        on_scale_end: called with (picture, scale, (n,) codes so far).
+
+    Returns:
+        (B, codes) codes, and the logits that the sampler keeps.
+    """
+    model, controls, schedule = sampler.model, sampler.controls, sampler.controls.schedule
+    num_prompts = len(sampler.generators.generators) // count
+    forced = sampler.forced
+    num_forced = forced.num_scales(schedule) if forced is not None else 0
+
+    def reporting(choose: Callable, pictures: torch.Tensor) -> Callable:
+        """`choose`, telling `on_scale_end`; `pictures`: (B, n) which pictures each row of codes belongs to."""
+
+        def tell(contexts, codes_BL, scale):
+            codes_Bl = choose(contexts, codes_BL, scale)
+            for so_far, numbers in zip(torch.cat([codes_BL, codes_Bl], dim=1), pictures.tolist()):
+                for number in numbers:
+                    on_scale_end(number, scale, so_far)
+            return codes_Bl
+
+        return choose if on_scale_end is None else tell
+
+    device = contexts[0].hidden_rlD.device
+    numbers = torch.arange(num_prompts * count).view(num_prompts, count)
+    codes_BL = torch.empty(num_prompts, 0, dtype=torch.long, device=device)
+    choose = reporting(sampler.take_forced, numbers)
+    contexts, codes_BL = draw_scales(model, contexts, controls, choose, range(num_forced), codes_BL)
+    parts = numbers.split(pictures_at_once(contexts, schedule, num_prompts), dim=1)
+    drawn, logits = [], []
+    for part in parts:
+        each = part.shape[1]
+        some = replace(
+            sampler,
+            generators=sampler.generators.take(part.flatten().tolist()),
+            forced=forced and forced.repeat(each),
+        )
+        of_part = [context.fork(each) for context in contexts]
+        choose, rest = reporting(some, part.reshape(-1, 1)), range(num_forced, len(schedule))
+        codes = codes_BL.repeat_interleave(each, dim=0)
+        drawn.append(draw_scales(model, of_part, controls, choose, rest, codes)[1])
+        logits.append([scale.repeat_interleave(each, dim=0) for scale in sampler.logits] + some.logits)
+    order = torch.cat([part.flatten() for part in parts]).argsort().to(device)
+    return torch.cat(drawn)[order], [torch.cat(scale)[order] for scale in zip(*logits)]
+
+
+def pictures_at_once(contexts: Sequence[Context], schedule: ScaleSchedule, num_prompts: int) -> int:
+    """Of how many pictures for each prompt the caches take as much memory as the decoder's weights, or 1 GiB if that
+    is more; at least 1."""
+    weights = sum(each.numel() * each.element_size() for each in contexts[0].model.model.language_model.parameters())
+    of_contexts = sum(
+        x.numel() * x.element_size() * (1 + schedule.num_codes / context.length)
+        for context in contexts
+        for keys_values in context.layers
+        for x in keys_values
+    )
+    return max(int(max(weights, 2**30) / of_contexts), 1)
