@@ -223,10 +223,11 @@ def test_a_second_turn_reads_only_what_is_new(request, name, image_generation, b
 def test_six_turns_over_one_cache(reading, image_generation):
     """As if all was run again in each turn."""
     inputs = with_nulls(reading, *(last_scales(each[:2], reading) for each in (PROMPTS, NULLS)))
+    one_picture = {"max_new_tokens": 4, "max_new_images": 1, "sequence_bias": {(BOI,): 6.0, (EOS,): -1.0}}
     for turn in range(6):
-        cached = answer(reading, inputs, image_generation, seed=turn, max_new_tokens=4, max_new_images=1)
+        cached = answer(reading, inputs, image_generation, seed=turn, **one_picture)
         anew = {name: value for name, value in inputs.items() if name != "past_key_values"}
-        whole = answer(reading, anew, image_generation, seed=turn, max_new_tokens=4, max_new_images=1)
+        whole = answer(reading, anew, image_generation, seed=turn, **one_picture)
         assert torch.equal(cached.sequences, whole.sequences) and torch.equal(cached.image_codes, whole.image_codes)
         for mine, others in zip(cached.logits, whole.logits):
             assert all(relative(one, other) < 1e-4 for one, other in zip(mine, others))
