@@ -1,7 +1,7 @@
 """`generate`: text by next token (transformers' own loop), images by next scale (NextFlow sec. 2.2), and both in turn.
 
-The steps themselves are in `drawing.py` and `contexts.py`. Shape suffixes: B prompts or pictures, R rows (prompts, then
-null prompts, then those without images), L prompt, l codes of one scale, D hidden, V vocabulary or codebook size.
+The steps themselves are in `drawing.py` and `contexts.py`. Shape suffixes: B prompts or pictures, R rows (prompts,
+then null prompts, then those without images), L prompt, l codes of one scale, D hidden, V vocabulary or codebook size.
 """
 
 from collections.abc import Callable, Sequence
