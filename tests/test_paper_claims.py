@@ -203,7 +203,7 @@ def test_separate_heads_end_with_their_block():
 
 def test_the_single_codebook_is_the_pixel_half_alone(tmp_path):
     torch.manual_seed(0)
-    model = NextFlowVQModel(vq_config(decoder_blocks=1)).eval()
+    model = NextFlowVQModel(vq_config()).eval()
     model.save_pretrained(tmp_path / "pixel")
     pixels = torch.rand(2, 3, 64, 64) * 2 - 1
     with torch.no_grad():
