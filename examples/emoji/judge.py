@@ -1,13 +1,13 @@
 """What a drawing shows: the picture of the world that is nearest to it, among all of them.
 
 The metric: both pictures are resized to 16 x 16 pixels by Pillow's bilinear filter (on the way down a triangle over
-twice the pixel's width) and their uint8 RGB values compared by squared difference. It has no parameter that was fitted
-to anything, and was chosen on true pictures before any model was scored (`validate_judge.py`,
-`benchmarks/results/emoji_judge.json`): of nine candidates it is the finest that finds .95 or more of the true pictures
-again under every change that it has to forgive, and that one step defines. RGB at 32 x 32 and 64 x 64 pixels, at three
-resolutions added up, and at 16 x 16 without the filter's overlap finds fewer under a blur of two pixels, and searching
-shifts does not help against blur. CIELAB at 16 x 16 passes too, with a second step and no gain; 8 x 8 pixels pass too,
-and would forgive more than they have to.
+twice the pixel's width) and their uint8 RGB values compared by squared difference. No parameter of it was fitted to
+anything, and it was chosen on true pictures before any model was scored (`validate_judge.py`,
+`benchmarks/results/emoji_judge.json`): of nine candidates it is the finest that finds at least .95 of the true
+pictures again under every change that it has to forgive, and that one step defines. RGB at 32 x 32 and 64 x 64 pixels,
+at three resolutions added up, and at 16 x 16 without the filter's overlap finds fewer under a blur of two pixels, and
+searching shifts does not help against blur. CIELAB at 16 x 16 passes too, with a second step and no gain; 8 x 8 pixels
+pass too, and would forgive more than they have to.
 
 All of it is exact, in integers. Pictures that are equal to the pixel are one picture under several names, and where
 several are nearest at one distance, a drawing is right if the one asked for is among them.

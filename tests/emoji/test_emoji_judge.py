@@ -10,7 +10,7 @@ from PIL import Image
 from examples.emoji.baselines import mean_pictures, most_frequent, other_styles
 from examples.emoji.intervals import difference, paired_difference, proportion, wilson
 from examples.emoji.judge import Judge, features, squared_distances, squares, untouched, untouched_errors
-from examples.emoji.validate_judge import CHOSEN, FORGIVEN, LEAST, METRICS, chance, nonsense
+from examples.emoji.validate_judge import CHOSEN, FORGIVEN, LEAST, METRICS, chance, nonsense, shifted
 from examples.emoji.world import World, in_a_row
 
 RESULT = Path(__file__).parents[2] / "benchmarks" / "results" / "emoji_judge.json"
@@ -247,10 +247,18 @@ def test_most_frequent_answer():
 
 def test_nonsense_is_never_what_was_asked_for_by_design(world):
     rows = np.arange(8)
-    drawings = nonsense(world, rows, np.random.default_rng(3))
-    assert {len(each) for each in drawings.values()} == {8}
-    for drawing, row in zip(drawings["pictures of other prompts"], rows):
-        assert not np.array_equal(drawing, world.pictures[row])
+    for seed in range(20):
+        drawings = nonsense(world, rows, np.random.default_rng(seed))
+        assert {len(each) for each in drawings.values()} == {8}
+        for drawing, row in zip(drawings["pictures of other prompts"], rows):
+            assert not np.array_equal(drawing, world.pictures[row])
+
+
+def test_shifts_go_down_and_right_on_white():
+    picture = np.arange(4 * 4 * 3, dtype=np.uint8).reshape(4, 4, 3)
+    moved = shifted(picture, None, 1, -2)
+    assert np.array_equal(moved[1:, :2], picture[:-1, 2:])
+    assert (moved[0] == 255).all() and (moved[:, 2:] == 255).all()
 
 
 def test_chance_of_labels():
