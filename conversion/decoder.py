@@ -43,9 +43,9 @@ def text_config_of(config: PreTrainedConfig) -> dict:
     Raises:
         ValueError: if the model is none of the four, or has what their common decoder lacks.
     """
-    text = config.text_config if config.model_type == "qwen2_5_vl" else config
     if config.model_type not in ("llama", "qwen2", "qwen2_5_vl"):
         raise ValueError(f"the text model must be a llama, qwen2 or qwen2_5_vl, got the type {config.model_type!r}")
+    text = _text_part(config)
     if text.hidden_act != "silu":
         raise ValueError(f"the text model's hidden_act must be 'silu', got {text.hidden_act!r}")
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -158,9 +158,8 @@ class TextDecoder:
         expected = dict(expected)
         if source_config.tie_word_embeddings and HEAD not in self.names:
             del expected[HEAD]
-        rows = (source_config.text_config if source_config.model_type == "qwen2_5_vl" else source_config).vocab_size
         for table in expected.keys() & {EMBEDDING, HEAD}:
-            expected[table] = (rows, *expected[table][1:])
+            expected[table] = (_text_part(source_config).vocab_size, *expected[table][1:])
         check_keys(
             self.source.folder,
             {name: self.source.shapes[name] for name in self.names.values()},
@@ -178,6 +177,10 @@ class TextDecoder:
         (_, embeddings), (_, heads) = self.source.tensors([embedding, head])
         if not torch.equal(embeddings, heads):
             raise ValueError(f"config.json ties {head} to the embeddings, but their tensors differ")
+
+
+def _text_part(config: PreTrainedConfig) -> PreTrainedConfig:
+    return config.text_config if config.model_type == "qwen2_5_vl" else config
 
 
 def nextflow_key(name: str) -> str | None:
