@@ -57,7 +57,7 @@ class Training:
 TRAININGS = {
     "alignment": Training(4_000, 192, 16, 60, 1e-3, 0.5, "connector_and_head", 0.0),
     "pretraining-32": Training(16_000, 192, 16, 200, 3e-3, 0.1, scale_loss_alpha=0.0),
-    "pretraining-64": Training(32_000, 848, 5, 450, 3e-3, 0.5),
+    "pretraining-64": Training(32_000, 848, 5, 300, 3e-3, 0.5),
 }
 
 
