@@ -343,7 +343,7 @@ def test_negative_prompts_that_are_none(tiny_processor, prompt):
 
 def test_placeholders_of_no_picture(tiny_processor):
     chat = user([{"type": "image", "image": Image.new("RGB", (24, 24))}, {"type": "text", "text": "make it blue"}])
-    with pytest.raises(ValueError, match="<.image_pad.> stands outside .* in negative_text 0"):
+    with pytest.raises(ValueError, match="negative_text 0 must have the 1 images of its text, got 2"):
         tiny_processor.apply_chat_template(chat, generation_mode="image", negative_prompt="<|image_pad|>")
     for change, given in ((chat, "<|vision_start|><|image_pad|><|vision_end|>"), (user("<|image_pad|>"), None)):
         with pytest.raises(ValueError, match="image_pad|must have the 1 images of its text, got 2"):
@@ -379,7 +379,7 @@ def request(model, **change) -> dict:
         ({"negative_input_ids": torch.tensor([[10**6]])}, "negative_input_ids must lie in"),
         ({"negative_input_ids": torch.tensor([3])}, "negative_input_ids must hold int64 in 2 dimensions"),
         ({"guidance_scale": LONG}, "guidance_scale must be a number of at least 0.0"),
-        ({"guidance_scale": torch.tensor(2.0)}, "guidance_scale must be a number"),
+        ({"guidance_scale": torch.tensor(-2.0)}, "guidance_scale must be a number"),
         ({"temperature": NAN}, "temperature must be a number of at least 0.0, got nan"),
         ({"refine_top_k": 3}, "refine_top_k must be a list of integers, got 3"),
         ({"seed": 2**64}, r"seed must be in \[-9223372036854775808, 18446744073709551615\], got 18446744073709551616"),
@@ -387,12 +387,12 @@ def request(model, **change) -> dict:
         ({"seed": "1"}, "seed must be an integer, got '1'"),
         ({"num_images_per_prompt": 1.5}, "num_images_per_prompt must be an integer, got 1.5"),
         ({"aspect_ratio": ""}, "aspect_ratio must read"),
-        ({"aspect_ratio": f"{LONG}:1"}, "nearest: 2:1"),
-        ({"aspect_ratio": f"1:{LONG}"}, "nearest: 1:2"),
+        ({"aspect_ratio": f"{LONG}:1", "exact_size": True}, "nearest: 2:1"),
+        ({"aspect_ratio": f"1:{LONG}", "exact_size": True}, "nearest: 1:2"),
         ({"level": ""}, "level must be one of 24, got"),
         ({"height": "24", "width": 24}, "height must be an integer, got '24'"),
         ({"height": 24, "width": 0}, "width must be at least 1, got 0"),
-        ({"height": LONG, "width": 24}, "no scale schedule for an image of 1000"),
+        ({"height": LONG, "width": 24, "exact_size": True}, "no scale schedule for an image of 1000"),
         ({"forced_codes": torch.zeros(1, 5)}, "forced_codes must hold int64"),
         ({"forced_codes": [[1]]}, "forced_codes must be a tensor, got list"),
         ({"image_grid_hw": torch.tensor([3, 3])}, "image_grid_hw must hold two integers"),
@@ -524,16 +524,13 @@ def test_other_codes_that_cannot_be_decoded(tiny_model):
         (("generate", "a", "--aspect-ratio", ""), 'aspect_ratio must read "width:height"'),
         (("generate", "a", "--aspect-ratio", "1:0"), 'aspect_ratio must read "width:height"'),
         (("generate", "a", "--level", ""), "level must be one of 24, got"),
-        (("generate", "a", "--height", "9" * 400, "--width", "24"), "no scale schedule for an image of 999"),
         (("generate", "a", "--num-images", "-1"), "num_images_per_prompt must be at least 1, got -1"),
         (("describe", "a.png", "--top-p", "0"), "top_p must be a number in [1e-06, 1.0], got 0.0"),
         (("describe", "a.png", "--temperature", "nan"), "temperature must be a number of at least 0.0, got nan"),
         (("describe", "a.png", "--max-new-tokens", "0"), "`max_new_tokens` must be greater than 0"),
         (("describe", "a.png", "--seed", 2**64), "seed must be in ["),
-        (("describe", "a.png", "--output", "nowhere/a.txt"), "there is no folder nowhere"),
         (("interleave", "a", "--top-p", "-1"), "top_p must be a number in [1e-06, 1.0], got -1.0"),
         (("interleave", "a", "--image-guidance-scale", "nan"), "image_guidance_scale must be a number"),
-        (("interleave", "a", "--aspect-ratio", "7:1"), "no scale schedule has the aspect ratio 7:1"),
         (("reconstruct", "a.png", "--level", ""), "level must be one of 24, got"),
         (("reconstruct", "a.png", "--level", "512"), "level must be one of 24, got 512"),
         (("flops", "--prompt-tokens", "-1"), "prompt_tokens must not be negative, got -1"),

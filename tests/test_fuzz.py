@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests import fuzzing
-from transformers_nextflow import ScaleSchedule, generation_nextflow, sampling
+from transformers_nextflow import ScaleSchedule, image_generation, prompts, sampling
 from transformers_nextflow.data import documents
 
 ROOT = Path(__file__).parents[1]
@@ -68,8 +68,8 @@ def test_a_refusal_is_one(refused):
     ("module", "name", "fault", "target"),
     [
         (documents, "_string", lambda cell: cell, fuzzing.document),
-        (generation_nextflow, "check_integers", lambda *args: None, fuzzing.request),
-        (generation_nextflow, "integer", lambda name, value, *limits: value, fuzzing.request),
+        (prompts, "check_integers", lambda *args: None, fuzzing.request),
+        (image_generation, "integer", lambda name, value, *limits: value, fuzzing.request),
     ],
 )
 def test_planted_faults_are_found(tiny_checkpoint, monkeypatch, module, name, fault, target):

@@ -203,7 +203,9 @@ def test_levels(tmp_path):
     small = noise(16, 16)
     assert np.array_equal(eight_bits(pixels_of(processor, small)), small), "a schedule's size stays"
     assert pixels_of(processor, small, level="high").shape == (3, 32, 32)
-    assert pixels_of(processor, noise(17, 16)).shape == (3, 32, 32), "others come to the highest level"
+    assert pixels_of(processor, noise(33, 32)).shape == (3, 32, 32), "others come to the highest level"
+    assert pixels_of(processor, noise(31, 40)).shape == (3, 16, 24), "at which they are not enlarged"
+    assert pixels_of(processor, noise(9, 8)).shape == (3, 16, 16), "or to the lowest"
     assert pixels_of(processor, noise(100, 150), level="low").shape == (3, 16, 24)
     low = NextFlowImageProcessor(patch_size=8, scale_schedules=rows, levels={"low": 2, "high": 3}, level="low")
     assert pixels_of(low, noise(32, 32)).shape == (3, 16, 16)
@@ -216,7 +218,7 @@ def test_levels(tmp_path):
 
 def test_default_is_table_14():
     processor = NextFlowImageProcessor()
-    assert processor(noise(40, 40))["image_grid_hw"].tolist() == [[64, 64]]
+    assert processor(noise(1025, 1030))["image_grid_hw"].tolist() == [[64, 64]]
     inputs = processor(noise(40, 40), level=256)
     assert inputs["image_grid_hw"].tolist() == [[16, 16]]
     assert inputs["pixel_values"].shape == (256, 16 * 16 * 3)

@@ -103,7 +103,7 @@ def test_mismatches_name_both_numbers(tiny_processor):
     with pytest.raises(ValueError, match=r"hold \[1, 1\] placeholders .*, images \[0, 2\]"):
         tiny_processor(text=[PICTURE, PICTURE], images=[[], [picture(), picture()]])
     with pytest.raises(ValueError, match=r"outside .* in text 1"):
-        tiny_processor(text=["a", "<|image_pad|>"], images=[picture()])
+        tiny_processor(text=["a", "<|vision_start|><|image_pad|>"], images=[picture()])
     with pytest.raises(ValueError, match="negative_text 0 must have the 1 images of its text, got 0"):
         tiny_processor(text=PICTURE, images=picture(), negative_text="bad")
     with pytest.raises(ValueError, match="one entry for each of 2 texts, got 1"):

@@ -1,14 +1,16 @@
 """The whole NextFlow model as one diffusers pipeline: prompt and pictures in, pictures out."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Self
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.utils.accelerate_utils import apply_forward_hook
+from transformers.processing_utils import Unpack
 
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor
+from transformers_nextflow.image_generation import ImageGenerationKwargs
 from transformers_nextflow.sampling import RowGenerators
 
 from .decoding import NextFlowDecoderMixin, StableNames
@@ -76,18 +78,15 @@ class NextFlowPipeline(StableNames, DiffusionPipeline):
         prompt: str | Sequence[str],
         image: PipelineImageInput | Sequence[Sequence] | None = None,
         negative_prompt: str | Sequence[str] | None = None,
-        aspect_ratio: str | None = None,
-        level: str | int | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        guidance_scale=None,
         num_images_per_prompt: int = 1,
         seed: int | Sequence[int] | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        num_inference_steps: int | None = None,
+        callback_on_step_end: Callable[[Self, int, int, dict], dict] | None = None,
         decoder_kwargs: dict | None = None,
-        **kwargs,
+        **kwargs: Unpack[ImageGenerationKwargs],
     ) -> ImagePipelineOutput | tuple:
         """Draw pictures for prompts, or edit pictures.
 
@@ -95,9 +94,12 @@ class NextFlowPipeline(StableNames, DiffusionPipeline):
             prompt: one or several.
             image: one picture, or several, that belong to the only prompt; or a list of them for each prompt. Anything
                 the processor reads. Without a size, the output has that of each prompt's first picture.
-            negative_prompt, aspect_ratio, level, height, width, guidance_scale, kwargs: as in `generate_image` of the
-                model, whose defaults are in its configuration.
-            seed, generator: as there; the decoder's noise follows from them too.
+            negative_prompt: what guidance leads away from.
+            num_images_per_prompt, kwargs: as in `generate` of the model, whose defaults are in its configuration.
+            seed, generator: as there; the decoder's noise follows from them too. With both, as drivers of any
+                pipeline give them, the seed counts.
+            num_inference_steps: of the decoder; the steps of the model are its scales, whatever this is.
+            callback_on_step_end: called after each scale of a picture with (pipeline, scale from 0 on, scale, {}).
             output_type: `"pil"`, `"np"` (B, H, W, 3) in [0, 1], `"pt"` (B, 3, H, W) in [0, 1], or `"latent"`, the
                 codes (B, L).
             decoder_kwargs: of the decoder pipeline's call: `num_inference_steps`, `upscale`, `strength`, `prompt` (in
@@ -108,13 +110,12 @@ class NextFlowPipeline(StableNames, DiffusionPipeline):
 
         Raises:
             ValueError: for `decoder_kwargs` without a decoder, pictures or sizes that do not fit, and what
-                `generate_image` refuses.
+                `generate` refuses.
         """
         if decoder_kwargs and self.decoder is None:
             raise ValueError(f"decoder_kwargs ({', '.join(decoder_kwargs)}) need a decoder, and the pipeline has none")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         pictures = _pictures(image, len(prompts))
-        size = {"aspect_ratio": aspect_ratio, "level": level, "height": height, "width": width}
         chats = [
             [{"role": "user", "content": [{"type": "image", "image": each} for each in own] + [_text(text)]}]
             for own, text in zip(pictures, prompts)
@@ -122,15 +123,14 @@ class NextFlowPipeline(StableNames, DiffusionPipeline):
         inputs = self.processor.apply_chat_template(
             chats, generation_mode="image", negative_prompt=negative_prompt, sanitize_control_tokens=True
         )
-        if any(pictures) and aspect_ratio is None and height is None and width is None:
-            height, width = self._size_of(inputs["image_grid_hw"], pictures, level)
-            size = {"height": height, "width": width}
+        if seed is not None:
+            generator = None
+        if callback_on_step_end is not None:
+            kwargs["on_scale_end"] = lambda picture, scale, codes: callback_on_step_end(self, scale, scale, {})
         output = apply_forward_hook(NextFlowForConditionalGeneration.generate)(
             self.model,
             **inputs.to(self._execution_device),
-            **size,
             generation_mode="image",
-            guidance_scale=guidance_scale,
             num_images_per_prompt=num_images_per_prompt,
             seed=seed,
             generator=generator,
@@ -143,6 +143,8 @@ class NextFlowPipeline(StableNames, DiffusionPipeline):
         elif self.decoder is not None:
             if seed is not None:
                 generator = RowGenerators.create(len(prompts), num_images_per_prompt, seed).generators
+            if num_inference_steps is not None:
+                decoder_kwargs = {"num_inference_steps": num_inference_steps} | (decoder_kwargs or {})
             images = self._draw(prompts, codes, grid, num_images_per_prompt, generator, output_type, decoder_kwargs)
         else:
             pixels = self.model.model.vq_model.decode(codes, grid)
@@ -163,16 +165,6 @@ class NextFlowPipeline(StableNames, DiffusionPipeline):
             controls.setdefault("image", list((vq_model.decode(codes, grid) + 1) / 2))
         self.maybe_free_model_hooks()  # the decoder may need the memory
         return self.decoder(features=features, output_type=output_type, **controls).images
-
-    def _size_of(self, image_grid_hw: torch.Tensor, pictures: list[list], level) -> tuple[int, int]:
-        """(height, width) of the prompts' first pictures, brought to `level` if one is given."""
-        starts = [sum(map(len, pictures[:row])) for row in range(len(pictures))]
-        grids = sorted({tuple(image_grid_hw[start].tolist()) for start, own in zip(starts, pictures) if own})
-        if len(grids) != 1:
-            raise ValueError(f"the prompts' first pictures have different grids, {grids}: say height and width")
-        schedules = self.model.model.schedules
-        size = schedules.image_size(schedules.by_grid(grids[0]))
-        return size if level is None else schedules.image_size(schedules.nearest_to_image(*size, level))
 
 
 def _text(text: str) -> dict:

@@ -10,8 +10,10 @@ from transformers import (
 )
 
 from .configuration_nextflow import NextFlowConfig, NextFlowVQConfig
-from .generation_nextflow import NextFlowImageOutput, NextFlowInterleavedOutput
+from .generation_nextflow import NextFlowImageOutput
+from .image_generation import ImageGenerationConfig
 from .image_processing_nextflow import NextFlowImageProcessor
+from .interleaved import NextFlowInterleavedOutput
 from .modeling_nextflow import NextFlowForConditionalGeneration, NextFlowModel, NextFlowOutput, NextFlowPreTrainedModel
 from .modeling_nextflow_vq import NextFlowVQModel, NextFlowVQOutput
 from .processing_nextflow import NextFlowProcessor
@@ -33,6 +35,7 @@ AutoImageProcessor.register(NextFlowVQConfig, image_processor_classes={"pil": Ne
 AutoProcessor.register(NextFlowConfig, NextFlowProcessor, exist_ok=True)
 
 __all__ = [
+    "ImageGenerationConfig",
     "LinearRamp",
     "NextFlowConfig",
     "NextFlowForConditionalGeneration",

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from importlib.metadata import entry_points
+from importlib.metadata import entry_points, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -241,10 +241,6 @@ def make_pictures(args: argparse.Namespace, images: "list[Image]", text: str) ->
     model, processor = load_model(args.model)
     decoder = load_decoder(args, model.model.vq_model)
     size = {name: getattr(args, name) for name in ("aspect_ratio", "level", "height", "width")}
-    if images and args.aspect_ratio is None and args.height is None and args.width is None:
-        first = processor.image_processor.schedule_of(images[0].height, images[0].width, args.level)
-        height, width = model.model.schedules.image_size(first)
-        size = {"height": height, "width": width}
     seed = random.randrange(2**31) if args.seed is None else args.seed
 
     inputs = chat_inputs(processor, images, text, generation_mode="image", negative_prompt=args.negative_prompt)
@@ -328,10 +324,7 @@ def describe(args: argparse.Namespace) -> None:
     (text,) = processor.post_process_multimodal_output(output[:, inputs["input_ids"].shape[1] :])
     text = text.strip()
     if args.output:
-        output = Path(args.output)
-        if not output.parent.is_dir():
-            raise FileNotFoundError(f"there is no folder {output.parent}")
-        write_atomically(output, lambda partial: partial.write_text(text + "\n", encoding="utf-8"))
+        write_atomically(Path(args.output), lambda partial: partial.write_text(text + "\n", encoding="utf-8"))
     print(json.dumps({"text": text, "seconds": seconds}, indent=2) if args.json else text)
 
 
@@ -345,7 +338,7 @@ def add_interleave(subparsers) -> None:
     )
     parser.add_argument("--seed", type=int, metavar="N", help="default: a new one, which is printed")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="of text (default: %(default)s)")
-    parser.add_argument("--max-images", type=int, metavar="N", help="pictures of the answer (default: any number)")
+    parser.add_argument("--max-images", type=int, default=16, metavar="N", help="of the answer (default: %(default)s)")
     add_sampling_options(parser.add_argument_group("sampling of text (default: the most likely)"))
     pictures = parser.add_argument_group("pictures (default: the model's)")
     pictures.add_argument("--aspect-ratio", metavar="W:H", help="width:height")
@@ -395,6 +388,10 @@ def interleave(args: argparse.Namespace) -> None:
             path = folder / f"picture-{sum('path' in entry for entry in listed)}.png"
             write_atomically(path, lambda partial, part=part: part.save(partial, format="PNG"))
             listed.append({"path": str(path), "width": part.width, "height": part.height})
+    count = sum("path" in entry for entry in listed)
+    while (stale := folder / f"picture-{count}.png").is_file():  # of an earlier, longer answer
+        stale.unlink()
+        count += 1
     lines = [entry["text"] if "text" in entry else f"![]({Path(entry['path']).name})" for entry in listed]
     write_atomically(
         folder / "answer.md", lambda partial: partial.write_text("\n\n".join(lines) + "\n", encoding="utf-8")
@@ -491,7 +488,7 @@ def flops(args: argparse.Namespace) -> None:
 
     config = load_config(args.model)
     table = config.vq_config.schedule_table()
-    schedule = table.by_aspect_ratio(args.aspect_ratio, args.level)
+    schedule = table.by_aspect_ratio(args.aspect_ratio, args.level, exact=False)
     passes = image_passes(schedule, args.prompt_tokens)
     nextflow = paper_layer_cost(passes)
     mmdit = paper_layer_cost(mmdit_passes(schedule, args.denoising_steps))
@@ -520,8 +517,8 @@ def flops(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(figures, indent=2))
         return
-    print(f"{width}x{height} pixels (width x height), {len(schedule)} scales, {schedule.num_codes:,} codes,", end=" ")
-    print(f"{args.prompt_tokens} prompt tokens\n")
+    print(f"{width}x{height} pixels (width x height), the nearest to {args.aspect_ratio}, {len(schedule)} scales,")
+    print(f"{schedule.num_codes:,} codes, {args.prompt_tokens} prompt tokens\n")
     print("The paper's estimate, FLOPs of one layer of hidden size h (appendix A.2)")
     print_rows(
         ("NextFlow", f"{nextflow.quadratic:,} h^2 + {nextflow.linear:,} h"),
@@ -635,6 +632,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="transformers-nextflow", description="Text and images from one next-token, next-scale model."
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version('transformers-nextflow')}")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for add_subcommand in SUBCOMMANDS:
         add_subcommand(subparsers)

@@ -6,6 +6,7 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
 from transformers.models.vit.configuration_vit import ViTConfig
 
+from .image_generation import ImageGenerationConfig
 from .scales import PAPER_LEVELS, ScheduleTable, schedule_table
 
 # transformers' model types: the first reads any grid, the others one size
@@ -31,19 +32,6 @@ QWEN2_5_7B_TEXT = {
     "max_position_embeddings": 128000,
     "rms_norm_eps": 1e-6,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
-}
-
-# Open in the paper; TokenFlow samples with guidance 7.5 (a ramp), top-k 600 and top-p 0.6.
-IMAGE_GENERATION_DEFAULTS = {
-    "guidance_scale": 3.0,
-    "image_guidance_scale": 1.0,
-    "temperature": 1.0,
-    "top_k": 0,
-    "top_p": 1.0,
-    "refine_top_k": [],
-    "aspect_ratio": "1:1",
-    "level": None,
-    "num_images_per_prompt": 1,
 }
 
 
@@ -217,9 +205,8 @@ class NextFlowConfig(PreTrainedConfig):
         scale_loss_alpha (`float`, defaults to 0.9):
             Exponent of the scale weights in the loss (eq. 2).
         image_generation (`dict`, *optional*):
-            Defaults of `generate(generation_mode="image")`, saved with the model: `guidance_scale`,
-            `image_guidance_scale`, `temperature`, `top_k`, `top_p` (a number, or a list with one per scale),
-            `refine_top_k` (a list), `aspect_ratio` ("width:height"), `level`, `num_images_per_prompt`.
+            How pictures are drawn where a call says nothing, as in [`ImageGenerationConfig`]. What is set goes over
+            what is there already, also by `from_pretrained(..., image_generation={...})`.
     """
 
     model_type = "nextflow"
@@ -252,17 +239,17 @@ class NextFlowConfig(PreTrainedConfig):
             )
         if self.feature_mode not in ("residual", "accumulated"):
             raise ValueError(f'feature_mode must be "residual" or "accumulated", got {self.feature_mode!r}')
-        given = self.image_generation or {}
-        if unknown := set(given) - set(IMAGE_GENERATION_DEFAULTS):
-            raise ValueError(
-                f"image_generation knows {', '.join(IMAGE_GENERATION_DEFAULTS)}, got {', '.join(sorted(unknown))}"
-            )
-        self.image_generation = IMAGE_GENERATION_DEFAULTS | given
         for name in ("boi_token_id", "eoi_token_id", "image_token_id"):
             if not 0 <= getattr(self, name) < self.text_config.vocab_size:
                 raise ValueError(
                     f"{name} must be a text row, 0 to {self.text_config.vocab_size - 1}, got {getattr(self, name)}"
                 )
+
+    def __setattr__(self, key, value):
+        if key == "image_generation":
+            value = self.__dict__.get(key, {}) | (value or {})
+            value = ImageGenerationConfig.from_dict(value).to_dict()
+        super().__setattr__(key, value)
 
     @property
     def _head_dim(self) -> int:

@@ -15,7 +15,8 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache
 
 from .attention import sequence_mask
-from .layout import SequenceLayout, scale_coordinates
+from .layout import scale_coordinates
+from .prompts import Picture, padded
 from .scales import ScaleSchedule
 
 if TYPE_CHECKING:
@@ -64,8 +65,7 @@ class Context:
         whole = list(at) == list(range(len(self.rows)))
         index = torch.tensor(at, device=self.rows.device)
         rows, counters, hidden_rlD = (
-            tensor if whole else tensor[index]
-            for tensor in (self.rows, self.counters, self.hidden_rlD)
+            tensor if whole else tensor[index] for tensor in (self.rows, self.counters, self.hidden_rlD)
         )
         layers = self.layers if whole else [tuple(x[index.to(x.device)] for x in layer) for layer in self.layers]
         cache = DynamicCache(config=self.model.config.text_config)
@@ -154,50 +154,65 @@ def keep_rows(contexts: Sequence[Context], num_rows: int) -> list[Context]:
 
 
 def read_prompts(
-    contexts: Sequence[Context],
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
-    layout: SequenceLayout,
-    codes: list[torch.Tensor],
+    model: "NextFlowForConditionalGeneration",
+    rows: Sequence[list[int]],
+    pictures: Sequence[Sequence[Picture]],
+    schedule: ScaleSchedule,
+    device: torch.device,
+    held: Sequence[Context] | None = None,
 ) -> list[Context]:
-    """Read of every row what its context does not hold yet; `hidden_rlD` is that of the last tokens alone.
+    """Contexts that have read rows of ids; `hidden_rlD` is that of the last tokens alone.
 
     Args:
-        contexts: of all rows; they stay as they are.
-        input_ids, attention_mask: (R, L) whole rows; padding may stand anywhere.
-        codes: each finished image's (L_i,) codes.
+        rows: of the prompts, the null prompts, and those without images; some may end in `<boi>`.
+        pictures: each prompt's finished images.
+        schedule: of the picture that a last `<boi>` opens.
+        held: contexts that have read the beginnings of the rows; they stay as they are.
 
     Raises:
         ValueError: if a context holds anything but the beginning of its rows, or a row brings nothing new.
     """
-    model = contexts[0].model
+    input_ids, attention_mask = padded(rows, model.config.eoi_token_id, device)
+    attention_mask = attention_mask.bool()
+    grids, codes = [], []
+    for row, ids in enumerate(rows):
+        own = pictures[row % len(pictures)] if row < 2 * len(pictures) else []
+        grids += [grid for grid, _ in own] + [schedule.final_grid] * (ids[-1] == model.config.boi_token_id)
+        codes += [each for _, each in own]
+    layout = model.model.lay_out(input_ids, grids, attention_mask)
+    model.check_reach(layout.position_ids[0], len(schedule) - 1 if rows[0][-1] == model.config.boi_token_id else 0)
+    contexts = held or [Context.empty(model, len(rows), device)]
+    if (num_held := sum(len(context.rows) for context in contexts)) != len(rows):
+        raise ValueError(
+            f"past_key_values must come from interleaved generation over {len(rows)} rows (prompts and null prompts), "
+            f"got {num_held}"
+        )
     embeds_RLD = model.get_input_embeddings()(input_ids).to(input_ids.device)
     if layout.images:
         embeds_RLD = model.model.embed_images(embeds_RLD, layout, codes)
     columns = [row.nonzero().flatten() for row in attention_mask]
-    given = [ids[at].tolist() for ids, at in zip(input_ids, columns)]
     blocks = [ids[at] for ids, at in zip(layout.block_ids, columns)]
     implementation = model.config.text_config._attn_implementation
     is_flash = implementation is not None and "flash" in implementation
 
     done = []
     for context in contexts:
-        held, parts = context.length, {}
+        length, parts = context.length, {}
         for at, row in enumerate(context.rows.tolist()):
-            if given[row][:held] != context.token_ids[at] or len(given[row]) <= held:
+            if rows[row][:length] != context.token_ids[at] or len(rows[row]) <= length:
                 raise ValueError(
-                    f"row {row} must begin with the {held} tokens past_key_values hold of it and go on, got "
-                    f"{len(given[row])} tokens"
+                    f"row {row} must begin with the {length} tokens past_key_values hold of it and go on, got "
+                    f"{len(rows[row])} tokens"
                 )
-            runs = _runs(blocks[row][held:].tolist())
+            runs = _runs(blocks[row][length:].tolist())
             # the mask of whole rows is fast; behind a cache, or where there are no masks, runs are read one by one
-            whole = not held and not is_flash
-            key = (len(given[row]), any(is_block for _, is_block in runs)) if whole else tuple(runs)
+            whole = not length and not is_flash
+            key = (len(rows[row]), any(is_block for _, is_block in runs)) if whole else tuple(runs)
             parts.setdefault(key, (runs, whole, []))[2].append(at)
         for runs, whole, members in parts.values():
             part = context.take(members)
-            rows = part.rows.tolist()
-            of_rows = part.rows[:, None], torch.stack([columns[row] for row in rows])[:, held:]
+            numbers = part.rows.tolist()
+            of_rows = part.rows[:, None], torch.stack([columns[row] for row in numbers])[:, length:]
             inputs_rlD, positions_3rl = embeds_RLD[of_rows], layout.position_ids[(slice(None), *of_rows)]
             mask = None
             if whole:
@@ -205,9 +220,9 @@ def read_prompts(
                 mask = sequence_mask(model.config.text_config, inputs_rlD, None, own, None, None)
                 runs = [(inputs_rlD.shape[1], False)]
             start = 0
-            for length, is_block in runs:
-                at = slice(start, start := start + length)
-                ids = [given[row][held:][at] for row in rows]
+            for run, is_block in runs:
+                at = slice(start, start := start + run)
+                ids = [rows[row][length:][at] for row in numbers]
                 part.read(inputs_rlD[:, at], positions_3rl[:, :, at], ids, mask=mask, in_block=is_block)
             part.hidden_rlD = part.hidden_rlD[:, -1:]
             done.append(part)

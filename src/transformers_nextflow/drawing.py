@@ -6,11 +6,15 @@ l codes of one scale, D hidden, V codebook size.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import torch
+from transformers.utils import ModelOutput
 
 from .contexts import Context, keep_rows, last_hidden
+from .image_codes import num_scales_of
+from .image_generation import ImageControls
+from .layout import check_integers
 from .sampling import RowGenerators, guide, sample
 from .scales import ScaleSchedule
 
@@ -21,39 +25,13 @@ LOGITS_AT_ONCE = 2**24
 """Numbers of the logits, of all rows, that are computed and sampled from in one go: 64 MiB in float32."""
 
 
-@dataclass(frozen=True)
-class ImageControls:
-    """How pictures are drawn; the lists have one value for each scale.
+@dataclass
+class NextFlowOutputWithPictures(ModelOutput):
+    """What came of a call that draws; see its subclasses."""
 
-    Attributes:
-        schedule: the pictures' scales.
-        guidance, image_guidance: see [`guide`].
-        temperature, top_k, top_p: see [`sample`].
-        refine_top_k: top-k of one further pass over every scale but the first for each entry, see [`Sampler`].
-    """
-
-    schedule: ScaleSchedule
-    guidance: list[float]
-    image_guidance: list[float]
-    temperature: list[float]
-    top_k: list[int]
-    top_p: list[float]
-    refine_top_k: tuple[int, ...] = ()
-
-    def num_roles(self, scale: int) -> int:
-        """Which rows scale `scale` is predicted from: 1 = the prompts', 2 = and the null prompts', 3 = and those of
-        the null prompts without their images."""
-        if self.image_guidance[scale] != 1.0:
-            return 3
-        return 2 if self.guidance[scale] != 1.0 else 1
-
-    @property
-    def max_roles(self) -> int:
-        return self.roles_from(0)
-
-    def roles_from(self, scale: int) -> int:
-        """Rows that this scale or a later one is predicted from."""
-        return max(map(self.num_roles, range(scale, len(self.schedule))))
+    def decode(self) -> list[torch.Tensor]:
+        """Its pictures, (3, H, W) float32 in [-1, 1]."""
+        return self._decode()
 
 
 @dataclass(frozen=True)
@@ -67,7 +45,34 @@ class Forced:
     codes: torch.Tensor
     mask: torch.Tensor
 
-    def repeat(self, count: int) -> "Forced":
+    @classmethod
+    def of_call(cls, codes, mask, num_prompts: int, schedule: ScaleSchedule, codebook_size: int) -> Self:
+        """From what a user gives.
+
+        Raises:
+            ValueError: for codes that are none, or not of whole scales, and masks of other shapes.
+        """
+        check_integers("forced_codes", codes, 2)
+        if len(codes) != num_prompts:
+            raise ValueError(f"forced_codes must have the shape ({num_prompts}, codes), got {tuple(codes.shape)}")
+        num_scales_of(codes, schedule)
+        mask = torch.ones_like(codes, dtype=torch.bool) if mask is None else mask
+        if mask.dtype != torch.bool or mask.shape not in (codes.shape, codes.shape[1:]):
+            raise ValueError(
+                f"forced_mask must be bool of the shape {tuple(codes.shape)}, got {mask.dtype} {tuple(mask.shape)}"
+            )
+        mask = mask.to(codes.device).expand_as(codes)
+        if mask.any() and not (0 <= codes[mask].min() and codes[mask].max() < codebook_size):
+            low, high = int(codes[mask].min()), int(codes[mask].max())
+            raise ValueError(
+                f"forced_codes must lie in [0, {codebook_size}), without the text rows, got {low} to {high}"
+            )
+        return cls(codes, mask)
+
+    def to(self, device: torch.device) -> Self:
+        return replace(self, codes=self.codes.to(device), mask=self.mask.to(device))
+
+    def repeat(self, count: int) -> Self:
         return Forced(*(tensor.repeat_interleave(count, dim=0) for tensor in (self.codes, self.mask)))
 
     def num_scales(self, schedule: ScaleSchedule) -> int:

@@ -64,7 +64,7 @@ class NextFlowImageProcessorKwargs(ImagesKwargs, total=False):
     """
     level (`str` or `int`, *optional*):
         Level of the schedules to choose from; `None` keeps pictures that have a schedule's size already, and brings
-        others to the highest level.
+        others to the highest level at which they are not enlarged, or the lowest.
     """
 
     level: str | int | None
@@ -85,7 +85,7 @@ class NextFlowImageProcessor(PilBackend):
             As in [`NextFlowVQConfig`]: pictures of this edge, which the grid does not divide, stay whole.
         level (`str` or `int`, *optional*):
             Level of the schedules to choose from. `None` keeps pictures that have a schedule's size already, and
-            brings others to the highest level.
+            brings others to the highest level at which they are not enlarged, or the lowest.
         do_resize, do_convert_rgb (`bool`, default to `True`):
             Without the first, pictures of other sizes are an error; without the second, other modes than RGB.
         resample (`PIL.Image.Resampling`, defaults to bicubic).
@@ -146,11 +146,15 @@ class NextFlowImageProcessor(PilBackend):
     def schedule_of(self, height: int, width: int, level: str | int | None = None) -> ScaleSchedule:
         """The schedule of a picture of `height` x `width` pixels; `level` as in the class."""
         table = self.schedule_table()
-        if level is None:
-            for schedule in table:
-                if table.image_size(schedule) == (height, width):
-                    return schedule
-        return table.nearest_to_image(height, width, level)
+        if level is not None:
+            return table.nearest_to_image(height, width, level)
+        for schedule in table:
+            if table.image_size(schedule) == (height, width):
+                return schedule
+        nearest = [table.nearest_to_image(height, width, name) for name in table.levels]
+        sizes = map(table.image_size, nearest)
+        fitting = [schedule for schedule, (h, w) in zip(nearest, sizes) if h <= height and w <= width]
+        return (fitting or nearest[:1])[-1]
 
     def fetch_images(self, image_url_or_urls):
         """Open paths, give grey (H, W) arrays their channel; other pictures pass, nested as they come."""

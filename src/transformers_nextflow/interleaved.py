@@ -8,13 +8,49 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import GenerationMixin
 from transformers.generation.streamers import BaseStreamer
+from transformers.utils import logging
 
-from .contexts import Context, last_hidden
-from .drawing import ImageControls, Sampler, draw_scales, read_scale
+from .contexts import Context, last_hidden, read_prompts
+from .drawing import NextFlowOutputWithPictures, Sampler, draw_scales, read_scale
+from .image_generation import ImageControls, ImageGenerationConfig
 from .layout import num_image_slots
-from .sampling import RowGenerators, sample
+from .prompts import Prompts, flat_images
+from .sampling import RowGenerators, integer, sample
+from .scales import ScaleSchedule
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class NextFlowInterleavedOutput(NextFlowOutputWithPictures):
+    """Prompts and answers of text and pictures; what [`~NextFlowGenerationMixin.next_turn`] goes on from.
+
+    Attributes:
+        sequences, attention_mask: (B, L) the prompts as they came, then the answers, padded on the right. A picture is
+            `<boi>`, its `<image>` slots, `<eoi>`, as in the model's inputs.
+        image_grid_hw: (N, 2) final grids of all pictures of prompts and answers, in row-major order of `<boi>`.
+        image_codes: (sum of codes,) their codes, scale by scale.
+        prompt_length: columns of the prompts.
+        negative_sequences, negative_attention_mask: (B, L') the null prompts, then the answers' pictures; where
+            guided.
+        logits: of each row, in the order of its steps, (1, V) text logits before processors and (l, V) guided code
+            logits of each scale, all float32; with `output_logits`.
+        past_key_values: the cache of all rows; a next call writes into it.
+    """
+
+    sequences: torch.LongTensor | None = None
+    attention_mask: torch.LongTensor | None = None
+    image_grid_hw: torch.LongTensor | None = None
+    image_codes: torch.LongTensor | None = None
+    prompt_length: int | None = None
+    negative_sequences: torch.LongTensor | None = None
+    negative_attention_mask: torch.LongTensor | None = None
+    logits: tuple[tuple[torch.FloatTensor, ...], ...] | None = None
+    past_key_values: list[Context] | None = None
 
 
 @dataclass
@@ -48,7 +84,7 @@ def interleave(
     generators: RowGenerators,
     do_sample: bool,
     max_new_tokens: int,
-    max_new_images: int | None = None,
+    max_new_images: int,
     streamer: BaseStreamer | None = None,
     output_logits: bool = False,
     on_scale_end: Callable[[int, int, torch.Tensor], None] | None = None,
@@ -64,6 +100,7 @@ def interleave(
     model = contexts[0].model
     config, schedule = model.config, controls.schedule
     num_prompt_ids = [len(answer.text_ids) for answer in answers]
+    limit = config.text_config.max_position_embeddings
     num_roles = sum(len(context.rows) for context in contexts) // len(answers)
 
     def write_text(contexts: Sequence[Context]) -> list[Context]:
@@ -71,12 +108,14 @@ def interleave(
         writing, others = split(contexts, rows)
         logits_rV = model.lm_head(last_hidden(writing)[:, -1]).to(writing[0].rows.device, torch.float32)
         uniform_r1 = generators.take(rows).uniform(1, logits_rV.device) if do_sample else None
+        counters = {row: s for context in writing for row, s in zip(context.rows.tolist(), context.counters.tolist())}
         for index, row in enumerate(rows):
             answer, logits_1V = answers[row], logits_rV[index : index + 1]
+            room = limit - counters[row]
             if output_logits:
                 answer.logits.append(logits_1V)
             unwritten = [config.image_token_id, config.eoi_token_id]
-            if max_new_images is not None and len(answer.image_codes) >= max_new_images:
+            if len(answer.image_codes) >= max_new_images or room < len(schedule) + 2:
                 unwritten.append(config.boi_token_id)
             scores_1V = logits_1V.clone()
             scores_1V[:, unwritten] = -torch.inf
@@ -90,9 +129,11 @@ def interleave(
             answer.token_ids.append(token)
             answer.is_open = token == config.boi_token_id
             text_1L = torch.tensor([answer.text_ids], device=logits_rV.device)
-            answer.is_done = len(answer.text_ids) - num_prompt_ids[row] >= max_new_tokens or bool(
-                answer.criteria(text_1L, scores_1V).all()
-            )
+            num_tokens = len(answer.text_ids) - num_prompt_ids[row]
+            if room <= 1 and num_tokens < max_new_tokens:
+                logger.warning(f"an answer ends after {num_tokens} tokens: the model has {limit} positions")
+            is_over = num_tokens >= max_new_tokens or room <= 1
+            answer.is_done = is_over or bool(answer.criteria(text_1L, scores_1V).all())
             if streamer is not None:
                 streamer.put(torch.tensor([token]))
         going_on = [row for row in rows if not answers[row].is_open and not answers[row].is_done]
@@ -165,3 +206,156 @@ def split(contexts: Sequence[Context], rows: Collection[int]) -> tuple[list[Cont
             if at:
                 parts.append(context.take(at))
     return inside, outside
+
+
+def answer(
+    model,
+    prompts: Prompts,
+    settings: ImageGenerationConfig,
+    past_key_values: list[Context] | None = None,
+    max_new_images: int = 16,
+    seed: int | Sequence[int] | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    streamer: BaseStreamer | None = None,
+    on_scale_end: Callable[[int, int, torch.Tensor], None] | None = None,
+    output_logits: bool = False,
+    generation_config=None,
+    **kwargs,
+) -> NextFlowInterleavedOutput:
+    """`generate(generation_mode="interleaved")`.
+
+    Rows at a picture wait for the others' text, and then draw together; a row gives the same alone. A picture that
+    was begun is finished. Under guidance a picture's null context is the null prompt and all earlier pictures of the
+    row, without the answer's text, which describes what to draw; image guidance drops the pictures too.
+    """
+    processors = kwargs.pop("logits_processor", None) or LogitsProcessorList()
+    criteria = kwargs.pop("stopping_criteria", None) or StoppingCriteriaList()
+    tokenizer = kwargs.pop("tokenizer", None)
+    if "max_length" in kwargs:
+        raise ValueError("interleaved answers are bounded by max_new_tokens and max_new_images, got max_length")
+    generation_config, unknown = model._prepare_generation_config(generation_config, **kwargs)
+    if unknown := {name: value for name, value in unknown.items() if value is not None}:
+        raise ValueError(f"interleaved generation does not know the arguments {', '.join(sorted(unknown))}")
+    if (generation_config.num_beams or 1) > 1 or (generation_config.num_return_sequences or 1) > 1:
+        raise ValueError(
+            "interleaved generation samples one answer for each prompt, got num_beams="
+            f"{generation_config.num_beams}, num_return_sequences={generation_config.num_return_sequences}"
+        )
+    ids = prompts.input_ids
+    if streamer is not None and len(ids) > 1:
+        raise ValueError(f"a streamer follows one prompt, got {len(ids)}")
+    max_new_images = integer("max_new_images", max_new_images, 0)
+    generation_config.max_length = None
+    if generation_config.max_new_tokens is None:
+        generation_config.max_new_tokens = 512
+    schedule = settings.schedule(model.model.schedules)
+    controls, generators = settings.controls(schedule), RowGenerators.create(len(ids), 1, seed, generator)
+    rows, prompts = prompts.contexts(model.config, controls.max_roles)
+    if any(row[-1] == model.config.boi_token_id for row in rows[: len(ids)]):
+        raise ValueError("a prompt of interleaved generation must not end in <boi>")
+    model._prepare_special_tokens(generation_config, True, device=ids.device, batch_size=len(ids))
+    if streamer is not None:
+        streamer.put(ids.cpu())
+    pictures = prompts.pictures(model)
+    contexts = read_prompts(model, rows, pictures, schedule, ids.device, past_key_values)
+    pad_id = model.config.eoi_token_id if generation_config.pad_token_id is None else generation_config.pad_token_id
+    answers = [
+        Answer(
+            text_ids,
+            GenerationMixin._get_logits_processor(
+                model,
+                generation_config,
+                input_ids_seq_length=len(text_ids),
+                logits_processor=processors,
+                device=ids.device,
+                model_kwargs={},
+            ),
+            model._get_stopping_criteria(generation_config, criteria, tokenizer=tokenizer),
+        )
+        for text_ids in rows[: len(ids)]
+    ]
+    contexts = interleave(
+        contexts,
+        answers,
+        controls,
+        generators,
+        do_sample=bool(generation_config.do_sample),
+        max_new_tokens=generation_config.max_new_tokens,
+        max_new_images=max_new_images,
+        streamer=streamer,
+        output_logits=output_logits,
+        on_scale_end=on_scale_end,
+    )
+    return _output(model, prompts, pictures, answers, schedule, contexts, pad_id)
+
+
+def _output(
+    model, prompts: Prompts, pictures, answers: list[Answer], schedule: ScaleSchedule, contexts, pad_id: int
+) -> NextFlowInterleavedOutput:
+    config = model.config
+    picture_ids = [
+        config.boi_token_id,
+        *[config.image_token_id] * num_image_slots(schedule, config.condition_last_scale),
+        config.eoi_token_id,
+    ]
+
+    def follow(ids, mask, new: list[list[int]]):
+        new = [torch.tensor(row, dtype=ids.dtype, device=ids.device) for row in new]
+        kept = [torch.ones_like(row) for row in new]
+        mask = mask.to(ids)
+        ids = torch.cat([ids, pad_sequence(new, batch_first=True, padding_value=pad_id)], dim=1)
+        return ids, torch.cat([mask, pad_sequence(kept, batch_first=True)], dim=1)
+
+    sequences, attention_mask = follow(
+        prompts.input_ids, prompts.attention_mask, [answer.token_ids for answer in answers]
+    )
+    negative = (None, None)
+    if sum(len(context.rows) for context in contexts) > len(answers):
+        drawn = [picture_ids * len(answer.image_codes) for answer in answers]
+        negative = follow(prompts.negative_input_ids, prompts.negative_attention_mask, drawn)
+    for row, answer in zip(pictures, answers):
+        row += [(schedule.final_grid, codes) for codes in answer.image_codes]
+    output = NextFlowInterleavedOutput(
+        sequences=sequences,
+        attention_mask=attention_mask,
+        **flat_images(pictures, sequences.device),
+        prompt_length=prompts.input_ids.shape[1],
+        negative_sequences=negative[0],
+        negative_attention_mask=negative[1],
+        logits=tuple(tuple(answer.logits) for answer in answers) if answers[0].logits else None,
+        past_key_values=contexts,
+    )
+    output._decode = lambda: model.decode_images(output.image_codes, output.image_grid_hw)
+    return output
+
+
+def next_turn(model, output: NextFlowInterleavedOutput, new: Prompts) -> dict:
+    """Inputs of the next interleaved call: an output, followed by new messages.
+
+    Args:
+        output: of the turn before.
+        new: the new messages alone.
+
+    Returns:
+        `input_ids`, `attention_mask`, the null prompts, `image_grid_hw`, `image_codes` of both, and
+        `past_key_values`, without which everything is run again with the same result.
+    """
+    if len(new.input_ids) != len(output.sequences):
+        raise ValueError(f"the new messages must have {len(output.sequences)} rows, got {len(new.input_ids)}")
+    old = Prompts(
+        output.sequences,
+        output.attention_mask,
+        output.negative_sequences,
+        output.negative_attention_mask,
+        image_codes=output.image_codes,
+        image_grid_hw=output.image_grid_hw,
+    )
+    inputs = {"past_key_values": output.past_key_values}
+    for prefix in ("", "negative_") if old.negative_input_ids is not None else ("",):
+        if getattr(new, prefix + "input_ids") is None:
+            raise ValueError("the turn before was guided: the new messages need negative_input_ids")
+        for name in (prefix + "input_ids", prefix + "attention_mask"):
+            before, after = getattr(old, name), getattr(new, name)
+            inputs[name] = torch.cat([before, after.to(before)], dim=1)
+    both = [before + after for before, after in zip(old.pictures(model), new.pictures(model))]
+    return inputs | flat_images(both, new.input_ids.device)

@@ -1,5 +1,6 @@
 """Text and pictures to the model's inputs, chats to prompts, and outputs back to text and pictures."""
 
+import re
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -10,7 +11,7 @@ from transformers.image_utils import ImageInput
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 from transformers.tokenization_utils_base import PreTokenizedInput, TextInput
 
-from .generation_nextflow import NextFlowInterleavedOutput
+from .interleaved import NextFlowInterleavedOutput
 from .layout import num_image_slots
 
 CHAT_TEMPLATE = """\
@@ -50,8 +51,8 @@ class NextFlowProcessor(ProcessorMixin):
     r"""
     An image processor and a text tokenizer.
 
-    In a text, `<|vision_start|><|image_pad|><|vision_end|>` (Qwen's own tokens) stands for one picture; the processor
-    repeats the middle one as often as the picture's scale schedule asks.
+    In a text, `<|vision_start|><|image_pad|><|vision_end|>` (Qwen's own tokens), or the middle one by itself, stands
+    for one picture; the processor repeats the middle one as often as the picture's scale schedule asks.
 
     Args:
         image_processor ([`NextFlowImageProcessor`]), tokenizer:
@@ -116,6 +117,8 @@ class NextFlowProcessor(ProcessorMixin):
         for name, given in (("text", text), ("negative_text", negative_text)):
             if given is not None:
                 _check_texts(name, given)
+        if not kwargs.get("sanitize_control_tokens"):  # marked tokens are no placeholders
+            text, negative_text = self._with_placeholders(text), self._with_placeholders(negative_text)
         if _is_empty(images):
             images = None
         if "padding_side" not in kwargs.get("text_kwargs", {}):
@@ -129,6 +132,13 @@ class NextFlowProcessor(ProcessorMixin):
             negative_inputs = self._tokenize_negatives(negatives, inputs, **kwargs)
             inputs |= {f"negative_{name}": negative_inputs[name] for name in ("input_ids", "attention_mask")}
         return inputs
+
+    def _with_placeholders(self, texts):
+        """Where `<image>` stands alone, as transformers' pipelines write it, the whole placeholder."""
+        if texts is None or isinstance(texts, str):
+            alone = rf"(?<!{re.escape(self.boi_token)}){re.escape(self.image_token)}(?!{re.escape(self.eoi_token)})"
+            return texts and re.sub(alone, lambda match: self.image_placeholder, texts)
+        return [self._with_placeholders(text) for text in texts]
 
     def validate_inputs(self, images=None, text=None, **kwargs):
         super().validate_inputs(images=images, text=text, **kwargs)

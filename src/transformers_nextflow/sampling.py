@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf, isfinite
 
+import numpy as np
 import torch
 
 COLDEST = 1e-6
@@ -33,6 +34,13 @@ def integer(name: str, value: int, low: int, high: float = inf) -> int:
         limits = f"at least {low}" if high == inf else f"in [{low}, {high}]"
         raise ValueError(f"{name} must be {limits}, got {number}")
     return number
+
+
+def plain(value):
+    """Numbers and lists of NumPy and torch as Python's."""
+    if isinstance(value, np.ndarray | np.generic | torch.Tensor):
+        return value.tolist()
+    return [plain(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
 def check_seed(seed: int) -> int:
@@ -84,6 +92,7 @@ def per_scale(
         ValueError: if a list has another length, or a value lies outside [low, high], is not finite, or with `whole`
             is no integer.
     """
+    value = plain(value)
     if isinstance(value, LinearRamp | ScaleInterval):
         values = value.over(num_scales)
         if whole and all(map(isfinite, values)):
@@ -205,7 +214,7 @@ class RowGenerators:
 
         A number as `seed` serves every prompt, a list has one for each; the first image of a prompt draws from the
         seed, the n-th from (seed, n), whatever the other rows are. A list of generators has one for each row; a single
-        one, or without either torch's global one, gives every row its seed.
+        one is that of the first row and gives the others their seeds, as torch's global one does without either.
         """
         rows = num_prompts * images_per_prompt
         if seed is not None and generator is not None:
@@ -220,9 +229,16 @@ class RowGenerators:
             if len(seeds) != num_prompts:
                 raise ValueError(f"a list of seeds needs one for each of the {num_prompts} prompts, got {len(seeds)}")
             row_seeds = [_image_seed(prompt, index) for prompt in seeds for index in range(images_per_prompt)]
+        elif generator is not None and rows == 1:
+            return cls([generator])
         else:
-            device = generator.device if generator is not None else "cpu"
+            device = "cpu" if generator is None else generator.device
+            before = None if generator is None else torch.Generator(device)
+            if before is not None:
+                before.set_state(generator.get_state())
             row_seeds = torch.randint(2**32, (rows,), generator=generator, device=device).tolist()
+            own = [torch.Generator().manual_seed(row_seed) for row_seed in row_seeds]
+            return cls(own if before is None else [before, *own[1:]])
         return cls([torch.Generator().manual_seed(row_seed) for row_seed in row_seeds])
 
     def take(self, rows: Sequence[int]) -> "RowGenerators":
@@ -236,7 +252,7 @@ class RowGenerators:
 
 
 def _image_seed(seed: int, index: int) -> int:
-    """The seed of a prompt's image `index`; torch's CPU generator reads 32 bits of it."""
-    if index == 0:
+    """The seed of a prompt's image `index`, of the 32 bits that torch's CPU generator reads."""
+    if index == 0 and 0 <= seed < 2**32:
         return seed
     return int.from_bytes(hashlib.sha256(f"{seed} {index}".encode()).digest()[:4], "big")

@@ -13,6 +13,10 @@ from importlib.resources import files
 from itertools import accumulate
 from math import gcd, log
 
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
 Grid = tuple[int, int]  # (height, width) in cells
 
 
@@ -133,17 +137,25 @@ class ScheduleTable:
             raise ValueError(f"no scale schedule ends in the grid {grid}; nearest: {self._names(self._nearest(grid))}")
         return self._by_grid[grid]
 
-    def by_size(self, height: int, width: int) -> ScaleSchedule:
-        """The schedule of an image of `height` x `width` pixels."""
+    def by_size(self, height: int, width: int, exact: bool = True) -> ScaleSchedule:
+        """The schedule of an image of `height` x `width` pixels; unless `exact`, the nearest if there is none, and the
+        log says so."""
         grid = (height // self.patch_size, width // self.patch_size)
-        if height % self.patch_size or width % self.patch_size or grid not in self._by_grid:
-            nearest = self._nearest((height, width), self.patch_size)
-            sizes = ", ".join("{}x{}".format(*self.image_size(self.by_grid(known))) for known in nearest)
-            raise ValueError(f"no scale schedule for an image of {height}x{width} (height x width); nearest: {sizes}")
-        return self._by_grid[grid]
+        if height % self.patch_size == 0 and width % self.patch_size == 0 and grid in self._by_grid:
+            return self._by_grid[grid]
+        nearest = self._nearest((height, width), self.patch_size)
+        sizes = ["{}x{}".format(*self.image_size(self.by_grid(known))) for known in nearest]
+        missing = f"no scale schedule for an image of {height}x{width} (height x width); nearest: "
+        if exact:
+            raise ValueError(missing + ", ".join(sizes))
+        logger.info(missing + sizes[0])
+        return self.by_grid(nearest[0])
 
-    def by_aspect_ratio(self, aspect_ratio: str = "1:1", level: str | int | None = None) -> ScaleSchedule:
-        """The schedule of an aspect ratio `"width:height"` at `level` (default: the highest).
+    def by_aspect_ratio(
+        self, aspect_ratio: str = "1:1", level: str | int | None = None, exact: bool = True
+    ) -> ScaleSchedule:
+        """The schedule of an aspect ratio `"width:height"` at `level` (default: the highest); unless `exact`, the
+        nearest if there is none, which is logged.
 
         The final grids decide, not table 14's labels, which read height:width and disagree with the grids in places.
         """
@@ -155,11 +167,15 @@ class ScheduleTable:
                 raise ValueError
         except (ValueError, ZeroDivisionError):
             raise ValueError(f'aspect_ratio must read "width:height", e.g. "1:1", got {aspect_ratio!r}') from None
-        if ratio not in schedules:
-            near = sorted(schedules, key=lambda known: abs(log(known) - log(width) + log(height)))[:4]
-            names = ", ".join(f"{r.numerator}:{r.denominator}" for r in near)
-            raise ValueError(f"no scale schedule has the aspect ratio {aspect_ratio} (width:height); nearest: {names}")
-        return schedules[ratio]
+        if ratio in schedules:
+            return schedules[ratio]
+        near = sorted(schedules, key=lambda known: abs(log(known) - log(width) + log(height)))[:4]
+        names = [f"{r.numerator}:{r.denominator}" for r in near]
+        missing = f"no scale schedule has the aspect ratio {aspect_ratio} (width:height); nearest: "
+        if exact:
+            raise ValueError(missing + ", ".join(names))
+        logger.info(missing + names[0])
+        return schedules[near[0]]
 
     def of_level(self, level: str | int | None = None) -> list[ScaleSchedule]:
         """All schedules of a level (default: the highest)."""

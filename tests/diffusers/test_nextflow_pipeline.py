@@ -54,6 +54,25 @@ def test_edit_keeps_the_size_of_its_source(pipe):
         pipe(PROMPTS, image=[sources[0], pipe(PROMPTS[0], seed=0).images[0]])
 
 
+def test_a_generator_is_its_seed(tiny_model, tiny_processor):
+    """As the drivers of any pipeline call it."""
+    pipe, steps = NextFlowPipeline(tiny_model, tiny_processor), []
+    expected = pipe(PROMPTS[0], seed=0, output_type="latent").images
+    calls = (
+        {"generator": seeded()},
+        {"generator": [seeded()]},
+        {"seed": 0, "generator": torch.Generator().manual_seed(5), "num_inference_steps": 50},
+        {"seed": 0, "callback_on_step_end": lambda pipe, step, timestep, tensors: steps.append(step) or tensors},
+    )
+    for arguments in calls:
+        assert torch.equal(pipe(PROMPTS[0], output_type="latent", **arguments).images, expected)
+    assert steps == [0, 1, 2]
+    nearest = pipe(PROMPTS[0], seed=0, height=40, width=17).images[0]
+    assert nearest.size == (16, 32)
+    (edited,) = pipe("make it green", image=nearest, seed=1).images
+    assert edited.size == nearest.size
+
+
 def test_ends_in_a_diffusion_decoder_and_round_trips(pipe, tmp_path):
     vq_model = pipe.model.model.vq_model
     unet = decoder("unet", trained=True, vq_model=vq_model)

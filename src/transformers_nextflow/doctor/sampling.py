@@ -46,7 +46,7 @@ def check_sampling(case: Case) -> Finding:
             verdict = Verdict(
                 "wrong code offset",
                 f"ids of codes are off by {int(offset):+d}",
-                "look at `generate_image` and at whoever reads its ids",
+                "look at `generate` and at whoever reads its ids",
             )
             return check.failed("the ids that come out are not text rows + the forced codes", verdict)
         pixels = case.model.decode_image_tokens(output.sequences, sequence.schedule.final_grid)
@@ -341,16 +341,17 @@ def _drawn(case: Case, sequence: Sequence, given: int, seed: int) -> torch.Tenso
     """(1, L) codes of the sequence's picture, the first scales given, the rest sampled with the checkpoint's
     settings."""
     height, width = case.vq_model.schedules.image_size(sequence.schedule)
-    tokens = case.model.generate(
+    output = case.model.generate(
         **sequence.prompt,
         generation_mode="image",
         height=height,
         width=width,
         seed=seed,
         num_images_per_prompt=1,
+        return_dict_in_generate=True,
         forced_codes=sequence.codes[:, : sequence.schedule.prefix(given).num_codes] if given else None,
     )
-    return tokens - case.config.text_vocab_size
+    return output.sequences - case.config.text_vocab_size
 
 
 class Likeness:

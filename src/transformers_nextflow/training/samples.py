@@ -64,7 +64,7 @@ class SamplesCallback(TrainerCallback):
         every: optimizer steps from one drawing to the next.
         images: condition images of each prompt, in order; default none.
         seed: of the pictures.
-        generation: guidance, sampling and size, as [`~NextFlowForConditionalGeneration.generate_image`] takes them.
+        generation: guidance, sampling and size, as [`~NextFlowForConditionalGeneration.generate`] takes them.
 
     Raises:
         ValueError: without prompts, for `every` below 1, or if `images` has not one entry for each prompt.

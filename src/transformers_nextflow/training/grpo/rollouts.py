@@ -157,8 +157,9 @@ def roll_out(
             end = shared.input_ids.shape[1] - shared.num_slots
             inputs |= {name: getattr(shared, name)[:, :end] for name in ("input_ids", "attention_mask")}
         inputs |= images
-    output = model.generate_image(
+    output = model.generate(
         **inputs,
+        generation_mode="image",
         **controls,
         height=height,
         width=width,

@@ -1,0 +1,165 @@
+"""How pictures are drawn: what a call says, over what the checkpoint says, over the defaults."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from math import inf
+from typing import Any, Self, TypedDict
+
+from .sampling import SAMPLING_LIMITS, PerScale, integer, per_scale, plain
+from .scales import Grid, ScaleSchedule, ScheduleTable
+
+LIMITS = {"guidance_scale": (0.0,), "image_guidance_scale": (0.0,), **SAMPLING_LIMITS}
+
+
+@dataclass(frozen=True)
+class ImageControls:
+    """How pictures are drawn; the lists have one value for each scale.
+
+    Attributes:
+        schedule: the pictures' scales.
+        guidance, image_guidance: see [`guide`].
+        temperature, top_k, top_p: see [`sample`].
+        refine_top_k: top-k of one further pass over every scale but the first for each entry, see
+            [`~transformers_nextflow.drawing.Sampler`].
+    """
+
+    schedule: ScaleSchedule
+    guidance: list[float]
+    image_guidance: list[float]
+    temperature: list[float]
+    top_k: list[int]
+    top_p: list[float]
+    refine_top_k: tuple[int, ...] = ()
+
+    def num_roles(self, scale: int) -> int:
+        """Which rows scale `scale` is predicted from: 1 = the prompts', 2 = and the null prompts', 3 = and those of
+        the null prompts without their images."""
+        if self.image_guidance[scale] != 1.0:
+            return 3
+        return 2 if self.guidance[scale] != 1.0 else 1
+
+    @property
+    def max_roles(self) -> int:
+        return self.roles_from(0)
+
+    def roles_from(self, scale: int) -> int:
+        """Rows that this scale or a later one is predicted from."""
+        return max(map(self.num_roles, range(scale, len(self.schedule))))
+
+
+class ImageGenerationKwargs(TypedDict, total=False):
+    """Keywords of `generate`; see [`ImageGenerationConfig`]."""
+
+    guidance_scale: PerScale | None
+    image_guidance_scale: PerScale | None
+    temperature: PerScale | None
+    top_k: PerScale | None
+    top_p: PerScale | None
+    refine_top_k: Sequence[int] | None
+    aspect_ratio: str | None
+    level: str | int | None
+    height: int | None
+    width: int | None
+    exact_size: bool | None
+    num_images_per_prompt: int | None
+
+
+@dataclass(frozen=True)
+class ImageGenerationConfig:
+    """How pictures are drawn; saved with a checkpoint as `config.image_generation`.
+
+    Open in the paper; TokenFlow samples with guidance 7.5 (a ramp), top-k 600 and top-p 0.6.
+
+    Args:
+        guidance_scale: `uncond + s * (cond - uncond)`; 1.0 everywhere is off.
+        image_guidance_scale: guidance by the prompts' images, apart: `none + s_image * (uncond - none) +
+            s * (cond - uncond)`, where `none` is the null prompt without its images; 1.0 everywhere is off.
+        temperature, top_k, top_p: see [`sample`]. These five are a number (Python's, NumPy's or torch's), one per
+            scale, a [`LinearRamp`] or a [`ScaleInterval`].
+        refine_top_k: top-k of further passes, each of which predicts a scale (but the first) again from its own codes;
+            TokenFlow samples with top-k 1200, then (100, 1).
+        aspect_ratio, level: `"width:height"`, and the name of a level of the scale schedules (default: the highest).
+        height, width: in pixels, instead of these.
+        exact_size: whether a size that no schedule has is an error. By default the nearest one is taken, and logged.
+        num_images_per_prompt: pictures for each prompt, next to each other in the output.
+
+    Raises:
+        ValueError: for values out of range, and sizes given by half or twice.
+    """
+
+    guidance_scale: PerScale = 3.0
+    image_guidance_scale: PerScale = 1.0
+    temperature: PerScale = 1.0
+    top_k: PerScale = 0
+    top_p: PerScale = 1.0
+    refine_top_k: Sequence[int] = ()
+    aspect_ratio: str | None = "1:1"
+    level: str | int | None = None
+    height: int | None = None
+    width: int | None = None
+    exact_size: bool = False
+    num_images_per_prompt: int = 1
+
+    def __post_init__(self):
+        for entry in fields(self):
+            object.__setattr__(self, entry.name, plain(getattr(self, entry.name)))
+        if isinstance(self.refine_top_k, str) or not isinstance(self.refine_top_k, Sequence):
+            raise ValueError(f"refine_top_k must be a list of integers, got {self.refine_top_k!r}")
+        object.__setattr__(self, "refine_top_k", list(self.refine_top_k))
+        per_scale("refine_top_k", self.refine_top_k, len(self.refine_top_k), 0, inf, True)
+        integer("num_images_per_prompt", self.num_images_per_prompt, 1)
+        for name in LIMITS:
+            value = getattr(self, name)
+            if isinstance(value, list):
+                per_scale(name, value, len(value), *LIMITS[name])
+            elif isinstance(value, int | float | str | None):
+                per_scale(name, value, 1, *LIMITS[name])
+        if (self.height is None) != (self.width is None):
+            raise ValueError(f"give height and width both, got {self.height} and {self.width}")
+        if self.height is not None:
+            integer("height", self.height, 1)
+            integer("width", self.width, 1)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """As a checkpoint's config.json holds it."""
+        known = [entry.name for entry in fields(cls)]
+        if unknown := set(values) - set(known):
+            raise ValueError(f"image_generation knows {', '.join(known)}, got {', '.join(sorted(unknown))}")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {entry.name: getattr(self, entry.name) for entry in fields(self)}
+
+    def updated(self, **given: Any) -> Self:
+        """With what is given and not None. A size by pixels replaces one by ratio and level, and the other way."""
+        if unknown := sorted(given.keys() - self.to_dict().keys()):
+            raise ValueError(f"the controls of pictures do not include {', '.join(unknown)}")
+        given = {name: value for name, value in given.items() if value is not None}
+        by_ratio, by_pixels = ({*names} & {*given} for names in (("aspect_ratio", "level"), ("height", "width")))
+        if by_ratio and by_pixels:
+            sizes = ", ".join(f"{name}={given[name]!r}" for name in sorted(by_ratio | by_pixels))
+            raise ValueError(f"give aspect_ratio and level, or height and width: {sizes}")
+        if by_pixels:
+            given = {"aspect_ratio": None, "level": None} | given
+        elif by_ratio:
+            given |= {"height": None, "width": None}
+        return replace(self, **given)
+
+    def schedule(self, table: ScheduleTable, picture: Grid | None = None) -> ScaleSchedule:
+        """The schedule of the size asked for, or the nearest one.
+
+        Args:
+            picture: final grid of the picture whose size is to be kept, at `level` if there is one.
+        """
+        if picture is not None:
+            own = table.by_grid(picture)
+            return own if self.level is None else table.nearest_to_image(*table.image_size(own), self.level)
+        if self.height is not None:
+            return table.by_size(self.height, self.width, self.exact_size)
+        return table.by_aspect_ratio("1:1" if self.aspect_ratio is None else self.aspect_ratio, self.level, self.exact_size)
+
+    def controls(self, schedule: ScaleSchedule) -> ImageControls:
+        """One value for each scale."""
+        values = [per_scale(name, getattr(self, name), len(schedule), *limit) for name, limit in LIMITS.items()]
+        return ImageControls(schedule, *values, refine_top_k=tuple(self.refine_top_k))

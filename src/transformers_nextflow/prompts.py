@@ -1,0 +1,195 @@
+"""What a call that draws is asked with: prompts, null prompts, and their images."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Self
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers.utils import logging
+
+from .configuration_nextflow import NextFlowConfig
+from .layout import check_integers, final_grids
+from .scales import Grid
+
+if TYPE_CHECKING:
+    from .modeling_nextflow import NextFlowForConditionalGeneration
+
+logger = logging.get_logger(__name__)
+
+Picture = tuple[Grid, torch.Tensor]
+"""A final grid and its (codes,) codes."""
+
+MARKS = (
+    "if a user's text holds the marks of images, `apply_chat_template(..., sanitize_control_tokens=True)` makes them "
+    "plain text"
+)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """A batch of prompts. Padding may stand anywhere.
+
+    Attributes:
+        input_ids, attention_mask: (B, L) prompts; without a mask, the padding before a prompt is left out.
+        negative_input_ids, negative_attention_mask: (B, L') their null prompts.
+        pixel_values, image_codes, image_grid_hw: the prompts' images, as in the model's forward.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor | None = None
+    negative_input_ids: torch.Tensor | None = None
+    negative_attention_mask: torch.Tensor | None = None
+    pixel_values: torch.Tensor | None = None
+    image_codes: torch.Tensor | None = None
+    image_grid_hw: torch.Tensor | None = None
+
+    def checked(self, config: NextFlowConfig, pad_token_id: int | None) -> Self:
+        """With masks; raises a `ValueError` for anything but (B, L) ids of text rows that leave each row a token."""
+        found = {}
+        for prefix in ("", "negative_"):
+            ids, mask = (getattr(self, prefix + name) for name in ("input_ids", "attention_mask"))
+            if ids is not None:
+                check_prompt(ids, mask, config.text_vocab_size, prefix + "input_ids")
+                found[prefix + "attention_mask"] = without_padding(ids, pad_token_id) if mask is None else mask
+        return replace(self, **found)
+
+    def guided(self, config: NextFlowConfig) -> Self:
+        """With null prompts that hold the images of their prompts; see [`null_prompt`] where none came."""
+        prompts = self
+        if self.negative_input_ids is None:
+            logger.warning_once(
+                "guidance without negative_input_ids: the null prompts are made of the prompts' ids; those of the "
+                "processor's `apply_chat_template(..., generation_mode=...)` are exact"
+            )
+            nulls = [null_prompt(ids, config) for ids in unpadded(self.input_ids, self.attention_mask)]
+            ids, mask = padded(nulls, config.eoi_token_id, self.input_ids.device)
+            prompts = replace(self, negative_input_ids=ids, negative_attention_mask=mask)
+        if len(prompts.negative_input_ids) != len(self.input_ids):
+            rows = len(self.input_ids), len(prompts.negative_input_ids)
+            raise ValueError("negative_input_ids must have {} rows, got {}".format(*rows))
+        images, of_nulls = (
+            [len(images_of(ids, config)) for ids in rows] for rows in (self.rows(), prompts.null_rows())
+        )
+        if images != of_nulls:
+            raise ValueError(
+                f"null prompts must hold the images of their prompts, got {of_nulls} images for {images}; {MARKS}"
+            )
+        return prompts
+
+    def rows(self) -> list[list[int]]:
+        """The prompts' ids without padding."""
+        return unpadded(self.input_ids, self.attention_mask)
+
+    def null_rows(self) -> list[list[int]]:
+        return unpadded(self.negative_input_ids, self.negative_attention_mask)
+
+    def contexts(self, config: NextFlowConfig, num_roles: int) -> tuple[list[list[int]], "Prompts"]:
+        """The ids of all rows: of the prompts, of the null prompts, and of those without images; and the prompts with
+        the null prompts that were needed."""
+        if num_roles == 1:
+            return self.rows(), self
+        prompts = self.guided(config)
+        nulls = prompts.null_rows()
+        bare = [[t for span in texts_of(ids, config) for t in ids[span]] for ids in nulls] if num_roles == 3 else []
+        return [*self.rows(), *nulls, *bare], prompts
+
+    def pictures(self, model: "NextFlowForConditionalGeneration") -> list[list[Picture]]:
+        """Each prompt's finished images."""
+        config = model.config
+        rows = [ids[:-1] if ids[-1] == config.boi_token_id else ids for ids in self.rows()]
+        rows = [[*ids, config.eoi_token_id] for ids in rows]  # so that none is empty
+        grids = [] if self.image_grid_hw is None else final_grids(self.image_grid_hw)
+        held = sum(len(images_of(ids, config)) for ids in rows)
+        if held != len(grids):
+            raise ValueError(f"the prompts hold {held} finished images, image_grid_hw has {len(grids)}; {MARKS}")
+        ids, mask = padded(rows, config.eoi_token_id, self.input_ids.device)
+        layout = model.model.lay_out(ids, grids, mask)
+        pictures: list[list[Picture]] = [[] for _ in rows]
+        for image, codes in zip(
+            layout.images, model.model.image_codes_of(layout, self.pixel_values, self.image_codes)
+        ):
+            pictures[image.row].append((image.schedule.final_grid, codes))
+        return pictures
+
+
+def flat_images(rows: Sequence[Sequence[Picture]], device: torch.device) -> dict[str, torch.Tensor]:
+    """Each row's images as the flat tensors of the model's inputs."""
+    images = [image for row in rows for image in row]
+    codes = [torch.empty(0, dtype=torch.long, device=device), *(codes for _, codes in images)]
+    grids = torch.tensor([grid for grid, _ in images], dtype=torch.long, device=device).reshape(-1, 2)
+    return {"image_grid_hw": grids, "image_codes": torch.cat(codes)}
+
+
+def check_prompt(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, limit: int, name: str = "input_ids"
+) -> None:
+    """Raise a `ValueError` for anything but (B, L) ids in [0, limit), and a mask that leaves each row a token."""
+    check_integers(name, input_ids, 2)
+    if input_ids.numel() == 0:
+        raise ValueError(f"{name} must hold at least one prompt of one token, got {tuple(input_ids.shape)}")
+    low, high = int(input_ids.min()), int(input_ids.max())
+    if low < 0 or high >= limit:
+        raise ValueError(f"{name} must lie in [0, {limit}), got {low} to {high}; codes go into image_codes")
+    if attention_mask is None:
+        return
+    if attention_mask.shape != input_ids.shape:
+        shape, expected = tuple(attention_mask.shape), tuple(input_ids.shape)
+        raise ValueError(f"the attention mask of {name} must have their shape {expected}, got {shape}")
+    if not attention_mask.bool().any(dim=1).all():
+        raise ValueError(f"the attention mask must leave every row of {name} a token")
+
+
+def without_padding(input_ids: torch.Tensor, pad_token_id: int | None) -> torch.Tensor:
+    """(B, L) int64, 0 at the padding before each row."""
+    if pad_token_id is None:
+        return torch.ones_like(input_ids)
+    mask = (input_ids != pad_token_id).long().cummax(dim=1).values
+    return mask.masked_fill(mask.sum(dim=1, keepdim=True) == 0, 1)  # nothing but padding is text
+
+
+def unpadded(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> list[list[int]]:
+    return [ids[mask].tolist() for ids, mask in zip(input_ids, attention_mask.bool())]
+
+
+def padded(rows: Sequence[list[int]], value: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(R, L) ids, padded on the left, and their mask."""
+    tensors = [torch.tensor(row, dtype=torch.long, device=device) for row in rows]
+    left = {"batch_first": True, "padding_side": "left"}
+    ids = pad_sequence(tensors, padding_value=value, **left)
+    return ids, pad_sequence([torch.ones_like(row) for row in tensors], **left)
+
+
+def images_of(ids: list[int], config: NextFlowConfig) -> list[slice]:
+    """Where finished images stand, from `<boi>` to `<eoi>`; a last `<boi>` is still open."""
+    spans = []
+    for start, token in enumerate(ids[:-1]):
+        if token == config.boi_token_id:
+            end = start + 1
+            while end < len(ids) and ids[end] == config.image_token_id:
+                end += 1
+            spans.append(slice(start, end + (end < len(ids) and ids[end] == config.eoi_token_id)))
+    return spans
+
+
+def texts_of(ids: list[int], config: NextFlowConfig) -> list[slice]:
+    """What is not an image."""
+    images = images_of(ids, config)
+    starts, ends = [0, *(span.stop for span in images)], [*(span.start for span in images), len(ids)]
+    return [slice(start, end) for start, end in zip(starts, ends)]
+
+
+def null_prompt(ids: list[int], config: NextFlowConfig) -> list[int]:
+    """A null prompt made of a prompt's ids alone: its images, between what opens the first message and what ends it
+    and opens the answer. For a chat of one message in ChatML this is the template without the user's text, as the
+    processor makes it; of other prompts hardly more than the images is left."""
+    ends = config.text_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    last = max((place for place, token in enumerate(ids) if token in ends), default=len(ids))
+    tail = ids[last:]
+    # the answer's header begins as the first message's does, and is as long
+    answer = [token for token in tail if token != config.boi_token_id]
+    head = ids[: len(answer) - answer.index(ids[0])] if ids[0] in answer and len(ids) > 1 else []
+    images = [token for span in images_of(ids, config) for token in ids[span]]
+    null = [*head, *images, *tail]
+    return null or [config.boi_token_id]

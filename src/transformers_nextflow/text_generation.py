@@ -1,0 +1,108 @@
+"""What transformers' own loop over text needs to know about a model that reads pictures."""
+
+import torch
+from transformers import SuppressTokensLogitsProcessor
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_masks_for_generate
+
+from .prompts import check_prompt
+from .sampling import plain
+
+IMAGE_INPUTS = ("pixel_values", "image_codes", "image_input_codes", "image_grid_hw", "document_ids")
+
+
+class TextGenerationMixin(GenerationMixin):
+    """Text by next token."""
+
+    def write_text(self, *args, input_ids=None, **kwargs):
+        """`generate` of transformers."""
+        for name in ("negative_input_ids", "negative_attention_mask"):
+            kwargs.pop(name, None)  # what the processor gives for guidance
+        if (plain(kwargs.get("guidance_scale")) or 1.0) != 1.0:
+            raise ValueError(f"guidance_scale guides pictures, not text, got {kwargs['guidance_scale']}")
+        if input_ids is not None and kwargs.get("inputs_embeds") is None:
+            mask = None if kwargs.get("past_key_values") is not None else kwargs.get("attention_mask")
+            mask = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
+            check_prompt(input_ids, mask, self.config.text_vocab_size)
+        return super().generate(input_ids, *args, **kwargs)
+
+    def check_reach(self, positions: torch.Tensor, further: int = 0) -> None:
+        """Raise a `ValueError` where positions, and `further` ones after them, go beyond those the decoder knows."""
+        config = self.config.text_config
+        reach, limit = int(positions.max()) + 1 + further, config.max_position_embeddings
+        if reach > limit and config.rope_parameters.get("rope_type", "default") == "default":  # others reach further
+            raise ValueError(f"the prompt needs {reach} positions, the model has {limit} (max_position_embeddings)")
+
+    def _get_logits_processor(self, generation_config, *args, device=None, **kwargs):
+        """Text alone holds no tokens of images, unless one ends it."""
+        processors = super()._get_logits_processor(generation_config, *args, device=device, **kwargs)
+        config, ends = self.config, plain(generation_config.eos_token_id)
+        ends = ends if isinstance(ends, list) else [ends]
+        tokens = {config.boi_token_id, config.image_token_id, config.eoi_token_id} - set(ends)
+        if tokens:
+            processors.insert(0, SuppressTokensLogitsProcessor(sorted(tokens), device=device or "cpu"))
+        return processors
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
+        input_ids = model_kwargs.get("input_ids")
+        if input_ids is None or input_ids.shape[1] == 0:
+            input_ids = inputs_tensor
+        if input_ids.ndim != 2 or input_ids.is_floating_point() or model_kwargs.get("image_grid_hw") is None:
+            positions = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+            self.check_reach(positions)
+            return positions[None].expand(3, *positions.shape)
+        layout = self.model.lay_out(input_ids, model_kwargs["image_grid_hw"], model_kwargs.get("attention_mask"))
+        self.check_reach(layout.position_ids[0])
+        return layout.position_ids
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids=None, **model_kwargs
+    ):
+        """Rows repeat for beams and several answers; of the flat tensors of images, each row's own do."""
+        grids = model_kwargs.get("image_grid_hw")
+        if expand_size == 1 or grids is None:
+            return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
+        images = self.model.lay_out(input_ids, grids, model_kwargs.get("attention_mask")).images
+        of_row = [[index for index, image in enumerate(images) if image.row == row] for row in range(len(input_ids))]
+        order = [index for indices in of_row for _ in range(expand_size) for index in indices]
+        whole = self.config.vq_config.image_size is not None  # pictures, not patches
+        lengths = {
+            "image_grid_hw": lambda image: 1,
+            "pixel_values": lambda image: 0 if image.is_open else 1 if whole else image.schedule.lengths[-1],
+            "image_codes": lambda image: 0 if image.is_open else image.schedule.num_codes,
+            "image_input_codes": lambda image: 0 if image.is_open else image.schedule.offsets[-1],
+        }
+        flat = {name: model_kwargs.pop(name) for name in lengths if model_kwargs.get(name) is not None}
+        for name, rows in flat.items():
+            parts = rows.split([lengths[name](image) for image in images])
+            flat[name] = torch.cat([parts[index] for index in order])
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        )
+        return input_ids, model_kwargs | flat
+
+    @staticmethod
+    def create_masks_for_generate(config, attention_mask=None, is_first_iteration=False, **kwargs):
+        """Masks of the steps over a static cache; that of the prompt is forward's, which sees its images."""
+        if is_first_iteration:
+            return attention_mask
+        return create_masks_for_generate(config=config, attention_mask=attention_mask, **kwargs)
+
+    def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, inputs_embeds=None, **kwargs):
+        kwargs |= {"is_first_iteration": is_first_iteration, "inputs_embeds": inputs_embeds}
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        cache = inputs.get("past_key_values")
+        if cache is not None and (not is_first_iteration or self._continues(cache, inputs.get("input_ids"))):
+            for name in IMAGE_INPUTS:
+                inputs.pop(name, None)
+        inputs["logits_over"] = "text"
+        return inputs
+
+    def _continues(self, cache: Cache, input_ids: torch.Tensor | None) -> bool:
+        """Whether the prompt's images are in the cache already, and `input_ids` only the rest of its text."""
+        return (
+            cache.get_seq_length() > 0
+            and input_ids is not None
+            and not bool((input_ids == self.config.boi_token_id).any())
+        )

@@ -1,0 +1,443 @@
+"""How drawing is asked for: as users of transformers, pipelines and servers ask, from any thread, at any size."""
+
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_models import (
+    BOI,
+    CODES,
+    EOI,
+    EOS,
+    IMAGE,
+    PAD,
+    SQUARE,
+    TEXT_ROWS,
+    WIDE,
+    Picture,
+    batch_of,
+    tiny_config,
+    tiny_model,
+)
+from transformers import AttentionInterface, AttentionMaskInterface, GenerationConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from transformers_nextflow import NextFlowConfig, NextFlowForConditionalGeneration, NextFlowImageProcessor
+from transformers_nextflow.cli import main
+
+PROMPTS = [[10, 11, 12, BOI], [13, BOI], [14, 15, BOI]]
+NULLS = [[20, BOI], [20, 21, 22, BOI], [23, 20, BOI]]
+PLAIN = {"generation_mode": "image", "guidance_scale": 1.0, "seed": 0}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+def guided(model, prompts=PROMPTS, nulls=NULLS) -> dict:
+    negative = batch_of(model, *nulls)
+    names = ("input_ids", "attention_mask")
+    return batch_of(model, *prompts) | {f"negative_{name}": negative[name] for name in names}
+
+
+# No call leaves a trace
+
+
+def test_threads_on_one_model_draw_as_alone(model):
+    """Two calls are inside forwards at once, and nothing is written into what all share."""
+    edits = batch_of(model, [10, Picture(SQUARE, 1), 11, BOI])
+    chats = batch_of(model, [10, Picture(WIDE, 2), 12], [11, 13])
+    calls = [
+        lambda: model.generate(**guided(model), **PLAIN | {"guidance_scale": 2.0}),
+        lambda: model.generate(**edits, **PLAIN, aspect_ratio="2:1"),
+        lambda: model.generate(**chats, max_new_tokens=5, do_sample=False),
+        lambda: (
+            model.generate(
+                **batch_of(model, [10, 11]),
+                generation_mode="interleaved",
+                image_generation={"guidance_scale": 1.0},
+                max_new_tokens=4,
+                max_new_images=1,
+                sequence_bias={(BOI,): 6.0},
+                seed=0,
+            ).sequences
+        ),
+    ]
+    expected, before = [call() for call in calls], model.config.to_json_string()
+    inside, most, lock, both = 0, 0, threading.Lock(), threading.Barrier(2)
+    first = threading.local()
+
+    def enter(*_):
+        nonlocal inside, most
+        with lock:
+            inside += 1
+            most = max(most, inside)
+        if not getattr(first, "met", False):  # the first forward of a thread waits for another thread's
+            first.met = True
+            both.wait(60)
+
+    def leave(*_):
+        nonlocal inside
+        with lock:
+            inside -= 1
+
+    hooks = [
+        model.model.language_model.register_forward_pre_hook(enter),
+        model.model.language_model.register_forward_hook(leave),
+    ]
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda index: calls[index % len(calls)](), range(24)))
+    for hook in hooks:
+        hook.remove()
+    assert all(torch.equal(result, expected[index % len(calls)]) for index, result in enumerate(results))
+    assert most >= 2
+    assert model.config.to_json_string() == before and not hasattr(model.config.text_config, "is_causal")
+
+
+# No masks
+
+
+def test_guided_rows_of_different_lengths_need_no_mask(model):
+    """A stand-in for FlashAttention, which is given no masks and must be told what is causal."""
+    seen = []
+
+    def attend(module, query, key, value, attention_mask, is_causal=None, **kwargs):
+        assert attention_mask is None
+        seen.append(query.shape[2])
+        causal = module.is_causal if is_causal is None else is_causal
+        length, keys = query.shape[2], key.shape[2]
+        mask = torch.ones(length, keys, dtype=torch.bool).tril(keys - length) if causal else None
+        return sdpa_attention_forward(module, query, key, value, mask, is_causal=False, **kwargs)
+
+    AttentionInterface.register("flash_stand_in", attend)
+    AttentionMaskInterface.register("flash_stand_in", lambda *args, **kwargs: None)
+    other = tiny_model()
+    other.model.language_model.config._attn_implementation_internal = "flash_stand_in"
+    edits = [[10, Picture(SQUARE, 1), 11, BOI], [12, BOI], [Picture(WIDE, 2), Picture(SQUARE, 3), 13, BOI]]
+    nulls = [[20, Picture(SQUARE, 1), BOI], [20, 21, BOI], [Picture(WIDE, 2), Picture(SQUARE, 3), BOI]]
+    for inputs in (guided(model), guided(model, edits, nulls)):
+        controls = PLAIN | {"guidance_scale": 2.0, "image_guidance_scale": 1.5, "aspect_ratio": "1:1"}
+        assert torch.equal(other.generate(**inputs, **controls), model.generate(**inputs, **controls))
+    assert set(seen) >= {4, 9}
+
+
+def test_logits_come_in_chunks(model, monkeypatch):
+    """The head, guidance and draws of a scale need only some positions' logits at a time."""
+    from transformers_nextflow import drawing
+
+    expected = model.generate(**guided(model), **PLAIN | {"guidance_scale": 2.0})
+    monkeypatch.setattr(drawing, "LOGITS_AT_ONCE", 2 * 6 * CODES)
+    sizes = []
+    hook = model.code_head.register_forward_hook(lambda module, args, output: sizes.append(output.numel()))
+    assert torch.equal(model.generate(**guided(model), **PLAIN | {"guidance_scale": 2.0}), expected)
+    hook.remove()
+    assert max(sizes) == 2 * 6 * CODES and len(sizes) > 3
+
+
+@pytest.mark.parametrize("forced", [None, 5])
+def test_many_pictures_are_drawn_some_at_a_time(model, monkeypatch, forced):
+    from transformers_nextflow import drawing
+
+    controls = PLAIN | {"num_images_per_prompt": 5, "guidance_scale": 2.0, "seed": [1, 2, 3]}
+    if forced:
+        controls["forced_codes"] = torch.arange(15).view(3, 5)
+    expected = model.generate(**guided(model), **controls)
+    monkeypatch.setattr(drawing, "pictures_at_once", lambda *args: 2)
+    rows = []
+    hook = model.code_head.register_forward_hook(lambda module, args, output: rows.append(len(output)))
+    assert torch.equal(model.generate(**guided(model), **controls), expected)
+    hook.remove()
+    assert max(rows) == 2 * 2 * 3
+
+
+# As pipelines and servers ask
+
+
+def test_the_prompt_is_opened(model):
+    opened = model.generate(**batch_of(model, *PROMPTS), **PLAIN)
+    assert torch.equal(model.generate(**batch_of(model, *(row[:-1] for row in PROMPTS)), **PLAIN), opened)
+    mixed = [PROMPTS[0], PROMPTS[1][:-1], PROMPTS[2]]
+    assert torch.equal(model.generate(**batch_of(model, *mixed), **PLAIN), opened)
+
+
+@pytest.mark.parametrize("mode", ["image", "interleaved"])
+def test_padding_is_found(model, mode):
+    rows = PROMPTS if mode == "image" else [row[:-1] for row in PROMPTS]
+    inputs, options = batch_of(model, *rows), {"generation_mode": mode, "seed": 0}
+    options["image_generation"] = {"guidance_scale": 1.0}
+    if mode == "interleaved":
+        options |= {"max_new_tokens": 4, "max_new_images": 1, "sequence_bias": {(BOI,): 4.0}}
+    with_mask = model.generate(**inputs, **options)
+    without = model.generate(inputs["input_ids"], **options)
+    codes = (lambda output: output.image_codes) if mode == "interleaved" else (lambda output: output)
+    assert torch.equal(codes(without), codes(with_mask))
+
+
+def test_a_null_prompt_is_made(model, tiny_model, tiny_processor):
+    """Of a chat's ids: as the processor makes it."""
+    assert model.generate(**batch_of(model, *PROMPTS), generation_mode="image", seed=0).shape == (3, 14)
+    picture = {"type": "image", "image": np.zeros((24, 24, 3), dtype=np.uint8)}
+    for content in ("draw a red circle", [picture, {"type": "text", "text": "blue"}]):
+        chat = [{"role": "user", "content": content}]
+        inputs = tiny_processor.apply_chat_template(chat, generation_mode="image")
+        options = {"generation_mode": "image", "guidance_scale": 3.0, "seed": 0, "aspect_ratio": "1:1"}
+        expected = tiny_model.generate(**inputs, **options)
+        bare = {name: value for name, value in inputs.items() if not name.startswith("negative")}
+        assert torch.equal(tiny_model.generate(**bare, **options), expected)
+
+
+def test_arguments_of_text_generation(model):
+    inputs = batch_of(model, *PROMPTS)
+    expected = model.generate(**inputs, **PLAIN)
+    ignored = {
+        "max_new_tokens": 256,
+        "do_sample": True,
+        "generation_config": GenerationConfig(max_new_tokens=5),
+        "mm_token_type_ids": torch.zeros_like(inputs["input_ids"]),
+        "use_cache": True,
+        "pad_token_id": PAD,
+        "assistant_model": None,
+        "tokenizer": None,
+    }
+    assert torch.equal(model.generate(**inputs, **PLAIN, **ignored), expected)
+    two = model.generate(**inputs, **PLAIN, num_return_sequences=2)
+    assert torch.equal(two, model.generate(**inputs, **PLAIN, num_images_per_prompt=2))
+    greedy = model.generate(**inputs, **PLAIN, do_sample=False)
+    assert torch.equal(greedy, model.generate(**inputs, **PLAIN, temperature=0.0))
+    with pytest.raises(ValueError, match="does not know the arguments colour"):
+        model.generate(**inputs, **PLAIN, colour="red")
+    with pytest.raises(ValueError, match="num_return_sequences and num_images_per_prompt are the same, got 2 and 3"):
+        model.generate(**inputs, **PLAIN, num_return_sequences=2, num_images_per_prompt=3)
+
+
+@pytest.mark.parametrize(
+    "half", [np.float32(0.5), np.float64(0.5), np.array(0.5), torch.tensor(0.5), [np.float16(0.5)] * 3], ids=repr
+)
+def test_numbers_of_numpy_and_torch(model, half):
+    controls = {"temperature": half, "top_k": np.int64(5), "num_images_per_prompt": torch.tensor(2)}
+    drawn = model.generate(**batch_of(model, *PROMPTS), **PLAIN, **controls)
+    plain = {"temperature": 0.5, "top_k": 5, "num_images_per_prompt": 2}
+    assert torch.equal(drawn, model.generate(**batch_of(model, *PROMPTS), **PLAIN, **plain))
+    for ramp in (np.linspace(1, 0.5, 3), torch.linspace(1, 0.5, 3)):
+        drawn = model.generate(**batch_of(model, *PROMPTS), **PLAIN, temperature=ramp)
+        assert torch.equal(drawn, model.generate(**batch_of(model, *PROMPTS), **PLAIN, temperature=[1, 0.75, 0.5]))
+
+
+def test_ids_name_their_grid():
+    """All 123 of table 14, some of which have as many codes as others."""
+    config = tiny_config(vq={"scale_schedules": None, "levels": None})
+    with torch.device("meta"):
+        model = NextFlowForConditionalGeneration(config)
+    seen, schedules = [], list(model.model.schedules)
+    assert len(schedules) == 123 > len({schedule.num_codes for schedule in schedules})
+    model.model.vq_model.decode = lambda codes, grid: seen.append((codes, tuple(grid)))
+    for schedule in schedules:
+        codes = torch.arange(schedule.num_codes)[None] % CODES
+        model.decode_image_tokens(codes + TEXT_ROWS + model.id_shift(schedule))
+        assert seen[-1][1] == schedule.final_grid and torch.equal(seen[-1][0], codes)
+        model.decode_image_tokens(codes + TEXT_ROWS, schedule.final_grid)
+        assert torch.equal(seen[-1][0], codes)
+
+
+def test_what_was_drawn_is_decoded():
+    rows = [[[1, 1], [1, 2], [2, 4]], [[1, 1], [2, 1], [4, 2]]]
+    model = tiny_model(tiny_config(vq={"scale_schedules": rows}))
+    for ratio, size in (("2:1", (8, 16)), ("1:2", (16, 8))):
+        options = PLAIN | {"aspect_ratio": ratio}
+        ids = model.generate(**batch_of(model, *PROMPTS), **options)
+        output = model.generate(**batch_of(model, *PROMPTS), **options, return_dict_in_generate=True)
+        pictures = model.decode_image_tokens(ids)
+        assert pictures.shape == (3, 3, *size)
+        assert torch.equal(pictures, model.decode_image_tokens(ids, output.image_grid_hw))
+        assert torch.equal(pictures, torch.stack(output.decode()))
+
+
+# Sizes
+
+
+def test_an_edit_keeps_the_first_pictures_size(model):
+    edit = batch_of(model, [10, Picture(WIDE, 1), Picture(SQUARE, 2), 11, BOI])
+    kept = model.generate(**edit, **PLAIN, return_dict_in_generate=True)
+    assert kept.image_grid_hw.tolist() == [list(WIDE)]
+    said = model.generate(**edit, **PLAIN, aspect_ratio="1:1", return_dict_in_generate=True)
+    assert said.image_grid_hw.tolist() == [list(SQUARE)]
+    differing = batch_of(model, [10, Picture(WIDE, 1), BOI], [Picture(SQUARE, 2), BOI])
+    with pytest.raises(ValueError, match=r"different grids, .*: say height and width"):
+        model.generate(**differing, **PLAIN)
+    mixed = batch_of(model, [12, BOI], [10, Picture(WIDE, 1), BOI])
+    drawn = model.generate(**mixed, **PLAIN, return_dict_in_generate=True)
+    assert drawn.image_grid_hw.tolist() == [list(WIDE)] * 2
+
+
+@pytest.mark.parametrize("level", ["256", "512", "1024"])
+@pytest.mark.parametrize("ratio", ["4:3", "3:4", "3:2", "2:3", "16:9", "9:16", "21:9", "5:4", "4:5"])
+def test_the_nearest_ratio_is_taken(ratio, level, console):
+    status, out, err = console("flops", "--aspect-ratio", ratio, "--level", level, "--json", model=None)
+    assert status == 0, err
+    width, height = map(int, ratio.split(":"))
+    figures, table = json.loads(out), NextFlowConfig().vq_config.schedule_table()
+    sizes = [table.image_size(schedule) for schedule in table.of_level(level)]
+    apart = lambda size: abs(np.log(size[1] / size[0] * height / width))  # noqa: E731
+    assert apart((figures["height"], figures["width"])) <= min(map(apart, sizes)) + 1e-9 < 0.12
+
+
+def test_the_nearest_size_is_taken(model):
+    inputs = batch_of(model, *PROMPTS)
+    by_pixels = lambda height, width: {"height": height, "width": width}  # noqa: E731
+    asked = ((by_pixels(9, 20), WIDE), ({"aspect_ratio": "3:1"}, WIDE), (by_pixels(13, 13), SQUARE))
+    for size, grid in asked:
+        output = model.generate(**inputs, **PLAIN, **size, return_dict_in_generate=True)
+        assert output.image_grid_hw.tolist() == [list(grid)] * 3
+        with pytest.raises(ValueError, match="no scale schedule .* nearest"):
+            model.generate(**inputs, **PLAIN, **size, exact_size=True)
+
+
+# Defaults
+
+
+def test_defaults_are_merged(tmp_path, model):
+    model.save_pretrained(tmp_path)
+    changed = type(model).from_pretrained(tmp_path, image_generation={"guidance_scale": 1.0, "top_k": 1})
+    greedy = model.generate(**batch_of(model, *PROMPTS), **PLAIN, top_k=1)
+    assert torch.equal(changed.generate(**batch_of(model, *PROMPTS), generation_mode="image", seed=0), greedy)
+    changed.save_pretrained(tmp_path / "again")
+    again = NextFlowConfig.from_pretrained(tmp_path / "again")
+    assert again.image_generation == model.config.image_generation | {"guidance_scale": 1.0, "top_k": 1}
+    by_config = GenerationConfig(image_generation={"guidance_scale": 1.0, "top_k": 1})
+    drawn = model.generate(**batch_of(model, *PROMPTS), generation_mode="image", seed=0, generation_config=by_config)
+    assert torch.equal(drawn, greedy)
+
+
+def test_interleaved_pictures_take_the_same_keywords(model):
+    options = {"generation_mode": "interleaved", "max_new_tokens": 4, "max_new_images": 1, "seed": 0}
+    options |= {"sequence_bias": {(BOI,): 6.0}, "do_sample": False}
+    inputs = batch_of(model, [10, 11])
+    by_name = model.generate(**inputs, **options, guidance_scale=1.0, aspect_ratio="2:1", refine_top_k=[3])
+    controls = {"guidance_scale": 1.0, "aspect_ratio": "2:1", "refine_top_k": [3]}
+    assert torch.equal(by_name.image_codes, model.generate(**inputs, **options, image_generation=controls).image_codes)
+    assert by_name.image_grid_hw.tolist() == [list(WIDE)]
+
+
+# Text
+
+
+@pytest.mark.parametrize(
+    "strategy", [{}, {"use_cache": False}, {"prompt_lookup_num_tokens": 3}, {"num_beams": 2}], ids=str
+)
+@pytest.mark.parametrize("chat", [[10, 11, 12], [10, Picture(SQUARE, 1), 11, 12, 11]], ids=["text", "picture"])
+def test_text_holds_no_marks_of_images(model, strategy, chat):
+    options = {"max_new_tokens": 6, "do_sample": False, "sequence_bias": {(BOI,): 9.0, (IMAGE,): 8.0, (EOI,): 7.0}}
+    written = model.generate(**batch_of(model, chat), **options, **strategy)[0, -6:]
+    assert not {BOI, IMAGE, EOI} & set(written.tolist())
+    ended = model.generate(**batch_of(model, chat), **options, eos_token_id=[EOS, BOI])
+    assert ended[0, -1] == BOI  # where it ends the text it may be written
+
+
+def test_text_takes_no_guidance(model):
+    with pytest.raises(ValueError, match="guidance_scale guides pictures, not text, got 1.5"):
+        model.generate(**batch_of(model, [10, 11]), guidance_scale=1.5)
+
+
+def test_text_from_embeddings(model):
+    inputs = batch_of(model, [10, 11, 12])
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    written = model.generate(inputs_embeds=embeds, max_new_tokens=5, do_sample=False)
+    assert torch.equal(written, model.generate(**inputs, max_new_tokens=5, do_sample=False)[:, 3:])
+
+
+# Bounds and random numbers
+
+
+def test_an_answer_ends_where_positions_do():
+    model = tiny_model(tiny_config(text={"max_position_embeddings": 24}))
+    options = {"generation_mode": "interleaved", "guidance_scale": 1.0, "do_sample": False, "seed": 0}
+    options |= {"sequence_bias": {(EOS,): -20.0, (BOI,): 2.0}, "max_new_tokens": 100}
+    output = model.generate(**batch_of(model, [10, 11, 12]), **options)
+    layout = model.model.lay_out(output.sequences, output.image_grid_hw, output.attention_mask)
+    assert layout.position_ids.max() == 23
+
+
+def test_an_answer_has_some_pictures_by_default(model):
+    options = {"generation_mode": "interleaved", "guidance_scale": 1.0, "do_sample": False, "seed": 0}
+    output = model.generate(**batch_of(model, [10, 11]), **options, sequence_bias={(BOI,): 50.0}, max_new_tokens=40)
+    assert len(output.image_grid_hw) == 16
+
+
+def test_all_seeds_differ(model):
+    seeds = [5, 5 + 2**32, 5 + 2**33, 5 - 2**32, 2**64 - 1, -1]
+    drawn = [model.generate(**batch_of(model, [10, BOI]), **PLAIN | {"seed": seed}) for seed in seeds]
+    assert len(torch.cat(drawn).unique(dim=0)) == len(seeds)
+
+
+def test_a_generator_is_its_seed(model):
+    inputs, options = batch_of(model, [10, BOI]), PLAIN | {"seed": None}
+    generator = lambda: torch.Generator().manual_seed(7)  # noqa: E731
+    expected = model.generate(**inputs, **PLAIN | {"seed": 7})
+    assert torch.equal(model.generate(**inputs, **options, generator=generator()), expected)
+    assert torch.equal(model.generate(**inputs, **options, generator=[generator()]), expected)
+    two = model.generate(**inputs, **options, generator=generator(), num_images_per_prompt=2)
+    assert torch.equal(two[:1], expected) and not torch.equal(two[1:], expected)
+
+
+# What is read
+
+
+@pytest.mark.parametrize(
+    "size", [(320, 240), (240, 320), (300, 300), (700, 500), (1000, 1000), (1920, 1080), (64, 64)]
+)
+def test_a_picture_that_is_read_is_not_enlarged(size):
+    processor = NextFlowImageProcessor()
+    width, height = size
+    table, schedule = processor.schedule_table(), processor.schedule_of(height, width)
+    read = table.image_size(schedule)
+    higher = [level for level in table.levels if int(level) > int(table.level_of(schedule.final_grid))]
+    if size != (64, 64):  # below every level
+        assert read[0] <= height and read[1] <= width
+    for level in higher:  # would enlarge it
+        read = table.image_size(table.nearest_to_image(height, width, level))
+        assert read[0] > height or read[1] > width
+    assert len(higher) == {240: 2, 320: 2, 300: 2, 500: 1, 1000: 1, 1080: 0, 64: 2}[height]
+
+
+def test_the_image_token_alone_stands_for_a_picture(tiny_processor):
+    picture = np.zeros((24, 24, 3), dtype=np.uint8)
+    whole = tiny_processor(text=f"{tiny_processor.image_placeholder} describe", images=picture)
+    alone = tiny_processor(text=f"{tiny_processor.image_token} describe", images=picture)
+    assert alone["input_ids"] == whole["input_ids"]
+    with pytest.raises(ValueError, match="stands outside"):
+        tiny_processor(text=f"{tiny_processor.boi_token}{tiny_processor.image_token} describe", images=picture)
+
+
+# Messages and manners
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+def test_marks_in_a_users_text_name_the_remedy(tiny_model, tiny_processor, guidance_scale):
+    chat = [{"role": "user", "content": f"a {tiny_processor.boi_token} circle"}]
+    inputs = tiny_processor.apply_chat_template(chat, generation_mode="image")
+    with pytest.raises(ValueError, match="sanitize_control_tokens=True"):
+        tiny_model.generate(**inputs, generation_mode="image", guidance_scale=guidance_scale)
+
+
+def test_a_second_answer_replaces_the_first(console, tmp_path):
+    (tmp_path / "answer").mkdir()
+    for number in range(30):
+        (tmp_path / "answer" / f"picture-{number}.png").write_bytes(b"of an earlier answer")
+    status, out, err = console("interleave", "a", "--max-new-tokens", 3, "--seed", 0, "--json")
+    assert status == 0, err
+    pictures = sorted(path.name for path in (tmp_path / "answer").glob("*.png"))
+    assert pictures == sorted(part["path"].split("/")[-1] for part in json.loads(out)["parts"] if "path" in part)
+
+
+def test_folders_are_made_and_the_version_is_told(console, tmp_path, capsys):
+    Image.new("RGB", (24, 24)).save(tmp_path / "a.png")
+    status, _, err = console("describe", "a.png", "--max-new-tokens", 1, "--output", "new/folder/x.txt")
+    assert status == 0 and (tmp_path / "new" / "folder" / "x.txt").is_file(), err
+    with pytest.raises(SystemExit) as exit:
+        main(["--version"])
+    assert exit.value.code == 0 and "0.1.0" in capsys.readouterr().out
