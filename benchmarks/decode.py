@@ -7,11 +7,15 @@ One backbone with random weights draws one guided picture in four ways:
 - `var_loop`: VAR's sampling loop written out plainly, with its running sum of features and sorted filters;
 - `token_by_token`: as many codes one at a time by the same backbone, next-token style.
 
+Prompts of different lengths run apart: `one_ragged` is the picture with a null prompt of another length,
+`eight_ragged` are eight prompts of eight lengths with their null prompts of one, against `eight_even` of one length.
+
 `cost_over_codes` times `generate` over schedules of growing length; `fit` is the least-squares line through the FLOPs
 of [`transformers_nextflow.flops.model_cost`].
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +93,25 @@ class Decoding:
         return self.model.generate(
             input_ids=self.prompt,
             negative_input_ids=self.null,
+            generation_mode="image",
+            level=self.level,
+            guidance_scale=GUIDANCE,
+            top_k=TOP_K,
+            top_p=TOP_P,
+            seed=0,
+        )
+
+    def several(self, lengths: Sequence[int], null_length: int = PROMPT_TOKENS) -> torch.Tensor:
+        """Guided pictures of prompts of these lengths."""
+        rows = torch.randint(0, BOI, (len(lengths), PROMPT_TOKENS), device=self.device)
+        nulls = rows[:, :null_length].clone()
+        rows[:, -1] = nulls[:, -1] = BOI
+        places = torch.arange(PROMPT_TOKENS, device=self.device)
+        mask = (places >= PROMPT_TOKENS - torch.tensor(lengths, device=self.device)[:, None]).long()
+        return self.model.generate(
+            input_ids=rows,
+            attention_mask=mask,
+            negative_input_ids=nulls,
             generation_mode="image",
             level=self.level,
             guidance_scale=GUIDANCE,
@@ -180,12 +203,22 @@ def main() -> None:
     decoding = Decoding(model, arguments.level)
     jobs = {"generate": decoding.generate, "bare": decoding.bare, "var_loop": decoding.var_loop}
     seconds = interleaved_seconds(jobs, arguments.repeats, arguments.device)
+    even, ragged = [PROMPT_TOKENS] * 8, list(range(PROMPT_TOKENS - 7, PROMPT_TOKENS + 1))
+    jobs = {
+        "one_ragged": lambda: decoding.several([PROMPT_TOKENS], PROMPT_TOKENS // 2),
+        "one_even": lambda: decoding.several([PROMPT_TOKENS]),
+        "eight_ragged": lambda: decoding.several(ragged),
+        "eight_even": lambda: decoding.several(even),
+    }
+    seconds |= interleaved_seconds(jobs, arguments.repeats, arguments.device)
     seconds |= interleaved_seconds({"token_by_token": decoding.token_by_token}, 1, arguments.device)
     medians = {name: median(values) for name, values in seconds.items()}
     ratios = {
         "generate_over_bare": medians["generate"] / medians["bare"],
         "var_loop_over_generate": medians["var_loop"] / medians["generate"],
         "token_by_token_over_generate": medians["token_by_token"] / medians["generate"],
+        "one_ragged_over_even": medians["one_ragged"] / medians["one_even"],
+        "eight_ragged_over_even": medians["eight_ragged"] / medians["eight_even"],
     }
 
     text_config, codebook_size = model.config.text_config, model.config.vq_config.codebook_size

@@ -157,7 +157,8 @@ class ImageGenerationConfig:
             return own if self.level is None else table.nearest_to_image(*table.image_size(own), self.level)
         if self.height is not None:
             return table.by_size(self.height, self.width, self.exact_size)
-        return table.by_aspect_ratio("1:1" if self.aspect_ratio is None else self.aspect_ratio, self.level, self.exact_size)
+        ratio = "1:1" if self.aspect_ratio is None else self.aspect_ratio
+        return table.by_aspect_ratio(ratio, self.level, self.exact_size)
 
     def controls(self, schedule: ScaleSchedule) -> ImageControls:
         """One value for each scale."""
