@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from math import inf
-from typing import Any, Self, TypedDict
+from typing import Any, TypedDict
 
 from .sampling import SAMPLING_LIMITS, PerScale, integer, per_scale, plain
 from .scales import Grid, ScaleSchedule, ScheduleTable
@@ -121,7 +121,7 @@ class ImageGenerationConfig:
             integer("width", self.width, 1)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+    def from_dict(cls, values: Mapping[str, Any]) -> "ImageGenerationConfig":
         """As a checkpoint's config.json holds it."""
         known = [entry.name for entry in fields(cls)]
         if unknown := set(values) - set(known):
@@ -131,7 +131,7 @@ class ImageGenerationConfig:
     def to_dict(self) -> dict[str, Any]:
         return {entry.name: getattr(self, entry.name) for entry in fields(self)}
 
-    def updated(self, **given: Any) -> Self:
+    def updated(self, **given: Any) -> "ImageGenerationConfig":
         """With what is given and not None. A size by pixels replaces one by ratio and level, and the other way."""
         if unknown := sorted(given.keys() - self.to_dict().keys()):
             raise ValueError(f"the controls of pictures do not include {', '.join(unknown)}")
