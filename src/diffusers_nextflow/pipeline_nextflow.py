@@ -1,7 +1,6 @@
 """The whole NextFlow model as one diffusers pipeline: prompt and pictures in, pictures out."""
 
 from collections.abc import Callable, Sequence
-from typing import Self
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
@@ -41,7 +40,7 @@ class NextFlowPipeline(StableNames, DiffusionPipeline):
         self.register_modules(model=model, processor=processor, decoder=decoder)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> Self:
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "NextFlowPipeline":
         """Also of a transformers checkpoint, a folder or Hub id that holds model and processor alone.
 
         Args:
@@ -61,7 +60,7 @@ class NextFlowPipeline(StableNames, DiffusionPipeline):
             return cls(model, processor, decoder)
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
-    def to(self, *args, **kwargs) -> Self:
+    def to(self, *args, **kwargs) -> "NextFlowPipeline":
         super().to(*args, **kwargs)
         if self.decoder is not None:
             self.decoder.to(*args, **kwargs)
@@ -84,7 +83,7 @@ class NextFlowPipeline(StableNames, DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         num_inference_steps: int | None = None,
-        callback_on_step_end: Callable[[Self, int, int, dict], dict] | None = None,
+        callback_on_step_end: Callable[["NextFlowPipeline", int, int, dict], dict] | None = None,
         decoder_kwargs: dict | None = None,
         **kwargs: Unpack[ImageGenerationKwargs],
     ) -> ImagePipelineOutput | tuple:

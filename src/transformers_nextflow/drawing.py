@@ -6,7 +6,7 @@ l codes of one scale, D hidden, V codebook size.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 import torch
 from transformers.utils import ModelOutput
@@ -46,7 +46,7 @@ class Forced:
     mask: torch.Tensor
 
     @classmethod
-    def of_call(cls, codes, mask, num_prompts: int, schedule: ScaleSchedule, codebook_size: int) -> Self:
+    def of_call(cls, codes, mask, num_prompts: int, schedule: ScaleSchedule, codebook_size: int) -> "Forced":
         """From what a user gives.
 
         Raises:
@@ -69,10 +69,10 @@ class Forced:
             )
         return cls(codes, mask)
 
-    def to(self, device: torch.device) -> Self:
+    def to(self, device: torch.device) -> "Forced":
         return replace(self, codes=self.codes.to(device), mask=self.mask.to(device))
 
-    def repeat(self, count: int) -> Self:
+    def repeat(self, count: int) -> "Forced":
         return Forced(*(tensor.repeat_interleave(count, dim=0) for tensor in (self.codes, self.mask)))
 
     def num_scales(self, schedule: ScaleSchedule) -> int:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -44,7 +44,7 @@ class Prompts:
     image_codes: torch.Tensor | None = None
     image_grid_hw: torch.Tensor | None = None
 
-    def checked(self, config: NextFlowConfig, pad_token_id: int | None) -> Self:
+    def checked(self, config: NextFlowConfig, pad_token_id: int | None) -> "Prompts":
         """With masks; raises a `ValueError` for anything but (B, L) ids of text rows that leave each row a token."""
         found = {}
         for prefix in ("", "negative_"):
@@ -54,7 +54,7 @@ class Prompts:
                 found[prefix + "attention_mask"] = without_padding(ids, pad_token_id) if mask is None else mask
         return replace(self, **found)
 
-    def guided(self, config: NextFlowConfig) -> Self:
+    def guided(self, config: NextFlowConfig) -> "Prompts":
         """With null prompts that hold the images of their prompts; see [`null_prompt`] where none came."""
         prompts = self
         if self.negative_input_ids is None:
