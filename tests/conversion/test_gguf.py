@@ -103,7 +103,7 @@ def vq_folder(tiny_model, tmp_path_factory):
 def test_logits_and_chats_are_the_files(build, architecture, tied, blocks, vq_folder, tmp_path):
     tokenizer = llama_tokenizer(unknown="<unk>" if build is llama else "<|endoftext|>")  # every Qwen has the latter
     rope = {"rope_type": "default", "rope_theta": 2e4}
-    model = build(tokenizer, tie_word_embeddings=tied, rope_parameters=rope, rms_norm_eps=1e-5)
+    model = build(tokenizer, tie_word_embeddings=tied, rope_parameters=rope)
     written = save(model, tokenizer, tmp_path / "source")
     path = tmp_path / "model.gguf"
     write(written, tokenizer, path, architecture, blocks=blocks)

@@ -175,7 +175,10 @@ CHATS = {
 }
 
 
-@pytest.mark.parametrize("template", [LLAMA_TEMPLATE, "\n  " + LLAMA_TEMPLATE + "  \n"], ids=["plain", "spaced"])
+SPACED_TEMPLATE = "\n  > " + LLAMA_TEMPLATE.replace("{{-", "{{") + "  \n"
+
+
+@pytest.mark.parametrize("template", [LLAMA_TEMPLATE, SPACED_TEMPLATE], ids=["plain", "spaced"])
 @pytest.mark.parametrize("chat", CHATS)
 def test_chats_are_the_text_models_own(chat, template, vq_folder, tmp_path):
     tokenizer = llama_tokenizer(template)

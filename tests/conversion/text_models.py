@@ -50,6 +50,7 @@ def text_sizes(tokenizer, spare_rows: int) -> dict:
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-3,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
