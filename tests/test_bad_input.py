@@ -804,9 +804,9 @@ def test_damaged_sources(tmp_path, monkeypatch, name, data):
         ("{", "is no JSON file"),
         ("[]", "must hold a JSON object, got a list"),
         ("{}", "has format version None"),
-        ('{"format_version": 1}', "must hold a str as content, got None"),
+        ('{"format_version": 2}', "must hold a str as content, got None"),
         (
-            '{"format_version": 1, "content": "", "identity": {}, "statistics": {}, "variants": 1, "shards": [3]}',
+            '{"format_version": 2, "content": "", "identity": {}, "statistics": {}, "variants": 1, "shards": [3]}',
             "must name file, rows, bytes and sha256 of every shard, got 3",
         ),
     ],
