@@ -152,12 +152,14 @@ def test_command_prints_a_table(capsys):
     output = capsys.readouterr().out
     assert "352x176 pixels (width x height), 12 scales" in output
     assert "without guidance" in output
+    assert main(["flops", "--aspect-ratio", "16:9", "--level", "256"]) == 0
+    assert "the nearest to 16:9, 12 scales" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--aspect-ratio", "16:9"], "error: no scale schedule has the aspect ratio 16:9"),
+        (["--aspect-ratio", "16x9"], 'error: aspect_ratio must read "width:height"'),
         (["--prompt-tokens", "-3"], "error: prompt_tokens must not be negative, got -3"),
         (["--model", "no/such/model"], "error: there is no model directory no/such/model"),
     ],

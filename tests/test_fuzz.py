@@ -68,7 +68,7 @@ def test_a_refusal_is_one(refused):
     ("module", "name", "fault", "target"),
     [
         (documents, "_string", lambda cell: cell, fuzzing.document),
-        (prompts, "check_integers", lambda *args: None, fuzzing.request),
+        (prompts, "check_prompt", lambda *args: None, fuzzing.request),
         (image_generation, "integer", lambda name, value, *limits: value, fuzzing.request),
     ],
 )

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from benchmarks.harness import interval
 from benchmarks.paper import arms, codebook
@@ -174,16 +175,19 @@ def test_held_out_losses_pool_the_targets_of_all_batches(monkeypatch):
 def test_separate_heads_are_two_cross_entropies():
     generator = torch.Generator().manual_seed(0)
     hidden, text_rows, code_rows = (torch.randn(n, 6, generator=generator, requires_grad=True) for n in (7, 5, 9))
+    heads = [nn.Linear(6, len(rows), bias=False) for rows in (text_rows, code_rows)]
+    for head, rows in zip(heads, (text_rows, code_rows)):
+        head.weight.data.copy_(rows)
     targets = torch.tensor([4, 5, IGNORE, 0, 13, 9, 2])
     weights = torch.rand(7, generator=generator)
-    total, losses = separate_cross_entropy(hidden, text_rows, code_rows, targets, weights)
+    total, losses = separate_cross_entropy(hidden, heads, 14, targets, weights)
     text = F.cross_entropy((hidden @ text_rows.T)[[0, 3, 6]], targets[[0, 3, 6]], reduction="none")
     codes = F.cross_entropy((hidden @ code_rows.T)[[1, 4, 5]], targets[[1, 4, 5]] - 5, reduction="none")
     expected = torch.zeros(7).index_copy(0, torch.tensor([0, 3, 6, 1, 4, 5]), torch.cat([text, codes]))
     torch.testing.assert_close(losses, expected.detach())
     torch.testing.assert_close(total, (expected * weights).sum())
     for ours, theirs in zip(
-        torch.autograd.grad(total, (hidden, text_rows, code_rows)),
+        torch.autograd.grad(total, (hidden, *(head.weight for head in heads))),
         torch.autograd.grad((expected * weights).sum(), (hidden, text_rows, code_rows)),
     ):
         torch.testing.assert_close(ours, theirs)

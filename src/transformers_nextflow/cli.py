@@ -517,7 +517,9 @@ def flops(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(figures, indent=2))
         return
-    print(f"{width}x{height} pixels (width x height), the nearest to {args.aspect_ratio}, {len(schedule)} scales,")
+    across, down = map(int, args.aspect_ratio.split(":"))
+    nearest = "" if width * down == height * across else f", the nearest to {args.aspect_ratio}"
+    print(f"{width}x{height} pixels (width x height){nearest}, {len(schedule)} scales,")
     print(f"{schedule.num_codes:,} codes, {args.prompt_tokens} prompt tokens\n")
     print("The paper's estimate, FLOPs of one layer of hidden size h (appendix A.2)")
     print_rows(
