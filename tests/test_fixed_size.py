@@ -3,6 +3,7 @@
 import pytest
 import torch
 from PIL import Image
+from test_hooks import weights_only_while_running
 from tiny_models import BOI, EOI, EOS, IMAGE, PAD, tiny_model
 from tiny_models import tiny_config as tiny_nextflow_config
 
@@ -53,6 +54,15 @@ def inputs(pixels) -> dict:
     picture = [BOI, *[IMAGE] * SLOTS, EOI]
     ids = torch.tensor([[1, 2, *picture, 3], [4, 5, *picture, 6]])
     return {"input_ids": ids, "image_grid_hw": torch.tensor([[3, 3], [3, 3]]), "pixel_values": pixels}
+
+
+@pytest.mark.parametrize("kind", ["siglip_vision_model", "clip_vision_model"])
+def test_weights_are_there_only_while_their_module_runs(kind, pixels):
+    semantic = FIXED_SIZE["semantic_config"] | {"model_type": kind}
+    model = tiny_model(tiny_nextflow_config(vq=FIXED_SIZE | {"semantic_config": semantic})).model.vq_model
+    expected = model.encode(pixels)
+    with weights_only_while_running(model):
+        assert torch.equal(model.encode(pixels), expected) and len(expected.unique()) > 4
 
 
 def test_whole_pictures_are_their_codes(model, inputs, pixels):

@@ -45,7 +45,9 @@ class StretchedViTEmbeddings(ViTEmbeddings):
 def fixed_size_encoder(config: PreTrainedConfig) -> SiglipVisionModel | CLIPVisionModel:
     """transformers' own vision model of a `SiglipVisionConfig` or `CLIPVisionConfig`."""
     if isinstance(config, SiglipVisionConfig):
-        return SiglipVisionModel(config)
+        model = SiglipVisionModel(config)
+        model.use_head = False  # pooled features are not read, but their weights are kept
+        return model
     model = CLIPVisionModel(config)
     model.embeddings = StretchedCLIPEmbeddings(config)
     return model

@@ -123,7 +123,7 @@ def joint_cross_entropy(
         return ((losses_n + penalties_n) * weights_n).sum(), losses_n.detach()
 
     length = max(1, LOGITS_AT_ONCE // num_rows)
-    chunks = [tensor[supervised].split(length) for tensor in (hidden, targets, weights)]
+    chunks = [tensor[supervised].split(length) for tensor in (hidden.to(targets.device), targets, weights)]
     totals, losses = zip(*(checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in zip(*chunks)))
     losses_N = torch.cat(losses)
     return sum(totals), losses_N.new_zeros(targets.shape).masked_scatter(supervised, losses_N)

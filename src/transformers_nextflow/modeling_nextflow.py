@@ -87,7 +87,7 @@ class NextFlowPreTrainedModel(LibraryModel):
     input_modalities = ("text", "image")
     output_modalities = ("text", "image")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["Qwen2_5_VLDecoderLayer", "CodeEmbeddings"]
+    _no_split_modules = ["Qwen2_5_VLDecoderLayer", "CodeEmbeddings", "ScaleEmbedding"]
     # float32 under float16, and what quantised loading leaves alone beside the heads
     _keep_in_fp32_modules = [rf"(?:model\.)?{name}" for name in ("vq_model", "connector", "scale_embedding")]
     _keep_in_fp32_modules_strict = ["vq_model", "code_embeddings"]
@@ -430,11 +430,6 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
         self.code_head = nn.Linear(width, config.vq_config.codebook_size, bias=False)
         self.post_init()
 
-    @property
-    def num_rows(self) -> int:
-        """Of both heads: text rows, then codes."""
-        return self.config.text_vocab_size + self.config.vq_config.codebook_size
-
     def get_input_embeddings(self):
         return self.model.get_input_embeddings()
 
@@ -512,12 +507,12 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
                     labels, layout, self.config.boi_token_id, valid=attention_mask, document_ids=document_ids
                 )
             alpha = self.config.scale_loss_alpha
-            targets_BL, weights_BL = fill_code_targets(shift_labels, layout, codes, self.config.text_vocab_size, alpha)
+            text_rows = self.config.text_vocab_size
+            targets_BL, weights_BL = fill_code_targets(shift_labels, layout, codes, text_rows, alpha)
             if loss_weights is not None:
                 weights_BL = loss_weights.masked_fill(targets_BL == IGNORE, 0.0)
-            total, token_losses_BL = joint_cross_entropy(
-                hidden_BLD, (self.lm_head, self.code_head), self.num_rows, targets_BL, weights_BL, z_loss
-            )
+            heads, num_rows = (self.lm_head, self.code_head), text_rows + self.config.vq_config.codebook_size
+            total, token_losses_BL = joint_cross_entropy(hidden_BLD, heads, num_rows, targets_BL, weights_BL, z_loss)
             loss = total / (weights_BL.sum() if num_items_in_batch is None else num_items_in_batch)
 
         logits = None

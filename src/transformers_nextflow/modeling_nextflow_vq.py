@@ -177,6 +177,7 @@ def one_grid_siglip(config: Siglip2VisionConfig) -> Siglip2VisionModel:
     """transformers' SigLIP2-naflex vision model, for batches of one grid."""
     model = Siglip2VisionModel(config)
     model.embeddings = OneGridEmbeddings(config)
+    model.use_head = False  # pooled features are not read, but their weights are kept
     return model
 
 
@@ -270,7 +271,9 @@ class NextFlowVQModel(AtLeastFloat32, LibraryModel):
     base_model_prefix = "vq_model"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
-    _no_split_modules = ["OneGridEmbeddings", "ResidualBlock", "AttnBlock"]
+    _no_split_modules = [
+        *("OneGridEmbeddings", "StretchedCLIPEmbeddings", "StretchedViTEmbeddings", "ResidualBlock", "AttnBlock")
+    ]
     _keep_in_fp32_modules_strict = [
         *("semantic_encoder", "semantic_to_code", "pixel_encoder", "quantizer", "semantic_decoder", "pixel_decoder")
     ]

@@ -90,7 +90,8 @@ def test_committed_settings_are_what_accelerate_reads(name, environment):
     if name == "fsdp2":
         plugin = FullyShardedDataParallelPlugin()
         assert plugin.fsdp_version == 2 and plugin.state_dict_type.name == "FULL_STATE_DICT"
-        assert plugin.transformer_cls_names_to_wrap == ["Qwen2_5_VLDecoderLayer"] and plugin.reshard_after_forward
+        units = ["Qwen2_5_VLDecoderLayer", "CodeEmbeddings"]
+        assert plugin.transformer_cls_names_to_wrap == units and plugin.reshard_after_forward
     elif name != "ddp":
         config = DeepSpeedPlugin().deepspeed_config
         assert config["zero_optimization"]["stage"] == int(name[-1])

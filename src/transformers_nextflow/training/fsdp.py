@@ -19,8 +19,8 @@ def keep_losses_float32(accelerator: Accelerator) -> None:
 class WholeHeadsCallback(TrainerCallback):
     """Gathers the heads of a model that accelerate shards by FSDP2 together with the model; does nothing to others.
 
-    accelerate makes the text head a unit of its own, whose weights are whole only inside that head's own forward; but
-    the loss multiplies with the weights of both heads at once.
+    accelerate makes the text head a unit of its own, and such a unit counts on one call in each forward, the same on
+    every device; but the loss calls the heads once for each chunk of its targets.
     """
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
@@ -28,6 +28,9 @@ class WholeHeadsCallback(TrainerCallback):
             return
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         heads = [head for head in (base.lm_head, base.code_head) if isinstance(head, FSDPModule)]
+        for head in heads:
+            head._forward_pre_hooks.clear()
+            head._forward_hooks.clear()
 
         def gather(module: nn.Module, args: tuple) -> None:
             for head in heads:

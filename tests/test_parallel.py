@@ -1,0 +1,52 @@
+"""Two ranks do what one does: tensor parallelism, and weights sharded by FSDP2."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
+from safetensors.torch import load_file
+from test_fixed_size import FIXED_SIZE
+from tiny_models import relative, tiny_config, tiny_model
+
+ROOT = Path(__file__).parents[1]
+
+
+def on_ranks(ranks: int, mode: str, folder: Path) -> dict[str, torch.Tensor]:
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (*sys.path, ROOT))), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launch, str(ROOT / "tests" / "two_ranks.py"), mode, str(folder)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-5000:]
+    return load_file(folder / f"{mode}-{ranks}.safetensors")
+
+
+def test_tensor_parallel_loss_gradients_and_codes_are_one_ranks(tmp_path):
+    tiny_model(tiny_config(text={"num_key_value_heads": 2})).save_pretrained(tmp_path)
+    one, two = (on_ranks(ranks, "tensor_parallel", tmp_path) for ranks in (1, 2))
+    assert two.keys() == one.keys() and len(one) > 30
+    assert torch.equal(two.pop("codes"), one["codes"])
+    for name, tensor in two.items():
+        assert relative(tensor, one[name]) < 1e-5, name
+
+
+def test_a_bfloat16_model_trains_in_shards(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    one, two = (on_ranks(ranks, "sharded", tmp_path)["losses"] for ranks in (1, 2))
+    assert one[-1] < one[0] - 0.5
+    assert relative(two, one) < 2e-2
+
+
+@pytest.mark.parametrize("vq", [{}, FIXED_SIZE], ids=["any grid", "one size"])
+def test_units_that_are_named_are_there(vq):
+    """accelerate looks up each class that a model names as a whole."""
+    model = tiny_model(tiny_config(vq=vq))
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
+    plugin.set_auto_wrap_policy(model)
+    policy = fsdp2_prepare_auto_wrap_policy(plugin, model)
+    units = {type(module).__name__ for module in model.modules() if policy(module)}
+    assert {"Qwen2_5_VLDecoderLayer", "CodeEmbeddings", "ResidualBlock"} <= units == model._no_split_modules
