@@ -2,7 +2,7 @@
 
 A name is read by a table of patterns, tried in order. What a pattern matches leaves the name and becomes attributes;
 what remains is the thing. So "woman firefighter: dark skin tone" is a firefighter of the gender "woman" and the tone
-"dark", "three thirty" a clock of that hour, and "man dark skin tone bald" and "man bald: dark skin tone" are the same.
+"dark", and "three thirty" a clock of that hour.
 Pictures whose things are equal and whose attributes differ in one are an edit of that attribute; see `tasks.py`.
 """
 
@@ -72,7 +72,6 @@ ROLES = {
 
 # how the packages spell a value -> the value
 _SPELLINGS = {
-    "blonde": "blond",
     **{tone.replace("-", " "): tone for tone in TONES},
     **{number: str(value) for value, number in enumerate(NUMBERS)},
 }
@@ -91,7 +90,6 @@ _PATTERNS = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (rf": (?P<tone>{_TONE}) skin tone(?:, (?P<second_tone>{_TONE}) skin tone)?$", ""),
-        (rf" (?P<tone>{_TONE.replace('-', ' ')}) skin tone(?= {_one_of(HAIRS)})", ""),
         (r"^flag (?P<country>.+)$", "flag"),
         (rf"^(?P<hour>{_one_of(HOURS)})$", "clock"),
         (rf"^(?P<phase>{_one_of(PHASES)}) (?=moon)", ""),
@@ -103,7 +101,7 @@ _PATTERNS = [
         (rf"(?<=^couple with heart)(?P<adults>(?: {_ADULTS})+)$", ""),
         (r"^(?P<adults>men|women|people|woman and man) (?=holding|hugging|wrestling|with)", ""),
         (rf"^(?P<human>{_one_of(HUMANS)})$", "human"),
-        (rf"^(?P<human>man|woman|person) (?P<hair>{_one_of((*HAIRS, 'blonde'))})(?: hair)?$", "human"),
+        (rf"^(?P<human>man|woman|person) (?P<hair>{_one_of(HAIRS)})(?: hair)?$", "human"),
         (r"^(?P<gender>man|woman|person) ", ""),
         (r" (?P<gender>man|woman|person)$", ""),
         (rf" facing (?P<direction>{_WAY})$", ""),
@@ -131,13 +129,12 @@ _REASONS = {
     "written in the picture": (
         "no one under eighteen",
         "pool 8 ball",
-        "up button",
         "up exclamation button",
         "new button",
     ),
     "another sense of the word": ("last track button", "leafy green", "left luggage", "light rail", "old key"),
     "a way of holding it": ("palms up together", "rolled up newspaper", "upside down face"),
-    "a swatch of skin tones": ("dark skin tone", "light skin tone", "medium skin tone", "medium"),
+    "a swatch of skin tones": tuple(f"{tone.replace('-', ' ')} skin tone" for tone in TONES),
 }
 EXCEPTIONS = {noun: reason for reason, nouns in _REASONS.items() for noun in nouns}
 
@@ -201,7 +198,7 @@ WORDS = frozenset(
     word
     for phrase in (*(value for values in VALUES.values() for value in values), *HUMANS, *NUMBERS)
     for word in phrase.split()
-) | {"tone", "hair", "men", "women", "people", "blonde", "leftwards", "rightwards", "upwards", "downwards"}
+) | {"tone", "hair", "men", "women", "people", "leftwards", "rightwards", "upwards", "downwards"}
 
 
 def attribute_words(text: str) -> list[str]:

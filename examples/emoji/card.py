@@ -226,7 +226,7 @@ included. For artwork go to the sets themselves.
 ## Scores
 
 `python -m examples.emoji.evaluate --json`: one picture a prompt from the seed of its number, none chosen. A drawing is
-right (R@1) when the nearest of all 16,138 pictures of the world is the one asked for; "name" allows any style. The
+right (R@1) when the nearest of all 16,126 pictures of the world is the one asked for; "name" allows any style. The
 tokenizer's column is the truth itself, coded and decoded. Baselines are the mean picture of the style, the nearest
 seen picture of the name in another style (chosen by the truth, which no model is shown), the source handed back, and
 the most frequent answer: the best of them stands here, all are in `scores.json`. A kind whose interval holds its

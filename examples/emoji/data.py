@@ -26,6 +26,7 @@ from .packages import STYLES, WORDS, fetch, read_icons, read_json
 from .splits import SEEN, held_out, is_dev
 
 SIZE = 64
+WHITE = 255
 CHUNK = 200  # pictures that a worker renders at a time
 
 FEATURES = datasets.Features(
@@ -121,11 +122,12 @@ def build(output: Path, cache: Path, size: int = SIZE, workers: int = 2) -> data
         rows += [{"style": style, **row} for row in pq.read_table(path).to_pylist()]
     names = names_of(row["key"] for row in rows)
     for row in rows:
-        row["name"] = names[row["key"]]
+        row["name"], row["pixels"] = names[row["key"]], pixels_of(row["png"])
         slug = row["name"].replace(":", "").replace(",", "").replace(" ", "-")
         row |= words.get(slug, {"label": row["name"], "tags": []})
-    pictures = [pixels_of(row["png"]) for row in rows]
-    twins = twin_groups(pictures)
+    rows = [row for row in rows if (row["pixels"] != WHITE).any()]  # white on white shows nothing
+    rows.sort(key=lambda row: (row["style"], row["name"]))
+    twins = twin_groups([row.pop("pixels") for row in rows])
     parts = held_out([row["name"] for row in rows], [row["style"] for row in rows], twins)
     first = {index: group[0] for group in twins for index in group}
     for index, (row, part) in enumerate(zip(rows, parts)):

@@ -19,7 +19,8 @@ from collections.abc import Hashable, Mapping, Sequence
 import numpy as np
 from PIL import Image
 
-from .world import WHITE, World
+from .data import WHITE
+from .world import World
 
 EDGE = 16
 CHUNK = 256  # drawings that are compared at a time

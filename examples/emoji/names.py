@@ -1,5 +1,6 @@
 """Names of the emoji world: one name for one thing, whatever the package calls it."""
 
+import re
 from collections.abc import Iterable, Set
 from typing import NamedTuple
 
@@ -7,28 +8,69 @@ TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
 GENDERS = ("man", "woman", "person")
 _LONGEST_FIRST = sorted(TONES, key=len, reverse=True)
 
+# What the packages call by two names, in CLDR's words.
+_SAME = {
+    "blackbird": "black-bird",
+    "direct-hit": "bullseye",
+    "exclamation-mark": "red-exclamation-mark",
+    "keycap-hashtag": "keycap-pound",
+    "knocked-out-face": "face-with-crossed-out-eyes",
+    "man-deaf": "deaf-man",
+    "man-merpeople": "merman",
+    "man-with-bunny-ears": "men-with-bunny-ears",
+    "man-wrestling": "men-wrestling",
+    "on-arrow": "on-exclamation-arrow",
+    "person-deaf": "deaf-person",
+    "person-merpeople": "merperson",
+    "person-with-bunny-ears": "people-with-bunny-ears",
+    "person-wrestling": "people-wrestling",
+    "phoenix-bird": "phoenix",
+    "piata": "pinata",
+    "pouting-face": "enraged-face",
+    "question-mark": "red-question-mark",
+    "red-triangle": "red-triangle-pointed-up",
+    "up-button": "up-exclamation-button",
+    "woman-deaf": "deaf-woman",
+    "woman-merpeople": "mermaid",
+    "woman-with-bunny-ears": "women-with-bunny-ears",
+    "woman-wrestling": "women-wrestling",
+}
+_TONE = "|".join(_LONGEST_FIRST)
+_TONE_BEFORE_HAIR = re.compile(rf"(man|woman|person)-({_TONE})-skin-tone-(bald|beard|\w+-hair)")
+
 
 def names_of(keys: Iterable[str]) -> dict[str, str]:
     """The packages' icon names -> names in CLDR's manner, words apart and skin tones after a colon.
 
-    Fluent's packages write `firefighter-dark`, the others `firefighter-dark-skin-tone`: both become
-    `firefighter: dark skin tone`. A last word such as the one of `police-car-light` is no tone, since the car has no
-    other.
+    One thing has one name: `firefighter-dark` and `firefighter-dark-skin-tone` become `firefighter: dark skin tone`,
+    `man-dark-skin-tone-blond-hair` and `man-blonde-hair-dark` `man blond hair: dark skin tone`, `person-elf` is `elf`
+    where that is a key too, and `man-deaf` is `deaf man`. A last word such as the one of `police-car-light` is no
+    tone, since the car has no other.
     """
     keys = set(keys)
     return {key: _name(key, keys) for key in sorted(keys)}
 
 
 def _name(key: str, keys: set[str]) -> str:
-    tones, rest = [], key
-    while tone := next((tone for tone in _LONGEST_FIRST if rest.endswith(f"-{tone}-skin-tone")), None):
-        tones.insert(0, tone)
-        rest = rest.removesuffix(f"-{tone}-skin-tone")
-    tone = next((tone for tone in _LONGEST_FIRST if rest.endswith(f"-{tone}")), None)
-    if not tones and tone and all(f"{rest.removesuffix(f'-{tone}')}-{other}" in keys for other in TONES):
-        tones, rest = [tone], rest.removesuffix(f"-{tone}")
-    words = rest.replace("-", " ")
+    thing, tones = _without_tones(_TONE_BEFORE_HAIR.sub(r"\1-\3-\2-skin-tone", key), keys)
+    thing = _SAME.get(thing, thing).replace("blonde-hair", "blond-hair")
+    if thing.removeprefix("person-") in keys:
+        thing = thing.removeprefix("person-")
+    words = thing.replace("-", " ")
     return words if not tones else f"{words}: " + ", ".join(f"{tone} skin tone" for tone in tones)
+
+
+def _without_tones(key: str, keys: set[str]) -> tuple[str, list[str]]:
+    tones: list[str] = []
+    if key.removesuffix("-skin-tone") in TONES:  # a swatch
+        return key, tones
+    while tone := next((tone for tone in _LONGEST_FIRST if key.endswith(f"-{tone}-skin-tone")), None):
+        tones.insert(0, tone)
+        key = key.removesuffix(f"-{tone}-skin-tone")
+    tone = next((tone for tone in _LONGEST_FIRST if key.endswith(f"-{tone}")), None)
+    if not tones and tone and all(f"{key.removesuffix(f'-{tone}')}-{other}" in keys for other in TONES):
+        return key.removesuffix(f"-{tone}"), [tone]
+    return key, tones
 
 
 class Person(NamedTuple):

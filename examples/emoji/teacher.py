@@ -16,7 +16,7 @@ from .stages import Drawn, finish, is_finished, processes, settings
 from .text import train_text_tokenizer
 from .world import World, moved, resized, to_pixel_values
 
-STEPS, PEAK, BATCH = 1_400, 1e-3, 256  # pairs of a step, over all processes
+STEPS, PEAK, BATCH = 1_600, 1e-3, 256  # pairs of a step, over all processes
 SMALL_SHARE = 0.15  # of batches at 32 pixels
 
 

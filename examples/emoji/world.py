@@ -9,10 +9,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .data import pixels_of, twin_groups
+from .data import WHITE, pixels_of, twin_groups
 from .splits import SEEN
-
-WHITE = 255
 
 
 class World:

@@ -246,10 +246,7 @@ def test_a_batch_is_not_coded_twice(document_source, data_checkpoint, extracted,
 def test_a_repeated_picture_is_encoded_once_and_drawn_by_each_document(data_checkpoint, tmp_path, monkeypatch):
     """Ten documents of two pictures: each gets what it gets where pictures do not repeat."""
     chat = Message("user", ("it",)), Message("assistant", (None,))
-    made = [
-        Document(f"d{n}", "text-to-image", chat, (picture(n % 2),))
-        for n in range(10)
-    ]
+    made = [Document(f"d{n}", "text-to-image", chat, (picture(n % 2),)) for n in range(10)]
     encoded, features = [], NextFlowVQModel.features
 
     def counted(self, pixel_values, *args):
