@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from transformers_nextflow import quantizer as quantizer_module
 from transformers_nextflow.quantizer import (
     CODEBOOK_LOSSES,
     DualCodebookQuantizer,
@@ -90,10 +91,20 @@ def test_targets_are_the_nearest_entries(quantizer, schedule):
     assert torch.equal(output.target_codes, distances.argmin(-1))
 
 
-def test_distances_are_weighted_squared_distances(quantizer):
+def test_distances_are_weighted_squared_distances_less_the_querys_square(quantizer):
     vectors = features(SQUARE).permute(0, 2, 3, 1).reshape(-1, SEMANTIC + PIXEL)
     got = quantizer.distances(quantizer.normalized(vectors), quantizer())
-    torch.testing.assert_close(got, squared_distances(quantizer, vectors), atol=1e-5, rtol=1e-6)
+    expected = squared_distances(quantizer, vectors)
+    torch.testing.assert_close(got.diff(dim=-1), expected.diff(dim=-1), atol=2e-5, rtol=1e-5)
+
+
+def test_a_lookup_in_chunks_finds_the_same(quantizer, monkeypatch):
+    whole = quantizer.quantize(features(SQUARE), SQUARE, SelfCorrection(), keys="abc")
+    monkeypatch.setattr(quantizer_module, "DISTANCES_AT_ONCE", 5 * len(quantizer()))
+    chunks = quantizer.quantize(features(SQUARE), SQUARE, SelfCorrection(), keys="abc")
+    assert torch.equal(chunks.target_codes, whole.target_codes)
+    assert torch.equal(chunks.input_codes, whole.input_codes)
+    assert not torch.equal(whole.input_codes, whole.target_codes)
 
 
 @SCHEDULES

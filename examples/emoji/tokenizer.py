@@ -14,7 +14,7 @@ from .sizes import PATCH_SIZE, SCHEDULES, vq_config
 from .stages import Drawn, finish, is_finished, processes, settings
 from .world import World, in_a_row, moved, resized, to_pixel_values
 
-STEPS = {"pixel": 700, "joint": 700, "decoder": 500}
+STEPS = {"pixel": 1_200, "joint": 2_400, "decoder": 1_500}
 PEAK = {"pixel": 8e-4, "joint": 5e-4, "decoder": 5e-4}
 BATCH = 32  # pictures of a step, over all processes
 SMALL_SHARE, ROW_SHARE = 0.12, 0.2  # of batches: single pictures of 32 pixels; several pictures side by side

@@ -17,6 +17,7 @@ from torch import nn
 from .scales import Grid, ScaleSchedule
 
 CODEBOOK_LOSSES = ("tokenflow", "var")
+DISTANCES_AT_ONCE = 2**22  # of one chunk of a lookup: 16 MiB in float32
 
 
 def resize_features(features_BChw: torch.Tensor, grid: Grid) -> torch.Tensor:
@@ -211,12 +212,11 @@ class DualCodebookQuantizer(nn.Module):
         return torch.cat([F.normalize(half, dim=-1) for half in vectors.split(self.dims, dim=-1)], dim=-1)
 
     def distances(self, queries_NC: torch.Tensor, codebook_VC: torch.Tensor) -> torch.Tensor:
-        """(N, V) weighted sum of the squared distances of the halves, of queries and entries as [`normalized`]."""
-        queries, entries = queries_NC.split(self.dims, dim=-1), codebook_VC.split(self.dims, dim=-1)
-        weighted_NC = torch.cat([w * half for w, half in zip(self.weights, queries)], dim=-1)
-        squares_N1 = sum(w * half.square().sum(-1, keepdim=True) for w, half in zip(self.weights, queries))
-        squares_V = sum(w * half.square().sum(-1) for w, half in zip(self.weights, entries))
-        return torch.addmm(squares_N1 + squares_V, weighted_NC, codebook_VC.T, alpha=-2)
+        """(N, V) weighted sums of the squared distances of the halves, of queries and entries as [`normalized`], less
+        the query's own square, which says nothing of which entry is nearest."""
+        weights_C = torch.cat([queries_NC.new_full((dim,), weight) for weight, dim in zip(self.weights, self.dims)])
+        squares_V = (codebook_VC.square() * weights_C).sum(-1)
+        return torch.addmm(squares_V, queries_NC * weights_C, codebook_VC.T, alpha=-2)
 
     def quantize(
         self,
@@ -272,13 +272,11 @@ class DualCodebookQuantizer(nn.Module):
                 pooled_BChw = F.interpolate(residual_BChw, size=(h, w), mode="area")
                 query_BlC = self.normalized(to_sequence(pooled_BChw))
                 queries.append(query_BlC.detach().flatten(0, 1))
-                distance_NV = self.distances(queries[-1], codebook_VC.detach())
-                target_Bl = distance_NV.argmin(dim=-1).view(batch, h * w)
-                input_Bl = target_Bl
-                if correction is not None:
-                    at = schedule.slice(scale)
-                    drawn_N = self._draw(distance_NV, pick_BL[:, at].flatten(), correction)
-                    input_Bl = torch.where(disturb_BL[:, at], drawn_N.view(batch, h * w), target_Bl)
+                draws = (
+                    None if correction is None else [draw[:, schedule.slice(scale)] for draw in (disturb_BL, pick_BL)]
+                )
+                target_N, input_N = self._look_up(queries[-1], codebook_VC, correction, draws)
+                target_Bl, input_Bl = target_N.view(batch, h * w), input_N.view(batch, h * w)
                 if keep_scales is None or keep_scales[scale]:
                     entry_BlC = F.embedding(input_Bl, codebook_VC)
                     if codebook_loss == "tokenflow":
@@ -296,6 +294,33 @@ class DualCodebookQuantizer(nn.Module):
         return QuantizerOutput(
             torch.cat(targets, 1), torch.cat(inputs, 1), total_BChw, pairs, torch.stack(norms), queries
         )
+
+    @torch.no_grad()
+    def _look_up(
+        self,
+        queries_NC: torch.Tensor,
+        codebook_VC: torch.Tensor,
+        correction: SelfCorrection | None = None,
+        draws: Sequence[torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(N,) nearest entries, and the same with the disturbed ones drawn, a chunk of queries at a time.
+
+        Args:
+            draws: of [`SelfCorrection.draws`] for these N positions.
+        """
+        targets, inputs = [], []
+        length = max(1, DISTANCES_AT_ONCE // len(codebook_VC))
+        for start in range(0, len(queries_NC), length):
+            chunk = slice(start, start + length)
+            distance_nV = self.distances(queries_NC[chunk], codebook_VC)
+            target_n = distance_nV.argmin(dim=-1)
+            targets.append(target_n)
+            if correction is not None:
+                disturb_n, pick_n = (draw.flatten()[chunk] for draw in draws)
+                drawn = self._draw(distance_nV[disturb_n], pick_n[disturb_n], correction)
+                target_n = target_n.masked_scatter(disturb_n, drawn)
+            inputs.append(target_n)
+        return torch.cat(targets), torch.cat(inputs)
 
     @staticmethod
     def _draw(distance_NV: torch.Tensor, pick_N: torch.Tensor, correction: SelfCorrection) -> torch.Tensor:
