@@ -78,14 +78,29 @@ STAGES = {
         "64",
         inverted(
             {
-                "text-to-image": 0.4,
+                "text-to-image": 0.44,
                 "captioning": 0.08,
                 "question": 0.08,
+                "editing": 0.22,
+                "tags": 0.06,
+                "reasoning": 0.06,
+                "arrangement": 0.06,
+            }
+        ),
+    ),
+    # the tasks of many pictures, which want longer packs, come last
+    "tuning-64": Stage(
+        "64",
+        inverted(
+            {
+                "text-to-image": 0.36,
+                "captioning": 0.06,
+                "question": 0.08,
                 "editing": 0.2,
-                "analogy": 0.05,
+                "analogy": 0.08,
                 "tags": 0.05,
                 "reasoning": 0.05,
-                "sequence": 0.03,
+                "sequence": 0.06,
                 "arrangement": 0.06,
             }
         ),
