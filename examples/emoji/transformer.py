@@ -26,7 +26,7 @@ from .sizes import nextflow_config
 from .stages import finish, is_finished, processes, settings
 
 EXTRACTION = ExtractionSettings(
-    "chat", drop_text=0.1, self_correction=SelfCorrection(), variants=2, batch_size=64, documents_per_shard=16_000
+    "chat", drop_text=0.1, self_correction=SelfCorrection(), variants=2, batch_size=64, documents_per_shard=6_000
 )
 WEIGHT_DECAY = 0.05
 EMA_DECAY = 0.995
@@ -56,8 +56,8 @@ class Training:
 # Table 2's order: connector and head alone, then everything, at the lower level without and at the higher with eq. 2
 TRAININGS = {
     "alignment": Training(4_000, 192, 16, 60, 1e-3, 0.5, "connector_and_head", 0.0),
-    "pretraining-32": Training(16_000, 192, 16, 300, 3e-3, 0.1, scale_loss_alpha=0.0),
-    "pretraining-64": Training(48_000, 416, 10, 4_000, 3e-3, 0.1),
+    "pretraining-32": Training(12_000, 192, 16, 200, 3e-3, 0.1, scale_loss_alpha=0.0),
+    "pretraining-64": Training(24_000, 416, 10, 4_000, 3e-3, 0.1),
     "tuning-64": Training(24_000, 848, 5, 1_000, 1.5e-3, 0.9),
 }
 
