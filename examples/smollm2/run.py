@@ -1,13 +1,13 @@
 """A real language model that learns to draw: `python -m examples.smollm2.run --output runs/smollm2`.
 
 SmolLM2-135M-Instruct is converted around the emoji checkpoint's vision tokenizer and trained to draw emoji, LoRA on
-its layers. Every part of it is skipped or continued when the same command is given again. `smollm2.json` in the output
-holds three questions with the answers of the source, of the converted and of the trained model, the judge's scores of
-drawings of seen and of held-out pairs, and the curve of the losses; `smollm2.png` the first held-out prompts, drawing
-beside truth. The trained model is a NextFlow like any other, in `steps-N/trained`.
+its layers. Parts that are done are skipped and the training continues when the same command is given again.
 
-On one GPU (the recipe was never run on one) the same command trains on it in bfloat16; with a larger text model and as
-many steps as an hour holds there:
+`steps-N` in the output gets `smollm2.json`: three questions with the answers of the source, of the converted and of
+the trained model, the judge's scores of drawings of seen and of held-out pairs, and all that was logged of the losses;
+`smollm2.png`, the first held-out prompts, drawing beside truth; and `trained`, a NextFlow like any other.
+
+Where there is a GPU the same command trains on it, for instance a larger text model for longer; this was never run:
 
     python -m examples.smollm2.run --text Qwen2.5-0.5B-Instruct --steps 20000 --prompts 1000 --output runs/qwen2.5
 """

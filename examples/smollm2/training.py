@@ -19,7 +19,7 @@ from transformers_nextflow.training import NextFlowTrainer, NextFlowTrainingArgu
 
 STAGE = Stage("64", {"text-to-image": 1.0})
 DOCUMENTS = 16_000  # at most, drawn from the 13,520 seen pictures; a longer training shows them again
-PICTURES = 16  # of a step, rows of one batch
+PICTURES = 8  # of a step, rows of one batch
 LONGEST = 512  # positions of a row: 155 codes and the prompt
 PEAK, DECAY_SHARE = 1e-3, 0.5
 NEW_PARTS = [*CODE_MODULES, "connector", "scale_embedding"]  # trained whole: no text model has them
@@ -54,7 +54,10 @@ def adapted(start: Path) -> PeftModel:
     """The converted model with LoRA on its layers, its new parts thawed."""
     model = NextFlowForConditionalGeneration.from_pretrained(start)
     model.set_attn_implementation("eager")  # the fastest backward at these lengths on a CPU
-    return get_peft_model(model, lora_config(modules_to_save=NEW_PARTS))
+    model = get_peft_model(model, lora_config(modules_to_save=NEW_PARTS))
+    for layer in model.get_base_model().model.language_model.layers:
+        layer.compile(dynamic=True)
+    return model
 
 
 def train(output: Path, start: Path, packs: Path, steps: int) -> None:

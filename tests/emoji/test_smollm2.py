@@ -35,7 +35,7 @@ def command(world_folder, emoji_checkpoint, tmp_path_factory) -> list[str]:
 
 def ran(command: list[str]):
     """The folder of the converted model and that of the run."""
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, torch.compiler.set_stance("force_eager"):
         patch.setattr(sys, "argv", command)
         run.main()
     output = run.Path(command[command.index("--output") + 1])
