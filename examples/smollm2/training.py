@@ -1,11 +1,17 @@
-"""From a converted text model to one that draws: adapters on its layers, and all that it did not have before."""
+"""From a converted text model to one that draws: all that it did not have before is trained, then its layers too.
 
+Before any training the text rows of the joint softmax are far above the rows of codes, so that the first gradients are
+huge. Table 2's alignment comes first therefore: the new parts alone, until adapters on the layers join.
+"""
+
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model
+from transformers import TrainerCallback
 
 from examples.emoji.documents import Stage, build_packs
 from examples.emoji.stages import finish, is_finished, settings
@@ -21,7 +27,8 @@ STAGE = Stage("64", {"text-to-image": 1.0})
 DOCUMENTS = 16_000  # at most, drawn from the 13,520 seen pictures; a longer training shows them again
 PICTURES = 8  # of a step, rows of one batch
 LONGEST = 512  # positions of a row: 155 codes and the prompt
-PEAK, DECAY_SHARE = 1e-3, 0.5
+PEAK, ADAPTERS_PEAK, DECAY_SHARE = 1e-3, 2e-4, 0.5  # learning rates of new parts and adapters, and their decay
+ALIGNMENT = 0.1  # share of the steps in which adapters wait
 NEW_PARTS = [*CODE_MODULES, "connector", "scale_embedding"]  # trained whole: no text model has them
 
 
@@ -60,6 +67,32 @@ def adapted(start: Path) -> PeftModel:
     return model
 
 
+class AdaptersWait(TrainerCallback):
+    """Leaves adapters as they are for the first `steps`."""
+
+    def __init__(self, steps: int):
+        self.steps = steps
+
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+        if state.global_step < self.steps:
+            for _, parameter in _adapters(model):
+                parameter.grad = None
+
+
+def _adapters(model: PeftModel) -> list[tuple[str, torch.nn.Parameter]]:
+    return [(name, parameter) for name, parameter in model.named_parameters() if ".lora_" in name]
+
+
+def new_optimizer(model: PeftModel, arguments: NextFlowTrainingArguments) -> torch.optim.AdamW:
+    """AdamW, with a lower rate for adapters than for what begins from nothing."""
+    adapters = dict(_adapters(model))
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    new = [parameter for name, parameter in trained if name not in adapters]
+    groups = [{"params": new, "lr": PEAK}, {"params": list(adapters.values()), "lr": ADAPTERS_PEAK}]
+    betas = arguments.adam_beta1, arguments.adam_beta2
+    return torch.optim.AdamW(groups, betas=betas, weight_decay=arguments.weight_decay)
+
+
 def train(output: Path, start: Path, packs: Path, steps: int) -> None:
     """Train for `steps`, or go on from the last checkpoint, unless it is finished; `output` holds the adapter.
 
@@ -73,7 +106,16 @@ def train(output: Path, start: Path, packs: Path, steps: int) -> None:
     values |= {"logging_steps": max(1, steps // 40), "save_steps": max(1, steps // 20)}
     dataset = PackedDataset(packs, model.get_base_model(), processor)
     arguments = NextFlowTrainingArguments(output, **values)
-    finish(NextFlowTrainer(model, arguments, PicturesAlone(dataset), dataset, processing_class=processor))
+    trainer = NextFlowTrainer(
+        model,
+        arguments,
+        PicturesAlone(dataset),
+        dataset,
+        processing_class=processor,
+        optimizers=(new_optimizer(model, arguments), None),
+        callbacks=[AdaptersWait(math.ceil(ALIGNMENT * steps))],
+    )
+    finish(trainer)
 
 
 def merge(adapter: Path, start: Path, output: Path) -> None:

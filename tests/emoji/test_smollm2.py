@@ -13,7 +13,7 @@ from examples.emoji.scoring import MODEL, TOKENIZER
 from examples.emoji.splits import PAIR, SEEN
 from examples.smollm2 import run
 from examples.smollm2.questions import QUESTIONS
-from examples.smollm2.training import PICTURES, PicturesAlone
+from examples.smollm2.training import PICTURES, PicturesAlone, train
 from tests.conversion.text_models import llama, llama_tokenizer, save
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor
 from transformers_nextflow.data import PackedDataset
@@ -21,6 +21,7 @@ from transformers_nextflow.losses import IGNORE
 
 pytest.importorskip("peft")
 STEPS = 3
+ADAPTER = "adapter_model.safetensors"
 CODES = 155  # of a picture of 64 pixels
 
 
@@ -67,6 +68,16 @@ def test_layers_and_new_parts_are_trained_and_nothing_else(folders):
     assert changed == linear | {name for name in before if name.startswith(new)}
 
 
+def test_new_parts_are_aligned_before_the_layers_change(folders, tmp_path):
+    converted, folder = folders
+    with torch.compiler.set_stance("force_eager"):
+        train(tmp_path / "adapter", converted, folder / "data" / "packs", steps=2)
+    start, end = (load_file(tmp_path / "adapter" / f"checkpoint-{step}" / ADAPTER) for step in (1, 2))
+    layers = {name for name in start if ".lora_B." in name}
+    assert len(layers) == 2 * 7
+    assert not any(start[name].any() for name in layers) and all(end[name].any() for name in layers)
+
+
 def named(converted, folder):
     return converted, folder / "trained"
 
@@ -102,14 +113,14 @@ def test_the_curve_has_every_step(folders):
 
 def test_the_same_command_goes_on_where_it_was_stopped(command, folders):
     folder = folders[1]
-    log, expected = (folder / "log.jsonl").read_text(), load_file(folder / "adapter" / "adapter_model.safetensors")
+    log, expected = (folder / "log.jsonl").read_text(), load_file(folder / "adapter" / ADAPTER)
     drawings = json.loads((folder / "smollm2.json").read_text())["drawings"]
-    for name in ("finished", "adapter_model.safetensors"):
+    for name in ("finished", ADAPTER):
         (folder / "adapter" / name).unlink()
     for lost in (folder / "adapter" / f"checkpoint-{STEPS}", folder / "trained"):
         shutil.rmtree(lost)
     ran(command)
-    again = load_file(folder / "adapter" / "adapter_model.safetensors")
+    again = load_file(folder / "adapter" / ADAPTER)
     assert again.keys() == expected.keys() and all(torch.equal(again[name], expected[name]) for name in again)
     result = json.loads((folder / "smollm2.json").read_text())
     assert [row["step"] for row in result["curve"]] == [1, 2, 3] and result["drawings"] == drawings
