@@ -8,10 +8,14 @@ INSTALLED := .venv/.installed
 demo: $(INSTALLED)
 	$(PYTHON) -m examples.demo --output demo
 
-# SmolLM2-135M-Instruct around the emoji checkpoint's vision tokenizer, compared with its source
-smollm2: $(INSTALLED)
-	$(PYTHON) -m pip install -c constraints.txt -e '.[gguf]'
-	PYTHONPATH=src:. $(PYTHON) -m examples.smollm2 --vq checkpoints/nextflow-emoji --output runs/smollm2
+# SmolLM2-135M-Instruct around the emoji checkpoint's vision tokenizer, trained to draw; goes on where it was stopped
+smollm2: $(INSTALLED) | runs/emoji/data
+	$(PYTHON) -m pip install -c constraints.txt -e '.[gguf,train]'
+	PYTHONPATH=src:. $(PYTHON) -m examples.smollm2.run
+
+runs/emoji/data: | $(INSTALLED)
+	$(PYTHON) -m pip install -c constraints.txt -e '.[emoji]'
+	PYTHONPATH=src:. $(PYTHON) -m examples.emoji.data --output $@
 
 test: lint
 	$(PYTHON) -m pytest -q

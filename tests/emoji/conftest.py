@@ -1,9 +1,10 @@
-"""The real names, and a small world of one-coloured pictures."""
+"""The real names, and small worlds of pictures of one colour, and of two with parts held out."""
 
 import io
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 from PIL import Image
 from tiny_models import tiny_config, tiny_model
@@ -12,7 +13,7 @@ from examples.emoji.data import FEATURES
 from examples.emoji.names import names_of
 from examples.emoji.packages import STYLES, fetch, read_icons
 from examples.emoji.sizes import LEVELS, PATCH_SIZE, SCHEDULES, SPECIAL_IDS
-from examples.emoji.splits import SEEN, held_out, is_dev
+from examples.emoji.splits import COMBINATION, NAME, PAIR, SEEN, held_out, is_dev
 from examples.emoji.tasks import Tasks
 from examples.emoji.text import train_text_tokenizer, training_texts
 from examples.emoji.world import World
@@ -65,6 +66,35 @@ def small_world_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def small_world(small_world_folder) -> World:
     return World(small_world_folder)
+
+
+COLOURS = {"noto": (60, 100, 150), "twemoji": (150, 60, 100)}
+HELD_OUT = {  # (name, style), or a name in both -> part and split
+    ("cat", "twemoji"): (PAIR, "test"),
+    ("blue heart", "noto"): (PAIR, "test"),
+    ("four oclock", "twemoji"): (PAIR, "test"),
+    ("dog", "twemoji"): (PAIR, "dev"),
+    ("green heart", "noto"): (PAIR, "dev"),
+    "woman: dark skin tone": (COMBINATION, "test"),
+    "cow": (NAME, "test"),
+}
+
+
+@pytest.fixture(scope="session")
+def world_folder(small_world, tmp_path_factory) -> Path:
+    """The small world's names; the upper half of a picture has the colour of its style, the lower half its own."""
+    rows = []
+    for number, (name, style) in enumerate(zip(small_world.names, small_world.styles)):
+        pixels = np.full((64, 64, 3), COLOURS[style], np.uint8)
+        pixels[32:] = (5 * number, 250 - 5 * number, 128)
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, format="PNG")
+        part, split = HELD_OUT.get((name, style), HELD_OUT.get(name, (SEEN, "train")))
+        row = {"name": name, "style": style, "label": name, "tags": [*name.split(), "emoji"], "part": part}
+        rows.append(row | {"split": split, "twin": number, "image": {"bytes": buffer.getvalue(), "path": None}})
+    folder = tmp_path_factory.mktemp("world") / "data"
+    datasets.Dataset.from_list(rows, features=FEATURES).save_to_disk(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,9 @@
 """Figures of drawings and answers that are known, on a small world; and the way from a run to its card."""
 
-import io
 import json
 import sys
 from collections import Counter
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -16,7 +14,6 @@ from examples import demo
 from examples.emoji import assemble, card, choose_sampling, evaluate, panels, sheet
 from examples.emoji.artist import Artist
 from examples.emoji.baselines import other_styles
-from examples.emoji.data import FEATURES
 from examples.emoji.groups import drawings_32, reasoning
 from examples.emoji.scoring import (
     FREQUENT,
@@ -39,34 +36,6 @@ from examples.emoji.tasks import KINDS, Tasks
 from examples.emoji.world import to_pixel_values
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor
 from transformers_nextflow.training import prepare_vq_stage
-
-STYLES = {"noto": (60, 100, 150), "twemoji": (150, 60, 100)}
-HELD_OUT = {  # (name, style), or a name in both -> part and split
-    ("cat", "twemoji"): (PAIR, "test"),
-    ("blue heart", "noto"): (PAIR, "test"),
-    ("four oclock", "twemoji"): (PAIR, "test"),
-    ("dog", "twemoji"): (PAIR, "dev"),
-    ("green heart", "noto"): (PAIR, "dev"),
-    "woman: dark skin tone": (COMBINATION, "test"),
-    "cow": (NAME, "test"),
-}
-
-
-@pytest.fixture(scope="module")
-def world_folder(small_world, tmp_path_factory):
-    """The small world's names; the upper half of a picture has the colour of its style, the lower half its own."""
-    rows = []
-    for number, (name, style) in enumerate(zip(small_world.names, small_world.styles)):
-        pixels = np.full((64, 64, 3), STYLES[style], np.uint8)
-        pixels[32:] = (5 * number, 250 - 5 * number, 128)
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, format="PNG")
-        part, split = HELD_OUT.get((name, style), HELD_OUT.get(name, (SEEN, "train")))
-        row = {"name": name, "style": style, "label": name, "tags": [*name.split(), "emoji"], "part": part}
-        rows.append(row | {"split": split, "twin": number, "image": {"bytes": buffer.getvalue(), "path": None}})
-    folder = tmp_path_factory.mktemp("world") / "data"
-    datasets.Dataset.from_list(rows, features=FEATURES).save_to_disk(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
