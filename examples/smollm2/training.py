@@ -24,7 +24,7 @@ from transformers_nextflow.losses import IGNORE
 from transformers_nextflow.training import NextFlowTrainer, NextFlowTrainingArguments
 
 STAGE = Stage("64", {"text-to-image": 1.0})
-DOCUMENTS = 16_000  # at most, drawn from the 13,520 seen pictures; a longer training shows them again
+DOCUMENTS = 16_000  # at most, drawn from the 13,471 seen pictures; a longer training shows them again
 PICTURES = 8  # of a step, rows of one batch
 LONGEST = 512  # positions of a row: 155 codes and the prompt
 PEAK, ADAPTERS_PEAK, DECAY_SHARE = 1e-3, 2e-4, 0.5  # learning rates of new parts and adapters, and their decay
