@@ -13,7 +13,7 @@ from transformers import Qwen2_5_VLTextConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLAttention
 
-from transformers_nextflow import NextFlowVQConfig
+from transformers_nextflow import NextFlowConfig
 from transformers_nextflow.attention import sequence_mask
 from transformers_nextflow.layout import build_layout, num_image_slots
 
@@ -38,19 +38,19 @@ def main() -> None:
     arguments = parser.parse_args()
     device, dtype = arguments.device, getattr(torch, arguments.dtype)
 
-    schedules = NextFlowVQConfig().schedule_table()
-    schedule = schedules.by_aspect_ratio(arguments.aspect_ratio, arguments.level)
+    config = NextFlowConfig(boi_token_id=BOI, eoi_token_id=EOI, image_token_id=IMAGE)
+    schedule = config.vq_config.schedule_table().by_aspect_ratio(arguments.aspect_ratio, arguments.level)
     prompt = [10] * arguments.prompt_tokens
     ids = torch.tensor([[*prompt, BOI, *[IMAGE] * num_image_slots(schedule), EOI]], device=device)
-    layout = build_layout(ids, [schedule.final_grid], schedules, BOI, EOI, IMAGE, schedules.finest_edge)
+    block_ids = build_layout(config, ids, [schedule.final_grid]).block_ids
     width = arguments.heads * arguments.head_size
-    config = Qwen2_5_VLTextConfig(
+    text_config = Qwen2_5_VLTextConfig(
         hidden_size=width,
         num_attention_heads=arguments.heads,
         num_key_value_heads=arguments.key_value_heads,
         num_hidden_layers=1,
     )
-    module = Qwen2_5_VLAttention(config, layer_idx=0)
+    module = Qwen2_5_VLAttention(text_config, layer_idx=0)
     generator = torch.Generator(device).manual_seed(0)
     embeddings = torch.empty(1, ids.shape[1], width, device=device, dtype=dtype)
     query, key, value, upstream = (
@@ -62,8 +62,8 @@ def main() -> None:
     names = ["sdpa", "blocks"] + ["flex_attention"] * (device.type == "cuda")
     masks = {}
     for name in names:
-        config._attn_implementation = name
-        masks[name] = sequence_mask(config, embeddings, None, layout, None, None)["full_attention"]
+        text_config._attn_implementation = name
+        masks[name] = sequence_mask(text_config, embeddings, None, block_ids, None, None)["full_attention"]
 
     def attend(name: str) -> torch.Tensor:
         output, _ = ALL_ATTENTION_FUNCTIONS[name](module, *states, masks[name], scaling=module.scaling)

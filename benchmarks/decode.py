@@ -134,7 +134,7 @@ class Decoding:
 
     def _positions(self, scale: int) -> torch.Tensor:
         """(3, 2, l) float32 coordinates of a block."""
-        cells = scale_coordinates(self.schedule[scale], self.model.model.finest_edge).to(self.device)
+        cells = scale_coordinates(self.schedule[scale], self.model.config.finest_edge).to(self.device)
         step = torch.full_like(cells[:1], PROMPT_TOKENS - 1 + scale)
         return torch.cat([step, cells])[:, None].expand(-1, 2, -1)
 

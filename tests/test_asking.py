@@ -28,6 +28,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from transformers_nextflow import NextFlowConfig, NextFlowForConditionalGeneration, NextFlowImageProcessor
 from transformers_nextflow.cli import main
+from transformers_nextflow.layout import build_layout
 
 PROMPTS = [[10, 11, 12, BOI], [13, BOI], [14, 15, BOI]]
 NULLS = [[20, BOI], [20, 21, 22, BOI], [23, 20, BOI]]
@@ -358,7 +359,7 @@ def test_an_answer_ends_where_positions_do():
     options = {"generation_mode": "interleaved", "guidance_scale": 1.0, "do_sample": False, "seed": 0}
     options |= {"sequence_bias": {(EOS,): -20.0, (BOI,): 2.0}, "max_new_tokens": 100}
     output = model.generate(**batch_of(model, [10, 11, 12]), **options)
-    layout = model.model.lay_out(output.sequences, output.image_grid_hw, output.attention_mask)
+    layout = build_layout(model.config, output.sequences, output.image_grid_hw, output.attention_mask)
     assert layout.position_ids.max() == 23
 
 

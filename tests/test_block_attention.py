@@ -12,6 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers_nextflow import NextFlowForConditionalGeneration
 from transformers_nextflow.attention import sequence_mask
 from transformers_nextflow.block_attention import Segment, Segments, segments_of
+from transformers_nextflow.layout import build_layout
 
 PADDED = [[10, Picture(SQUARE, 1), 11, 12], [13, 14, Picture(WIDE, 2), Picture(SQUARE, 3), 15, 16, 17], [18, 19]]
 DOCUMENTS = [
@@ -82,11 +83,12 @@ def masks(model, batch: dict) -> list:
     inner, masks = model.model, []
     embeddings = inner.get_input_embeddings()(batch["input_ids"])
     documents, valid = batch.get("document_ids"), batch.get("attention_mask")
-    layout = inner.lay_out(batch["input_ids"], batch.get("image_grid_hw"), valid, documents)
+    layout = build_layout(model.config, batch["input_ids"], batch.get("image_grid_hw"), valid, documents)
+    block_ids = layout.block_ids if len(layout.slot_places) else None
     for implementation in ("sdpa", "blocks"):
         config = tiny_config().text_config
         config._attn_implementation = implementation
-        masks.append(sequence_mask(config, embeddings, valid, layout, documents, None)["full_attention"])
+        masks.append(sequence_mask(config, embeddings, valid, block_ids, documents, None)["full_attention"])
     return masks
 
 

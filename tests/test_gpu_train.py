@@ -9,6 +9,7 @@ from benchmarks import gpu_train
 from benchmarks.gpu_train import Packs, Setting
 from transformers_nextflow.attention import attended_pairs
 from transformers_nextflow.data import CostModel
+from transformers_nextflow.layout import build_layout
 from transformers_nextflow.losses import IGNORE
 
 PLAIN = Setting("blocks", gradient_checkpointing=False, compiled=False)
@@ -137,7 +138,7 @@ def test_packs_of_one_length_hold_what_is_counted(model):
     for batch in packs.batches:
         ids, documents = batch["input_ids"], batch["document_ids"]
         assert ids.shape == (1, 256)
-        layout = model.model.lay_out(ids, batch.get("image_grid_hw"), document_ids=documents)
+        layout = build_layout(model.config, ids, batch.get("image_grid_hw"), document_ids=documents)
         tokens += int((documents >= 0).sum())
         pairs += attended_pairs(layout.block_ids, documents)
         targets += int((batch["shift_labels"] != IGNORE).sum())

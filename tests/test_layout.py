@@ -2,19 +2,25 @@
 
 import pytest
 import torch
-from tiny_models import BOI, EOI, IMAGE, SQUARE, WIDE, Picture, batch_of, tiny_config, tiny_model
+from tiny_models import BOI, EOI, IMAGE, SQUARE, WIDE, Picture, batch_of, relative, tiny_config, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from transformers_nextflow import ScaleSchedule, ScheduleTable
-from transformers_nextflow.layout import build_layout, num_image_slots, scale_coordinates
-from transformers_nextflow.losses import fill_code_targets, shift_labels_of
+from transformers_nextflow import ScaleSchedule
+from transformers_nextflow.layout import build_layout, find_images, num_image_slots, scale_coordinates
 
 A, CAT, OK = 10, 11, 12
-TABLE = ScheduleTable([[(1, 1), (2, 2), (3, 3)], [(1, 1), (1, 2), (2, 4)]], {"all": 3}, patch_size=4)
+CONFIG = tiny_config(position_scale=1.0)
+ONE_SCALE = tiny_config(position_scale=1.0, vq={"scale_schedules": [[[1, 1]]], "levels": {"12": 1}})
 
 
-def lay_out(ids, grids, table=TABLE, **kwargs):
+def lay_out(ids, grids, config=CONFIG, **kwargs):
     rows = ids if isinstance(ids[0], list) else [ids]
-    return build_layout(torch.tensor(rows), grids, table, BOI, EOI, IMAGE, finest_edge=1.0, **kwargs)
+    return build_layout(config, torch.tensor(rows), grids, **kwargs)
+
+
+def spans(ids, grids, config=CONFIG):
+    rows = ids if isinstance(ids[0], list) else [ids]
+    return find_images(config, torch.tensor(rows), grids)
 
 
 def image(slots: int = 13) -> list[int]:
@@ -26,7 +32,7 @@ EXAMPLE = [A, CAT, *image(), OK]
 
 def test_the_worked_example():
     layout = lay_out(EXAMPLE, [SQUARE])
-    (span,) = layout.images
+    (span,) = spans(EXAMPLE, [SQUARE])
     assert (span.row, span.start, span.num_inputs, span.is_open) == (0, 2, 13, False)
     assert span.schedule == ScaleSchedule(((1, 1), (2, 2), (3, 3)))
     quarter, sixth = [1 / 4, 3 / 4], [1 / 6, 3 / 6, 5 / 6]
@@ -44,14 +50,35 @@ def test_the_worked_example():
 
 
 def test_targets_of_the_worked_example():
-    layout = lay_out(EXAMPLE, [SQUARE])
-    shifted = shift_labels_of(torch.tensor([EXAMPLE]), layout, BOI)
-    codes = torch.arange(14)
-    targets, weights = fill_code_targets(shifted, layout, [codes], text_vocab_size=100, alpha=0.9)
-    assert targets[0].tolist() == [CAT, BOI, *(100 + codes).tolist(), OK, -100]
+    layout = lay_out(EXAMPLE, [SQUARE], labels=torch.tensor([EXAMPLE]))
+    assert layout.supervised.tolist() == list(range(17))
+    assert layout.target_codes.tolist() == [-1, -1, *range(14), -1]
+    assert layout.targets[layout.target_codes < 0].tolist() == [CAT, BOI, OK]
     raw = [1.0, *[4**-0.9] * 4, *[9**-0.9] * 9]
-    expected = [1, 1, *(weight * 14 / sum(raw) for weight in raw), 1, 0]
-    torch.testing.assert_close(weights[0], torch.tensor(expected))
+    expected = [1, 1, *(weight * 14 / sum(raw) for weight in raw), 1]
+    torch.testing.assert_close(layout.weights, torch.tensor(expected))
+
+
+def test_places_count_through_the_batch():
+    rows = [[A, *image(), OK], [0] * 4 + [BOI, *[IMAGE] * 10, EOI, A]]
+    layout = lay_out(rows, [SQUARE, WIDE], attention_mask=torch.tensor([[1] * 17, [0] * 4 + [1] * 13]))
+    assert layout.image_places.tolist() == [*range(1, 15), *range(21, 32)]
+    assert layout.slot_places.tolist() == [*range(2, 15), *range(22, 32)]
+    assert layout.coarse_places.tolist() == [*range(5), *range(14, 17)]
+    used = layout.tap_places[layout.tap_weights != 0].unique()
+    assert used.tolist() == layout.coarse_places.tolist(), "all but the last scales are read"
+    per_slot = torch.zeros(23).index_add_(
+        0, torch.bucketize(torch.arange(len(layout.tap_places)), layout.tap_starts, right=True) - 1, layout.tap_weights
+    )
+    torch.testing.assert_close(per_slot, torch.ones(23))
+    assert layout.supervised is layout.targets is layout.target_codes is layout.weights is None
+
+
+def test_a_layout_goes_to_a_device_as_a_whole():
+    layout = lay_out(EXAMPLE, [SQUARE], labels=torch.tensor([EXAMPLE])).to("meta")
+    assert {tensor.device.type for tensor in vars(layout).values()} == {"meta"}
+    assert layout.position_ids.dtype == torch.float32
+    assert lay_out(EXAMPLE, [SQUARE]).to("meta").targets is None
 
 
 def test_figure_5_of_the_paper():
@@ -75,21 +102,24 @@ def test_rows_come_before_columns_and_share_one_step():
 
 
 def test_one_scale_is_legal():
-    table = ScheduleTable([[(1, 1)]], {"all": 1}, patch_size=4)
-    layout = lay_out([A, BOI, EOI, OK], [(1, 1)], table)
+    ids = [A, BOI, EOI, OK]
+    layout = lay_out(ids, [(1, 1)], ONE_SCALE, labels=torch.tensor([ids]))
     assert layout.position_ids[0, 0].tolist() == [0, 1, 2, 3]
     assert layout.scale_ids[0].tolist() == [0, 1, 0, 0] and layout.block_ids.unique().tolist() == [-1]
-    assert not layout.images[0].is_open and num_image_slots(layout.images[0].schedule) == 0
-    shifted = shift_labels_of(torch.tensor([[A, BOI, EOI, OK]]), layout, BOI)
-    targets, _ = fill_code_targets(shifted, layout, [torch.tensor([7])], 100, 0.9)
-    assert targets[0].tolist() == [BOI, 107, OK, -100]
-    with_last = lay_out([A, BOI, IMAGE, EOI, OK], [(1, 1)], table)
-    assert with_last.images[0].has_last_scale and with_last.position_ids[0, 0].tolist() == [0, 1, 2, 3, 4]
+    (span,) = spans(ids, [(1, 1)], ONE_SCALE)
+    assert not span.is_open and num_image_slots(span.schedule) == 0
+    assert layout.supervised.tolist() == [0, 1, 2] and layout.target_codes.tolist() == [-1, 0, -1]
+    assert layout.targets[[0, 2]].tolist() == [BOI, OK]
+    ids = [A, BOI, IMAGE, EOI, OK]
+    assert spans(ids, [(1, 1)], ONE_SCALE)[0].has_last_scale
+    assert lay_out(ids, [(1, 1)], ONE_SCALE).position_ids[0, 0].tolist() == [0, 1, 2, 3, 4]
 
 
 def test_a_condition_image_may_carry_its_last_scale():
-    layout = lay_out([A, *image(13 + 9), OK], [SQUARE])
-    assert layout.images[0].has_last_scale
+    ids = [A, *image(13 + 9), OK]
+    layout = lay_out(ids, [SQUARE])
+    assert spans(ids, [SQUARE])[0].has_last_scale
+    assert layout.tap_places[layout.tap_starts[13:]].tolist() == list(range(5, 14))
     assert layout.scale_ids[0, 15:24].tolist() == [4] * 9
     assert layout.position_ids[0, 0, 15:].tolist() == [4] * 9 + [5, 6]
     assert torch.equal(layout.position_ids[1:, 0, 15:24], layout.position_ids[1:, 0, 6:15])
@@ -110,22 +140,23 @@ def test_left_padding_does_not_count():
     short = [A, *image(10)]
     ids = [EXAMPLE, [0] * (len(EXAMPLE) - len(short)) + short]
     valid = torch.tensor([[1] * len(EXAMPLE), [0] * (len(EXAMPLE) - len(short)) + [1] * len(short)])
-    layout = lay_out(ids, [SQUARE, WIDE], valid=valid)
+    layout = lay_out(ids, [SQUARE, WIDE], attention_mask=valid)
     assert torch.equal(layout.position_ids[:, :1], lay_out(EXAMPLE, [SQUARE]).position_ids)
     assert torch.equal(layout.position_ids[:, 1:, -len(short) :], lay_out(short, [WIDE]).position_ids)
     assert (layout.block_ids[1, : -len(short)] == -1).all()
 
 
 def test_a_row_may_end_in_an_open_image():
-    layout = lay_out([[A, *image(), OK, BOI], [0] * 15 + [A, CAT, BOI]], [SQUARE, WIDE, SQUARE])
-    assert [span.is_open for span in layout.images] == [False, True, True]
-    assert len(layout.closed_images) == 1
+    rows, grids = [[A, *image(), OK, BOI], [0] * 15 + [A, CAT, BOI]], [SQUARE, WIDE, SQUARE]
+    layout = lay_out(rows, grids)
+    assert [span.is_open for span in spans(rows, grids)] == [False, True, True]
+    assert [span.num_codes for span in spans(rows, grids)] == [14, 0, 0]
     assert layout.scale_ids[:, -1].tolist() == [1, 1] and layout.num_scales[:, -1].tolist() == [3, 3]
 
 
 def test_without_grids_every_token_is_text():
     layout = lay_out(EXAMPLE, None)
-    assert layout.images == [] and layout.position_ids[:, 0].tolist() == [list(range(len(EXAMPLE)))] * 3
+    assert len(layout.image_places) == 0 and layout.position_ids[:, 0].tolist() == [list(range(len(EXAMPLE)))] * 3
 
 
 @pytest.mark.parametrize(
@@ -231,3 +262,77 @@ def test_scale_blocks_refuse_flash_attention(one_layer):
     with pytest.raises(ValueError, match="cannot express scale blocks"):
         one_layer(**batch_of(one_layer, [A, Picture(SQUARE), OK]))
     one_layer.config.text_config._attn_implementation = implementation
+
+
+# What forward does with a layout
+
+
+def training_batch(model) -> dict[str, torch.Tensor]:
+    """Two documents in one row, one after padding in another; a picture is only read."""
+    first = [A, Picture(SQUARE), OK, CAT, Picture(WIDE, 1, last_scale=True), A, 13]
+    batch = batch_of(model, first, [CAT, Picture(WIDE, 2), OK, A])
+    valid = batch.pop("attention_mask").bool()
+    labels = batch["input_ids"].masked_fill(~valid, -100)
+    labels[0, 18:37] = -100
+    documents = torch.where(valid, 0, -1)
+    documents[0, 17:] = 1
+    return batch | {"labels": labels, "document_ids": documents}
+
+
+class Watch(TorchDispatchMode):
+    """Operations whose result has to be known before the next can be given to a device."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "repeat_interleave", "equal")
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.waits = [], []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        by_mask = name in ("index", "index_put", "index_put_", "_index_put_impl_") and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        )
+        self.seen.append(name)
+        if by_mask or name in self.WAITING:
+            self.waits.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_training_forward_never_waits_for_the_device(packed):
+    model = tiny_model().train()
+    batch = training_batch(model)
+    if not packed:
+        del batch["document_ids"]
+    layout = build_layout(model.config, **batch)
+    with Watch() as watch:
+        loss = model(**batch, layout=layout, use_cache=False, logits_over="none").loss
+    assert watch.waits == [] and "_embedding_bag" in watch.seen
+    with Watch() as watch:
+        assert torch.equal(model(**batch, use_cache=False, logits_over="none").loss, loss)
+    assert "nonzero" in watch.waits, "without a layout forward makes one"
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_training_forward_is_one_graph(backend):
+    model = tiny_model().train()
+    batch = training_batch(model)
+    batch["layout"] = build_layout(model.config, **batch)
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    losses, gradients = [], []
+    for run in (model, compiled):
+        loss = run(**batch, use_cache=False, logits_over="none").loss
+        losses.append(loss.detach())
+        named = [(name, each) for name, each in model.named_parameters() if each.requires_grad]
+        gradients.append(dict(zip(dict(named), torch.autograd.grad(loss, [each for _, each in named]))))
+    torch.testing.assert_close(losses[1], losses[0])
+    for name, gradient in gradients[0].items():
+        assert relative(gradients[1][name], gradient) < 1e-4, name
+
+
+def test_a_layout_needs_codes(one_layer):
+    batch = batch_of(one_layer, [A, Picture(SQUARE), OK])
+    layout = build_layout(one_layer.config, **batch)
+    with pytest.raises(ValueError, match="a layout goes with image_codes, got pixel_values"):
+        one_layer(batch["input_ids"], layout=layout, pixel_values=torch.zeros(9, 48))

@@ -31,7 +31,9 @@ def example(dtype: torch.dtype, scale: float = 1.0) -> tuple[list[torch.Tensor],
 
 def joint_cross_entropy(hidden, text_rows, code_rows, targets, weights, z_loss=0.0):
     heads = [partial(F.linear, weight=rows) for rows in (text_rows, code_rows)]
-    return losses.joint_cross_entropy(hidden, heads, len(text_rows) + len(code_rows), targets, weights, z_loss)
+    at, num_rows = targets != IGNORE, len(text_rows) + len(code_rows)
+    total, each = losses.joint_cross_entropy(hidden[at], heads, num_rows, targets[at], weights[at], z_loss)
+    return total, each.new_zeros(targets.shape).masked_scatter(at, each)
 
 
 def plain(hidden, text_rows, code_rows, targets, weights, z_loss=0.0) -> tuple[torch.Tensor, torch.Tensor]:

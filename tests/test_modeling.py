@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from transformers_nextflow import NextFlowConfig, NextFlowForConditionalGeneration, NextFlowModel, NextFlowVQConfig
+from transformers_nextflow.layout import build_layout
 from transformers_nextflow.modeling_nextflow_vq import patchify
 
 CONTIGUOUS, INTERLEAVED = [2, 3, 3], [1] * 8
@@ -114,7 +115,7 @@ def test_rows_of_the_heads_can_be_asked_for(model):
 def test_a_move_along_each_axis_moves_the_image_logits(axis):
     model = tiny_model(tiny_config(text=rope(INTERLEAVED)))
     inputs = batch_of(model, [10, Picture(SQUARE), 11])
-    layout = model.model.lay_out(inputs["input_ids"], inputs["image_grid_hw"])
+    layout = build_layout(model.config, inputs["input_ids"], inputs["image_grid_hw"])
     positions = layout.position_ids.clone()
     with torch.no_grad():
         before = model(**inputs).logits
@@ -145,7 +146,7 @@ def test_positions_and_frequencies_stay_float32_in_a_cast_model(dtype, rope_type
         logits = model(**inputs).logits
     assert logits.dtype == dtype and logits.isfinite().all()
     assert seen[0].dtype == torch.float32
-    assert torch.equal(seen[0], model.model.lay_out(inputs["input_ids"], inputs["image_grid_hw"]).position_ids)
+    assert torch.equal(seen[0], build_layout(model.config, inputs["input_ids"], inputs["image_grid_hw"]).position_ids)
 
 
 def test_loading_in_bfloat16_keeps_quantizer_code_embeddings_and_frequencies_float32(model, tmp_path):
@@ -162,10 +163,10 @@ def test_loading_in_bfloat16_keeps_quantizer_code_embeddings_and_frequencies_flo
 
 
 def test_c_is_the_finest_grids_edge_unless_set(model):
-    assert model.model.finest_edge == 3.0
-    moved = NextFlowModel(tiny_config(position_scale=8.0))
+    assert model.config.finest_edge == 3.0
+    configs = model.config, tiny_config(position_scale=8.0)
     inputs = batch_of(model, [10, Picture(SQUARE)])
-    rows = [m.lay_out(inputs["input_ids"], [SQUARE]).position_ids[1:, 0, 2:15] for m in (model.model, moved)]
+    rows = [build_layout(c, inputs["input_ids"], [SQUARE]).position_ids[1:, 0, 2:15] for c in configs]
     torch.testing.assert_close(rows[1], rows[0] * 8 / 3)
 
 
@@ -211,13 +212,26 @@ def test_the_last_codes_are_read_only_with_the_last_scale(model):
         assert moved == last_scale
 
 
+def connected(model, *row) -> torch.Tensor:
+    """The features that reach the connector."""
+    seen = []
+    hook = model.model.connector.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    model(**batch_of(model, row))
+    hook.remove()
+    return seen[0]
+
+
 def test_residual_features_resize_each_scales_entries_to_the_next_grid(model):
     inner, schedule = model.model, model.model.schedules.by_grid(SQUARE)
     codes = codes_of(model, Picture(SQUARE))[None]
     first, second = inner.code_embeddings(codes[:, :1]), inner.code_embeddings(codes[:, 1:5])
     maps = [F.interpolate(second.view(1, 2, 2, -1).permute(0, 3, 1, 2), size=SQUARE, mode="bicubic")]
-    expected = torch.cat([first.expand(-1, 4, -1), maps[0].flatten(2).transpose(1, 2)], dim=1)
-    torch.testing.assert_close(inner.next_scale_inputs(codes, schedule), inner.connector(expected))
+    expected = torch.cat([first.expand(-1, 4, -1), maps[0].flatten(2).transpose(1, 2)], dim=1)[0]
+    assert relative(connected(model, 10, Picture(SQUARE), 11), expected) < 1e-6
+    drawn = [inner.scale_inputs(codes[:, : schedule.offsets[scale]], schedule, scale) for scale in (1, 2)]
+    assert relative(torch.cat(drawn, dim=1)[0], inner.connector(expected)) < 1e-6
+    last = connected(model, 10, Picture(SQUARE, last_scale=True), 11)[13:]
+    assert torch.equal(last, inner.code_embeddings(codes[0, 5:]))
 
 
 def test_accumulated_features_are_vars():
@@ -229,12 +243,16 @@ def test_accumulated_features_are_vars():
     for (h, w), following in zip(schedule.grids, schedule.grids[1:]):
         entries = inner.code_embeddings(codes[:, done : done + h * w]).view(1, h, w, -1).permute(0, 3, 1, 2)
         total = total + F.interpolate(entries, size=WIDE, mode="bicubic")
-        expected.append(F.interpolate(total, size=following, mode="area").flatten(2).transpose(1, 2))
+        expected.append(F.interpolate(total, size=following, mode="area").flatten(2).transpose(1, 2)[0])
         done += h * w
-    visual = inner.next_scale_inputs(codes, schedule)
-    torch.testing.assert_close(visual, inner.connector(torch.cat(expected, dim=1)))
+    assert relative(connected(model, 10, Picture(WIDE), 11), torch.cat(expected)) < 1e-5
+    for scale, features in enumerate(expected, start=1):
+        drawn = inner.scale_inputs(codes[:, : schedule.offsets[scale]], schedule, scale)
+        assert relative(drawn[0], inner.connector(features)) < 1e-5
+    last = connected(model, 10, Picture(WIDE, last_scale=True), 11)[10:]
+    assert torch.equal(last, inner.code_embeddings(codes[0, 3:]))
     residual = tiny_model()
-    assert relative(residual.model.next_scale_inputs(codes, schedule), visual) > 0.1
+    assert relative(connected(residual, 10, Picture(WIDE), 11), torch.cat(expected)) > 0.1
     inputs = batch_of(model, [10, Picture(WIDE), 11])
     with torch.no_grad():
         assert relative(residual(**inputs).logits[0, -1], model(**inputs).logits[0, -1]) > 1e-2
@@ -558,7 +576,7 @@ def test_the_default_decoder_has_qwen_7bs_parameters():
         model = NextFlowForConditionalGeneration(NextFlowConfig())
     parameters = [*model.model.language_model.parameters(), *model.lm_head.parameters()]
     assert sum(parameter.numel() for parameter in parameters) == 7_615_616_512
-    assert model.model.finest_edge == 64.0 and len(model.model.schedules) == 123
+    assert model.config.finest_edge == 64.0 and len(model.model.schedules) == 123
     assert model.code_head.weight.shape == (32768, 3584)
 
 

@@ -16,7 +16,8 @@ from benchmarks.paper.heads import separate_cross_entropy, separate_heads
 from examples.emoji.sizes import vq_config
 from tests.tiny_models import BOI, IMAGE, SQUARE, WIDE, Picture, batch_of, tiny_model
 from transformers_nextflow import NextFlowVQModel
-from transformers_nextflow.losses import IGNORE, shift_labels_of
+from transformers_nextflow.layout import find_images, shift_labels_of
+from transformers_nextflow.losses import IGNORE
 
 
 def claim(sign: str | None) -> Claim:
@@ -143,10 +144,10 @@ def test_finished_arms_are_of_one_setting(tmp_path, monkeypatch):
 def batch(model, *row) -> dict:
     inputs = batch_of(model, row)
     del inputs["attention_mask"]
-    layout = model.model.lay_out(inputs["input_ids"], inputs.get("image_grid_hw"))
+    images = find_images(model.config, inputs["input_ids"], inputs.get("image_grid_hw"))
     return inputs | {
         "document_ids": torch.zeros_like(inputs["input_ids"]),
-        "shift_labels": shift_labels_of(inputs["input_ids"], layout, BOI),
+        "shift_labels": shift_labels_of(inputs["input_ids"], images, BOI),
     }
 
 

@@ -7,6 +7,7 @@ from PIL import Image
 from transformers import AutoProcessor, pipeline
 
 from transformers_nextflow import NextFlowProcessor
+from transformers_nextflow.layout import find_images
 
 PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
 SLOTS = {(3, 3): 4 + 9, (2, 4): 4 + 8, (4, 2): 4 + 8}
@@ -43,9 +44,9 @@ def test_placeholder_grows_to_its_schedule(tiny_processor, tiny_model):
     assert torch.equal(
         inputs["pixel_values"], tiny_processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
     )
-    layout = tiny_model.model.lay_out(inputs["input_ids"], inputs["image_grid_hw"])
-    assert [image.schedule.final_grid for image in layout.closed_images] == [(3, 3), (2, 4), (4, 2)]
-    assert all(image.has_last_scale for image in layout.images)
+    images = find_images(tiny_model.config, inputs["input_ids"], inputs["image_grid_hw"])
+    assert [image.schedule.final_grid for image in images] == [(3, 3), (2, 4), (4, 2)]
+    assert all(image.has_last_scale for image in images)
     assert tiny_model(**inputs).logits.shape[:2] == inputs["input_ids"].shape
 
 
@@ -55,7 +56,7 @@ def test_the_papers_pictures_lack_the_last_grid(tiny_processor, tiny_model, tmp_
     for processor in (shorter, NextFlowProcessor.from_pretrained(tmp_path)):
         inputs = processor(text=PICTURE, images=picture(), return_tensors="pt")
         assert inputs["input_ids"].shape[1] == 2 + SLOTS[3, 3]
-        (image,) = tiny_model.model.lay_out(inputs["input_ids"], inputs["image_grid_hw"]).images
+        (image,) = find_images(tiny_model.config, inputs["input_ids"], inputs["image_grid_hw"])
         assert not image.has_last_scale
 
 

@@ -1,4 +1,4 @@
-"""The dual codebook, multi-scale residual quantisation, self-correction, and the features of the next scale."""
+"""The dual codebook, multi-scale residual quantisation, and self-correction."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -12,7 +12,6 @@ from transformers_nextflow.quantizer import (
     CODEBOOK_LOSSES,
     DualCodebookQuantizer,
     SelfCorrection,
-    next_scale_features,
     to_map,
     to_sequence,
 )
@@ -314,40 +313,6 @@ def test_bfloat16_autocast_changes_no_code(quantizer):
     assert torch.equal(autocast.input_codes, plain.input_codes)
     assert autocast.quantized.dtype == torch.float32
     assert torch.equal(autocast.quantized, plain.quantized)
-
-
-@SCHEDULES
-def test_residual_features_are_one_scales_entries_on_the_next_grid(quantizer, schedule):
-    entries = quantizer()[quantizer.quantize(features(schedule), schedule).target_codes]
-    expected = []
-    for scale in range(1, len(schedule)):
-        (h0, w0), (h1, w1) = schedule[scale - 1], schedule[scale]
-        previous = entries[:, schedule.slice(scale - 1)].view(3, h0, w0, -1).permute(0, 3, 1, 2)
-        upsampled = F.interpolate(previous, size=(h1, w1), mode="bicubic")
-        expected += [upsampled[:, :, row, column] for row in range(h1) for column in range(w1)]
-    result = next_scale_features(entries, schedule)
-    assert result.shape == (3, schedule.num_codes - 1, SEMANTIC + PIXEL)
-    torch.testing.assert_close(result, torch.stack(expected, 1))
-
-
-@SCHEDULES
-def test_accumulated_features_are_the_running_sum_on_the_next_grid(quantizer, schedule):
-    codes = quantizer.quantize(features(schedule), schedule).target_codes
-    maps = entry_maps(quantizer, codes, schedule)
-    expected = [
-        F.adaptive_avg_pool2d(sum(maps[:scale]), schedule[scale]).flatten(2).transpose(1, 2)
-        for scale in range(1, len(schedule))
-    ]
-    result = next_scale_features(quantizer()[codes], schedule, accumulate=True)
-    torch.testing.assert_close(result, torch.cat(expected, 1))
-
-
-@pytest.mark.parametrize("accumulate", [False, True])
-def test_the_last_scale_is_not_read(quantizer, accumulate):
-    entries = torch.randn(2, SQUARE.num_codes, 10, generator=torch.Generator().manual_seed(0))
-    whole = next_scale_features(entries, SQUARE, accumulate)
-    assert torch.equal(whole, next_scale_features(entries[:, : SQUARE.offsets[-1]], SQUARE, accumulate))
-    assert next_scale_features(entries, SQUARE.prefix(1), accumulate).shape == (2, 0, 10)
 
 
 def test_maps_and_sequences_are_row_major():

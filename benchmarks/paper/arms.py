@@ -271,14 +271,11 @@ class HeldOut(TrainerCallback):
         sums, counts = torch.zeros(2, 1 + model.model.schedules.max_scales, dtype=torch.float64)
         for batch in batches:
             with torch.autocast("cpu", torch.bfloat16):
-                token_losses = model(**batch, logits_over="none", use_cache=False).token_losses
-            layout = model.model.lay_out(
-                batch["input_ids"], batch.get("image_grid_hw"), document_ids=batch["document_ids"]
-            )
+                output = model(**batch, logits_over="none", use_cache=False)
             at = batch["shift_labels"] != IGNORE
-            losses = token_losses[at].double()
-            sums.index_add_(0, layout.scale_ids[at], losses)
-            counts.index_add_(0, layout.scale_ids[at], torch.ones_like(losses))
+            losses, scales = output.token_losses[at].double(), output.scale_ids[at]
+            sums.index_add_(0, scales, losses)
+            counts.index_add_(0, scales, torch.ones_like(losses))
         groups = {"text": slice(0, 1), "vision": slice(1, None)}
         groups |= {"coarse": slice(1, 1 + COARSE_SCALES), "fine": slice(1 + COARSE_SCALES, None)}
         return {name: float(sums[at].sum() / counts[at].sum()) for name, at in groups.items() if counts[at].sum()}

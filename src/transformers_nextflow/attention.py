@@ -11,7 +11,6 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 
 from .block_attention import BLOCKS, segments_of
-from .layout import SequenceLayout
 
 FLEX = "flex_attention"
 
@@ -20,18 +19,17 @@ def sequence_mask(
     config: PreTrainedConfig,
     inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    layout: SequenceLayout,
+    block_ids: torch.Tensor | None,
     document_ids: torch.Tensor | None,
     past_key_values: Cache | None,
 ) -> dict | torch.Tensor | None:
     """The mask of whole sequences: position q sees k if k is not padding, both belong to one document, and k <= q or
-    both lie in one scale block (NextFlow sec. 2.2).
+    both lie in one scale block (NextFlow sec. 2.2). `block_ids` is (B, L) as of the layout, `None` for text alone.
 
     Returns what `Qwen2_5_VLTextModel` takes: pure unpacked text keeps the plain 2D mask, and with it Qwen's own path
     bit for bit.
     """
-    has_blocks = bool((layout.block_ids >= 0).any())
-    if not has_blocks and document_ids is None:
+    if block_ids is None and document_ids is None:
         return attention_mask
     if config._attn_implementation is not None and "flash" in config._attn_implementation:
         raise ValueError(
@@ -39,12 +37,12 @@ def sequence_mask(
             'one call; use "blocks", "sdpa", "flex_attention" or "eager"'
         )
     if config._attn_implementation == BLOCKS:
-        documents = torch.zeros_like(layout.block_ids) if document_ids is None else document_ids
+        documents = torch.zeros_like(block_ids) if document_ids is None else document_ids
+        blocks = torch.full_like(documents, -1) if block_ids is None else block_ids
         if attention_mask is not None:
             documents = documents.masked_fill(attention_mask == 0, -1)
-        return {"full_attention": segments_of(layout.block_ids, documents)}
-    block_ids = layout.block_ids if has_blocks else None
-    if has_blocks and past_key_values is not None:  # a static cache has keys beyond the sequence
+        return {"full_attention": segments_of(blocks, documents)}
+    if block_ids is not None and past_key_values is not None:  # a static cache has keys beyond the sequence
         keys, _ = past_key_values.get_mask_sizes(block_ids.shape[1], layer_idx=0)
         block_ids = F.pad(block_ids, (0, keys - block_ids.shape[1]), value=-1)
     same_document = None

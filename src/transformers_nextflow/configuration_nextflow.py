@@ -259,3 +259,8 @@ class NextFlowConfig(PreTrainedConfig):
     def text_vocab_size(self) -> int:
         """Rows of the text embedding; code ids begin here."""
         return self.text_config.vocab_size
+
+    @property
+    def finest_edge(self) -> float:
+        """`C` of eq. 1."""
+        return float(self.position_scale or self.vq_config.schedule_table().finest_edge)

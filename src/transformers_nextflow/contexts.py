@@ -15,7 +15,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache
 
 from .attention import sequence_mask
-from .layout import scale_coordinates
+from .layout import build_layout, scale_coordinates
 from .prompts import Picture, padded
 from .scales import ScaleSchedule
 
@@ -123,7 +123,7 @@ class Context:
         inputs_rlD = inputs_rlD.to(self.hidden_rlD)
         inputs_rlD = inputs_rlD + self._scale_embedding(scale, schedule).to(inputs_rlD)
         grid = schedule[min(scale, len(schedule) - 1)]
-        cells_2l = scale_coordinates(grid, self.model.model.finest_edge).to(inputs_rlD.device)
+        cells_2l = scale_coordinates(grid, self.model.config.finest_edge).to(inputs_rlD.device)
         counter_rl = self.counters[:, None].expand(-1, cells_2l.shape[1])
         positions_3rl = torch.stack([counter_rl, *(cells.expand_as(counter_rl) for cells in cells_2l)])
         slots = [self.model.config.image_token_id] * cells_2l.shape[1]
@@ -179,7 +179,7 @@ def read_prompts(
         own = pictures[row % len(pictures)] if row < 2 * len(pictures) else []
         grids += [grid for grid, _ in own] + [schedule.final_grid] * (ids[-1] == model.config.boi_token_id)
         codes += [each for _, each in own]
-    layout = model.model.lay_out(input_ids, grids, attention_mask)
+    layout = build_layout(model.config, input_ids, grids, attention_mask)
     model.check_reach(layout.position_ids[0], len(schedule) - 1 if rows[0][-1] == model.config.boi_token_id else 0)
     contexts = held or [Context.empty(model, len(rows), device)]
     if (num_held := sum(len(context.rows) for context in contexts)) != len(rows):
@@ -188,8 +188,8 @@ def read_prompts(
             f"got {num_held}"
         )
     embeds_RLD = model.get_input_embeddings()(input_ids).to(input_ids.device)
-    if layout.images:
-        embeds_RLD = model.model.embed_images(embeds_RLD, layout, codes)
+    codes = torch.cat([input_ids.new_empty(0), *codes])
+    embeds_RLD = model.model.embed_images(embeds_RLD, layout, codes)
     columns = [row.nonzero().flatten() for row in attention_mask]
     blocks = [ids[at] for ids, at in zip(layout.block_ids, columns)]
     implementation = model.config.text_config._attn_implementation
@@ -216,7 +216,7 @@ def read_prompts(
             inputs_rlD, positions_3rl = embeds_RLD[of_rows], layout.position_ids[(slice(None), *of_rows)]
             mask = None
             if whole:
-                own = replace(layout, block_ids=layout.block_ids[of_rows])
+                own = layout.block_ids[of_rows] if any(is_block for _, is_block in runs) else None
                 mask = sequence_mask(model.config.text_config, inputs_rlD, None, own, None, None)
                 runs = [(inputs_rlD.shape[1], False)]
             start = 0

@@ -1,4 +1,4 @@
-"""Where text, `<boi>`, scale blocks and `<eoi>` stand in a sequence, and what follows from it.
+"""Where text, `<boi>`, scale blocks and `<eoi>` stand in a sequence, and all that follows from it, as tensors.
 
 An image in `input_ids` is `<boi>`, one `<image>` per visual input position, `<eoi>`. Its final grid, in
 `image_grid_hw`, names its scale schedule of K scales. `<boi>` predicts scale 1; the block of scale k = 2..K has
@@ -8,18 +8,23 @@ further block, K + 1, with its last scale's codes. At the end of a row an image 
 - The counter s (NextFlow fig. 5): text +1; `<boi>` p, the block of scale k p + k - 1, `<eoi>` after the last block.
 - Position rows are (s, i, j): text (t, t, t); a block's cell C / sqrt(h w) * (row + 0.5, column + 0.5) (eq. 1).
 - Blocks are bidirectional inside; text, `<boi>` and `<eoi>` are causal.
+- A block's inputs are weighted sums of the codes before it (`features.py`).
 
-Shape suffixes: B batch, L sequence, N images.
+Shape suffixes: B batch, L sequence, N supervised positions.
 """
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 
-from .scales import Grid, ScaleSchedule, ScheduleTable
+from .configuration_nextflow import NextFlowConfig
+from .features import Taps, join, scale_taps
+from .losses import IGNORE
+from .scales import Grid, ScaleSchedule
 
 
 @dataclass(frozen=True)
@@ -42,14 +47,19 @@ class ImageSpan:
     is_open: bool = False
 
     @property
-    def slots(self) -> slice:
+    def outputs(self) -> slice:
         """`<boi>` and the `<image>` slots. Without the last-scale block, their outputs predict the codes in order."""
         return slice(self.start, self.start + 1 + self.num_inputs)
 
     @property
     def num_codes(self) -> int:
-        """Codes of its `num_scales` scales."""
-        return self.schedule.prefix(self.num_scales).num_codes
+        """Codes that are known: of its `num_scales` scales, none of an open image."""
+        return 0 if self.is_open else self.schedule.prefix(self.num_scales).num_codes
+
+    @property
+    def num_coarse_codes(self) -> int:
+        """Codes of all but the last of its scales, which the blocks read."""
+        return self.schedule.offsets[self.num_scales - 1]
 
     @property
     def has_last_scale(self) -> bool:
@@ -57,41 +67,57 @@ class ImageSpan:
         return self.num_inputs == num_image_slots(self.schedule, last_scale=True)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SequenceLayout:
-    """Everything about a batch of sequences that follows from ids and grids.
+    """Everything about a batch of sequences that follows from ids, grids and labels; see [`build_layout`].
+
+    Places of tokens count through the rows of (B, L), those of codes through the batch's flat `image_codes`.
 
     Attributes:
         position_ids: (3, B, L) float32, rows (s, i, j).
         scale_ids: (B, L) int64; 0 for text and `<eoi>`, 1 for `<boi>`, k for the block of scale k.
         num_scales: (B, L) int64; the image's K where `scale_ids` > 0, else 0.
         block_ids: (B, L) int64; -1 where attention is causal, else one id per block, unique in the batch.
-        images: in row-major order of `<boi>`.
+        image_places: (I,) int64, tokens with `scale_ids` > 0.
+        slot_places: (M,) int64, `<image>` tokens.
+        tap_places, tap_weights, tap_starts: the [`Taps`] of every slot, from the codes.
+        coarse_places: (C,) int64, which codes `image_input_codes` replace: each image's, without its last scale.
+        supervised: (N,) int64, tokens whose outputs have a target; absent where there are no labels, as are the next.
+        targets: (N,) int64 ids; at outputs that predict codes any value.
+        target_codes: (N,) int64, the code that the output predicts, -1 for text.
+        weights: (N,) float32 of the targets: 1 for text, and as eq. 2 says.
     """
 
     position_ids: torch.Tensor
     scale_ids: torch.Tensor
     num_scales: torch.Tensor
     block_ids: torch.Tensor
-    images: list[ImageSpan]
+    image_places: torch.Tensor
+    slot_places: torch.Tensor
+    tap_places: torch.Tensor
+    tap_weights: torch.Tensor
+    tap_starts: torch.Tensor
+    coarse_places: torch.Tensor
+    supervised: torch.Tensor | None = None
+    targets: torch.Tensor | None = None
+    target_codes: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
 
     @property
-    def closed_images(self) -> list[ImageSpan]:
-        """The images whose codes are known."""
-        return [image for image in self.images if not image.is_open]
+    def taps(self) -> Taps:
+        return Taps(self.tap_places, self.tap_weights, self.tap_starts)
 
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "SequenceLayout":
+        """Its tensors on a device; their dtypes stay, whatever the model's."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
-@lru_cache(maxsize=512)
-def _block_template(grids: tuple, last_scale: bool, finest_edge: float) -> tuple[torch.Tensor, ...]:
-    """Of the positions after `<boi>`: scale ids and (i, j)."""
-    scales = list(enumerate(grids, start=1))[1:]
-    if last_scale:
-        scales.append((len(grids) + 1, grids[-1]))
-    scale_ids, coordinates = [torch.empty(0, dtype=torch.long)], [torch.empty(2, 0)]
-    for scale, (h, w) in scales:
-        scale_ids.append(torch.full((h * w,), scale))
-        coordinates.append(scale_coordinates((h, w), finest_edge))
-    return torch.cat(scale_ids), torch.cat(coordinates, dim=1)
+    def pin_memory(self) -> "SequenceLayout":
+        """As `DataLoader` asks for it."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, change) -> "SequenceLayout":
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return replace(self, **{name: change(value) for name, value in values.items() if value is not None})
 
 
 def scale_coordinates(grid: tuple[int, int], finest_edge: float) -> torch.Tensor:
@@ -119,6 +145,22 @@ def check_integers(name: str, tensor: torch.Tensor, *ndims: int) -> None:
         )
 
 
+def check_rows(name: str, got: int, expected: int) -> None:
+    """Raise a `ValueError` where a flat tensor does not fit the images."""
+    if got != expected:
+        raise ValueError(f"{name} must hold {expected} rows for the images in input_ids, got {got}")
+
+
+def check_codes(config: NextFlowConfig, images: Sequence[ImageSpan], image_codes: torch.Tensor) -> None:
+    """Raise a `ValueError` for anything but the flat codes of these images."""
+    check_integers("image_codes", image_codes, 1)
+    check_rows("image_codes", len(image_codes), sum(image.num_codes for image in images))
+    limit = config.vq_config.codebook_size
+    if image_codes.numel() and not (0 <= image_codes.min() and image_codes.max() < limit):
+        low, high = int(image_codes.min()), int(image_codes.max())
+        raise ValueError(f"image_codes must lie in [0, {limit}), got {low} to {high}")
+
+
 def final_grids(image_grid_hw: torch.Tensor | Sequence) -> list[Grid]:
     """The pairs of an (N, 2) `image_grid_hw`; raises `ValueError` for anything else."""
     rows = image_grid_hw.tolist() if isinstance(image_grid_hw, torch.Tensor) else image_grid_hw
@@ -130,81 +172,28 @@ def final_grids(image_grid_hw: torch.Tensor | Sequence) -> list[Grid]:
         ) from None
 
 
-def build_layout(
-    input_ids: torch.Tensor,
-    image_grid_hw: torch.Tensor | Sequence | None,
-    schedules: ScheduleTable,
-    boi_token_id: int,
-    eoi_token_id: int,
-    image_token_id: int,
-    finest_edge: float,
-    valid: torch.Tensor | None = None,
-    document_ids: torch.Tensor | None = None,
-) -> SequenceLayout:
-    """Lay out a batch.
-
-    Args:
-        input_ids: (B, L).
-        image_grid_hw: (N, 2), the final grid of every image in row-major order of `<boi>`; `None` means that every
-            token is text. A row may end in `<boi>`: that image is still to be generated.
-        valid: (B, L) bool, False at padding.
-        document_ids: (B, L), documents packed in one row, -1 at padding; the counter restarts with each.
+def find_images(
+    config: NextFlowConfig, input_ids: torch.Tensor, image_grid_hw: torch.Tensor | Sequence | None
+) -> list[ImageSpan]:
+    """The images of (B, L) ids, in row-major order of `<boi>`; without grids every token is text.
 
     Raises:
         ValueError: if images and grids do not match in number, or an image's placeholders do not fit its schedule.
     """
-    if input_ids.ndim != 2 or (valid is not None and valid.shape != input_ids.shape):
-        shapes = " and ".join(str(tuple(x.shape)) for x in (input_ids, valid) if x is not None)
-        raise ValueError(f"input_ids, and attention_mask beside them, must have the shape (B, L), got {shapes}")
-    batch, length = input_ids.shape
-    step_BL = torch.ones(batch, length, dtype=torch.long)  # how far the counter moves on arriving here
-    scale_BL = torch.zeros(batch, length, dtype=torch.long)
-    scales_BL = torch.zeros(batch, length, dtype=torch.long)
-    block_BL = torch.full((batch, length), -1)
-    cells_2BL = torch.zeros(2, batch, length)
-    images, ids = [], input_ids.detach().cpu()
-
-    if image_grid_hw is not None:
-        starts = (ids == boi_token_id).nonzero().tolist()
-        grids = final_grids(image_grid_hw)
-        if len(starts) != len(grids):
-            raise ValueError(f"input_ids hold {len(starts)} images (<boi> tokens), image_grid_hw has {len(grids)}")
-        placeholders = ids == image_token_id
-        for (row, start), grid in zip(starts, grids):
-            image = _read_span(ids, placeholders, row, start, schedules.by_grid(grid), eoi_token_id)
-            images.append(image)
-            slots = slice(start + 1, start + 1 + image.num_inputs)
-            scale_BL[row, start] = 1
-            scales_BL[row, start : slots.stop] = len(image.schedule)
-            if image.num_inputs:
-                scale_ids, cells = _block_template(image.schedule.grids, image.has_last_scale, finest_edge)
-                scale_ids, cells = scale_ids[: image.num_inputs], cells[:, : image.num_inputs]
-                scale_BL[row, slots] = scale_ids
-                step_BL[row, slots] = torch.diff(scale_ids, prepend=scale_ids.new_ones(1))
-                block_BL[row, slots] = scale_ids + len(images) * (schedules.max_scales + 2)
-                cells_2BL[:, row, slots] = cells
-        if int(placeholders.sum()) != sum(image.num_inputs for image in images):
-            raise ValueError("input_ids hold <image> tokens that do not follow a <boi>")
-
-    starts_BL = torch.zeros(batch, length, dtype=torch.bool)  # where the counter is at 0
-    starts_BL[:, :1] = True
-    if document_ids is not None:
-        document_ids = document_ids.cpu()
-        valid = document_ids >= 0
-        starts_BL[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-    elif valid is not None:
-        valid = valid.cpu().bool()
-        step_BL = step_BL * valid
-        starts_BL[:, 1:] = (valid.cumsum(1) == 1)[:, 1:] & valid[:, 1:]
-    total_BL = step_BL.cumsum(1)
-    base_BL = torch.where(starts_BL, total_BL, 0).cummax(1).values
-    counter_BL = (total_BL - base_BL).float()
-    if valid is not None:
-        counter_BL = counter_BL.masked_fill(~valid, 0.0)
-    in_block_BL = block_BL >= 0
-    rows = [counter_BL, *(torch.where(in_block_BL, cells, counter_BL) for cells in cells_2BL)]
-    to = input_ids.device
-    return SequenceLayout(torch.stack(rows).to(to), scale_BL.to(to), scales_BL.to(to), block_BL.to(to), images)
+    if image_grid_hw is None:
+        return []
+    ids, grids = input_ids.detach().cpu(), final_grids(image_grid_hw)
+    starts = (ids == config.boi_token_id).nonzero().tolist()
+    if len(starts) != len(grids):
+        raise ValueError(f"input_ids hold {len(starts)} images (<boi> tokens), image_grid_hw has {len(grids)}")
+    placeholders, schedules = ids == config.image_token_id, config.vq_config.schedule_table()
+    images = [
+        _read_span(ids, placeholders, row, start, schedules.by_grid(grid), config.eoi_token_id)
+        for (row, start), grid in zip(starts, grids)
+    ]
+    if int(placeholders.sum()) != sum(image.num_inputs for image in images):
+        raise ValueError("input_ids hold <image> tokens that do not follow a <boi>")
+    return images
 
 
 def _read_span(ids, placeholders, row: int, start: int, schedule: ScaleSchedule, eoi_token_id: int) -> ImageSpan:
@@ -225,3 +214,178 @@ def _read_span(ids, placeholders, row: int, start: int, schedule: ScaleSchedule,
     if not at_end and int(ids[row, end]) != eoi_token_id:
         raise ValueError(f"the <image> tokens of row {row} must be followed by <eoi>, got id {int(ids[row, end])}")
     return ImageSpan(row, start, schedule, num_inputs, len(schedule))
+
+
+@lru_cache(maxsize=512)
+def _blocks(
+    schedule: ScaleSchedule, num_scales: int, last_scale: bool, finest_edge: float, accumulate: bool
+) -> tuple[torch.Tensor, torch.Tensor, Taps]:
+    """Of the positions after `<boi>`: scale ids, (i, j), and taps from the picture's codes."""
+    # (scale, the scales its codes come from and whose grid it has, whether features accumulate), 0-based
+    blocks = [(scale, scale - 1, scale, accumulate) for scale in range(1, num_scales)]
+    if last_scale:
+        blocks.append((num_scales, num_scales - 1, num_scales - 1, False))
+    scale_ids, cells, taps = [torch.empty(0, dtype=torch.long)], [torch.empty(2, 0)], []
+    for scale, source, target, accumulates in blocks:
+        scale_ids.append(torch.full((schedule.lengths[target],), scale + 1))
+        cells.append(scale_coordinates(schedule[target], finest_edge))
+        taps.append(scale_taps(schedule, source, target, accumulates))
+    return torch.cat(scale_ids), torch.cat(cells, dim=1), join(taps, [0] * len(taps))
+
+
+def build_layout(
+    config: NextFlowConfig,
+    input_ids: torch.Tensor,
+    image_grid_hw: torch.Tensor | Sequence | None = None,
+    attention_mask: torch.Tensor | None = None,
+    document_ids: torch.Tensor | None = None,
+    labels: torch.Tensor | None = None,
+    shift_labels: torch.Tensor | None = None,
+    image_codes: torch.Tensor | None = None,
+    image_input_codes: torch.Tensor | None = None,
+) -> SequenceLayout:
+    """Lay out a batch: what the model's forward reads beside ids and codes.
+
+    A loader's workers may do it, with `forward(..., layout=)` then free of it; where the caller does not, forward
+    calls this first.
+
+    Args:
+        input_ids: (B, L).
+        image_grid_hw: (N, 2), the final grid of every image in row-major order of `<boi>`; `None` means that every
+            token is text. A row may end in `<boi>`: that image is still to be generated.
+        attention_mask: (B, L), 0 at padding.
+        document_ids: (B, L), documents packed in one row, -1 at padding; the counter restarts with each.
+        labels, shift_labels: (B, L), see [`NextFlowForConditionalGeneration`].
+        image_codes, image_input_codes: flat codes, to be checked.
+
+    Raises:
+        ValueError: if ids, grids and codes do not fit each other, or an image is supervised in part.
+    """
+    if input_ids.ndim != 2 or (attention_mask is not None and attention_mask.shape != input_ids.shape):
+        shapes = " and ".join(str(tuple(x.shape)) for x in (input_ids, attention_mask) if x is not None)
+        raise ValueError(f"input_ids, and attention_mask beside them, must have the shape (B, L), got {shapes}")
+    images = find_images(config, input_ids, image_grid_hw)
+    if image_codes is not None:
+        check_codes(config, images, image_codes)
+    if image_input_codes is not None:
+        check_rows("image_input_codes", len(image_input_codes), sum(image.num_coarse_codes for image in images))
+
+    batch, length = input_ids.shape
+    step_BL = torch.ones(batch, length, dtype=torch.long)  # how far the counter moves on arriving here
+    scale_BL = torch.zeros(batch, length, dtype=torch.long)
+    scales_BL = torch.zeros(batch, length, dtype=torch.long)
+    block_BL = torch.full((batch, length), -1)
+    cells_2BL = torch.zeros(2, batch, length)
+    nothing = torch.empty(0, dtype=torch.long)
+    slots, taps, coarse, code_starts, num_codes = [nothing], [], [nothing], [], 0
+    accumulate, max_scales = config.feature_mode == "accumulated", config.vq_config.schedule_table().max_scales
+    for number, image in enumerate(images, start=1):
+        row, at = image.row, slice(image.start + 1, image.outputs.stop)
+        scale_ids, cells, own_taps = _blocks(
+            image.schedule, image.num_scales, image.has_last_scale, config.finest_edge, accumulate
+        )
+        scale_BL[row, image.start] = 1
+        scales_BL[row, image.outputs] = len(image.schedule)
+        scale_BL[row, at] = scale_ids
+        step_BL[row, at] = torch.diff(scale_ids, prepend=scale_ids.new_ones(1))
+        block_BL[row, at] = scale_ids + number * (max_scales + 2)
+        cells_2BL[:, row, at] = cells
+        slots.append(row * length + torch.arange(at.start, at.stop))
+        taps.append(own_taps)
+        coarse.append(num_codes + torch.arange(image.num_coarse_codes))
+        code_starts.append(num_codes)
+        num_codes += image.num_codes
+
+    starts_BL = torch.zeros(batch, length, dtype=torch.bool)  # where the counter is at 0
+    starts_BL[:, :1] = True
+    valid = None if attention_mask is None else attention_mask.cpu().bool()
+    if document_ids is not None:
+        document_ids = document_ids.cpu()
+        valid = document_ids >= 0
+        starts_BL[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    elif valid is not None:
+        step_BL = step_BL * valid
+        starts_BL[:, 1:] = (valid.cumsum(1) == 1)[:, 1:] & valid[:, 1:]
+    total_BL = step_BL.cumsum(1)
+    base_BL = torch.where(starts_BL, total_BL, 0).cummax(1).values
+    counter_BL = (total_BL - base_BL).float()
+    if valid is not None:
+        counter_BL = counter_BL.masked_fill(~valid, 0.0)
+    in_block_BL = block_BL >= 0
+    rows = [counter_BL, *(torch.where(in_block_BL, cells, counter_BL) for cells in cells_2BL)]
+    layout = SequenceLayout(
+        torch.stack(rows),
+        scale_BL,
+        scales_BL,
+        block_BL,
+        image_places=scale_BL.flatten().nonzero().flatten(),
+        slot_places=torch.cat(slots),
+        **dict(zip(("tap_places", "tap_weights", "tap_starts"), join(taps, code_starts))),
+        coarse_places=torch.cat(coarse),
+    )
+    if labels is not None and shift_labels is None:
+        mask = None if attention_mask is None else attention_mask.cpu()
+        shift_labels = shift_labels_of(labels.cpu(), images, config.boi_token_id, mask, document_ids)
+    if shift_labels is not None:
+        layout = replace(layout, **_targets(shift_labels.cpu(), images, code_starts, config.scale_loss_alpha))
+    return layout.to(input_ids.device)
+
+
+def shift_labels_of(
+    labels: torch.Tensor,
+    images: Sequence[ImageSpan],
+    boi_token_id: int,
+    attention_mask: torch.Tensor | None = None,
+    document_ids: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """(B, L) labels the Hugging Face way -> (B, L) targets aligned with the outputs.
+
+    Text targets move one to the left. At `<boi>` and `<image>` slots the value stays a marker (anything but -100:
+    supervise), because scales do not shift; the token before a supervised `<boi>` predicts `<boi>`; `<eoi>` is never a
+    target. Nothing is predicted across documents, nor from padding (where `attention_mask` is 0).
+    """
+    shifted_BL = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+    if attention_mask is not None:
+        shifted_BL = shifted_BL.masked_fill(attention_mask == 0, IGNORE)
+    if document_ids is not None:
+        crosses = document_ids != F.pad(document_ids[:, 1:], (0, 1), value=-1)
+        shifted_BL = shifted_BL.masked_fill(crosses, IGNORE)
+    for image in [image for image in images if not image.is_open]:
+        shifted_BL[image.row, image.outputs] = labels[image.row, image.outputs]
+        if image.start > 0 and shifted_BL[image.row, image.start - 1] != IGNORE:
+            shifted_BL[image.row, image.start - 1] = boi_token_id
+    return shifted_BL
+
+
+def _targets(
+    shift_BL: torch.Tensor, images: Sequence[ImageSpan], code_starts: Sequence[int], alpha: float
+) -> dict[str, torch.Tensor]:
+    """What a [`SequenceLayout`] says of targets.
+
+    Args:
+        code_starts: each image's first code among all.
+        alpha: exponent of the scale weights `1 / (h * w) ** alpha`, normalised per image; text weighs 1.
+    """
+    codes_BL = torch.full_like(shift_BL, -1)
+    weights_BL = torch.ones(shift_BL.shape)
+    for image, first in zip(images, code_starts):
+        supervised = shift_BL[image.row, image.outputs] != IGNORE
+        if image.is_open or not supervised.any():
+            continue
+        if not supervised.all():
+            raise ValueError(
+                f"an image is supervised whole or not at all: row {image.row}, <boi> at {image.start}, has "
+                f"{int(supervised.sum())} of {len(supervised)} labels"
+            )
+        if image.has_last_scale:
+            raise ValueError(
+                f"an image that carries its last scale as input cannot be supervised: row {image.row}, "
+                f"<boi> at {image.start}"
+            )
+        codes_BL[image.row, image.outputs] = torch.arange(first, first + image.num_codes)
+        predicted = image.schedule.prefix(image.num_scales)
+        weights = torch.tensor(predicted.weights(alpha)).repeat_interleave(torch.tensor(predicted.lengths))
+        weights_BL[image.row, image.outputs] = weights
+    supervised_N = (shift_BL != IGNORE).flatten().nonzero().flatten()
+    tensors = {"targets": shift_BL, "target_codes": codes_BL, "weights": weights_BL}
+    return {"supervised": supervised_N} | {name: each.flatten()[supervised_N] for name, each in tensors.items()}

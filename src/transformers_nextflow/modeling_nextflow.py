@@ -29,13 +29,13 @@ from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from .attention import FLEX, refuse_dense_mask, sequence_mask
 from .configuration_nextflow import NextFlowConfig
+from .features import scale_taps
 from .generation_nextflow import NextFlowGenerationMixin
-from .layout import SequenceLayout, build_layout, check_integers
+from .layout import ImageSpan, SequenceLayout, build_layout, check_codes, check_rows, find_images
 from .lora import place_adapters
-from .losses import IGNORE, fill_code_targets, joint_cross_entropy, shift_labels_of
+from .losses import joint_cross_entropy
 from .modeling_nextflow_vq import LibraryModel, NextFlowVQModel, unpatchify
 from .precision import AtLeastFloat32
-from .quantizer import latest_features, next_scale_features
 from .scales import ScaleSchedule
 
 
@@ -175,32 +175,6 @@ class NextFlowModel(NextFlowPreTrainedModel):
     def set_input_embeddings(self, value):
         self.language_model.embed_tokens = value
 
-    @property
-    def finest_edge(self) -> float:
-        """`C` of eq. 1."""
-        return float(self.config.position_scale or self.schedules.finest_edge)
-
-    def lay_out(
-        self,
-        input_ids: torch.Tensor,
-        image_grid_hw: torch.Tensor | Sequence | None = None,
-        attention_mask: torch.Tensor | None = None,
-        document_ids: torch.Tensor | None = None,
-    ) -> SequenceLayout:
-        """Positions, blocks and images of a batch, see [`build_layout`]."""
-        config = self.config
-        return build_layout(
-            input_ids,
-            image_grid_hw,
-            self.schedules,
-            config.boi_token_id,
-            config.eoi_token_id,
-            config.image_token_id,
-            self.finest_edge,
-            valid=attention_mask,
-            document_ids=document_ids,
-        )
-
     def marker_ids(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
         """(B, L, D) -> (B, L): the ids of `<boi>`, `<image>` and `<eoi>` where their embeddings stand, else -1."""
         ids = inputs_embeds.new_full(inputs_embeds.shape[:2], -1, dtype=torch.long)
@@ -209,58 +183,38 @@ class NextFlowModel(NextFlowPreTrainedModel):
             ids[(inputs_embeds == row).all(dim=-1)] = token_id
         return ids
 
-    def next_scale_inputs(
-        self, codes: torch.Tensor, schedule: ScaleSchedule, last_scale: bool = False, num_scales: int | None = None
-    ) -> torch.Tensor:
-        """(N, codes of at least scales 1..K-1) -> (N, l, D): what the blocks of scales 2..K hold, before their scale
-        embeddings; with `last_scale` the codes of scale K too, on their own grid. K is `num_scales`, or all."""
-        return self.connector(self._next_scale_features(self.code_embeddings(codes), schedule, last_scale, num_scales))
-
     def scale_inputs(self, codes: torch.Tensor, schedule: ScaleSchedule, scale: int) -> torch.Tensor:
         """(N, codes of the first scales) -> (N, l, D): what the block of scale `scale` (0-based; K = the further block
         of the last codes) holds, before its scale embedding, if these are the codes so far."""
-        is_last = scale == len(schedule)
-        accumulate = self.config.feature_mode == "accumulated" and not is_last
-        grid = schedule[scale - 1 if is_last else scale]
-        return self.connector(latest_features(self.code_embeddings, codes, schedule, grid, accumulate))
-
-    def _next_scale_features(
-        self, entries: torch.Tensor, schedule: ScaleSchedule, last_scale: bool, num_scales: int | None
-    ) -> torch.Tensor:
-        """(N, codes, C) -> (N, l, C)."""
-        accumulate = self.config.feature_mode == "accumulated"
-        features = next_scale_features(entries, schedule, accumulate, num_scales)
-        if last_scale:
-            features = torch.cat([features, entries[:, schedule.slice(len(schedule) - 1)]], dim=1)
-        return features
+        source = sum(offset < codes.shape[1] for offset in schedule.offsets) - 1
+        target = min(scale, len(schedule) - 1)
+        accumulate = self.config.feature_mode == "accumulated" and scale < len(schedule)
+        entries_LNC = self.code_embeddings(codes.T).to(codes.device)
+        taps = scale_taps(schedule, source, target, accumulate, codes.device)  # the same for all pictures
+        features_lNC = taps(entries_LNC.flatten(1)).unflatten(1, entries_LNC.shape[1:])
+        return self.connector(features_lNC.transpose(0, 1))
 
     def image_codes_of(
-        self, layout: SequenceLayout, pixel_values: torch.Tensor | None, image_codes: torch.Tensor | None
-    ) -> list[torch.Tensor]:
-        """Each image's (L_i,) codes, from flat codes or by encoding flat patches; open images have none."""
-        closed = layout.closed_images
+        self, images: Sequence[ImageSpan], pixel_values: torch.Tensor | None, image_codes: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The images' flat codes, as given or by encoding flat patches; open images have none."""
+        closed = [image for image in images if not image.is_open]
         if pixel_values is not None and image_codes is not None:
             raise ValueError("give either pixel_values or image_codes, not both")
-        if pixel_values is None and image_codes is None:
+        if image_codes is not None:
+            check_codes(self.config, images, image_codes)
+            return image_codes
+        if pixel_values is None:
             if closed:
                 raise ValueError(f"input_ids hold {len(closed)} images, but neither pixel_values nor image_codes came")
-            return []
-        if image_codes is not None:
-            check_integers("image_codes", image_codes, 1)
-            lengths = [image.num_codes for image in closed]
-            _check_total("image_codes", len(image_codes), sum(lengths))
-            limit = self.config.vq_config.codebook_size
-            if image_codes.numel() and not (0 <= image_codes.min() and image_codes.max() < limit):
-                raise ValueError(
-                    f"image_codes must lie in [0, {limit}), got {int(image_codes.min())} to {int(image_codes.max())}"
-                )
-            return list(image_codes.split(lengths))
+            return torch.empty(0, dtype=torch.long, device=self.device)
         for image in closed:
             if image.num_scales < len(image.schedule):
                 raise ValueError(
                     f"row {image.row} ends after scale {image.num_scales} of an image: give its codes as image_codes"
                 )
-        return self.encode_images(pixel_values, [image.schedule.final_grid for image in closed])
+        codes = self.encode_images(pixel_values, [image.schedule.final_grid for image in closed])
+        return torch.cat([torch.empty(0, dtype=torch.long, device=pixel_values.device), *codes])
 
     def encode_images(self, pixel_values: torch.Tensor, image_grid_hw: Sequence) -> list[torch.Tensor]:
         """Flat patches of images of any final grids, as the processor gives them -> each image's (L_i,) codes."""
@@ -270,7 +224,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
         width = 3 * self.config.vq_config.patch_size**2
         if not whole and (pixel_values.ndim != 2 or pixel_values.shape[1] != width):
             raise ValueError(f"pixel_values must hold patches of {width} numbers, got {tuple(pixel_values.shape)}")
-        _check_total("pixel_values", len(pixel_values), sum(cells))
+        check_rows("pixel_values", len(pixel_values), sum(cells))
         if not pixel_values.isfinite().all():
             raise ValueError("pixel_values are not finite")
         patches = pixel_values.split(cells)
@@ -288,39 +242,41 @@ class NextFlowModel(NextFlowPreTrainedModel):
                 codes[index] = row
         return codes
 
+    def lay_out(
+        self,
+        input_ids: torch.Tensor,
+        image_grid_hw: torch.Tensor | Sequence | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_codes: torch.Tensor | None = None,
+        **inputs: torch.Tensor | None,
+    ) -> tuple[SequenceLayout, torch.Tensor]:
+        """What forward does first where no `layout` came: the layout and the flat codes; see [`build_layout`]."""
+        if image_codes is None or pixel_values is not None:
+            images = find_images(self.config, input_ids, image_grid_hw)
+            image_codes = self.image_codes_of(images, pixel_values, image_codes)
+        layout = build_layout(self.config, input_ids, image_grid_hw, image_codes=image_codes, **inputs)
+        return layout, image_codes
+
     def embed_images(
-        self, inputs_embeds: torch.Tensor, layout: SequenceLayout, codes: list[torch.Tensor]
+        self, inputs_embeds: torch.Tensor, layout: SequenceLayout, image_codes: torch.Tensor
     ) -> torch.Tensor:
         """Put the visual inputs and the scale embeddings into (B, L, D) embeddings of the ids.
 
+        In training every module runs once, whatever the images are, so that every weight has a gradient and devices
+        that share it stay in step.
+
         Args:
-            codes: each closed image's (L_i,) input codes.
+            image_codes: flat codes as inputs.
         """
-        at_image_BL = layout.scale_ids > 0
-        scale_embeds = self.scale_embedding(layout.scale_ids[at_image_BL], layout.num_scales[at_image_BL])
-        inputs_embeds = inputs_embeds.clone()
-        groups: dict[tuple, list[int]] = {}
-        for index, image in enumerate(layout.closed_images):
-            if image.num_inputs:
-                groups.setdefault((image.schedule, image.has_last_scale, image.num_scales), []).append(index)
-        # each module runs once, whatever the pictures are, so that devices that share its weights stay in step
-        entries = self.code_embeddings(torch.cat([layout.scale_ids.new_empty(0), *codes]))
-        entries_of = entries.split([len(each) for each in codes])
-        features = [entries[:0]]
-        slots = [layout.scale_ids.new_empty(2, 0)]
-        for (schedule, last_scale, num_scales), members in groups.items():
-            images = [layout.closed_images[index] for index in members]
-            stacked = torch.stack([entries_of[index] for index in members])
-            features_NlC = self._next_scale_features(stacked, schedule, last_scale, num_scales)
-            features.append(features_NlC.flatten(0, 1))
-            rows = torch.tensor([[image.row] for image in images], device=inputs_embeds.device)
-            starts = torch.tensor([[image.start + 1] for image in images], device=inputs_embeds.device)
-            columns = starts + torch.arange(images[0].num_inputs, device=inputs_embeds.device)
-            slots.append(torch.stack([rows.expand_as(columns), columns]).flatten(1))
-        visual = self.connector(torch.cat(features))
-        inputs_embeds[tuple(torch.cat(slots, dim=1))] = visual.to(inputs_embeds)
-        inputs_embeds[at_image_BL] = inputs_embeds[at_image_BL] + scale_embeds.to(inputs_embeds)
-        return inputs_embeds
+        if not (len(layout.image_places) or self.training):
+            return inputs_embeds
+        embeds = inputs_embeds.flatten(0, 1)
+        layout = layout.to(embeds.device)  # where parts of the model are elsewhere, what goes between them is here
+        visual = self.connector(layout.taps(self.code_embeddings(image_codes).to(embeds.device)))
+        scale_ids, num_scales = (each.flatten()[layout.image_places] for each in (layout.scale_ids, layout.num_scales))
+        embeds = embeds.index_copy(0, layout.slot_places, visual.to(embeds))
+        embeds = embeds.index_add(0, layout.image_places, self.scale_embedding(scale_ids, num_scales).to(embeds))
+        return embeds.view_as(inputs_embeds)
 
     @can_return_tuple
     def forward(
@@ -353,6 +309,8 @@ class NextFlowModel(NextFlowPreTrainedModel):
             image_input_codes: (sum of codes of scales 1..K-1,), where inputs differ from the targets.
             image_grid_hw: (images, 2) final grids, one for each `<boi>`; a row's last `<boi>` may be open.
             document_ids: (B, L) for packed rows, -1 at padding.
+            layout: what [`build_layout`] makes of the other inputs, where a loader has made it already; ids, grids
+                and codes are then not looked at again, and nothing waits for the device.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -378,12 +336,26 @@ class NextFlowModel(NextFlowPreTrainedModel):
             inputs_embeds = self.language_model.embed_tokens(input_ids)
         elif layout is None:
             input_ids = self.marker_ids(inputs_embeds)
-        layout = layout or self.lay_out(input_ids, image_grid_hw, attention_mask, document_ids)
-        codes = self.image_codes_of(layout, pixel_values, image_codes)
-        if layout.images or self.training:  # in training every weight has a gradient, if a zero one
-            inputs_embeds = self.embed_images(inputs_embeds, layout, _input_codes(layout, codes, image_input_codes))
+        if layout is None:
+            layout, image_codes = self.lay_out(
+                input_ids,
+                image_grid_hw,
+                pixel_values,
+                image_codes,
+                attention_mask=attention_mask,
+                document_ids=document_ids,
+                image_input_codes=image_input_codes,
+            )
+        elif pixel_values is not None:
+            raise ValueError("a layout goes with image_codes, got pixel_values")
+        if image_codes is None:
+            image_codes = layout.slot_places.new_empty(0)
+        if image_input_codes is not None:
+            image_codes = image_codes.index_copy(0, layout.coarse_places, image_input_codes)
+        inputs_embeds = self.embed_images(inputs_embeds, layout, image_codes)
+        block_ids = layout.block_ids if len(layout.slot_places) else None
         mask = sequence_mask(
-            self.config.text_config, inputs_embeds, attention_mask, layout, document_ids, past_key_values
+            self.config.text_config, inputs_embeds, attention_mask, block_ids, document_ids, past_key_values
         )
         return self.language_model(
             inputs_embeds=inputs_embeds,
@@ -451,6 +423,7 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
         document_ids: torch.LongTensor | None = None,
         labels: torch.LongTensor | None = None,
         shift_labels: torch.LongTensor | None = None,
+        layout: SequenceLayout | None = None,
         loss_weights: torch.FloatTensor | None = None,
         num_items_in_batch: torch.Tensor | float | None = None,
         z_loss: float = 0.0,
@@ -474,15 +447,22 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
         """
         if logits_over not in ("all", "text", "codes", "none"):
             raise ValueError(f'logits_over must be "all", "text", "codes" or "none", got {logits_over!r}')
-        supervised = labels is not None or shift_labels is not None
-        layout = None
-        if supervised:
+        if layout is None and (labels is not None or shift_labels is not None):
             if (input_ids is None) == (inputs_embeds is None):
                 raise ValueError("give exactly one of input_ids and inputs_embeds")
-            ids = self.model.marker_ids(inputs_embeds) if input_ids is None else input_ids
-            layout = self.model.lay_out(ids, image_grid_hw, attention_mask, document_ids)
-            codes = self.model.image_codes_of(layout, pixel_values, image_codes)
-            pixel_values, image_codes = None, torch.cat(codes) if codes else None
+            layout, image_codes = self.model.lay_out(
+                self.model.marker_ids(inputs_embeds) if input_ids is None else input_ids,
+                image_grid_hw,
+                pixel_values,
+                image_codes,
+                attention_mask=attention_mask,
+                document_ids=document_ids,
+                labels=labels,
+                shift_labels=shift_labels,
+                image_input_codes=image_input_codes,
+            )
+            pixel_values = None
+        supervised = layout is not None and layout.supervised is not None
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -502,18 +482,21 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
 
         loss = token_losses_BL = None
         if supervised:
-            if shift_labels is None:
-                shift_labels = shift_labels_of(
-                    labels, layout, self.config.boi_token_id, valid=attention_mask, document_ids=document_ids
-                )
-            alpha = self.config.scale_loss_alpha
-            text_rows = self.config.text_vocab_size
-            targets_BL, weights_BL = fill_code_targets(shift_labels, layout, codes, text_rows, alpha)
+            layout = layout.to(hidden_BLD.device)
+            places_N, weights_N = layout.supervised, layout.weights
             if loss_weights is not None:
-                weights_BL = loss_weights.masked_fill(targets_BL == IGNORE, 0.0)
-            heads, num_rows = (self.lm_head, self.code_head), text_rows + self.config.vq_config.codebook_size
-            total, token_losses_BL = joint_cross_entropy(hidden_BLD, heads, num_rows, targets_BL, weights_BL, z_loss)
-            loss = total / (weights_BL.sum() if num_items_in_batch is None else num_items_in_batch)
+                weights_N = loss_weights.flatten()[places_N]
+            total, losses_N = joint_cross_entropy(
+                hidden_BLD.flatten(0, 1)[places_N],
+                (self.lm_head, self.code_head),
+                self.config.text_vocab_size + self.config.vq_config.codebook_size,
+                self._targets(layout, image_codes),
+                weights_N,
+                z_loss,
+            )
+            loss = total / (weights_N.sum() if num_items_in_batch is None else num_items_in_batch)
+            token_losses_BL = losses_N.new_zeros(hidden_BLD.shape[:2]).flatten().index_copy(0, places_N, losses_N)
+            token_losses_BL = token_losses_BL.view(hidden_BLD.shape[:2])
 
         logits = None
         if logits_over != "none":
@@ -533,22 +516,9 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
             block_ids=layout.block_ids if supervised else None,
         )
 
-
-def _check_total(name: str, got: int, expected: int) -> None:
-    if got != expected:
-        raise ValueError(f"{name} must hold {expected} rows for the images in input_ids, got {got}")
-
-
-def _input_codes(
-    layout: SequenceLayout, codes: list[torch.Tensor], image_input_codes: torch.Tensor | None
-) -> list[torch.Tensor]:
-    """Each image's codes as inputs: `image_input_codes` for scales 1..K-1 where given, the last scale's own codes."""
-    if image_input_codes is None:
-        return codes
-    closed = layout.closed_images
-    lengths = [image.schedule.offsets[image.num_scales - 1] for image in closed]  # all but the last scale
-    _check_total("image_input_codes", len(image_input_codes), sum(lengths))
-    return [
-        torch.cat([inputs, own[length:]])
-        for inputs, own, length in zip(image_input_codes.split(lengths), codes, lengths)
-    ]
+    def _targets(self, layout: SequenceLayout, image_codes: torch.Tensor | None) -> torch.Tensor:
+        """(N,) targets over all rows."""
+        if image_codes is None or len(image_codes) == 0:
+            return layout.targets
+        code_ids_N = self.config.text_vocab_size + image_codes[layout.target_codes.clamp(min=0)]
+        return torch.where(layout.target_codes >= 0, code_ids_N, layout.targets)

@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import logging
 
 from .configuration_nextflow import NextFlowConfig
-from .layout import check_integers, final_grids
+from .layout import check_integers, final_grids, find_images
 from .scales import Grid
 
 if TYPE_CHECKING:
@@ -103,12 +103,11 @@ class Prompts:
         held = sum(len(images_of(ids, config)) for ids in rows)
         if held != len(grids):
             raise ValueError(f"the prompts hold {held} finished images, image_grid_hw has {len(grids)}; {MARKS}")
-        ids, mask = padded(rows, config.eoi_token_id, self.input_ids.device)
-        layout = model.model.lay_out(ids, grids, mask)
+        ids, _ = padded(rows, config.eoi_token_id, self.input_ids.device)
+        images = find_images(config, ids, grids)
+        flat_codes = model.model.image_codes_of(images, self.pixel_values, self.image_codes)
         pictures: list[list[Picture]] = [[] for _ in rows]
-        for image, codes in zip(
-            layout.images, model.model.image_codes_of(layout, self.pixel_values, self.image_codes)
-        ):
+        for image, codes in zip(images, flat_codes.split([image.num_codes for image in images])):
             pictures[image.row].append((image.schedule.final_grid, codes))
         return pictures
 

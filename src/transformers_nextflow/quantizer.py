@@ -1,13 +1,12 @@
 """Dual codebook and multi-scale residual quantisation (NextFlow sec. 2.1 and 3.1; VAR for the scales).
 
-All arithmetic of codes lives here, in float32 whatever the autocast: lookup, residuals, self-correction, and the
-features from which the transformer predicts the next scale.
+All arithmetic of codes lives here, in float32 whatever the autocast: lookup, residuals, self-correction.
 
 Shape suffixes: B batch, L all codes of an image, l codes of one scale, C code channels, V codebook size, h w grid.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,66 +39,6 @@ def to_sequence(features_BChw: torch.Tensor) -> torch.Tensor:
 def straight_through(value: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     """`value` to the last bit, with a gradient to `source` alone, as if `source` had been handed on."""
     return value.detach() + (source - source.detach())
-
-
-def next_scale_step(
-    entries_BlC: torch.Tensor, schedule: ScaleSchedule, scale: int, total_BChw: torch.Tensor | float | None = None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The input of scale `scale + 1` (0-based) from the codebook entries of `scale`.
-
-    Residual features (NextFlow sec. 2.2): the entries themselves, bicubic from grid to grid; `total_BChw` is None.
-    Accumulated features (VAR): the entries bicubic to the final grid, added to the running sum `total_BChw` (0.0
-    before the first scale), then area-resized to the next grid.
-
-    Returns:
-        (B, next h*w, C) features and the new running sum, or None.
-    """
-    entries_BChw = to_map(entries_BlC, schedule[scale])
-    if total_BChw is None:
-        return to_sequence(resize_features(entries_BChw, schedule[scale + 1])), None
-    total_BChw = total_BChw + resize_features(entries_BChw, schedule.final_grid)
-    return to_sequence(F.interpolate(total_BChw, size=schedule[scale + 1], mode="area")), total_BChw
-
-
-def latest_features(
-    embed: Callable[[torch.Tensor], torch.Tensor],
-    codes_BL: torch.Tensor,
-    schedule: ScaleSchedule,
-    grid: Grid,
-    accumulate: bool = False,
-) -> torch.Tensor:
-    """What the codes so far say on `grid`, (B, h*w, C); residual or accumulated as in [`next_scale_step`].
-
-    Args:
-        embed: codes to codebook entries.
-        codes_BL: of the first scales of `schedule`, at least one.
-    """
-    scales = [scale for scale, offset in enumerate(schedule.offsets) if offset < codes_BL.shape[1]]
-    maps = (to_map(embed(codes_BL[:, schedule.slice(scale)]), schedule[scale]) for scale in scales[::-1])
-    if not accumulate:
-        return to_sequence(resize_features(next(maps), grid))
-    total_BChw = sum(resize_features(entries_BChw, schedule.final_grid) for entries_BChw in maps)
-    return to_sequence(F.interpolate(total_BChw, size=grid, mode="area"))
-
-
-def next_scale_features(
-    entries_BLC: torch.Tensor, schedule: ScaleSchedule, accumulate: bool = False, num_scales: int | None = None
-) -> torch.Tensor:
-    """What the transformer reads to predict scales 2..K, from the codebook entries of scales 1..K-1.
-
-    Args:
-        entries_BLC: (B, L', C) entries of at least scales 1..K-1 in order; anything after is not read.
-        accumulate: VAR's features instead of residual ones, see [`next_scale_step`].
-        num_scales: K; by default all of the schedule.
-
-    Returns:
-        (B, sum of h_k * w_k for k = 2..K, C), empty for one scale.
-    """
-    features, total_BChw = [entries_BLC[:, :0]], 0.0 if accumulate else None
-    for scale in range((len(schedule) if num_scales is None else num_scales) - 1):
-        step_BlC, total_BChw = next_scale_step(entries_BLC[:, schedule.slice(scale)], schedule, scale, total_BChw)
-        features.append(step_BlC)
-    return torch.cat(features, dim=1)
 
 
 @dataclass(frozen=True)

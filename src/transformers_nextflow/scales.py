@@ -236,4 +236,10 @@ def schedule_table(
     """
     if image_size is not None:
         patch_size = Fraction(image_size, rows[0][-1][0])
-    return ScheduleTable(rows or paper_schedules(), levels or PAPER_LEVELS, patch_size)
+    rows = paper_schedules() if not rows else tuple(tuple(map(tuple, row)) for row in rows)
+    return _table(rows, tuple((levels or PAPER_LEVELS).items()), patch_size)
+
+
+@lru_cache(maxsize=16)
+def _table(rows: tuple, levels: tuple, patch_size: int | Fraction) -> ScheduleTable:
+    return ScheduleTable(rows, dict(levels), patch_size)

@@ -6,6 +6,7 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_masks_for_generate
 
+from .layout import build_layout, find_images
 from .prompts import check_prompt
 from .sampling import plain
 
@@ -52,7 +53,8 @@ class TextGenerationMixin(GenerationMixin):
             positions = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
             self.check_reach(positions)
             return positions[None].expand(3, *positions.shape)
-        layout = self.model.lay_out(input_ids, model_kwargs["image_grid_hw"], model_kwargs.get("attention_mask"))
+        grids, mask = model_kwargs["image_grid_hw"], model_kwargs.get("attention_mask")
+        layout = build_layout(self.config, input_ids, grids, mask)
         self.check_reach(layout.position_ids[0])
         return layout.position_ids
 
@@ -63,15 +65,15 @@ class TextGenerationMixin(GenerationMixin):
         grids = model_kwargs.get("image_grid_hw")
         if expand_size == 1 or grids is None:
             return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
-        images = self.model.lay_out(input_ids, grids, model_kwargs.get("attention_mask")).images
+        images = find_images(self.config, input_ids, grids)
         of_row = [[index for index, image in enumerate(images) if image.row == row] for row in range(len(input_ids))]
         order = [index for indices in of_row for _ in range(expand_size) for index in indices]
         whole = self.config.vq_config.image_size is not None  # pictures, not patches
         lengths = {
             "image_grid_hw": lambda image: 1,
             "pixel_values": lambda image: 0 if image.is_open else 1 if whole else image.schedule.lengths[-1],
-            "image_codes": lambda image: 0 if image.is_open else image.schedule.num_codes,
-            "image_input_codes": lambda image: 0 if image.is_open else image.schedule.offsets[-1],
+            "image_codes": lambda image: image.num_codes,
+            "image_input_codes": lambda image: image.num_coarse_codes,
         }
         flat = {name: model_kwargs.pop(name) for name in lengths if model_kwargs.get(name) is not None}
         for name, rows in flat.items():

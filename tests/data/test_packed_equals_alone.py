@@ -25,7 +25,8 @@ from transformers_nextflow.data import (
 )
 from transformers_nextflow.data.sequences import DocumentTokenizer
 from transformers_nextflow.data.shards import Shard
-from transformers_nextflow.losses import IGNORE, shift_labels_of
+from transformers_nextflow.layout import find_images, shift_labels_of
+from transformers_nextflow.losses import IGNORE
 
 STRATEGIES = {
     "budget": ComputeBudget(max_length=400),
@@ -138,9 +139,7 @@ def test_labels_equal_the_models_own_shift(data_model, tiny_processor, packed):
     packs = PackedDataset(packed("length"), data_model, tiny_processor)
     for index in range(len(packs)):
         batch = PackCollator(packs)([packs[index]])
-        layout = data_model.model.lay_out(
-            batch["input_ids"], batch.get("image_grid_hw"), document_ids=batch["document_ids"]
-        )
+        images = find_images(data_model.config, batch["input_ids"], batch.get("image_grid_hw"))
         row = packs.row(index)
         flags = np.repeat(
             row["supervised"],
@@ -149,13 +148,13 @@ def test_labels_equal_the_models_own_shift(data_model, tiny_processor, packed):
         labels = batch["input_ids"].clone()
         text = torch.ones_like(labels[0], dtype=torch.bool)
         supervised_images = row["supervised"][row["input_ids"] == packs.spec.special.image]
-        for image, supervised in zip(layout.images, supervised_images):
+        for image, supervised in zip(images, supervised_images):
             text[image.start : image.start + image.num_inputs + 2] = False
             if not supervised:
                 labels[0, image.start : image.start + image.num_inputs + 2] = IGNORE
         labels[0, text] = labels[0, text].masked_fill(torch.from_numpy(flags) == 0, IGNORE)
         labels[batch["input_ids"] == packs.spec.special.eoi] = IGNORE
-        expected = shift_labels_of(labels, layout, packs.spec.special.boi, document_ids=batch["document_ids"])
+        expected = shift_labels_of(labels, images, packs.spec.special.boi, document_ids=batch["document_ids"])
         assert torch.equal(batch["shift_labels"], expected)
 
 
@@ -168,9 +167,7 @@ def test_extents_count_what_the_mask_lets_see(data_model, tiny_processor, packed
     for index in range(len(packs)):
         batch, keys = PackCollator(packs)([packs[index]]), packs.row(index)["keys"]
         documents_of = batch["document_ids"][0]
-        block = data_model.model.lay_out(
-            batch["input_ids"], batch.get("image_grid_hw"), document_ids=batch["document_ids"]
-        ).block_ids[0]
+        block = batch["layout"].block_ids[0]
         place = torch.arange(len(block))
         sees = (place[:, None] >= place) | ((block[:, None] == block) & (block >= 0))
         sees &= documents_of[:, None] == documents_of

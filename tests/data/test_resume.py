@@ -71,8 +71,8 @@ class Killed(TrainerCallback):
 def run(folder, callbacks=(), resume=None):
     folder_of_packs, manifest = open_shards(packs, "packs")
     dataset = PackReader(folder_of_packs, manifest, sequence_spec(manifest["identity"]))
-    dataset.padded = False
     model = with_dropout(NextFlowForConditionalGeneration.from_pretrained(output / "model"))
+    dataset.padded, dataset.config = False, model.config
     arguments = {"max_steps": steps, "gradient_accumulation_steps": 2, "save_strategy": "steps"}
     arguments |= {"save_steps": save_steps, "save_total_limit": 2}
     trainer = train(model, dataset, folder, resume, [EMACallback(0.9), *callbacks], **arguments)

@@ -36,11 +36,8 @@ def test_loss_of_a_step_is_the_weighted_mean_over_all_its_targets(dataset, data_
             output = data_model(**batch, num_items_in_batch=1.0, z_loss=0.01, use_cache=False)
         sums["all"] += output.loss.item()
         sums["targets"] += int((batch["shift_labels"] != IGNORE).sum())
-        layout = data_model.model.lay_out(
-            batch["input_ids"], batch.get("image_grid_hw"), document_ids=batch["document_ids"]
-        )
         for place in (batch["shift_labels"] != IGNORE).nonzero().tolist():
-            scale, loss = int(layout.scale_ids[tuple(place)]), output.token_losses[tuple(place)].item()
+            scale, loss = int(output.scale_ids[tuple(place)]), output.token_losses[tuple(place)].item()
             by_scale.setdefault(scale, []).append(loss)
     data_model.eval()
     logged = trainer.state.log_history[0]
@@ -54,7 +51,7 @@ def test_loss_of_a_step_is_the_weighted_mean_over_all_its_targets(dataset, data_
     assert logged["tokens_per_second"] > 0 and logged["flops_per_second"] > logged["tokens_per_second"]
 
 
-def test_a_batch_is_laid_out_once(dataset, data_model, tmp_path, monkeypatch):
+def test_forward_leaves_the_layout_to_the_loader(dataset, data_model, tmp_path, monkeypatch):
     lay_out, calls = NextFlowModel.lay_out, []
 
     def counted(*args, **kwargs):
@@ -63,16 +60,26 @@ def test_a_batch_is_laid_out_once(dataset, data_model, tmp_path, monkeypatch):
 
     monkeypatch.setattr(NextFlowModel, "lay_out", counted)
     train(copy.deepcopy(data_model), dataset, tmp_path, gradient_accumulation_steps=4)
-    assert len(calls) == 4
+    assert len(calls) == 0
+
+
+def test_a_batch_without_its_layout_is_the_same_batch(dataset, data_model):
+    batch = PackCollator(dataset)([dataset[0], dataset[1]])
+    with torch.no_grad():
+        given = data_model(**batch, use_cache=False)
+        batch.pop("layout")
+        made = data_model(**batch, use_cache=False)
+    assert torch.equal(given.loss, made.loss) and torch.equal(given.token_losses, made.token_losses)
 
 
 def visible(model, batch) -> torch.Tensor:
     """(B, 1, L, L) bool, who sees whom; padding sees nothing."""
-    layout = model.model.lay_out(batch["input_ids"], batch.get("image_grid_hw"), document_ids=batch["document_ids"])
     config = copy.deepcopy(model.config.text_config)
     config._attn_implementation = "sdpa"
     embeds = torch.zeros(*batch["input_ids"].shape, 1)
-    mask = sequence_mask(config, embeds, None, layout, batch["document_ids"], None)["full_attention"]
+    mask = sequence_mask(config, embeds, None, batch["layout"].block_ids, batch["document_ids"], None)[
+        "full_attention"
+    ]
     return mask & (batch["document_ids"] >= 0)[:, None, :, None]
 
 
@@ -158,7 +165,7 @@ folder, output = map(Path, sys.argv[1:])
 model = NextFlowForConditionalGeneration.from_pretrained(output / "model")
 folder, manifest = open_shards(folder, "packs")
 dataset = PackReader(folder, manifest, sequence_spec(manifest["identity"]))
-dataset.padded = False
+dataset.padded, dataset.config = False, model.config
 arguments = NextFlowTrainingArguments(
     output_dir=str(output), max_steps=1, logging_steps=1, learning_rate=0.03, save_strategy="no", seed=5, optim="sgd",
     report_to="none", disable_tqdm=True, use_cpu=True, lr_scheduler_type="constant", gradient_accumulation_steps=4,
@@ -213,10 +220,9 @@ def test_adapters_and_named_modules_alone_are_trained(dataset, data_model, tmp_p
 def test_attended_pairs_are_what_the_mask_lets_through(dataset, data_model):
     for index in range(3):
         batch = PackCollator(dataset)([dataset[index], dataset[index + 1]])
-        layout = data_model.model.lay_out(
-            batch["input_ids"], batch.get("image_grid_hw"), document_ids=batch["document_ids"]
+        assert attended_pairs(batch["layout"].block_ids, batch["document_ids"]) == int(
+            visible(data_model, batch).sum()
         )
-        assert attended_pairs(layout.block_ids, batch["document_ids"]) == int(visible(data_model, batch).sum())
 
 
 def test_the_papers_stages():

@@ -21,10 +21,10 @@ from torch import nn
 from transformers_nextflow import (
     contexts,
     drawing,
+    features,
     generation_nextflow,
     image_processing_nextflow,
     layout,
-    losses,
     modeling_nextflow,
     processing_nextflow,
     quantizer,
@@ -32,7 +32,11 @@ from transformers_nextflow import (
 )
 from transformers_nextflow.contexts import Context
 from transformers_nextflow.data.shards import Shard, sha256_of
-from transformers_nextflow.modeling_nextflow import NextFlowRotaryEmbedding, ScaleEmbedding
+from transformers_nextflow.modeling_nextflow import (
+    NextFlowForConditionalGeneration,
+    NextFlowRotaryEmbedding,
+    ScaleEmbedding,
+)
 from transformers_nextflow.scales import ScaleSchedule
 
 OFFSET, SWAPPED, SHIFTED = "wrong code offset", "swapped height and width", "shifted targets"
@@ -92,10 +96,13 @@ def fault(title: str, expected: str, packs: bool = False):
 def planted(fault: Fault, model, processor, packs: Path, folder: Path) -> Iterator[dict]:
     """The arguments of `examine` for a patient with this fault."""
     with ExitStack() as stack:
-        stack.callback(layout._block_template.cache_clear)
+        caches = layout._blocks, features.scale_taps
+        for cached in caches:
+            stack.callback(cached.cache_clear)
         patient = Patient(model, processor, packs, folder, stack)
         fault.plant(patient)
-        layout._block_template.cache_clear()
+        for cached in caches:
+            cached.cache_clear()
         arguments = {"model": patient.model, "processor": patient.processor, "text_source": patient.text_source}
         yield arguments | ({"packs": patient.packs} if fault.packs else {})
 
@@ -139,8 +146,9 @@ def bilinear(features, grid):
 
 @fault("code ids one too high in the loss", OFFSET)
 def _(p):
-    fill = losses.fill_code_targets
-    p.patch(modeling_nextflow, "fill_code_targets", lambda s, la, codes, v, a: fill(s, la, codes, v + 1, a))
+    targets = NextFlowForConditionalGeneration._targets
+    raised = lambda self, layout, codes: targets(self, layout, codes) + (layout.target_codes >= 0)  # noqa: E731
+    p.patch(NextFlowForConditionalGeneration, "_targets", raised)
 
 
 @fault("rows and columns of coordinates exchanged", SWAPPED)
@@ -152,17 +160,15 @@ def _(p):
 
 @fault("bilinear in place of bicubic everywhere", INTERPOLATION)
 def _(p):
-    p.patch(quantizer, "resize_features", bilinear)
+    for module in (quantizer, features):
+        p.patch(module, "resize_features", bilinear)
 
 
 @fault("targets one position late", SHIFTED)
 def _(p):
-    fill = losses.fill_code_targets
-    p.patch(
-        modeling_nextflow,
-        "fill_code_targets",
-        lambda s, la, codes, v, a: fill(s, la, [c.roll(1) for c in codes], v, a),
-    )
+    targets = NextFlowForConditionalGeneration._targets
+    late = lambda self, layout, codes: targets(self, layout, codes.roll(1))  # noqa: E731
+    p.patch(NextFlowForConditionalGeneration, "_targets", late)
 
 
 @fault("tokenizer trained on after the shards", DRIFTED, packs=True)
@@ -206,14 +212,21 @@ def _(p):
     p.patch(ScaleEmbedding, "forward", lambda self, ids, counts: 0 * forward(self, ids, counts))
 
 
+def without_pictures(embed: Callable) -> Callable:
+    """`embed_images` that leaves the placeholders' embeddings where they are."""
+    of_slots = ("slot_places", "tap_places", "tap_weights", "tap_starts")
+
+    def other(self, embeds, layout, codes):
+        nothing = {name: getattr(layout, name)[:0] for name in of_slots}
+        return embed(self, embeds, replace(layout, **nothing), codes)
+
+    return other
+
+
 @fault("pictures in prompts never embedded", PIXELS)
 def _(p):
-    embed = modeling_nextflow.NextFlowModel.embed_images
-    p.patch(
-        modeling_nextflow.NextFlowModel,
-        "embed_images",
-        lambda self, embeds, layout, codes: embed(self, embeds, replace(layout, images=[]), codes),
-    )
+    model = modeling_nextflow.NextFlowModel
+    p.patch(model, "embed_images", without_pictures(model.embed_images))
 
 
 @fault("null prompts first", GUIDANCE)
@@ -299,32 +312,30 @@ def _(p):
     p.patch(image_processing_nextflow, "patchify", lambda pixels, size: cut(pixels.transpose(-1, -2), size))
 
 
-@fault("bilinear inputs of the next scale", INTERPOLATION)
-def _(p):
-    features = modeling_nextflow.next_scale_features
+def taps_by(resize: Callable) -> Callable:
+    taps = features.scale_taps.__wrapped__
 
     def other(*args):
-        with patch.object(quantizer, "resize_features", bilinear):
-            return features(*args)
+        with patch.object(features, "resize_features", resize):
+            return taps(*args)
 
-    p.patch(modeling_nextflow, "next_scale_features", other)
+    return other
+
+
+@fault("bilinear inputs of the next scale", INTERPOLATION)
+def _(p):
+    p.patch(layout, "scale_taps", taps_by(bilinear))
 
 
 @fault("nearest neighbours while sampling", INTERPOLATION)
 def _(p):
-    features = modeling_nextflow.latest_features
-
-    def other(*args):
-        nearest = lambda features, grid: F.interpolate(features, size=tuple(grid), mode="nearest")  # noqa: E731
-        with patch.object(quantizer, "resize_features", nearest):
-            return features(*args)
-
-    p.patch(modeling_nextflow, "latest_features", other)
+    nearest = lambda maps, grid: F.interpolate(maps, size=tuple(grid), mode="nearest")  # noqa: E731
+    p.patch(modeling_nextflow, "scale_taps", taps_by(nearest))
 
 
 @fault("text not shifted", SHIFTED)
 def _(p):
-    p.patch(modeling_nextflow, "shift_labels_of", lambda labels, *args, **kwargs: labels)
+    p.patch(layout, "shift_labels_of", lambda labels, *args: labels)
 
 
 @fault("stored codes one position late", SHIFTED, packs=True)
@@ -381,11 +392,9 @@ def _(p):
 @fault("pictures in prompts lost while sampling", PIXELS)
 def _(p):
     read, model = generation_nextflow.read_prompts, modeling_nextflow.NextFlowModel
-    embed = model.embed_images
 
     def other(*args):
-        drop = lambda self, embeds, layout, codes: embed(self, embeds, replace(layout, images=[]), codes)  # noqa: E731
-        with patch.object(model, "embed_images", drop):
+        with patch.object(model, "embed_images", without_pictures(model.embed_images)):
             return read(*args)
 
     p.patch(generation_nextflow, "read_prompts", other)
@@ -489,8 +498,8 @@ def _(p):
 
 @fault("all codes weigh the same", "wrong scale weights")
 def _(p):
-    fill = losses.fill_code_targets
-    p.patch(modeling_nextflow, "fill_code_targets", lambda s, la, codes, v, a: fill(s, la, codes, v, 0.0))
+    targets = layout._targets
+    p.patch(layout, "_targets", lambda labels, images, starts, alpha: targets(labels, images, starts, 0.0))
 
 
 @fault("the counter one too far while sampling", "wrong position counter")
@@ -568,15 +577,15 @@ def _(p):
 
 @fault("<eoi> supervised", "boundary tokens supervised")
 def _(p):
-    shift = losses.shift_labels_of
+    shift = layout.shift_labels_of
 
-    def other(labels, layout, *args, **kwargs):
-        shifted = shift(labels, layout, *args, **kwargs)
-        for image in layout.closed_images:
-            shifted[image.row, image.slots.stop] = p.model.config.eoi_token_id
+    def other(labels, images, *args):
+        shifted = shift(labels, images, *args)
+        for image in images:
+            shifted[image.row, image.outputs.stop] = p.model.config.eoi_token_id
         return shifted
 
-    p.patch(modeling_nextflow, "shift_labels_of", other)
+    p.patch(layout, "shift_labels_of", other)
 
 
 @fault("null prompt with the user's text", "wrong null prompt")

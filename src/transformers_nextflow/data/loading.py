@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from ..layout import SequenceLayout, build_layout
 from ..losses import IGNORE
 from .sequences import SequenceSpec
 from .shards import Shard, check_identity, identity_of, images_of, open_shards, sequence_spec
@@ -109,7 +110,7 @@ class PackedDataset(PackReader):
         folder, manifest = open_shards(name, "packs", hashes)
         check_identity(manifest, identity_of(model.config, processor, model.base_model.vq_model))
         super().__init__(folder, manifest, sequence_spec(manifest["identity"]), seed)
-        self.padded = manifest["padded"]
+        self.padded, self.config = manifest["padded"], model.config
 
 
 class PackSampler(Sampler[list[int]]):
@@ -164,13 +165,14 @@ class PackSampler(Sampler[list[int]]):
 
 
 class PackCollator:
-    """[`collate`] for the packs of a dataset, as `DataLoader` calls it."""
+    """[`collate`] for the packs of a dataset, as `DataLoader` calls it, and their `layout`."""
 
     def __init__(self, dataset: PackedDataset):
-        self.padded, self.pad = dataset.padded, dataset.spec.special.pad
+        self.padded, self.pad, self.config = dataset.padded, dataset.spec.special.pad, dataset.config
 
-    def __call__(self, packs: Sequence[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
-        return collate(packs, self.pad, self.padded)
+    def __call__(self, packs: Sequence[dict[str, np.ndarray]]) -> dict[str, torch.Tensor | SequenceLayout]:
+        batch = collate(packs, self.pad, self.padded)
+        return batch | {"layout": build_layout(self.config, **batch)}
 
 
 def collate(packs: Sequence[dict[str, np.ndarray]], pad: int, padded: bool) -> dict[str, torch.Tensor]:

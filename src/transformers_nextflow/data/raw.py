@@ -30,7 +30,7 @@ class RawDocuments(Dataset):
 
     def __init__(self, source: Source, model: str | Path, settings: ExtractionSettings, device: str = "cpu"):
         self.extractor = Extractor(source, str(model), settings, device)
-        self.spec = self.extractor.spec
+        self.spec, self.config = self.extractor.spec, self.extractor.config
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:

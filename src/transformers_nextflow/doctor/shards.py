@@ -20,6 +20,7 @@ from ..data.shards import (
     thumbnail_error,
     verify,
 )
+from ..layout import find_images
 from ..scales import ScaleSchedule
 from . import reference
 from .case import LOOKED_AT, Case, Sequence
@@ -417,14 +418,12 @@ def packed_pictures(case: Case) -> Iterator[tuple[ScaleSchedule, torch.Tensor, t
             continue
         batch = {name: values.to(case.model.device) for name, values in pack.items()}
         labels = batch.pop("shift_labels")
-        layout = case.model.model.lay_out(
-            batch["input_ids"], batch["image_grid_hw"], document_ids=batch["document_ids"]
-        )
+        images = find_images(case.config, batch["input_ids"], batch["image_grid_hw"])
         hidden = case.model.model(**batch, use_cache=False).last_hidden_state
-        codes = batch["image_codes"].split([image.num_codes for image in layout.closed_images])
-        for image, own in zip(layout.closed_images, codes):
+        codes = batch["image_codes"].split([image.num_codes for image in images])
+        for image, own in zip(images, codes):
             if labels[0, image.start] >= 0:
                 found += 1
-                yield image.schedule, own, case.model.code_head(hidden[0, image.slots]).float().log_softmax(-1)
+                yield image.schedule, own, case.model.code_head(hidden[0, image.outputs]).float().log_softmax(-1)
         if found >= SAMPLED:
             return

@@ -328,7 +328,7 @@ def check_targets(case: Case) -> Finding:
     loss_of = lambda places, targets: -log_probs[places, targets.clamp(0, log_probs.shape[-1] - 1)]  # noqa: E731
     limit = tolerance(log_probs.dtype) if case.model.dtype == torch.float32 else tolerance(case.model.dtype)
     is_near = lambda a, b: difference(a, b) <= limit  # noqa: E731
-    step = "look at `losses.py`: `shift_labels_of` and `fill_code_targets`; train anew after it"
+    step = "look at `layout.py`: `shift_labels_of` and `_targets`; train anew after it"
     if not is_near(losses[at], loss_of(at, base + codes)):
         verdict = Verdict("wrong targets", "the targets of the codes are others", step)
         size = case.config.vq_config.codebook_size
