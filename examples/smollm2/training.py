@@ -9,6 +9,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from peft import PeftModel, get_peft_model
 from transformers import TrainerCallback
@@ -40,12 +41,13 @@ class PicturesAlone(PackCollator):
 
     def __init__(self, dataset: PackedDataset):
         super().__init__(dataset)
-        self.in_pictures = torch.tensor([dataset.spec.special.boi, dataset.spec.special.image])
+        self.in_pictures = [dataset.spec.special.boi, dataset.spec.special.image]
 
     def __call__(self, packs):
-        batch = super().__call__(packs)
-        batch["shift_labels"][~torch.isin(batch["input_ids"], self.in_pictures)] = IGNORE
-        return batch
+        return super().__call__([pack | {"shift_labels": self._codes_alone(pack)} for pack in packs])
+
+    def _codes_alone(self, pack: dict[str, np.ndarray]) -> np.ndarray:
+        return np.where(np.isin(pack["input_ids"], self.in_pictures), pack["shift_labels"], IGNORE)
 
 
 def code_documents(folder: Path, start: Path, data: Path, steps: int) -> Path:
