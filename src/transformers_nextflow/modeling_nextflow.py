@@ -511,8 +511,16 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
             targets_BL, weights_BL = fill_code_targets(shift_labels, layout, codes, text_rows, alpha)
             if loss_weights is not None:
                 weights_BL = loss_weights.masked_fill(targets_BL == IGNORE, 0.0)
-            heads, num_rows = (self.lm_head, self.code_head), text_rows + self.config.vq_config.codebook_size
-            total, token_losses_BL = joint_cross_entropy(hidden_BLD, heads, num_rows, targets_BL, weights_BL, z_loss)
+            at_BL = targets_BL != IGNORE
+            total, losses_N = joint_cross_entropy(
+                hidden_BLD.to(targets_BL.device)[at_BL],
+                (self.lm_head, self.code_head),
+                text_rows + self.config.vq_config.codebook_size,
+                targets_BL[at_BL],
+                weights_BL[at_BL],
+                z_loss,
+            )
+            token_losses_BL = losses_N.new_zeros(targets_BL.shape).masked_scatter(at_BL, losses_N)
             loss = total / (weights_BL.sum() if num_items_in_batch is None else num_items_in_batch)
 
         logits = None
