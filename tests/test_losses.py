@@ -1,49 +1,56 @@
 """The joint cross-entropy against the plain one, and what it is divided by."""
 
-from functools import partial
+import copy
 
 import pytest
 import torch
 import torch.nn.functional as F
 from tiny_models import BOI, SQUARE, TEXT_ROWS, WIDE, Picture, batch_of, codes_of, relative, tiny_model
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from transformers_nextflow import losses
 from transformers_nextflow.losses import IGNORE
 
-POSITIONS, WIDTH, ROWS = (2, 10), 8, (13, 7)  # text rows, codes
+POSITIONS, WIDTH, ROWS = 15, 8, (13, 7)  # text rows, codes
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 CHUNKS = pytest.mark.parametrize("at_once", [1, 3 * sum(ROWS), 2**20], ids=["1 each", "3 each", "one chunk"])
 
 
 def example(dtype: torch.dtype, scale: float = 1.0) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
-    """Hidden states and rows, targets of which five are ignored, and weights of which one is 0."""
+    """Hidden states and rows of two heads, targets, and weights of which one is 0."""
     generator = torch.Generator().manual_seed(0)
-    shapes = [(*POSITIONS, WIDTH), *((rows, WIDTH) for rows in ROWS)]
-    inputs = [(scale * torch.randn(shape, generator=generator)).to(dtype).requires_grad_() for shape in shapes]
-    targets = torch.randint(sum(ROWS), POSITIONS, generator=generator)
+    shapes = [(length, WIDTH) for length in (POSITIONS, *ROWS)]
+    inputs = [nn.Parameter((scale * torch.randn(shape, generator=generator)).to(dtype)) for shape in shapes]
+    targets = torch.randint(sum(ROWS), (POSITIONS,), generator=generator)
     weights = 3 * torch.rand(POSITIONS, generator=generator)
-    targets[0, :4] = targets[1, 9] = IGNORE
-    weights[1, 3] = 0.0
+    weights[3] = 0.0
     return inputs, targets, weights
 
 
+def head_of(rows: nn.Parameter) -> nn.Linear:
+    with torch.device("meta"):
+        head = nn.Linear(rows.shape[1], len(rows), bias=False)
+    head.weight = rows
+    return head
+
+
 def joint_cross_entropy(hidden, text_rows, code_rows, targets, weights, z_loss=0.0):
-    heads = [partial(F.linear, weight=rows) for rows in (text_rows, code_rows)]
-    at, num_rows = targets != IGNORE, len(text_rows) + len(code_rows)
-    total, each = losses.joint_cross_entropy(hidden[at], heads, num_rows, targets[at], weights[at], z_loss)
-    return total, each.new_zeros(targets.shape).masked_scatter(at, each)
+    heads = [head_of(rows) for rows in (text_rows, code_rows)]
+    return losses.joint_cross_entropy(hidden, heads, len(text_rows) + len(code_rows), targets, weights, z_loss)
+
+
+def of_heads(hidden, heads, targets, weights, z_loss=0.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """All logits at once."""
+    logits = torch.cat([head(hidden) for head in heads], dim=-1)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    each = F.cross_entropy(logits, targets, reduction="none")
+    return ((each + z_loss * logits.logsumexp(-1) ** 2) * weights).sum(), each.detach()
 
 
 def plain(hidden, text_rows, code_rows, targets, weights, z_loss=0.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """All logits at once."""
-    logits = torch.cat([F.linear(hidden, text_rows), F.linear(hidden, code_rows)], dim=-1)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    each = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORE)
-    each = each.view_as(targets)
-    squares = torch.where(targets == IGNORE, 0.0, logits.logsumexp(-1) ** 2)
-    return ((each + z_loss * squares) * weights).sum(), each.detach()
+    return of_heads(hidden, [head_of(text_rows), head_of(code_rows)], targets, weights, z_loss)
 
 
 def value_and_gradients(loss, inputs, targets, weights, factor: float = 1.0, **kwargs) -> list[torch.Tensor]:
@@ -89,7 +96,7 @@ def test_under_autocast(monkeypatch, at_once):
 
 def test_large_logits_stay_finite():
     inputs, targets, weights = example(torch.float32, scale=30.0)
-    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    exact = [nn.Parameter(tensor.detach().double()) for tensor in inputs]
     expected = value_and_gradients(plain, exact, targets, weights)
     for ours, theirs in zip(value_and_gradients(joint_cross_entropy, inputs, targets, weights), expected):
         assert ours.isfinite().all() and relative(ours.double(), theirs) < 1e-5
@@ -99,7 +106,7 @@ def test_large_logits_stay_finite():
 def test_only_what_is_trained_gets_a_gradient(trained):
     inputs, targets, weights = example(torch.float64)
     expected = value_and_gradients(plain, inputs, targets, weights)[2:]
-    inputs = [tensor.detach().requires_grad_(index in trained) for index, tensor in enumerate(inputs)]
+    inputs = [nn.Parameter(tensor.detach(), index in trained) for index, tensor in enumerate(inputs)]
     joint_cross_entropy(*inputs, targets, weights)[0].backward()
     for index, (tensor, gradient) in enumerate(zip(inputs, expected)):
         if index in trained:
@@ -108,19 +115,160 @@ def test_only_what_is_trained_gets_a_gradient(trained):
             assert tensor.grad is None
 
 
-def test_a_second_backward_gives_the_same():
+def test_gradients_by_differences(monkeypatch):
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 4 * sum(ROWS))
+    inputs, targets, weights = example(torch.float64)
+    weights = weights.double()
+    step = 1e-6
+    *_, hidden, text_rows, code_rows = value_and_gradients(joint_cross_entropy, inputs, targets, weights, z_loss=0.1)
+    for tensor, gradient in zip(inputs, (hidden, text_rows, code_rows)):
+        direction = torch.randn_like(tensor)
+        sums = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                tensor += sign * step * direction
+                sums.append(joint_cross_entropy(*inputs, targets, weights, z_loss=0.1)[0])
+                tensor -= sign * step * direction
+        assert torch.isclose((sums[0] - sums[1]) / (2 * step), (gradient * direction).sum(), rtol=1e-7)
+
+
+def test_a_second_backward_is_refused():
     inputs, targets, weights = example(torch.float64)
     total, _ = joint_cross_entropy(*inputs, targets, weights)
-    first, second = (torch.autograd.grad(total * 0.3, inputs, retain_graph=True) for _ in range(2))
-    assert all(map(torch.equal, first, second))
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="compute it again"):
+        total.backward()
+
+
+def test_gradients_add_up_over_two_losses(monkeypatch):
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 4 * sum(ROWS))
+    inputs, targets, weights = example(torch.float64)
+    for factor in (0.3, 0.6):
+        (joint_cross_entropy(*inputs, targets, weights)[0] * factor).backward()
+    for tensor, expected in zip(inputs, value_and_gradients(plain, inputs, targets, weights, 0.9)[2:]):
+        assert relative(tensor.grad, expected) < 1e-12
 
 
 def test_nothing_supervised_is_zero():
     inputs, targets, weights = example(torch.float32)
-    total, each, *gradients = value_and_gradients(
-        joint_cross_entropy, inputs, torch.full_like(targets, IGNORE), weights
-    )
-    assert total == 0 and not any(tensor.any() for tensor in (each, *gradients))
+    nothing = [inputs[0][:0], *inputs[1:]]
+    total, each = joint_cross_entropy(*nothing, targets[:0], weights[:0])
+    total.backward()
+    assert total == 0 and each.shape == (0,)
+    assert not any(tensor.grad.any() for tensor in inputs)
+
+
+def test_no_positions_of_half_trained_heads():
+    """As on a device whose row of a batch has no target, while the hidden states are frozen."""
+    (hidden, text_rows, code_rows), targets, weights = example(torch.float32)
+    code_rows.requires_grad_(False)
+    total, _ = joint_cross_entropy(hidden[:0].detach(), text_rows, code_rows, targets[:0], weights[:0])
+    total.backward()
+    assert not text_rows.grad.any() and code_rows.grad is None
+
+
+# Heads that are more than rows
+
+
+class Adapted(nn.Module):
+    """A frozen layer and a low rank beside it, and a layer that nothing calls."""
+
+    def __init__(self, base: nn.Linear):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.down, self.up = nn.Linear(WIDTH, 3, bias=False), nn.Linear(3, base.out_features, bias=False)
+        self.unused = nn.Linear(2, 2)
+
+    def forward(self, hidden):
+        return self.base(hidden) + self.up(self.down(hidden))
+
+
+def soft_capped(head: nn.Linear) -> nn.Module:
+    return nn.Sequential(head, nn.Tanh())
+
+
+def with_bias(head: nn.Linear) -> nn.Module:
+    head.bias = nn.Parameter(torch.linspace(-1, 1, head.out_features))
+    return head
+
+
+def with_hook_on_gradients(head: nn.Linear) -> nn.Module:
+    head.weight.register_hook(lambda gradient: gradient * 0.1)
+    return head
+
+
+def with_forward_hook(head: nn.Linear) -> nn.Module:
+    head.register_forward_hook(lambda module, args, output: output * 1.5)
+    return head
+
+
+def parametrised(head: nn.Linear) -> nn.Module:
+    return nn.utils.parametrizations.weight_norm(head)
+
+
+def after_norm(head: nn.Linear) -> nn.Module:
+    return nn.Sequential(nn.RMSNorm(WIDTH), head)
+
+
+HEADS = [Adapted, soft_capped, with_bias, with_hook_on_gradients, with_forward_hook, parametrised, after_norm]
+
+
+@CHUNKS
+@pytest.mark.parametrize("change", HEADS, ids=lambda change: change.__name__)
+def test_changed_heads(monkeypatch, change, at_once):
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", at_once)
+    torch.manual_seed(0)
+    (hidden, *rows), targets, weights = example(torch.float32)
+    heads = nn.ModuleList([change(head_of(rows[0])), head_of(rows[1])])
+    others, other_hidden = copy.deepcopy(heads), copy.deepcopy(hidden)
+    if change is with_hook_on_gradients:  # is not copied
+        others = nn.ModuleList([change(others[0]), others[1]])
+    total, _ = losses.joint_cross_entropy(hidden, heads, sum(ROWS), targets, weights)
+    expected, _ = of_heads(other_hidden, others, targets, weights)
+    assert relative(total, expected) < 1e-5
+    for loss in (total, expected):
+        (loss * 0.3).backward()
+    assert relative(hidden.grad, other_hidden.grad) < 1e-5
+    for (name, weight), other in zip(heads.named_parameters(), others.parameters(), strict=True):
+        if "unused" in name:
+            assert other.grad is None and not weight.grad.any()
+        elif other.grad is None:
+            assert weight.grad is None and not weight.requires_grad
+        else:
+            assert relative(weight.grad, other.grad) < 1e-5, name
+
+
+def test_one_weight_in_both_heads_and_in_the_hidden_states():
+    _, targets, weights = example(torch.float64)
+    table = nn.Parameter(torch.randn(10, WIDTH, dtype=torch.float64))
+    targets, gradients = targets % 20, []
+    for loss in (joint_cross_entropy, plain):
+        hidden = table[targets % 10].tanh()
+        gradients += torch.autograd.grad(loss(hidden, table, table, targets, weights)[0], table)
+    assert relative(*gradients) < 1e-12
+
+
+def test_inside_a_checkpoint(monkeypatch):
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 4 * sum(ROWS))
+    inputs, targets, weights = example(torch.float64)
+
+    def checkpointed(*args):
+        return torch.utils.checkpoint.checkpoint(joint_cross_entropy, *args, use_reentrant=False)
+
+    expected = value_and_gradients(plain, inputs, targets, weights)
+    for ours, theirs in zip(value_and_gradients(checkpointed, inputs, targets, weights), expected):
+        assert relative(ours, theirs) < 1e-12
+
+
+def test_compiled_without_a_break(monkeypatch):
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 4 * sum(ROWS))
+    inputs, targets, weights = example(torch.float64)
+    heads = [head_of(rows) for rows in inputs[1:]]
+    compiled = torch.compile(losses.joint_cross_entropy, fullgraph=True, backend="aot_eager")
+    total, each = compiled(inputs[0], heads, sum(ROWS), targets, weights)
+    got = [total, each, *torch.autograd.grad(total, inputs)]
+    for ours, theirs in zip(got, value_and_gradients(plain, inputs, targets, weights)):
+        assert relative(ours, theirs) < 1e-12
 
 
 class Largest(TorchDispatchMode):
@@ -132,7 +280,7 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        self.products += function.overloadpacket is torch.ops.aten.mm
+        self.products += function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_)
         for tensor in result if isinstance(result, (tuple, list)) else [result]:
             if isinstance(tensor, torch.Tensor):
                 self.elements = max(self.elements, tensor.numel())
@@ -142,13 +290,13 @@ class Largest(TorchDispatchMode):
 def test_the_logits_of_all_positions_never_exist_at_once(monkeypatch):
     monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 100)
     hidden = torch.randn(60, 2, requires_grad=True)
-    text_rows, code_rows = torch.randn(30, 2, requires_grad=True), torch.randn(20, 2, requires_grad=True)
+    text_rows, code_rows = nn.Parameter(torch.randn(30, 2)), nn.Parameter(torch.randn(20, 2))
     targets, weights = torch.arange(60) % 50, torch.ones(60)
     with Largest() as largest:
         value_and_gradients(joint_cross_entropy, [hidden, text_rows, code_rows], targets, weights)
-    assert largest.elements == 120 and largest.products == 30 * 8
+    assert largest.elements == 120 and largest.products == 30 * 6
     with Largest() as largest:
-        value_and_gradients(plain, [hidden[None], text_rows, code_rows], targets[None], weights[None])
+        value_and_gradients(plain, [hidden, text_rows, code_rows], targets, weights)
     assert largest.elements == 60 * 50
 
 

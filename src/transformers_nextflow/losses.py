@@ -3,19 +3,28 @@
 Shape suffixes: N supervised positions, n those of one chunk, D hidden, V all rows (text, then codes).
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 IGNORE = -100
+CHUNKS = 16
+GATHERED_CHUNKS = 4  # each gathers the weights once more
+LEAST_POSITIONS = 64  # of a chunk, which adds to all of the weights' gradients
 LOGITS_AT_ONCE = 2**25  # of one chunk: 128 MiB in float32
 
 
 def joint_cross_entropy(
     hidden_ND: torch.Tensor,
-    heads: Sequence[Callable[[torch.Tensor], torch.Tensor]],
+    heads: Sequence[nn.Module],
     num_rows: int,
     targets_N: torch.Tensor,
     weights_N: torch.Tensor,
@@ -24,31 +33,143 @@ def joint_cross_entropy(
     """Sum of weight x cross-entropy under one softmax over the rows of all heads; exact, without the logits of all
     positions at once.
 
-    Heads are called, chunk by chunk of positions, so that adapters on them, offload and tensor parallelism take part.
-    What a chunk's logits were is computed again in the backward.
+    Heads are called, chunk by chunk of positions, so that adapters on them, offload, sharding and tensor parallelism
+    take part. A sum is a scalar, so its gradient is known in the forward up to one factor: each chunk's is computed at
+    once, and kept are sums as large as hidden states and weights. Where a head's weights are there only while it runs
+    (offloaded, a unit of FSDP2 of its own, partitioned by DeepSpeed's ZeRO-3, with which this never ran), where they
+    have hooks on their gradients, and inside `torch.compile`, logits are computed again in the backward instead.
 
     Args:
-        hidden_ND: (N, D) of the supervised positions.
+        hidden_ND: hidden states of supervised positions.
         heads: modules from (n, D) hidden states to (n, rows) logits, in the order of the targets' ids.
         num_rows: of all heads.
-        targets_N: (N,) int64 over all rows.
-        weights_N: (N,) of the targets, constants.
+        targets_N: int64 over all rows.
+        weights_N: of the targets, constants.
         z_loss: coefficient of the squared log-sum-exp of the logits, added to each target's cross-entropy before it is
             weighed; it holds the softmax's normaliser near 1. No part of the paper.
 
     Returns:
-        The sum, a scalar, and the (N,) unweighted cross-entropies, detached. Both float32, or float64 for logits in
-        it.
+        The sum, a scalar to differentiate once, and the (N,) unweighted cross-entropies, detached. Both float32, or
+        float64 for logits in it.
     """
+    inputs = (hidden_ND, targets_N, weights_N)
+    by_itself = not any(map(_is_gathered, heads))
+    if by_itself:
+        length = max(LEAST_POSITIONS, math.ceil(len(hidden_ND) / CHUNKS))
+        length = max(1, min(length, LOGITS_AT_ONCE // num_rows))
+        chunks = zip(*(tensor.split(length) for tensor in inputs))
+    else:  # devices that gather weights together must do it as often, however many positions each has
+        chunks = zip(*(tensor.tensor_split(GATHERED_CHUNKS) for tensor in inputs))
+    weights = [weight for weight in nn.ModuleList(heads).parameters() if weight.requires_grad]
+    # Dynamo traces checkpoints, but no gradients that a forward computes
+    by_itself &= not torch.compiler.is_compiling() and not any(weight._backward_hooks for weight in weights)
+    if by_itself and torch.is_grad_enabled() and (hidden_ND.requires_grad or weights):
+        return _with_gradients(hidden_ND, heads, weights, chunks, z_loss)
 
     def of_chunk(hidden_nD, targets_n, weights_n):
-        logits_nV = torch.cat([head(hidden_nD).to(hidden_nD.device) for head in heads], dim=-1)
-        logits_nV = logits_nV.to(torch.promote_types(logits_nV.dtype, torch.float32))
-        losses_n = F.cross_entropy(logits_nV, targets_n, reduction="none")
-        penalties_n = z_loss * logits_nV.logsumexp(dim=-1) ** 2 if z_loss else 0.0
-        return ((losses_n + penalties_n) * weights_n).sum(), losses_n.detach()
+        return _weighted_cross_entropy([head(hidden_nD) for head in heads], targets_n, weights_n, z_loss)
 
-    length = max(1, LOGITS_AT_ONCE // num_rows)
-    chunks = [tensor.split(length) for tensor in (hidden_ND, targets_N, weights_N)]
-    totals, losses = zip(*(checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in zip(*chunks)))
+    totals, losses = zip(*(checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks))
     return sum(totals), torch.cat(losses)
+
+
+def _is_gathered(head: nn.Module) -> bool:
+    """Whether hooks bring weights for each call and take them away after it."""
+    weights = list(head.parameters())
+    if any(isinstance(module, FSDPModule) for module in head.modules()):
+        return any(isinstance(weight, DTensor) for weight in weights)
+    return any(weight.is_meta or not weight.numel() for weight in weights)
+
+
+def _weighted_cross_entropy(
+    parts: list[torch.Tensor], targets_n: torch.Tensor, weights_n: torch.Tensor, z_loss: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each head's (n, rows) logits -> the sum, and the (n,) cross-entropies, detached."""
+    logits_nV = torch.cat([part.to(targets_n.device) for part in parts], dim=-1)
+    logits_nV = logits_nV.to(torch.promote_types(logits_nV.dtype, torch.float32))
+    losses_n = F.cross_entropy(logits_nV, targets_n, reduction="none")
+    penalties_n = z_loss * logits_nV.logsumexp(dim=-1) ** 2 if z_loss else 0.0
+    return ((losses_n + penalties_n) * weights_n).sum(), losses_n.detach()
+
+
+def _with_gradients(
+    hidden_ND: torch.Tensor, heads: Sequence[nn.Module], weights: list[nn.Parameter], chunks: Iterable, z_loss: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum, whose backward has nothing left to compute, and the (N,) cross-entropies."""
+    sums = {weight: torch.zeros_like(weight, dtype=_fine(weight)) for weight in weights}
+    totals, losses, hidden_sums = [], [], []
+    for hidden_nD, targets_n, weights_n in chunks:
+        hidden_nD = hidden_nD.detach().requires_grad_(hidden_ND.requires_grad)
+        hidden_sums.append(torch.zeros_like(hidden_nD, dtype=_fine(hidden_nD)))
+        parts = [head(hidden_nD) for head in heads]
+        edges = [get_gradient_edge(part) for part in parts if part.requires_grad]
+        total, losses_n = _weighted_cross_entropy(parts, targets_n, weights_n, z_loss)
+        del parts
+        for edge, gradient in zip(edges, torch.autograd.grad(total, edges)):
+            _add_gradients({hidden_nD: hidden_sums[-1]} | sums, hidden_nD, edge, gradient)
+        totals.append(total.detach())
+        losses.append(losses_n)
+    gradients = [torch.cat(hidden_sums), *sums.values()]
+    del sums
+    return _Differentiated.apply(sum(totals), gradients, hidden_ND, *weights), torch.cat(losses)
+
+
+def _add_gradients(
+    sums: dict[torch.Tensor, torch.Tensor], hidden_nD: torch.Tensor, edge: GradientEdge, gradient: torch.Tensor
+) -> None:
+    """Add to the sums what a head's logits, at `edge`, give to each leaf of their graph."""
+    weight = _factor_of(edge.node, hidden_nD)
+    if weight in sums:  # its gradient alone would be as large as the sum, and cost more than the product
+        if hidden_nD.requires_grad:
+            _add_product(sums[hidden_nD], gradient, weight.detach())
+        _add_product(sums[weight], gradient.T, hidden_nD.detach())
+        return
+    leaves = [leaf for leaf in sums if leaf.requires_grad]
+    for leaf, added in zip(leaves, torch.autograd.grad(edge, leaves, gradient, allow_unused=True)):
+        if added is not None:
+            sums[leaf] += added
+
+
+def _factor_of(node: torch.autograd.graph.Node, hidden_nD: torch.Tensor) -> torch.Tensor | None:
+    """The leaf W, where all that happened to the hidden states is `hidden_nD @ W.T`."""
+    if node.name() != "MmBackward0" or node._saved_self is not hidden_nD:
+        return None
+    transposed = node.next_functions[1][0]
+    if transposed is None or transposed.name() != "TBackward0":
+        return None
+    return getattr(transposed.next_functions[0][0], "variable", None)
+
+
+def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
+
+
+def _fine(tensor: torch.Tensor) -> torch.dtype:
+    """What sums of its gradients are in."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+class _Differentiated(torch.autograd.Function):
+    """A scalar whose gradients are known. The backward hands them over, since they may be the largest tensors there
+    are, and so it runs once."""
+
+    @staticmethod
+    def forward(ctx, total, gradients, *inputs):
+        ctx.gradients, ctx.dtypes = gradients, [tensor.dtype for tensor in inputs]
+        return total.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, factor):
+        if ctx.gradients is None:
+            raise RuntimeError("the loss was differentiated before and has given its gradients away: compute it again")
+        gradients, ctx.gradients = ctx.gradients[::-1], None
+        scaled = []
+        for dtype, needed in zip(ctx.dtypes, ctx.needs_input_grad[2:]):
+            gradient = gradients.pop()
+            scaled.append(gradient.mul_(factor.to(gradient.device)).to(dtype) if needed else None)
+            del gradient
+        return None, None, *scaled
