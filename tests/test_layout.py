@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate.utils import send_to_device
 from tiny_models import BOI, EOI, IMAGE, SQUARE, WIDE, Picture, batch_of, relative, tiny_config, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -336,3 +337,12 @@ def test_a_layout_needs_codes(one_layer):
     layout = build_layout(one_layer.config, **batch)
     with pytest.raises(ValueError, match="a layout goes with image_codes, got pixel_values"):
         one_layer(batch["input_ids"], layout=layout, pixel_values=torch.zeros(9, 48))
+    with pytest.raises(ValueError, match="the layout has 13 <image> tokens, but no image_codes came"):
+        one_layer(batch["input_ids"], layout=layout)
+
+
+def test_accelerate_moves_a_layout_with_its_batch():
+    batch = batch_of(tiny_model(), [A, Picture(SQUARE), OK])
+    batch["layout"] = build_layout(CONFIG, **batch)
+    moved = send_to_device(batch, "meta")["layout"]
+    assert {tensor.device.type for tensor in vars(moved).values() if tensor is not None} == {"meta"}

@@ -349,6 +349,8 @@ class NextFlowModel(NextFlowPreTrainedModel):
         elif pixel_values is not None:
             raise ValueError("a layout goes with image_codes, got pixel_values")
         if image_codes is None:
+            if len(layout.slot_places):
+                raise ValueError(f"the layout has {len(layout.slot_places)} <image> tokens, but no image_codes came")
             image_codes = layout.slot_places.new_empty(0)
         if image_input_codes is not None:
             image_codes = image_codes.index_copy(0, layout.coarse_places, image_input_codes)
