@@ -1,7 +1,4 @@
-"""A checkpoint in the layout of the Hub, to be loaded by anyone who has the package installed.
-
-`auto_map` and one small file for each class let `trust_remote_code=True` work where the package is not imported.
-"""
+"""A checkpoint in the layout of the Hub, to be loaded by anyone who has the package installed."""
 
 import json
 import math
@@ -10,18 +7,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from .files import output_folder
+from .files import output_folder, read_json
+from .remote_code import write_code
 from .safetensors_folder import INDEX, SafetensorsFolder
-
-CONFIG_MAP = {
-    "AutoConfig": "configuration_nextflow.NextFlowConfig",
-    "AutoModel": "modeling_nextflow.NextFlowModel",
-    "AutoModelForMultimodalLM": "modeling_nextflow.NextFlowForConditionalGeneration",
-    "AutoModelForImageTextToText": "modeling_nextflow.NextFlowForConditionalGeneration",
-}
-PROCESSOR_MAP = {"AutoProcessor": "processing_nextflow.NextFlowProcessor"}
-IMAGE_PROCESSOR_MAP = {"AutoImageProcessor": "image_processing_nextflow.NextFlowImageProcessor"}
-SHIM = '"""Loads the class of the installed package; see README.md."""\n\nfrom transformers_nextflow import {names}\n'
 
 CARD = """\
 ---
@@ -111,28 +99,10 @@ def _write(folder: Path, output: Path, name: str) -> None:
     else:
         GenerationConfig.from_model_config(config).save_pretrained(output)
 
-    _edit_json(folder / "config.json", output / "config.json", lambda values: values.update(auto_map=CONFIG_MAP))
-    processor_config = output / "processor_config.json"
-    _edit_json(processor_config, processor_config, _add_processor_maps)
-    classes: dict[str, list[str]] = {}
-    for reference in (CONFIG_MAP | PROCESSOR_MAP | IMAGE_PROCESSOR_MAP).values():
-        module, name_of_class = reference.split(".")
-        classes.setdefault(module, []).append(name_of_class)
-    for module, names in classes.items():
-        shim = SHIM.format(names=", ".join(sorted(set(names))))
-        (output / f"{module}.py").write_text(shim, encoding="utf-8")
+    values = read_json(folder / "config.json") | {"auto_map": config.auto_map}
+    (output / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_code(output, config.auto_map)
     (output / "README.md").write_text(model_card(folder, config, weights, name), encoding="utf-8")
-
-
-def _edit_json(source: Path, target: Path, edit) -> None:
-    values = json.loads(source.read_text(encoding="utf-8"))
-    edit(values)
-    target.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _add_processor_maps(values: dict) -> None:
-    values["auto_map"] = PROCESSOR_MAP
-    values["image_processor"]["auto_map"] = IMAGE_PROCESSOR_MAP
 
 
 def model_card(folder: Path, config, weights: SafetensorsFolder, name: str) -> str:

@@ -11,8 +11,10 @@ from transformers.image_utils import ImageInput
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 from transformers.tokenization_utils_base import PreTokenizedInput, TextInput
 
+from .image_processing_nextflow import NextFlowImageProcessor
 from .interleaved import NextFlowInterleavedOutput
 from .layout import num_image_slots
+from .remote_code import ProcessorBringsCode
 
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
@@ -47,7 +49,7 @@ CHAT_TEMPLATE = """\
 {%- endif -%}"""
 
 
-class NextFlowProcessor(ProcessorMixin):
+class NextFlowProcessor(ProcessorBringsCode, ProcessorMixin):
     r"""
     An image processor and a text tokenizer.
 
@@ -63,6 +65,7 @@ class NextFlowProcessor(ProcessorMixin):
             As in [`NextFlowConfig`], and to be the same as the model's.
     """
 
+    auto_map = {"AutoProcessor": "processing_nextflow.NextFlowProcessor"} | NextFlowImageProcessor.auto_map
     text_kwargs = {"padding": True, "padding_side": "left", "return_token_type_ids": False}
 
     def __init__(self, image_processor, tokenizer, chat_template=None, condition_last_scale=True):
