@@ -18,7 +18,8 @@ WHOLE = """
 doors = (AutoProcessor, AutoImageProcessor, AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText)
 print(*(type(door.from_pretrained(NAME, **TRUST)).__name__ for door in (*doors, AutoModelForMultimodalLM)))
 """
-NAMES = "NextFlowProcessor NextFlowImageProcessor NextFlowConfig NextFlowModel" + 3 * " NextFlowForConditionalGeneration"
+NAMES = "NextFlowProcessor NextFlowImageProcessor NextFlowConfig NextFlowModel"
+NAMES += 3 * " NextFlowForConditionalGeneration"
 
 
 def test_a_saved_folder(tiny_checkpoint, tmp_path):
@@ -36,8 +37,8 @@ AutoProcessor.from_pretrained(NAME, **TRUST).save_pretrained("again")
     assert run_fresh(script, tmp_path).splitlines()[-2:] == ["True", NAMES]
     assert run_fresh(f"{LOADED}\nNAME = 'again'\n{WHOLE}", tmp_path).strip() == NAMES
     for name in ("config.json", "processor_config.json"):
-        maps = [json.loads((folder / name).read_text())["auto_map"] for folder in (tiny_checkpoint, tmp_path / "again")]
-        assert maps[0] == maps[1] and maps[0]
+        first, again = (json.loads((folder / name).read_text()) for folder in (tiny_checkpoint, tmp_path / "again"))
+        assert first["auto_map"] == again["auto_map"]
 
 
 def test_a_pushed_model(tiny_checkpoint, tmp_path):
@@ -56,7 +57,8 @@ AutoProcessor.from_pretrained(NAME, **TRUST).save_pretrained("again")
     with hub_stand_in() as hub:
         run_fresh(script, tmp_path, **hub.environment)
         for name in ("someone/pushed", "someone/saved"):
-            assert run_fresh(f"{LOADED}\nNAME = {name!r}\n{WHOLE}\n{load}", tmp_path, **hub.environment).strip() == NAMES
+            script = f"{LOADED}\nNAME = {name!r}\n{WHOLE}\n{load}"
+            assert run_fresh(script, tmp_path, **hub.environment).strip() == NAMES
     assert run_fresh(f"{LOADED}\nNAME = 'again'\n{WHOLE}", tmp_path).strip() == NAMES
 
 
