@@ -11,6 +11,15 @@ from .files import output_folder, read_json
 from .remote_code import write_code
 from .safetensors_folder import INDEX, SafetensorsFolder
 
+PIPELINE = {
+    "_class_name": "NextFlowPipeline",
+    "decoder": [None, None],
+    "model": ["diffusers_nextflow", "NextFlowForConditionalGeneration"],
+    "processor": ["diffusers_nextflow", "NextFlowProcessor"],
+}
+"""For diffusers, which finds both parts in the folder itself."""
+PIPELINE_CODE = "from diffusers_nextflow import NextFlowPipeline as Pipeline  # noqa: F401\n"
+
 CARD = """\
 ---
 {front_matter}
@@ -52,8 +61,8 @@ def export(folder: str | Path, to: str, push: bool = False) -> str:
     """Write a NextFlow checkpoint in the Hub's layout.
 
     Args:
-        folder: what `save_pretrained` of model and processor wrote. Its README.md, if any, becomes part of the model
-            card: licence and sources, scores, limits.
+        folder: what `save_pretrained` of model and processor wrote, or the id of such a repository on the Hub. Its
+            README.md, if any, becomes part of the model card: licence and sources, scores, limits.
         to: a new folder, or with `push` the id of a repository, which is created if it is not there.
 
     Returns:
@@ -63,13 +72,13 @@ def export(folder: str | Path, to: str, push: bool = False) -> str:
         ValueError: if the folder's weights are damaged, or other than safetensors.
         FileExistsError: if the new folder exists.
     """
-    folder = Path(folder)
+    from huggingface_hub import HfApi, snapshot_download
+
+    folder = Path(folder) if Path(folder).is_dir() else Path(snapshot_download(str(folder)))
     if not push:
         with output_folder(to) as partial:
             _write(folder, partial, name=to)
         return to
-    from huggingface_hub import HfApi
-
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", to):
         raise ValueError(f'a repository reads "owner/name", got {to!r}')
     with tempfile.TemporaryDirectory() as partial:
@@ -102,6 +111,8 @@ def _write(folder: Path, output: Path, name: str) -> None:
     values = read_json(folder / "config.json") | {"auto_map": config.auto_map}
     (output / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     write_code(output, config.auto_map)
+    (output / "model_index.json").write_text(json.dumps(PIPELINE, indent=2) + "\n", encoding="utf-8")
+    (output / "pipeline.py").write_text(PIPELINE_CODE, encoding="utf-8")
     (output / "README.md").write_text(model_card(folder, config, weights, name), encoding="utf-8")
 
 

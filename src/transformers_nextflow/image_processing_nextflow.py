@@ -226,7 +226,9 @@ class NextFlowImageProcessor(ProcessorBringsCode, PilBackend):
             pixels = pixels[..., :3] * alpha + (1 - alpha)
         return np.broadcast_to(pixels, (*pixels.shape[:2], 3)).transpose(2, 0, 1)
 
-    def _validate_preprocess_kwargs(self, do_resize=None, **kwargs):
+    def _validate_preprocess_kwargs(self, do_resize=None, size=None, **kwargs):
+        if size is not None:
+            raise ValueError(f"sizes follow from the scale schedules: choose a level instead of a size, got {size}")
         super()._validate_preprocess_kwargs(**kwargs)  # resizing needs no `size`, it follows from the schedules
 
     def _preprocess(
