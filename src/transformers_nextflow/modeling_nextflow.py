@@ -30,7 +30,7 @@ from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 from .attention import FLEX, refuse_dense_mask, sequence_mask
 from .configuration_nextflow import NextFlowConfig
 from .generation_nextflow import NextFlowGenerationMixin
-from .layout import SequenceLayout, build_layout, check_integers
+from .layout import SequenceLayout, build_layout, check_integers, text_positions
 from .lora import place_adapters
 from .losses import IGNORE, fill_code_targets, joint_cross_entropy, shift_labels_of
 from .modeling_nextflow_vq import LibraryModel, NextFlowVQModel, unpatchify
@@ -95,6 +95,7 @@ class NextFlowPreTrainedModel(LibraryModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
+    _supports_attention_backend = True
     _can_compile_fullgraph = True
 
     @classmethod
@@ -344,7 +345,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
         Args:
             input_ids: (B, L); or (B, L, D) `inputs_embeds`, in which images stand where the rows of `<boi>`, `<image>`
                 and `<eoi>` do.
-            attention_mask: (B, past + L), 0 at padding.
+            attention_mask: (B, past + L), 0 at padding; of text alone also (B, 1, L, keys).
             position_ids: (3, B, L) rows (s, i, j); computed from the ids where absent.
             pixel_values: (sum of final-grid cells, p*p*3) in [-1, 1], patches row-major, images in the order of
                 `<boi>`; (images, 3, H, W) for a vision tokenizer with an `image_size`.
@@ -358,9 +359,17 @@ class NextFlowModel(NextFlowPreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         # masks come prepared for steps over a static cache, whose length a compiled step must not ask for
         prepared = isinstance(attention_mask, dict)
-        if prepared or (past_key_values is not None and past_key_values.get_seq_length() > 0):
+        # who says of every pair whether it is seen, as a server of many requests does, lays the text out too
+        dense = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4
+        is_continued = prepared or dense or (past_key_values is not None and past_key_values.get_seq_length() > 0)
+        is_text = image_grid_hw is None and document_ids is None and layout is None
+        if is_text:
+            _check_text(pixel_values, image_codes)
+        if is_continued or (is_text and not self.training):  # in training every weight has a gradient
+            if is_text and not is_continued and position_ids is None:
+                position_ids = text_positions(input_ids if inputs_embeds is None else inputs_embeds, attention_mask)
             if image_grid_hw is not None:
-                raise ValueError("images cannot be given with a filled cache")
+                raise ValueError("images cannot be given with a filled cache, or a mask of (B, heads, L, keys)")
             if document_ids is not None:
                 raise ValueError("document_ids cannot be given with a filled cache")
             mask = attention_mask["full_attention"] if prepared else attention_mask
@@ -380,7 +389,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
             input_ids = self.marker_ids(inputs_embeds)
         layout = layout or self.lay_out(input_ids, image_grid_hw, attention_mask, document_ids)
         codes = self.image_codes_of(layout, pixel_values, image_codes)
-        if layout.images or self.training:  # in training every weight has a gradient, if a zero one
+        if layout.images or self.training:
             inputs_embeds = self.embed_images(inputs_embeds, layout, _input_codes(layout, codes, image_input_codes))
         mask = sequence_mask(
             self.config.text_config, inputs_embeds, attention_mask, layout, document_ids, past_key_values
@@ -479,6 +488,8 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
         if supervised:
             if (input_ids is None) == (inputs_embeds is None):
                 raise ValueError("give exactly one of input_ids and inputs_embeds")
+            if image_grid_hw is None:
+                _check_text(pixel_values, image_codes)
             ids = self.model.marker_ids(inputs_embeds) if input_ids is None else input_ids
             layout = self.model.lay_out(ids, image_grid_hw, attention_mask, document_ids)
             codes = self.model.image_codes_of(layout, pixel_values, image_codes)
@@ -532,6 +543,12 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
             scale_ids=layout.scale_ids if supervised else None,
             block_ids=layout.block_ids if supervised else None,
         )
+
+
+def _check_text(pixel_values: torch.Tensor | None, image_codes: torch.Tensor | None) -> None:
+    if pixel_values is not None or image_codes is not None:
+        name = "image_codes" if pixel_values is None else "pixel_values"
+        raise ValueError(f"{name} came without image_grid_hw, the final grid of each image")
 
 
 def _check_total(name: str, got: int, expected: int) -> None:

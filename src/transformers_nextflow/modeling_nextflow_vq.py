@@ -343,6 +343,7 @@ class NextFlowVQModel(AtLeastFloat32, LibraryModel):
         semantic = to_map(self.semantic_to_code(self.semantic_features(pixel_values)), grid)
         return torch.cat([semantic.to(pixel), pixel], dim=1)
 
+    @torch.compiler.disable  # another order of sums would give other codes than shards hold
     @torch.no_grad()
     def encode(
         self,
