@@ -3,6 +3,7 @@
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
@@ -51,25 +52,22 @@ def guided(model, prompts=PROMPTS, nulls=NULLS) -> dict:
 
 def test_threads_on_one_model_draw_as_alone(model):
     """Two calls are inside forwards at once, and nothing is written into what all share."""
+    nulls = batch_of(model, [20, Picture(SQUARE, 1), BOI])
     edits = batch_of(model, [10, Picture(SQUARE, 1), 11, BOI])
+    edits |= {f"negative_{name}": nulls[name] for name in ("input_ids", "attention_mask")}
     chats = batch_of(model, [10, Picture(WIDE, 2), 12], [11, 13])
-    calls = [
-        lambda: model.generate(**guided(model), **PLAIN | {"guidance_scale": 2.0}),
-        lambda: model.generate(**edits, **PLAIN, aspect_ratio="2:1"),
-        lambda: model.generate(**chats, max_new_tokens=5, do_sample=False),
-        lambda: (
-            model.generate(
-                **batch_of(model, [10, 11]),
-                generation_mode="interleaved",
-                image_generation={"guidance_scale": 1.0},
-                max_new_tokens=4,
-                max_new_images=1,
-                sequence_bias={(BOI,): 6.0},
-                seed=0,
-            ).sequences
-        ),
-    ]
-    expected, before = [call() for call in calls], model.config.to_json_string()
+    del chats["image_codes"]
+    chats["pixel_values"] = torch.rand(8, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    written = {"generation_mode": "interleaved", "image_generation": {"guidance_scale": 1.0}}
+    written |= {"max_new_tokens": 4, "max_new_images": 1, "sequence_bias": {(BOI,): 6.0}}
+    draw = lambda seed: model.generate(**guided(model), **PLAIN | {"guidance_scale": 2.0, "seed": seed})  # noqa: E731
+    edit = lambda seed: model.generate(  # noqa: E731
+        **edits, **PLAIN | {"guidance_scale": 2.0, "seed": seed}, image_guidance_scale=1.5, aspect_ratio="2:1"
+    )
+    describe = lambda seed: model.generate(**chats, max_new_tokens=3 + seed, do_sample=False)  # noqa: E731
+    interleave = lambda seed: model.generate(**batch_of(model, [10, 11]), **written, seed=seed).sequences  # noqa: E731
+    calls = [partial(call, seed) for seed in range(2) for call in (draw, edit, describe, interleave)]
+    expected, before = [call() for call in calls], model.config.to_json_string(use_diff=False)
     inside, most, lock, both = 0, 0, threading.Lock(), threading.Barrier(2)
     first = threading.local()
 
@@ -91,13 +89,14 @@ def test_threads_on_one_model_draw_as_alone(model):
         model.model.language_model.register_forward_pre_hook(enter),
         model.model.language_model.register_forward_hook(leave),
     ]
-    with ThreadPoolExecutor(4) as pool:
-        results = list(pool.map(lambda index: calls[index % len(calls)](), range(24)))
+    mixed = lambda thread: [(thread + step) % len(calls) for step in range(20)]  # noqa: E731
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda thread: [(index, calls[index]()) for index in mixed(thread)], range(8)))
     for hook in hooks:
         hook.remove()
-    assert all(torch.equal(result, expected[index % len(calls)]) for index, result in enumerate(results))
+    assert all(torch.equal(result, expected[index]) for thread in results for index, result in thread)
     assert most >= 2
-    assert model.config.to_json_string() == before and not hasattr(model.config.text_config, "is_causal")
+    assert model.config.to_json_string(use_diff=False) == before and not hasattr(model.config.text_config, "is_causal")
 
 
 # No masks

@@ -242,3 +242,78 @@ def test_adapters_on_4_bits_train_and_come_back(four_bit_folder, tmp_path):
 def test_4_bits_name_the_missing_package(four_bit_folder):
     with pytest.raises(ImportError, match="requires bitsandbytes"):
         load_in_4bit(four_bit_folder)
+
+
+# An adapter for each prompt
+
+
+@pytest.fixture
+def two_adapters():
+    """On all that a call may run, and far from doing nothing."""
+    parts = ["q_proj", "up_proj", "connector.0", "connector.2", "lm_head", "code_head", "embed_tokens"]
+    settings = {"target_modules": parts, "r": 2, "init_lora_weights": False}
+    model = peft.get_peft_model(tiny_model(), peft.LoraConfig(**settings), adapter_name="a")
+    model.add_adapter("b", peft.LoraConfig(**settings))
+    return model.eval()
+
+
+NAMES = ["a", "__base__", "b", "a"]
+CHATS = [[10, 11, 12], [13], [14, Picture(SQUARE, 1, last_scale=True), 15], [16, 17]]
+NULLS = [[20], [20, 21, 22], [23, Picture(SQUARE, 1, last_scale=True)], [20]]
+CALLS = {
+    "guided": {"generation_mode": "image", "guidance_scale": 2.0, "aspect_ratio": "1:1", "image_guidance_scale": 1.5},
+    "several": {"generation_mode": "image", "guidance_scale": 2.0, "aspect_ratio": "1:1", "num_images_per_prompt": 2},
+    "refined": {"generation_mode": "image", "guidance_scale": 1.0, "aspect_ratio": "1:1", "refine_top_k": [3]},
+    "interleaved": {
+        **{"generation_mode": "interleaved", "image_generation": {"guidance_scale": 2.0}, "max_new_tokens": 8},
+        **{"sequence_bias": {(BOI,): 6.0}, "max_new_images": 2},
+    },
+}
+
+
+def draw(model, call: str, rows: list[int], **kwargs) -> list[torch.Tensor]:
+    """What is drawn for each of some chats."""
+    base = model.get_base_model()
+    inputs, negative = (batch_of(base, *(chats[row] for row in rows)) for chats in (CHATS, NULLS))
+    nulls = {f"negative_{name}": negative[name] for name in ("input_ids", "attention_mask")}
+    drawn = model.generate(**inputs, **nulls, **CALLS[call], seed=rows, **kwargs)
+    if call != "interleaved":
+        return list(drawn.view(len(rows), -1))
+    answers = zip(drawn.sequences[:, drawn.prompt_length :], drawn.attention_mask[:, drawn.prompt_length :])
+    return [ids[mask.bool()] for ids, mask in answers]
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_each_prompt_has_its_adapter(two_adapters, call):
+    """Rows of a call that draws are more than its prompts; each is drawn as with its adapter alone."""
+    together = draw(two_adapters, call, [0, 1, 2, 3], adapter_names=NAMES)
+    for row, name in enumerate(NAMES):
+        if name == "__base__":
+            with two_adapters.disable_adapter():
+                (alone,) = draw(two_adapters, call, [row])
+        else:
+            two_adapters.set_adapter(name)
+            (alone,) = draw(two_adapters, call, [row])
+        assert torch.equal(together[row], alone), name
+    with two_adapters.disable_adapter():
+        plain = draw(two_adapters, call, [0, 1, 2, 3])
+    assert any(not torch.equal(mine, other) for mine, other in zip(together, plain))
+    assert not any(module._forward_pre_hooks for module in two_adapters.modules())
+
+
+def test_adapters_of_other_prompts_are_refused(two_adapters):
+    with pytest.raises(ValueError, match="adapter_names must hold one for each of 4 prompts, got 2"):
+        draw(two_adapters, "guided", [0, 1, 2, 3], adapter_names=["a", "b"])
+
+
+@pytest.mark.parametrize("name", ["connector", "scale_embedding", "lm_head"])
+def test_any_part_is_trained_and_saved_whole(name, tmp_path):
+    """PEFT's wrapper stands where the part stood."""
+    config = peft.LoraConfig(target_modules=["q_proj"], r=2, modules_to_save=[name])
+    model = peft.get_peft_model(tiny_model(), config)
+    before = train(model, batch(model.get_base_model()))
+    changed = [key for key, tensor in model.state_dict().items() if not torch.equal(tensor, before[key])]
+    assert any(f"{name}.modules_to_save.default" in key for key in changed)
+    assert not any("original_module" in key for key in changed)
+    model.eval().save_pretrained(tmp_path)
+    assert torch.equal(logits(peft.PeftModel.from_pretrained(tiny_model(), tmp_path).eval()), logits(model))

@@ -1,5 +1,7 @@
 """Texts with pictures and chats to model inputs, and outputs back."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from PIL import Image
 from transformers import AutoProcessor, pipeline
 
 from transformers_nextflow import NextFlowProcessor
+from transformers_nextflow.cli import main
 from transformers_nextflow.layout import find_images
 
 PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -276,3 +279,33 @@ def test_chat_ids_are_those_of_its_pieces(tiny_processor):
     pieces = ["<|im_start|>user\n", expanded(PICTURE, 22), "make it blue", "<|im_end|>\n<|im_start|>assistant\n"]
     ids = tiny_processor.apply_chat_template([user(picture(), "make it blue")])["input_ids"][0].tolist()
     assert ids == sum(map(encode, pieces), [])
+
+
+def test_a_models_settings_are_the_processors(tiny_processor, tiny_model):
+    tiny_processor.check_fits(tiny_model.config)
+    other = NextFlowProcessor(tiny_processor.image_processor, tiny_processor.tokenizer, condition_last_scale=False)
+    with pytest.raises(ValueError, match="condition_last_scale must be the model's, True, got False of the processor"):
+        other.check_fits(tiny_model.config)
+
+
+def test_the_console_refuses_a_processor_of_another_model(tiny_checkpoint, tmp_path, capsys):
+    for path in tiny_checkpoint.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    other = NextFlowProcessor.from_pretrained(tmp_path)
+    other.condition_last_scale = False
+    other.save_pretrained(tmp_path)
+    assert main(["generate", "a", "--model", str(tmp_path), "--output", str(tmp_path / "a.png")]) == 2
+    assert "condition_last_scale must be the model's, True, got False" in capsys.readouterr().err
+
+
+def test_nothing_is_ignored_in_silence(tiny_processor, text_tokenizer):
+    with pytest.raises(ValueError, match="choose a level instead of a size"):
+        tiny_processor(text=PICTURE, images=picture(), size={"height": 8, "width": 8})
+    tools = {"tools": [{"type": "function", "function": {"name": "f"}}]}
+    with pytest.raises(ValueError, match="the chat template shows no tools"):
+        tiny_processor.apply_chat_template([user("a")], **tools)
+    template = {"chat_template": "{{ tools[0]['function']['name'] }}", "tokenize": False}
+    assert tiny_processor.apply_chat_template([user("a")], **tools, **template) == "f"
+    processor = NextFlowProcessor(tiny_processor.image_processor, copy.deepcopy(text_tokenizer))
+    processor.tokenizer.padding_side = "right"
+    assert processor(text=["a", "a red circle"], return_tensors="pt")["attention_mask"][0].tolist() == [1, 0, 0]

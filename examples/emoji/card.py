@@ -196,7 +196,7 @@ def card(scores: dict, found: dict[str, str]) -> str:
     return f"""---
 license: apache-2.0
 library_name: transformers
-pipeline_tag: text-to-image
+pipeline_tag: any-to-any
 tags: [nextflow, next-scale-prediction, emoji]
 ---
 # nextflow-emoji

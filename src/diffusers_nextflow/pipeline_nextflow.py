@@ -37,6 +37,7 @@ class NextFlowPipeline(StableNames, DiffusionPipeline):
         decoder: NextFlowDecoderMixin | None = None,
     ):
         super().__init__()
+        processor.check_fits(model.config)
         self.register_modules(model=model, processor=processor, decoder=decoder)
 
     @classmethod
@@ -59,6 +60,12 @@ class NextFlowPipeline(StableNames, DiffusionPipeline):
             processor = NextFlowProcessor.from_pretrained(pretrained_model_name_or_path, **hub)
             return cls(model, processor, decoder)
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    def save_pretrained(self, save_directory, *args, variant: str | None = None, **kwargs) -> None:
+        """As of any pipeline; raises a `ValueError` for a `variant` with a decoder, which diffusers cannot load."""
+        if variant is not None and self.decoder is not None:
+            raise ValueError(f"the decoder is a pipeline in the pipeline: save it apart for variant={variant!r}")
+        super().save_pretrained(save_directory, *args, variant=variant, **kwargs)
 
     def to(self, *args, **kwargs) -> "NextFlowPipeline":
         super().to(*args, **kwargs)

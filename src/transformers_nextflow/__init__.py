@@ -4,6 +4,7 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
     AutoProcessor,
@@ -28,6 +29,7 @@ AutoConfig.register("nextflow", NextFlowConfig, exist_ok=True)
 AutoConfig.register("nextflow_vq", NextFlowVQConfig, exist_ok=True)
 AutoModel.register(NextFlowConfig, NextFlowModel, exist_ok=True)
 AutoModel.register(NextFlowVQConfig, NextFlowVQModel, exist_ok=True)
+AutoModelForCausalLM.register(NextFlowConfig, NextFlowForConditionalGeneration, exist_ok=True)
 AutoModelForMultimodalLM.register(NextFlowConfig, NextFlowForConditionalGeneration, exist_ok=True)
 AutoModelForImageTextToText.register(NextFlowConfig, NextFlowForConditionalGeneration, exist_ok=True)
 AutoImageProcessor.register(NextFlowConfig, image_processor_classes={"pil": NextFlowImageProcessor}, exist_ok=True)

@@ -65,7 +65,9 @@ def load_model(model: str | None) -> "tuple[NextFlowForConditionalGeneration, Ne
     device = "cuda" if torch.cuda.is_available() else "cpu"
     loaded = load_weights(NextFlowForConditionalGeneration, name).to(device).eval()
     with naming(f"the processor in {name}"):
-        return loaded, NextFlowProcessor.from_pretrained(name)
+        processor = NextFlowProcessor.from_pretrained(name)
+        processor.check_fits(loaded.config)
+    return loaded, processor
 
 
 def load_decoder(args: argparse.Namespace, vq_model: "NextFlowVQModel") -> "DiffusionPipeline | None":
@@ -601,7 +603,7 @@ def doctor(args: argparse.Namespace) -> None:
 
 def add_export(subparsers) -> None:
     parser = subparsers.add_parser("export", help="a checkpoint in the layout of the Hub, or on the Hub")
-    parser.add_argument("folder", metavar="DIR", help="local model folder")
+    parser.add_argument("folder", metavar="MODEL", help="model folder, or id on the Hub")
     parser.add_argument("--to", required=True, metavar="REPO_OR_FOLDER", help="new folder, or with --push owner/name")
     parser.add_argument("--push", action="store_true", help="create the repository on the Hub and upload")
     parser.set_defaults(run=export)
@@ -611,10 +613,9 @@ def export(args: argparse.Namespace) -> None:
     from .export import export as export_checkpoint
     from .loading import check_model_type
 
-    if not Path(args.folder).is_dir():
-        raise NotADirectoryError(f"there is no model directory {args.folder}")
-    check_model_type(args.folder, "nextflow")
-    print(export_checkpoint(args.folder, args.to, args.push))
+    name = model_name(args.folder)
+    check_model_type(name, "nextflow")
+    print(export_checkpoint(name, args.to, args.push))
 
 
 SUBCOMMANDS = (

@@ -1,5 +1,7 @@
 """Configurations of the vision tokenizer and the transformer. Every choice the paper leaves open is a field here."""
 
+from typing import ClassVar
+
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
@@ -7,6 +9,7 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTe
 from transformers.models.vit.configuration_vit import ViTConfig
 
 from .image_generation import ImageGenerationConfig
+from .remote_code import ConfigBringsCode
 from .scales import PAPER_LEVELS, ScheduleTable, schedule_table
 
 # transformers' model types: the first reads any grid, the others one size
@@ -36,7 +39,7 @@ QWEN2_5_7B_TEXT = {
 
 
 @strict
-class NextFlowVQConfig(PreTrainedConfig):
+class NextFlowVQConfig(ConfigBringsCode, PreTrainedConfig):
     r"""
     Configuration of [`NextFlowVQModel`], the dual-codebook multi-scale vision tokenizer (NextFlow sec. 2.1). The
     defaults are the full size: SigLIP2-so400m-naflex beside a CNN with 16x downsampling.
@@ -96,6 +99,10 @@ class NextFlowVQConfig(PreTrainedConfig):
 
     model_type = "nextflow_vq"
     base_config_key = "vq_config"
+    auto_map: ClassVar[dict[str, str]] = {
+        "AutoConfig": "configuration_nextflow.NextFlowVQConfig",
+        "AutoModel": "modeling_nextflow_vq.NextFlowVQModel",
+    }
     sub_configs_defaults = {
         "semantic_config": SubConfigSpec(AutoConfig, model_type="siglip2_vision_model"),
         "semantic_decoder_config": SubConfigSpec(ViTConfig, optional=True),
@@ -178,7 +185,7 @@ class NextFlowVQConfig(PreTrainedConfig):
 
 
 @strict
-class NextFlowConfig(PreTrainedConfig):
+class NextFlowConfig(ConfigBringsCode, PreTrainedConfig):
     r"""
     Configuration of [`NextFlowForConditionalGeneration`]: Qwen2.5-VL's text decoder, which reads and writes text by
     next token and images by next scale (NextFlow sec. 2.2). The defaults are the 7B model.
@@ -212,6 +219,13 @@ class NextFlowConfig(PreTrainedConfig):
     model_type = "nextflow"
     sub_configs_defaults = {"text_config": Qwen2_5_VLTextConfig, "vq_config": NextFlowVQConfig}
     keys_to_ignore_at_inference = ["past_key_values"]
+    auto_map: ClassVar[dict[str, str]] = {
+        "AutoConfig": "configuration_nextflow.NextFlowConfig",
+        "AutoModel": "modeling_nextflow.NextFlowModel",
+        "AutoModelForCausalLM": "modeling_nextflow.NextFlowForConditionalGeneration",
+        "AutoModelForImageTextToText": "modeling_nextflow.NextFlowForConditionalGeneration",
+        "AutoModelForMultimodalLM": "modeling_nextflow.NextFlowForConditionalGeneration",
+    }
 
     text_config: dict | PreTrainedConfig | None = None
     vq_config: dict | PreTrainedConfig | None = None

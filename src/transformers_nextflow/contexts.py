@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from .attention import sequence_mask
 from .layout import build_layout, scale_coordinates
+from .lora import adapter_names, using_adapters
 from .prompts import Picture, padded
 from .scales import ScaleSchedule
 
@@ -39,6 +40,7 @@ class Context:
         counters: (r,) float32, the position counter of what comes next (NextFlow fig. 5).
         token_ids: each row's ids so far, `<image>` for a visual input.
         hidden_rlD: of what was read last.
+        adapters: each row's, where PEFT was given some, see [`~transformers_nextflow.lora.using_adapters`].
     """
 
     model: "NextFlowForConditionalGeneration"
@@ -47,6 +49,7 @@ class Context:
     counters: torch.Tensor
     token_ids: list[list[int]]
     hidden_rlD: torch.Tensor
+    adapters: list[str] | None = None
 
     @classmethod
     def empty(cls, model: "NextFlowForConditionalGeneration", num_rows: int, device: torch.device) -> "Context":
@@ -69,7 +72,8 @@ class Context:
         )
         layers = self.layers if whole else [tuple(x[index.to(x.device)] for x in layer) for layer in self.layers]
         cache = DynamicCache(config=self.model.config.text_config)
-        taken = Context(self.model, rows, cache, counters, [self.token_ids[row] for row in at], hidden_rlD)
+        adapters = self.adapters and [self.adapters[row] for row in at]
+        taken = Context(self.model, rows, cache, counters, [self.token_ids[row] for row in at], hidden_rlD, adapters)
         taken.layers = layers
         return taken
 
@@ -99,21 +103,24 @@ class Context:
         in_block: bool = False,
     ) -> None:
         """Run new positions: causal ones, those of one scale block, or what `mask` says."""
-        self.hidden_rlD = self.model.model.language_model(
-            inputs_embeds=inputs_rlD,
-            position_ids=positions_3rl,
-            attention_mask={"full_attention": None} if in_block else mask,
-            past_key_values=self.cache,
-            use_cache=True,
-            in_block=in_block,
-        ).last_hidden_state.to(self.rows.device)
+        with using_adapters(self.model, self.adapters):
+            output = self.model.model.language_model(
+                inputs_embeds=inputs_rlD,
+                position_ids=positions_3rl,
+                attention_mask={"full_attention": None} if in_block else mask,
+                past_key_values=self.cache,
+                use_cache=True,
+                in_block=in_block,
+            )
+        self.hidden_rlD = output.last_hidden_state.to(self.rows.device)
         self.counters = positions_3rl[0, :, -1] + 1
         self.token_ids = [before + new for before, new in zip(self.token_ids, token_ids)]
 
     def read_tokens(self, token_ids: Sequence[int], opens: ScaleSchedule | None = None) -> None:
         """One token for each row; `opens`: it is the `<boi>` of a picture of this schedule."""
         ids_r1 = torch.tensor(token_ids, device=self.rows.device)[:, None]
-        embeds_r1D = self.model.get_input_embeddings()(ids_r1).to(self.rows.device)
+        with using_adapters(self.model, self.adapters):
+            embeds_r1D = self.model.get_input_embeddings()(ids_r1).to(self.rows.device)
         if opens is not None:
             embeds_r1D = embeds_r1D + self._scale_embedding(0, opens).to(embeds_r1D)
         self.read(embeds_r1D, self.counters[:, None].expand(3, -1, -1), [[token] for token in token_ids])
@@ -145,6 +152,14 @@ def last_hidden(contexts: Sequence[Context]) -> torch.Tensor:
     order = torch.cat([context.rows for context in contexts]).argsort()
     hidden_RlD = torch.cat([context.hidden_rlD for context in contexts])
     return hidden_RlD if len(contexts) == 1 else hidden_RlD[order]
+
+
+def adapters_of(contexts: Sequence[Context]) -> list[str] | None:
+    """The adapters of all rows, in their order."""
+    if contexts[0].adapters is None:
+        return None
+    of_row = {row: name for each in contexts for row, name in zip(each.rows.tolist(), each.adapters)}
+    return [of_row[row] for row in sorted(of_row)]
 
 
 def keep_rows(contexts: Sequence[Context], num_rows: int) -> list[Context]:
@@ -181,15 +196,25 @@ def read_prompts(
         codes += [each for _, each in own]
     layout = build_layout(model.config, input_ids, grids, attention_mask)
     model.check_reach(layout.position_ids[0], len(schedule) - 1 if rows[0][-1] == model.config.boi_token_id else 0)
+    names = adapter_names(model)
+    if names and len(names) != len(pictures):
+        raise ValueError(f"adapter_names must hold one for each of {len(pictures)} prompts, got {len(names)}")
+    names = names and [names[row % len(names)] for row in range(len(rows))]
     contexts = held or [Context.empty(model, len(rows), device)]
+    contexts = [replace(each, adapters=names and [names[row] for row in each.rows.tolist()]) for each in contexts]
     if (num_held := sum(len(context.rows) for context in contexts)) != len(rows):
         raise ValueError(
             f"past_key_values must come from interleaved generation over {len(rows)} rows (prompts and null prompts), "
             f"got {num_held}"
         )
-    embeds_RLD = model.get_input_embeddings()(input_ids).to(input_ids.device)
     codes = torch.cat([input_ids.new_empty(0), *codes])
-    embeds_RLD = model.model.embed_images(embeds_RLD, layout, codes)
+    with using_adapters(model, names):
+        embeds_RLD = model.get_input_embeddings()(input_ids).to(input_ids.device)
+    embedded = {}
+    for name in dict.fromkeys(names or [None]):
+        with using_adapters(model, name and [name]):  # images of all rows are embedded as one
+            embedded[name] = model.model.embed_images(embeds_RLD, layout, codes)
+    embeds_RLD = torch.stack([embedded[name][row] for row, name in enumerate(names or [None] * len(rows))])
     columns = [row.nonzero().flatten() for row in attention_mask]
     blocks = [ids[at] for ids, at in zip(layout.block_ids, columns)]
     implementation = model.config.text_config._attn_implementation

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 from transformers.utils import ModelOutput
 
-from .contexts import Context, keep_rows, last_hidden
+from .contexts import Context, adapters_of, keep_rows, last_hidden
 from .image_codes import num_scales_of
 from .image_generation import ImageControls
 from .layout import check_integers
+from .lora import using_adapters
 from .sampling import RowGenerators, guide, sample
 from .scales import ScaleSchedule
 
@@ -150,9 +151,11 @@ class Sampler:
         """The scale's guided logits (B, some positions, V) in float32."""
         controls, roles = self.controls, self.controls.num_roles(scale)
         hidden_RlD = last_hidden(contexts)[: roles * num_pictures]
+        adapters = adapters_of(contexts) and adapters_of(contexts)[: len(hidden_RlD)]
         row_size = len(hidden_RlD) * self.model.config.vq_config.codebook_size
         for hidden in hidden_RlD.split(max(LOGITS_AT_ONCE // row_size, 1), dim=1):
-            logits_RlV = self.model.code_head(hidden).to(hidden.device, torch.float32)
+            with using_adapters(self.model, adapters):
+                logits_RlV = self.model.code_head(hidden).to(hidden.device, torch.float32)
             yield guide(logits_RlV, controls.guidance[scale], controls.image_guidance[scale], roles)
 
 
@@ -188,7 +191,9 @@ def draw_scales(
 
 def read_scale(model, contexts: Sequence[Context], codes_BL: torch.Tensor, schedule: ScaleSchedule, scale: int):
     """Every row reads the block of scale `scale` of its picture, as the codes so far make it."""
-    inputs_BlD = model.model.scale_inputs(codes_BL, schedule, scale)
+    adapters = adapters_of(contexts)
+    with using_adapters(model, adapters and adapters[: len(codes_BL)]):
+        inputs_BlD = model.model.scale_inputs(codes_BL, schedule, scale)
     for context in contexts:
         context.read_scale(inputs_BlD[context.rows % len(inputs_BlD)], schedule, scale)
 

@@ -1,7 +1,4 @@
-"""A checkpoint in the layout of the Hub, to be loaded by anyone who has the package installed.
-
-`auto_map` and one small file for each class let `trust_remote_code=True` work where the package is not imported.
-"""
+"""A checkpoint in the layout of the Hub, to be loaded by anyone who has the package installed."""
 
 import json
 import math
@@ -10,18 +7,18 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from .files import output_folder
+from .files import output_folder, read_json
+from .remote_code import write_code
 from .safetensors_folder import INDEX, SafetensorsFolder
 
-CONFIG_MAP = {
-    "AutoConfig": "configuration_nextflow.NextFlowConfig",
-    "AutoModel": "modeling_nextflow.NextFlowModel",
-    "AutoModelForMultimodalLM": "modeling_nextflow.NextFlowForConditionalGeneration",
-    "AutoModelForImageTextToText": "modeling_nextflow.NextFlowForConditionalGeneration",
+PIPELINE = {
+    "_class_name": "NextFlowPipeline",
+    "decoder": [None, None],
+    "model": ["diffusers_nextflow", "NextFlowForConditionalGeneration"],
+    "processor": ["diffusers_nextflow", "NextFlowProcessor"],
 }
-PROCESSOR_MAP = {"AutoProcessor": "processing_nextflow.NextFlowProcessor"}
-IMAGE_PROCESSOR_MAP = {"AutoImageProcessor": "image_processing_nextflow.NextFlowImageProcessor"}
-SHIM = '"""Loads the class of the installed package; see README.md."""\n\nfrom transformers_nextflow import {names}\n'
+"""For diffusers, which finds both parts in the folder itself."""
+PIPELINE_CODE = "from diffusers_nextflow import NextFlowPipeline as Pipeline  # noqa: F401\n"
 
 CARD = """\
 ---
@@ -64,8 +61,8 @@ def export(folder: str | Path, to: str, push: bool = False) -> str:
     """Write a NextFlow checkpoint in the Hub's layout.
 
     Args:
-        folder: what `save_pretrained` of model and processor wrote. Its README.md, if any, becomes part of the model
-            card: licence and sources, scores, limits.
+        folder: what `save_pretrained` of model and processor wrote, or the id of such a repository on the Hub. Its
+            README.md, if any, becomes part of the model card: licence and sources, scores, limits.
         to: a new folder, or with `push` the id of a repository, which is created if it is not there.
 
     Returns:
@@ -75,13 +72,13 @@ def export(folder: str | Path, to: str, push: bool = False) -> str:
         ValueError: if the folder's weights are damaged, or other than safetensors.
         FileExistsError: if the new folder exists.
     """
-    folder = Path(folder)
+    from huggingface_hub import HfApi, snapshot_download
+
+    folder = Path(folder) if Path(folder).is_dir() else Path(snapshot_download(str(folder)))
     if not push:
         with output_folder(to) as partial:
             _write(folder, partial, name=to)
         return to
-    from huggingface_hub import HfApi
-
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", to):
         raise ValueError(f'a repository reads "owner/name", got {to!r}')
     with tempfile.TemporaryDirectory() as partial:
@@ -111,28 +108,12 @@ def _write(folder: Path, output: Path, name: str) -> None:
     else:
         GenerationConfig.from_model_config(config).save_pretrained(output)
 
-    _edit_json(folder / "config.json", output / "config.json", lambda values: values.update(auto_map=CONFIG_MAP))
-    processor_config = output / "processor_config.json"
-    _edit_json(processor_config, processor_config, _add_processor_maps)
-    classes: dict[str, list[str]] = {}
-    for reference in (CONFIG_MAP | PROCESSOR_MAP | IMAGE_PROCESSOR_MAP).values():
-        module, name_of_class = reference.split(".")
-        classes.setdefault(module, []).append(name_of_class)
-    for module, names in classes.items():
-        shim = SHIM.format(names=", ".join(sorted(set(names))))
-        (output / f"{module}.py").write_text(shim, encoding="utf-8")
+    values = read_json(folder / "config.json") | {"auto_map": config.auto_map}
+    (output / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_code(output, config.auto_map)
+    (output / "model_index.json").write_text(json.dumps(PIPELINE, indent=2) + "\n", encoding="utf-8")
+    (output / "pipeline.py").write_text(PIPELINE_CODE, encoding="utf-8")
     (output / "README.md").write_text(model_card(folder, config, weights, name), encoding="utf-8")
-
-
-def _edit_json(source: Path, target: Path, edit) -> None:
-    values = json.loads(source.read_text(encoding="utf-8"))
-    edit(values)
-    target.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _add_processor_maps(values: dict) -> None:
-    values["auto_map"] = PROCESSOR_MAP
-    values["image_processor"]["auto_map"] = IMAGE_PROCESSOR_MAP
 
 
 def model_card(folder: Path, config, weights: SafetensorsFolder, name: str) -> str:

@@ -17,6 +17,7 @@ from transformers.processing_utils import ImagesKwargs, Unpack
 
 from .configuration_nextflow import NextFlowVQConfig
 from .modeling_nextflow_vq import patchify
+from .remote_code import ProcessorBringsCode
 from .sampling import integer
 from .scales import ScaleSchedule, ScheduleTable, schedule_table
 
@@ -70,7 +71,7 @@ class NextFlowImageProcessorKwargs(ImagesKwargs, total=False):
     level: str | int | None
 
 
-class NextFlowImageProcessor(PilBackend):
+class NextFlowImageProcessor(ProcessorBringsCode, PilBackend):
     r"""
     Brings every picture to the nearest size that has a scale schedule, and cuts it into patches.
 
@@ -105,6 +106,7 @@ class NextFlowImageProcessor(PilBackend):
     level = None
     valid_kwargs = NextFlowImageProcessorKwargs
     model_input_names = ["pixel_values", "image_grid_hw"]
+    auto_map = {"AutoImageProcessor": "image_processing_nextflow.NextFlowImageProcessor"}
 
     def __init__(
         self,
@@ -114,6 +116,7 @@ class NextFlowImageProcessor(PilBackend):
         image_size: int | None = None,
         **kwargs: Unpack[NextFlowImageProcessorKwargs],
     ):
+        kwargs.pop("auto_map", None)  # of the file it came from
         super().__init__(**kwargs)
         self.patch_size = patch_size
         self.scale_schedules = scale_schedules and [[list(grid) for grid in row] for row in scale_schedules]
@@ -223,7 +226,9 @@ class NextFlowImageProcessor(PilBackend):
             pixels = pixels[..., :3] * alpha + (1 - alpha)
         return np.broadcast_to(pixels, (*pixels.shape[:2], 3)).transpose(2, 0, 1)
 
-    def _validate_preprocess_kwargs(self, do_resize=None, **kwargs):
+    def _validate_preprocess_kwargs(self, do_resize=None, size=None, **kwargs):
+        if size is not None:
+            raise ValueError(f"sizes follow from the scale schedules: choose a level instead of a size, got {size}")
         super()._validate_preprocess_kwargs(**kwargs)  # resizing needs no `size`, it follows from the schedules
 
     def _preprocess(

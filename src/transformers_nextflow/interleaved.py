@@ -14,10 +14,11 @@ from transformers.generation import GenerationMixin
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
-from .contexts import Context, last_hidden, read_prompts
+from .contexts import Context, adapters_of, last_hidden, read_prompts
 from .drawing import NextFlowOutputWithPictures, Sampler, draw_scales, read_scale
 from .image_generation import ImageControls, ImageGenerationConfig
 from .layout import num_image_slots
+from .lora import using_adapters
 from .prompts import Prompts, flat_images
 from .sampling import RowGenerators, integer, sample
 from .scales import ScaleSchedule
@@ -106,7 +107,8 @@ def interleave(
     def write_text(contexts: Sequence[Context]) -> list[Context]:
         rows = [row for row, answer in enumerate(answers) if not answer.is_open and not answer.is_done]
         writing, others = split(contexts, rows)
-        logits_rV = model.lm_head(last_hidden(writing)[:, -1]).to(writing[0].rows.device, torch.float32)
+        with using_adapters(model, adapters_of(writing)):
+            logits_rV = model.lm_head(last_hidden(writing)[:, -1]).to(writing[0].rows.device, torch.float32)
         uniform_r1 = generators.take(rows).uniform(1, logits_rV.device) if do_sample else None
         counters = {row: s for context in writing for row, s in zip(context.rows.tolist(), context.counters.tolist())}
         for index, row in enumerate(rows):

@@ -389,3 +389,17 @@ def _targets(
     supervised_N = (shift_BL != IGNORE).flatten().nonzero().flatten()
     tensors = {"targets": shift_BL, "target_codes": codes_BL, "weights": weights_BL}
     return {"supervised": supervised_N} | {name: each.flatten()[supervised_N] for name, each in tensors.items()}
+
+
+def text_positions(inputs: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    """(B, L) ids or (B, L, D) embeddings of text alone -> (3, B, L) float32 positions, as [`build_layout`] gives them.
+
+    Args:
+        valid: (B, L), 0 at padding.
+    """
+    shape = inputs.shape[:2]
+    if inputs.ndim < 2 or (valid is not None and valid.shape != shape):
+        shapes = " and ".join(str(tuple(x.shape)) for x in (inputs, valid) if x is not None)
+        raise ValueError(f"input_ids, and attention_mask beside them, must have the shape (B, L), got {shapes}")
+    valid = torch.ones(shape, dtype=torch.bool, device=inputs.device) if valid is None else valid.bool()
+    return (valid.cumsum(1) - 1).masked_fill(~valid, 0).float().expand(3, -1, -1)

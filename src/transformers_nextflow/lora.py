@@ -1,4 +1,4 @@
-"""Defaults for PEFT: which parts of a NextFlow a LoRA changes.
+"""What PEFT is to know of a NextFlow: which parts a LoRA changes, and whose adapter a row of a call has.
 
 ```python
 model = get_peft_model(model, lora_config())
@@ -7,6 +7,9 @@ model = get_peft_model(model, lora_config())
 
 import copy
 import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -76,3 +79,40 @@ def place_adapters(model: "NextFlowPreTrainedModel", configs: dict[str, "PeftCon
             of_head.target_modules = {"lm_head"}
             inject_adapter_in_model(of_head, model, name)
             config.target_modules = {*targets, "lm_head"}
+
+
+# PEFT's `generate(adapter_names=[...])` lets every adapted module of the call be told the adapter of each prompt, by
+# hooks that stay while the call runs. A call that draws has other rows than prompts: null prompts, several pictures of
+# a prompt, rows of one length at a time. So each step says which rows it has, by hooks that come after PEFT's.
+
+
+def adapter_names(model: nn.Module) -> list[str] | None:
+    """The adapter of each prompt, where PEFT was given some for the call that runs."""
+    return next((list(told["adapter_names"]) for told in map(_told, model.modules()) if "adapter_names" in told), None)
+
+
+@contextmanager
+def using_adapters(model: nn.Module, names: Sequence[str] | None) -> Iterator[None]:
+    """While this runs, adapted modules get inputs whose rows have these adapters; `None`: as PEFT was told.
+
+    Args:
+        names: of each row, or one for all.
+    """
+
+    def of_rows(module, args, kwargs):
+        count = len(args[0])
+        return args, kwargs | {"adapter_names": list(names) * (count if len(names) == 1 else 1)}
+
+    adapted = [] if names is None else [module for module in model.modules() if "adapter_names" in _told(module)]
+    handles = [module.register_forward_pre_hook(of_rows, with_kwargs=True) for module in adapted]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _told(module: nn.Module) -> dict:
+    """Arguments that PEFT's hooks give a module."""
+    hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, partial)]
+    return {name: value for hook in hooks for name, value in hook.keywords.items()}

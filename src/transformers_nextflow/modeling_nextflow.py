@@ -31,7 +31,7 @@ from .attention import FLEX, refuse_dense_mask, sequence_mask
 from .configuration_nextflow import NextFlowConfig
 from .features import scale_taps
 from .generation_nextflow import NextFlowGenerationMixin
-from .layout import ImageSpan, SequenceLayout, build_layout, check_codes, check_rows, find_images
+from .layout import ImageSpan, SequenceLayout, build_layout, check_codes, check_rows, find_images, text_positions
 from .lora import place_adapters
 from .losses import joint_cross_entropy
 from .modeling_nextflow_vq import LibraryModel, NextFlowVQModel, unpatchify
@@ -95,6 +95,7 @@ class NextFlowPreTrainedModel(LibraryModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
+    _supports_attention_backend = True
     _can_compile_fullgraph = True
 
     @classmethod
@@ -300,7 +301,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
         Args:
             input_ids: (B, L); or (B, L, D) `inputs_embeds`, in which images stand where the rows of `<boi>`, `<image>`
                 and `<eoi>` do.
-            attention_mask: (B, past + L), 0 at padding.
+            attention_mask: (B, past + L), 0 at padding; of text alone also (B, 1, L, keys).
             position_ids: (3, B, L) rows (s, i, j); computed from the ids where absent.
             pixel_values: (sum of final-grid cells, p*p*3) in [-1, 1], patches row-major, images in the order of
                 `<boi>`; (images, 3, H, W) for a vision tokenizer with an `image_size`.
@@ -316,9 +317,17 @@ class NextFlowModel(NextFlowPreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         # masks come prepared for steps over a static cache, whose length a compiled step must not ask for
         prepared = isinstance(attention_mask, dict)
-        if prepared or (past_key_values is not None and past_key_values.get_seq_length() > 0):
+        # who says of every pair whether it is seen, as a server of many requests does, lays the text out too
+        dense = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4
+        is_continued = prepared or dense or (past_key_values is not None and past_key_values.get_seq_length() > 0)
+        is_text = image_grid_hw is None and document_ids is None and layout is None
+        if is_text:
+            _check_text(pixel_values, image_codes)
+        if is_continued or (is_text and not self.training):  # in training every weight has a gradient
+            if is_text and not is_continued and position_ids is None:
+                position_ids = text_positions(input_ids if inputs_embeds is None else inputs_embeds, attention_mask)
             if image_grid_hw is not None:
-                raise ValueError("images cannot be given with a filled cache")
+                raise ValueError("images cannot be given with a filled cache, or a mask of (B, heads, L, keys)")
             if document_ids is not None:
                 raise ValueError("document_ids cannot be given with a filled cache")
             mask = attention_mask["full_attention"] if prepared else attention_mask
@@ -452,6 +461,8 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
         if layout is None and (labels is not None or shift_labels is not None):
             if (input_ids is None) == (inputs_embeds is None):
                 raise ValueError("give exactly one of input_ids and inputs_embeds")
+            if image_grid_hw is None:
+                _check_text(pixel_values, image_codes)
             layout, image_codes = self.model.lay_out(
                 self.model.marker_ids(inputs_embeds) if input_ids is None else input_ids,
                 image_grid_hw,
@@ -524,3 +535,9 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
             return layout.targets
         code_ids_N = self.config.text_vocab_size + image_codes[layout.target_codes.clamp(min=0)]
         return torch.where(layout.target_codes >= 0, code_ids_N, layout.targets)
+
+
+def _check_text(pixel_values: torch.Tensor | None, image_codes: torch.Tensor | None) -> None:
+    if pixel_values is not None or image_codes is not None:
+        name = "image_codes" if pixel_values is None else "pixel_values"
+        raise ValueError(f"{name} came without image_grid_hw, the final grid of each image")

@@ -25,6 +25,7 @@ from .configuration_nextflow import NextFlowVQConfig
 from .fixed_size import fixed_size_decoder, fixed_size_encoder, fixed_size_features
 from .precision import AtLeastFloat32
 from .quantizer import DualCodebookQuantizer, QuantizerOutput, SelfCorrection, resize_features, to_map, to_sequence
+from .remote_code import HasCode
 from .scales import Grid, ScaleSchedule
 
 
@@ -245,7 +246,7 @@ class NextFlowVQOutput(ModelOutput):
     quantization: QuantizerOutput | None = None
 
 
-class LibraryModel(PreTrainedModel):
+class LibraryModel(HasCode, PreTrainedModel):
     """What transformers is to know of this package's models."""
 
     def post_init(self):
@@ -342,6 +343,7 @@ class NextFlowVQModel(AtLeastFloat32, LibraryModel):
         semantic = to_map(self.semantic_to_code(self.semantic_features(pixel_values)), grid)
         return torch.cat([semantic.to(pixel), pixel], dim=1)
 
+    @torch.compiler.disable  # another order of sums would give other codes than shards hold
     @torch.no_grad()
     def encode(
         self,

@@ -11,8 +11,11 @@ from transformers.image_utils import ImageInput
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 from transformers.tokenization_utils_base import PreTokenizedInput, TextInput
 
+from .configuration_nextflow import NextFlowConfig
+from .image_processing_nextflow import NextFlowImageProcessor
 from .interleaved import NextFlowInterleavedOutput
 from .layout import num_image_slots
+from .remote_code import ProcessorBringsCode
 
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
@@ -47,7 +50,7 @@ CHAT_TEMPLATE = """\
 {%- endif -%}"""
 
 
-class NextFlowProcessor(ProcessorMixin):
+class NextFlowProcessor(ProcessorBringsCode, ProcessorMixin):
     r"""
     An image processor and a text tokenizer.
 
@@ -63,7 +66,8 @@ class NextFlowProcessor(ProcessorMixin):
             As in [`NextFlowConfig`], and to be the same as the model's.
     """
 
-    text_kwargs = {"padding": True, "padding_side": "left", "return_token_type_ids": False}
+    auto_map = {"AutoProcessor": "processing_nextflow.NextFlowProcessor"} | NextFlowImageProcessor.auto_map
+    text_kwargs = {"padding": True, "return_token_type_ids": False}
 
     def __init__(self, image_processor, tokenizer, chat_template=None, condition_last_scale=True):
         self.boi_token = getattr(tokenizer, "boi_token", None) or "<|vision_start|>"
@@ -81,11 +85,19 @@ class NextFlowProcessor(ProcessorMixin):
         if not isinstance(chat_template, str | dict | None):
             raise ValueError(f"chat_template must be a text, got {chat_template!r}")
         self.condition_last_scale = condition_last_scale
+        tokenizer.padding_side = "left"  # what generation reads, whatever the text tokenizer was saved with
         if chat_template is None:
             chat_template = CHAT_TEMPLATE.replace("<|vision_start|>", self.boi_token)
             chat_template = chat_template.replace("<|image_pad|>", self.image_token)
             chat_template = chat_template.replace("<|vision_end|>", self.eoi_token)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    def check_fits(self, config: NextFlowConfig) -> None:
+        """Raise a `ValueError` if a model of this configuration reads what the processor writes as something else."""
+        for name in ("boi_token_id", "eoi_token_id", "image_token_id", "condition_last_scale"):
+            own, of_model = getattr(self, name), getattr(config, name)
+            if own != of_model:
+                raise ValueError(f"{name} must be the model's, {of_model}, got {own} of the processor")
 
     @property
     def image_placeholder(self) -> str:
@@ -105,7 +117,8 @@ class NextFlowProcessor(ProcessorMixin):
             images: pictures in the order of their placeholders, flat or a list for each text.
             text: one text or several.
             negative_text: null prompts for guidance, one for each text or one for all, with the same pictures.
-            kwargs: of the text tokenizer and the image processor (`level`, ...). Texts are padded on the left.
+            kwargs: of the text tokenizer and the image processor (`level`, ...). Texts are padded on the left, unless
+                `padding_side`, or that of the text tokenizer, says otherwise.
 
         Returns:
             `input_ids`, `attention_mask`; with pictures `pixel_values`, `image_grid_hw`; with `negative_text`
@@ -121,8 +134,6 @@ class NextFlowProcessor(ProcessorMixin):
             text, negative_text = self._with_placeholders(text), self._with_placeholders(negative_text)
         if _is_empty(images):
             images = None
-        if "padding_side" not in kwargs.get("text_kwargs", {}):
-            kwargs.setdefault("padding_side", "left")
         inputs = super().__call__(images=images, text=text, **kwargs)
         if negative_text is not None:
             texts = [text] if isinstance(text, str) else list(text)
@@ -216,6 +227,8 @@ class NextFlowProcessor(ProcessorMixin):
             ValueError: if a message is none, or the template cannot render it.
         """
         _check_chats(conversation)
+        if kwargs.get("tools") and "tools" not in self._resolve_chat_template(chat_template):
+            raise ValueError("the chat template shows no tools: give one that does, or none of them")
         if generation_mode not in ("text", "image", "interleaved"):
             raise ValueError(f'generation_mode must be "text", "image" or "interleaved", got {generation_mode!r}')
         if generation_mode == "text" and negative_prompt is not None:

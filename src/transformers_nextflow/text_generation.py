@@ -1,7 +1,7 @@
 """What transformers' own loop over text needs to know about a model that reads pictures."""
 
 import torch
-from transformers import SuppressTokensLogitsProcessor
+from transformers import LogitsProcessor
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_masks_for_generate
@@ -11,6 +11,21 @@ from .prompts import check_prompt
 from .sampling import plain
 
 IMAGE_INPUTS = ("pixel_values", "image_codes", "image_input_codes", "image_grid_hw", "document_ids")
+
+
+class TextTokens(LogitsProcessor):
+    """Nothing but text is written: no rows of codes, where logits have them, and no tokens of images."""
+
+    supports_continuous_batching = True
+
+    def __init__(self, num_rows: int, unwritten: set[int]):
+        self.num_rows, self.unwritten = num_rows, sorted(unwritten)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        scores = scores.clone()
+        scores[:, self.unwritten] = -torch.inf
+        scores[:, self.num_rows :] = -torch.inf
+        return scores
 
 
 class TextGenerationMixin(GenerationMixin):
@@ -41,8 +56,7 @@ class TextGenerationMixin(GenerationMixin):
         config, ends = self.config, plain(generation_config.eos_token_id)
         ends = ends if isinstance(ends, list) else [ends]
         tokens = {config.boi_token_id, config.image_token_id, config.eoi_token_id} - set(ends)
-        if tokens:
-            processors.insert(0, SuppressTokensLogitsProcessor(sorted(tokens), device=device or "cpu"))
+        processors.insert(0, TextTokens(config.text_vocab_size, tokens))
         return processors
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):

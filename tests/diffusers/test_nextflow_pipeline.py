@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 
 from diffusers_nextflow import NextFlowPipeline
 from tests.diffusers.tiny_decoders import decoder
+from transformers_nextflow.export import export
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ["a red circle", "a blue square"]
@@ -143,3 +144,31 @@ def test_documentation_runs(monkeypatch):
     monkeypatch.chdir(ROOT)
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "decoder.md").read_text(), flags=re.DOTALL)
     exec(compile(block, "decoder.md", "exec"), {})
+
+
+def test_an_exported_checkpoint_is_a_pipeline(tiny_checkpoint, pipe, tmp_path):
+    export(tiny_checkpoint, str(tmp_path / "exported"))
+    expected = pipe(PROMPTS[0], seed=0, output_type="latent").images
+    for door in (DiffusionPipeline, NextFlowPipeline):
+        loaded = door.from_pretrained(tmp_path / "exported")
+        assert type(loaded) is NextFlowPipeline
+        assert torch.equal(loaded(PROMPTS[0], seed=0, output_type="latent").images, expected)
+    half = NextFlowPipeline.from_pretrained(tmp_path / "exported", dtype=torch.bfloat16)
+    assert half.model.dtype == torch.bfloat16
+
+
+def test_variants(pipe, tmp_path):
+    """diffusers cannot load one of a pipeline that holds another."""
+    whole = NextFlowPipeline(pipe.model, pipe.processor)
+    whole.save_pretrained(tmp_path, variant="fp16")
+    assert type(DiffusionPipeline.from_pretrained(tmp_path, variant="fp16")) is NextFlowPipeline
+    whole.decoder = decoder("unet", vq_model=pipe.model.model.vq_model)
+    with pytest.raises(ValueError, match="save it apart for variant='fp16'"):
+        whole.save_pretrained(tmp_path, variant="fp16")
+
+
+def test_a_processor_of_another_model_is_refused(pipe):
+    other = copy.copy(pipe.processor)
+    other.condition_last_scale = False
+    with pytest.raises(ValueError, match="condition_last_scale must be the model's, True, got False of the processor"):
+        NextFlowPipeline(pipe.model, other)

@@ -34,8 +34,9 @@ class SpecialIds:
 class DocumentTokenizer:
     """Documents to compact ids, through the processor's own chat template.
 
-    Texts are tokenized apart from the template around them and hold no control tokens, whatever they spell; what the
-    assistant says is supervised up to its end of turn.
+    Texts hold no control tokens, whatever they spell. What is not supervised is tokenized together with the template
+    around it, as a prompt is; what is supervised begins with a token of its own, as an answer to a prompt does, and
+    lasts up to its end of turn.
     """
 
     def __init__(self, processor, eos_token_id: int):
@@ -43,7 +44,10 @@ class DocumentTokenizer:
         self.image_id, self.eos_id = processor.image_token_id, eos_token_id
         self.image_triple = [processor.boi_token_id, processor.image_token_id, processor.eoi_token_id]
         self._skeleton = lru_cache(maxsize=4096)(self._render)
-        self._template_ids = lru_cache(maxsize=4096)(self._tokenize_template)
+        self._template_parts = lru_cache(maxsize=4096)(self._split_template)
+        # also control tokens that the text tokenizer does not count among the special ones
+        tokens = sorted((str(token) for token in self.tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
+        self._control_tokens = re.compile(f"((?:{'|'.join(map(re.escape, tokens))})+)")
 
     def __call__(self, document: Document) -> tuple[np.ndarray, np.ndarray]:
         """(C,) int32 compact ids and (C,) bool supervision."""
@@ -56,19 +60,34 @@ class DocumentTokenizer:
         ids: list[int] = []
         supervised: list[bool] = []
         images = iter(document.supervised_images)
-        answering = False
-        for template, text_index, role in self._skeleton(shape):
-            for token in self._template_ids(template):
+        answering, unread = False, ""  # text that is not tokenized yet
+
+        def read(words: Sequence[int]) -> None:
+            nonlocal answering
+            for token in words:
                 if token == self.image_id:
                     answering = next(images)
                 ids.append(token)
                 supervised.append(answering)
                 answering = answering and token != self.eos_id
+
+        for template, text_index, role in self._skeleton(shape):
+            for part in self._template_parts(template):
+                if isinstance(part, str):
+                    unread += part
+                else:
+                    read(self._tokenize_text(unread))
+                    unread = ""
+                    read(part)
+            if text_index is None or is_supervised(role) or answering:
+                read(self._tokenize_text(unread))
+                unread = ""
             if text_index is not None:
                 answering = is_supervised(role)
-                words = self._tokenize_text(texts[text_index])
-                ids += words
-                supervised += [answering] * len(words)
+                unread += texts[text_index]
+            if answering:
+                read(self._tokenize_text(unread))
+                unread = ""
         if next(images, None) is not None:
             raise ValueError(f"the chat template shows fewer images than document {document.key} has")
         return np.array(ids, dtype=np.int32), np.array(supervised, dtype=bool)
@@ -81,7 +100,7 @@ class DocumentTokenizer:
         return np.array(ids, dtype=np.int32), np.ones(len(ids), dtype=bool)
 
     def _tokenize_text(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids if text else []
 
     def _render(self, shape: tuple) -> list[tuple[str, int | None, str | None]]:
         """Pieces of the template, each with the text that follows it and that text's role."""
@@ -104,15 +123,21 @@ class DocumentTokenizer:
             raise ValueError("the chat template must show every text of a chat once and in order")
         return [(piece, i, None if i is None else roles[i]) for piece, i in zip(pieces[::2], indices)]
 
-    def _tokenize_template(self, piece: str) -> list[int]:
-        """Ids of a piece of the template, each image one id."""
-        ids = self.tokenizer(piece, add_special_tokens=False).input_ids
-        compact, place = [], 0
-        while place < len(ids):
-            is_image = ids[place : place + 3] == self.image_triple
-            compact.append(self.image_id if is_image else ids[place])
-            place += 3 if is_image else 1
-        return compact
+    def _split_template(self, piece: str) -> list[str | list[int]]:
+        """A piece of the template: its texts, and the ids of the control tokens between them, each image one id."""
+        parts: list[str | list[int]] = []
+        for index, part in enumerate(self._control_tokens.split(piece)):
+            if index % 2 == 0:
+                parts += [part] if part else []
+                continue
+            ids = self.tokenizer(part, add_special_tokens=False).input_ids
+            compact, place = [], 0
+            while place < len(ids):
+                is_image = ids[place : place + 3] == self.image_triple
+                compact.append(self.image_id if is_image else ids[place])
+                place += 3 if is_image else 1
+            parts.append(compact)
+        return parts
 
 
 def _joined(content: Sequence[str | None]) -> list[str | None]:

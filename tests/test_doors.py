@@ -1,0 +1,132 @@
+"""Doors of the libraries that lead to the text decoder, or through the whole model: masks, servers, compilers."""
+
+import pytest
+import torch
+from tiny_models import BOI, EOI, EOS, IMAGE, PAD, SQUARE, TEXT_ROWS, WIDE, Picture, batch_of, relative, tiny_model
+from transformers import AttentionInterface, GenerationConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.generation import ContinuousBatchingConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+CHATS = [[10, 11, 12, 13], [14, 15], [16, 17, 18]]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+# Masks of every pair
+
+
+def causal(length: int) -> torch.Tensor:
+    return torch.ones(1, 1, length, length, dtype=torch.bool).tril()
+
+
+@pytest.mark.parametrize("form", ["bool", "float"])
+def test_masks_of_every_pair_are_what_they_say(model, form):
+    """Causal ones change nothing; two texts in one row that do not see each other are each alone."""
+    make = lambda mask: mask if form == "bool" else torch.zeros(()).masked_fill(~mask, -1e9)  # noqa: E731
+    whole, *alone = [10, 11, 12, 13, 14], [10, 11], [12, 13, 14]
+    expected = model(input_ids=torch.tensor([whole])).logits
+    assert relative(model(input_ids=torch.tensor([whole]), attention_mask=make(causal(5))).logits, expected) < 1e-5
+    apart = causal(5)
+    apart[..., 2:, :2] = False
+    positions = torch.tensor([0, 1, 0, 1, 2]).expand(3, 1, -1)
+    packed = model(input_ids=torch.tensor([whole]), attention_mask=make(apart), position_ids=positions).logits
+    each = torch.cat([model(input_ids=torch.tensor([row])).logits for row in alone], dim=1)
+    assert relative(packed, each) < 1e-5 and relative(packed, expected) > 1e-2
+
+
+def test_masks_of_every_pair_are_of_text_alone(model):
+    inputs = batch_of(model, [10, Picture(SQUARE, 1), 11])
+    inputs["attention_mask"] = causal(inputs["input_ids"].shape[1])
+    with pytest.raises(ValueError, match="images cannot be given with .* a mask of"):
+        model(**inputs)
+
+
+# Servers
+
+
+def test_requests_are_batched_as_they_come(model):
+    """transformers' continuous batching writes what `generate` writes, of text rows alone."""
+    config = GenerationConfig(max_new_tokens=5, do_sample=False, eos_token_id=EOS, pad_token_id=PAD)
+    small = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=16)
+    # a code would be the likeliest, and then a mark of images
+    bias = torch.zeros(model.config.text_vocab_size + model.config.vq_config.codebook_size)
+    bias[[BOI, IMAGE, EOI]], bias[TEXT_ROWS:] = 50.0, 100.0
+    offset = lambda at: lambda module, args, logits: logits + bias[at]  # noqa: E731
+    hooks = [
+        model.lm_head.register_forward_hook(offset(slice(TEXT_ROWS))),
+        model.code_head.register_forward_hook(offset(slice(TEXT_ROWS, None))),
+    ]
+    results = model.generate_batch(CHATS, generation_config=config, continuous_batching_config=small)
+    written = [result.generated_tokens for _, result in sorted(results.items())]
+    expected = [model.generate(torch.tensor([chat]), generation_config=config)[0, len(chat) :] for chat in CHATS]
+    for hook in hooks:
+        hook.remove()
+    assert written == [ids.tolist() for ids in expected]
+    assert all(ids and max(ids) < TEXT_ROWS and not {BOI, IMAGE, EOI} & set(ids) for ids in written)
+
+
+def test_the_text_decoder_may_have_an_attention_of_its_own(model):
+    """What vLLM's backend for models of transformers asks for."""
+    assert type(model).is_backend_compatible() and Qwen2_5_VLForConditionalGeneration.is_backend_compatible()
+    layers = []
+
+    def attend(module, *args, **kwargs):
+        layers.append((module.layer_idx, kwargs["of_the_server"]))
+        return sdpa_attention_forward(module, *args, **kwargs)
+
+    AttentionInterface.register("of_a_server", attend)
+    other = tiny_model()
+    other.model.language_model.config._attn_implementation_internal = "of_a_server"
+    ids = torch.tensor([CHATS[0]])
+    logits = other(input_ids=ids, attention_mask=causal(4), of_the_server="cache").logits
+    assert layers == [(0, "cache"), (1, "cache")]
+    assert relative(logits, model(input_ids=ids).logits) < 1e-5
+
+
+# Compilers
+
+
+def test_pictures_of_several_sizes_under_a_compiler(model):
+    compiled = torch.compile(model)
+    for number, grid in enumerate((SQUARE, WIDE)):
+        inputs = batch_of(model, [10, Picture(grid, 1), 11])
+        del inputs["image_codes"]
+        generator = torch.Generator().manual_seed(number)
+        inputs["pixel_values"] = torch.rand(grid[0] * grid[1], 48, generator=generator) * 2 - 1
+        with torch.no_grad():
+            assert relative(compiled(**inputs).logits, model(**inputs).logits) < 1e-4
+    torch._dynamo.reset()
+
+
+def test_text_is_exported(model):
+    """A graph for rows of any number and length."""
+    inputs = batch_of(model, *CHATS)
+    shapes = {name: {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO} for name in inputs}
+    shapes["use_cache"] = None
+    exported = torch.export.export(model, (), inputs | {"use_cache": False}, dynamic_shapes=shapes)
+    for rows in (CHATS, [[10], [11, 12, 13, 14, 15]], [[20, 21, 22]]):
+        inputs = batch_of(model, *rows)
+        graph = exported.module()(**inputs, use_cache=False)
+        assert relative(graph.logits, model(**inputs).logits) < 1e-5
+
+
+def test_text_alone_is_text_beside_pictures(model):
+    """Positions and logits of a row do not depend on whether another row has a picture."""
+    text, picture = [10, 11, 12], [13, Picture(SQUARE, 1), 14]
+    both = batch_of(model, text, picture)
+    alone = batch_of(model, text, [PAD] * both["input_ids"].shape[1])
+    alone["attention_mask"][1] = 1
+    assert relative(model(**alone).logits[0, -3:], model(**both).logits[0, -3:]) < 1e-5
+
+
+@pytest.mark.parametrize("labels", [False, True])
+@pytest.mark.parametrize("name", ["pixel_values", "image_codes"])
+def test_images_need_their_grids(model, name, labels):
+    inputs = batch_of(model, [10, Picture(SQUARE, 1), 11])
+    given = {"pixel_values": torch.rand(9, 48), "image_codes": inputs["image_codes"]}[name]
+    ids = {"input_ids": inputs["input_ids"]} | ({"labels": inputs["input_ids"]} if labels else {})
+    with pytest.raises(ValueError, match=f"{name} came without image_grid_hw"):
+        model(**ids, **{name: given})

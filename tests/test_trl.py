@@ -1,0 +1,51 @@
+"""TRL's own trainers of text, by a model and by the path of one."""
+
+import pytest
+import torch
+
+pytest.importorskip("trl", reason="the trainers are TRL's")
+
+from datasets import Dataset
+from peft import LoraConfig
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+from transformers_nextflow import NextFlowForConditionalGeneration
+
+PAIRS = Dataset.from_list(
+    [
+        {"prompt": "How many circles are there?", "chosen": "There is one.", "rejected": "two small squares"},
+        {"prompt": "Describe the picture.", "chosen": "a red circle", "rejected": "remove the star"},
+    ]
+)
+TEXTS = Dataset.from_list([{"text": "There is one red circle"}, {"text": "a blue square"}])
+
+
+def options(folder) -> dict:
+    quiet = {"report_to": [], "use_cpu": True, "save_strategy": "no", "disable_tqdm": True, "logging_steps": 1}
+    steps = {"max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "bf16": False}
+    return {"output_dir": str(folder), **quiet, **steps}
+
+
+def losses(trainer) -> list[float]:
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("by", ["model", "path", "adapter"])
+def test_preferences(by, tiny_checkpoint, text_tokenizer, tmp_path):
+    """The reference model is loaded again from where the model came from."""
+    model = str(tiny_checkpoint) if by == "path" else NextFlowForConditionalGeneration.from_pretrained(tiny_checkpoint)
+    adapter = LoraConfig(target_modules=["q_proj"], r=2) if by == "adapter" else None
+    data = {"train_dataset": PAIRS, "processing_class": text_tokenizer}
+    trainer = DPOTrainer(model, args=DPOConfig(**options(tmp_path)), **data, peft_config=adapter)
+    first, last = losses(trainer)
+    assert first == pytest.approx(torch.log(torch.tensor(2.0)).item(), abs=1e-3)  # model and reference agree
+    assert by == "adapter" or last < first
+
+
+def test_texts_by_a_path(tiny_checkpoint, text_tokenizer, tmp_path):
+    args = SFTConfig(**options(tmp_path))
+    trainer = SFTTrainer(str(tiny_checkpoint), args=args, train_dataset=TEXTS, processing_class=text_tokenizer)
+    assert type(trainer.model) is NextFlowForConditionalGeneration
+    first, last = losses(trainer)
+    assert last < first
