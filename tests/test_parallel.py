@@ -41,6 +41,15 @@ def test_a_bfloat16_model_trains_in_shards(tmp_path):
     assert relative(two, one) < 2e-2
 
 
+def test_heads_that_are_units_of_their_own(tmp_path):
+    """Each call gathers them, on all ranks at once, whatever number of targets a rank has."""
+    tiny_model().save_pretrained(tmp_path)
+    one, two = (on_ranks(ranks, "sharded_heads", tmp_path) for ranks in (1, 2))
+    assert two.keys() == one.keys() and {"lm_head.weight", "code_head.weight"} <= one.keys()
+    for name, tensor in two.items():
+        assert relative(tensor, one[name]) < 1e-5, name
+
+
 @pytest.mark.parametrize("vq", [{}, FIXED_SIZE], ids=["any grid", "one size"])
 def test_units_that_are_named_are_there(vq):
     """accelerate looks up each class that a model names as a whole."""

@@ -12,9 +12,10 @@ from safetensors.torch import save_file
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from tests.tiny_models import BOI, EOS, PAD, SQUARE, WIDE, Picture, batch_of
-from transformers_nextflow import NextFlowForConditionalGeneration
+from tests.tiny_models import BOI, CODES, EOS, PAD, SQUARE, TEXT_ROWS, WIDE, Picture, batch_of
+from transformers_nextflow import NextFlowForConditionalGeneration, losses
 
+losses.LOGITS_AT_ONCE = 7 * (TEXT_ROWS + CODES)  # several chunks
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -55,7 +56,7 @@ def sharded(folder: Path) -> dict[str, torch.Tensor]:
                 fully_shard(module)
         fully_shard(model)
     optimizer = torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], lr=0.05)
-    losses = []
+    seen = []
     inputs = with_labels(model, *rows)
     num_items = torch.tensor(5 + 14 + 3 + 11) / WORLD  # FSDP averages gradients over ranks
     for _ in range(4):
@@ -66,15 +67,33 @@ def sharded(folder: Path) -> dict[str, torch.Tensor]:
         loss = loss.detach() / WORLD
         if WORLD > 1:
             torch.distributed.all_reduce(loss)
-        losses.append(loss)
-    return {"losses": torch.stack(losses)}
+        seen.append(loss)
+    return {"losses": torch.stack(seen)}
+
+
+def sharded_heads(folder: Path) -> dict[str, torch.Tensor]:
+    """Gradients of a second step, where each head is a unit of its own; a row on each rank, of unequal lengths."""
+    model = NextFlowForConditionalGeneration.from_pretrained(folder).train()
+    rows = ROWS
+    if WORLD > 1:
+        rows = ROWS[torch.distributed.get_rank() :][:1]
+        for head in (model.lm_head, model.code_head):
+            fully_shard(head)
+        fully_shard(model)
+    inputs = with_labels(model, *rows)
+    for _ in range(2):
+        model.zero_grad()
+        num_items = torch.tensor(33.0) / WORLD
+        model(**inputs, num_items_in_batch=num_items, use_cache=False, logits_over="none").loss.backward()
+    return {name: whole(weight.grad) for name, weight in model.named_parameters() if weight.grad is not None}
 
 
 if __name__ == "__main__":
     mode, folder = sys.argv[1], Path(sys.argv[2])
     if WORLD > 1:
         torch.distributed.init_process_group("gloo")
-    results = {"tensor_parallel": tensor_parallel, "sharded": sharded}[mode](folder)
+    modes = {"tensor_parallel": tensor_parallel, "sharded": sharded, "sharded_heads": sharded_heads}
+    results = modes[mode](folder)
     if WORLD == 1 or torch.distributed.get_rank() == 0:
         save_file(results, folder / f"{mode}-{WORLD}.safetensors")
     if WORLD > 1:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from transformers_nextflow import modeling_nextflow
-from transformers_nextflow.losses import IGNORE, joint_cross_entropy
+from transformers_nextflow.losses import joint_cross_entropy
 
 from .arms import HELD_OUT, MIXTURE, Claim, HeldOut, code, conduct, dev, train_arm, untrained
 
@@ -24,21 +24,22 @@ CLAIMS = [Claim(SAYS, "fig. 9", *ARMS, measure, "0 or -") for measure in ("visio
 
 
 def separate_cross_entropy(
-    hidden: torch.Tensor,
+    hidden_ND: torch.Tensor,
     heads: Sequence[nn.Linear],
     num_rows: int,
-    targets: torch.Tensor,
-    weights: torch.Tensor,
+    targets_N: torch.Tensor,
+    weights_N: torch.Tensor,
     z_loss: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As [`joint_cross_entropy`], but under a softmax over the rows of the target's own kind."""
     text_rows = heads[0].out_features
-    is_code = targets >= text_rows
-    text_targets, code_targets = targets.clone(), targets - text_rows
-    text_targets[is_code], code_targets[~is_code] = IGNORE, IGNORE
-    text_total, text_losses = joint_cross_entropy(hidden, heads[:1], num_rows, text_targets, weights, z_loss)
-    code_total, code_losses = joint_cross_entropy(hidden, heads[1:], num_rows, code_targets, weights, z_loss)
-    return text_total + code_total, text_losses + code_losses
+    total, losses_N = 0.0, torch.zeros_like(weights_N)
+    for head, at_N, first in ((heads[0], targets_N < text_rows, 0), (heads[1], targets_N >= text_rows, text_rows)):
+        of_kind, losses_N[at_N] = joint_cross_entropy(
+            hidden_ND[at_N], [head], head.out_features, targets_N[at_N] - first, weights_N[at_N], z_loss
+        )
+        total = total + of_kind
+    return total, losses_N
 
 
 @contextmanager

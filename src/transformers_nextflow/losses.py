@@ -16,10 +16,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 IGNORE = -100
-CHUNKS = 16
+CHUNKS = 16  # each adds to the whole of the weights' gradients
 GATHERED_CHUNKS = 4  # each gathers the weights once more
-LEAST_POSITIONS = 64  # of a chunk, which adds to all of the weights' gradients
-LOGITS_AT_ONCE = 2**25  # of one chunk: 128 MiB in float32
+LOGITS_AT_LEAST, LOGITS_AT_ONCE = 2**20, 2**25  # of one chunk: 4 to 128 MiB in float32
 
 
 def joint_cross_entropy(
@@ -55,7 +54,7 @@ def joint_cross_entropy(
     inputs = (hidden_ND, targets_N, weights_N)
     by_itself = not any(map(_is_gathered, heads))
     if by_itself:
-        length = max(LEAST_POSITIONS, math.ceil(len(hidden_ND) / CHUNKS))
+        length = max(math.ceil(len(hidden_ND) / CHUNKS), LOGITS_AT_LEAST // num_rows)
         length = max(1, min(length, LOGITS_AT_ONCE // num_rows))
         chunks = zip(*(tensor.split(length) for tensor in inputs))
     else:  # devices that gather weights together must do it as often, however many positions each has
@@ -105,8 +104,7 @@ def _with_gradients(
         edges = [get_gradient_edge(part) for part in parts if part.requires_grad]
         total, losses_n = _weighted_cross_entropy(parts, targets_n, weights_n, z_loss)
         del parts
-        for edge, gradient in zip(edges, torch.autograd.grad(total, edges)):
-            _add_gradients({hidden_nD: hidden_sums[-1]} | sums, hidden_nD, edge, gradient)
+        _add_gradients({hidden_nD: hidden_sums[-1]} | sums, hidden_nD, edges, torch.autograd.grad(total, edges))
         totals.append(total.detach())
         losses.append(losses_n)
     gradients = [torch.cat(hidden_sums), *sums.values()]
@@ -115,19 +113,23 @@ def _with_gradients(
 
 
 def _add_gradients(
-    sums: dict[torch.Tensor, torch.Tensor], hidden_nD: torch.Tensor, edge: GradientEdge, gradient: torch.Tensor
+    sums: dict[torch.Tensor, torch.Tensor],
+    hidden_nD: torch.Tensor,
+    edges: list[GradientEdge],
+    gradients: tuple[torch.Tensor, ...],
 ) -> None:
-    """Add to the sums what a head's logits, at `edge`, give to each leaf of their graph."""
-    weight = _factor_of(edge.node, hidden_nD)
-    if weight in sums:  # its gradient alone would be as large as the sum, and cost more than the product
-        if hidden_nD.requires_grad:
-            _add_product(sums[hidden_nD], gradient, weight.detach())
-        _add_product(sums[weight], gradient.T, hidden_nD.detach())
-        return
+    """Add to the sums what the gradients of the heads' logits, at `edges`, give to each leaf of their graphs."""
     leaves = [leaf for leaf in sums if leaf.requires_grad]
-    for leaf, added in zip(leaves, torch.autograd.grad(edge, leaves, gradient, allow_unused=True)):
-        if added is not None:
-            sums[leaf] += added
+    for edge, gradient in zip(edges, gradients):
+        weight = _factor_of(edge.node, hidden_nD)
+        if weight in sums:  # its gradient alone would be as large as the sum, and cost more than the product
+            if hidden_nD.requires_grad:
+                _add_product(sums[hidden_nD], gradient, weight.detach())
+            _add_product(sums[weight], gradient.T, hidden_nD.detach())
+            continue
+        for leaf, added in zip(leaves, torch.autograd.grad(edge, leaves, gradient, allow_unused=True)):
+            if added is not None:
+                sums[leaf] += added
 
 
 def _factor_of(node: torch.autograd.graph.Node, hidden_nD: torch.Tensor) -> torch.Tensor | None:
