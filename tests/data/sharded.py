@@ -51,6 +51,10 @@ class SomeWithoutPictures(PackReader):
 
     padded = False
 
+    def __init__(self, folder: Path, manifest: dict, config):
+        super().__init__(folder, manifest, sequence_spec(manifest["identity"]))
+        self.config = config
+
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         pack = super().__getitem__(index)
         if index not in (1, 2):
@@ -64,8 +68,8 @@ class SomeWithoutPictures(PackReader):
 def run(packs: Path, output: Path, name: str, trainer_class=NextFlowTrainer, resume=None, **arguments):
     """A few steps of 4 batches each; the first process has no picture in the first step."""
     folder, manifest = open_shards(packs, "packs")
-    dataset = SomeWithoutPictures(folder, manifest, sequence_spec(manifest["identity"]))
     model = NextFlowForConditionalGeneration.from_pretrained(output / "model")
+    dataset = SomeWithoutPictures(folder, manifest, model.config)
     processor = NextFlowProcessor.from_pretrained(output / "model")
     callbacks = [EMACallback(0.9)]
     if name == "lora":
