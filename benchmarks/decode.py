@@ -90,16 +90,7 @@ class Decoding:
         ]
 
     def generate(self) -> torch.Tensor:
-        return self.model.generate(
-            input_ids=self.prompt,
-            negative_input_ids=self.null,
-            generation_mode="image",
-            level=self.level,
-            guidance_scale=GUIDANCE,
-            top_k=TOP_K,
-            top_p=TOP_P,
-            seed=0,
-        )
+        return self._draw(input_ids=self.prompt, negative_input_ids=self.null)
 
     def several(self, lengths: Sequence[int], null_length: int = PROMPT_TOKENS) -> torch.Tensor:
         """Guided pictures of prompts of these lengths."""
@@ -108,10 +99,11 @@ class Decoding:
         rows[:, -1] = nulls[:, -1] = BOI
         places = torch.arange(PROMPT_TOKENS, device=self.device)
         mask = (places >= PROMPT_TOKENS - torch.tensor(lengths, device=self.device)[:, None]).long()
+        return self._draw(input_ids=rows, attention_mask=mask, negative_input_ids=nulls)
+
+    def _draw(self, **prompts: torch.Tensor) -> torch.Tensor:
         return self.model.generate(
-            input_ids=rows,
-            attention_mask=mask,
-            negative_input_ids=nulls,
+            **prompts,
             generation_mode="image",
             level=self.level,
             guidance_scale=GUIDANCE,

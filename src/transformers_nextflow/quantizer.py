@@ -211,10 +211,9 @@ class DualCodebookQuantizer(nn.Module):
                 pooled_BChw = F.interpolate(residual_BChw, size=(h, w), mode="area")
                 query_BlC = self.normalized(to_sequence(pooled_BChw))
                 queries.append(query_BlC.detach().flatten(0, 1))
-                draws = (
-                    None if correction is None else [draw[:, schedule.slice(scale)] for draw in (disturb_BL, pick_BL)]
-                )
-                target_N, input_N = self._look_up(queries[-1], codebook_VC, correction, draws)
+                at = schedule.slice(scale)
+                drawn = None if correction is None else [draw[:, at].flatten() for draw in (disturb_BL, pick_BL)]
+                target_N, input_N = self._look_up(queries[-1], codebook_VC, correction, drawn)
                 target_Bl, input_Bl = target_N.view(batch, h * w), input_N.view(batch, h * w)
                 if keep_scales is None or keep_scales[scale]:
                     entry_BlC = F.embedding(input_Bl, codebook_VC)
@@ -245,7 +244,7 @@ class DualCodebookQuantizer(nn.Module):
         """(N,) nearest entries, and the same with the disturbed ones drawn, a chunk of queries at a time.
 
         Args:
-            draws: of [`SelfCorrection.draws`] for these N positions.
+            draws: (N,) each, of [`SelfCorrection.draws`].
         """
         targets, inputs = [], []
         length = max(1, DISTANCES_AT_ONCE // len(codebook_VC))
@@ -255,7 +254,7 @@ class DualCodebookQuantizer(nn.Module):
             target_n = distance_nV.argmin(dim=-1)
             targets.append(target_n)
             if correction is not None:
-                disturb_n, pick_n = (draw.flatten()[chunk] for draw in draws)
+                disturb_n, pick_n = (draw[chunk] for draw in draws)
                 drawn = self._draw(distance_nV[disturb_n], pick_n[disturb_n], correction)
                 target_n = target_n.masked_scatter(disturb_n, drawn)
             inputs.append(target_n)

@@ -19,8 +19,8 @@ def keep_losses_float32(accelerator: Accelerator) -> None:
 class WholeHeadsCallback(TrainerCallback):
     """Gathers the heads of a model that accelerate shards by FSDP2 together with the model; does nothing to others.
 
-    accelerate makes the text head a unit of its own, and such a unit counts on one call in each forward, the same on
-    every device; but the loss calls the heads once for each chunk of its targets.
+    accelerate makes the text head a unit of its own, which every call gathers anew; but the loss calls the heads
+    once for each chunk of its targets.
     """
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
