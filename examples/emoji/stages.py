@@ -37,6 +37,7 @@ def settings(steps: int, peak: float, decay_share: float = 1.0) -> dict:
         "bf16": True,
         "use_cpu": True,
         "ddp_backend": "gloo" if processes() > 1 else None,
+        "ddp_find_unused_parameters": False,
         "logging_steps": LOGGING_STEPS,
         "save_steps": 200,
         "save_total_limit": 2,

@@ -15,7 +15,7 @@ from transformers_nextflow import (
     NextFlowVQModel,
     SelfCorrection,
 )
-from transformers_nextflow.data import ExtractionSettings, FixedLength, PackedDataset
+from transformers_nextflow.data import ExtractionSettings, FixedLength, PackCollator, PackedDataset
 from transformers_nextflow.files import output_folder
 from transformers_nextflow.training import EMACallback, NextFlowTrainer, NextFlowTrainingArguments, Stage
 
@@ -131,16 +131,17 @@ def train_stage(folder: Path, stage: str, before: Path, data: Path) -> Path:
     model.set_attn_implementation("eager")  # the fastest backward at these lengths on a CPU
     if training.trains == "all":
         for layer in model.model.language_model.layers:
-            layer.compile(dynamic=True)
+            layer.compile(dynamic=False)
     values = settings(training.steps, training.peak, training.decay_share)
     values |= {"weight_decay": WEIGHT_DECAY, "per_device_train_batch_size": training.packs}
     arguments = NextFlowTrainingArguments(output, **values)
-    average = EMACallback(EMA_DECAY)
+    average, dataset = EMACallback(EMA_DECAY), PackedDataset(packs, model, processor)
     optimizer = new_optimizer(model, arguments, training.peak) if training.trains == "all" else None
     trainer = NextFlowTrainer(
         model,
         arguments,
-        train_dataset=PackedDataset(packs, model, processor),
+        PackCollator(dataset, training.pack_length),
+        dataset,
         processing_class=processor,
         optimizers=(optimizer, None),
         callbacks=[average],

@@ -274,6 +274,12 @@ def test_a_batch_of_packs_is_what_the_model_takes(packs, data_model, tiny_proces
     batch = PackCollator(dataset)([dataset[0], dataset[1]])
     loss = data_model(**batch, use_cache=False).loss
     assert torch.isfinite(loss) and batch["input_ids"].shape[0] == 2
+    length = batch["input_ids"].shape[1]
+    longer = PackCollator(dataset, pad_to=length + 7)([dataset[0], dataset[1]])
+    assert longer["input_ids"].shape == longer["document_ids"].shape == (2, length + 7)
+    torch.testing.assert_close(data_model(**longer, use_cache=False).loss, loss)
+    with pytest.raises(ValueError, match=f"a row has {length} positions, more than pad_to={length - 1}"):
+        PackCollator(dataset, pad_to=length - 1)([dataset[0], dataset[1]])
 
 
 # Hub layout

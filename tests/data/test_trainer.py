@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from trainings import largest_difference, losses, parameters, train
 from transformers import set_seed
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -124,6 +125,21 @@ def test_largest_attention_logit_of_the_batch_before_a_log(
     assert logged == pytest.approx(expected, rel=1e-5)
     assert max(logged) > 1.01 * min(logged) and any(a > 1.01 * b for a, b in zip(unmasked, expected))
     assert dict(ALL_ATTENTION_FUNCTIONS) == registered
+
+
+def test_watching_the_attention_compiles_nothing_anew(dataset, data_model, tmp_path):
+    """With rows of one length, for which a layer is compiled once."""
+    collator, graphs = PackCollator(dataset, pad_to=128), []
+    for logging_steps in (2, 3):
+        model, counter = copy.deepcopy(data_model), CompileCounter()
+        torch.compiler.reset()
+        for layer in model.model.language_model.layers:
+            layer.compile(backend=counter, dynamic=False)
+        options = {"max_steps": 6, "logging_steps": logging_steps, "collator": collator}
+        logged = train(model, dataset, tmp_path, **options).state.log_history
+        assert sum("max_attention_logit" in row for row in logged) == 6 // logging_steps
+        graphs.append(counter.frame_count)
+    assert 0 < graphs[0] == graphs[1] <= 2
 
 
 def test_a_step_does_not_depend_on_how_it_is_split(dataset, data_model, tmp_path):

@@ -7,11 +7,11 @@ import torch
 from transformers_nextflow.training import NextFlowTrainer, NextFlowTrainingArguments
 
 
-def train(model, dataset, output, resume=None, callbacks=None, **arguments) -> NextFlowTrainer:
+def train(model, dataset, output, resume=None, callbacks=None, collator=None, **arguments) -> NextFlowTrainer:
     values = {"max_steps": 1, "logging_steps": 1, "learning_rate": 1e-3, "save_strategy": "no", "seed": 5}
     values |= {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "lr_scheduler_type": "constant"}
     arguments = NextFlowTrainingArguments(output_dir=str(output), **(values | arguments))
-    trainer = NextFlowTrainer(model, arguments, train_dataset=dataset, callbacks=callbacks)
+    trainer = NextFlowTrainer(model, arguments, collator, dataset, callbacks=callbacks)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 

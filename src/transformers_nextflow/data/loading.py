@@ -165,21 +165,31 @@ class PackSampler(Sampler[list[int]]):
 
 
 class PackCollator:
-    """[`collate`] for the packs of a dataset, as `DataLoader` calls it, and their `layout`."""
+    """[`collate`] for the packs of a dataset, as `DataLoader` calls it, and their `layout`.
 
-    def __init__(self, dataset: PackedDataset):
+    Args:
+        pad_to: positions of all rows, so that what is compiled for one batch fits all; by default the longest's.
+    """
+
+    def __init__(self, dataset: PackedDataset, pad_to: int = 0):
         self.padded, self.pad, self.config = dataset.padded, dataset.spec.special.pad, dataset.config
+        self.pad_to = pad_to
 
     def __call__(self, packs: Sequence[dict[str, np.ndarray]]) -> dict[str, torch.Tensor | SequenceLayout]:
-        batch = collate(packs, self.pad, self.padded)
+        batch = collate(packs, self.pad, self.padded, self.pad_to)
         return batch | {"layout": build_layout(self.config, **batch)}
 
 
-def collate(packs: Sequence[dict[str, np.ndarray]], pad: int, padded: bool) -> dict[str, torch.Tensor]:
+def collate(
+    packs: Sequence[dict[str, np.ndarray]], pad: int, padded: bool, pad_to: int = 0
+) -> dict[str, torch.Tensor]:
     """Packs to what the model's forward takes.
 
     A pack is one row of documents (`document_ids` keep them apart) or, if `padded`, a row for each document. Rows are
     padded on the right with the id `pad`, document -1 and no target.
+
+    Raises:
+        ValueError: if a row is longer than `pad_to`, where that is given.
 
     Returns:
         (B, L) int64 `input_ids`, `document_ids`, `shift_labels`; with images `image_grid_hw` (images, 2),
@@ -189,7 +199,10 @@ def collate(packs: Sequence[dict[str, np.ndarray]], pad: int, padded: bool) -> d
     batch = {}
     for name, fill in fills.items():
         rows = [row for pack in packs for row in (_split(pack, name) if padded else [pack[name]])]
-        whole = np.full((len(rows), max(map(len, rows))), fill, dtype=np.int64)
+        longest = max(map(len, rows))
+        if 0 < pad_to < longest:
+            raise ValueError(f"a row has {longest} positions, more than pad_to={pad_to}")
+        whole = np.full((len(rows), pad_to or longest), fill, dtype=np.int64)
         for place, values in enumerate(rows):
             whole[place, : len(values)] = values
         batch[name] = torch.from_numpy(whole)

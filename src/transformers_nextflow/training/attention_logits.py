@@ -14,7 +14,8 @@ class LargestAttentionLogit:
 
     Exact: the products of all queries and the keys they see, of every layer and head, by chunks, in the attention's
     own dtype, whatever `attn_implementation` is. The forward's results are what they are without it; what it adds is
-    about half of the attention's forward.
+    about half of the attention's forward. What is compiled without the watch runs uncompiled meanwhile: a graph with
+    the watch in it would be compiled anew each time.
 
     Args:
         model: the decoder.
@@ -31,9 +32,12 @@ class LargestAttentionLogit:
         self._attend = ALL_ATTENTION_FUNCTIONS.get_interface(self._name, eager_attention_forward)
         ALL_ATTENTION_FUNCTIONS[self._name] = self._watched
         self._hook = self.model.register_forward_pre_hook(self._begin, with_kwargs=True)
+        self._eager = torch.compiler.set_stance("eager_on_recompile")
+        self._eager.__enter__()
         return self
 
     def __exit__(self, *error) -> None:
+        self._eager.__exit__(*error)
         self._hook.remove()
         del ALL_ATTENTION_FUNCTIONS[self._name]
         if (
@@ -59,7 +63,6 @@ class LargestAttentionLogit:
             self._see(query.detach(), key.detach(), kwargs["scaling"])
         return self._attend(module, query, key, value, attention_mask, **kwargs)
 
-    @torch.compiler.disable
     @torch.no_grad()
     def _see(self, query: torch.Tensor, key: torch.Tensor, scaling: float) -> None:
         """(B, heads, L, head size) and (B, key-value heads, L, head size)."""
