@@ -243,6 +243,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
                 codes[index] = row
         return codes
 
+    @torch.compiler.disable  # what is laid out depends on values, and is cached
     def lay_out(
         self,
         input_ids: torch.Tensor,
