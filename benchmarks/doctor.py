@@ -16,9 +16,9 @@ from transformers.utils import logging
 
 from tests.doctor.faults import FAULTS, LISTED, planted
 from tests.doctor.own_pictures import build
-from transformers_nextflow.cli import load_model, model_name
 from transformers_nextflow.doctor import examine
 from transformers_nextflow.doctor.pictures import default_pictures
+from transformers_nextflow.utils.loading import load_model, model_name
 
 from .harness import machine, report
 

@@ -39,10 +39,10 @@ from examples.emoji.transformer import TRAININGS, WEIGHT_DECAY, new_optimizer
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor
 from transformers_nextflow.data import PackedDataset
 from transformers_nextflow.data.extraction import check_plan
-from transformers_nextflow.files import write_atomically
 from transformers_nextflow.lora import lora_config
 from transformers_nextflow.training import NextFlowTrainer, NextFlowTrainingArguments
 from transformers_nextflow.training.grpo import NextFlowGRPOConfig, NextFlowGRPOTrainer
+from transformers_nextflow.utils.files import write_atomically
 
 OUTPUT = Path(__file__).parent / "results" / "grpo.json"
 PAPER = "fig. 12: prefixes of 512, 256, 128 and 64 tokens climb faster and higher than vanilla GRPO"

@@ -13,7 +13,7 @@ import torch
 import transformers
 from scipy.stats import t
 
-from transformers_nextflow.files import write_atomically
+from transformers_nextflow.utils.files import write_atomically
 
 
 def interleaved_seconds(

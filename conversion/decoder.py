@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedConfig
 
 from transformers_nextflow import NextFlowConfig, NextFlowForConditionalGeneration
-from transformers_nextflow.safetensors_folder import SafetensorsFolder, listing
+from transformers_nextflow.utils.safetensors_folder import SafetensorsFolder, listing
 
 from .checkpoints import check_keys
 

@@ -31,9 +31,9 @@ from transformers_nextflow import (
     NextFlowProcessor,
     NextFlowVQModel,
 )
-from transformers_nextflow.files import output_folder
-from transformers_nextflow.loading import load_vq_model
-from transformers_nextflow.safetensors_folder import SafetensorsFolder
+from transformers_nextflow.utils.files import output_folder
+from transformers_nextflow.utils.loading import load_vq_model
+from transformers_nextflow.utils.safetensors_folder import SafetensorsFolder
 
 from .checkpoints import ShardedWriter
 from .decoder import EMBEDDING, SAME_FIELDS, TextDecoder, hub_key, text_config_of

@@ -20,8 +20,8 @@ from torch import nn
 from transformers import AutoConfig
 
 from transformers_nextflow import NextFlowImageProcessor, NextFlowVQConfig, NextFlowVQModel
-from transformers_nextflow.files import output_folder
-from transformers_nextflow.safetensors_folder import SafetensorsFolder
+from transformers_nextflow.utils.files import output_folder
+from transformers_nextflow.utils.safetensors_folder import SafetensorsFolder
 
 from .checkpoints import check_keys, load_torch_checkpoint
 

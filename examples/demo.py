@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor
-from transformers_nextflow.cli import DEFAULT_MODEL
-from transformers_nextflow.files import write_atomically
+from transformers_nextflow.utils.files import write_atomically
+from transformers_nextflow.utils.loading import DEFAULT_MODEL
 
 from .emoji.panels import panel
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from transformers_nextflow import codes_of_region
-from transformers_nextflow.cli import load_model
+from transformers_nextflow.utils.loading import load_model
 
 
 def read_codes(model, processor, picture: Image.Image) -> tuple[torch.Tensor, tuple[int, int]]:

@@ -27,7 +27,7 @@ from diffusers_nextflow.training import WEIGHT_DTYPES, DecoderTrainingArguments,
 from diffusers_nextflow.training_data import PictureBatches, shard_pictures, source_pictures
 from transformers_nextflow import NextFlowImageProcessor
 from transformers_nextflow.data import DocumentReader, Source
-from transformers_nextflow.loading import load_vq_model
+from transformers_nextflow.utils.loading import load_vq_model
 
 STAGES = {"base": 1, "x2": 2}
 

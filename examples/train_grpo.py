@@ -17,10 +17,10 @@ import datasets
 from trl import ModelConfig, ScriptArguments, TrlParser, get_quantization_config
 
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor
-from transformers_nextflow.cli import model_name
 from transformers_nextflow.lora import lora_config
 from transformers_nextflow.training.grpo import NextFlowGRPOConfig, NextFlowGRPOTrainer
 from transformers_nextflow.training.grpo.reward_models import ClipScore
+from transformers_nextflow.utils.loading import model_name
 
 
 @dataclass

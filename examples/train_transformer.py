@@ -15,7 +15,6 @@ import torch
 from transformers import BitsAndBytesConfig, HfArgumentParser
 
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor
-from transformers_nextflow.cli import model_name
 from transformers_nextflow.data import ExtractionSettings, PackedDataset, RawDocuments, Source
 from transformers_nextflow.lora import lora_config
 from transformers_nextflow.training import (
@@ -25,6 +24,7 @@ from transformers_nextflow.training import (
     SamplesCallback,
     load_stages,
 )
+from transformers_nextflow.utils.loading import model_name
 
 
 @dataclass

@@ -17,8 +17,6 @@ from pathlib import Path
 from transformers import HfArgumentParser
 
 from transformers_nextflow import NextFlowImageProcessor
-from transformers_nextflow.cli import model_name
-from transformers_nextflow.loading import load_vq_model
 from transformers_nextflow.training import (
     EMACallback,
     ImageBatches,
@@ -26,6 +24,7 @@ from transformers_nextflow.training import (
     NextFlowVQTrainingArguments,
     prepare_vq_stage,
 )
+from transformers_nextflow.utils.loading import load_vq_model, model_name
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 

@@ -41,7 +41,7 @@ from transformers_nextflow import LinearRamp, NextFlowForConditionalGeneration, 
 from transformers_nextflow.data.documents import COLUMNS, DocumentReader, Skipped
 from transformers_nextflow.data.sequences import DocumentTokenizer
 from transformers_nextflow.data.shards import FORMAT_VERSION, check_files, identity_of, read_manifest, sequence_spec
-from transformers_nextflow.loading import check_model_type, check_tensors, load_weights, naming
+from transformers_nextflow.utils.loading import check_model_type, check_tensors, load_config, load_weights, naming
 
 MEMORY = 4 * 2**30  # bytes that the whole process may take
 SECONDS = 5.0  # of processor time that one input may take
@@ -427,7 +427,7 @@ def model_json(world: World, rng: random.Random) -> None:
     folder = world.folder(**{name: data})
     check_model_type(str(folder), "nextflow")
     if name == "config.json":
-        check_tensors(NextFlowForConditionalGeneration, cli.load_config(str(folder)), str(folder))
+        check_tensors(NextFlowForConditionalGeneration, load_config(str(folder)), str(folder))
         return
     with naming(f"the processor in {folder}"):
         processor = NextFlowProcessor.from_pretrained(folder)
@@ -518,12 +518,7 @@ def command(world: World, rng: random.Random) -> None:
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.redirect_stderr(io.StringIO()),
     ):
-        try:
-            args = cli.build_parser().parse_args(arguments)
-        except SystemExit as stop:
-            assert stop.code == 2
-            return
-        args.run(args)
+        assert cli.main(arguments) in (0, 2)
 
 
 SHARES: dict[Callable[[World, random.Random], None], int] = {

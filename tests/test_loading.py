@@ -17,7 +17,7 @@ from tests.tiny_models import BOI, CODES, SQUARE, TEXT_ROWS, WIDE, Picture, batc
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowModel, NextFlowVQModel
 from transformers_nextflow.cli import main
 from transformers_nextflow.data.shards import vision_tokenizer_hash
-from transformers_nextflow.loading import load_vq_model
+from transformers_nextflow.utils.loading import load_vq_model
 
 ROWS = ([10, Picture(SQUARE, 1), 11], [12, 13, Picture(WIDE, 2), 14, 15])
 

@@ -30,9 +30,9 @@ from examples.emoji.transformer import EXTRACTION, TRAININGS, WEIGHT_DECAY, new_
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor, NextFlowVQModel
 from transformers_nextflow.data import ExtractionSettings, FixedLength, PackCollator, PackedDataset
 from transformers_nextflow.data.extraction import check_plan
-from transformers_nextflow.files import output_folder, write_atomically
 from transformers_nextflow.losses import IGNORE
 from transformers_nextflow.training import NextFlowTrainer, NextFlowTrainingArguments
+from transformers_nextflow.utils.files import output_folder, write_atomically
 
 RESULTS = Path(__file__).parents[1] / "results" / "paper"
 RECIPE = TRAININGS["pretraining-64"]

@@ -14,7 +14,7 @@ from examples.emoji.transformer import EXTRACTION
 from examples.emoji.world import World
 from transformers_nextflow import NextFlowConfig
 from transformers_nextflow.data import CostModel, Document, FixedLength, Message, Source, extract, pack
-from transformers_nextflow.files import write_atomically
+from transformers_nextflow.utils.files import write_atomically
 
 from .arms import HALVES, HELD_OUT, RECIPE, T2I, Claim, code, conduct, dev, train_arm, untrained
 

@@ -20,9 +20,9 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from benchmarks.harness import report
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor, NextFlowVQModel
-from transformers_nextflow.files import output_folder, read_json
-from transformers_nextflow.loading import load_vq_model
 from transformers_nextflow.training.ema import FILE as AVERAGE
+from transformers_nextflow.utils.files import output_folder, read_json
+from transformers_nextflow.utils.loading import load_vq_model
 
 from .stages import is_finished
 from .transformer import TRAININGS

@@ -10,8 +10,8 @@ import json
 import re
 from pathlib import Path
 
-from transformers_nextflow.cli import DEFAULT_MODEL
-from transformers_nextflow.files import read_json, write_atomically
+from transformers_nextflow.utils.files import read_json, write_atomically
+from transformers_nextflow.utils.loading import DEFAULT_MODEL
 
 from .packages import STYLES, WORDS
 from .scoring import FREQUENT, MEAN, MODEL, OTHER, SOURCE, TOKENIZER

@@ -27,9 +27,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from diffusers_nextflow import NextFlowConditioner, NextFlowDecoderPipeline, PixelAutoencoder
 from diffusers_nextflow.training import DecoderTrainingArguments, train
 from transformers_nextflow import NextFlowVQModel
-from transformers_nextflow.cli import model_name
-from transformers_nextflow.files import output_folder
-from transformers_nextflow.loading import load_vq_model
+from transformers_nextflow.utils.files import output_folder
+from transformers_nextflow.utils.loading import load_vq_model, model_name
 
 from .sizes import PATCH_SIZE, SCHEDULES
 from .wordings import CAPTION

@@ -18,7 +18,6 @@ import numpy as np
 from PIL import Image
 
 from transformers_nextflow import SelfCorrection
-from transformers_nextflow.cli import model_name
 from transformers_nextflow.configuration_nextflow import NextFlowConfig
 from transformers_nextflow.data import (
     ComputeBudget,
@@ -32,8 +31,9 @@ from transformers_nextflow.data import (
     verify,
 )
 from transformers_nextflow.data.packing import Strategy
-from transformers_nextflow.files import write_atomically
 from transformers_nextflow.scales import ScheduleTable
+from transformers_nextflow.utils.files import write_atomically
+from transformers_nextflow.utils.loading import model_name
 
 from .sizes import LEVELS, PATCH_SIZE, SCHEDULES
 from .splits import SEEN

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from benchmarks.harness import machine, report, save
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor
-from transformers_nextflow.cli import DEFAULT_MODEL
+from transformers_nextflow.utils.loading import DEFAULT_MODEL
 
 from .artist import Artist
 from .groups import GROUPS

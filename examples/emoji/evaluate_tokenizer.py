@@ -24,7 +24,7 @@ from skimage.metrics import structural_similarity
 from transformers import Siglip2Model
 
 from transformers_nextflow import NextFlowVQModel
-from transformers_nextflow.loading import load_vq_model
+from transformers_nextflow.utils.loading import load_vq_model
 
 from .splits import NAME, PAIR
 from .teacher import new_teacher, teacher_tokenizer, text_embeddings, tokenize

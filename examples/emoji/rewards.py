@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from transformers_nextflow.files import write_atomically
+from transformers_nextflow.utils.files import write_atomically
 
 from .judge import Judge
 from .tasks import Tasks

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from transformers_nextflow.cli import DEFAULT_MODEL
-from transformers_nextflow.files import write_atomically
+from transformers_nextflow.utils.files import write_atomically
+from transformers_nextflow.utils.loading import DEFAULT_MODEL
 
 from .artist import Artist
 from .evaluate import load_artist

@@ -16,8 +16,8 @@ from transformers_nextflow import (
     SelfCorrection,
 )
 from transformers_nextflow.data import ExtractionSettings, FixedLength, PackCollator, PackedDataset
-from transformers_nextflow.files import output_folder
 from transformers_nextflow.training import EMACallback, NextFlowTrainer, NextFlowTrainingArguments, Stage
+from transformers_nextflow.utils.files import output_folder
 
 from .documents import STAGES as MIXTURES
 from .documents import build_packs

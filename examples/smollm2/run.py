@@ -29,8 +29,8 @@ from examples.emoji.splits import PAIR, SEEN
 from examples.emoji.tasks import Tasks
 from examples.emoji.world import World
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor
-from transformers_nextflow.cli import DEFAULT_MODEL
-from transformers_nextflow.files import write_atomically
+from transformers_nextflow.utils.files import write_atomically
+from transformers_nextflow.utils.loading import DEFAULT_MODEL
 
 from .questions import answers
 from .source import fetch, load

@@ -19,10 +19,10 @@ from examples.emoji.stages import finish, is_finished, settings
 from examples.emoji.transformer import EXTRACTION
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor
 from transformers_nextflow.data import BatchPadding, PackCollator, PackedDataset
-from transformers_nextflow.files import output_folder
 from transformers_nextflow.lora import CODE_MODULES, lora_config
 from transformers_nextflow.losses import IGNORE
 from transformers_nextflow.training import NextFlowTrainer, NextFlowTrainingArguments
+from transformers_nextflow.utils.files import output_folder
 
 STAGE = Stage("64", {"text-to-image": 1.0})
 DOCUMENTS = 16_000  # at most, drawn from the 13,471 seen pictures; a longer training shows them again

@@ -22,9 +22,9 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.torch_utils import randn_tensor
 
 from transformers_nextflow import NextFlowImageProcessor, NextFlowVQModel
-from transformers_nextflow.files import write_atomically
 from transformers_nextflow.modeling_nextflow_vq import unpatchify
 from transformers_nextflow.scales import Grid
+from transformers_nextflow.utils.files import write_atomically
 
 from .conditioning import NextFlowConditioner, ReadsCondition, condition_dim, read_condition, widen_conv_in
 

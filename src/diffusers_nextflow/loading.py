@@ -2,7 +2,7 @@
 
 from diffusers import DiffusionPipeline
 
-from transformers_nextflow.loading import naming
+from transformers_nextflow.utils.loading import naming
 
 from .decoding import NextFlowDecoderMixin
 from .pipelines import DECODERS

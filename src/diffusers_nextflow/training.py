@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from transformers_nextflow import NextFlowVQModel
-from transformers_nextflow.files import write_atomically
+from transformers_nextflow.utils.files import write_atomically
 
 from .conditioning import NextFlowConditioner
 from .decoding import NextFlowDecoderMixin

@@ -35,8 +35,8 @@ from .layout import ImageSpan, SequenceLayout, build_layout, check_codes, check_
 from .lora import place_adapters
 from .losses import joint_cross_entropy
 from .modeling_nextflow_vq import LibraryModel, NextFlowVQModel, unpatchify
-from .precision import AtLeastFloat32
 from .scales import ScaleSchedule
+from .utils.precision import AtLeastFloat32
 
 
 class NextFlowRotaryEmbedding(AtLeastFloat32, Qwen2_5_VLRotaryEmbedding):

@@ -23,10 +23,10 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_nextflow import NextFlowVQConfig
 from .fixed_size import fixed_size_decoder, fixed_size_encoder, fixed_size_features
-from .precision import AtLeastFloat32
 from .quantizer import DualCodebookQuantizer, QuantizerOutput, SelfCorrection, resize_features, to_map, to_sequence
 from .remote_code import HasCode
 from .scales import Grid, ScaleSchedule
+from .utils.precision import AtLeastFloat32
 
 
 def patchify(pixel_values: torch.Tensor, patch_size: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
-from .files import write_atomically
+from .utils.files import write_atomically
 
 CODE = '"""Loads the class of the installed package `transformers-nextflow`."""\n\nfrom {} import {}\n'
 

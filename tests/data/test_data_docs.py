@@ -12,10 +12,10 @@ import sklearn
 import torch
 from PIL import Image
 
-from transformers_nextflow import cli
 from transformers_nextflow.cli import main
-from transformers_nextflow.data.extraction import load_vision_tokenizer
 from transformers_nextflow.data.shards import Shard, decodable_codes, images_of, read_manifest, sequence_spec
+from transformers_nextflow.data.tokenizers import load_tokenizers
+from transformers_nextflow.utils.loading import DEFAULT_MODEL
 
 ROOT = Path(__file__).parents[2]
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "docs" / "data.md").read_text(), flags=re.DOTALL)
@@ -59,7 +59,7 @@ def test_the_documented_commands_turn_photographs_into_shards(photos, tmp_path, 
     assert read_manifest(Path("packs"))["statistics"]["documents"] == 6
 
     # what was coded decodes to pictures that are recognisably the photographs
-    _, processor, vq_model = load_vision_tokenizer(str(cli.DEFAULT_MODEL))
+    _, processor, vq_model = load_tokenizers(str(DEFAULT_MODEL))
     manifest = read_manifest(Path("documents"))
     spec = sequence_spec(manifest["identity"])
     (entry,) = manifest["shards"]

@@ -21,6 +21,7 @@ from diffusers_nextflow import NextFlowPipeline
 from examples import train_diffusion_decoder
 from tests.diffusers.tiny_decoders import decoder, stock_components, stock_pipeline, tiny_vq_model
 from transformers_nextflow import cli
+from transformers_nextflow.utils import loading
 
 ROOT = Path(__file__).parents[2]
 
@@ -134,7 +135,7 @@ def test_generate_ends_in_the_decoder(console, folder, pipe, tiny_checkpoint, in
 
 def test_the_default_model_has_a_decoder_of_its_own(console, folder, tiny_checkpoint, install, monkeypatch):
     install()
-    monkeypatch.setattr(cli, "DEFAULT_MODEL", tiny_checkpoint)
+    monkeypatch.setattr(loading, "DEFAULT_MODEL", tiny_checkpoint)
     monkeypatch.setattr(cli, "DEFAULT_DECODER", folder / "trained")
     options = ("generate", "a red circle", "--seed", 3, "--decoder", "diffusion", "--decoder-steps", 2)
     for name, more in (("own.png", ()), ("named.png", ("--decoder-model", folder / "trained"))):

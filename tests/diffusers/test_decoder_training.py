@@ -49,8 +49,8 @@ from transformers_nextflow.data import (
     extract,
     pack,
 )
-from transformers_nextflow.loading import load_vq_model
 from transformers_nextflow.quantizer import SelfCorrection
+from transformers_nextflow.utils.loading import load_vq_model
 
 ROOT = Path(__file__).parents[2]
 every_family = pytest.mark.parametrize("family", FAMILIES)

@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 
 from diffusers_nextflow import NextFlowPipeline
 from tests.diffusers.tiny_decoders import decoder
-from transformers_nextflow.export import export
+from transformers_nextflow.utils.export import export
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ["a red circle", "a blue square"]

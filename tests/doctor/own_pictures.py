@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 
 from transformers_nextflow import SelfCorrection
-from transformers_nextflow.cli import load_model
 from transformers_nextflow.data import (
     ComputeBudget,
     CostModel,
@@ -20,6 +19,7 @@ from transformers_nextflow.data import (
     pack,
     verify,
 )
+from transformers_nextflow.utils.loading import load_model
 
 NAMES = ("red heart", "pear", "cat", "blue circle", "umbrella", "rocket", "sunflower", "drum", "fish", "key")
 STYLES = ("fluent", "fluent flat", "noto", "noto classic", "twemoji")

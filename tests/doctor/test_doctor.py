@@ -15,6 +15,7 @@ from transformers import TrainerState, TrainingArguments
 from transformers_nextflow import cli
 from transformers_nextflow.doctor import DoctorCallback, examine, read_pictures, to_html, to_text
 from transformers_nextflow.doctor.pictures import default_pictures
+from transformers_nextflow.utils import loading
 
 UNTRAINED = {"missing scale embedding"}  # zero before training
 
@@ -22,15 +23,15 @@ UNTRAINED = {"missing scale embedding"}  # zero before training
 @pytest.fixture(scope="module")
 def trained():
     """The repository's checkpoint, once it is trained for real."""
-    if not (Path(cli.model_name(None)) / "scores.json").exists():
+    if not (Path(loading.model_name(None)) / "scores.json").exists():
         pytest.skip("the repository's checkpoint comes of a short run, has no scores, and gives the doctor cause")
-    return cli.load_model(None)
+    return loading.load_model(None)
 
 
 @pytest.fixture(scope="module")
 def packs(trained, tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards")
-    build(folder, cli.model_name(None), 48, 1024)
+    build(folder, loading.model_name(None), 48, 1024)
     return folder / "packs"
 
 

@@ -12,7 +12,7 @@
 Names below are imported when they are first asked for, so that the console command need not import `datasets`.
 """
 
-from ..lazy import lazy_names
+from ..utils.lazy import lazy_names
 
 _MODULE_OF = {
     "BatchPadding": "packing",

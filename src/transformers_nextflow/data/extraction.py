@@ -5,6 +5,7 @@ source and the settings alone. So processes share the work in any order, a kille
 and the shards come out the same. A picture that cannot be read costs its document, which is counted and logged.
 """
 
+import functools
 import io
 import json
 import shutil
@@ -19,14 +20,11 @@ from PIL import Image
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from ..configuration_nextflow import NextFlowConfig
-from ..files import read_json, write_atomically
 from ..image_processing_nextflow import DAMAGED, upright_size
-from ..loading import check_model_type, load_vq_model, naming
 from ..modeling_nextflow_vq import unpatchify
-from ..processing_nextflow import NextFlowProcessor
 from ..quantizer import SelfCorrection
 from ..scales import ScaleSchedule
+from ..utils.files import read_json, write_atomically
 from .documents import MAX_IMAGES, Document, DocumentReader, Skipped, Transformations, is_supervised
 from .sequences import DocumentTokenizer
 from .shards import (
@@ -46,6 +44,7 @@ from .shards import (
     write_shard,
 )
 from .sources import Source, content_hash
+from .tokenizers import load_tokenizers
 
 logger = logging.get_logger(__name__)
 
@@ -106,16 +105,6 @@ class ExtractionSettings:
         return 0 if self.self_correction is None else self.variants
 
 
-def load_vision_tokenizer(model: str, device: str = "cpu"):
-    """Configuration, processor and float32 vision tokenizer of a NextFlow model, without its transformer."""
-    check_model_type(model, NextFlowConfig.model_type)
-    vq_model = load_vq_model(model).to(device)
-    with naming(f"the config.json of {model}"):
-        config = NextFlowConfig.from_pretrained(model)
-    with naming(f"the processor in {model}"):
-        return config, NextFlowProcessor.from_pretrained(model), vq_model
-
-
 def extract(
     source: Source,
     model: str | Path,
@@ -152,7 +141,7 @@ def extract(
     if engine == "ray":
         from .ray_engine import run_on_ray
 
-        run_on_ray(source, str(model), settings, devices, num_proc, output, todo)
+        run_on_ray(functools.partial(Extractor, source, str(model), settings), devices[0], num_proc, output, todo)
     elif num_proc == 1:
         for index in tqdm(todo, desc="shards", disable=not todo):
             extractor.extract_shard(index, output)
@@ -226,7 +215,7 @@ class Extractor:
 
     def __init__(self, source: Source, model: str, settings: ExtractionSettings, device: str = "cpu"):
         self.source, self.settings, self.device = source, settings, device
-        self.config, self.processor, self.vq_model = load_vision_tokenizer(model, device)
+        self.config, self.processor, self.vq_model = load_tokenizers(model, device)
         self.table = source.load()
         self.schedules = self.config.vq_config.schedule_table()
         self.schedules.of_level(settings.level)  # raises where there is none

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from ..files import write_atomically
+from ..utils.files import write_atomically
 from .shards import (
     Shard,
     check_identity,
@@ -66,10 +66,10 @@ def contact_sheet(name: str | Path, model: str, output: str | Path, count: int =
     Raises:
         ValueError: if the shards were made with another model's tokenizers, schedules or code offset.
     """
-    from .extraction import load_vision_tokenizer
+    from .tokenizers import load_tokenizers
 
     folder, manifest = open_shards(name)
-    config, processor, vq_model = load_vision_tokenizer(model)
+    config, processor, vq_model = load_tokenizers(model)
     check_identity(manifest, identity_of(config, processor, vq_model))
     spec = sequence_spec(manifest["identity"])
     rows = [(entry["file"], index) for entry in manifest["shards"] for index in range(entry["rows"])]

@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..files import read_json
+from ..utils.files import read_json
 from .costs import CostModel
 from .extraction import check_plan
 from .shards import (

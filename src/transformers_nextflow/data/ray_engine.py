@@ -1,20 +1,21 @@
 """Extraction as a Ray Data pipeline: the same shards, made by actors on the machines of a cluster."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import ray
 import ray.data
 
-from .extraction import ExtractionSettings, Extractor
-from .sources import Source
+if TYPE_CHECKING:
+    from .extraction import Extractor
 
 
 class ShardExtractor:
     """An actor with its own vision tokenizer; each row of a batch is the index of a shard to write."""
 
-    def __init__(self, source: Source, model: str, settings: ExtractionSettings, device: str, output: Path):
-        self.extractor, self.output = Extractor(source, model, settings, device), output
+    def __init__(self, make_extractor: "Callable[[str], Extractor]", device: str, output: Path):
+        self.extractor, self.output = make_extractor(device), output
 
     def __call__(self, batch: dict) -> dict:
         for index in batch["shard"]:
@@ -23,21 +24,16 @@ class ShardExtractor:
 
 
 def run_on_ray(
-    source: Source,
-    model: str,
-    settings: ExtractionSettings,
-    devices: Sequence[str],
-    num_proc: int,
-    output: Path,
-    shards: list[int],
+    make_extractor: "Callable[[str], Extractor]", device: str, num_proc: int, output: Path, shards: list[int]
 ) -> None:
-    """Write the named shards with `num_proc` actors; on GPUs each takes one, which Ray chooses."""
+    """Write the named shards with `num_proc` actors, each with an extractor on `device`; of GPUs each takes one, which
+    Ray chooses."""
     if not shards:
         return
-    on_gpu = devices[0].startswith("cuda")
+    on_gpu = device.startswith("cuda")
     pipeline = ray.data.from_items([{"shard": index} for index in shards]).map_batches(
         ShardExtractor,
-        fn_constructor_args=(source, model, settings, "cuda" if on_gpu else devices[0], output.resolve()),
+        fn_constructor_args=(make_extractor, "cuda" if on_gpu else device, output.resolve()),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=num_proc),
         num_gpus=1 if on_gpu else None,

@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from ..files import read_json, write_atomically
 from ..scales import ScheduleTable, paper_schedules
+from ..utils.files import read_json, write_atomically
 from .sequences import SequenceSpec, SpecialIds
 
 FORMAT_VERSION = 2  # 1 knew vision tokenizers by their weights rounded to bfloat16
@@ -300,9 +300,9 @@ def verify(name: str | Path, model: str | None = None, samples: int = 8) -> dict
     if tokens != manifest["statistics"]["tokens"]:
         raise ValueError(f"the shards hold {tokens} tokens, the manifest says {manifest['statistics']['tokens']}")
     if model is not None:
-        from .extraction import load_vision_tokenizer
+        from .tokenizers import load_tokenizers
 
-        config, processor, vq_model = load_vision_tokenizer(model)
+        config, processor, vq_model = load_tokenizers(model)
         check_identity(manifest, identity_of(config, processor, vq_model))
         report["samples"] = _check_samples(folder, manifest, vq_model, spec, samples)
     return report

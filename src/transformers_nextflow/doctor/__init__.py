@@ -6,7 +6,7 @@
 - `examination.py`: their order. `report.py`: text and HTML. `callback.py`: every N steps of a training.
 """
 
-from ..lazy import lazy_names
+from ..utils.lazy import lazy_names
 
 _MODULE_OF = {
     "Diagnosis": "examination",

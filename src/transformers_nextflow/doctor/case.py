@@ -183,9 +183,9 @@ class Case:
         """Prompts with the pictures that answer them: of the packs, which the model was trained on, or else
         described ones."""
         if self.packs is not None:
-            from .shards import stored_sequences
+            from .stored import stored_sequences
 
-            if found := stored_sequences(self):
+            if found := stored_sequences(self, LOOKED_AT):
                 return found
         return [
             self.sequence(picture.caption, codes, schedule) for picture, codes, schedule in self.described[:LOOKED_AT]

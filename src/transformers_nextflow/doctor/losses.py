@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ..scales import ScaleSchedule
-from .case import Case
+from .case import LOOKED_AT, Case
 from .findings import ENOUGH, SIGNIFICANT, WARNING, Check, Finding, Verdict, z_score
 
 
@@ -163,9 +163,9 @@ def check_copying(case: Case) -> Finding:
         "where the target's codes differ from the condition picture's, the target's are likelier",
     )
     gains, shares = [], []
-    from .shards import stored_sequences
+    from .stored import stored_sequences
 
-    for sequence in stored_sequences(case, edits=True):
+    for sequence in stored_sequences(case, LOOKED_AT, edits=True):
         codes = sequence.targets
         source = sequence.inputs["image_codes"][-2 * len(codes) : -len(codes)]
         differ = codes != source

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..files import write_atomically
+from ..utils.files import write_atomically
 from .examination import Diagnosis
 from .findings import Finding
 

@@ -11,7 +11,7 @@
 - `samples.py`: [`SamplesCallback`], pictures drawn along a training.
 """
 
-from ..lazy import lazy_names
+from ..utils.lazy import lazy_names
 
 _MODULE_OF = {
     "EMACallback": "ema",

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from ..files import read_json
+from ..utils.files import read_json
 
 STATE = "trainer_state.json"  # the Trainer writes it last
 

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..files import write_atomically
+from ..utils.files import write_atomically
 
 FILE = "ema.safetensors"
 

@@ -11,8 +11,8 @@ from PIL import Image
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import TrainerCallback
 
-from ..files import write_atomically
 from ..processing_nextflow import NextFlowProcessor
+from ..utils.files import write_atomically
 
 
 class PictureReports:

@@ -14,9 +14,9 @@ from torch import nn
 from torch.func import functional_call
 from transformers import TrainerCallback, TrainingArguments
 
-from ..files import write_atomically
 from ..modeling_nextflow_vq import AttnBlock, NextFlowVQModel, NextFlowVQOutput, ResidualBlock
 from ..quantizer import CODEBOOK_LOSSES, QuantizerOutput
+from ..utils.files import write_atomically
 from .order import OrderedTrainer
 from .vq_losses import (
     PatchDiscriminator,

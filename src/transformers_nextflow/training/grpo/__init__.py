@@ -7,7 +7,7 @@
 - `trainer.py`: [`NextFlowGRPOTrainer`].
 """
 
-from ...lazy import lazy_names
+from ...utils.lazy import lazy_names
 
 _MODULE_OF = {
     "NextFlowGRPOConfig": "config",

@@ -17,9 +17,9 @@ from transformers import Trainer, TrainerCallback
 from trl import SyncRefModelCallback
 
 from ...data.inspection import draw_sheet
-from ...files import write_atomically
 from ...modeling_nextflow import NextFlowForConditionalGeneration
 from ...processing_nextflow import NextFlowProcessor
+from ...utils.files import write_atomically
 from ..checkpoints import checkpoint_to_resume
 from ..samples import PictureReports
 from .config import NextFlowGRPOConfig

@@ -7,8 +7,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from ..remote_code import write_code
 from .files import output_folder, read_json
-from .remote_code import write_code
 from .safetensors_folder import INDEX, SafetensorsFolder
 
 PIPELINE = {
@@ -91,7 +91,7 @@ def export(folder: str | Path, to: str, push: bool = False) -> str:
 def _write(folder: Path, output: Path, name: str) -> None:
     from transformers import GenerationConfig
 
-    from . import NextFlowConfig, NextFlowProcessor
+    from .. import NextFlowConfig, NextFlowProcessor
     from .loading import naming
 
     weights = SafetensorsFolder(folder)

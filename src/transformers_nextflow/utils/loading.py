@@ -1,5 +1,6 @@
 """Models from folders, with errors that name the folder: what the libraries raise of damaged files seldom does."""
 
+import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,11 +11,14 @@ from safetensors import SafetensorError
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
-from .configuration_nextflow import NextFlowConfig, NextFlowVQConfig
+from ..configuration_nextflow import NextFlowConfig, NextFlowVQConfig
+from ..modeling_nextflow import NextFlowForConditionalGeneration
+from ..modeling_nextflow_vq import NextFlowVQModel
+from ..processing_nextflow import NextFlowProcessor
 from .files import read_json
-from .modeling_nextflow import NextFlowForConditionalGeneration
-from .modeling_nextflow_vq import NextFlowVQModel
 from .safetensors_folder import INDEX, SINGLE, SafetensorsFolder
+
+DEFAULT_MODEL = Path(__file__).parents[3] / "checkpoints" / "nextflow-emoji"  # in a checkout of the repository
 
 JSON_FILES = (
     *("config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json"),
@@ -40,6 +44,47 @@ def naming(what: str) -> Iterator[None]:
         if type(error) is not Exception:
             raise
         raise ValueError(f"{what} cannot be loaded: {error}") from error  # tokenizers raises no class of its own
+
+
+def model_name(model: str | None) -> str:
+    """A local model folder or an id on the Hub, by default the repository's own checkpoint.
+
+    Raises:
+        ValueError: if none is named and there is no such checkpoint, or the name is a URL.
+        NotADirectoryError: if it can only be a folder, and there is none.
+    """
+    if model is None:
+        if not (DEFAULT_MODEL / "config.json").is_file():
+            raise ValueError(f"name a model with --model: the default, {DEFAULT_MODEL}, does not exist")
+        return str(DEFAULT_MODEL)
+    if "://" in model:
+        raise ValueError(f"a model is a local folder or an id on the Hub, got {model}")
+    if not Path(model).is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
+        raise NotADirectoryError(f"there is no model directory {model}")
+    return model
+
+
+def load_model(model: str | None = None) -> tuple[NextFlowForConditionalGeneration, NextFlowProcessor]:
+    """A model, on the GPU where there is one, and its processor; see [`model_name`]."""
+    name = model_name(model)
+    check_model_type(name, NextFlowConfig.model_type)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    loaded, processor = load_weights(NextFlowForConditionalGeneration, name).to(device).eval(), load_processor(name)
+    with naming(f"the processor in {name}"):
+        processor.check_fits(loaded.config)
+    return loaded, processor
+
+
+def load_config(name: str) -> NextFlowConfig:
+    """The configuration of a NextFlow; raises `ValueError` for another model's."""
+    check_model_type(name, NextFlowConfig.model_type)
+    with naming(f"the config.json of {name}"):
+        return NextFlowConfig.from_pretrained(name)
+
+
+def load_processor(name: str) -> NextFlowProcessor:
+    with naming(f"the processor in {name}"):
+        return NextFlowProcessor.from_pretrained(name)
 
 
 def check_json_files(folder: Path) -> None:
@@ -75,8 +120,7 @@ def load_vq_model(name: str) -> NextFlowVQModel:
     """
     if check_model_type(name, NextFlowConfig.model_type, NextFlowVQConfig.model_type) == NextFlowVQConfig.model_type:
         return load_weights(NextFlowVQModel, name).float().eval()
-    with naming(f"the config.json of {name}"):
-        whole = NextFlowConfig.from_pretrained(name)
+    whole = load_config(name)
     if "quantization_config" not in whole.to_dict():
         check_tensors(NextFlowForConditionalGeneration, whole, name)
     config = whole.vq_config

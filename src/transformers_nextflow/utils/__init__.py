@@ -1,0 +1,1 @@
+"""Files, checkpoints and the console: what is around the model."""
