@@ -238,6 +238,11 @@ torch.distributed.destroy_process_group()
 """
 
 
+def test_metrics_of_logits_are_refused(dataset, data_model, tmp_path):
+    with pytest.raises(ValueError, match="compute_metrics needs logits, which this trainer never makes"):
+        NextFlowTrainer(data_model, NextFlowTrainingArguments(str(tmp_path)), compute_metrics=lambda prediction: {})
+
+
 def test_label_smoothing_is_refused(tmp_path):
     with pytest.raises(ValueError, match="label_smoothing_factor is not for the loss of packs, got 0.5"):
         NextFlowTrainingArguments(str(tmp_path), label_smoothing_factor=0.5)

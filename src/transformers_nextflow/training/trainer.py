@@ -70,10 +70,13 @@ class NextFlowTrainer(OrderedTrainer):
         data_collator: by default [`~transformers_nextflow.data.PackCollator`] of the dataset.
 
     Raises:
-        ValueError: if the packs do not divide evenly over an optimizer step's devices and accumulation.
+        ValueError: if the packs do not divide evenly over an optimizer step's devices and accumulation; for a
+            `compute_metrics`, since logits of whole packs are never made.
     """
 
     def __init__(self, model=None, args=None, data_collator=None, train_dataset=None, **kwargs):
+        if kwargs.get("compute_metrics") is not None:
+            raise ValueError("compute_metrics needs logits, which this trainer never makes: `evaluate` has all losses")
         if data_collator is None and train_dataset is not None:
             data_collator = PackCollator(train_dataset)
         if args is not None and args.use_liger_kernel:
