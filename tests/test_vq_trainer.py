@@ -1,6 +1,11 @@
 """Tokenizer training: what each stage moves, its losses by hand, exact resume, what is logged."""
 
 import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +24,8 @@ from transformers_nextflow.training import (
     prepare_vq_stage,
 )
 from transformers_nextflow.training.vq_losses import PatchDiscriminator, adaptive_weight, codebook_losses
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -332,6 +339,41 @@ def test_evaluation_measures_whole_pictures_and_draws_a_sheet(model, tmp_path):
     assert -1 <= metrics["eval_ssim"] <= 1
     with Image.open(tmp_path / "reconstructions" / "step-0.png") as sheet:
         assert sheet.size == (8 * 16, 2 * 12)
+
+
+def test_two_processes_evaluate_as_one(model, tmp_path):
+    """Five batches, which do not divide evenly."""
+    five = torch.utils.data.Subset(Pictures(), range(5))
+    alone = trainer(prepare_vq_stage(model, "pixel"), tmp_path).evaluate(five)
+    model.save_pretrained(tmp_path / "model")
+    script = tmp_path / "two.py"
+    script.write_text(TWO_PROCESSES)
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29735"]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "OMP_NUM_THREADS": "1"}
+    run += [str(script), str(tmp_path)]
+    done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    together = json.loads((tmp_path / "two.json").read_text())
+    for name in ("eval_psnr", "eval_ssim"):
+        assert together[name] == pytest.approx(alone[name], rel=1e-6)
+
+
+TWO_PROCESSES = """
+import json, sys, torch
+from pathlib import Path
+from tests.test_vq_trainer import Pictures, trainer
+from transformers_nextflow import NextFlowVQModel
+from transformers_nextflow.training import prepare_vq_stage
+
+folder = Path(sys.argv[1])
+model = prepare_vq_stage(NextFlowVQModel.from_pretrained(folder / "model"), "pixel")
+run = trainer(model, folder)
+metrics = run.evaluate(torch.utils.data.Subset(Pictures(), range(5)))
+if run.is_world_process_zero():
+    (folder / "two.json").write_text(json.dumps(metrics))
+run.accelerator.wait_for_everyone()
+torch.distributed.destroy_process_group()
+"""
 
 
 def test_image_batches_hold_every_picture_once_at_its_schedule(tmp_path, model):

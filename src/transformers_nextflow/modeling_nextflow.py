@@ -434,7 +434,6 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
         image_grid_hw: torch.LongTensor | None = None,
         document_ids: torch.LongTensor | None = None,
         labels: torch.LongTensor | None = None,
-        shift_labels: torch.LongTensor | None = None,
         layout: SequenceLayout | None = None,
         loss_weights: torch.FloatTensor | None = None,
         num_items_in_batch: torch.Tensor | float | None = None,
@@ -449,7 +448,8 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
         Args:
             labels: (B, L), -100 where nothing is supervised. At `<boi>` and `<image>` slots a value is only a marker;
                 an image is supervised whole or not at all, and the model fills in its codes.
-            shift_labels: (B, L) targets already aligned with the outputs, with the same markers, instead of `labels`.
+            shift_labels: (B, L) targets already aligned with the outputs, with the same markers, instead of `labels`;
+                a keyword of the library's losses, by which its Trainer looks for no labels.
             loss_weights: (B, L) weights of the targets; by default text weighs 1 and the scales as eq. 2 says.
             num_items_in_batch: what the weighted sum is divided by; by default the sum of the weights. Where nothing
                 is supervised the loss is 0 with it and NaN without, as of the library's models.
@@ -459,6 +459,7 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
         """
         if logits_over not in ("all", "text", "codes", "none"):
             raise ValueError(f'logits_over must be "all", "text", "codes" or "none", got {logits_over!r}')
+        shift_labels = kwargs.pop("shift_labels", None)
         if layout is None and (labels is not None or shift_labels is not None):
             if (input_ids is None) == (inputs_embeds is None):
                 raise ValueError("give exactly one of input_ids and inputs_embeds")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from torch.utils.data import Subset
 from trainings import largest_difference, losses, parameters, train
 from transformers import set_seed
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -20,7 +21,7 @@ from transformers_nextflow.attention import attended_pairs, sequence_mask
 from transformers_nextflow.data import PackCollator, PackedDataset
 from transformers_nextflow.lora import lora_config
 from transformers_nextflow.losses import IGNORE
-from transformers_nextflow.training import NextFlowTrainingArguments, load_stages
+from transformers_nextflow.training import NextFlowTrainer, NextFlowTrainingArguments, load_stages
 from transformers_nextflow.training import attention_logits as training_logits
 
 ROOT = Path(__file__).parents[2]
@@ -142,8 +143,37 @@ def test_watching_the_attention_compiles_nothing_anew(dataset, data_model, tmp_p
     assert 0 < graphs[0] == graphs[1] <= 2
 
 
+def check_evaluations(evaluated: list[dict], model, packs: list[dict], collator) -> None:
+    """Each has the losses of all packs, seen one by one."""
+    sums, by_scale = [], {}
+    for pack in packs:
+        batch = collator([pack])
+        with torch.no_grad():
+            output = model(**batch, num_items_in_batch=1.0)
+        supervised = batch["shift_labels"] != IGNORE
+        sums.append((output.loss.item(), int(supervised.sum())))
+        for scale, loss in zip(output.scale_ids[supervised].tolist(), output.token_losses[supervised].tolist()):
+            by_scale.setdefault(scale, []).append(loss)
+    loss, count = (sum(column) for column in zip(*sums))
+    for metrics in evaluated:
+        assert metrics["eval_loss"] == pytest.approx(loss / count, rel=1e-5)
+        for scale, values in by_scale.items():
+            name = f"eval_loss_scale_{scale}" if scale else "eval_loss_text"
+            assert metrics[name] == pytest.approx(sum(values) / len(values), rel=1e-5)
+
+
+def test_an_evaluation_does_not_depend_on_its_batches(dataset, data_model, tmp_path):
+    seven, collator, evaluated = Subset(dataset, range(7)), PackCollator(dataset), []
+    for batch_size in (1, 2, 3, 6):
+        arguments = NextFlowTrainingArguments(
+            str(tmp_path), per_device_eval_batch_size=batch_size, use_cpu=True, report_to="none", disable_tqdm=True
+        )
+        evaluated.append(NextFlowTrainer(data_model, arguments, collator, eval_dataset=seven).evaluate())
+    check_evaluations(evaluated, data_model, list(seven), collator)
+
+
 def test_a_step_does_not_depend_on_how_it_is_split(dataset, data_model, tmp_path):
-    """One process alone, with accumulation, and two processes."""
+    """One process alone, with accumulation, and two processes; neither do evaluations."""
     after = []
     for batch_size, accumulation in ((8, 1), (1, 8), (2, 4)):
         model = copy.deepcopy(data_model)
@@ -158,6 +188,8 @@ def test_a_step_does_not_depend_on_how_it_is_split(dataset, data_model, tmp_path
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+    evaluated = json.loads((tmp_path / "evaluated.json").read_text())
+    check_evaluations(evaluated, data_model, [dataset[index] for index in range(7)], PackCollator(dataset))
     row = json.loads((tmp_path / "two.json").read_text())
     after.append((row, torch.load(tmp_path / "two.pt", weights_only=True)))
     (expected, weights), moved = after[0], parameters(data_model)
@@ -172,7 +204,9 @@ def test_a_step_does_not_depend_on_how_it_is_split(dataset, data_model, tmp_path
 TWO_PROCESSES = """
 import json, sys, torch
 from pathlib import Path
+from torch.utils.data import Subset
 from transformers_nextflow import NextFlowForConditionalGeneration
+from transformers_nextflow.data import PackCollator
 from transformers_nextflow.data.loading import PackReader
 from transformers_nextflow.data.shards import open_shards, sequence_spec
 from transformers_nextflow.training import NextFlowTrainer, NextFlowTrainingArguments
@@ -189,12 +223,29 @@ arguments = NextFlowTrainingArguments(
 )
 trainer = NextFlowTrainer(model, arguments, train_dataset=dataset)
 trainer.train()
+weights = {name: value.detach() for name, value in model.named_parameters()}
+model, evaluated = NextFlowForConditionalGeneration.from_pretrained(output / "model"), []
+for batch_size in (1, 2, 3):
+    arguments.per_device_eval_batch_size = batch_size
+    seven = Subset(dataset, range(7))
+    evaluated.append(NextFlowTrainer(model, arguments, PackCollator(dataset), eval_dataset=seven).evaluate())
 if trainer.is_world_process_zero():
     (output / "two.json").write_text(json.dumps(trainer.state.log_history[0]))
-    torch.save({name: value.detach() for name, value in model.named_parameters()}, output / "two.pt")
+    (output / "evaluated.json").write_text(json.dumps(evaluated))
+    torch.save(weights, output / "two.pt")
 trainer.accelerator.wait_for_everyone()
 torch.distributed.destroy_process_group()
 """
+
+
+def test_metrics_of_logits_are_refused(dataset, data_model, tmp_path):
+    with pytest.raises(ValueError, match="compute_metrics needs logits, which this trainer never makes"):
+        NextFlowTrainer(data_model, NextFlowTrainingArguments(str(tmp_path)), compute_metrics=lambda prediction: {})
+
+
+def test_label_smoothing_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="label_smoothing_factor is not for the loss of packs, got 0.5"):
+        NextFlowTrainingArguments(str(tmp_path), label_smoothing_factor=0.5)
 
 
 def test_a_resumed_run_continues_the_undisturbed_one(dataset, data_model, tmp_path):

@@ -1,7 +1,9 @@
-"""[`OrderedTrainer`]: a resumed training sees the data that an undisturbed one sees."""
+"""[`OrderedTrainer`]: a resumed training sees what an undisturbed one sees, an evaluation each of its items once."""
+
+from collections.abc import Callable
 
 import numpy as np
-from torch.utils.data import Sampler
+from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback
 
 from .checkpoints import checkpoint_to_resume
@@ -23,10 +25,31 @@ class EpochOrder(Sampler[int]):
         yield from np.random.default_rng([self.seed, self.epoch]).permutation(self.num_items).tolist()
 
 
+class EvenShares(Dataset):
+    """A dataset whose first items come again, blank, until it divides by `multiple`: devices get as many batches each,
+    none waits for another, and no item counts twice.
+
+    Args:
+        blank: makes an item into one of its kind that does not count.
+    """
+
+    def __init__(self, dataset: Dataset, multiple: int, blank: Callable[[dict], dict]):
+        self.dataset, self.blank = dataset, blank
+        self.length = -(-len(dataset) // multiple) * multiple
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict:
+        count = len(self.dataset)
+        return self.dataset[index] if index < count else self.blank(self.dataset[index % count])
+
+
 class OrderedTrainer(Trainer):
     """Trainer whose data comes in an [`EpochOrder`], by `data_seed` or else `seed`.
 
-    Datasets with `set_epoch` are told the epoch. `train` goes on from whole checkpoints alone.
+    Datasets with `set_epoch` are told the epoch. `train` goes on from whole checkpoints alone. Devices share an
+    evaluation by [`EvenShares`].
     """
 
     def __init__(self, *args, **kwargs):
@@ -42,6 +65,18 @@ class OrderedTrainer(Trainer):
         """
         self.args.resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         return super().train(self.args.resume_from_checkpoint, *args, **kwargs)
+
+    def blank(self, item: dict) -> dict:
+        """An item of an evaluation that does not count."""
+        raise NotImplementedError
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None):
+        """See `Trainer.get_eval_dataloader`."""
+        if eval_dataset is None or isinstance(eval_dataset, str):
+            eval_dataset = self.eval_dataset if eval_dataset is None else self.eval_dataset[eval_dataset]
+        if eval_dataset is not None and self.args.world_size > 1:
+            eval_dataset = EvenShares(eval_dataset, self.args.eval_batch_size * self.args.world_size, self.blank)
+        return super().get_eval_dataloader(eval_dataset)
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed

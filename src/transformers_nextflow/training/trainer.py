@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from math import inf
 
+import numpy as np
 import torch
 from transformers import TrainerCallback, TrainingArguments
 
@@ -29,6 +30,9 @@ class NextFlowTrainingArguments(TrainingArguments):
         z_loss (`float`, defaults to 0.0):
             Coefficient of the squared log-sum-exp added to every target's cross-entropy, and weighed like it, in
             `loss` alone; 0 is the paper's loss.
+
+    Raises:
+        ValueError: for a negative or infinite `z_loss`, or a `label_smoothing_factor`.
     """
 
     per_device_train_batch_size: int = field(default=1, metadata={"help": "packs of a forward on each device"})
@@ -38,6 +42,8 @@ class NextFlowTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.label_smoothing_factor:
+            raise ValueError(f"label_smoothing_factor is not for the loss of packs, got {self.label_smoothing_factor}")
         if not 0 <= self.z_loss < inf:
             raise ValueError(f"z_loss must be a finite number of at least 0, got {self.z_loss}")
 
@@ -56,16 +62,21 @@ class NextFlowTrainer(OrderedTrainer):
       before the log, over all layers, heads and devices. Only that batch's forward computes it, see
       [`~attention_logits.LargestAttentionLogit`].
     - Packs show stored self-corrected variants by epoch.
+    - An evaluation's `eval_loss` is exact over all its targets, however they are split, and `eval_loss_text`,
+      `eval_loss_vision` and `eval_loss_scale_1` .. stand beside it.
 
     Args:
         train_dataset: [`~transformers_nextflow.data.PackedDataset`], or anything with its items.
         data_collator: by default [`~transformers_nextflow.data.PackCollator`] of the dataset.
 
     Raises:
-        ValueError: if the packs do not divide evenly over an optimizer step's devices and accumulation.
+        ValueError: if the packs do not divide evenly over an optimizer step's devices and accumulation; for a
+            `compute_metrics`, since logits of whole packs are never made.
     """
 
     def __init__(self, model=None, args=None, data_collator=None, train_dataset=None, **kwargs):
+        if kwargs.get("compute_metrics") is not None:
+            raise ValueError("compute_metrics needs logits, which this trainer never makes: `evaluate` has all losses")
         if data_collator is None and train_dataset is not None:
             data_collator = PackCollator(train_dataset)
         if args is not None and args.use_liger_kernel:
@@ -78,7 +89,7 @@ class NextFlowTrainer(OrderedTrainer):
                 f"size x devices x accumulation): pack with --multiple-of {per_step}, or give as many documents"
             )
         self.label_names = ["shift_labels"]
-        self._measured = Measured(self._nextflow.model.schedules.max_scales)
+        self._measured, self._evaluated = (Measured(self._nextflow.model.schedules.max_scales) for _ in range(2))
         self._costs = CostModel.from_config(self._nextflow.config)
         self.add_callback(_Clock(self))
         self.add_callback(WholeHeadsCallback())
@@ -103,6 +114,9 @@ class NextFlowTrainer(OrderedTrainer):
         inputs = {**inputs, "logits_over": "none", "use_cache": False}
         if model.training:
             inputs["z_loss"] = getattr(self.args, "z_loss", 0.0)
+        else:
+            inputs["num_items_in_batch"] = 1.0  # the sum over the batch, which as an argument would be scaled
+            num_items_in_batch = None
         watched = model.training and self._log_follows()
         with LargestAttentionLogit(self._nextflow.model) if watched else nullcontext() as largest:
             loss, outputs = super().compute_loss(
@@ -110,6 +124,8 @@ class NextFlowTrainer(OrderedTrainer):
             )
         if model.training:
             self._measured.add(outputs, inputs)
+        else:
+            self._evaluated.add(outputs, inputs, float(outputs.loss))
         if watched:
             self._measured.max_attention_logit = largest.value
         return (loss, outputs) if return_outputs else loss
@@ -124,6 +140,19 @@ class NextFlowTrainer(OrderedTrainer):
             return gradients.end_of_dataloader or step == self.state.max_steps
         by_steps = step % self.state.logging_steps == 0 or (args.logging_first_step and step == 1)
         return args.logging_strategy == "steps" and by_steps
+
+    def blank(self, item: dict) -> dict:
+        return item | {"shift_labels": np.full_like(item["shift_labels"], IGNORE)}
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        """See `Trainer.evaluation_loop`, whose mean over batches is no mean over targets."""
+        self._evaluated.reset()
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        measured = self._evaluated.pop(self.accelerator, self._costs, self.args)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in measured.items()})
+        return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self.model.training:
@@ -141,28 +170,30 @@ class Measured:
     def reset(self) -> None:
         self.sums = torch.zeros(1 + self.num_scales, dtype=torch.float64)  # cross-entropy of text, then of each scale
         self.counts = torch.zeros(1 + self.num_scales, dtype=torch.float64)
-        self.work = torch.zeros(3, dtype=torch.float64)  # positions, attended pairs, targets
+        self.work = torch.zeros(4, dtype=torch.float64)  # positions, attended pairs, targets, their weighted losses
         self.seconds = 0.0
         self.max_attention_logit = None
 
-    def add(self, outputs: NextFlowOutput, inputs: dict) -> None:
-        """Count one forward."""
+    def add(self, outputs: NextFlowOutput, inputs: dict, weighted_sum: float = 0.0) -> None:
+        """Count one forward, and the weighted sum of its losses where `loss` is to be their mean."""
         at = inputs["shift_labels"] != IGNORE
         scales, losses = outputs.scale_ids[at].cpu(), outputs.token_losses[at].double().cpu()
         self.sums.index_add_(0, scales, losses)
         self.counts.index_add_(0, scales, torch.ones_like(losses))
         pairs = attended_pairs(outputs.block_ids, inputs["document_ids"])
         tokens = (inputs["document_ids"] >= 0).sum()
-        self.work += torch.tensor([int(tokens), int(pairs), int(at.sum())], dtype=torch.float64)
+        self.work += torch.tensor([int(tokens), int(pairs), int(at.sum()), weighted_sum], dtype=torch.float64)
 
     def pop(self, accelerator, costs: CostModel, args) -> dict[str, float]:
         """Means over all devices since the last call."""
         packed = torch.cat([self.sums, self.counts, self.work]).to(accelerator.device)
         packed = accelerator.reduce(packed, reduction="sum").cpu()
-        sums, counts, work = packed.split([len(self.sums), len(self.counts), 3])
+        sums, counts, work = packed.split([len(self.sums), len(self.counts), 4])
         seconds, largest = self.seconds, self.max_attention_logit
         self.reset()
         logs = {}
+        if work[3]:
+            logs["loss"] = float(work[3] / work[2])
         if counts[0]:
             logs["loss_text"] = float(sums[0] / counts[0])
         if counts[1:].sum():
@@ -171,7 +202,7 @@ class Measured:
             if counts[scale]:
                 logs[f"loss_scale_{scale}"] = float(sums[scale] / counts[scale])
         if seconds:
-            flops = float(work.numpy() @ costs.coefficients[:3]) / seconds
+            flops = float(work[:3].numpy() @ costs.coefficients[:3]) / seconds
             logs |= {"tokens_per_second": float(work[0]) / seconds, "flops_per_second": flops}
             if getattr(args, "peak_flops", None):
                 logs["mfu"] = flops / (args.peak_flops * args.world_size)

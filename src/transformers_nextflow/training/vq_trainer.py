@@ -278,6 +278,9 @@ class NextFlowVQTrainer(OrderedTrainer):
             logs = logs | self._measured.pop(self.accelerator)
         super().log(logs, start_time)
 
+    def blank(self, item: dict) -> dict:
+        return item | {"counts": False}
+
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Mean `psnr` (dB) and `ssim` of reconstructions over the pictures of all batches."""
         from skimage.metrics import structural_similarity
@@ -288,6 +291,8 @@ class NextFlowVQTrainer(OrderedTrainer):
             pixels = batch["pixel_values"]
             with torch.no_grad():
                 rebuilt = model(pixels, pixel_only=self.args.stage == "pixel").reconstruction.float().clamp(-1, 1)
+            if not batch.get("counts", True):
+                continue
             shown += list(zip(pixels.cpu(), rebuilt.cpu()))[: SHEET_PICTURES - len(shown)]
             for picture, copied in zip(pixels.cpu(), rebuilt.cpu()):
                 similarity = structural_similarity(picture.numpy(), copied.numpy(), channel_axis=0, data_range=2.0)
