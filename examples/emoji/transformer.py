@@ -25,8 +25,8 @@ from .muon import MuonWithAdamW
 from .sizes import nextflow_config
 from .stages import finish, is_finished, processes, settings
 
-# All samples and 60% of the tokens, as the paper found best; the multinomial's weights are open there. Drawn uniformly,
-# half of all tokens are disturbed and 5% of the last scales' targets are what they are without; so, a quarter and 10%.
+# All samples and 60% of the tokens, as the paper found best. Its multinomial's weights are open: drawn uniformly, half of
+# all tokens are disturbed and 5% of the last scales' targets are what they are without; so, a quarter and 10%.
 SELF_CORRECTION = SelfCorrection(temperature=0.1)
 EXTRACTION = ExtractionSettings(
     "chat", drop_text=0.1, self_correction=SELF_CORRECTION, variants=2, batch_size=64, documents_per_shard=6_000
