@@ -25,7 +25,7 @@ from .muon import MuonWithAdamW
 from .sizes import nextflow_config
 from .stages import finish, is_finished, processes, settings
 
-# All samples and 60% of the tokens, as the paper found best. Its multinomial's weights are open: drawn uniformly, half of
+# All samples and 60% of the tokens, as the paper found best. Its multinomial is open: drawn uniformly, half of
 # all tokens are disturbed and 5% of the last scales' targets are what they are without; so, a quarter and 10%.
 SELF_CORRECTION = SelfCorrection(temperature=0.1)
 EXTRACTION = ExtractionSettings(
@@ -60,7 +60,7 @@ class Training:
 TRAININGS = {
     "alignment": Training(4_000, 192, 16, 60, 1e-3, 0.5, "connector_and_head", 0.0),
     "pretraining-32": Training(12_000, 192, 16, 200, 3e-3, 0.1, scale_loss_alpha=0.0),
-    "pretraining-64": Training(72_000, 416, 10, 4_000, 3e-3, 0.1),
+    "pretraining-64": Training(72_000, 416, 10, 12_000, 3e-3, 0.1),
     "tuning-64": Training(24_000, 848, 5, 1_000, 1.5e-3, 0.9),
 }
 
