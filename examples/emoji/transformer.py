@@ -122,9 +122,9 @@ def new_optimizer(
 def train_stage(folder: Path, stage: str, before: Path, data: Path) -> Path:
     """Train one stage from the model in `before`, unless it is finished; returns the folder of its average."""
     training, output = TRAININGS[stage], folder / stage
-    packs = code_documents(folder, folder / "start", data, stage)
     if is_finished(output):
         return output
+    packs = code_documents(folder, folder / "start", data, stage)
     model = NextFlowForConditionalGeneration.from_pretrained(before)
     processor = NextFlowProcessor.from_pretrained(folder / "start")
     mixture = dict(MIXTURES[stage].mixture)
