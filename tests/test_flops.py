@@ -21,7 +21,6 @@ from transformers_nextflow.flops import (
     mmdit_passes,
     model_cost,
     paper_layer_cost,
-    text_passes,
 )
 from transformers_nextflow.scales import PAPER_LEVELS, ScaleSchedule, ScheduleTable, paper_schedules
 
@@ -63,10 +62,6 @@ def test_passes_of_a_small_image():
         Pass(12, 22, code_logits=12),
     ]
     assert image_passes(TINY_SCHEDULE, prompt_tokens=0)[0] == Pass(1, 1, code_logits=1)
-
-
-def test_text_is_one_pass_per_token():
-    assert text_passes(5, 3) == [Pass(5, 5, 1), Pass(1, 6, 1), Pass(1, 7, 1)]
 
 
 def test_model_cost_equals_counted_flops():
@@ -120,7 +115,6 @@ def test_seven_billion_parameters_cost_two_flops_each_at_the_least():
     "call, message",
     [
         (lambda: image_passes(TINY_SCHEDULE, -1), "got -1"),
-        (lambda: text_passes(0, 1), "prompt_tokens=0"),
         (lambda: mmdit_passes(TINY_SCHEDULE, 0), "got 0"),
     ],
 )

@@ -166,6 +166,7 @@ def draw_scales(
     choose: Callable[[Sequence[Context], torch.Tensor, int], torch.Tensor],
     scales: range,
     codes_BL: torch.Tensor,
+    tell: Callable[[torch.Tensor, int], None],
     keep_contexts: bool = False,
 ) -> tuple[list[Context], torch.Tensor]:
     """Draw some scales of pictures, and read the one that follows.
@@ -174,6 +175,7 @@ def draw_scales(
         contexts: have just read `<boi>`, or the block of the first of `scales`.
         choose: gives (B, l) codes from the contexts, the codes so far and the scale.
         codes_BL: of the scales before.
+        tell: called with the codes so far and the scale, see [`telling`].
         keep_contexts: whether all rows must hold the whole picture afterwards; if not, null rows stop after the last
             scale they guide.
 
@@ -182,11 +184,25 @@ def draw_scales(
     """
     for scale in scales:
         codes_BL = torch.cat([codes_BL, choose(contexts, codes_BL, scale)], dim=1)
+        tell(codes_BL, scale)
         if scale + 1 < len(controls.schedule):
             if not keep_contexts:
                 contexts = keep_rows(contexts, controls.roles_from(scale + 1) * len(codes_BL))
             read_scale(model, contexts, codes_BL, controls.schedule, scale + 1)
     return contexts, codes_BL
+
+
+def telling(
+    on_scale_end: Callable[[int, int, torch.Tensor], None] | None, pictures: Sequence[Sequence[int]]
+) -> Callable[[torch.Tensor, int], None]:
+    """What tells `on_scale_end` of every picture; `pictures`: those of each row of codes."""
+
+    def tell(codes_BL: torch.Tensor, scale: int) -> None:
+        for so_far, numbers in zip(codes_BL, pictures):
+            for number in numbers:
+                on_scale_end(number, scale, so_far)
+
+    return tell if on_scale_end is not None else lambda codes_BL, scale: None
 
 
 def read_scale(model, contexts: Sequence[Context], codes_BL: torch.Tensor, schedule: ScaleSchedule, scale: int):
@@ -221,23 +237,12 @@ def draw_pictures(
     forced = sampler.forced
     num_forced = forced.num_scales(schedule) if forced is not None else 0
 
-    def reporting(choose: Callable, pictures: torch.Tensor) -> Callable:
-        """`choose`, telling `on_scale_end`; `pictures`: (B, n) which pictures each row of codes belongs to."""
-
-        def tell(contexts, codes_BL, scale):
-            codes_Bl = choose(contexts, codes_BL, scale)
-            for so_far, numbers in zip(torch.cat([codes_BL, codes_Bl], dim=1), pictures.tolist()):
-                for number in numbers:
-                    on_scale_end(number, scale, so_far)
-            return codes_Bl
-
-        return choose if on_scale_end is None else tell
-
     device = contexts[0].hidden_rlD.device
     numbers = torch.arange(num_prompts * count).view(num_prompts, count)
     codes_BL = torch.empty(num_prompts, 0, dtype=torch.long, device=device)
-    choose = reporting(sampler.take_forced, numbers)
-    contexts, codes_BL = draw_scales(model, contexts, controls, choose, range(num_forced), codes_BL)
+    tell = telling(on_scale_end, numbers.tolist())
+    scales, rest = range(num_forced), range(num_forced, len(schedule))
+    contexts, codes_BL = draw_scales(model, contexts, controls, sampler.take_forced, scales, codes_BL, tell)
     parts = numbers.split(pictures_at_once(contexts, schedule, num_prompts), dim=1)
     drawn, logits = [], []
     for part in parts:
@@ -248,9 +253,9 @@ def draw_pictures(
             forced=forced and forced.repeat(each),
         )
         of_part = [context.fork(each) for context in contexts]
-        choose, rest = reporting(some, part.reshape(-1, 1)), range(num_forced, len(schedule))
+        tell = telling(on_scale_end, part.reshape(-1, 1).tolist())
         codes = codes_BL.repeat_interleave(each, dim=0)
-        drawn.append(draw_scales(model, of_part, controls, choose, rest, codes)[1])
+        drawn.append(draw_scales(model, of_part, controls, some, rest, codes, tell)[1])
         logits.append([scale.repeat_interleave(each, dim=0) for scale in sampler.logits] + some.logits)
     order = torch.cat([part.flatten() for part in parts]).argsort().to(device)
     return torch.cat(drawn)[order], [torch.cat(scale)[order] for scale in zip(*logits)]

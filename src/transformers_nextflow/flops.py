@@ -36,29 +36,17 @@ class Pass:
     code_logits: int = 0
 
 
-def prefill(prompt_tokens: int, text_logits: int = 0) -> list[Pass]:
-    """The pass over the prompt; none for an empty prompt."""
+def image_passes(schedule: ScaleSchedule, prompt_tokens: int) -> list[Pass]:
+    """Prefill of the prompt (without `<boi>`; none for an empty prompt), then one pass per scale; only code rows are
+    computed."""
     if prompt_tokens < 0:
         raise ValueError(f"prompt_tokens must not be negative, got {prompt_tokens}")
-    return [Pass(prompt_tokens, prompt_tokens, text_logits=text_logits)] if prompt_tokens else []
-
-
-def image_passes(schedule: ScaleSchedule, prompt_tokens: int) -> list[Pass]:
-    """Prefill of the prompt (without `<boi>`), then one pass per scale; only code rows are computed."""
-    passes = prefill(prompt_tokens)
+    passes = [Pass(prompt_tokens, prompt_tokens)] if prompt_tokens else []
     keys = prompt_tokens
     for length in schedule.lengths:
         keys += length
         passes.append(Pass(length, keys, code_logits=length))
     return passes
-
-
-def text_passes(prompt_tokens: int, new_tokens: int) -> list[Pass]:
-    """Prefill, which yields the first new token, then one pass for each further token; only text rows are computed."""
-    if prompt_tokens < 1 or new_tokens < 1:
-        raise ValueError(f"text needs at least one prompt and one new token, got {prompt_tokens=} and {new_tokens=}")
-    further = range(prompt_tokens + 1, prompt_tokens + new_tokens)
-    return prefill(prompt_tokens, text_logits=1) + [Pass(1, keys, text_logits=1) for keys in further]
 
 
 def mmdit_passes(schedule: ScaleSchedule, num_steps: int = 18) -> list[Pass]:
@@ -129,7 +117,7 @@ def model_cost(
     counted: norms, rotary embedding, softmax, connector, vision tokenizer.
 
     Args:
-        passes: from [`image_passes`] or [`text_passes`].
+        passes: e.g. from [`image_passes`].
         guidance: whether every pass also runs for the null prompt, padded to the same length.
     """
     hidden = config.hidden_size

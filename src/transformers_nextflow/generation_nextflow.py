@@ -140,7 +140,7 @@ class NextFlowGenerationMixin(ImageCodesMixin, TextGenerationMixin):
             raise ValueError(f"the prompts' first images have different grids, {sorted(first)}: say height and width")
         schedule = settings.schedule(self.model.schedules, *first)
         controls, num_prompts = settings.controls(schedule), len(prompts.input_ids)
-        rows, prompts = prompts.contexts(self.config, controls.max_roles)
+        rows, prompts = prompts.contexts(self.config, controls.roles_from(0))
         generators = RowGenerators.create(num_prompts, settings.num_images_per_prompt, seed, generator)
         forced = None
         if forced_codes is not None:

@@ -38,10 +38,6 @@ class ImageControls:
             return 3
         return 2 if self.guidance[scale] != 1.0 else 1
 
-    @property
-    def max_roles(self) -> int:
-        return self.roles_from(0)
-
     def roles_from(self, scale: int) -> int:
         """Rows that this scale or a later one is predicted from."""
         return max(map(self.num_roles, range(scale, len(self.schedule))))

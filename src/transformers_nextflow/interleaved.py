@@ -15,7 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 from .contexts import Context, adapters_of, last_hidden, read_prompts
-from .drawing import NextFlowOutputWithPictures, Sampler, draw_scales, read_scale
+from .drawing import NextFlowOutputWithPictures, Sampler, draw_scales, read_scale, telling
 from .image_generation import ImageControls, ImageGenerationConfig
 from .layout import num_image_slots
 from .lora import using_adapters
@@ -161,16 +161,11 @@ def interleave(
         num_logits = len(schedule) if output_logits else 0
         sampler = Sampler(model, controls, generators.take(rows), num_logits=num_logits)
 
-        def choose(contexts, codes_BL, scale):
-            codes_Bl = sampler(contexts, codes_BL, scale)
-            for row, so_far in zip(rows, torch.cat([codes_BL, codes_Bl], dim=1)):
-                if on_scale_end is not None:
-                    on_scale_end(row, scale, so_far)
-            return codes_Bl
-
+        tell, scales = telling(on_scale_end, [[row] for row in rows]), range(len(schedule))
         codes_BL = torch.empty(len(rows), 0, dtype=torch.long, device=of_pictures[0].rows.device)
-        scales = range(len(schedule))
-        of_pictures, codes_BL = draw_scales(model, of_pictures, controls, choose, scales, codes_BL, keep_contexts=True)
+        of_pictures, codes_BL = draw_scales(
+            model, of_pictures, controls, sampler, scales, codes_BL, tell, keep_contexts=True
+        )
         of_pictures, _ = split(of_pictures, range(len(with_images)))
         if config.condition_last_scale:
             read_scale(model, of_pictures, codes_BL, schedule, len(schedule))
@@ -252,7 +247,7 @@ def answer(
         generation_config.max_new_tokens = 512
     schedule = settings.schedule(model.model.schedules)
     controls, generators = settings.controls(schedule), RowGenerators.create(len(ids), 1, seed, generator)
-    rows, prompts = prompts.contexts(model.config, controls.max_roles)
+    rows, prompts = prompts.contexts(model.config, controls.roles_from(0))
     if any(row[-1] == model.config.boi_token_id for row in rows[: len(ids)]):
         raise ValueError("a prompt of interleaved generation must not end in <boi>")
     model._prepare_special_tokens(generation_config, True, device=ids.device, batch_size=len(ids))

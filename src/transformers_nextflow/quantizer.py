@@ -275,11 +275,10 @@ class DualCodebookQuantizer(nn.Module):
         """(B, L) codes of the first scales of `schedule`, at least one -> (B, C, h, w) sum of their entries on the
         final grid."""
         codebook_VC = self().to(codes_BL.device)
-        total_BChw, done = 0, 0
-        for scale, (h, w) in enumerate(schedule):
-            if done == codes_BL.shape[1]:
+        total_BChw = 0
+        for scale, grid in enumerate(schedule):
+            if schedule.offsets[scale] == codes_BL.shape[1]:
                 break
             entries_BlC = F.embedding(codes_BL[:, schedule.slice(scale)], codebook_VC)
-            total_BChw = total_BChw + resize_features(to_map(entries_BlC, (h, w)), schedule.final_grid)
-            done += h * w
+            total_BChw = total_BChw + resize_features(to_map(entries_BlC, grid), schedule.final_grid)
         return total_BChw

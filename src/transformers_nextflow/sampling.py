@@ -229,17 +229,13 @@ class RowGenerators:
             if len(seeds) != num_prompts:
                 raise ValueError(f"a list of seeds needs one for each of the {num_prompts} prompts, got {len(seeds)}")
             row_seeds = [_image_seed(prompt, index) for prompt in seeds for index in range(images_per_prompt)]
-        elif generator is not None and rows == 1:
+            return cls([torch.Generator().manual_seed(row_seed) for row_seed in row_seeds])
+        if generator is not None and rows == 1:
             return cls([generator])
-        else:
-            device = "cpu" if generator is None else generator.device
-            before = None if generator is None else torch.Generator(device)
-            if before is not None:
-                before.set_state(generator.get_state())
-            row_seeds = torch.randint(2**32, (rows,), generator=generator, device=device).tolist()
-            own = [torch.Generator().manual_seed(row_seed) for row_seed in row_seeds]
-            return cls(own if before is None else [before, *own[1:]])
-        return cls([torch.Generator().manual_seed(row_seed) for row_seed in row_seeds])
+        device = "cpu" if generator is None else generator.device
+        first = [] if generator is None else [generator.clone_state()]
+        row_seeds = torch.randint(2**32, (rows,), generator=generator, device=device).tolist()
+        return cls([*first, *(torch.Generator().manual_seed(row_seed) for row_seed in row_seeds[len(first) :])])
 
     def take(self, rows: Sequence[int]) -> "RowGenerators":
         """The streams of some rows, which go on where they are."""

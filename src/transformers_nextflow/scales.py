@@ -11,7 +11,7 @@ from fractions import Fraction
 from functools import cached_property, lru_cache
 from importlib.resources import files
 from itertools import accumulate
-from math import gcd, log
+from math import log
 
 from transformers.utils import logging
 
@@ -134,7 +134,8 @@ class ScheduleTable:
         """The schedule that ends in `grid`."""
         grid = (int(grid[0]), int(grid[1]))
         if grid not in self._by_grid:
-            raise ValueError(f"no scale schedule ends in the grid {grid}; nearest: {self._names(self._nearest(grid))}")
+            nearest = ", ".join(map(str, self._nearest(grid)))
+            raise ValueError(f"no scale schedule ends in the grid {grid}; nearest: {nearest}")
         return self._by_grid[grid]
 
     def by_size(self, height: int, width: int, exact: bool = True) -> ScaleSchedule:
@@ -145,10 +146,7 @@ class ScheduleTable:
             return self._by_grid[grid]
         nearest = self._nearest((height, width), self.patch_size)
         sizes = ["{}x{}".format(*self.image_size(self.by_grid(known))) for known in nearest]
-        missing = f"no scale schedule for an image of {height}x{width} (height x width); nearest: "
-        if exact:
-            raise ValueError(missing + ", ".join(sizes))
-        logger.info(missing + sizes[0])
+        _say_missing(f"for an image of {height}x{width} (height x width)", sizes, exact)
         return self.by_grid(nearest[0])
 
     def by_aspect_ratio(
@@ -159,7 +157,7 @@ class ScheduleTable:
 
         The final grids decide, not table 14's labels, which read height:width and disagree with the grids in places.
         """
-        schedules = {self._ratio(schedule.final_grid): schedule for schedule in self.of_level(level)}
+        schedules = {Fraction(*schedule.final_grid[::-1]): schedule for schedule in self.of_level(level)}
         try:
             width, height = (int(part) for part in str(aspect_ratio).split(":"))
             ratio = Fraction(width, height)
@@ -171,10 +169,7 @@ class ScheduleTable:
             return schedules[ratio]
         near = sorted(schedules, key=lambda known: abs(log(known) - log(width) + log(height)))[:4]
         names = [f"{r.numerator}:{r.denominator}" for r in near]
-        missing = f"no scale schedule has the aspect ratio {aspect_ratio} (width:height); nearest: "
-        if exact:
-            raise ValueError(missing + ", ".join(names))
-        logger.info(missing + names[0])
+        _say_missing(f"has the aspect ratio {aspect_ratio} (width:height)", names, exact)
         return schedules[near[0]]
 
     def of_level(self, level: str | int | None = None) -> list[ScaleSchedule]:
@@ -206,14 +201,14 @@ class ScheduleTable:
         distance = lambda known: abs(log(known[0] * cell) - height) + abs(log(known[1] * cell) - width)  # noqa: E731
         return sorted(self._by_grid, key=distance)[:3]
 
-    @staticmethod
-    def _names(grids: Sequence[Grid]) -> str:
-        return ", ".join(map(str, grids))
 
-    @staticmethod
-    def _ratio(grid: Grid) -> Fraction:
-        divisor = gcd(*grid)
-        return Fraction(grid[1] // divisor, grid[0] // divisor)
+def _say_missing(what: str, nearest: Sequence[str], exact: bool) -> None:
+    """That there is no schedule `what`: an error that names the nearest ones, or unless `exact` a line of the log that
+    names the one taken."""
+    missing = f"no scale schedule {what}; nearest: "
+    if exact:
+        raise ValueError(missing + ", ".join(nearest))
+    logger.info(missing + nearest[0])
 
 
 @lru_cache(maxsize=1)

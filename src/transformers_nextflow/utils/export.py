@@ -99,10 +99,9 @@ def _write(folder: Path, output: Path, name: str) -> None:
         config = NextFlowConfig.from_pretrained(folder)
         processor = NextFlowProcessor.from_pretrained(folder)
     processor.save_pretrained(output)
-    for file in [*weights.files, *([INDEX] if (folder / INDEX).is_file() else [])]:
+    beside = [file for file in (INDEX, "scores.json") if (folder / file).is_file()]
+    for file in [*weights.files, *beside]:
         shutil.copyfile(folder / file, output / file)
-    if (folder / "scores.json").is_file():
-        shutil.copyfile(folder / "scores.json", output / "scores.json")
     if (folder / "generation_config.json").is_file():
         GenerationConfig.from_pretrained(folder).save_pretrained(output)
     else:

@@ -3,13 +3,14 @@
 Everything wrong with a file is a `ValueError` that names the file and the tensor.
 """
 
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+
+from .files import read_json
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {
@@ -65,19 +66,15 @@ class SafetensorsFolder:
             if not (self.folder / SINGLE).is_file():
                 raise ValueError(f"{self.folder} holds neither {INDEX} nor {SINGLE}; other formats are not read")
             return {}
-        try:
-            weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-            names = set(weight_map.values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is no index of safetensors: {error}") from error
-        for file in names:
+        weight_map = read_json(path).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{path} is no index of safetensors: weight_map must list tensors, got {weight_map!r}")
+        for file in weight_map.values():
             inside = isinstance(file, str) and file == Path(file).name and not set(file) & set("\\:\0")
             if not inside or not file.endswith(".safetensors"):
                 raise ValueError(f"{path} must name .safetensors files of its own folder, got {file!r}")
             if not (self.folder / file).is_file():
                 raise ValueError(f"{self.folder} lacks {file}, which {INDEX} names")
-        if not names:
-            raise ValueError(f"{path} lists no tensors")
         return weight_map
 
     def _read_header(self, path: Path) -> None:
