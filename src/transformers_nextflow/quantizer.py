@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .precision import without_autocast
 from .scales import Grid, ScaleSchedule
 
 CODEBOOK_LOSSES = ("tokenflow", "var")
@@ -199,7 +200,7 @@ class DualCodebookQuantizer(nn.Module):
             draws = correction.draws(schedule, seed, keys)
             disturb_BL, pick_BL = (draw.to(features_BChw.device) for draw in draws)
 
-        with torch.autocast(features_BChw.device.type, enabled=False):
+        with without_autocast(features_BChw.device):
             codebook_VC = self().to(features_BChw.device)
             if pixel_only:
                 codebook_VC = F.pad(codebook_VC[:, self.dims[0] :], (self.dims[0], 0))
