@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from pretended_devices import DEVICES, PretendedDevices
 from tiny_models import BOI, EOS, PATCH, SQUARE, WIDE, Picture, batch_of, relative, tiny_config, tiny_model
 
 from transformers_nextflow import NextFlowForConditionalGeneration
@@ -23,18 +24,35 @@ def model(request) -> NextFlowForConditionalGeneration:
     return tiny_model(tiny_config(tie_word_embeddings=request.param))
 
 
+def home(model) -> torch.device:
+    """Where a caller's tensors are."""
+    return torch.device("cpu") if model.device.type == "meta" else model.device
+
+
+def inputs_of(model, *rows) -> dict:
+    return {name: tensor.to(home(model)) for name, tensor in batch_of(model, *rows).items()}
+
+
 def guided(model, prompt: list, null: list) -> dict:
-    negative = batch_of(model, null)
-    return batch_of(model, prompt) | {f"negative_{name}": negative[name] for name in ("input_ids", "attention_mask")}
+    negative = inputs_of(model, null)
+    return inputs_of(model, prompt) | {f"negative_{name}": negative[name] for name in ("input_ids", "attention_mask")}
 
 
 def with_labels(model) -> dict:
-    batch = batch_of(model, *ROWS)
+    batch = inputs_of(model, *ROWS)
     return batch | {"labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
 
 
-def patches() -> torch.Tensor:
-    return torch.rand(9 + 8, 3 * PATCH**2, generator=torch.Generator().manual_seed(0)) * 2 - 1
+def patches(model) -> torch.Tensor:
+    return torch.rand(9 + 8, 3 * PATCH**2, generator=torch.Generator().manual_seed(0)).to(home(model)) * 2 - 1
+
+
+def codes(model) -> torch.Tensor:
+    return torch.arange(14, device=home(model))[None]
+
+
+def pixels(model) -> torch.Tensor:
+    return torch.rand(1, 3, 12, 12, generator=torch.Generator().manual_seed(0)).to(home(model))
 
 
 def loss(model) -> torch.Tensor:
@@ -46,7 +64,13 @@ def token_losses(model) -> torch.Tensor:
 
 
 def logits(model) -> torch.Tensor:
-    return model(**batch_of(model, *ROWS)).logits
+    return model(**inputs_of(model, *ROWS)).logits
+
+
+def logits_of_embeddings(model) -> torch.Tensor:
+    inputs = inputs_of(model, *ROWS)
+    embeds = model.get_input_embeddings()(inputs.pop("input_ids"))
+    return model(**inputs, inputs_embeds=embeds.to(home(model))).logits
 
 
 def draw(model) -> torch.Tensor:
@@ -64,9 +88,9 @@ def edit(model) -> torch.Tensor:
 
 
 def describe(model) -> torch.Tensor:
-    inputs = batch_of(model, *ROWS)
+    inputs = inputs_of(model, *ROWS)
     del inputs["image_codes"]
-    return model.generate(**inputs, pixel_values=patches(), max_new_tokens=5, do_sample=False, suppress_tokens=[BOI])
+    return model.generate(**inputs, pixel_values=patches(model), max_new_tokens=5, do_sample=False)
 
 
 def interleave(model) -> torch.Tensor:
@@ -77,29 +101,29 @@ def interleave(model) -> torch.Tensor:
 
 
 def encode(model) -> torch.Tensor:
-    return model.encode_images(patches(), [SQUARE, WIDE])
+    return model.encode_images(patches(model), [SQUARE, WIDE])
 
 
 def decode(model) -> torch.Tensor:
-    return model.decode_image_tokens(48 + torch.arange(14)[None], SQUARE)
+    return model.decode_image_tokens(48 + codes(model), SQUARE)
 
 
 def decoder_conditions(model) -> torch.Tensor:
-    return torch.cat(model.model.vq_model.condition_features(torch.arange(14)[None], SQUARE), dim=1)
+    return torch.cat(model.model.vq_model.condition_features(codes(model), SQUARE), dim=1)
 
 
 def tokenize(model) -> torch.Tensor:
-    return model.model.vq_model(torch.rand(1, 3, 12, 12, generator=torch.Generator().manual_seed(0))).semantic_features
+    return model.model.vq_model(pixels(model)).semantic_features
 
 
-USES = [loss, token_losses, logits, draw, draw_refined, edit, describe, interleave, encode, decode]
-USES += [decoder_conditions, tokenize]
+USES = [loss, token_losses, logits, logits_of_embeddings, draw, draw_refined, edit, describe, interleave, encode]
+USES += [decode, decoder_conditions, tokenize]
 BY_USE = pytest.mark.parametrize("use", USES, ids=lambda use: use.__name__)
 
 
 def assert_same(use: Callable, model, other) -> None:
     with torch.no_grad():
-        expected, got = use(model), use(other)
+        expected, got = use(model), use(other).cpu()
     if expected.is_floating_point():
         assert relative(got, expected) < 1e-5
     else:
@@ -150,6 +174,61 @@ def test_parts_on_disk(model, use, part, tmp_path):
     assert_same(use, model, other)
 
 
+# Several devices
+
+FIRST, SECOND = map(str, DEVICES)
+DECODER = ["embed_tokens", "layers.0", "layers.1", "norm", "rotary_emb"]
+TOKENIZER = ["semantic_encoder", "semantic_to_code", "pixel_encoder", "quantizer", "semantic_decoder", "pixel_decoder"]
+PARTS = [
+    *("lm_head", "code_head", "model.code_embeddings", "model.connector", "model.scale_embedding"),
+    *(f"model.language_model.{name}" for name in DECODER),
+    *(f"model.vq_model.{name}" for name in TOKENIZER),
+]
+MAPS = {
+    "in turn": {part: (FIRST, SECOND)[index % 2] for index, part in enumerate(PARTS)},
+    "in turn the other way": {part: (SECOND, FIRST)[index % 2] for index, part in enumerate(PARTS)},
+    "tokenizer apart": {part: SECOND if "vq_model" in part else FIRST for part in PARTS},
+    "offloaded": {part: (FIRST, "cpu")[index % 2] for index, part in enumerate(PARTS)},
+}
+BY_MAP = pytest.mark.parametrize("places", MAPS.values(), ids=MAPS)
+
+
+@contextmanager
+def spread(model, places: dict) -> Iterator[NextFlowForConditionalGeneration]:
+    """A copy with its parts where accelerate puts them; those on the CPU are brought to the first device to run."""
+    model = copy.deepcopy(model)
+    with PretendedDevices():
+        accelerate.dispatch_model(model, places, main_device=FIRST)
+        assert len({parameter.device for parameter in model.parameters()}) == 2
+        yield model
+
+
+@pytest.fixture(scope="module")
+def untied() -> NextFlowForConditionalGeneration:
+    return tiny_model()
+
+
+@BY_USE
+@BY_MAP
+def test_parts_on_two_devices(untied, use, places):
+    with spread(untied, places) as other:
+        assert_same(use, untied, other)
+
+
+@pytest.mark.parametrize("name", ["in turn", "in turn the other way"])
+def test_gradients_of_parts_on_two_devices(untied, name):
+    """In training mode, where rows without pictures give every weight a gradient as well."""
+    untied.zero_grad()
+    untied.train()(**with_labels(untied), z_loss=0.1).loss.backward()
+    with spread(untied, MAPS[name]) as other:
+        other(**with_labels(other), z_loss=0.1).loss.backward()
+        got = {name: weight.grad.cpu() for name, weight in other.named_parameters() if weight.grad is not None}
+    expected = {name: weight.grad for name, weight in untied.eval().named_parameters() if weight.grad is not None}
+    assert got.keys() == expected.keys() and len(got) > 30
+    for name, gradient in got.items():
+        assert relative(gradient, expected[name]) < 1e-5, name
+
+
 # A hook of our own
 
 
@@ -188,7 +267,7 @@ def test_gradients_reach_weights_that_are_there_only_while_their_module_runs(mod
         for parameter in weights.values():
             parameter.grad = None
         model(**with_labels(model), z_loss=0.1, use_cache=False).loss.backward()
-        output = model.model.vq_model(torch.rand(1, 3, 12, 12, generator=torch.Generator().manual_seed(0)))
+        output = model.model.vq_model(pixels(model))
         (output.reconstruction.square().sum() + output.semantic_features.square().sum()).backward()
         sum(entries.sum() for entries, _ in output.quantization.pairs).backward()
         return {name: weight.grad for name, weight in weights.items() if weight.grad is not None}

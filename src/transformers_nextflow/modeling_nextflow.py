@@ -180,7 +180,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
         """(B, L, D) -> (B, L): the ids of `<boi>`, `<image>` and `<eoi>` where their embeddings stand, else -1."""
         ids = inputs_embeds.new_full(inputs_embeds.shape[:2], -1, dtype=torch.long)
         for token_id in (self.config.boi_token_id, self.config.image_token_id, self.config.eoi_token_id):
-            row = self.get_input_embeddings()(ids.new_tensor(token_id))
+            row = self.get_input_embeddings()(ids.new_tensor(token_id)).to(inputs_embeds.device)
             ids[(inputs_embeds == row).all(dim=-1)] = token_id
         return ids
 
@@ -193,7 +193,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
         entries_LNC = self.code_embeddings(codes.T).to(codes.device)
         taps = scale_taps(schedule, source, target, accumulate, codes.device)  # the same for all pictures
         features_lNC = taps(entries_LNC.flatten(1)).unflatten(1, entries_LNC.shape[1:])
-        return self.connector(features_lNC.transpose(0, 1))
+        return self.connector(features_lNC.transpose(0, 1)).to(codes.device)
 
     def image_codes_of(
         self, images: Sequence[ImageSpan], pixel_values: torch.Tensor | None, image_codes: torch.Tensor | None
@@ -239,7 +239,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
             else:
                 batch = torch.stack([patches[index] for index in members])
                 pixels = unpatchify(batch, schedule.final_grid, self.config.vq_config.patch_size)
-            for index, row in zip(members, self.vq_model.encode(pixels).to(pixels.device)):
+            for index, row in zip(members, self.vq_model.encode(pixels)):
                 codes[index] = row
         return codes
 
@@ -273,7 +273,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
         if not (len(layout.image_places) or self.training):
             return inputs_embeds
         embeds = inputs_embeds.flatten(0, 1)
-        layout = layout.to(embeds.device)  # where parts of the model are elsewhere, what goes between them is here
+        layout = layout.to(embeds.device)
         visual = self.connector(layout.taps(self.code_embeddings(image_codes).to(embeds.device)))
         scale_ids, num_scales = (each.flatten()[layout.image_places] for each in (layout.scale_ids, layout.num_scales))
         embeds = embeds.index_copy(0, layout.slot_places, visual.to(embeds))
@@ -298,6 +298,8 @@ class NextFlowModel(NextFlowPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         """Hidden states of whole sequences, or of text that continues a cache.
+
+        Wherever the parts of the model are, what goes between them is on the inputs' device.
 
         Args:
             input_ids: (B, L); or (B, L, D) `inputs_embeds`, in which images stand where the rows of `<boi>`, `<image>`
@@ -343,7 +345,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
                 **kwargs,
             )
         if inputs_embeds is None:
-            inputs_embeds = self.language_model.embed_tokens(input_ids)
+            inputs_embeds = self.language_model.embed_tokens(input_ids).to(input_ids.device)
         elif layout is None:
             input_ids = self.marker_ids(inputs_embeds)
         if layout is None:
@@ -493,7 +495,7 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
             use_cache=use_cache,
             **kwargs,
         )
-        hidden_BLD = outputs.last_hidden_state
+        hidden_BLD = outputs.last_hidden_state.to((input_ids if inputs_embeds is None else inputs_embeds).device)
 
         loss = token_losses_BL = None
         if supervised:

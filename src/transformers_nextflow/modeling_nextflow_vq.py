@@ -26,7 +26,7 @@ from .fixed_size import fixed_size_decoder, fixed_size_encoder, fixed_size_featu
 from .quantizer import DualCodebookQuantizer, QuantizerOutput, SelfCorrection, resize_features, to_map, to_sequence
 from .remote_code import HasCode
 from .scales import Grid, ScaleSchedule
-from .utils.precision import AtLeastFloat32
+from .utils.precision import AtLeastFloat32, without_autocast
 
 
 def patchify(pixel_values: torch.Tensor, patch_size: int) -> torch.Tensor:
@@ -264,6 +264,8 @@ class LibraryModel(HasCode, PreTrainedModel):
 class NextFlowVQModel(AtLeastFloat32, LibraryModel):
     """Images to multi-scale codes and back. Works on batches of one grid; callers group by grid.
 
+    What comes out is on the device of what goes in, wherever the parts are.
+
     Float32 whatever it is loaded in or cast to, since codes must be those that shards hold.
     """
 
@@ -337,7 +339,7 @@ class NextFlowVQModel(AtLeastFloat32, LibraryModel):
         """
         grid = self._schedule_of(pixel_values).final_grid
         size = tuple(length * self.config.patch_size for length in grid)
-        pixel = self.pixel_encoder(resize_features(pixel_values, size)).float()
+        pixel = self.pixel_encoder(resize_features(pixel_values, size)).to(pixel_values.device, torch.float32)
         if pixel_only:
             return F.pad(pixel, (0, 0, 0, 0, self.config.semantic_dim, 0))
         semantic = to_map(self.semantic_to_code(self.semantic_features(pixel_values)), grid)
@@ -362,7 +364,7 @@ class NextFlowVQModel(AtLeastFloat32, LibraryModel):
             (B, L) int64 codes, scale by scale; with `correction` the pair (input codes, target codes).
         """
         schedule = self._schedule_of(pixel_values)
-        with torch.autocast(pixel_values.device.type, enabled=False):
+        with without_autocast(pixel_values.device):
             features = self.features(pixel_values.float())
             output = self.quantizer.quantize(features, schedule, correction, seed, keys)
         if correction is None:
@@ -396,7 +398,7 @@ class NextFlowVQModel(AtLeastFloat32, LibraryModel):
         quantized = self.quantizer.decode(codes, schedule)
         semantic, pixel = quantized.split(self.quantizer.dims, dim=1)
         decoded = self.semantic_decoder(semantic)
-        return semantic, pixel, to_map(decoded, schedule.final_grid)
+        return semantic, pixel, to_map(decoded, schedule.final_grid).to(codes.device)
 
     @can_return_tuple
     def forward(
@@ -427,7 +429,7 @@ class NextFlowVQModel(AtLeastFloat32, LibraryModel):
         semantic, _ = quantization.quantized.split(self.quantizer.dims, dim=1)
         return NextFlowVQOutput(
             reconstruction=self._reconstruct(quantization.quantized, schedule),
-            semantic_features=None if pixel_only else self.semantic_decoder(semantic),
+            semantic_features=None if pixel_only else self.semantic_decoder(semantic).to(pixel_values.device),
             features=features,
             quantization=quantization,
         )
@@ -435,7 +437,8 @@ class NextFlowVQModel(AtLeastFloat32, LibraryModel):
     def _reconstruct(self, quantized: torch.Tensor, schedule: ScaleSchedule) -> torch.Tensor:
         """(B, C, h, w) -> (B, 3, H, W), from the pixel half alone."""
         pixel = quantized[:, self.config.semantic_dim :]
-        return resize_features(self.pixel_decoder(pixel), self.schedules.image_size(schedule))
+        picture = resize_features(self.pixel_decoder(pixel), self.schedules.image_size(schedule))
+        return picture.to(quantized.device)
 
     def _schedule_of(self, pixel_values: torch.Tensor) -> ScaleSchedule:
         if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .scales import Grid, ScaleSchedule
+from .utils.precision import without_autocast
 
 CODEBOOK_LOSSES = ("tokenflow", "var")
 DISTANCES_AT_ONCE = 2**22  # of one chunk of a lookup: 16 MiB in float32
@@ -199,7 +200,7 @@ class DualCodebookQuantizer(nn.Module):
             draws = correction.draws(schedule, seed, keys)
             disturb_BL, pick_BL = (draw.to(features_BChw.device) for draw in draws)
 
-        with torch.autocast(features_BChw.device.type, enabled=False):
+        with without_autocast(features_BChw.device):
             codebook_VC = self().to(features_BChw.device)
             if pixel_only:
                 codebook_VC = F.pad(codebook_VC[:, self.dims[0] :], (self.dims[0], 0))

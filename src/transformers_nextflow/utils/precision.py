@@ -1,5 +1,7 @@
 """What stays float32 in a model of lower precision."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import nn
 
@@ -14,3 +16,9 @@ class AtLeastFloat32(nn.Module):
             return tensor.to(applied.device, torch.float32) if coarse else applied
 
         return super()._apply(fine, recurse)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """While this runs, operations keep the precision of their inputs. Devices without autocast, as meta, do anyway."""
+    has_autocast = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if has_autocast else nullcontext()
