@@ -54,7 +54,7 @@ def sampled(policy, processor, args, prompts=None, m=3, aspect_ratio="1:1", coun
         {"top_p": 0.6},
         {"guidance_scale": 3.0},
         {"guidance_scale": 4.0, "temperature": 1.3, "top_k": 5, "top_p": 0.8},
-        {"guidance_scale": [1.0, 4.0, 2.0], "temperature": LinearRamp(1.5, 0.5), "top_k": [0, 5, 9], "top_p": [0.9, 1, 1]},
+        {"guidance_scale": [1.0, 4.0, 2.0], "temperature": LinearRamp(1.5, 0.5), "top_k": [0, 5, 9]},
         {"guidance_scale": ScaleInterval(3.0, 0, 0), "temperature": [1.0, 0.7, 1.0], "top_p": [1.0, 0.6, 1.0]},
     ],
     ids=str,

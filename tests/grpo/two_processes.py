@@ -10,8 +10,7 @@ import torch
 from test_grpo_trainer import redness, state, trainer
 
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor
-from transformers_nextflow.training.grpo import NextFlowGRPOTrainer, RewardError
-from transformers_nextflow.training.grpo import metrics
+from transformers_nextflow.training.grpo import NextFlowGRPOTrainer, RewardError, metrics
 from transformers_nextflow.training.grpo import trainer as module
 
 ROWS, GROUP = 6, 4  # of a process, of a prompt: of three groups the second is on both processes

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
-from ...files import write_atomically
+from ...utils.files import write_atomically
 
 
 class Reference:
