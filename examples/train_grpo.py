@@ -14,11 +14,11 @@ import importlib
 from dataclasses import dataclass, field
 
 import datasets
-from trl import ModelConfig, ScriptArguments, TrlParser, get_quantization_config
+from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
-from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor
-from transformers_nextflow.lora import lora_config
+from transformers_nextflow.lora import DECODER_LINEARS
 from transformers_nextflow.training.grpo import NextFlowGRPOConfig, NextFlowGRPOTrainer
+from transformers_nextflow.training.grpo.policy import load_policy
 from transformers_nextflow.training.grpo.reward_models import ClipScore
 from transformers_nextflow.utils.loading import model_name
 
@@ -29,6 +29,11 @@ class GRPOScriptArguments(ScriptArguments):
     reward_funcs: list[str] = field(
         default_factory=list, metadata={"help": "clip:MODEL (also SigLIP, PickScore), or dotted paths of functions"}
     )
+
+
+@dataclass
+class PolicyConfig(ModelConfig):
+    lora_dropout: float = field(default=0.0, metadata={"help": "LoRA dropout; rollouts are without"})
 
 
 def reward_function(name: str):
@@ -42,19 +47,25 @@ def reward_function(name: str):
 
 
 def main() -> None:
-    parser = TrlParser((GRPOScriptArguments, NextFlowGRPOConfig, ModelConfig))
+    parser = TrlParser((GRPOScriptArguments, NextFlowGRPOConfig, PolicyConfig))
     script, arguments, model_arguments = parser.parse_args_and_config()
     if script.dataset_name is None or not script.reward_funcs:
         parser.error("give --dataset_name and --reward_funcs")
-    name = model_name(model_arguments.model_name_or_path)
-    processor = NextFlowProcessor.from_pretrained(name)
-    model = NextFlowForConditionalGeneration.from_pretrained(
-        name, dtype=model_arguments.dtype, quantization_config=get_quantization_config(model_arguments)
-    )
+    loading = {
+        "dtype": model_arguments.dtype,
+        "attn_implementation": model_arguments.attn_implementation,
+        "revision": model_arguments.model_revision,
+        "quantization_config": get_quantization_config(model_arguments),
+    }
+    model, processor = load_policy(model_name(model_arguments.model_name_or_path), **loading)
+    adapters = get_peft_config(model_arguments)
+    if hasattr(model, "peft_config"):  # trained on as they are
+        if adapters != get_peft_config(PolicyConfig(use_peft=model_arguments.use_peft)):
+            parser.error("the model has adapters, which are trained on: leave the options of LoRA out")
+        adapters = None
+    elif adapters is not None and adapters.target_modules is None:
+        adapters.target_modules = DECODER_LINEARS
     prompts = datasets.load_dataset(script.dataset_name, script.dataset_config, split=script.dataset_train_split)
-    adapters = None
-    if model_arguments.use_peft:
-        adapters = lora_config(r=model_arguments.lora_r, lora_alpha=model_arguments.lora_alpha, modules_to_save=None)
     trainer = NextFlowGRPOTrainer(
         model,
         [reward_function(reward) for reward in script.reward_funcs],

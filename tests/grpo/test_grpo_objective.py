@@ -7,7 +7,7 @@ import pytest
 import torch
 from grpo_samples import SCHEDULE, chat, picture, policy_of
 
-from transformers_nextflow.sampling import sample
+from transformers_nextflow.sampling import LinearRamp, ScaleInterval, sample
 from transformers_nextflow.training.grpo.objective import (
     clipped_policy_loss,
     code_logps,
@@ -19,7 +19,8 @@ from transformers_nextflow.training.grpo.objective import (
     sampling_support,
     token_weights,
 )
-from transformers_nextflow.training.grpo.rollouts import roll_out, rollout_logps, with_images
+from transformers_nextflow.training.grpo.prompts import with_images
+from transformers_nextflow.training.grpo.rollouts import roll_out, rollout_logps
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,8 @@ def sampled(policy, processor, args, prompts=None, m=3, aspect_ratio="1:1", coun
         {"top_p": 0.6},
         {"guidance_scale": 3.0},
         {"guidance_scale": 4.0, "temperature": 1.3, "top_k": 5, "top_p": 0.8},
+        {"guidance_scale": [1.0, 4.0, 2.0], "temperature": LinearRamp(1.5, 0.5), "top_k": [0, 5, 9]},
+        {"guidance_scale": ScaleInterval(3.0, 0, 0), "temperature": [1.0, 0.7, 1.0], "top_p": [1.0, 0.6, 1.0]},
     ],
     ids=str,
 )
@@ -171,13 +174,13 @@ def test_clipped_codes_have_no_gradient():
 
 def test_advantages_are_eq_4_and_silent_rewards_do_not_count():
     rewards = torch.tensor([1.0, 2.0, 6.0, 4.0, 4.0, 4.0])
-    advantages = group_advantages(rewards, 3)
+    advantages = group_advantages(rewards, 3)[0]
     torch.testing.assert_close(advantages[:3], (rewards[:3] - 3) / (rewards[:3].std() + 1e-4))
     assert not advantages[3:].any()
-    by_batch = group_advantages(rewards, 3, "batch")
+    by_batch = group_advantages(rewards, 3, "batch")[0]
     torch.testing.assert_close(by_batch[:3], (rewards[:3] - 3) / (rewards.std() + 1e-4))
-    torch.testing.assert_close(group_advantages(rewards, 3, "none")[:3], rewards[:3] - 3)
-    silent = group_advantages(torch.tensor([1.0, math.nan, 3.0, math.nan, math.nan, math.nan]), 3)
+    torch.testing.assert_close(group_advantages(rewards, 3, "none")[0][:3], rewards[:3] - 3)
+    silent = group_advantages(torch.tensor([1.0, math.nan, 3.0, math.nan, math.nan, math.nan]), 3)[0]
     torch.testing.assert_close(silent[:3], torch.tensor([-1.0, 0.0, 1.0]) / (2**0.5 + 1e-4))
     assert not silent[3:].any()
 

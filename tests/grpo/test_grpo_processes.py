@@ -13,8 +13,6 @@ from grpo_samples import policy_of
 from two_processes import ACCUMULATED, BUGS, ONE, PICTURES, differences, train
 
 ROOT = Path(__file__).parents[2]
-# extremes over batches, which differ where one batch is several
-EXTREMES = {f"{part}clip_ratio/{name}" for part in ("", "text/") for name in ("low_min", "high_max")}
 
 
 @pytest.fixture(scope="module")
@@ -52,15 +50,13 @@ def test_two_processes_train_as_one(policy, tiny_processor, tmp_path, by_two):
     whole, accumulated = (train(policy, tiny_processor, tmp_path, layout) for layout in (ONE, ACCUMULATED))
     assert len(whole["codes"]) == 2 and whole["advantages"][1].any()
     assert {"loss", "reward", "reward_std", "frac_reward_zero_std", "kl", "text/entropy"} <= whole["log"][0].keys()
-    assert differences(whole, accumulated) <= EXTREMES
-    assert differences(whole, by_two[None]) <= EXTREMES
-    assert not differences(accumulated, by_two[None])
+    assert not differences(whole, accumulated)
+    assert not differences(whole, by_two[None])
 
 
 def test_two_processes_train_pictures_alone_as_one(policy, tiny_processor, tmp_path, by_two):
     """Guided, by two forwards under checkpointing, which leave some parameters without a gradient."""
-    found = differences(train(policy, tiny_processor, tmp_path, ONE, **PICTURES), by_two["pictures"])
-    assert found <= EXTREMES
+    assert not differences(train(policy, tiny_processor, tmp_path, ONE, **PICTURES), by_two["pictures"])
 
 
 def test_a_reward_that_dies_on_one_process_ends_both_with_what_was_trained(

@@ -207,15 +207,21 @@ def test_the_loss_of_both_is_as_documented_by_hand(run_of_both):
     k = [1.0, *[4**-0.9] * 4]
     for row, advantage in enumerate(rollouts.advantages.tolist()):
 
-        def term(column, row=row, advantage=advantage):
-            ratio = math.exp(logps[row, column] - rollouts.old_logps[row, column])
+        def ratio(column, row=row):
+            return math.exp(logps[row, column] - rollouts.old_logps[row, column])
+
+        def policy(column, advantage=advantage, ratio=ratio):
+            clipped = min(max(ratio(column), 0.8), 1.2)
+            return -min(ratio(column) * advantage, clipped * advantage)
+
+        def kl(column, row=row, ratio=ratio):
             difference = (rollouts.ref_logps[row, column] - logps[row, column]).item()
-            clipped = min(max(ratio, 0.8), 1.2)
-            return -min(ratio * advantage, clipped * advantage) + 0.2 * ratio * (math.exp(difference) - difference - 1)
+            return 0.2 * ratio(column) * (math.exp(difference) - difference - 1)
 
         tokens = [column for column in range(num_tokens) if rollouts.text_mask[row, column]]
-        expected += 0.3 * sum(map(term, tokens)) / len(tokens) / 8
-        expected += sum(weight * term(num_tokens + code) for code, weight in enumerate(k)) / sum(k) / 8
+        expected += 0.3 * sum(policy(token) + kl(token) for token in tokens) / len(tokens) / 8
+        expected += sum(weight * policy(num_tokens + code) for code, weight in enumerate(k)) / sum(k) / 8
+        expected += sum(kl(num_tokens + code) for code in range(len(k))) / len(k) / 8
     assert loss == pytest.approx(expected, rel=1e-4)
 
 

@@ -10,7 +10,7 @@ import torch
 from test_grpo_trainer import redness, state, trainer
 
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor
-from transformers_nextflow.training.grpo import NextFlowGRPOTrainer, RewardError
+from transformers_nextflow.training.grpo import NextFlowGRPOTrainer, RewardError, metrics
 from transformers_nextflow.training.grpo import trainer as module
 
 ROWS, GROUP = 6, 4  # of a process, of a prompt: of three groups the second is on both processes
@@ -80,14 +80,15 @@ def advantages_of_the_first_process(patch):
     group_advantages = module.group_advantages
 
     def first(*arguments):
-        return group_advantages(*arguments).chunk(WORLD)[0].repeat(WORLD)
+        advantages, deviations = group_advantages(*arguments)
+        return advantages.chunk(WORLD)[0].repeat(WORLD), deviations
 
     patch.setattr(module, "group_advantages", first)
 
 
 def seeds_by_process(patch):
-    seed_of = module.seed_of  # of pictures; the order of prompts has one of two parts
-    patch.setattr(module, "seed_of", lambda *parts: seed_of(*parts, *([RANK] if len(parts) > 2 else [])))
+    seed_of = module.seed_of
+    patch.setattr(module, "seed_of", lambda *parts: seed_of(*parts, RANK))
 
 
 def texts_weighed_by_their_batch(patch):
@@ -112,9 +113,7 @@ def gradients_left_where_they_are(patch):
 
 
 def metrics_of_one_process(patch):
-    patch.setattr(
-        NextFlowGRPOTrainer, "_count", lambda self, name, value, *rest, **over: self._note(name, value.detach())
-    )
+    patch.setattr(metrics, "gather_object", lambda own: own)
 
 
 def rewards_of_one_process(patch):
@@ -122,7 +121,7 @@ def rewards_of_one_process(patch):
     patch.setattr(
         NextFlowGRPOTrainer,
         "_count_rewards",
-        lambda self, rewards_NF, rewards: count(self, own(rewards_NF), own(rewards)),
+        lambda self, rewards_NF, deviations: count(self, own(rewards_NF), deviations),
     )
 
 
@@ -133,7 +132,7 @@ BUGS = {  # what is planted, and where it shows
     "texts weighed by their batch": (texts_weighed_by_their_batch, {"weights", "loss"}),
     "gradients left where they are": (gradients_left_where_they_are, {"weights"}),
     "metrics of one process": (metrics_of_one_process, {"entropy", "text/entropy"}),
-    "rewards of one process": (rewards_of_one_process, {"reward", "reward_std", "rewards/redness/mean"}),
+    "rewards of one process": (rewards_of_one_process, {"reward_std", "rewards/redness/std"}),
 }
 
 

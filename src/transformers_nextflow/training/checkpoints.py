@@ -12,7 +12,8 @@ def checkpoint_to_resume(resume_from_checkpoint: str | bool | None, output_dir: 
     """What to hand to `Trainer.train`, which would take a checkpoint in parts for a whole one.
 
     Args:
-        resume_from_checkpoint: as of `Trainer.train`: a folder, or `True` for the newest whole one in `output_dir`.
+        resume_from_checkpoint: as of `Trainer.train`: a folder, or `True` for the newest whole one in `output_dir`; a
+            command line says "True".
 
     Returns:
         The folder; `None` to begin anew.
@@ -22,7 +23,7 @@ def checkpoint_to_resume(resume_from_checkpoint: str | bool | None, output_dir: 
     """
     if not resume_from_checkpoint:
         return None
-    if resume_from_checkpoint is not True:
+    if resume_from_checkpoint not in (True, "True"):
         _check_whole(Path(resume_from_checkpoint))
         return str(resume_from_checkpoint)
     found = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in Path(output_dir).glob("checkpoint-*")]

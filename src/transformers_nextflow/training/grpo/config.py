@@ -1,6 +1,7 @@
 """[`NextFlowGRPOConfig`]: TRL's configuration, and what next-scale pictures add to it."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any
 
 from trl import GRPOConfig
 
@@ -9,15 +10,17 @@ from ...sampling import SAMPLING_LIMITS, per_scale
 LOGPROB_MODES = ("conditional", "behaviour")
 LEVELS = ("token", "scale")
 SCALINGS = ("group", "batch", "none")
+AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
+PER_SCALE = ("guidance_scale", "temperature", "top_k", "top_p")
 OPTIMIZE = ("image", "text", "both")
 # fields of TRL's that say nothing about pictures drawn by scale
 NOT_APPLICABLE = (
     *("use_vllm", "use_transformers_continuous_batching", "use_transformers_paged", "cache_implementation"),
     *("repetition_penalty", "min_p", "generation_kwargs", "mask_truncated_completions", "max_tool_calling_iterations"),
     *("use_liger_kernel", "cast_lm_head_to_fp32", "disable_dropout", "router_aux_loss_coef", "pad_to_multiple_of"),
-    *("chat_template_kwargs", "log_multimodal", "transformers_continuous_batching_config", "loss_type", "delta"),
+    *("chat_template_kwargs", "log_multimodal", "transformers_continuous_batching_config", "delta"),
     *("top_entropy_quantile", "entropy_coef", "use_adaptive_entropy"),
-    *("off_policy_mask_threshold", "multi_objective_aggregation", "log_completions_hub_repo", "log_unique_prompts"),
+    *("off_policy_mask_threshold", "log_completions_hub_repo", "log_unique_prompts"),
 )
 
 
@@ -29,7 +32,15 @@ class NextFlowGRPOConfig(GRPOConfig):
     holds for rollouts and training alike, but rounds the cached steps of one otherwise than the whole forward of the
     other, and their log-probabilities should agree.
 
+    With `load_best_model_at_end` the best is the highest `eval_reward`, unless `metric_for_best_model` says otherwise:
+    `eval_loss` is `beta` times the KL and no measure of what is learned.
+
     Args:
+        guidance_scale, temperature, top_k, top_p (numbers, or one for each scale, or the named schedules of
+            `sampling.py`; default to 1.0, 1.0, 0, 1.0):
+            Of the rollouts' pictures. On a command line several values are one for each scale.
+        loss_type (`str`, defaults to `"grpo"`):
+            The mean over each picture's prefix, then over pictures; TRL's other forms weigh tokens otherwise.
         optimize (`str`, defaults to `"image"`):
             `"image"`: prompts are answered by a picture, whose prefix is optimised. `"text"`, `"both"`: by a text of
             at most `max_completion_length` tokens, then a picture that follows from it; one or both are optimised.
@@ -49,19 +60,27 @@ class NextFlowGRPOConfig(GRPOConfig):
             `"conditional"`, the paper's: probabilities of the prompt alone under the temperature, whatever guidance
             and filters sampled. `"behaviour"`: of the sampling distribution itself, with guidance, inside the codes
             that could be drawn; the gradient is exact, at two forwards.
-        guidance_scale (`float`, defaults to 1.0): of the rollouts.
         aspect_ratio, rollout_level (`str`, *optional*):
             Of the rollouts' pictures; by default the model's. The first scales of a lower level have the same grids.
         vmr_continuations (`int`, defaults to 1), vmr_eta (`float`, defaults to 1.0):
             With more than one, every prefix is continued so many times and rewarded by
             `eta * log(mean(exp(R / eta)))` (arXiv 2601.02256, VMR; prefix updates alone).
-        reward_timeout (`float`, *optional*): seconds after which a reward function counts as hanging.
+        reward_timeout (`float`, *optional*):
+            Seconds after which a reward function counts as hanging. A function that is not `async` is interrupted by
+            SIGALRM; one that uses that signal itself has its own limit instead.
 
     Raises:
         ValueError: for values outside these, or a field of TRL's that does not apply.
     """
 
     bf16: bool | None = field(default=False, metadata={"help": "autocast of rollouts and training"})
+    loss_type: str = field(default="grpo", metadata={"help": "grpo: the mean over each picture, then over pictures"})
+    temperature: list[float] = field(default_factory=lambda: [1.0], metadata={"help": "of pictures, or of each scale"})
+    top_k: list[int] = field(default_factory=lambda: [0], metadata={"help": "of pictures, or of each scale; 0: all"})
+    top_p: list[float] = field(default_factory=lambda: [1.0], metadata={"help": "of pictures, or of each scale"})
+    guidance_scale: list[float] = field(
+        default_factory=lambda: [1.0], metadata={"help": "of the rollouts, or of each of their scales"}
+    )
     # pictures leave the text head without a gradient, texts the code head
     ddp_find_unused_parameters: bool | None = field(default=True, metadata={"help": "of several devices"})
     optimize: str = field(default="image", metadata={"help": "image, text or both"})
@@ -73,7 +92,6 @@ class NextFlowGRPOConfig(GRPOConfig):
     prefix_tokens: int | None = field(default=256, metadata={"help": "most codes of the scales that are optimised"})
     scale_loss_alpha: float = field(default=0.9, metadata={"help": "exponent of the scales' weights"})
     logprob_mode: str = field(default="conditional", metadata={"help": "conditional or behaviour"})
-    guidance_scale: float = field(default=1.0, metadata={"help": "of the rollouts"})
     aspect_ratio: str | None = field(default=None, metadata={"help": "of the rollouts, width:height"})
     rollout_level: str | None = field(default=None, metadata={"help": "level of the rollouts' schedule"})
     vmr_continuations: int = field(default=1, metadata={"help": "pictures that continue each prefix"})
@@ -81,6 +99,12 @@ class NextFlowGRPOConfig(GRPOConfig):
     reward_timeout: float | None = field(default=None, metadata={"help": "seconds before a reward counts as hanging"})
 
     def __post_init__(self):
+        for name in PER_SCALE:
+            value = getattr(self, name)
+            if isinstance(value, list) and len(value) == 1:
+                setattr(self, name, value[0])
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            self.metric_for_best_model = "reward"
         super().__post_init__()
         defaults = {entry.name: entry for entry in fields(GRPOConfig)}
         for name in NOT_APPLICABLE:
@@ -95,6 +119,13 @@ class NextFlowGRPOConfig(GRPOConfig):
             )
         if self.scale_rewards not in SCALINGS:
             raise ValueError(f"scale_rewards must be one of {', '.join(SCALINGS)}, got {self.scale_rewards!r}")
+        if self.multi_objective_aggregation not in AGGREGATIONS:
+            raise ValueError(
+                f"multi_objective_aggregation must be one of {', '.join(AGGREGATIONS)}, got "
+                f"{self.multi_objective_aggregation!r}"
+            )
+        if self.loss_type != "grpo":
+            raise ValueError(f"loss_type must be 'grpo', the form of this loss, got {self.loss_type!r}")
         batches, accumulated = self.steps_per_generation * self.num_iterations, self.gradient_accumulation_steps
         if accumulated > batches and accumulated % batches:
             raise ValueError(
@@ -105,8 +136,6 @@ class NextFlowGRPOConfig(GRPOConfig):
             raise ValueError(f"optimize must be one of {', '.join(OPTIMIZE)}, got {self.optimize!r}")
         if self.logprob_mode not in LOGPROB_MODES:
             raise ValueError(f"logprob_mode must be one of {', '.join(LOGPROB_MODES)}, got {self.logprob_mode!r}")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be positive, rollouts are sampled; got {self.temperature}")
         if not self.text_temperature > 0 or not self.text_loss_weight > 0:
             raise ValueError(
                 f"text_temperature and text_loss_weight must be positive, got {self.text_temperature} and "
@@ -128,3 +157,8 @@ class NextFlowGRPOConfig(GRPOConfig):
             )
         if self.reward_timeout is not None and not self.reward_timeout > 0:
             raise ValueError(f"reward_timeout must be positive, got {self.reward_timeout}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As of `TrainingArguments`, schedules over the scales by their fields."""
+        values = super().to_dict()
+        return values | {name: asdict(values[name]) for name in PER_SCALE if is_dataclass(values[name])}

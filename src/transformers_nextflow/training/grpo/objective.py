@@ -35,7 +35,15 @@ def num_prefix_scales(schedule: ScaleSchedule, scale_prefix: int | None, prefix_
     return len(schedule)
 
 
-def group_advantages(rewards: torch.Tensor, num_generations: int, scale_rewards: str = "group") -> torch.Tensor:
+def combine(rewards: torch.Tensor, weights_F: torch.Tensor) -> torch.Tensor:
+    """(..., F) -> (...): weighted sums of the rewards that are there; NaN where no function spoke."""
+    total = (rewards * weights_F).nansum(dim=-1)
+    return total.masked_fill(rewards.isnan().all(dim=-1), float("nan"))
+
+
+def group_advantages(
+    rewards: torch.Tensor, num_generations: int, scale_rewards: str = "group"
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Eq. 4: (R - mean) / std within each group of one condition.
 
     Args:
@@ -44,15 +52,33 @@ def group_advantages(rewards: torch.Tensor, num_generations: int, scale_rewards:
         scale_rewards: `"group"`; `"batch"` divides by the deviation of all rewards; `"none"` does not divide.
 
     Returns:
-        (N,). The deviation is Bessel's, plus 1e-4, as in TRL.
+        (N,), and (groups, 1) or (1, 1) deviations, of all rewards for `"batch"`, else of each group. A deviation is
+        Bessel's; 1e-4 is added to what divides, as in TRL.
     """
     groups = rewards.view(-1, num_generations)
+    deviations = nanstd(rewards[None] if scale_rewards == "batch" else groups)
     centred = groups - groups.nanmean(dim=1, keepdim=True)
-    if scale_rewards == "group":
-        centred = centred / (nanstd(groups) + 1e-4)
-    elif scale_rewards == "batch":
-        centred = centred / (nanstd(rewards[None]) + 1e-4)
-    return centred.nan_to_num(0.0).flatten()
+    if scale_rewards != "none":
+        centred = centred / (deviations + 1e-4)
+    return centred.nan_to_num(0.0).flatten(), deviations
+
+
+def normalized_sum_advantages(
+    rewards_NF: torch.Tensor, weights_F: torch.Tensor, num_generations: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """TRL's `"normalize_then_sum"` (GDPO, arXiv 2601.05242): every function's rewards are normalised within their
+    group, so that none drowns the others, and their weighted sums over the batch.
+
+    Args:
+        rewards_NF: group after group, NaN as in [`group_advantages`].
+
+    Returns:
+        (N,), and the (1, 1) deviation of the sums.
+    """
+    groups = rewards_NF.view(-1, num_generations, rewards_NF.shape[1])
+    normalized = (groups - groups.nanmean(dim=1, keepdim=True)) / (nanstd(groups) + 1e-4)
+    sums = combine(normalized.flatten(0, 1), weights_F)
+    return group_advantages(sums, len(sums), "batch")
 
 
 def prefix_values(rewards_NK: torch.Tensor, eta: float) -> torch.Tensor:
@@ -66,7 +92,7 @@ def prefix_values(rewards_NK: torch.Tensor, eta: float) -> torch.Tensor:
 
 
 def nanstd(values: torch.Tensor) -> torch.Tensor:
-    """(G, N) -> (G, 1): Bessel's deviation of what is not NaN, 0 of a single value."""
+    """(G, N, ...) -> (G, 1, ...): Bessel's deviation of what is not NaN, 0 of a single value."""
     count = values.isfinite().sum(dim=1, keepdim=True)
     squares = (values - values.nanmean(dim=1, keepdim=True)).square().nansum(dim=1, keepdim=True)
     return (squares / (count - 1).clamp(min=1)).sqrt()

@@ -1,4 +1,4 @@
-"""Reward functions in TRL's signature, called so that a bad one is named.
+"""Reward functions in TRL's signature, called as TRL calls them, and so that a bad one is named.
 
 `f(prompts, completions, completion_ids, images, trainer_state, log_extra, log_metric, **columns)` returns a number or
 `None` for each picture; it may be `async`. `completions` are conversations with the picture as a PIL image, after its
@@ -7,15 +7,20 @@ dataset's.
 """
 
 import asyncio
+import concurrent.futures
 import inspect
-import queue
+import signal
 import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property, partial
 from math import isfinite
 
 import numpy as np
 import torch
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 RewardFunction = Callable[..., Sequence[float | None]]
 
@@ -24,56 +29,134 @@ class RewardError(RuntimeError):
     """A reward function raised, hung, or returned something else than rewards."""
 
 
+class _Expired(BaseException):
+    """A reward's time is over; nothing that it catches itself."""
+
+
 def reward_name(function: RewardFunction) -> str:
     """The name under which a function's rewards are logged."""
+    while isinstance(function, partial):
+        function = function.func
     return getattr(function, "__name__", type(function).__name__)
 
 
-def call_rewards(
-    functions: Sequence[RewardFunction], num_pictures: int, timeout: float | None, **arguments
-) -> torch.Tensor:
-    """(pictures, functions) float32 rewards, NaN where a function returned `None`.
+class Rewards:
+    """Reward functions with their weights.
 
-    All functions run at the same time, each in a thread of its own, an `async` one in an event loop.
+    They are called one after another by the thread that asks. What `async` ones return is awaited together, in one
+    event loop for as long as this lives, so that their clients stay connected.
+
+    Args:
+        functions: one or more.
+        weights: of each; default 1.
+        timeout: seconds that each may take.
 
     Raises:
-        RewardError: naming the function that raised, took longer than `timeout` seconds, or returned something else
-            than as many numbers as there are pictures, finite or `None`.
+        ValueError: for no functions, something else than functions, or another number of weights.
     """
-    results: list[queue.Queue] = []
-    deadline = None if timeout is None else time.monotonic() + timeout
-    for function in functions:
-        result: queue.Queue = queue.Queue()
-        threading.Thread(target=_call, args=(function, arguments, result), daemon=True).start()
-        results.append(result)
-    columns = []
-    for function, result in zip(functions, results):
-        name = reward_name(function)
+
+    def __init__(
+        self,
+        functions: RewardFunction | Sequence[RewardFunction],
+        weights: Sequence[float] | None = None,
+        timeout: float | None = None,
+    ):
+        is_list = isinstance(functions, Sequence) and not isinstance(functions, str)
+        self.functions = list(functions) if is_list else [functions]
+        if not self.functions:
+            raise ValueError("reward_funcs must hold at least one function, got []")
+        for function in self.functions:
+            if not callable(function) or isinstance(function, torch.nn.Module):
+                raise ValueError(f"reward_funcs must be functions of pictures, see ClipScore; got {function!r}")
+        weights = [1.0] * len(self.functions) if weights is None else weights
+        if len(weights) != len(self.functions):
+            raise ValueError(f"reward_weights must have {len(self.functions)} entries, got {len(weights)}")
+        self.weights, self.timeout = torch.tensor(weights), timeout
+
+    @property
+    def names(self) -> list[str]:
+        return [reward_name(function) for function in self.functions]
+
+    @cached_property
+    def _loop(self) -> asyncio.AbstractEventLoop:
+        loop = asyncio.new_event_loop()
+        threading.Thread(target=loop.run_forever, name="rewards", daemon=True).start()
+        return loop
+
+    def __call__(self, num_pictures: int, **arguments) -> torch.Tensor:
+        """(pictures, functions) float32 rewards, NaN where a function returned `None`; warns of pictures where all
+        did.
+
+        Raises:
+            RewardError: naming the function that raised, took longer than `timeout` seconds, or returned something
+                else than as many numbers as there are pictures, finite or `None`.
+        """
+        results = []
+        for name, function in zip(self.names, self.functions):
+            with self._naming(name), time_limit(self.timeout):
+                result = function(**arguments)
+            if inspect.isawaitable(result):
+                result = asyncio.run_coroutine_threadsafe(_outcome(result), self._loop)
+            results.append(result)
+        columns = []
+        for name, result in zip(self.names, results):
+            if isinstance(result, concurrent.futures.Future):
+                with self._naming(name):
+                    try:
+                        result, error = result.result(self.timeout)
+                    except concurrent.futures.TimeoutError:
+                        result.cancel()
+                        raise _Expired from None
+                    if error is not None:
+                        raise error
+            columns.append(_checked(name, result, num_pictures))
+        rewards = torch.tensor(columns, dtype=torch.float32).T
+        silent = rewards.isnan().all(dim=1).nonzero().flatten().tolist()
+        if silent:
+            own = {name: values[silent[0]] for name, values in arguments.items() if isinstance(values, list)}
+            logger.warning(
+                f"{len(silent)} of {num_pictures} pictures have no reward of any function: the first is {own}"
+            )
+        return rewards
+
+    @contextmanager
+    def _naming(self, name: str) -> Iterator[None]:
         try:
-            rewards, error = result.get(timeout=None if deadline is None else max(deadline - time.monotonic(), 0.0))
-        except queue.Empty:
-            raise RewardError(f"the reward function {name} has not returned after {timeout} seconds") from None
-        if error is not None:
+            yield
+        except _Expired:
+            raise RewardError(f"the reward function {name} has not returned after {self.timeout} seconds") from None
+        except (Exception, SystemExit) as error:  # one that exits has not returned rewards either
             raise RewardError(f"the reward function {name} raised {type(error).__name__}: {error}") from error
-        columns.append(_check(name, rewards, num_pictures))
-    return torch.tensor(columns, dtype=torch.float32).T
 
 
-def _call(function: RewardFunction, arguments: dict, result: queue.Queue) -> None:
+@contextmanager
+def time_limit(seconds: float | None) -> Iterator[None]:
+    """Interrupt what runs longer by [`_Expired`]; in the main thread alone."""
+    if seconds is None:
+        yield
+        return
+
+    def expire(signum, frame):
+        raise _Expired
+
+    before = signal.signal(signal.SIGALRM, expire)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
-        rewards = function(**arguments)
-        if inspect.isawaitable(rewards):
-            rewards = asyncio.run(_wait(rewards))
-        result.put((rewards, None))
-    except BaseException as error:  # one that exits has not returned rewards either
-        result.put((None, error))
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
-async def _wait(rewards):
-    return await rewards
+async def _outcome(awaitable):
+    """What it returns and what it raises; even an exit, which would end the loop."""
+    try:
+        return await awaitable, None
+    except BaseException as error:
+        return None, error
 
 
-def _check(name: str, rewards, num_pictures: int) -> list[float]:
+def _checked(name: str, rewards, num_pictures: int) -> list[float]:
     if isinstance(rewards, torch.Tensor | np.ndarray):
         rewards = rewards.tolist()
     if not isinstance(rewards, Sequence) or isinstance(rewards, str):
@@ -93,9 +176,3 @@ def _check(name: str, rewards, num_pictures: int) -> list[float]:
             )
         values.append(value)
     return values
-
-
-def combine(rewards: torch.Tensor, weights_F: torch.Tensor) -> torch.Tensor:
-    """(..., F) -> (...): weighted sums of the rewards that are there; NaN where no function spoke."""
-    total = (rewards * weights_F).nansum(dim=-1)
-    return total.masked_fill(rewards.isnan().all(dim=-1), float("nan"))

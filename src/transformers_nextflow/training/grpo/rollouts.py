@@ -4,19 +4,21 @@ Shape suffixes: B pictures, T the most tokens of a text before a picture, n code
 optimised of these: T, n, or T + n; V codebook size, or text rows.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import torch
 from accelerate.utils import extract_model_from_parallel
-from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
 
 from ...generation_nextflow import NextFlowGenerationMixin
+from ...image_generation import LIMITS
 from ...processing_nextflow import NextFlowProcessor
+from ...sampling import per_scale
 from ...scales import ScaleSchedule
-from .config import NextFlowGRPOConfig
+from .config import PER_SCALE, NextFlowGRPOConfig
 from .objective import code_logps, guided_logits, sampling_support
+from .prompts import seed_of
 from .texts import text_logps, write_texts
 
 TEXT = 1  # among the parts of a seed
@@ -79,37 +81,45 @@ class Rollouts:
         return [row[kept & (row != boi)].tolist() for row, kept in zip(self.text_ids, self.text_mask)]
 
 
-def with_images(prompt, images: Sequence[Image.Image] | None, where: str) -> list[dict]:
-    """A prompt as messages with their pictures in them, TRL's way: pictures fill the image items in order, or go
-    before the first user message where there are none.
+@dataclass(frozen=True)
+class PrefixControls:
+    """How the codes of a prefix are sampled; the lists have one value for each of its scales."""
 
-    Raises:
-        ValueError: if pictures and image items differ in number, or a picture is missing.
-    """
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(each) for each in prompt]
-    images = list(images or [])
-    for message in messages:
-        if isinstance(message["content"], str):
-            message["content"] = [{"type": "text", "text": message["content"]}]
-        message["content"] = [dict(item) for item in message["content"]]
-    items = [item for message in messages for item in message["content"] if item["type"] == "image"]
-    empty = [item for item in items if not any(item.get(key) is not None for key in ("image", "path", "url"))]
-    if not items and images:
-        first = next((message for message in messages if message["role"] == "user"), messages[0])
-        empty = [{"type": "image"} for _ in images]
-        first["content"] = empty + first["content"]
-    if len(empty) != len(images) or any(image is None for image in images):
-        raise ValueError(
-            f"{where} has {len(empty)} places for images, and {sum(i is not None for i in images)} images"
+    guidance_scale: list[float]
+    temperature: list[float]
+    top_k: list[int]
+    top_p: list[float]
+    lengths: tuple[int, ...]
+
+    @classmethod
+    def create(cls, args: NextFlowGRPOConfig, prefix: ScaleSchedule, schedule: ScaleSchedule) -> "PrefixControls":
+        """The first of what `args` says of the scales of a `schedule`.
+
+        Raises:
+            ValueError: for a value out of range, another number of values than scales, or a temperature of the prefix
+                that is not positive.
+        """
+        values = [
+            per_scale(name, getattr(args, name), len(schedule), *LIMITS[name])[: len(prefix)] for name in PER_SCALE
+        ]
+        controls = cls(*values, tuple(prefix.lengths))
+        if not min(controls.temperature) > 0:
+            raise ValueError(f"temperature must be positive, what is optimised is sampled; got {args.temperature}")
+        return controls
+
+    @property
+    def is_guided(self) -> bool:
+        return any(value != 1.0 for value in self.guidance_scale)
+
+    @property
+    def is_filtered(self) -> bool:
+        return any(self.top_k) or min(self.top_p) < 1.0
+
+    def temperatures(self, device: torch.device) -> torch.Tensor:
+        """(n,) of every code."""
+        return torch.tensor(self.temperature, device=device).repeat_interleave(
+            torch.tensor(self.lengths, device=device)
         )
-    for item, image in zip(empty, images):
-        item["image"] = image
-    return messages
-
-
-def seed_of(*parts: int) -> int:
-    """A seed of 32 bits from numbers."""
-    return int.from_bytes(hashlib.sha256(" ".join(map(str, parts)).encode()).digest()[:4], "big")
 
 
 @torch.no_grad()
@@ -137,8 +147,7 @@ def roll_out(
     device, config = model.device, model.config
     height, width = model.model.schedules.image_size(schedule)
     inputs = processor.apply_chat_template(list(conversations), generation_mode="image").to(device)
-    controls = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
-    controls |= {"guidance_scale": args.guidance_scale, "image_guidance_scale": 1.0, "refine_top_k": []}
+    controls = PrefixControls.create(args, prefix, schedule)
     condition_codes, condition_grids = _conditions(model, inputs)
     texts = None
     if args.optimize != "image":
@@ -160,7 +169,9 @@ def roll_out(
     output = model.generate(
         **inputs,
         generation_mode="image",
-        **controls,
+        **{name: getattr(args, name) for name in PER_SCALE},
+        image_guidance_scale=1.0,
+        refine_top_k=[],
         height=height,
         width=width,
         num_images_per_prompt=num_pictures,
@@ -173,11 +184,10 @@ def roll_out(
     codes = whole[:, : prefix.num_codes]
     behaves = args.logprob_mode == "behaviour"
     support = None
-    if args.top_k or args.top_p < 1.0:
-        per_scale = [[value] * len(prefix) for value in (args.temperature, args.top_k, args.top_p)]
-        support = sampling_support(output.logits, *per_scale)
-    temperature = torch.full((prefix.num_codes,), args.temperature, device=device)
-    sampling_logps, _ = code_logps(torch.cat(output.logits, dim=1), codes, temperature, support)
+    if controls.is_filtered:
+        support = sampling_support(output.logits, controls.temperature, controls.top_k, controls.top_p)
+    logits = torch.cat(output.logits, dim=1)
+    sampling_logps, _ = code_logps(logits, codes, controls.temperatures(device), support)
     if texts is not None:
         sampling_logps = torch.cat([texts.logps, sampling_logps], dim=1) if args.optimize == "both" else texts.logps
 
@@ -198,7 +208,7 @@ def roll_out(
         text_support=texts.support if behaves and texts is not None else None,
         text_mask=None if texts is None else texts.sampled,
     )
-    if behaves and args.guidance_scale != 1.0:
+    if behaves and controls.is_guided:
         null = opened(inputs["negative_input_ids"], inputs["negative_attention_mask"])
         rollouts.null_input_ids, rollouts.null_attention_mask = null
     return rollouts, whole
@@ -208,22 +218,13 @@ def _conditions(model, inputs: Mapping) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and grids of each prompt's images, padded to (prompts, C) and (prompts, N, 2)."""
     ids, device = inputs["input_ids"], model.device
     counts = ((ids == model.config.boi_token_id).sum(dim=1) - 1).tolist()  # the last <boi> is the picture's to draw
+    none = torch.empty(0, dtype=torch.long, device=device)
     if not any(counts):
-        return torch.empty(len(ids), 0, dtype=torch.long, device=device), torch.empty(
-            len(ids), 0, 2, dtype=torch.long, device=device
-        )
+        return none.expand(len(ids), 0), none[:, None].expand(len(ids), 0, 2)
     grids = inputs["image_grid_hw"]
-    codes = model.model.encode_images(inputs["pixel_values"], grids.tolist())
-    groups, rows = iter(zip(codes, grids)), []
-    for count in counts:
-        own = [next(groups) for _ in range(count)]
-        rows.append((torch.cat([torch.empty(0, dtype=torch.long, device=device), *(each for each, _ in own)]), own))
-    padded = torch.nn.utils.rnn.pad_sequence([row for row, _ in rows], batch_first=True, padding_value=-1)
-    grid_rows = torch.zeros(len(ids), max(counts), 2, dtype=torch.long, device=device)
-    for place, (_, own) in enumerate(rows):
-        for number, (_, grid) in enumerate(own):
-            grid_rows[place, number] = grid
-    return padded, grid_rows
+    codes = iter(model.model.encode_images(inputs["pixel_values"], grids.tolist()))
+    rows = [torch.cat([none, *(next(codes) for _ in range(count))]) for count in counts]
+    return pad_sequence(rows, True, -1), pad_sequence(grids.split(counts), True, 0)
 
 
 def rollout_logps(
@@ -231,7 +232,7 @@ def rollout_logps(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(B, A) log-probabilities of what `args.optimize` names of the rollouts, and their entropies, teacher-forced by
     one forward that ends with it; in the mode that `args.logprob_mode` says. Both are 0 where no token was sampled."""
-    parts = []
+    parts, controls = [], PrefixControls.create(args, prefix, schedule)
     text_logits, logits = _logits(model, rollouts, rollouts.input_ids, rollouts.attention_mask, schedule, args)
     if args.optimize != "image":
         config = extract_model_from_parallel(model).config
@@ -242,9 +243,8 @@ def rollout_logps(
         if rollouts.null_input_ids is not None:
             null = rollouts.null_input_ids, rollouts.null_attention_mask
             _, null_logits = _logits(model, rollouts, *null, schedule, args, with_text=False)
-            logits = guided_logits(torch.cat([logits, null_logits]), [args.guidance_scale] * len(prefix), prefix)
-        temperature = torch.full((prefix.num_codes,), args.temperature, device=logits.device)
-        parts.append(code_logps(logits, rollouts.codes, temperature, rollouts.support))
+            logits = guided_logits(torch.cat([logits, null_logits]), controls.guidance_scale, prefix)
+        parts.append(code_logps(logits, rollouts.codes, controls.temperatures(logits.device), rollouts.support))
     logps, entropies = (torch.cat(values, dim=1) for values in zip(*parts))
     return logps, entropies
 
@@ -267,8 +267,9 @@ def level_difference(
         KL(p || q) of whole distributions; conditional, under the temperature.
     """
     rows = rollouts.input_ids, rollouts.attention_mask
+    temperature_n1 = PrefixControls.create(args, prefix, schedule).temperatures(rollouts.codes.device)[:, None]
     logps_BnV = [
-        (_logits(model, rollouts, *rows, level, args, with_text=False)[1].float() / args.temperature).log_softmax(-1)
+        (_logits(model, rollouts, *rows, level, args, with_text=False)[1].float() / temperature_n1).log_softmax(-1)
         for level in (schedule, other)
     ]
     own, others = (logps.gather(-1, rollouts.codes[..., None]).squeeze(-1) for logps in logps_BnV)

@@ -1,0 +1,118 @@
+"""Prompts in the order of training, as conversations with their pictures, and the seeds of what answers them."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
+import torch
+from PIL import Image
+from torch.utils.data import Dataset, Sampler
+
+PROMPT_COLUMNS = ("prompt", "images", "image")
+
+
+def seed_of(*parts: int) -> int:
+    """A seed of 32 bits from numbers."""
+    return int.from_bytes(hashlib.sha256(" ".join(map(str, parts)).encode()).digest()[:4], "big")
+
+
+def check_prompts(name: str, dataset) -> None:
+    """Raise a `ValueError` for what is no dataset of prompts."""
+    if isinstance(dataset, dict) or not hasattr(dataset, "__len__"):
+        raise ValueError(f"{name} must be one dataset with a length and rows by number, got {type(dataset).__name__}")
+    if len(dataset) and "prompt" not in dataset[0]:
+        raise ValueError(f"rows of {name} must have a prompt, got {', '.join(dataset[0])}")
+
+
+class PromptOrder(Sampler[int]):
+    """Prompts in TRL's order: each `num_generations` times in a row, the prompts of a generation again for every step
+    that trains on it. A permutation by seed and epoch; prompts that fill no generation wait for another epoch."""
+
+    def __init__(self, num_prompts: int, prompts_at_once: int, num_generations: int, repeats: int, seed: int | None):
+        self.num_prompts, self.prompts_at_once = num_prompts, prompts_at_once
+        self.num_generations, self.repeats, self.seed, self.epoch = num_generations, repeats, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the data loader."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.num_prompts // self.prompts_at_once * self.prompts_at_once * self.num_generations * self.repeats
+
+    def __iter__(self) -> Iterator[int]:
+        order = torch.arange(self.num_prompts)
+        if self.seed is not None:
+            generator = torch.Generator().manual_seed(seed_of(self.seed, self.epoch))
+            order = torch.randperm(self.num_prompts, generator=generator)
+        for batch in order.split(self.prompts_at_once):
+            if len(batch) == self.prompts_at_once:
+                yield from batch.repeat_interleave(self.num_generations).repeat(self.repeats).tolist()
+
+
+class Numbered(Dataset):
+    """Rows of a dataset with their numbers."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[int, dict]:
+        return index, self.dataset[index]
+
+
+Rows = list[tuple[int, dict]]
+
+
+def columns(rows: Rows) -> dict[str, list]:
+    """The dataset's columns for reward functions."""
+    names = [name for name in rows[0][1] if name not in PROMPT_COLUMNS]
+    return {name: [row[name] for _, row in rows] for name in names}
+
+
+def conversations(rows: Rows) -> tuple[list[list[dict]], int]:
+    """What is read: a conversation for each run of equal rows and their number, or for each row where runs differ."""
+    runs = [list(run) for _, run in groupby(rows, key=lambda row: row[0])]
+    lengths = {len(run) for run in runs}
+    repeats = lengths.pop() if len(lengths) == 1 else 1
+    chats = []
+    for run in runs:
+        index, row = run[0]
+        images = row.get("images", row.get("image"))
+        images = [images] if isinstance(images, Image.Image) else images
+        chats += [with_images(row["prompt"], images, f"prompt {index}")] * (len(run) // repeats)
+    return chats, repeats
+
+
+def last_text(conversation: list[dict]) -> str:
+    """The texts of the last message."""
+    return " ".join(item["text"] for item in conversation[-1]["content"] if item["type"] == "text")
+
+
+def with_images(prompt, images: Sequence[Image.Image] | None, where: str) -> list[dict]:
+    """A prompt as messages with their pictures in them, TRL's way: pictures fill the image items in order, or go
+    before the first user message where there are none.
+
+    Raises:
+        ValueError: if pictures and image items differ in number, or a picture is missing.
+    """
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(each) for each in prompt]
+    images = list(images or [])
+    for message in messages:
+        if isinstance(message["content"], str):
+            message["content"] = [{"type": "text", "text": message["content"]}]
+        message["content"] = [dict(item) for item in message["content"]]
+    items = [item for message in messages for item in message["content"] if item["type"] == "image"]
+    empty = [item for item in items if not any(item.get(key) is not None for key in ("image", "path", "url"))]
+    if not items and images:
+        first = next((message for message in messages if message["role"] == "user"), messages[0])
+        empty = [{"type": "image"} for _ in images]
+        first["content"] = empty + first["content"]
+    if len(empty) != len(images) or any(image is None for image in images):
+        raise ValueError(
+            f"{where} has {len(empty)} places for images, and {sum(i is not None for i in images)} images"
+        )
+    for item, image in zip(empty, images):
+        item["image"] = image
+    return messages

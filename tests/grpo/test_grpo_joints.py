@@ -1,0 +1,199 @@
+"""What policies come from and go to: 16-bit checkpoints, folders of adapters, references, checkpoints of a training."""
+
+import asyncio
+import signal
+import threading
+
+import pytest
+import torch
+from grpo_samples import policy_of
+from peft import PeftModel, get_peft_model
+from test_grpo_trainer import moved, redness, rows, state, trainer
+
+from transformers_nextflow.lora import lora_config
+from transformers_nextflow.training.grpo import NextFlowGRPOConfig, NextFlowGRPOTrainer
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_model):
+    return policy_of(tiny_model)
+
+
+@pytest.fixture(scope="module")
+def adapted(policy, tiny_processor, tmp_path_factory):
+    """Folders of a model in bfloat16 and of trained adapters on it."""
+    folder = tmp_path_factory.mktemp("adapted")
+    base = policy_of(policy)
+    base.to(torch.bfloat16).save_pretrained(folder / "base")
+    tiny_processor.save_pretrained(folder / "base")
+    base = type(policy).from_pretrained(folder / "base", dtype=torch.float32)
+    model = get_peft_model(base, lora_config(r=4))
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder / "adapters")
+    return folder
+
+
+def by_name(folder, output, **values):
+    defaults = {"max_steps": 1, "logging_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True}
+    defaults |= {"num_generations": 4, "per_device_train_batch_size": 8, "prefix_tokens": 5, "max_grad_norm": 0.0}
+    defaults |= {"gradient_checkpointing": False, "disable_tqdm": True}
+    return NextFlowGRPOTrainer(str(folder), redness, NextFlowGRPOConfig(str(output), **defaults | values), rows())
+
+
+def test_a_checkpoint_in_16_bits_is_trained_in_32(adapted, tmp_path):
+    run = by_name(adapted / "base", tmp_path, learning_rate=1e-6)
+    before = state(run.model)
+    assert {parameter.dtype for parameter in run.model.parameters() if parameter.requires_grad} == {torch.float32}
+    run.train()
+    layers = [name for name in before if ".layers." in name and "proj.weight" in name and "vq_model" not in name]
+    after = state(run.model)
+    changed = sum((before[name] != after[name]).sum() for name in layers)
+    assert changed > 0.9 * sum(before[name].numel() for name in layers)
+
+
+def test_what_is_trained_in_16_bits_is_named(policy, tiny_processor, tmp_path, caplog):
+    trainer(policy.to(torch.bfloat16), tiny_processor, tmp_path)
+    policy.to(torch.float32)
+    assert "trained tensors are bfloat16, such as" in caplog.text and "dtype=torch.float32" in caplog.text
+
+
+def test_adapters_of_a_folder_are_trained_on_and_the_reference_has_them(adapted, tmp_path):
+    run = by_name(adapted / "adapters", tmp_path, beta=0.1, learning_rate=1e-2, max_steps=2)
+    loaded = state(run.model)
+    base = type(run.model.get_base_model()).from_pretrained(adapted / "base", dtype=torch.float32)
+    saved = state(PeftModel.from_pretrained(base, adapted / "adapters"))
+    assert not moved(saved, loaded) and any("lora_B" in name and value.any() for name, value in loaded.items())
+    run.train()
+    changed = moved(loaded, state(run.model))
+    assert changed and all("lora_" in name or "modules_to_save" in name for name in changed)
+    first, second = (row["kl"] for row in run.state.log_history if "kl" in row)
+    assert first == pytest.approx(0.0, abs=1e-7) and second > 0
+    with pytest.raises(ValueError, match="the model has adapters, which are trained on"):
+        NextFlowGRPOTrainer(str(adapted / "adapters"), redness, run.args, rows(), peft_config=lora_config())
+
+
+def test_the_best_is_the_highest_held_out_reward_and_its_loss_is_the_kl(policy, tiny_processor, tmp_path):
+    values = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+    values |= {"load_best_model_at_end": True, "per_device_eval_batch_size": 4, "beta": 0.1, "eval_dataset": rows(3)}
+    run = trainer(policy, tiny_processor, tmp_path, **values)
+    run.train()
+    held = [row for row in run.state.log_history if "eval_reward" in row]
+    assert run.state.best_metric == max(row["eval_reward"] for row in held)
+    for row in held:
+        assert row["eval_loss"] == pytest.approx(0.1 * row["eval_kl"], abs=1e-6)
+
+
+def test_evaluation_draws_with_other_seeds_than_training(policy, tiny_processor, tmp_path):
+    """One prompt again and again, so that pictures differ by their seeds alone."""
+    drawn = []
+
+    def note(images, **kwargs):
+        drawn.append({image.tobytes() for image in images})
+        return [0.0] * len(images)
+
+    run = trainer(policy, tiny_processor, tmp_path, reward=note, dataset=rows(1) * 8, max_steps=2)
+    run.train()
+    run.evaluate(rows(1) * 4)
+    training, held = set.union(*drawn[:2]), set.union(*drawn[2:])
+    assert len(held) > 4 and not training & held
+
+
+def test_rollouts_are_there_before_a_checkpoint_is_whole(policy, tiny_processor, tmp_path, monkeypatch):
+    """The state, which makes it whole, is not written if anything before it fails."""
+    from transformers_nextflow.training.grpo import trainer as module
+
+    def full(tensors, path):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(module, "save_file", full)
+    values = {"num_iterations": 2, "max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    with pytest.raises(OSError, match="no space left"):
+        trainer(policy, tiny_processor, tmp_path, **values).train()
+    assert not (tmp_path / "checkpoint-1" / "trainer_state.json").exists()
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="no whole checkpoint"):
+        trainer(policy, tiny_processor, tmp_path, **values).train(resume_from_checkpoint="True")
+
+
+def test_rewards_are_called_as_trl_calls_them(policy, tiny_processor, tmp_path):
+    """In the main thread, where signals work; `async` ones in one loop, whose tasks live on."""
+    threads, loops = [], []
+
+    def in_time(images, **kwargs):
+        threads.append(threading.current_thread())
+        signal.signal(signal.SIGALRM, signal.SIG_IGN)
+        signal.alarm(5)
+        signal.alarm(0)
+        return redness(images)
+
+    async def served(images, **kwargs):
+        loops.append(asyncio.get_running_loop())
+        assert not loops[0].is_closed()
+        return redness(images)
+
+    trainer(policy, tiny_processor, tmp_path, reward=[in_time, served], max_steps=2).train()
+    assert threads == [threading.main_thread()] * 2 and loops[0] is loops[1]
+
+
+def test_pictures_without_any_reward_are_warned_of(policy, tiny_processor, tmp_path, caplog):
+    trainer(policy, tiny_processor, tmp_path, reward=lambda images, **kwargs: [None] * len(images)).train()
+    assert "8 of 8 pictures have no reward of any function" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"reward": []}, "reward_funcs must hold at least one function"),
+        ({"reward": "clip:model"}, "reward_funcs must be functions of pictures.*got 'clip:model'"),
+        ({"dataset": iter(())}, "train_dataset must be one dataset with a length"),
+        ({"dataset": [{"text": "a"}]}, "rows of train_dataset must have a prompt, got text"),
+        ({"temperature": [1.0, 0.0, 1.0]}, "temperature must be positive"),
+        ({"top_k": [1, 2]}, "top_k must have one value for each of the 3 scales, got 2"),
+        ({"loss_type": "dapo"}, "loss_type must be 'grpo'"),
+        ({"multi_objective_aggregation": "max"}, "multi_objective_aggregation must be one of"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_a_rollout(policy, tiny_processor, tmp_path, values, message):
+    with pytest.raises(ValueError, match=message):
+        trainer(policy, tiny_processor, tmp_path, **values)
+
+
+def test_every_reward_is_normalised_before_they_are_summed(policy, tiny_processor, tmp_path):
+    """As TRL's `normalize_then_sum`, by hand."""
+    first, second = torch.tensor([0.0, 1, 2, 5, 1, 1, 4, 2]), torch.tensor([9.0, 0, 70, 20, 30, 10, 5, 80])
+    given = [lambda images, values=values, **kwargs: values.tolist() for values in (first, second)]
+    values = {"multi_objective_aggregation": "normalize_then_sum", "reward_weights": [1.0, 3.0]}
+    run = trainer(policy, tiny_processor, tmp_path, reward=given, **values)
+    run.train()
+    scores = 0.0
+    for weight, rewards in ((1.0, first), (3.0, second)):
+        groups = rewards.view(2, 4)
+        scores += weight * (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
+    expected = (scores - scores.mean()) / (scores.std() + 1e-4)
+    torch.testing.assert_close(run._buffer[0].advantages, expected.flatten(), rtol=1e-4, atol=1e-4)
+    row = run.state.log_history[0]
+    assert row["frac_reward_zero_std"] == 0.0
+    assert row["reward_std"] == pytest.approx((first + 3 * second).std().item(), rel=1e-5)
+
+
+def test_epsilon_high_is_the_upper_bound(policy, tiny_processor, tmp_path):
+    """A code whose ratio is 1.4: clipped by .2, not by .5."""
+    run = trainer(policy, tiny_processor, tmp_path, num_iterations=2, max_steps=1, learning_rate=0.0)
+    run.train()
+    rollouts = run._buffer[0]
+    rollouts.advantages = torch.ones(8)
+    rollouts.old_logps = run._logps(run.model, rollouts)[0].detach() - torch.tensor(1.4).log()
+    for high, expected in ((None, -1.2), (0.5, -1.4)):
+        run.args.epsilon_high = high
+        assert run.compute_loss(run.model, rollouts).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_support_is_kept_under_top_p_alone(policy, tiny_processor, tmp_path):
+    run = trainer(policy, tiny_processor, tmp_path, logprob_mode="behaviour", top_p=0.5)
+    run.train()
+    assert run._buffer[0].support is not None and not run._buffer[0].support.all()
+    assert run.state.log_history[0]["sampling/sampling_logp_difference/max"] < 1e-4
