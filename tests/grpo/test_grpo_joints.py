@@ -1,4 +1,4 @@
-"""What policies come from and go to: 16-bit checkpoints, folders of adapters, references, checkpoints of a training."""
+"""What policies come from and go to: 16-bit checkpoints, folders of adapters, references, checkpoints."""
 
 import asyncio
 import signal
