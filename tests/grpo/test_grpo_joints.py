@@ -95,9 +95,9 @@ def test_evaluation_draws_with_other_seeds_than_training(policy, tiny_processor,
         drawn.append({image.tobytes() for image in images})
         return [0.0] * len(images)
 
-    run = trainer(policy, tiny_processor, tmp_path, reward=note, dataset=rows(1) * 8, max_steps=2)
+    run = trainer(policy, tiny_processor, tmp_path, reward=note, dataset=rows(2)[:1] * 8, max_steps=2)
     run.train()
-    run.evaluate(rows(1) * 4)
+    run.evaluate(rows(2)[:1] * 4)
     training, held = set.union(*drawn[:2]), set.union(*drawn[2:])
     assert len(held) > 4 and not training & held
 
