@@ -31,8 +31,11 @@ def load_torch_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"{path} is refused, it holds more than tensors or is damaged: {reason}") from error
+        raise ValueError(
+            f"{path} is refused, it holds more than tensors{_others_in(path)} or is damaged. If you trust its source, "
+            "save the tensors alone, under the key that has them: "
+            "`torch.save(torch.load(path, map_location='cpu', weights_only=False)['model'], new_path)`"
+        ) from error
     except (RuntimeError, EOFError, OSError, KeyError, ValueError, AttributeError, TypeError, IndexError) as error:
         reason = (str(error) or type(error).__name__).split("\n")[0]
         raise ValueError(f"{path} is damaged or no PyTorch checkpoint: {reason}") from error
@@ -52,6 +55,15 @@ def load_torch_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
                 f"{name} in {path} declares the shape {tuple(tensor.shape)}, more values than the file stores"
             )
     return loaded
+
+
+def _others_in(path: Path) -> str:
+    """The classes whose objects a file holds beside tensors, where it can be told without loading it."""
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError, IndexError):
+        return ""
+    return f" ({', '.join(sorted(names))})" if names else ""
 
 
 def _is_zip(path: Path) -> bool:

@@ -155,6 +155,30 @@ def test_adapters_of_the_vision_tokenizer_alone_are_refused(add):
         add(tiny_model(), peft.LoraConfig(target_modules=["fc1"]))
 
 
+@pytest.mark.parametrize("first", ["all-linear", ["q_proj"]])
+def test_a_second_adapter_is_placed_as_if_alone(first):
+    """transformers' `add_adapter` twice: each adapter has its own places, all with a gradient."""
+    model = tiny_model()
+    for name, targets in (("first", first), ("second", "all-linear")):
+        model.add_adapter(peft.LoraConfig(target_modules=targets, r=2, init_lora_weights=False), adapter_name=name)
+    inputs = batch(tiny_model())
+    for name, targets in (("first", first), ("second", "all-linear")):
+        alone = tiny_model()
+        alone.add_adapter(peft.LoraConfig(target_modules=targets, r=2), adapter_name=name)
+        placed = {key for key, _ in alone.named_parameters() if ".lora_" in key}
+        assert {key for key, _ in model.named_parameters() if ".lora_" in key and f".{name}." in key} == placed
+        model.set_adapter(name)
+        model.train()(**inputs, labels=inputs["input_ids"]).loss.backward()
+        assert all(model.get_parameter(key).grad.abs().max() > 0 for key in placed)
+
+
+def test_a_second_adapter_of_the_vision_tokenizer_alone_is_refused():
+    model = tiny_model()
+    model.add_adapter(peft.LoraConfig(target_modules="all-linear", r=2), adapter_name="first")
+    with pytest.raises(ValueError, match="adapters of second would all sit on the frozen vision tokenizer"):
+        model.add_adapter(peft.LoraConfig(target_modules=["fc1"], r=2), adapter_name="second")
+
+
 @pytest.mark.parametrize("targets", [["lm_head"], ["code_head"], ["lm_head", "code_head"]])
 def test_adapters_on_heads_learn_from_the_loss_as_from_logits(targets):
     """The loss in chunks is the loss of the logits, with the same gradients."""

@@ -61,24 +61,32 @@ def place_adapters(model: "NextFlowPreTrainedModel", configs: dict[str, "PeftCon
     for path, module in list(model.named_modules()):
         if hasattr(module, "base_layer") and re.fullmatch(LEFT_OUT, path):
             model.set_submodule(path, module.base_layer)
-    adapted = [path for path, module in model.named_modules() if hasattr(module, "base_layer")]
-    bare = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
-    bare = [path for path in bare if not re.fullmatch(LEFT_OUT, path) and not path.startswith(tuple(adapted))]
+    layers = {path: getattr(module, "base_layer", module) for path, module in model.named_modules()}
+    inside = tuple(f"{path}." for path, module in model.named_modules() if hasattr(module, "base_layer"))
+    linears = {path for path, layer in layers.items() if isinstance(layer, nn.Linear) and not path.startswith(inside)}
+    linears = {path for path in linears if not re.fullmatch(LEFT_OUT, path)}
     for name, config in configs.items():
         targets = getattr(config, "target_modules", None)
         if not targets:
             continue
+        adapted = {path for path, module in model.named_modules() if name in _adapters_on(module)}
         if not adapted:
             raise ValueError(f"adapters of {name} would all sit on the frozen vision tokenizer, got {targets}")
         if not config.exclude_modules:
             config.exclude_modules = LEFT_OUT
-        if bare == ["lm_head"] and not model.config.tie_word_embeddings:
+        if linears - adapted == {"lm_head"} and not model.config.tie_word_embeddings:
             from peft import inject_adapter_in_model
 
             of_head = copy.deepcopy(config)
             of_head.target_modules = {"lm_head"}
             inject_adapter_in_model(of_head, model, name)
             config.target_modules = {*targets, "lm_head"}
+
+
+def _adapters_on(module: nn.Module) -> set[str]:
+    """Names of the adapters that PEFT has put on this layer."""
+    parts = [getattr(module, part) for part in getattr(module, "adapter_layer_names", ())]
+    return {name for part in parts for name in part}
 
 
 # PEFT's `generate(adapter_names=[...])` lets every adapted module of the call be told the adapter of each prompt, by

@@ -1,5 +1,6 @@
 """TokenFlow's checkpoints give the codes, features and pictures that TokenFlow computes; misfits are named."""
 
+import argparse
 import json
 import os
 from pathlib import Path
@@ -202,6 +203,16 @@ class Payload:
         return os.mkdir, (str(self.path),)
 
 
+def test_a_trainers_own_checkpoint_says_how_to_save_the_tensors_alone(state, tmp_path, capsys):
+    path, new_path = tmp_path / "trained.pt", tmp_path / "tensors.pt"
+    torch.save({"model": state, "args": argparse.Namespace(lr=1e-4)}, path)
+    assert main([str(path), str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "more than tensors (argparse.Namespace)" in error
+    exec(error.split("`")[1], {"torch": torch, "path": path, "new_path": new_path})
+    assert main([str(new_path), str(tmp_path / "out")]) == 0
+
+
 def test_malicious_and_broken_files_are_refused(state, tmp_path, capsys):
     path, mark = tmp_path / "bad.pt", tmp_path / "executed"
 
@@ -213,7 +224,7 @@ def test_malicious_and_broken_files_are_refused(state, tmp_path, capsys):
 
     for legacy in (False, True):
         torch.save({"model": state, "extra": Payload(mark)}, path, _use_new_zipfile_serialization=not legacy)
-        refused("is refused, it holds more than tensors or is damaged")
+        refused(f"is refused, it holds more than tensors{'' if legacy else ' (posix.mkdir)'} or is damaged")
     torch.save(state, path)
     whole = path.read_bytes()
     for length in (0, 3, 1000, len(whole) // 2, len(whole) - 5):
