@@ -221,7 +221,7 @@ def test_gradients_of_parts_on_two_devices(untied, name):
     untied.zero_grad()
     untied.train()(**with_labels(untied), z_loss=0.1).loss.backward()
     with spread(untied, MAPS[name]) as other:
-        other(**with_labels(other), z_loss=0.1).loss.backward()
+        other.train()(**with_labels(other), z_loss=0.1).loss.backward()
         got = {name: weight.grad.cpu() for name, weight in other.named_parameters() if weight.grad is not None}
     expected = {name: weight.grad for name, weight in untied.eval().named_parameters() if weight.grad is not None}
     assert got.keys() == expected.keys() and len(got) > 30
