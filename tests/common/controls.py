@@ -10,8 +10,8 @@ import importlib.util
 import json
 from pathlib import Path
 
-from tests.common.library import source_folder
-from tests.common.run import RESULTS, download, run
+from tests.common.library import download
+from tests.common.run import RESULTS, run
 
 CONTROLS = Path(__file__).with_name("controls.json")
 # Without torchvision the library's processors would skip what is about it, and about video.
@@ -63,8 +63,7 @@ def main() -> None:
     parser.parse_args()
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
         parser.error(f"the controls also need the packages {', '.join(missing)}")
-    if not (source_folder() / "tests").is_dir():
-        download()
+    download()
     CONTROLS.write_text(json.dumps(compare(), indent=1) + "\n")
 
 

@@ -1,17 +1,14 @@
 """Runs transformers' own common tests on NextFlow's classes: `python -m tests.common.run`.
 
-The tests are those of the installed transformers, from its source distribution, which pip downloads once into
-`.cache`. Their outcome is compared with `results.json`; `--record`, or the first run, writes that file instead.
+The tests are downloaded once, see `library.py`. Their outcome is compared with `results.json`; `--record`, or the
+first run, writes that file instead.
 """
 
 import argparse
 import importlib.util
 import json
 import os
-import subprocess
 import sys
-import tarfile
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -19,26 +16,11 @@ import pytest
 import torch
 import transformers
 
-from tests.common.library import CACHE, is_available, source_folder
+from tests.common.library import download, is_available, sources
 
 RESULTS = Path(__file__).with_name("results.json")
 FILES = ("modeling.py", "processing.py")
 PACKAGES = ("accelerate", "peft", "torchvision")  # tests that need one skip without it
-
-
-def download() -> None:
-    """Put the distribution's test files at `source_folder()`."""
-    CACHE.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", "transformers"]
-        subprocess.run([*pip, f"transformers=={transformers.__version__}", "--dest", folder], check=True)
-        (archive,) = Path(folder).glob("*.tar.gz")
-        with tarfile.open(archive) as files:
-            members = [member for member in files.getmembers() if Path(member.name).parts[1:2] == ("tests",)]
-            files.extractall(folder, members, filter="data")
-        (extracted,) = (path for path in Path(folder).iterdir() if path.is_dir())
-        (extracted / "tests" / "__init__.py").touch()
-        extracted.rename(source_folder())
 
 
 class Recorder:
@@ -62,6 +44,7 @@ class Recorder:
             reasons.setdefault(reason, []).append(name)
         return {
             "transformers": transformers.__version__,
+            "sources": sources(),
             "device": "cuda" if torch.cuda.is_available() else "cpu",
             "packages": [name for name in PACKAGES if importlib.util.find_spec(name)],
             "passed": len(self.passed - self.failed - set(self.skipped)),
@@ -86,7 +69,7 @@ def differences(results: dict) -> list[str]:
     """What is otherwise than recorded. Skips depend on device and packages and are compared only where those agree."""
     found = [f"failed: {name}" for name in results["failed"]]
     recorded = json.loads(RESULTS.read_text())
-    if all(results[key] == recorded[key] for key in ("transformers", "device", "packages")):
+    if all(results[key] == recorded[key] for key in ("transformers", "sources", "device", "packages")):
         found += [
             f"{key}: {results[key]}, recorded {recorded[key]}"
             for key in ("passed", "skipped", "reasons")
@@ -99,8 +82,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--record", action="store_true", help="write results.json")
     options, arguments = parser.parse_known_args()
-    if not (source_folder() / "tests").is_dir():
-        download()
+    download()
     if not is_available():
         parser.error("the tests need the package parameterized")
     results = run(FILES, *arguments)
