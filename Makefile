@@ -1,9 +1,9 @@
-# make demo | test | lint | smollm2 | common-tests | diffusers-tests: each works from a fresh clone.
+# make demo | test | lint | smollm2 | common-tests | pipeline-tests | diffusers-tests: each works from a fresh clone.
 
 PYTHON := .venv/bin/python
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint smollm2 common-tests diffusers-tests
+.PHONY: demo test lint smollm2 common-tests pipeline-tests diffusers-tests
 
 demo: $(INSTALLED)
 	$(PYTHON) -m examples.demo --output demo
@@ -22,8 +22,16 @@ test: lint
 
 # transformers' own tests, on this project's classes
 common-tests: $(INSTALLED)
-	$(PYTHON) -m pip install -c constraints.txt accelerate peft parameterized
+	$(PYTHON) -m pip install -c constraints.txt accelerate datasets httpx peft parameterized
 	PYTHONPATH=src:. $(PYTHON) -m tests.common.run
+
+# those of pipelines, and this project's own, where torchvision is, which has its own torch: in an environment apart
+pipeline-tests:
+	test -x .venv-pipelines/bin/python || python3 -m venv .venv-pipelines
+	.venv-pipelines/bin/python -m pip install torch==2.14.1 torchvision==0.29.1
+	grep -v '^torch==' constraints.txt > .venv-pipelines/constraints.txt
+	.venv-pipelines/bin/python -m pip install -c .venv-pipelines/constraints.txt -e . datasets parameterized pytest
+	PYTHONPATH=src:. .venv-pipelines/bin/python -m tests.common.run --pipelines
 
 # diffusers' own tests, on this project's decoders and the stock pipelines beside them
 diffusers-tests: $(INSTALLED)

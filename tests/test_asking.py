@@ -21,6 +21,7 @@ from tiny_models import (
     WIDE,
     Picture,
     batch_of,
+    relative,
     tiny_config,
     tiny_model,
 )
@@ -348,6 +349,22 @@ def test_text_from_embeddings(model):
     embeds = model.get_input_embeddings()(inputs["input_ids"])
     written = model.generate(inputs_embeds=embeds, max_new_tokens=5, do_sample=False)
     assert torch.equal(written, model.generate(**inputs, max_new_tokens=5, do_sample=False)[:, 3:])
+
+
+@pytest.mark.parametrize("strategy", [{}, {"num_beams": 2}, {"num_beams": 2, "num_return_sequences": 2}])
+def test_text_from_embeddings_around_images(model, strategy):
+    inputs = batch_of(
+        model, [10, Picture(SQUARE, 1, True), 11], [Picture(WIDE, 2, True), 12, Picture(SQUARE, 3, True)]
+    )
+    options = strategy | {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
+    expected = model.generate(**inputs, **options)
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    length = inputs.pop("input_ids").shape[1]
+    output = model.generate(inputs_embeds=embeds, **inputs, **options)
+    assert torch.equal(output.sequences, expected.sequences[:, length:])
+    for logits, others in zip(output.logits, expected.logits, strict=True):
+        assert relative(logits, others) < 1e-5
 
 
 # Bounds and random numbers

@@ -60,17 +60,21 @@ class TextGenerationMixin(GenerationMixin):
         return processors
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
-        input_ids = model_kwargs.get("input_ids")
-        if input_ids is None or input_ids.shape[1] == 0:
-            input_ids = inputs_tensor
-        if input_ids.ndim != 2 or input_ids.is_floating_point() or model_kwargs.get("image_grid_hw") is None:
+        grids, mask = model_kwargs.get("image_grid_hw"), model_kwargs.get("attention_mask")
+        if grids is None:
             positions = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
             self.check_reach(positions)
             return positions[None].expand(3, *positions.shape)
-        grids, mask = model_kwargs["image_grid_hw"], model_kwargs.get("attention_mask")
-        layout = build_layout(self.config, input_ids, grids, mask)
+        layout = build_layout(self.config, self._prompt_ids(model_kwargs.get("input_ids"), inputs_tensor), grids, mask)
         self.check_reach(layout.position_ids[0])
         return layout.position_ids
+
+    def _prompt_ids(self, input_ids: torch.Tensor | None, inputs: torch.Tensor) -> torch.Tensor:
+        """(B, L) ids; where there are none but `inputs`, (B, L) ids or (B, L, D) embeddings, what those say of
+        images."""
+        if input_ids is not None and input_ids.shape[1] > 0:
+            return input_ids
+        return self.model.marker_ids(inputs) if inputs.is_floating_point() else inputs
 
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids=None, **model_kwargs
@@ -79,8 +83,9 @@ class TextGenerationMixin(GenerationMixin):
         grids = model_kwargs.get("image_grid_hw")
         if expand_size == 1 or grids is None:
             return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
-        images = find_images(self.config, input_ids, grids)
-        of_row = [[index for index, image in enumerate(images) if image.row == row] for row in range(len(input_ids))]
+        ids = self._prompt_ids(input_ids, model_kwargs.get("inputs_embeds"))
+        images = find_images(self.config, ids, grids)
+        of_row = [[index for index, image in enumerate(images) if image.row == row] for row in range(len(ids))]
         order = [index for indices in of_row for _ in range(expand_size) for index in indices]
         whole = self.config.vq_config.image_size is not None  # pictures, not patches
         lengths = {

@@ -7,7 +7,7 @@ import torch
 from transformers.models.auto import modeling_auto
 
 from tests.common.library import import_library
-from tests.tiny_models import PATCH, SQUARE, TEXT_ROWS, tiny_config
+from tests.tiny_models import PATCH, SCHEDULES, SQUARE, TEXT_ROWS, tiny_config
 from transformers_nextflow import (
     NextFlowConfig,
     NextFlowForConditionalGeneration,
@@ -25,15 +25,18 @@ modeling_auto.MODEL_MAPPING_NAMES |= {"nextflow": "NextFlowModel", "nextflow_vq"
 modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["nextflow"] = "NextFlowForConditionalGeneration"
 
 BOI, EOI, IMAGE = 1, 2, 3  # low, because the tests of resizing cut the vocabulary
-EOS, PAD = 4, 5
+EOS, PAD, BOS = 4, 5, 6
 
 
 class NextFlowModelTester:
-    """Three rows of text, one picture and text."""
+    """Three rows of text, one picture in the given scales and text."""
 
-    def __init__(self):
+    def __init__(self, scales=SCHEDULES[0]):
         self.batch_size = 3
-        self.image_slots = 4 + 9
+        self.scales = scales
+        cells = [height * width for height, width in scales]
+        self.patches = cells[-1]
+        self.image_slots = sum(cells) - 1 + cells[-1]
         self.seq_length = 3 + 1 + self.image_slots + 1 + 4
         self.is_training = True
         config = self.get_config()
@@ -44,20 +47,20 @@ class NextFlowModelTester:
         self.vocab_size = TEXT_ROWS
 
     def get_config(self, **text):
-        text |= {"eos_token_id": EOS, "pad_token_id": PAD}
-        return tiny_config(text=text, boi_token_id=BOI, eoi_token_id=EOI, image_token_id=IMAGE)
+        text |= {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
+        vq = {"scale_schedules": [self.scales], "levels": {"12": len(self.scales)}}
+        return tiny_config(text=text, vq=vq, boi_token_id=BOI, eoi_token_id=EOI, image_token_id=IMAGE)
 
     def prepare_config_and_inputs_for_common(self):
-        input_ids = torch.randint(PAD + 1, TEXT_ROWS, (self.batch_size, self.seq_length))
+        input_ids = torch.randint(BOS + 1, TEXT_ROWS, (self.batch_size, self.seq_length))
         input_ids[:, 3] = BOI
         input_ids[:, 4 : 4 + self.image_slots] = IMAGE
         input_ids[:, 4 + self.image_slots] = EOI
-        h, w = SQUARE
         inputs = {
             "input_ids": input_ids,
             "attention_mask": torch.ones_like(input_ids),
-            "pixel_values": torch.rand(self.batch_size * h * w, PATCH * PATCH * 3) * 2 - 1,
-            "image_grid_hw": torch.tensor([SQUARE] * self.batch_size),
+            "pixel_values": torch.rand(self.batch_size * self.patches, PATCH * PATCH * 3) * 2 - 1,
+            "image_grid_hw": torch.tensor([self.scales[-1]] * self.batch_size),
         }
         return self.get_config(), inputs
 
@@ -77,9 +80,36 @@ class NextFlowModelTest(ModelTesterMixin, GenerationTesterMixin, unittest.TestCa
     def prepare_config_and_inputs_for_generate(self, batch_size=2):
         """Patches are flat: those of so many rows."""
         config, inputs = super().prepare_config_and_inputs_for_generate(batch_size)
-        cells = batch_size * SQUARE[0] * SQUARE[1]
-        inputs["pixel_values"] = self.model_tester.prepare_config_and_inputs_for_common()[1]["pixel_values"][:cells]
+        pixel_values = self.model_tester.prepare_config_and_inputs_for_common()[1]["pixel_values"]
+        inputs["pixel_values"] = pixel_values[: len(inputs["input_ids"]) * self.model_tester.patches]
         return config, inputs
+
+    def test_forward_with_logits_to_keep(self):
+        """The test expects as many logits as rows of the text vocabulary."""
+        config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+        inputs["logits_over"] = "text"
+        self.model_tester.prepare_config_and_inputs_for_common = lambda: (config, inputs)
+        super().test_forward_with_logits_to_keep()
+
+    def test_generate_compile_model_forward_fullgraph(self):
+        """The test cuts every tensor as if it had a row for each row of ids, which flat patches have not: pictures of
+        one patch."""
+        self.model_tester = NextFlowModelTester([[1, 1]])
+        super().test_generate_compile_model_forward_fullgraph()
+
+    def attention_mask_padding_matches_padding_free_with_position_ids(self, attn_implementation, fa_kwargs=False):
+        """As Qwen2.5-VL, with its own way to say where rows without padding begin: `document_ids`."""
+        config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+        model = NextFlowForConditionalGeneration._from_config(config, attn_implementation=attn_implementation).eval()
+        ids, images = inputs["input_ids"], {name: inputs[name] for name in ("pixel_values", "image_grid_hw")}
+        rows = [row[: len(row) - index] for index, row in enumerate(ids)]  # of different lengths
+        padded = torch.stack([torch.cat([ids.new_full([index], PAD), row]) for index, row in enumerate(rows)])
+        mask = torch.stack([torch.arange(ids.shape[1]) >= index for index in range(len(rows))])
+        documents = torch.cat([torch.full([len(row)], index) for index, row in enumerate(rows)])
+        with torch.no_grad():
+            expected = model(input_ids=padded, attention_mask=mask.long(), **images).logits[mask]
+            packed = model(input_ids=torch.cat(rows)[None], document_ids=documents[None], **images).logits[0]
+        torch.testing.assert_close(packed, expected, rtol=1e-5, atol=1e-5)
 
     def test_model_rope_scaling_frequencies(self):
         """The test takes the number of sections for that of axes, as in Qwen."""

@@ -19,7 +19,9 @@ import transformers
 from tests.common.library import download, is_available, sources
 
 RESULTS = Path(__file__).with_name("results.json")
-FILES = ("modeling.py", "processing.py")
+PIPELINES = Path(__file__).with_name("pipelines.json")
+FILES = ("modeling.py", "processing.py", "pipelines.py")
+FILES_OF_PIPELINES = ("pipelines.py", "../test_pipelines.py")
 PACKAGES = ("accelerate", "peft", "torchvision")  # tests that need one skip without it
 
 
@@ -44,6 +46,7 @@ class Recorder:
             reasons.setdefault(reason, []).append(name)
         return {
             "transformers": transformers.__version__,
+            "torch": torch.__version__,
             "sources": sources(),
             "device": "cuda" if torch.cuda.is_available() else "cpu",
             "packages": [name for name in PACKAGES if importlib.util.find_spec(name)],
@@ -58,17 +61,17 @@ def run(tests: Iterable[str], *options: str) -> dict:
     """Run files of this folder, or single `"file::class::test"`s, and return their counts, failures and skips."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     recorder = Recorder()
-    tests = [str(Path(__file__).with_name(name)) for name in tests]
+    tests = [str(Path(__file__).parent / name) for name in tests]
     # the library's own marks are not declared here
     quiet = ["-q", "-o", "addopts=", "-p", "no:cacheprovider", "-W", "ignore", "--tb=short"]
     pytest.main([*quiet, *tests, *options], plugins=[recorder])
     return recorder.results()
 
 
-def differences(results: dict) -> list[str]:
+def differences(results: dict, record: Path) -> list[str]:
     """What is otherwise than recorded. Skips depend on device and packages and are compared only where those agree."""
     found = [f"failed: {name}" for name in results["failed"]]
-    recorded = json.loads(RESULTS.read_text())
+    recorded = json.loads(record.read_text())
     if all(results[key] == recorded[key] for key in ("transformers", "sources", "device", "packages")):
         found += [
             f"{key}: {results[key]}, recorded {recorded[key]}"
@@ -80,16 +83,20 @@ def differences(results: dict) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--record", action="store_true", help="write results.json")
+    parser.add_argument("--record", action="store_true", help="write the outcome")
+    parser.add_argument("--pipelines", action="store_true", help="pipelines alone, with torchvision (pipelines.json)")
     options, arguments = parser.parse_known_args()
     download()
     if not is_available():
         parser.error("the tests need the package parameterized")
-    results = run(FILES, *arguments)
-    if options.record or not RESULTS.exists():
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    if options.pipelines and importlib.util.find_spec("torchvision") is None:
+        parser.error("the pipelines need the package torchvision")
+    files, record = (FILES_OF_PIPELINES, PIPELINES) if options.pipelines else (FILES, RESULTS)
+    results = run(files, *arguments)
+    if options.record or not record.exists():
+        record.write_text(json.dumps(results, indent=1) + "\n")
         return bool(results["failed"])
-    found = differences(results)
+    found = differences(results, record)
     print(*found, f"{results['passed']} passed, {results['skipped']} skipped", sep="\n")
     return bool(found)
 
