@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 import torch
 import transformers
-from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.utils import is_torchvision_available
 
 from tests.common.library import import_library, repository_folder
@@ -52,7 +51,7 @@ def tiny_models() -> Path:
 os.environ["TRANSFORMERS_TINY_MODEL_PATH"] = str(tiny_models())
 mixin = import_library("test_pipeline_mixin")
 mixin.transformers_module = SimpleNamespace(**CLASSES)
-PROCESSOR_MAPPING_NAMES["nextflow"] = "NextFlowProcessor"
+mixin.PROCESSOR_MAPPING_NAMES = {"nextflow": "NextFlowProcessor"}
 
 
 class NextFlowPipelineTest(mixin.PipelineTesterMixin, unittest.TestCase):
@@ -65,6 +64,12 @@ class NextFlowPipelineTest(mixin.PipelineTesterMixin, unittest.TestCase):
     def setUpClass(cls):
         cls.addClassCleanup(os.chdir, os.getcwd())
         os.chdir(repository_folder())  # where the tests' pictures are
+
+    def is_pipeline_test_to_skip_more(self, *args, processor, **kwargs):
+        """Of a processor with a chat template the test of any-to-any expects that a chat comes back as a `str`, where
+        the pipeline gives its messages; `tests/test_pipelines.py` has chats."""
+        processor.chat_template = None
+        return super().is_pipeline_test_to_skip_more(*args, processor=processor, **kwargs)
 
     @unittest.skipUnless(is_torchvision_available(), NEEDS_TORCHVISION)
     def test_pipeline_any_to_any(self):
