@@ -18,6 +18,7 @@ from tests.common.library import import_library
 from tests.tiny_tokenizer import tiny_text_tokenizer
 
 ModelTesterMixin = import_library("test_modeling_common").ModelTesterMixin
+GenerationTesterMixin = import_library("generation.test_utils").GenerationTesterMixin
 ProcessorTesterMixin = import_library("test_processing_common").ProcessorTesterMixin
 image_processing = import_library("test_image_processing_common")
 
@@ -67,7 +68,7 @@ class ModelTester:
         return self.get_config(), copy.deepcopy(self.inputs)
 
 
-class Qwen2_5_VLModelTest(ModelTesterMixin, unittest.TestCase):
+class Qwen2_5_VLModelTest(ModelTesterMixin, GenerationTesterMixin, unittest.TestCase):
     all_model_classes = (transformers.Qwen2_5_VLModel, transformers.Qwen2_5_VLForConditionalGeneration)
     _is_composite = True
 
@@ -90,7 +91,7 @@ class Qwen2_5_VLModelTest(ModelTesterMixin, unittest.TestCase):
         self.model_tester = ModelTester(config, rows | patches)
 
 
-class JanusModelTest(ModelTesterMixin, unittest.TestCase):
+class JanusModelTest(ModelTesterMixin, GenerationTesterMixin, unittest.TestCase):
     all_model_classes = (transformers.JanusModel, transformers.JanusForConditionalGeneration)
     _is_composite = True
 
@@ -105,7 +106,7 @@ class JanusModelTest(ModelTesterMixin, unittest.TestCase):
         self.model_tester = ModelTester(config, text_with_a_picture(*[IMAGE] * 4) | {"pixel_values": pictures()})
 
 
-class Emu3ModelTest(ModelTesterMixin, unittest.TestCase):
+class Emu3ModelTest(ModelTesterMixin, GenerationTesterMixin, unittest.TestCase):
     all_model_classes = (transformers.Emu3Model, transformers.Emu3ForConditionalGeneration)
     _is_composite = True
 

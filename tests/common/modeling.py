@@ -36,7 +36,7 @@ class NextFlowModelTester:
         self.scales = scales
         cells = [height * width for height, width in scales]
         self.patches = cells[-1]
-        self.image_slots = sum(cells) - 1 + cells[-1]
+        self.image_slots = sum(cells) - 1 or 1  # one cell alone is its own last scale
         self.seq_length = 3 + 1 + self.image_slots + 1 + 4
         self.is_training = True
         config = self.get_config()
