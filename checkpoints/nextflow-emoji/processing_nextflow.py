@@ -1,0 +1,3 @@
+"""Loads the class of the installed package `transformers-nextflow`."""
+
+from transformers_nextflow import NextFlowProcessor
