@@ -30,7 +30,7 @@ pipeline-tests:
 	test -x .venv-pipelines/bin/python || python3 -m venv .venv-pipelines
 	.venv-pipelines/bin/python -m pip install torch==2.14.1 torchvision==0.29.1
 	grep -v '^torch==' constraints.txt > .venv-pipelines/constraints.txt
-	.venv-pipelines/bin/python -m pip install -c .venv-pipelines/constraints.txt -e . datasets parameterized pytest
+	.venv-pipelines/bin/python -m pip install -c .venv-pipelines/constraints.txt -e . accelerate datasets parameterized pytest
 	PYTHONPATH=src:. .venv-pipelines/bin/python -m tests.common.run --pipelines
 
 # diffusers' own tests, on this project's decoders and the stock pipelines beside them
