@@ -20,13 +20,13 @@ import torch
 from transformers import PrinterCallback, TrainerCallback
 
 from benchmarks.harness import in_processes, interval, machine, report
-from examples.emoji.documents import Stage, build_packs
+from examples.emoji.documents import EXTRACTION, Stage, build_packs
 from examples.emoji.judge import Judge
 from examples.emoji.sizes import LEVELS
 from examples.emoji.splits import PAIR
 from examples.emoji.stages import settings
 from examples.emoji.tasks import Item
-from examples.emoji.transformer import EXTRACTION, TRAININGS, WEIGHT_DECAY, new_model, new_optimizer, new_processor
+from examples.emoji.transformer import TRAININGS, WEIGHT_DECAY, new_model, new_optimizer, new_processor
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor, NextFlowVQModel
 from transformers_nextflow.data import ExtractionSettings, FixedLength, PackCollator, PackedDataset
 from transformers_nextflow.data.extraction import check_plan

@@ -9,20 +9,23 @@ minimises, and without (`clean_`). The paper's curves are of long training; ours
 import dataclasses
 from pathlib import Path
 
-from examples.emoji.transformer import EXTRACTION
-from transformers_nextflow import SelfCorrection
+from examples.emoji.documents import EXTRACTION
 
 from .arms import HELD_OUT, T2I, Claim, code, conduct, dev, train_arm, untrained
 
 ARMS = ("residual", "accumulated")
-CORRECTION = SelfCorrection(probability=1.0, token_share=0.6)
 SAYS = "with self-correction residual features end ahead of accumulated ones"
 CLAIMS = [Claim(SAYS, "fig. 10", *ARMS, measure, "-") for measure in ("vision", "clean_vision")]
 
 
 def prepare(folder: Path, options) -> None:
-    code(folder / "training", options, T2I, dataclasses.replace(EXTRACTION, self_correction=CORRECTION))
-    code(folder / "corrected", options, dev(T2I), dataclasses.replace(HELD_OUT, self_correction=CORRECTION))
+    code(folder / "training", options, T2I, EXTRACTION)
+    code(
+        folder / "corrected",
+        options,
+        dev(T2I),
+        dataclasses.replace(HELD_OUT, self_correction=EXTRACTION.self_correction),
+    )
     code(folder / "clean", options, dev(T2I), HELD_OUT)
 
 

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import datasets
 
-from examples.emoji.documents import draw_rows
-from examples.emoji.transformer import EXTRACTION
+from examples.emoji.documents import EXTRACTION, draw_rows
 from examples.emoji.world import World
 from transformers_nextflow import NextFlowConfig
 from transformers_nextflow.data import CostModel, Document, FixedLength, Message, Source, extract, pack

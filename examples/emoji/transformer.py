@@ -13,24 +13,17 @@ from transformers_nextflow import (
     NextFlowImageProcessor,
     NextFlowProcessor,
     NextFlowVQModel,
-    SelfCorrection,
 )
-from transformers_nextflow.data import ExtractionSettings, FixedLength, PackCollator, PackedDataset
+from transformers_nextflow.data import FixedLength, PackCollator, PackedDataset
 from transformers_nextflow.training import EMACallback, NextFlowTrainer, NextFlowTrainingArguments, Stage
 from transformers_nextflow.utils.files import output_folder
 
+from .documents import EXTRACTION, build_packs
 from .documents import STAGES as MIXTURES
-from .documents import build_packs
 from .muon import MuonWithAdamW
 from .sizes import nextflow_config
 from .stages import finish, is_finished, processes, settings
 
-# All samples and 60% of the tokens, as the paper found best. Its multinomial is open: drawn uniformly, half of
-# all tokens are disturbed and 5% of the last scales' targets are what they are without; so, a quarter and 10%.
-SELF_CORRECTION = SelfCorrection(temperature=0.1)
-EXTRACTION = ExtractionSettings(
-    "chat", drop_text=0.1, self_correction=SELF_CORRECTION, variants=2, batch_size=64, documents_per_shard=6_000
-)
 WEIGHT_DECAY = 0.05
 EMA_DECAY = 0.995
 

@@ -14,9 +14,8 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import TrainerCallback
 
-from examples.emoji.documents import Stage, build_packs
+from examples.emoji.documents import EXTRACTION, Stage, build_packs
 from examples.emoji.stages import finish, is_finished, settings
-from examples.emoji.transformer import EXTRACTION
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor
 from transformers_nextflow.data import BatchPadding, PackCollator, PackedDataset
 from transformers_nextflow.lora import CODE_MODULES, lora_config

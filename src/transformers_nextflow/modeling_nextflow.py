@@ -450,8 +450,8 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
         Args:
             labels: (B, L), -100 where nothing is supervised. At `<boi>` and `<image>` slots a value is only a marker;
                 an image is supervised whole or not at all, and the model fills in its codes.
-            shift_labels: (B, L) targets already aligned with the outputs, with the same markers, instead of `labels`;
-                a keyword of the library's losses, by which its Trainer looks for no labels.
+            shift_labels: (B, L) targets already aligned with the outputs, with the same markers, instead of `labels`.
+                No parameter, since the library's Trainer expects every parameter with "label" in its name at once.
             loss_weights: (B, L) weights of the targets; by default text weighs 1 and the scales as eq. 2 says.
             num_items_in_batch: what the weighted sum is divided by; by default the sum of the weights. Where nothing
                 is supervised the loss is 0 with it and NaN without, as of the library's models.

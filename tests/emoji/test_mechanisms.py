@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from test_checkpoint import CHECKPOINT
 
+from examples.emoji.documents import EXTRACTION
 from examples.emoji.sizes import nextflow_config, vq_config
 from examples.emoji.text import train_text_tokenizer
-from examples.emoji.transformer import EXTRACTION, TRAININGS
+from examples.emoji.transformer import TRAININGS
 from transformers_nextflow import NextFlowForConditionalGeneration
 
 TABLE = json.loads((Path(__file__).parent / "paper_mechanisms.json").read_text())

@@ -253,7 +253,7 @@ def test_the_kl_of_a_step_is_eq_5_by_hand(policy, tiny_processor, tmp_path):
     torch.testing.assert_close(both - alone, 0.5 * k3.mean())  # without the weights of scales
 
 
-def test_adapters_are_trained_and_switched_off_for_the_reference(policy, tiny_processor, tmp_path):
+def test_adapters_alone_are_trained_and_come_off(policy, tiny_processor, tmp_path):
     config = lora_config(r=4, modules_to_save=None)
     run = trainer(policy, tiny_processor, tmp_path, max_steps=3, beta=0.1, peft_config=config, learning_rate=0.5)
     before = state(run.model)

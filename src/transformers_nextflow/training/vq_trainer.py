@@ -291,7 +291,7 @@ class NextFlowVQTrainer(OrderedTrainer):
             pixels = batch["pixel_values"]
             with torch.no_grad():
                 rebuilt = model(pixels, pixel_only=self.args.stage == "pixel").reconstruction.float().clamp(-1, 1)
-            if not batch.get("counts", True):
+            if not batch.get("counts", True):  # every device runs as often
                 continue
             shown += list(zip(pixels.cpu(), rebuilt.cpu()))[: SHEET_PICTURES - len(shown)]
             for picture, copied in zip(pixels.cpu(), rebuilt.cpu()):
