@@ -12,6 +12,7 @@ from test_grpo_trainer import moved, redness, rows, state, trainer
 
 from transformers_nextflow.lora import lora_config
 from transformers_nextflow.training.grpo import NextFlowGRPOConfig, NextFlowGRPOTrainer
+from transformers_nextflow.training.grpo.metrics import Metrics
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +101,28 @@ def test_evaluation_draws_with_other_seeds_than_training(policy, tiny_processor,
     run.evaluate(rows(2)[:1] * 4)
     training, held = set.union(*drawn[:2]), set.union(*drawn[2:])
     assert len(held) > 4 and not training & held
+
+
+def test_a_reference_that_follows_the_policy_is_resumed_where_it_was(policy, tiny_processor, tmp_path):
+    values = {"max_steps": 4, "beta": 0.1, "learning_rate": 0.3, "dataset": rows(8)}
+    values |= {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5}
+    whole = trainer(policy, tiny_processor, tmp_path, save_strategy="steps", save_steps=2, **values)
+    whole.train()
+    again = trainer(policy, tiny_processor, tmp_path, **values)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    last = [[row["kl"] for row in run.state.log_history if "kl" in row][2:] for run in (whole, again)]
+    assert last[0] == last[1] and min(last[0]) > 0
+    assert not moved(state(whole.model), state(again.model))
+
+
+def test_extremes_are_of_all_that_was_noted():
+    metrics = Metrics()
+    for values in ([3.0, 1.0], [2.0]):
+        for name in ("low_min", "high_max"):
+            metrics.extreme(name, torch.tensor(values))
+        metrics.mean("each", torch.tensor(values))
+    assert metrics.pop() == {"low_min": 1.0, "high_max": 3.0, "each": 2.0}
+    assert metrics.pop() == {}
 
 
 def test_rollouts_are_there_before_a_checkpoint_is_whole(policy, tiny_processor, tmp_path, monkeypatch):
