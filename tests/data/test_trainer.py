@@ -128,19 +128,19 @@ def test_largest_attention_logit_of_the_batch_before_a_log(
     assert dict(ALL_ATTENTION_FUNCTIONS) == registered
 
 
-def test_watching_the_attention_compiles_nothing_anew(dataset, data_model, tmp_path):
-    """With rows of one length, for which a layer is compiled once."""
-    collator, graphs = PackCollator(dataset, pad_to=128), []
-    for logging_steps in (2, 3):
-        model, counter = copy.deepcopy(data_model), CompileCounter()
-        torch.compiler.reset()
-        for layer in model.model.language_model.layers:
+@pytest.mark.parametrize("logging", [{"logging_steps": 2}, {"logging_steps": 3}, {"logging_first_step": True}])
+def test_watching_the_attention_compiles_nothing_anew(logging, dataset, data_model, tmp_path):
+    """With rows of one length, for which a layer is compiled once, and logs what it does where nothing is compiled."""
+    collator, logged = PackCollator(dataset, pad_to=128), []
+    torch.compiler.reset()
+    for counter in (None, CompileCounter()):
+        model = copy.deepcopy(data_model)
+        for layer in model.model.language_model.layers if counter else []:
             layer.compile(backend=counter, dynamic=False)
-        options = {"max_steps": 6, "logging_steps": logging_steps, "collator": collator}
-        logged = train(model, dataset, tmp_path, **options).state.log_history
-        assert sum("max_attention_logit" in row for row in logged) == 6 // logging_steps
-        graphs.append(counter.frame_count)
-    assert 0 < graphs[0] == graphs[1] <= 2
+        run = train(model, dataset, tmp_path, collator=collator, **{"max_steps": 6, "logging_steps": 4} | logging)
+        logged.append([row["max_attention_logit"] for row in run.state.log_history if "loss" in row])
+    assert logged[1] == pytest.approx(logged[0], rel=1e-5) and logged[0]
+    assert counter.frame_count == 1
 
 
 def check_evaluations(evaluated: list[dict], model, packs: list[dict], collator) -> None:
