@@ -90,8 +90,7 @@ def main() -> None:
         trainer.add_callback(EMACallback(script.ema_decay))
     if script.sample_prompts:
         trainer.add_callback(SamplesCallback(processor, script.sample_prompts, script.sample_every))
-    resume = arguments.resume_from_checkpoint  # a folder, or True for the newest checkpoint
-    trainer.train(resume_from_checkpoint=resume == "True" or resume)
+    trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
     trainer.save_model()
 
 

@@ -71,8 +71,7 @@ def main() -> None:
     )
     if script.ema_decay is not None:
         trainer.add_callback(EMACallback(script.ema_decay))
-    resume = arguments.resume_from_checkpoint  # a folder, or True for the newest checkpoint
-    trainer.train(resume_from_checkpoint=resume == "True" or resume)
+    trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
     trainer.save_model()
     if script.eval_images is not None:
         print(trainer.evaluate())
