@@ -3,6 +3,7 @@
 accelerate launch --config_file examples/accelerate/fsdp2.yaml --num_processes 2 tests/data/sharded.py PACKS OUTPUT
 """
 
+import gc
 import json
 import os
 import sys
@@ -90,8 +91,7 @@ def run(packs: Path, output: Path, name: str, trainer_class=NextFlowTrainer, res
     return trainer
 
 
-if __name__ == "__main__":
-    packs, output = map(Path, sys.argv[1:])
+def main(packs: Path, output: Path) -> None:
     trainer = run(packs, output, "plain", ShardedOnCPU)
     shards = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
     assert all(isinstance(shard, DTensor) and 0 < shard.to_local().numel() < shard.numel() for shard in shards)
@@ -99,4 +99,10 @@ if __name__ == "__main__":
     run(packs, output, "lora", ShardedOnCPU, max_steps=2)
     ShardedOnCPU.mixed_precision = "bf16"
     assert run(packs, output, "bf16", ShardedOnCPU, max_steps=1, save_strategy="no").loss_dtype == torch.float32
-    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))
+    gc.collect()  # gloo's threads end with the last tensor that knows their group, which is not to be at exit
+    torch.distributed.barrier()
+    PartialState().destroy_process_group()
