@@ -51,14 +51,8 @@ def joint_cross_entropy(
         The sum, a scalar to differentiate once, and the (N,) unweighted cross-entropies, detached. Both float32, or
         float64 for logits in it.
     """
-    inputs = (hidden_ND, targets_N, weights_N)
     by_itself = not any(map(_is_gathered, heads))
-    if by_itself:
-        length = max(math.ceil(len(hidden_ND) / CHUNKS), LOGITS_AT_LEAST // num_rows)
-        length = max(1, min(length, LOGITS_AT_ONCE // num_rows))
-        chunks = zip(*(tensor.split(length) for tensor in inputs))
-    else:  # devices that gather weights together must do it as often, however many positions each has
-        chunks = zip(*(tensor.tensor_split(GATHERED_CHUNKS) for tensor in inputs))
+    chunks = in_chunks(heads, num_rows, hidden_ND, targets_N, weights_N)
     weights = [weight for weight in nn.ModuleList(heads).parameters() if weight.requires_grad]
     # Dynamo traces checkpoints, but no gradients that a forward computes
     by_itself &= not torch.compiler.is_compiling() and not any(weight._backward_hooks for weight in weights)
@@ -70,6 +64,18 @@ def joint_cross_entropy(
 
     totals, losses = zip(*(checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks))
     return sum(totals), torch.cat(losses)
+
+
+def in_chunks(
+    heads: Sequence[nn.Module], num_rows: int, *tensors_N: torch.Tensor
+) -> Iterable[tuple[torch.Tensor, ...]]:
+    """Tensors of positions, some positions at a time: what the heads' logits of `num_rows` rows have room for."""
+    if any(map(_is_gathered, heads)):
+        # devices that gather weights together must do it as often, however many positions each has
+        return zip(*(tensor.tensor_split(GATHERED_CHUNKS) for tensor in tensors_N))
+    length = max(math.ceil(len(tensors_N[0]) / CHUNKS), LOGITS_AT_LEAST // num_rows)
+    length = max(1, min(length, LOGITS_AT_ONCE // num_rows))
+    return zip(*(tensor.split(length) for tensor in tensors_N))
 
 
 def _is_gathered(head: nn.Module) -> bool:

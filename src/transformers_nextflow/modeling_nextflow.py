@@ -507,7 +507,7 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
                 hidden_BLD.flatten(0, 1)[places_N],
                 (self.lm_head, self.code_head),
                 self.config.text_vocab_size + self.config.vq_config.codebook_size,
-                self._targets(layout, image_codes),
+                self.targets_of(layout, image_codes),
                 weights_N,
                 z_loss,
             )
@@ -533,8 +533,8 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
             block_ids=layout.block_ids if supervised else None,
         )
 
-    def _targets(self, layout: SequenceLayout, image_codes: torch.Tensor | None) -> torch.Tensor:
-        """(N,) targets over all rows."""
+    def targets_of(self, layout: SequenceLayout, image_codes: torch.Tensor | None) -> torch.Tensor:
+        """(N,) targets of a layout's supervised positions over all rows, text before codes."""
         if image_codes is None or len(image_codes) == 0:
             return layout.targets
         code_ids_N = self.config.text_vocab_size + image_codes[layout.target_codes.clamp(min=0)]

@@ -201,7 +201,7 @@ class NextFlowProcessor(ProcessorBringsCode, ProcessorMixin):
         chat_template: str | None = None,
         generation_mode: str = "text",
         negative_prompt: str | Sequence[str] | None = None,
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
         tokenize: bool = True,
         return_dict: bool = True,
         return_tensors: str | None = "pt",
@@ -217,6 +217,7 @@ class NextFlowProcessor(ProcessorBringsCode, ProcessorMixin):
                 come null prompts for guidance: the same chat without the user's texts, the last of which becomes
                 `negative_prompt`.
             negative_prompt: one for all chats, or one for each.
+            add_generation_prompt: by default only after chats whose last message is not the assistant's.
             processor_kwargs: passed to [`~NextFlowProcessor.__call__`], e.g. `{"level": "256"}`.
             kwargs: as in `ProcessorMixin.apply_chat_template`.
 
@@ -224,9 +225,11 @@ class NextFlowProcessor(ProcessorBringsCode, ProcessorMixin):
             What [`~NextFlowProcessor.__call__`] returns; without `return_dict` the ids; without `tokenize` the prompt.
 
         Raises:
-            ValueError: if a message is none, or the template cannot render it.
+            ValueError: if a message is none, the template cannot render it, or some chats of a batch end in an answer.
         """
         _check_chats(conversation)
+        if add_generation_prompt is None:
+            add_generation_prompt = not kwargs.get("continue_final_message") and _asks(conversation)
         if kwargs.get("tools") and "tools" not in self._resolve_chat_template(chat_template):
             raise ValueError("the chat template shows no tools: give one that does, or none of them")
         if generation_mode not in ("text", "image", "interleaved"):
@@ -391,6 +394,15 @@ def _check_chats(conversation: list[dict] | list[list[dict]]) -> None:
                     _check_item(item)
             elif content is not None and not isinstance(content, str):  # tool calls have none
                 raise ValueError(f"the content of a message must be a text or a list of items, got {content!r}")
+
+
+def _asks(conversation: list[dict] | list[list[dict]]) -> bool:
+    """Whether an answer is to follow, where the last message is not one."""
+    chats = [conversation] if isinstance(conversation[0], Mapping) else conversation
+    asks = {chat[-1]["role"] != "assistant" for chat in chats}
+    if len(asks) > 1:
+        raise ValueError("some chats end in a message of the assistant and some do not: say add_generation_prompt")
+    return asks.pop()
 
 
 def _check_item(item) -> None:

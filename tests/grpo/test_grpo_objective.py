@@ -8,6 +8,7 @@ import torch
 from grpo_samples import SCHEDULE, chat, picture, policy_of
 
 from transformers_nextflow.sampling import LinearRamp, ScaleInterval, sample
+from transformers_nextflow.training.chats import with_images
 from transformers_nextflow.training.grpo.objective import (
     clipped_policy_loss,
     code_logps,
@@ -19,7 +20,6 @@ from transformers_nextflow.training.grpo.objective import (
     sampling_support,
     token_weights,
 )
-from transformers_nextflow.training.grpo.prompts import with_images
 from transformers_nextflow.training.grpo.rollouts import roll_out, rollout_logps
 
 

@@ -21,6 +21,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 CAPTION_QUESTION = "describe the picture"
 MAX_IMAGES = {"512": 5, "1024": 3}  # of interleaved documents and videos, by level (NextFlow sec. 5)
 
@@ -41,13 +43,13 @@ class Document:
         key: names the document in logs and seeds its draws; unique in its source.
         kind: one of the table above.
         messages: a chat, or one message of role None.
-        images: encoded pictures (bytes) or paths, in the order in which the messages show them.
+        images: encoded pictures (bytes), paths or PIL pictures, in the order in which the messages show them.
     """
 
     key: str
     kind: str
     messages: tuple[Message, ...]
-    images: tuple[bytes | str, ...] = ()
+    images: tuple[bytes | str | Image.Image, ...] = ()
 
     def __post_init__(self):
         roles = [message.role for message in self.messages]

@@ -4,6 +4,8 @@
 - `trainer.py`: [`NextFlowTrainer`] for the transformer, with every part of the loss logged apart.
 - `vq_trainer.py`, `vq_losses.py`, `images.py`: [`NextFlowVQTrainer`] for the vision tokenizer, its losses, and
   pictures in batches of one size.
+- `chats.py`, `supervised.py`, `preferences.py`, `joint_head.py`: chats in the columns of TRL's datasets, and TRL's
+  trainers of answers and of preferences on pictures.
 - `attention_logits.py`: the largest attention logit, for the log.
 - `checkpoints.py`: which checkpoint a training goes on from.
 - `ema.py`: [`EMACallback`], an exponential moving average of the weights, for any Trainer.
@@ -14,8 +16,11 @@
 from ..utils.lazy import lazy_names
 
 _MODULE_OF = {
+    "ChatCollator": "chats",
     "EMACallback": "ema",
     "ImageBatches": "images",
+    "NextFlowDPOTrainer": "preferences",
+    "NextFlowSFTTrainer": "supervised",
     "NextFlowTrainer": "trainer",
     "NextFlowTrainingArguments": "trainer",
     "NextFlowVQTrainer": "vq_trainer",

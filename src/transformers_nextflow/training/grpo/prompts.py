@@ -1,12 +1,13 @@
 """Prompts in the order of training, as conversations with their pictures, and the seeds of what answers them."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import groupby
 
 import torch
-from PIL import Image
 from torch.utils.data import Dataset, Sampler
+
+from ..chats import with_images
 
 PROMPT_COLUMNS = ("prompt", "images", "image")
 
@@ -79,40 +80,11 @@ def conversations(rows: Rows) -> tuple[list[list[dict]], int]:
     chats = []
     for run in runs:
         index, row = run[0]
-        images = row.get("images", row.get("image"))
-        images = [images] if isinstance(images, Image.Image) else images
-        chats += [with_images(row["prompt"], images, f"prompt {index}")] * (len(run) // repeats)
+        chat = with_images(row["prompt"], row.get("images", row.get("image")), f"prompt {index}")
+        chats += [chat] * (len(run) // repeats)
     return chats, repeats
 
 
 def last_text(conversation: list[dict]) -> str:
     """The texts of the last message."""
     return " ".join(item["text"] for item in conversation[-1]["content"] if item["type"] == "text")
-
-
-def with_images(prompt, images: Sequence[Image.Image] | None, where: str) -> list[dict]:
-    """A prompt as messages with their pictures in them, TRL's way: pictures fill the image items in order, or go
-    before the first user message where there are none.
-
-    Raises:
-        ValueError: if pictures and image items differ in number, or a picture is missing.
-    """
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(each) for each in prompt]
-    images = list(images or [])
-    for message in messages:
-        if isinstance(message["content"], str):
-            message["content"] = [{"type": "text", "text": message["content"]}]
-        message["content"] = [dict(item) for item in message["content"]]
-    items = [item for message in messages for item in message["content"] if item["type"] == "image"]
-    empty = [item for item in items if not any(item.get(key) is not None for key in ("image", "path", "url"))]
-    if not items and images:
-        first = next((message for message in messages if message["role"] == "user"), messages[0])
-        empty = [{"type": "image"} for _ in images]
-        first["content"] = empty + first["content"]
-    if len(empty) != len(images) or any(image is None for image in images):
-        raise ValueError(
-            f"{where} has {len(empty)} places for images, and {sum(i is not None for i in images)} images"
-        )
-    for item, image in zip(empty, images):
-        item["image"] = image
-    return messages

@@ -1,0 +1,265 @@
+"""Chats of a dataset as batches, and TRL's trainers of answers and preferences on pictures."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("trl", reason="the trainers are TRL's")
+
+from datasets import Dataset
+from peft import get_peft_model
+from PIL import Image
+from tiny_models import enlarge_
+from transformers import Trainer, TrainingArguments
+from trl import DPOConfig, SFTConfig
+
+from transformers_nextflow import NextFlowForConditionalGeneration
+from transformers_nextflow.data import ExtractionSettings, RawDocuments, Source
+from transformers_nextflow.lora import lora_config
+from transformers_nextflow.training import (
+    ChatCollator,
+    NextFlowDPOTrainer,
+    NextFlowSFTTrainer,
+    NextFlowTrainer,
+    NextFlowTrainingArguments,
+)
+from transformers_nextflow.training.preferences import PreferenceCollator
+
+
+def picture(color: str, width: int = 24) -> Image.Image:
+    return Image.new("RGB", (width, 24), color)
+
+
+def asks(*content) -> dict:
+    return {"role": "user", "content": items(content)}
+
+
+def answers(*content) -> dict:
+    return {"role": "assistant", "content": items(content)}
+
+
+def items(content) -> list[dict]:
+    return [{"type": "text", "text": part} if part else {"type": "image"} for part in content]
+
+
+CHATS = [
+    {"messages": [asks("a red circle"), answers(None)], "images": [picture("red")]},
+    {"messages": [asks(None, "Describe the picture."), answers("a blue square")], "images": [picture("blue", 40)]},
+    {
+        "messages": [asks(None, "make it blue"), answers("There is one.", None), asks("a star"), answers(None)],
+        "images": [picture("red"), picture("blue", 40), picture("green")],
+    },
+]
+PAIRS = [
+    {
+        "prompt": [asks("a red circle")],
+        "chosen": [answers(None)],
+        "rejected": [answers(None)],
+        "images": [picture("red"), picture("blue")],
+    },
+    {
+        "prompt": [asks(None, "make it blue")],
+        "chosen": [answers("blue", None)],
+        "rejected": [answers(None)],
+        "images": [picture("red"), picture("blue", 40), picture("green")],
+    },
+]
+
+
+@pytest.fixture
+def model(data_checkpoint):
+    return NextFlowForConditionalGeneration.from_pretrained(data_checkpoint)
+
+
+def options(folder, **further) -> dict:
+    quiet = {"report_to": [], "use_cpu": True, "save_strategy": "no", "disable_tqdm": True, "logging_steps": 1}
+    steps = {"max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-3, "bf16": False}
+    return {"output_dir": str(folder), **quiet, **steps, "max_length": None} | further
+
+
+def logged(trainer, name="loss") -> list[float]:
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def test_tokens_and_targets_are_those_of_shards(data_checkpoint, tiny_processor, tmp_path):
+    """A batch's rows are the documents that extraction makes of the same chats."""
+    Dataset.from_list(CHATS).to_parquet(str(tmp_path / "chats.parquet"))
+    documents = RawDocuments(
+        Source(str(tmp_path / "chats.parquet")), data_checkpoint, ExtractionSettings(self_correction=None)
+    )
+    batch = ChatCollator(tiny_processor)(CHATS)
+    for row, document in enumerate(documents[index] for index in range(3)):
+        real = batch["attention_mask"][row].bool()
+        assert real.sum() == len(document["input_ids"])
+        for name in ("input_ids", "shift_labels"):
+            assert batch[name][row][real].tolist() == document[name].tolist()
+        assert (batch["shift_labels"][row][~real] == -100).all()
+    grids = [grid for index in range(3) for grid in documents[index]["image_grid_hw"].tolist()]
+    assert batch["image_grid_hw"].tolist() == grids
+
+
+def test_both_forms_of_labels_are_the_same_targets(model, tiny_processor):
+    batch = ChatCollator(tiny_processor)(CHATS)
+    shifted = batch.pop("shift_labels")
+    by_labels = model(**batch)
+    batch.pop("labels")
+    by_shifted = model(**batch, shift_labels=shifted)
+    assert by_labels.loss == by_shifted.loss and torch.equal(by_labels.token_losses, by_shifted.token_losses)
+    assert ((by_labels.token_losses > 0) == (shifted != -100)).all()
+
+
+def test_prompts_with_completions_are_chats(tiny_processor):
+    rows = [
+        {"prompt": "a red circle", "completion": [answers(None)], "image": picture("red")},
+        {"prompt": [asks(None, "Describe the picture.")], "completion": "a blue square", "images": [picture("blue")]},
+    ]
+    chats = [
+        CHATS[0],
+        {"messages": [asks(None, "Describe the picture."), answers("a blue square")], "images": [picture("blue")]},
+    ]
+    collator = ChatCollator(tiny_processor, pad_to_multiple_of=8)
+    expected, got = collator(chats), collator(rows)
+    assert expected["input_ids"].shape[1] % 8 == 0
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "message"),
+    [
+        ({"text": "a red circle"}, {}, "row 0 must have messages, or a prompt and its completion, got text"),
+        ({"messages": [asks("a red circle")]}, {}, "no message of the assistant"),
+        ({"messages": [asks("hi"), answers(None)]}, {}, "1 places for images, and 0 images"),
+        ({"messages": [asks("hi"), answers(None)], "images": ["red.png"]}, {}, "must hold PIL pictures, got .'str'"),
+        (CHATS[0], {"max_length": 8}, "positions, more than max_length=8"),
+        (CHATS[0], {"level": "7"}, "7"),
+    ],
+)
+def test_errors_name_the_row(row, options, message, tiny_processor):
+    with pytest.raises(ValueError, match=message):
+        ChatCollator(tiny_processor, **options)([row])
+
+
+def test_a_prompt_is_added_only_where_an_answer_is_to_follow(tiny_processor):
+    chat = [asks("a red circle")]
+    asked = tiny_processor.apply_chat_template(chat, tokenize=False)
+    assert asked == tiny_processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    answered = tiny_processor.apply_chat_template([*chat, answers("There is one.")], tokenize=False)
+    assert answered.endswith("There is one.<|im_end|>\n")
+    with pytest.raises(ValueError, match="some chats end in a message of the assistant"):
+        tiny_processor.apply_chat_template([chat, [*chat, answers("There is one.")]])
+
+
+def test_a_plain_trainer_learns_to_draw(model, tiny_processor, tmp_path):
+    arguments = TrainingArguments(
+        str(tmp_path),
+        remove_unused_columns=False,
+        max_steps=12,
+        learning_rate=1e-2,
+        per_device_train_batch_size=3,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="no",
+        logging_steps=1,
+    )
+    before = model.code_head.weight.detach().clone()
+    trainer = Trainer(model, arguments, ChatCollator(tiny_processor), CHATS, eval_dataset=CHATS)
+    first = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < 0.9 * first
+    assert not torch.equal(model.code_head.weight, before)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_answers_are_trained_by_the_models_own_loss(adapted, model, tiny_processor, tmp_path):
+    """Pictures too; as NextFlowTrainer has it, whose batches hold the same."""
+    reference = copy.deepcopy(model)
+    trained = get_peft_model(model, lora_config(r=2)) if adapted else model
+    args = SFTConfig(**options(tmp_path, per_device_train_batch_size=3, max_steps=8, learning_rate=1e-2))
+    data = {"train_dataset": Dataset.from_list(CHATS), "eval_dataset": Dataset.from_list(CHATS)}
+    trainer = NextFlowSFTTrainer(trained, args, processing_class=tiny_processor, **data)
+    batch = ChatCollator(tiny_processor)(CHATS)
+    arguments = NextFlowTrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    expected = NextFlowTrainer(reference, arguments).compute_loss(reference.train(), batch)
+    got = trainer.compute_loss(trainer.model.train(), dict(batch))
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=0)
+    expected.backward()
+    got.backward()
+    gradients = dict(reference.named_parameters())
+    if not adapted:
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                torch.testing.assert_close(parameter.grad, gradients[name].grad, rtol=1e-3, atol=1e-6, msg=name)
+    trainer.model.zero_grad()
+    before = {name: each.detach().clone() for name, each in trainer.model.named_parameters() if each.requires_grad}
+    trainer.train()
+    losses = logged(trainer)
+    assert losses[0] == pytest.approx(expected.item(), rel=1e-3) and losses[-1] < 0.8 * losses[0]
+    assert logged(trainer, "mean_token_accuracy")[-1] > logged(trainer, "mean_token_accuracy")[0]
+    moved = {
+        name for name, each in trainer.model.named_parameters() if name in before and (each != before[name]).any()
+    }
+    assert moved == set(before) and any("code_head" in name for name in moved)
+    assert trainer.evaluate()["eval_loss"] < losses[0]
+
+
+def test_what_pictures_cannot_be_trained_with_is_refused(model, tiny_processor, tmp_path):
+    data = {"train_dataset": Dataset.from_list(CHATS), "processing_class": tiny_processor}
+    for option in ({"loss_type": "dft"}, {"completion_only_loss": False}):
+        with pytest.raises(ValueError, match=next(iter(option))):
+            NextFlowSFTTrainer(copy.deepcopy(model), SFTConfig(**options(tmp_path, **option)), **data)
+    pairs = {"train_dataset": Dataset.from_list(PAIRS), "processing_class": tiny_processor}
+    with pytest.raises(ValueError, match="ld_alpha"):
+        NextFlowDPOTrainer(model, args=DPOConfig(**options(tmp_path, ld_alpha=0.5)), **pairs)
+    with pytest.raises(ValueError, match="num_scales must be at least 1, got 0"):
+        NextFlowDPOTrainer(model, args=DPOConfig(**options(tmp_path)), num_scales=0, **pairs)
+
+
+def answer_logps(model, batch: dict, num_scales: int | None) -> torch.Tensor:
+    """(2B,) of the answers' texts and first scales, from the logits of a whole forward."""
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values", "image_grid_hw")}
+    outputs = model(**inputs, shift_labels=batch["shift_labels"])
+    kept = (outputs.token_losses > 0) & (outputs.scale_ids <= (num_scales or 99))
+    return -(outputs.token_losses * kept).sum(dim=1)
+
+
+@pytest.mark.parametrize("num_scales", [None, 2])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_preferences_are_their_formula(adapted, num_scales, model, tiny_processor, tmp_path):
+    """DPO's: -log sigmoid(beta x (policy's less the reference's difference of chosen and rejected))."""
+    reference, changed = copy.deepcopy(model), copy.deepcopy(model)
+    enlarge_(changed)
+    trained = get_peft_model(model, lora_config(r=2)) if adapted else changed
+    args = DPOConfig(**options(tmp_path, beta=0.3, max_steps=6, learning_rate=1e-2))
+    data = {"train_dataset": Dataset.from_list(PAIRS), "processing_class": tiny_processor}
+    references = {} if adapted else {"ref_model": copy.deepcopy(reference)}
+    trainer = NextFlowDPOTrainer(trained, args=args, num_scales=num_scales, **references, **data)
+    batch = PreferenceCollator(tiny_processor, num_scales)(PAIRS)
+    with torch.no_grad():
+        policy = reference if adapted else changed  # adapters begin as nothing
+        chosen, rejected = (
+            answer_logps(policy, batch, num_scales) - answer_logps(reference, batch, num_scales)
+        ).chunk(2)
+        expected = -F.logsigmoid(0.3 * (chosen - rejected)).mean()
+        got = trainer.compute_loss(trainer.model, dict(batch))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+    assert adapted or abs(expected.item() - 0.6931) > 0.01
+    before = dict(trainer.model.get_base_model().named_parameters() if adapted else trainer.model.named_parameters())
+    before = {name: each.detach().clone() for name, each in before.items() if "code_head" in name}
+    trainer.train()
+    assert logged(trainer)[-1] < logged(trainer)[0]
+    assert logged(trainer, "rewards/accuracies")[-1] == 1
+    after = dict(trainer.model.get_base_model().named_parameters() if adapted else trainer.model.named_parameters())
+    assert any(not torch.equal(after[name], each) for name, each in before.items())
+
+
+def test_scored_are_answers_alone(tiny_processor):
+    whole, part = (PreferenceCollator(tiny_processor, scales)(PAIRS) for scales in (None, 2))
+    assert len(whole["input_ids"]) == 4
+    assert (whole["completion_mask"] == (whole["shift_labels"] != -100)).all()
+    # 24 x 24 pixels: 1, 4, 9 codes; 24 x 40: 1, 4, 8
+    assert (whole["completion_mask"] - part["completion_mask"]).sum(dim=1).tolist() == [9, 8, 9, 9]
+    with pytest.raises(ValueError, match="rejected missing"):
+        PreferenceCollator(tiny_processor)([{"prompt": "a", "chosen": "b"}])
