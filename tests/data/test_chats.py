@@ -1,6 +1,8 @@
 """Chats of a dataset as batches, and TRL's trainers of answers and preferences on pictures."""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -263,3 +265,14 @@ def test_scored_are_answers_alone(tiny_processor):
     assert (whole["completion_mask"] - part["completion_mask"]).sum(dim=1).tolist() == [9, 8, 9, 9]
     with pytest.raises(ValueError, match="rejected missing"):
         PreferenceCollator(tiny_processor)([{"prompt": "a", "chosen": "b"}])
+
+
+def test_the_page_of_trainings_runs(tmp_path, monkeypatch):
+    root = Path(__file__).parents[2]
+    blocks = re.findall(r"```python\n(.*?)```", (root / "docs" / "training.md").read_text(), flags=re.DOTALL)
+    (block,) = [each for each in blocks if "NextFlowDPOTrainer" in each]
+    (tmp_path / "checkpoints").symlink_to(root / "checkpoints")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(compile(block, "training.md", "exec"), names)
+    assert names["trainer"].state.global_step == 2
