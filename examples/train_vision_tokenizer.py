@@ -7,10 +7,10 @@ stage begins with what the stage before it wrote. On one device or under `accele
     python -m examples.train_vision_tokenizer --model runs/pixel --images photos --stage joint --output_dir runs/joint
     python -m examples.train_vision_tokenizer --model runs/joint --images photos --stage decoder --output_dir runs/vq
 
-The teacher of the joint stage is the semantic encoder as the stage finds it: earlier stages leave it alone.
+The teacher of a first joint stage is the semantic encoder as the stage finds it: earlier stages leave it alone. It is
+kept in the output folder, where another joint stage finds it; `--teacher` names another.
 """
 
-import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from transformers_nextflow.training import (
     ImageBatches,
     NextFlowVQTrainer,
     NextFlowVQTrainingArguments,
+    load_teacher,
     prepare_vq_stage,
 )
 from transformers_nextflow.utils.loading import load_vq_model, model_name
@@ -39,6 +40,9 @@ class ScriptArguments:
             "help": "folder or Hub id of a vision tokenizer or a NextFlow; default: the repository's checkpoint"
         },
     )
+    teacher: str | None = field(
+        default=None, metadata={"help": "vision model whose features the joint stage distils; default: see above"}
+    )
     level: str | None = field(default=None, metadata={"help": "of the pictures; default: the highest"})
     images_per_batch: int = field(default=16, metadata={"help": "pictures of one size in a batch"})
     ema_decay: float | None = field(default=None, metadata={"help": "keep a moving average of the trained weights"})
@@ -54,8 +58,10 @@ def pictures(folder: str) -> list[Path]:
 def main() -> None:
     parser = HfArgumentParser((ScriptArguments, NextFlowVQTrainingArguments))
     script, arguments = parser.parse_args_into_dataclasses()
-    model = prepare_vq_stage(load_vq_model(model_name(script.model)), arguments.stage)
-    teacher = copy.deepcopy(model.semantic_encoder) if arguments.stage == "joint" else None
+    name = model_name(script.model)
+    model = load_vq_model(name)
+    teacher = load_teacher(model, name, script.teacher) if arguments.stage == "joint" else None
+    model = prepare_vq_stage(model, arguments.stage)
     image_processor = NextFlowImageProcessor.from_vq_config(model.config)
 
     def batches(folder: str) -> ImageBatches:

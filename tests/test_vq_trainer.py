@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageFile
 from safetensors.torch import load_file
 
 from tests.tiny_models import tiny_config
 from transformers_nextflow import NextFlowImageProcessor, NextFlowVQModel
+from transformers_nextflow.image_processing_nextflow import upright_size
 from transformers_nextflow.training import (
     ImageBatches,
     NextFlowVQTrainer,
@@ -23,6 +24,7 @@ from transformers_nextflow.training import (
     enlarge_decoder,
     prepare_vq_stage,
 )
+from transformers_nextflow.training.metrics import ssim
 from transformers_nextflow.training.vq_losses import PatchDiscriminator, adaptive_weight, codebook_losses
 
 ROOT = Path(__file__).parents[1]
@@ -341,6 +343,78 @@ def test_evaluation_measures_whole_pictures_and_draws_a_sheet(model, tmp_path):
         assert sheet.size == (8 * 16, 2 * 12)
 
 
+def test_items_of_a_batch_count_by_their_pictures(model, tmp_path):
+    """Joined where their sizes are one, run apart where not; evaluations do not depend on it."""
+    run = trainer(prepare_vq_stage(model, "pixel"), tmp_path, scale_drop=0.0, per_device_train_batch_size=3)
+    items = [{"pixel_values": Pictures()[index]["pixel_values"][: 1 + index]} for index in (0, 1, 2)]
+    sizes = run.data_collator(items)["pixel_values"]
+    assert [len(pixels) for pixels in sizes] == [1 + 3, 2]
+    alone = [
+        run.compute_loss(run.model, {"pixel_values": pixels[None]})
+        for item in items
+        for pixels in item["pixel_values"]
+    ]
+    joined = run.compute_loss(run.model, {"pixel_values": sizes})
+    torch.testing.assert_close(joined, sum(alone) / 6)
+    run.train()
+    metrics = []
+    for count in (1, 4):
+        run.args.per_device_eval_batch_size = count
+        metrics.append(run.evaluate(Pictures()))
+    assert metrics[0] == pytest.approx(metrics[1], rel=1e-6)
+
+
+def test_checkpointing_gives_the_same_gradients(model, tmp_path):
+    pixels, gradients = Pictures()[0]["pixel_values"], []
+    for checkpointing in (False, True):
+        prepared = prepare_vq_stage(copy.deepcopy(model), "pixel")
+        run = trainer(prepared, tmp_path, max_steps=1, activation_checkpointing=checkpointing, scale_drop=0.0)
+        run.train()
+        prepared.zero_grad()
+        calls = []
+        for module in prepared.pixel_decoder.modules():
+            if type(module).__name__ == "ResidualBlock":
+                module.register_forward_hook(lambda *args: calls.append(1))
+        blocks = sum(type(module).__name__ == "ResidualBlock" for module in prepared.pixel_decoder.modules())
+        run.compute_loss(run.model, {"pixel_values": pixels}).backward()
+        assert len(calls) == blocks * (1 + checkpointing)
+        gradients.append([p.grad for p in prepared.parameters() if p.grad is not None])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_ssim_is_wangs_and_lpips_is_measured_where_a_network_is(model, tmp_path):
+    from skimage.metrics import structural_similarity
+
+    pair = torch.rand(2, 3, 20, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    near = (pair[0] + 0.3 * pair[1]).clamp(-1, 1)
+    expected = structural_similarity(
+        near.double().numpy(),
+        pair[0].double().numpy(),
+        channel_axis=0,
+        data_range=2.0,
+        gaussian_weights=True,
+        sigma=1.5,
+        use_sample_covariance=False,
+    )
+    assert float(ssim(near[None], pair[:1])) == pytest.approx(expected, abs=1e-9)
+    assert ssim(pair, pair).tolist() == [1.0, 1.0] and float(ssim(pair[:1, :, :8], near[None, :, :8])) < 0.99
+
+    class Distance(torch.nn.Module):
+        def forward(self, one, other):
+            return (one - other).abs().flatten(1).sum(1).view(-1, 1, 1, 1)
+
+    run = trainer(prepare_vq_stage(model, "pixel"), tmp_path)
+    run.perceptual = Distance()
+    values = []
+    for index in range(6):
+        pixels = Pictures()[index]["pixel_values"]
+        values += (
+            (model(pixels, pixel_only=True).reconstruction.clamp(-1, 1) - pixels).abs().flatten(1).sum(1).tolist()
+        )
+    assert run.evaluate(Pictures())["eval_lpips"] == pytest.approx(np.mean(values), rel=1e-5)
+
+
 def test_two_processes_evaluate_as_one(model, tmp_path):
     """Five batches, which do not divide evenly."""
     five = torch.utils.data.Subset(Pictures(), range(5))
@@ -400,12 +474,64 @@ def test_image_batches_hold_every_picture_once_at_its_schedule(tmp_path, model):
     assert [sorted(map(int, batch)) for batch in batches._batches] != members
 
 
+def test_sizes_are_read_from_headers_and_a_damaged_picture_costs_itself(tmp_path, model, monkeypatch):
+    """Pictures of either format torn in the middle and in the header, alone in a batch and among others."""
+    rng = np.random.default_rng(0)
+    for number in range(8):
+        suffix = "jpg" if number % 2 else "png"
+        path = tmp_path / f"{number}.{suffix}"
+        Image.fromarray(rng.integers(0, 255, (90, 90, 3), dtype=np.uint8)).save(path)
+        if number < 4:
+            data = path.read_bytes()
+            path.write_bytes(data[: len(data) // 2 if number < 2 else 10])
+    paths = sorted(tmp_path.iterdir())
+    processor = NextFlowImageProcessor.from_vq_config(model.config)
+    decode = ImageFile.ImageFile.load
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
+    one, all_of_them = (ImageBatches(paths, processor, batch_size) for batch_size in (1, 8))
+    monkeypatch.setattr(ImageFile.ImageFile, "load", decode)
+    assert sorted(all_of_them.damaged) == [2, 3] and len(one) == 6 and len(all_of_them) == 1
+    whole = {processor(path, level="12", return_tensors="pt")["pixel_values"].sum().item() for path in paths[4:]}
+    shown = all_of_them[0]["pixel_values"]
+    assert len(shown) == 4 and sorted(all_of_them.damaged) == [0, 1, 2, 3]
+    seen = [one[place]["pixel_values"] for place in range(6)]
+    assert all(len(pixels) == 1 for pixels in seen) and sorted(one.damaged) == [0, 1, 2, 3]
+    for pixels in (shown, torch.cat(seen)):
+        sums = {round(picture.sum().item(), 1) for picture in pixels}
+        assert sums == {round(value, 1) for value in whole}
+    with pytest.raises(ValueError, match="none of 2 images can be read, the first: "):
+        ImageBatches(paths[2:4], processor, 1)
+    with pytest.raises(ValueError, match="none of 2 images can be read"):
+        ImageBatches(paths[:2], processor, 1)[0]
+
+
+def test_a_png_lies_on_its_side_wherever_its_file_says_so(tmp_path, model):
+    """EXIF before the pixels, as Pillow writes it, and after them."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (20, 40)).save(tmp_path / "before.png", exif=exif)
+    data = (tmp_path / "before.png").read_bytes()
+    at = data.index(b"eXIf") - 4
+    chunk = data[at : at + 12 + int.from_bytes(data[at : at + 4], "big")]
+    end = len(data) - 12
+    (tmp_path / "after.png").write_bytes(data[:at] + data[at + len(chunk) : end] + chunk + data[end:])
+    Image.new("RGB", (20, 40)).save(tmp_path / "none.png")
+    sizes = {}
+    for path in tmp_path.iterdir():
+        with Image.open(path) as image:
+            sizes[path.stem] = upright_size(image)
+            assert image.getexif().get(0x0112) == (None if path.stem == "none" else 6)
+            image.load()
+    assert sizes == {"before": (20, 40), "after": (20, 40), "none": (40, 20)}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"stage": "both"}, "stage must be one of pixel, joint, decoder, got 'both'"),
         ({"codebook_loss": "vqgan"}, "codebook_loss must be one of tokenflow, var, got 'vqgan'"),
         ({"scale_drop": 1.5}, "scale_drop must lie in \\[0, 1\\], got 1.5"),
+        ({"label_smoothing_factor": 0.1}, "pictures have no labels, got 0.1"),
         ({"codebook_weight": -1.0}, "codebook_weight must not be negative, got -1.0"),
         ({"stage": "joint"}, "give `teacher`"),
     ],

@@ -95,6 +95,9 @@ class NextFlowVQConfig(ConfigBringsCode, PreTrainedConfig):
             Full-length schedules as lists of `[height, width]`; `None` is table 14.
         levels (`dict[str, int]`, *optional*):
             Level name to number of scales; `None` is `{"256": 12, "512": 16, "1024": 18}`.
+        training_stages (`list[str]`, *optional*):
+            Stages of training (sec. 3.1) that the weights have begun, in order. After a `"joint"` one the semantic
+            encoder is its own teacher no more, after a `"decoder"` one the pixel decoder has its twofold capacity.
     """
 
     model_type = "nextflow_vq"
@@ -134,6 +137,7 @@ class NextFlowVQConfig(ConfigBringsCode, PreTrainedConfig):
     decoder_blocks: int = 6
     scale_schedules: list | None = None
     levels: dict[str, int] | None = None
+    training_stages: list[str] | None = None
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):

@@ -23,6 +23,7 @@ from .scales import ScaleSchedule, ScheduleTable, schedule_table
 
 SIXTEEN_BIT_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 CHANNELS = (1, 3, 4)
+PNG_TEXTS, PNG_EXIF_TEXT = (b"tEXt", b"zTXt", b"iTXt"), b"Raw profile type exif"
 ORIENTATION = 0x0112  # EXIF; from 5 on a picture lies on its side
 
 # What Pillow's decoders raise of damaged files; `DecompressionBombError` is beyond twice `Image.MAX_IMAGE_PIXELS`.
@@ -57,8 +58,27 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """(height, width) of a picture once it is upright, by its header alone."""
-    lies = image.getexif().get(ORIENTATION, 1) >= 5
+    lies = _may_have_exif(image) and image.getexif().get(ORIENTATION, 1) >= 5
     return (image.width, image.height) if lies else (image.height, image.width)
+
+
+def _may_have_exif(image: Image.Image) -> bool:
+    """False only where there is none. Pillow decodes a PNG to find out, since EXIF may follow the pixels; names of
+    chunks tell it too."""
+    if image.format != "PNG" or "exif" in image.info or getattr(image, "fp", None) is None:
+        return True
+    file, place = image.fp, image.fp.tell()
+    try:
+        file.seek(8)  # the signature
+        while len(head := file.read(8)) == 8:
+            length, name = int.from_bytes(head[:4], "big"), head[4:]
+            start = file.tell()
+            if name == b"eXIf" or (name in PNG_TEXTS and file.read(len(PNG_EXIF_TEXT)) == PNG_EXIF_TEXT):
+                return True
+            file.seek(start + length + 4)  # a checksum ends each
+        return False
+    finally:
+        file.seek(place)
 
 
 class NextFlowImageProcessorKwargs(ImagesKwargs, total=False):

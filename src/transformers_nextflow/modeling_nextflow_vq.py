@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.siglip2.configuration_siglip2 import Siglip2VisionConfig
 from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionEmbeddings, Siglip2VisionModel
 from transformers.utils import ModelOutput, can_return_tuple
@@ -43,7 +44,7 @@ def unpatchify(patches: torch.Tensor, grid: Grid, patch_size: int) -> torch.Tens
     return pixels.permute(0, 5, 1, 3, 2, 4).reshape(B, -1, h * patch_size, w * patch_size)
 
 
-class ResidualBlock(nn.Module):
+class ResidualBlock(GradientCheckpointingLayer):
     """GroupNorm-SiLU-Conv twice, beside a shortcut."""
 
     def __init__(self, config: NextFlowVQConfig, in_channels: int, out_channels: int):
@@ -60,7 +61,7 @@ class ResidualBlock(nn.Module):
         return self.shortcut(hidden) + update
 
 
-class AttnBlock(nn.Module):
+class AttnBlock(GradientCheckpointingLayer):
     """Single-head self-attention over all positions of the coarsest resolution."""
 
     def __init__(self, config: NextFlowVQConfig, channels: int):

@@ -268,6 +268,23 @@ def test_every_epoch_sees_all_packs_in_an_order_of_its_own(dataset, data_model, 
     assert sorted(first) == sorted(second) == list(range(8)) and first != second
 
 
+def test_workers_that_outlive_an_epoch_are_told_the_next(dataset, data_model, tmp_path):
+    """Self-corrected variants by epoch: losses with persistent workers are those without any."""
+    run = {"max_steps": 4, "gradient_accumulation_steps": 4, "learning_rate": 0.0}
+    alone = train(copy.deepcopy(data_model), dataset, tmp_path, **run)
+    kept = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    workers = train(copy.deepcopy(data_model), dataset, tmp_path, **run, **kept)
+    assert losses(workers) == losses(alone)
+    epochs = [sum(row["loss"] for row in losses(alone)[start : start + 2]) for start in (0, 2)]
+    assert epochs[0] != pytest.approx(epochs[1], rel=1e-7)
+
+
+def test_the_attention_is_not_watched_if_asked(dataset, data_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(training_logits.LargestAttentionLogit, "__enter__", lambda self: pytest.fail("watched"))
+    run = train(copy.deepcopy(data_model), dataset, tmp_path, log_attention_logits=False)
+    assert "max_attention_logit" not in run.state.log_history[0] and "loss_text" in run.state.log_history[0]
+
+
 def test_uneven_packs_are_refused(dataset, data_model, tmp_path):
     with pytest.raises(ValueError, match="8 packs or documents do not divide by the 3 .* --multiple-of 3"):
         train(copy.deepcopy(data_model), dataset, tmp_path, gradient_accumulation_steps=3)

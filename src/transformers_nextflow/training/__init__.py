@@ -2,8 +2,9 @@
 
 - `stages.py`, `stages.yaml`: the stages of table 2: what each trains, at which level, on which mixture.
 - `trainer.py`: [`NextFlowTrainer`] for the transformer, with every part of the loss logged apart.
-- `vq_trainer.py`, `vq_losses.py`, `images.py`: [`NextFlowVQTrainer`] for the vision tokenizer, its losses, and
-  pictures in batches of one size.
+- `vq_trainer.py`, `vq_losses.py`, `teacher.py`, `images.py`: [`NextFlowVQTrainer`] for the vision tokenizer, its
+  losses, whose features it distils, and pictures in batches of one size.
+- `metrics.py`: PSNR, SSIM, LPIPS.
 - `chats.py`, `supervised.py`, `preferences.py`, `joint_head.py`: chats in the columns of TRL's datasets, and TRL's
   trainers of answers and of preferences on pictures.
 - `attention_logits.py`: the largest attention logit, for the log.
@@ -29,6 +30,7 @@ _MODULE_OF = {
     "Stage": "stages",
     "enlarge_decoder": "vq_trainer",
     "load_stages": "stages",
+    "load_teacher": "teacher",
     "prepare_vq_stage": "vq_trainer",
 }
 __all__ = list(_MODULE_OF)

@@ -7,13 +7,19 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
+from transformers.utils import logging
 
-from ..image_processing_nextflow import NextFlowImageProcessor, upright_size
+from ..image_processing_nextflow import DAMAGED, NextFlowImageProcessor, upright_size
 from ..modeling_nextflow_vq import unpatchify
+
+logger = logging.get_logger(__name__)
 
 
 class ImageBatches(Dataset):
     """Map-style dataset whose items are batches: pictures of one scale schedule, in an order by seed and epoch.
+
+    Sizes are read from the pictures' headers. A damaged picture is named in a warning and left out: at once where its
+    header is damaged, and else of each batch that it is a part of; a batch without any other is the next one instead.
 
     Args:
         images: paths or PIL images, for instance the column of an image dataset.
@@ -21,8 +27,11 @@ class ImageBatches(Dataset):
         batch_size: pictures in an item; the last item of each size may hold fewer, no picture is left out.
         level: of the schedules (default: the highest).
 
+    Attributes:
+        damaged: what is known to be wrong, by the picture's number in `images`; each worker has its own.
+
     Raises:
-        ValueError: for no pictures, or a `batch_size` below 1.
+        ValueError: for no pictures that can be read, or a `batch_size` below 1.
     """
 
     def __init__(
@@ -41,10 +50,22 @@ class ImageBatches(Dataset):
         table = image_processor.schedule_table()
         self.level = table.level_of(table.of_level(level)[0].final_grid)
         self._groups: dict[tuple[int, int], list[int]] = {}
+        self.damaged: dict[int, str] = {}
         for index in range(len(images)):
-            grid = table.nearest_to_image(*self._size(index), self.level).final_grid
-            self._groups.setdefault(grid, []).append(index)
+            try:
+                grid = table.nearest_to_image(*self._size(index), self.level).final_grid
+            except DAMAGED as error:
+                self._leave_out(index, error)
+            else:
+                self._groups.setdefault(grid, []).append(index)
+        if not self._groups:
+            raise ValueError(f"none of {len(images)} images can be read, the first: {self.damaged[0]}")
         self.set_epoch(0)
+
+    def _leave_out(self, index: int, error: Exception) -> None:
+        if index not in self.damaged:
+            self.damaged[index] = str(error)
+            logger.warning(f"left out {self.images[index]}, the {len(self.damaged)}. damaged image: {error}")
 
     def _size(self, index: int) -> tuple[int, int]:
         image = self.images[index]
@@ -68,10 +89,21 @@ class ImageBatches(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """`pixel_values` (B, 3, H, W) float32 in [-1, 1]."""
-        pictures = [self.images[int(number)] for number in self._batches[index]]
-        data = self.image_processor(pictures, level=self.level, return_tensors="pt")
-        pixels, grid = data["pixel_values"], data["image_grid_hw"][0].tolist()
-        if self.image_processor.image_size is None:
-            patches = pixels.view(len(pictures), -1, pixels.shape[-1])
-            pixels = unpatchify(patches, grid, self.image_processor.patch_size)
-        return {"pixel_values": pixels}
+        for place in range(index, index + len(self)):
+            pictures = []
+            for number in self._batches[place % len(self)]:
+                try:
+                    pictures.append(self._pixels(int(number)))
+                except DAMAGED as error:
+                    self._leave_out(int(number), error)
+            if pictures:
+                return {"pixel_values": torch.stack(pictures)}
+        raise ValueError(f"none of {len(self.images)} images can be read")
+
+    def _pixels(self, number: int) -> torch.Tensor:
+        """(3, H, W)"""
+        data = self.image_processor(self.images[number], level=self.level, return_tensors="pt")
+        pixels = data["pixel_values"]
+        if self.image_processor.image_size is not None:
+            return pixels[0]
+        return unpatchify(pixels[None], data["image_grid_hw"][0].tolist(), self.image_processor.patch_size)[0]

@@ -1,6 +1,6 @@
 """[`OrderedTrainer`]: a resumed training sees what an undisturbed one sees, an evaluation each of its items once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from torch.utils.data import Dataset, Sampler
@@ -23,6 +23,38 @@ class EpochOrder(Sampler[int]):
 
     def __iter__(self):
         yield from np.random.default_rng([self.seed, self.epoch]).permutation(self.num_items).tolist()
+
+
+class WithEpoch(Sampler[tuple[int, int]]):
+    """Each of an order's indices with the order's epoch."""
+
+    def __init__(self, order: EpochOrder):
+        self.order = order
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        for index in self.order:
+            yield self.order.epoch, index
+
+
+class ToldEpochs(Dataset):
+    """A dataset with `set_epoch` as items of (epoch, index): each index says its epoch, since workers that outlive an
+    epoch see nothing of what the main process sets."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset, self.epoch = dataset, None
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, place: tuple[int, int]):
+        epoch, index = place
+        if epoch != self.epoch:
+            self.dataset.set_epoch(epoch)
+            self.epoch = epoch
+        return self.dataset[index]
 
 
 class EvenShares(Dataset):
@@ -48,7 +80,7 @@ class EvenShares(Dataset):
 class OrderedTrainer(Trainer):
     """Trainer whose data comes in an [`EpochOrder`], by `data_seed` or else `seed`.
 
-    Datasets with `set_epoch` are told the epoch. `train` goes on from whole checkpoints alone. Devices share an
+    Datasets with `set_epoch` are told the epoch, in every worker. `train` goes on from whole checkpoints alone. Devices share an
     evaluation by [`EvenShares`].
     """
 
@@ -78,6 +110,14 @@ class OrderedTrainer(Trainer):
             eval_dataset = EvenShares(eval_dataset, self.args.eval_batch_size * self.args.world_size, self.blank)
         return super().get_eval_dataloader(eval_dataset)
 
+    def _get_dataloader(self, dataset, description, batch_size, sampler_fn=None, is_training=False, **kwargs):
+        if not is_training or not hasattr(dataset, "set_epoch"):
+            return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, **kwargs)
+        order = WithEpoch(sampler_fn(dataset))
+        return super()._get_dataloader(
+            ToldEpochs(dataset), description, batch_size, lambda _: order, is_training, **kwargs
+        )
+
     def _get_train_sampler(self, train_dataset=None) -> Sampler:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         self._order = EpochOrder(len(self.train_dataset if train_dataset is None else train_dataset), seed)
@@ -85,13 +125,10 @@ class OrderedTrainer(Trainer):
 
 
 class _Epochs(TrainerCallback):
-    """Tells order and dataset which epoch it is, below whatever wraps them in a resumed or distributed run."""
+    """Tells the order which epoch it is, below whatever wraps it in a resumed or distributed run."""
 
     def __init__(self, trainer: OrderedTrainer):
         self.trainer = trainer
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        epoch = int(state.epoch)
-        self.trainer._order.set_epoch(epoch)
-        if hasattr(self.trainer.train_dataset, "set_epoch"):
-            self.trainer.train_dataset.set_epoch(epoch)
+        self.trainer._order.set_epoch(int(state.epoch))

@@ -30,6 +30,9 @@ class NextFlowTrainingArguments(TrainingArguments):
         z_loss (`float`, defaults to 0.0):
             Coefficient of the squared log-sum-exp added to every target's cross-entropy, and weighed like it, in
             `loss` alone; 0 is the paper's loss.
+        log_attention_logits (`bool`, defaults to `True`):
+            Whether `max_attention_logit` is logged, which costs half of the attention's forward in the batch before
+            each log.
 
     Raises:
         ValueError: for a negative or infinite `z_loss`, or a `label_smoothing_factor`.
@@ -39,6 +42,7 @@ class NextFlowTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "packs hold what the forward takes"})
     peak_flops: float | None = field(default=None, metadata={"help": "FLOP/s of one device, to log its utilisation"})
     z_loss: float = field(default=0.0, metadata={"help": "coefficient of the squared log-sum-exp in the loss"})
+    log_attention_logits: bool = field(default=True, metadata={"help": "log the largest attention logit"})
 
     def __post_init__(self):
         super().__post_init__()
@@ -117,7 +121,7 @@ class NextFlowTrainer(OrderedTrainer):
         else:
             inputs["num_items_in_batch"] = 1.0  # the sum over the batch, which as an argument would be scaled
             num_items_in_batch = None
-        watched = model.training and self._log_follows()
+        watched = model.training and getattr(self.args, "log_attention_logits", True) and self._log_follows()
         with LargestAttentionLogit(self._nextflow.model) if watched else nullcontext() as largest:
             loss, outputs = super().compute_loss(
                 model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch

@@ -1,6 +1,7 @@
 """[`NextFlowVQTrainer`]: transformers' Trainer for the vision tokenizer, in NextFlow's three stages (sec. 3.1)."""
 
 import copy
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,12 +13,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.func import functional_call
-from transformers import TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from ..modeling_nextflow_vq import AttnBlock, NextFlowVQModel, NextFlowVQOutput, ResidualBlock
 from ..quantizer import CODEBOOK_LOSSES, QuantizerOutput
-from ..utils.files import write_atomically
+from ..utils.files import output_folder, write_atomically
+from .metrics import lpips, psnr, ssim
 from .order import OrderedTrainer
+from .teacher import FOLDER as TEACHER
 from .vq_losses import (
     PatchDiscriminator,
     adaptive_weight,
@@ -62,7 +65,8 @@ class NextFlowVQTrainingArguments(TrainingArguments):
             batch looked up; 0 is never.
 
     Raises:
-        ValueError: for an unknown `stage` or `codebook_loss`, negative weights, or a share outside [0, 1].
+        ValueError: for an unknown `stage` or `codebook_loss`, negative weights, a share outside [0, 1], or a
+            `label_smoothing_factor`.
     """
 
     stage: str = field(default="pixel", metadata={"help": "pixel, joint or decoder", "choices": STAGES})
@@ -70,8 +74,8 @@ class NextFlowVQTrainingArguments(TrainingArguments):
     lr_scheduler_type: str = field(default="constant", metadata={"help": "how the learning rate goes on"})
     weight_decay: float = field(default=0.0, metadata={"help": "of matrices"})
     adam_beta2: float = field(default=0.95, metadata={"help": "of AdamW"})
-    per_device_train_batch_size: int = field(default=1, metadata={"help": "items of the dataset, which are batches"})
-    per_device_eval_batch_size: int = field(default=1, metadata={"help": "items of the dataset, which are batches"})
+    per_device_train_batch_size: int = field(default=1, metadata={"help": "items of the dataset, batches themselves"})
+    per_device_eval_batch_size: int = field(default=1, metadata={"help": "items of the dataset, batches themselves"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "batches hold what is needed"})
     codebook_loss: str = field(
         default="tokenflow", metadata={"help": "form of codebook and commitment loss", "choices": CODEBOOK_LOSSES}
@@ -96,6 +100,8 @@ class NextFlowVQTrainingArguments(TrainingArguments):
         for name in ("l2", "perceptual", "codebook", "commitment", "distillation", "discriminator"):
             if (weight := getattr(self, f"{name}_weight")) < 0:
                 raise ValueError(f"{name}_weight must not be negative, got {weight}")
+        if self.label_smoothing_factor:
+            raise ValueError(f"label_smoothing_factor: pictures have no labels, got {self.label_smoothing_factor}")
         if not 0 <= self.scale_drop <= 1:
             raise ValueError(f"scale_drop must lie in [0, 1], got {self.scale_drop}")
 
@@ -118,13 +124,17 @@ def prepare_vq_stage(model: NextFlowVQModel, stage: str) -> NextFlowVQModel:
     - `"pixel"`: pixel encoder, pixel decoder and the pixel half of the codebook; semantic features and entries count
       as 0.
     - `"joint"`: all of it, from those weights. Bring a semantic encoder with the teacher's weights.
-    - `"decoder"`: the pixel decoder alone, in a copy with twice its residual blocks, [`enlarge_decoder`]; codes stay
-      what they were.
+    - `"decoder"`: the pixel decoder alone, with twice its residual blocks, [`enlarge_decoder`], in a copy of the
+      model; one that was in this stage before goes on as it is. Codes stay what they were.
+
+    The stage is noted in the config's `training_stages`.
     """
     if stage not in STAGES:
         raise ValueError(f"stage must be one of {', '.join(STAGES)}, got {stage!r}")
-    if stage == "decoder":
+    stages = model.config.training_stages or []
+    if stage == "decoder" and stage not in stages:
         model = enlarge_decoder(model)
+    model.config.training_stages = [*stages, *({stage} - set(stages))]
     model.requires_grad_(stage == "joint")
     if stage != "joint":
         model.pixel_decoder.requires_grad_(True)
@@ -158,6 +168,9 @@ class VQTraining(nn.Module):
         super().__init__()
         self.vq_model, self.discriminator = vq_model, discriminator
 
+    def activation_checkpointing_enable(self, **kwargs) -> None:
+        self.vq_model.activation_checkpointing_enable(**kwargs)
+
     def forward(
         self, pixel_values: torch.Tensor, adversarial: bool = False, **kwargs
     ) -> tuple[NextFlowVQOutput, dict[str, torch.Tensor]]:
@@ -177,8 +190,8 @@ class NextFlowVQTrainer(OrderedTrainer):
 
     Logged beside `loss`: each loss by its name (`loss_reconstruction`, `loss_codebook`, ..), `psnr` in dB, and for
     every scale `usage_scale_1` .. (share of its entries chosen since the last log), `perplexity_scale_1` .. and
-    `residual_scale_1` .. (root mean square of what is left to quantise before it). `evaluate` gives PSNR and SSIM
-    without dropped scales, and writes a sheet of pictures above their reconstructions to
+    `residual_scale_1` .. (root mean square of what is left to quantise before it). `evaluate` gives PSNR, SSIM
+    and LPIPS without dropped scales, and writes a sheet of pictures above their reconstructions to
     `output_dir/reconstructions`. A checkpoint is a folder for `NextFlowVQModel.from_pretrained`.
 
     Differs from TokenFlow's training: discriminator and tokenizer share one optimizer, which moves each by its own
@@ -188,13 +201,14 @@ class NextFlowVQTrainer(OrderedTrainer):
     Args:
         model: as [`prepare_vq_stage`] left it; parameters frozen since then stay frozen.
         train_dataset, eval_dataset: items are batches, dicts of `pixel_values` (B, 3, H, W) in [-1, 1] of one size, as
-            [`ImageBatches`] gives them.
-        teacher: vision model of the semantic encoder's kind whose features the joint stage distils; it stays frozen.
+            [`ImageBatches`] gives them; several in a forward are joined, and run apart where their sizes differ.
+        teacher: vision model of the semantic encoder's kind whose features the joint stage distils, see
+            [`~teacher.load_teacher`]; it stays frozen, and is left in `output_dir/teacher`.
         perceptual: network of two (B, 3, H, W) pictures whose mean output is their distance; by default `lpips`' VGG.
 
     Raises:
         ImportError: if the perceptual loss has a weight, and neither `perceptual` nor the package `lpips` is there.
-        ValueError: for a joint stage without a teacher.
+        ValueError: for a joint stage without a teacher, or for `load_best_model_at_end`.
     """
 
     def __init__(
@@ -203,7 +217,7 @@ class NextFlowVQTrainer(OrderedTrainer):
         args: NextFlowVQTrainingArguments,
         train_dataset=None,
         eval_dataset=None,
-        teacher: nn.Module | None = None,
+        teacher: PreTrainedModel | None = None,
         perceptual: nn.Module | None = None,
         **kwargs,
     ):
@@ -212,12 +226,12 @@ class NextFlowVQTrainer(OrderedTrainer):
         if args.load_best_model_at_end:
             raise ValueError("load_best_model_at_end is not for this trainer; checkpoints load by `from_pretrained`")
         if args.perceptual_weight and perceptual is None:
-            perceptual = _lpips()
+            perceptual = lpips()
         with torch.random.fork_rng():
             torch.manual_seed(args.seed)
             discriminator = PatchDiscriminator() if args.discriminator_weight else None
         module = VQTraining(model, discriminator)
-        super().__init__(module, args, _only_item, train_dataset, eval_dataset, **kwargs)
+        super().__init__(module, args, _by_size, train_dataset, eval_dataset, **kwargs)
         frozen = {"teacher": teacher, "perceptual": perceptual}
         for name, network in frozen.items():
             setattr(self, name, network and network.requires_grad_(False).eval().to(args.device))
@@ -225,6 +239,14 @@ class NextFlowVQTrainer(OrderedTrainer):
         self._restarts = Restarts(model, self.accelerator, args) if args.restart_steps else None
         if self._restarts is not None:
             self.add_callback(self._restarts)
+
+    def train(self, *args, **kwargs):
+        if self.args.stage == "joint" and self.is_world_process_zero():
+            folder = Path(self.args.output_dir) / TEACHER
+            shutil.rmtree(folder, ignore_errors=True)
+            with output_folder(folder) as partial:
+                self.teacher.save_pretrained(partial)
+        return super().train(*args, **kwargs)
 
     @property
     def vq_model(self) -> NextFlowVQModel:
@@ -239,7 +261,18 @@ class NextFlowVQTrainer(OrderedTrainer):
         return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        args, pixel_values = self.args, inputs["pixel_values"]
+        """The mean over the pictures of `pixel_values`, or over those of a list of such."""
+        batches = inputs["pixel_values"]
+        batches = batches if isinstance(batches, list) else [batches]
+        total, outputs = 0.0, []
+        for pixel_values in batches:
+            loss, output = self._loss_of_size(model, pixel_values)
+            total = total + loss * len(pixel_values) / sum(map(len, batches))
+            outputs.append(output)
+        return (total, outputs) if return_outputs else total
+
+    def _loss_of_size(self, model, pixel_values: torch.Tensor) -> tuple[torch.Tensor, NextFlowVQOutput]:
+        args = self.args
         weights = args.loss_weights(self.state.global_step + 1)
         adversarial, pixel_only = weights["adversarial"] > 0, args.stage == "pixel"
         keep_scales = self._draw_scales(self.vq_model.schedules.by_size(*pixel_values.shape[-2:]))
@@ -261,11 +294,10 @@ class NextFlowVQTrainer(OrderedTrainer):
         if adversarial and args.adaptive_discriminator_weight:
             last_layer = self.vq_model.pixel_decoder.conv_out.weight
             weights["adversarial"] *= adaptive_weight(losses["reconstruction"], losses["adversarial"], last_layer)
-        total = sum(weights[name] * loss for name, loss in losses.items())
         self._measured.add(losses, output, pixel_values)
         if self._restarts is not None:
             self._restarts.see(output.quantization)
-        return (total, output) if return_outputs else total
+        return sum(weights[name] * loss for name, loss in losses.items()), output
 
     def _draw_scales(self, schedule) -> list[bool] | None:
         """Which scales take part in this batch: all, or the first and about half of the others."""
@@ -282,24 +314,20 @@ class NextFlowVQTrainer(OrderedTrainer):
         return item | {"counts": False}
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Mean `psnr` (dB) and `ssim` of reconstructions over the pictures of all batches."""
-        from skimage.metrics import structural_similarity
-
+        """Mean `psnr` (dB), `ssim` and, with a perceptual network, `lpips` of reconstructions over all pictures."""
         model = self.vq_model.eval()
-        sums, shown = torch.zeros(3, dtype=torch.float64), []
-        for batch in self.get_eval_dataloader(eval_dataset):
-            pixels = batch["pixel_values"]
-            with torch.no_grad():
-                rebuilt = model(pixels, pixel_only=self.args.stage == "pixel").reconstruction.float().clamp(-1, 1)
-            if not batch.get("counts", True):  # every device runs as often
-                continue
-            shown += list(zip(pixels.cpu(), rebuilt.cpu()))[: SHEET_PICTURES - len(shown)]
-            for picture, copied in zip(pixels.cpu(), rebuilt.cpu()):
-                similarity = structural_similarity(picture.numpy(), copied.numpy(), channel_axis=0, data_range=2.0)
-                sums += torch.tensor([psnr(copied, picture), similarity, 1.0], dtype=torch.float64)
-        sums = self.accelerator.reduce(sums.to(self.args.device), reduction="sum").cpu()
-        metrics = {f"{metric_key_prefix}_psnr": sums[0] / sums[2], f"{metric_key_prefix}_ssim": sums[1] / sums[2]}
-        metrics = {name: float(value) for name, value in metrics.items()}
+        pixel_only, shown = self.args.stage == "pixel", []
+        measures = {"psnr": psnr, "ssim": ssim} | ({} if self.perceptual is None else {"lpips": self.perceptual})
+        sums = torch.zeros(1 + len(measures), dtype=torch.float64, device=self.args.device)
+        with torch.no_grad():
+            for batch in self.get_eval_dataloader(eval_dataset):
+                for pixels in batch["pixel_values"]:
+                    rebuilt = model(pixels, pixel_only=pixel_only).reconstruction.float().clamp(-1, 1)
+                    values = [measure(rebuilt, pixels).double().sum() for measure in measures.values()]
+                    sums += torch.stack([*values, values[0].new_tensor(len(pixels))])
+                    shown += list(zip(pixels.cpu(), rebuilt.cpu()))[: SHEET_PICTURES - len(shown)]
+        *sums, count = self.accelerator.reduce(sums, reduction="sum").tolist()
+        metrics = {f"{metric_key_prefix}_{name}": value / count for name, value in zip(measures, sums)}
         if self.is_world_process_zero():
             sheet = _sheet(shown)
             path = Path(self.args.output_dir) / "reconstructions" / f"step-{self.state.global_step}.png"
@@ -326,11 +354,6 @@ class NextFlowVQTrainer(OrderedTrainer):
             self._restarts.load(folder)
 
 
-def psnr(rebuilt: torch.Tensor, pixel_values: torch.Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of pictures in [-1, 1]."""
-    return float(-10 * torch.log10((rebuilt - pixel_values).square().mean() / 4))
-
-
 class MeasuredCodes:
     """What the losses were and which entries were chosen since the last log, on this device."""
 
@@ -349,7 +372,7 @@ class MeasuredCodes:
     def add(self, losses: dict[str, torch.Tensor], output: NextFlowVQOutput, pixel_values: torch.Tensor) -> None:
         rebuilt = output.reconstruction.detach().float().clamp(-1, 1)
         values = {f"loss_{name}": float(loss.detach()) for name, loss in losses.items()}
-        for name, value in (values | {"psnr": psnr(rebuilt, pixel_values)}).items():
+        for name, value in (values | {"psnr": float(psnr(rebuilt, pixel_values).mean())}).items():
             self.losses[name] = self.losses.get(name, 0.0) + value
         self.batches += 1
         schedule = self.schedules.by_size(*pixel_values.shape[-2:])
@@ -416,20 +439,13 @@ class Restarts(TrainerCallback):
         self.chosen.zero_()
 
 
-def _only_item(items: list[dict]) -> dict:
-    (item,) = items
-    return item
-
-
-def _lpips() -> nn.Module:
-    try:
-        from lpips import LPIPS
-    except ImportError as error:
-        raise ImportError(
-            "the perceptual loss needs the package lpips (`pip install lpips`), a network given as `perceptual`, or "
-            "perceptual_weight=0"
-        ) from error
-    return LPIPS(net="vgg", verbose=False)
+def _by_size(items: list[dict]) -> dict:
+    """The pictures of all items that count, as one batch for each size."""
+    batches: dict[torch.Size, list[torch.Tensor]] = {}
+    for item in items:
+        if item.get("counts", True):
+            batches.setdefault(item["pixel_values"].shape[1:], []).append(item["pixel_values"])
+    return {"pixel_values": [torch.cat(members) for members in batches.values()]}
 
 
 def _sheet(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> Image.Image:
