@@ -22,10 +22,12 @@ from transformers_nextflow.training import (
     NextFlowVQTrainer,
     NextFlowVQTrainingArguments,
     enlarge_decoder,
+    load_teacher,
     prepare_vq_stage,
 )
 from transformers_nextflow.training.metrics import ssim
 from transformers_nextflow.training.vq_losses import PatchDiscriminator, adaptive_weight, codebook_losses
+from transformers_nextflow.utils.loading import load_vq_model
 
 ROOT = Path(__file__).parents[1]
 
@@ -270,6 +272,45 @@ def test_enlarged_decoder_is_the_same_function_of_twice_the_blocks(model):
         torch.testing.assert_close(larger(pixels).reconstruction, model(pixels).reconstruction, rtol=0, atol=0)
 
 
+def test_a_decoder_is_enlarged_once(model, tmp_path):
+    first = prepare_vq_stage(model, "decoder")
+    first.save_pretrained(tmp_path)
+    loaded = NextFlowVQModel.from_pretrained(tmp_path)
+    again = prepare_vq_stage(loaded, "decoder")
+    assert again is loaded and again.config.decoder_blocks == 2 * model.config.decoder_blocks
+    assert again.config.training_stages == ["decoder"] and model.config.training_stages is None
+    assert {name.split(".")[0] for name, p in again.named_parameters() if p.requires_grad} == {"pixel_decoder"}
+
+
+def test_a_second_joint_stage_has_the_teacher_of_the_first(model, tmp_path):
+    model.save_pretrained(tmp_path / "start")
+    begun = NextFlowVQModel.from_pretrained(tmp_path / "start")
+    teacher = load_teacher(begun, str(tmp_path / "start"))
+    before, values = state(begun.semantic_encoder), {"stage": "joint", "save_strategy": "steps", "save_steps": 2}
+    run = trainer(prepare_vq_stage(begun, "joint"), tmp_path / "joint", teacher=teacher, **values)
+    run.train()
+    run.save_model()
+    assert moved(before, state(begun.semantic_encoder)) and not moved(before, state(teacher))
+    for folder in ("joint", "joint/checkpoint-2"):
+        loaded = load_vq_model(str(tmp_path / folder))
+        assert loaded.config.training_stages == ["joint"]
+        second = load_teacher(loaded, str(tmp_path / folder))
+        assert not moved(before, state(second))
+        pixels = Pictures()[0]["pixel_values"]
+        assert torch.equal(loaded.semantic_features(pixels, second), loaded.semantic_features(pixels, teacher))
+    loaded.save_pretrained(tmp_path / "copy")
+    with pytest.raises(ValueError, match="moved the semantic encoder of .*copy.*name it by --teacher"):
+        load_teacher(loaded, str(tmp_path / "copy"))
+    for named in ("start", "joint", "joint/teacher"):  # tokenizers, whose teachers they are, and the encoder itself
+        assert not moved(before, state(load_teacher(loaded, str(tmp_path / "copy"), str(tmp_path / named))))
+
+
+def test_a_teacher_fits_the_semantic_encoder(model, coarse_model, tmp_path):
+    coarse_model.semantic_encoder.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="a teacher of mine has the patch_size 4, .* has 8"):
+        load_teacher(model, "mine", str(tmp_path))
+
+
 def test_resuming_continues_as_if_nothing_had_happened(coarse_model, tmp_path):
     common = {"max_steps": 8, "discriminator_weight": 0.5, "discriminator_start": 1, "scale_drop": 0.5}
     common |= {"restart_steps": 3}
@@ -374,7 +415,7 @@ def test_checkpointing_gives_the_same_gradients(model, tmp_path):
         calls = []
         for module in prepared.pixel_decoder.modules():
             if type(module).__name__ == "ResidualBlock":
-                module.register_forward_hook(lambda *args: calls.append(1))
+                module.register_forward_hook(lambda *args, calls=calls: calls.append(1))
         blocks = sum(type(module).__name__ == "ResidualBlock" for module in prepared.pixel_decoder.modules())
         run.compute_loss(run.model, {"pixel_values": pixels}).backward()
         assert len(calls) == blocks * (1 + checkpointing)

@@ -486,6 +486,30 @@ def export(
     print(exporting.export(name, to, push))
 
 
+@command(app)
+def replace_tokenizer(
+    tokenizer: Annotated[
+        str, Argument(metavar="TOKENIZER", help="Vision tokenizer, or a NextFlow whose own is taken.")
+    ],
+    output: Annotated[str, Option(metavar="FOLDER", help="New folder.")],
+    model: Model = None,
+    json: Json = False,
+) -> None:
+    """A trained vision tokenizer into a trained model; says what must be trained again."""
+    from .replace_tokenizer import replace_vision_tokenizer  # may need packages of training
+
+    report = replace_vision_tokenizer(model_name(model), model_name(tokenizer), output)
+    new, again = report["new"], report["train_again"]
+    print_figures(
+        report,
+        json,
+        f"{output} has the vision tokenizer of {tokenizer}",
+        *(f"begins anew: {name}" for name in new),
+        *(f"to train again: {name}" for name in again),
+        *([] if again else ["nothing has to be trained again"]),
+    )
+
+
 def new_seed(given: int | None) -> int:
     return random.randrange(2**31) if given is None else given
 

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor
 from transformers_nextflow.data.loading import PackReader
 from transformers_nextflow.data.shards import open_shards, sequence_spec
+from transformers_nextflow.doctor import DoctorCallback
 from transformers_nextflow.lora import lora_config
 from transformers_nextflow.losses import IGNORE
 from transformers_nextflow.training import EMACallback, NextFlowTrainer, NextFlowTrainingArguments, SamplesCallback
@@ -79,6 +80,7 @@ def run(packs: Path, output: Path, name: str, trainer_class=NextFlowTrainer, res
     else:
         images = [[], [Image.new("RGB", (24, 24), "red")]]
         callbacks.append(SamplesCallback(processor, ["a red circle", "make it blue"], every=2, images=images, top_k=1))
+        callbacks.append(DoctorCallback(processor, every=2))
     world = int(os.environ.get("WORLD_SIZE", 1))
     values = {"max_steps": 4, "save_steps": 2, "learning_rate": 1e-3, "gradient_accumulation_steps": BATCHES // world}
     values |= {"logging_steps": 1, "seed": 5, "report_to": "none", "disable_tqdm": True, "use_cpu": True}
@@ -88,6 +90,9 @@ def run(packs: Path, output: Path, name: str, trainer_class=NextFlowTrainer, res
     trainer.train(resume_from_checkpoint=resume)
     if trainer.is_world_process_zero():
         Path(trainer.args.output_dir, "log.json").write_text(json.dumps(trainer.state.log_history))
+        if name != "lora":
+            diagnoses = {step: diagnosis.to_dict() for step, diagnosis in callbacks[-1].diagnoses.items()}
+            Path(trainer.args.output_dir, "diagnoses.json").write_text(json.dumps(diagnoses))
     return trainer
 
 

@@ -33,7 +33,7 @@ def assert_same_weights(one: Path, other: Path) -> None:
 
 
 def test_two_processes_under_fsdp2_train_as_one(packs, data_model, tiny_processor, tmp_path):
-    """Weights, average and pictures too, over a resume, and with adapters."""
+    """Weights, average, pictures and diagnoses too, over a resume, and with adapters."""
     data_model.save_pretrained(tmp_path / "model")
     tiny_processor.save_pretrained(tmp_path / "model")
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(SETTINGS / "fsdp2.yaml")]
@@ -53,11 +53,23 @@ def test_two_processes_under_fsdp2_train_as_one(packs, data_model, tiny_processo
         for picture in ("00.png", "01.png"):
             ones, others = (tmp_path / name / "samples" / "step-4" / picture for name in ("plain-1", sharded))
             assert np.array_equal(np.asarray(Image.open(ones)), np.asarray(Image.open(others)))
+    expected, found = (diagnosed(tmp_path / name) for name in ("plain-1", "plain-2"))
+    assert found == expected and list(expected) == ["2", "4"]
+    assert "the code raises" not in str(expected)
     run(packs, tmp_path, "lora", max_steps=2)
     assert np.allclose(logged(tmp_path / "lora-2"), logged(tmp_path / "lora-1"), rtol=1e-5, atol=0)
     for file in ("adapter_model", "ema"):
         file = Path("checkpoint-2", f"{file}.safetensors")
         assert_same_weights(tmp_path / "lora-1" / file, tmp_path / "lora-2" / file)
+
+
+def diagnosed(folder: Path) -> dict[str, list]:
+    """What every check found, by step."""
+    diagnoses = json.loads((folder / "diagnoses.json").read_text())
+    return {
+        step: [(row["check"], row["severity"], row["fault"]) for row in diagnosis["findings"]]
+        for step, diagnosis in diagnoses.items()
+    }
 
 
 def launched(name: str) -> tuple:

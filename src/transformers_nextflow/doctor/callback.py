@@ -5,6 +5,7 @@ from pathlib import Path
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from ..training.fsdp import whole_weights
 from .examination import Diagnosis, examine
 from .report import headline, write_report
 
@@ -15,13 +16,19 @@ class DoctorCallback(TrainerCallback):
     """Examines the model every `every` steps, writes `doctor/step-N/report.html` in the output folder, and warns of
     the first alarm. Training goes on as if it had not been there: mode, random state and gradients are left alone.
 
+    Every process examines, since sharded weights take all of them, which FSDP2's are gathered for; the first one
+    writes.
+
     Args:
         processor: the model's [`NextFlowProcessor`].
         every: optimizer steps between two examinations.
         packs: folder of packed shards, as the training's.
 
     Attributes:
-        diagnoses: by step, on the main process.
+        diagnoses: by step.
+
+    Raises:
+        ValueError: for `every` below 1; in training for weights that DeepSpeed's ZeRO-3 shards.
     """
 
     def __init__(self, processor, every: int, packs: str | Path | None = None):
@@ -30,13 +37,20 @@ class DoctorCallback(TrainerCallback):
         self.processor, self.every, self.packs = processor, every, packs
         self.diagnoses: dict[int, Diagnosis] = {}
 
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+            raise ValueError("DoctorCallback cannot examine weights that ZeRO-3 shards: train with ZeRO-2 or FSDP2")
+
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        if state.global_step % self.every or not state.is_world_process_zero:
+        if state.global_step % self.every:
             return
         model = model.module if hasattr(model, "module") else model  # below a wrapper of devices
-        model = model.get_base_model() if hasattr(model, "get_base_model") else model
-        diagnosis = examine(model, self.processor, packs=self.packs)
+        with whole_weights(model):
+            base = model.get_base_model() if hasattr(model, "get_base_model") else model
+            diagnosis = examine(base, self.processor, packs=self.packs)
         self.diagnoses[state.global_step] = diagnosis
+        if not state.is_world_process_zero:
+            return
         folder = Path(args.output_dir) / "doctor" / f"step-{state.global_step}"
         page = write_report(diagnosis, folder, f"step {state.global_step}")
         if diagnosis.first is not None:

@@ -1,19 +1,49 @@
 """What FSDP2 has to be told of NextFlow."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from accelerate import Accelerator
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from transformers import TrainerCallback
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
-def keep_losses_float32(accelerator: Accelerator) -> None:
+
+def keep_losses_float32(accelerator: "Accelerator") -> None:
     """To be called before the model is sharded: accelerate's mixed precision would round what the forward returns, and
     with it the losses, to bfloat16."""
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and isinstance(plugin.mixed_precision_policy, MixedPrecisionPolicy):
         plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
+
+
+@contextmanager
+def whole_weights(model: nn.Module) -> Iterator[None]:
+    """While it lasts, every process holds all weights of a model that FSDP2 shards, whatever runs of it; other models
+    are left as they are. All processes enter it together."""
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    states = [unit._get_fsdp_state() for unit in units]  # its setters have no getters
+    before = [(state._auto_reshard_after_forward, _after_forward(state)) for state in states]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    try:
+        yield
+    finally:
+        for unit, state, (auto, after_forward) in zip(units, states, before):
+            unit.reshard()
+            state._auto_reshard_after_forward = auto
+            for group, mesh in zip(state._fsdp_param_groups, after_forward):
+                group.post_forward_mesh_info = mesh
+
+
+def _after_forward(state) -> list:
+    """Over which mesh each group of a unit's weights is sharded after a forward."""
+    return [group.post_forward_mesh_info for group in state._fsdp_param_groups]
 
 
 class WholeHeadsCallback(TrainerCallback):

@@ -80,8 +80,8 @@ class EvenShares(Dataset):
 class OrderedTrainer(Trainer):
     """Trainer whose data comes in an [`EpochOrder`], by `data_seed` or else `seed`.
 
-    Datasets with `set_epoch` are told the epoch, in every worker. `train` goes on from whole checkpoints alone. Devices share an
-    evaluation by [`EvenShares`].
+    Datasets with `set_epoch` are told the epoch, in every worker. `train` goes on from whole checkpoints alone.
+    Devices share an evaluation by [`EvenShares`].
     """
 
     def __init__(self, *args, **kwargs):

@@ -59,6 +59,6 @@ def _left_by_a_stage(name: str) -> PreTrainedModel:
         if folder.is_dir():
             return _named(str(folder))
     raise ValueError(
-        f"a joint stage has moved the semantic encoder of {name}, which is no teacher any more, and the stage's own is "
-        f"not in {Path(name) / FOLDER}: name it by --teacher"
+        f"a joint stage has moved the semantic encoder of {name}, which is no teacher any more, and the stage's own "
+        f"is not in {Path(name) / FOLDER}: name it by --teacher"
     )
