@@ -11,19 +11,18 @@ From packed shards (codes from these, pictures and captions from their source, n
 A transformer, from a folder of images that are coded in training (`--stage x2` then takes `--adapter runs/flux`):
 
     accelerate launch -m examples.train_diffusion_decoder --vision_tokenizer nextflow --dataset_name images \
-        --pretrained_model_name_or_path black-forest-labs/FLUX.1-dev --rank 16 --mixed_precision bf16 \
+        --pretrained_model_name_or_path black-forest-labs/FLUX.1-dev --rank 16 --bf16 \
         --gradient_checkpointing --output_dir runs/flux
 
-A stopped training goes on exactly with `--resume_from_checkpoint latest`. `log.jsonl` in the output folder holds the
-losses, `validation/` pictures. A whole UNet ends as a pipeline's folder, adapters as one for `load_lora_weights`, with
-`conditioner/` in it.
+A stopped training goes on exactly with `--resume_from_checkpoint True`. `samples/` in the output folder holds
+pictures. A whole UNet ends as a pipeline's folder, adapters as one for `load_lora_weights`, with `conditioner/` in it.
 """
 
 from dataclasses import dataclass, field
 
 from transformers import HfArgumentParser
 
-from diffusers_nextflow.training import WEIGHT_DTYPES, DecoderTrainingArguments, load_decoder, train
+from diffusers_nextflow.training import DecoderTrainingArguments, NextFlowDecoderTrainer, load_decoder
 from diffusers_nextflow.training_data import PictureBatches, shard_pictures, source_pictures
 from transformers_nextflow import NextFlowImageProcessor
 from transformers_nextflow.data import DocumentReader, Source
@@ -62,10 +61,12 @@ def main() -> None:
         parser.error("--adapter continues adapters: give their --rank")
     upscale = STAGES[script.stage]
     vq_model = None if script.vision_tokenizer is None else load_vq_model(script.vision_tokenizer)
-    dtype = WEIGHT_DTYPES[arguments.mixed_precision]
-    pipe = load_decoder(script.pretrained_model_name_or_path, vq_model, upscale, script.adapter, dtype)
+    name = script.pretrained_model_name_or_path
+    pipe = load_decoder(name, vq_model, upscale, script.adapter, arguments.weight_dtype)
     batches = make_batches(script, pipe.vq_model, upscale, arguments.seed)
-    train(pipe, batches, arguments, validation=batches[0])
+    trainer = NextFlowDecoderTrainer(pipe, arguments, batches, samples=batches[0])
+    trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+    trainer.save_model()
 
 
 def make_batches(script: ScriptArguments, vq_model, upscale: int, seed: int):

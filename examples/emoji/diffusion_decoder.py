@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from diffusers_nextflow import NextFlowConditioner, NextFlowDecoderPipeline, PixelAutoencoder
-from diffusers_nextflow.training import DecoderTrainingArguments, train
+from diffusers_nextflow.training import DecoderTrainingArguments, NextFlowDecoderTrainer
 from transformers_nextflow import NextFlowVQModel
 from transformers_nextflow.utils.files import output_folder
 from transformers_nextflow.utils.loading import load_vq_model, model_name
@@ -43,20 +43,23 @@ CAPTION_LENGTH = 256  # letters
 
 
 class EmojiBatches(Dataset):
-    """Seen pictures, drawn by the number of the batch; see `PictureBatches`.
+    """Seen pictures, `count` batches drawn by their numbers; see `PictureBatches`.
 
     Args:
         world, large: the data set and its rendering at `UPSCALE` times the size.
     """
 
-    def __init__(self, world: World, large: World, batch_size: int, seed: int = 0):
+    def __init__(self, world: World, large: World, batch_size: int, seed: int = 0, count: int = STEPS):
         edges = world.pictures.shape[1], large.pictures.shape[1]
         if edges[1] != UPSCALE * edges[0] or (large.names, large.styles) != (world.names, world.styles):
             raise ValueError(
                 f"the large pictures must be the {len(world)} of the data set at {UPSCALE * edges[0]} pixels, got "
                 f"{len(large)} of {edges[1]}: make them by examples.emoji.data --size"
             )
-        self.world, self.large, self.batch_size, self.seed = world, large, batch_size, seed
+        self.world, self.large, self.batch_size, self.seed, self.count = world, large, batch_size, seed, count
+
+    def __len__(self) -> int:
+        return self.count
 
     def __getitem__(self, number: int) -> dict:
         """`coded_pixels` (B, 3, H, W) and `pixel_values`, the same `UPSCALE` times as large, with `captions`."""
@@ -154,18 +157,17 @@ def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 def settings(output: Path, steps: int) -> DecoderTrainingArguments:
     return DecoderTrainingArguments(
         str(output),
-        max_train_steps=steps,
+        max_steps=steps,
         learning_rate=1e-3,
-        lr_scheduler="cosine",
-        lr_warmup_steps=min(100, steps // 10),
-        mixed_precision="bf16",
+        lr_scheduler_type="cosine",
+        warmup_steps=min(100, steps // 10),
+        bf16=True,
         use_ema=True,
         ema_decay=0.995,
-        checkpointing_steps=200,
-        checkpoints_total_limit=2,
-        resume_from_checkpoint="latest",
-        validation_steps=500,
-        num_validation_images=8,
+        save_steps=200,
+        save_total_limit=2,
+        sample_steps=500,
+        num_samples=8,
         num_inference_steps=SAMPLING_STEPS,
         logging_steps=25,
     )
@@ -188,10 +190,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/emoji-decoder"), help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=STEPS, help="default: %(default)s")
     arguments = parser.parse_args()
-    batches = EmojiBatches(World(arguments.data), World(arguments.large), BATCH)
+    batches = EmojiBatches(World(arguments.data), World(arguments.large), BATCH, count=arguments.steps)
     pipe = new_decoder(load_vq_model(model_name(arguments.model)), frequency_scales_of(batches))
     pipe.unet.to(memory_format=torch.channels_last)
-    train(pipe, batches, settings(arguments.output, arguments.steps), validation=batches[0])
+    trainer = NextFlowDecoderTrainer(pipe, settings(arguments.output, arguments.steps), batches, samples=batches[0])
+    trainer.train(resume_from_checkpoint=any(arguments.output.glob("checkpoint-*")))
+    trainer.save_model()
     if not (arguments.output / "decoder").exists():
         with output_folder(arguments.output / "decoder") as folder:
             export(arguments.output, folder)

@@ -44,6 +44,10 @@ class DecoderLoss(nn.Module):
         self.guidance_scale = guidance_scale
         object.__setattr__(self, "pipe", pipe)  # its other parts are not this module's
 
+    def activation_checkpointing_enable(self, **kwargs) -> None:
+        """As of the library's models; diffusers' have no arguments for it."""
+        self.backbone.enable_gradient_checkpointing()
+
     def forward(
         self, latents: torch.Tensor, features: torch.Tensor, captions: Sequence[str], generator: torch.Generator
     ) -> torch.Tensor:

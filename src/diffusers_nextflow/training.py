@@ -1,35 +1,32 @@
-"""Training of a decoder: what of it is trained, the loop, and checkpoints from which a training goes on exactly.
+"""Training of a decoder: what of it is trained, and [`NextFlowDecoderTrainer`], transformers' Trainer for it.
 
 NextFlow sec. 3.3: a UNet is trained as a whole, a transformer by LoRA, the conditioner always; a first stage at the
 resolution of the codes, a second one at twice that (`upscale` of the conditioner). Batches, noise and timesteps follow
-from the seed and the number of the batch, so a resumed run repeats an undisturbed one bit for bit.
+from the seed and the number of the batch, so a resumed run repeats an undisturbed one bit for bit, and a step does not
+depend on how it is split.
 """
 
-import json
 import math
-import re
-import shutil
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
 from diffusers import DiffusionPipeline
-from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel, cast_training_params
+from diffusers.training_utils import cast_training_params
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
+from torch.utils.data import Dataset
+from transformers import TrainingArguments
 
 from transformers_nextflow import NextFlowVQModel
-from transformers_nextflow.utils.files import write_atomically
+from transformers_nextflow.training.ema import EMACallback
+from transformers_nextflow.training.order import OrderedTrainer
+from transformers_nextflow.training.samples import DrawingCallback
+from transformers_nextflow.utils.precision import without_autocast
 
 from .conditioning import NextFlowConditioner
 from .decoding import NextFlowDecoderMixin
@@ -49,50 +46,59 @@ STOCK = {  # beginnings of the names of stock pipelines over the same components
     "QwenImage": NextFlowQwenImageDecoderPipeline,
 }
 STOCK_ENDINGS = ("Pipeline", "Img2ImgPipeline")
-WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ADAPTER = "default"
+TRAINED = "trained.safetensors"
 
 
 @dataclass
-class DecoderTrainingArguments:
-    """Under the names of diffusers' training scripts."""
+class DecoderTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with other defaults, and what decoders have beside them.
 
-    output_dir: str = field(metadata={"help": "gets checkpoints, log.jsonl, validation pictures and the result"})
+    Args:
+        rank (`int`, *optional*): Of LoRA adapters; by default a UNet is trained as a whole.
+        use_ema (`bool`): Whether a moving average of a whole UNet is kept, and saved as the result.
+        ema_decay (`float`): Of that average, reached by (1 + step) / (10 + step).
+        guidance_scale (`float`): What guidance-distilled transformers (FLUX.1-dev) are told.
+        sample_steps (`int`): Optimizer steps from one drawing to the next.
+        num_samples (`int`): Pictures drawn each time; 0 is none.
+        num_inference_steps (`int`): Of those pictures.
+
+    Raises:
+        ValueError: for a `rank` below 1, an average of adapters, or a `label_smoothing_factor`.
+    """
+
+    max_steps: int = field(default=15_000, metadata={"help": "optimizer steps"})
+    learning_rate: float = field(default=1e-4, metadata={"help": "peak"})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "how the learning rate goes on"})
+    weight_decay: float = field(default=1e-2, metadata={"help": "of matrices"})
+    per_device_train_batch_size: int = field(default=1, metadata={"help": "items of the dataset, batches themselves"})
+    per_device_eval_batch_size: int = field(default=1, metadata={"help": "items of the dataset, batches themselves"})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "batches hold what is needed"})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "a loss that is no number ends the training"}
+    )
+    logging_steps: float = field(default=10, metadata={"help": "steps from one log to the next"})
     rank: int | None = field(default=None, metadata={"help": "of LoRA adapters; default: the whole UNet is trained"})
-    max_train_steps: int = field(default=15_000, metadata={"help": "optimizer steps"})
-    gradient_accumulation_steps: int = 1
-    gradient_checkpointing: bool = False
-    learning_rate: float = 1e-4
-    lr_scheduler: str = field(default="constant", metadata={"help": "of diffusers: constant, linear, cosine, ..."})
-    lr_warmup_steps: int = 500
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_weight_decay: float = 1e-2
-    adam_epsilon: float = 1e-8
-    max_grad_norm: float = 1.0
-    mixed_precision: str = field(default="no", metadata={"help": "no, fp16 or bf16"})
     use_ema: bool = field(default=False, metadata={"help": "keep a moving average of a whole UNet, which is saved"})
     ema_decay: float = field(default=0.9999, metadata={"help": "reached by (1 + step) / (10 + step)"})
     guidance_scale: float = field(default=3.5, metadata={"help": "told to guidance-distilled transformers"})
-    checkpointing_steps: int = 500
-    checkpoints_total_limit: int | None = None
-    resume_from_checkpoint: str | None = field(default=None, metadata={"help": "a checkpoint's folder, or latest"})
-    validation_steps: int = field(default=500, metadata={"help": "steps from one drawing to the next"})
-    num_validation_images: int = field(default=4, metadata={"help": "0: none"})
-    num_inference_steps: int = field(default=20, metadata={"help": "of validation pictures"})
-    logging_steps: int = 10
-    dataloader_num_workers: int = 0
-    seed: int = 0
+    sample_steps: int = field(default=500, metadata={"help": "steps from one drawing to the next"})
+    num_samples: int = field(default=4, metadata={"help": "pictures drawn each time; 0: none"})
+    num_inference_steps: int = field(default=20, metadata={"help": "of those pictures"})
 
     def __post_init__(self):
+        super().__post_init__()
         if self.rank is not None and self.rank < 1:
             raise ValueError(f"rank must be positive, got {self.rank}")
         if self.rank is not None and self.use_ema:
             raise ValueError("use_ema averages a UNet trained as a whole, not adapters: leave out use_ema or rank")
-        if self.mixed_precision not in WEIGHT_DTYPES:
-            raise ValueError(
-                f"mixed_precision must be one of {', '.join(WEIGHT_DTYPES)}, got {self.mixed_precision!r}"
-            )
+        if self.label_smoothing_factor:
+            raise ValueError(f"label_smoothing_factor: pictures have no labels, got {self.label_smoothing_factor}")
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """Of what stays frozen beside adapters."""
+        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
 
 
 def load_decoder(
@@ -178,7 +184,7 @@ def prepare(pipe: NextFlowDecoderMixin, rank: int | None) -> None:
 
 
 def save(pipe: NextFlowDecoderMixin, folder: Path, rank: int | None) -> None:
-    """The whole pipeline, or the adapters with the conditioner beside them."""
+    """Write the whole pipeline, or the adapters with the conditioner beside them."""
     if rank is None:
         pipe.save_pretrained(folder)
         return
@@ -189,131 +195,195 @@ def save(pipe: NextFlowDecoderMixin, folder: Path, rank: int | None) -> None:
     pipe.conditioner.save_pretrained(folder / "conditioner")
 
 
-def train(
-    pipe: NextFlowDecoderMixin,
-    batches: Dataset,
-    arguments: DecoderTrainingArguments,
-    validation: Mapping | None = None,
-) -> None:
-    """Train a decoder and save it.
-
-    Args:
-        batches: gives for each number from 0 on a batch as [`PictureBatches`] does.
-        validation: a batch whose pictures are drawn.
-
-    Raises:
-        ValueError: see [`prepare`]; if the grids do not fit the backbone, or pictures the grids; for a checkpoint that
-            is none.
-    """
-    pipe.conditioner.cells(pipe.stride)  # raises where a cell is no whole number of latents
-    output = Path(arguments.output_dir)
-    accelerator = Accelerator(
-        mixed_precision=arguments.mixed_precision, gradient_accumulation_steps=arguments.gradient_accumulation_steps
-    )
-    set_seed(arguments.seed + accelerator.process_index)
-    backbone = getattr(pipe, pipe.backbone)
-    _place(pipe, accelerator.device, WEIGHT_DTYPES[arguments.mixed_precision], arguments.rank, batches[0])
-    prepare(pipe, arguments.rank)
-    if arguments.gradient_checkpointing:
-        backbone.enable_gradient_checkpointing()
-
-    loss_of = DecoderLoss(pipe, arguments.guidance_scale)
-    trained = {name: parameter for name, parameter in loss_of.named_parameters() if parameter.requires_grad}
-    optimizer = torch.optim.AdamW(
-        trained.values(),
-        lr=arguments.learning_rate,
-        betas=(arguments.adam_beta1, arguments.adam_beta2),
-        weight_decay=arguments.adam_weight_decay,
-        eps=arguments.adam_epsilon,
-    )
-    rates = get_scheduler(
-        arguments.lr_scheduler,
-        optimizer,
-        num_warmup_steps=arguments.lr_warmup_steps,
-        num_training_steps=arguments.max_train_steps,
-    )
-    ema = EMAModel(trained.values(), decay=arguments.ema_decay) if arguments.use_ema else None
-    loss_of, optimizer = accelerator.prepare(loss_of, optimizer)
-    accelerator.register_for_checkpointing(*([rates] if ema is None else [rates, ema]))
-    _checkpoint_trained_alone(accelerator, trained)
-
-    done = 0
-    if (checkpoint := checkpoint_to_resume(arguments.resume_from_checkpoint, output)) is not None:
-        accelerator.load_state(str(checkpoint))
-        done = int(checkpoint.name.rpartition("-")[2])
-    per_step = arguments.gradient_accumulation_steps * accelerator.num_processes
-    first, end = done * per_step + accelerator.process_index, arguments.max_train_steps * per_step
-    numbers = range(first, end, accelerator.num_processes)
-    loader = DataLoader(
-        batches,
-        batch_size=None,
-        sampler=numbers,
-        num_workers=arguments.dataloader_num_workers,
-        generator=torch.Generator(),  # of workers' seeds, apart from what a checkpoint restores
-    )
-    log, started, losses = Log(output, done), time.perf_counter(), []
-    progress = tqdm(initial=done, total=arguments.max_train_steps, disable=not accelerator.is_main_process or None)
-    for number, batch in zip(numbers, loader):
-        generator = torch.Generator().manual_seed(draw_seed(arguments.seed, number))
-        features = condition_of(pipe.vq_model, batch)
-        drawn, expected = tuple(batch["pixel_values"].shape[-2:]), pipe.output_size(features.shape[-2:])
-        if drawn != expected:
-            raise ValueError(
-                f"codes of the grid {tuple(features.shape[-2:])} are drawn at {expected[0]}x{expected[1]} (upscale "
-                f"{pipe.conditioner.config.upscale}), but batch {number} holds pictures of {drawn[0]}x{drawn[1]}"
-            )
-        latents = encode_pixels(pipe, batch["pixel_values"], generator)
-        with accelerator.accumulate(loss_of):
-            loss = loss_of(latents, features.to(latents.device), batch["captions"], generator)
-            accelerator.backward(loss)
-            losses.append(loss.detach())
-            if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(trained.values(), arguments.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-        if not accelerator.sync_gradients:
-            continue
-        rates.step()
-        if ema is not None:
-            ema.step(trained.values())
-        done += 1
-        progress.update()
-        last = done == arguments.max_train_steps
-        if done % arguments.logging_steps == 0 or last:
-            value = accelerator.reduce(torch.stack(losses).mean(), reduction="mean").item()
-            losses = []
-            if not math.isfinite(value):
-                raise ValueError(f"the loss is {value} at step {done}: lower the learning rate")
-            if accelerator.is_main_process:
-                log.write(done, value, rates.get_last_lr()[0], time.perf_counter() - started)
-        if done % arguments.checkpointing_steps == 0 or last:
-            _save_checkpoint(accelerator, output, done, arguments.checkpoints_total_limit)
-        if validation and accelerator.is_main_process and (done % arguments.validation_steps == 0 or last):
-            with averaged(ema, trained.values()), accelerator.autocast():
-                _draw(pipe, validation, arguments, output / "validation" / f"step-{done}.png")
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        with averaged(ema, trained.values()):
-            save(pipe, output, arguments.rank)
-
-
 def draw_seed(seed: int, number: int) -> int:
     """Of noise and timesteps of a batch."""
     return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
 
 
-def checkpoint_to_resume(name: str | None, output: Path) -> Path | None:
-    """The folder of a checkpoint, `latest` being the newest in `output`; None to begin anew, also without any."""
-    if name is None:
-        return None
-    if name == "latest":
-        return next(reversed(_checkpoints(output)), None)
-    if not re.fullmatch(r"checkpoint-\d+", Path(name).name) or not Path(name).is_dir():
-        raise ValueError(f"resume_from_checkpoint must be latest or a folder checkpoint-STEP, got {name}")
-    return Path(name)
+class Numbered(Dataset):
+    """Batches of a dataset with their `number`, counted on from epoch to epoch."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset, self.epoch = dataset, 0
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.dataset[index] | {"number": self.epoch * len(self) + index}
 
 
-def _place(pipe, device: torch.device, dtype: torch.dtype, rank: int | None, batch: Mapping) -> None:
+class NextFlowDecoderTrainer(OrderedTrainer):
+    """Trains a decoder pipeline on batches of pictures, as [`prepare`] says what of it.
+
+    A checkpoint holds the weights that are trained in `trained.safetensors`, not those of the frozen backbone.
+    `save_model` writes the whole pipeline, or the adapters with the conditioner beside them; with `use_ema` it is the
+    average. `evaluate` gives `eval_loss`, exact over all pictures, with noise that is the same each time.
+
+    Args:
+        pipe: the decoder.
+        train_dataset, eval_dataset: items are batches as [`~training_data.PictureBatches`] gives them.
+        samples: a batch whose pictures are drawn every `sample_steps`, to `output_dir/samples`, the truth above each.
+
+    Raises:
+        ValueError: see [`prepare`]; if the grids do not fit the backbone, or pictures the grids; in training if the
+            loss is not finite, or for a checkpoint that is none.
+    """
+
+    def __init__(
+        self,
+        pipe: NextFlowDecoderMixin,
+        args: DecoderTrainingArguments,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | None = None,
+        samples: Mapping | None = None,
+        **kwargs,
+    ):
+        pipe.conditioner.cells(pipe.stride)  # raises where a cell is no whole number of latents
+        examples = [dataset[0] for dataset in (train_dataset, eval_dataset) if dataset is not None]
+        coded = bool(examples) and all("codes" in example for example in examples)
+        _place(pipe, args.device, args.weight_dtype, args.rank, coded)
+        prepare(pipe, args.rank)
+        self.pipe = pipe
+        loss_of = DecoderLoss(pipe, args.guidance_scale)
+        datasets = [dataset and Numbered(dataset) for dataset in (train_dataset, eval_dataset)]
+        super().__init__(loss_of, args, _listed, *datasets, **kwargs)
+        self._trained = {name: parameter for name, parameter in loss_of.named_parameters() if parameter.requires_grad}
+        self._average = EMACallback(args.ema_decay, warmup=True) if args.use_ema else None
+        if self._average is not None:
+            self.add_callback(self._average)
+        if samples is not None and args.num_samples:
+            self.add_callback(DecoderSamples(self, samples))
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The mean over the pictures of all batches."""
+        batches = inputs["batches"]
+        pictures = sum(len(batch["captions"]) for batch in batches)
+        loss = sum(self._loss_of(model, batch) * (len(batch["captions"]) / pictures) for batch in batches)
+        return (loss, {}) if return_outputs else loss
+
+    def _loss_of(self, model, batch: Mapping) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(draw_seed(self.args.seed, batch["number"]))
+        with without_autocast(self.args.device):
+            features = condition_of(self.pipe.vq_model, batch)
+            drawn, expected = tuple(batch["pixel_values"].shape[-2:]), self.pipe.output_size(features.shape[-2:])
+            if drawn != expected:
+                raise ValueError(
+                    f"codes of the grid {tuple(features.shape[-2:])} are drawn at {expected[0]}x{expected[1]} "
+                    f"(upscale {self.pipe.conditioner.config.upscale}), but batch {batch['number']} holds pictures of "
+                    f"{drawn[0]}x{drawn[1]}"
+                )
+            latents = encode_pixels(self.pipe, batch["pixel_values"], generator)
+        return model(latents, features.to(latents.device), batch["captions"], generator)
+
+    def blank(self, item: dict) -> dict:
+        return item | {"counts": False}
+
+    @torch.no_grad()
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Mean loss over the pictures of all batches."""
+        if eval_dataset is not None and not isinstance(eval_dataset, (str, Numbered)):
+            eval_dataset = Numbered(eval_dataset)
+        self.model.eval()
+        sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        for inputs in self.get_eval_dataloader(eval_dataset):
+            for batch in inputs["batches"]:
+                count = len(batch["captions"])
+                with self._autocast():
+                    loss = self._loss_of(self.model, batch)
+                sums += torch.stack([loss.double() * count, loss.new_tensor(count).double()])
+        total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
+        metrics = {f"{metric_key_prefix}_loss": total / count}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise ValueError(f"the loss is {logs['loss']} at step {self.state.global_step}: lower the learning rate")
+        super().log(logs, start_time)
+
+    def _autocast(self):
+        """Of forwards that are not the prepared model's."""
+        mixed = self.args.bf16 or self.args.fp16
+        return torch.autocast(self.args.device.type, self.args.weight_dtype) if mixed else nullcontext()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """See the class; `_internal_call` is the Trainer's, of checkpoints."""
+        folder = Path(self.args.output_dir if output_dir is None else output_dir)
+        if not self.args.should_save:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        if _internal_call:
+            tensors = {name: parameter.detach().contiguous() for name, parameter in self._trained.items()}
+            save_file(tensors, folder / TRAINED)
+            return
+        weights = {name: parameter.detach().clone() for name, parameter in self._trained.items()}
+        if self._average is not None and self._average.averages:
+            self._average.copy_to(self.accelerator.unwrap_model(self.model))
+        try:
+            save(self.pipe, folder, self.args.rank)
+        finally:
+            self._put(weights)
+
+    @torch.no_grad()
+    def _put(self, weights: Mapping[str, torch.Tensor]) -> None:
+        for name, parameter in self._trained.items():
+            parameter.copy_(weights[name])
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        stored = load_file(Path(resume_from_checkpoint, TRAINED))
+        if stored.keys() != self._trained.keys():
+            raise ValueError(
+                f"the checkpoint {resume_from_checkpoint} holds other weights than those that are trained"
+            )
+        self._put(stored)
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    @torch.no_grad()
+    def draw(self, batch: Mapping) -> list[Image.Image]:
+        """Pictures of a batch, each above what the decoder draws of its codes."""
+        count = self.args.num_samples
+        self.model.eval()
+        self.pipe.set_progress_bar_config(disable=True)
+        with torch.random.fork_rng(), self._autocast():
+            pixels = self.pipe(
+                batch["captions"][:count],
+                features=condition_of(self.pipe.vq_model, batch)[:count],
+                num_inference_steps=self.args.num_inference_steps,
+                generator=torch.Generator().manual_seed(self.args.seed),
+                output_type="pt",
+            ).images
+        pairs = torch.cat([batch["pixel_values"][:count] / 2 + 0.5, pixels.float().cpu()], dim=-2)
+        pairs = (pairs * 255).round().clamp(0, 255).byte().movedim(1, -1)
+        self.model.train()
+        return [Image.fromarray(pair.numpy()) for pair in pairs]
+
+
+class DecoderSamples(DrawingCallback):
+    """A decoder's pictures of one batch all along a training."""
+
+    def __init__(self, trainer: NextFlowDecoderTrainer, batch: Mapping):
+        super().__init__(batch["captions"], trainer.args.sample_steps)
+        self.trainer, self.batch = trainer, batch
+
+    def draw(self, model) -> list[Image.Image]:
+        return self.trainer.draw(self.batch)
+
+
+def _listed(batches: list[dict]) -> dict:
+    """Those that count."""
+    return {"batches": [batch for batch in batches if batch.get("counts", True)]}
+
+
+def _place(pipe, device: torch.device, dtype: torch.dtype, rank: int | None, coded: bool) -> None:
     """What training needs goes to the device, beside adapters in `dtype` (it is not saved then) but for the VAE;
     encoders of the vision tokenizer only where batches hold no codes."""
     frozen = torch.float32 if rank is None else dtype
@@ -322,106 +392,8 @@ def _place(pipe, device: torch.device, dtype: torch.dtype, rank: int | None, bat
         if name.startswith("text_encoder") and component is not None:
             component.to(device, frozen)
     getattr(pipe, pipe.backbone).to(frozen)
-    if "codes" in batch:
+    if coded:
         pipe.vq_model.quantizer.to(device)
         pipe.vq_model.semantic_decoder.to(device)
     else:
         pipe.vq_model.to(device)
-
-
-def _checkpoint_trained_alone(accelerator: Accelerator, trained: Mapping[str, nn.Parameter]) -> None:
-    """Checkpoints hold the weights that are trained, not those of the frozen backbone."""
-
-    def save_trained(models, weights, folder):
-        weights.clear()
-        if accelerator.is_main_process:
-            save_file(
-                {name: p.detach().contiguous() for name, p in trained.items()}, Path(folder, "trained.safetensors")
-            )
-
-    def load_trained(models, folder):
-        models.clear()
-        stored = load_file(Path(folder, "trained.safetensors"))
-        if stored.keys() != trained.keys():
-            raise ValueError(f"the checkpoint {folder} holds other weights than those that are trained")
-        with torch.no_grad():
-            for name, parameter in trained.items():
-                parameter.copy_(stored[name])
-
-    accelerator.register_save_state_pre_hook(save_trained)
-    accelerator.register_load_state_pre_hook(load_trained)
-
-
-def _save_checkpoint(accelerator: Accelerator, output: Path, step: int, limit: int | None) -> None:
-    """Under its name only once it is whole."""
-    partial, whole = output / f".checkpoint-{step}.partial", output / f"checkpoint-{step}"
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
-    if not accelerator.is_main_process:
-        return
-    shutil.rmtree(whole, ignore_errors=True)
-    partial.rename(whole)
-    if limit is not None:
-        for old in _checkpoints(output)[:-limit]:
-            shutil.rmtree(old)
-
-
-def _checkpoints(output: Path) -> list[Path]:
-    """From the oldest to the newest."""
-    found = [path for path in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
-
-
-@contextmanager
-def averaged(ema: EMAModel | None, parameters) -> Iterator[None]:
-    """While it lasts, the averages are in the place of the weights."""
-    if ema is None:
-        yield
-        return
-    parameters = list(parameters)
-    ema.store(parameters)
-    ema.copy_to(parameters)
-    try:
-        yield
-    finally:
-        ema.restore(parameters)
-
-
-def _draw(pipe, batch: Mapping, arguments: DecoderTrainingArguments, path: Path) -> None:
-    """Pictures of a batch above what the decoder draws of their codes."""
-    count = arguments.num_validation_images
-    features, captions = condition_of(pipe.vq_model, batch)[:count], batch["captions"][:count]
-    pipe.set_progress_bar_config(disable=True)
-    with torch.random.fork_rng():
-        generator = torch.Generator().manual_seed(arguments.seed)
-        pixels = pipe(
-            captions,
-            features=features,
-            num_inference_steps=arguments.num_inference_steps,
-            generator=generator,
-            output_type="pt",
-        ).images
-    rows = [batch["pixel_values"][:count] / 2 + 0.5, pixels.float().cpu()]
-    sheet = torch.cat([torch.cat(list(row), dim=-1) for row in rows], dim=-2)
-    picture = Image.fromarray((sheet * 255).round().clamp(0, 255).byte().movedim(0, -1).numpy())
-    write_atomically(path, lambda partial: picture.save(partial, format="PNG"))
-
-
-class Log:
-    """`log.jsonl`: a line for each logged step, also over several runs."""
-
-    def __init__(self, output: Path, done: int):
-        self.path = output / "log.jsonl"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        lines = self.path.read_text().splitlines() if done and self.path.exists() else []
-        self.rows = [row for row in map(json.loads, lines) if row["step"] <= done]
-        self.before = self.rows[-1]["seconds"] if self.rows else 0.0
-
-    def write(self, step: int, loss: float, learning_rate: float, seconds: float) -> None:
-        row = {"step": step, "loss": loss, "learning_rate": learning_rate, "seconds": round(self.before + seconds, 1)}
-        self.rows.append(row)
-        text = "".join(json.dumps(row) + "\n" for row in self.rows)
-        write_atomically(self.path, lambda partial: partial.write_text(text))

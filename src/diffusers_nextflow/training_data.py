@@ -1,6 +1,7 @@
 """Batches for training a decoder: pictures to draw, their captions, and what they are coded from or their codes.
 
-A batch is drawn by its number alone, so that a training continues where it stopped and processes share the numbers.
+A batch follows from the epoch and its place in it, so that a training continues where it stopped and processes share
+the places.
 
 Shape suffixes: B pictures of one grid, L codes, H W pixels of the coded picture.
 """
@@ -58,9 +59,9 @@ class Picture:
 
 
 class PictureBatches(Dataset):
-    """Pictures of a source in batches of one grid, any number of them: epoch after epoch, each in an order of its own.
+    """Pictures of a source in batches of one grid; every epoch shows every picture once, in batches of its own.
 
-    Every epoch shows every picture once; the last batch of a grid may be smaller than the others.
+    The last batch of a grid may be smaller than the others.
 
     Args:
         table: rows of the source, see [`Source`].
@@ -98,25 +99,26 @@ class PictureBatches(Dataset):
         self._groups: dict[Grid, list[int]] = {}
         for index, picture in enumerate(pictures):
             self._groups.setdefault(picture.grid, []).append(index)
-        self.epoch_length = sum(-(-len(members) // batch_size) for members in self._groups.values())
+        self.set_epoch(0)
 
-    def batch(self, number: int) -> list[Picture]:
-        """The pictures of a batch, by its number from 0 on."""
-        epoch, place = divmod(number, self.epoch_length)
-        rng = np.random.default_rng([self.seed, epoch])
-        batches = [
+    def set_epoch(self, epoch: int) -> None:
+        """Which pictures share a batch, and which captions are left out."""
+        self.epoch, rng = epoch, np.random.default_rng([self.seed, epoch])
+        self._batches = [
             order[start : start + self.batch_size]
             for _, members in sorted(self._groups.items())
             for order in [rng.permutation(members)]
             for start in range(0, len(members), self.batch_size)
         ]
-        return [self.pictures[index] for index in batches[rng.permutation(len(batches))[place]]]
 
-    def __getitem__(self, number: int) -> dict:
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, place: int) -> dict:
         """`pixel_values` (B, 3, upscale * H, upscale * W) in [-1, 1], `captions`, and either `codes` (B, L) with their
         `grid` or `coded_pixels` (B, 3, H, W)."""
-        rng = random.Random(f"{self.seed} captions {number}")
-        pictures, targets, coded, captions = self.batch(number), [], [], []
+        rng = random.Random(f"{self.seed} captions {self.epoch} {place}")
+        pictures, targets, coded, captions = [self.pictures[index] for index in self._batches[place]], [], [], []
         for picture in pictures:
             document = next(d for d in self.read(self.table[picture.row], picture.row) if d.key == picture.key)
             if picture.images not in (None, len(document.images)):

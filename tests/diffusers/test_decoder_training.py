@@ -19,10 +19,11 @@ from accelerate.state import AcceleratorState
 from diffusers import DDIMScheduler, DDPMScheduler
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import TrainerState
 
 from diffusers_nextflow import NextFlowConditioner, NextFlowDecoderPipeline, NextFlowFluxDecoderPipeline
 from diffusers_nextflow.denoising import DecoderLoss, encode_pixels
-from diffusers_nextflow.training import DecoderTrainingArguments, draw_seed, load_decoder, train
+from diffusers_nextflow.training import DecoderTrainingArguments, NextFlowDecoderTrainer, draw_seed, load_decoder
 from diffusers_nextflow.training_data import (
     PictureBatches,
     condition_of,
@@ -38,7 +39,8 @@ from tests.diffusers.tiny_decoders import (
     stock_pipeline,
     tiny_vq_model,
 )
-from tests.diffusers.tiny_trainings import Batches, arguments, picture
+from tests.diffusers.tiny_trainings import Batches, arguments, picture, train
+from tests.pretended_devices import DEVICES, PretendedDevices
 from transformers_nextflow import NextFlowImageProcessor
 from transformers_nextflow.data import (
     ComputeBudget,
@@ -50,6 +52,7 @@ from transformers_nextflow.data import (
     pack,
 )
 from transformers_nextflow.quantizer import SelfCorrection
+from transformers_nextflow.training import EMACallback
 from transformers_nextflow.utils.loading import load_vq_model
 
 ROOT = Path(__file__).parents[2]
@@ -156,7 +159,7 @@ def test_a_caption_for_each_picture():
 def test_lora_training_changes_adapters_and_conditioner_only(family, tmp_path):
     pipe = decoder(family, vq_model=copy.deepcopy(tiny_vq_model()))
     before = {name: copy.deepcopy(part.state_dict()) for name, part in modules(pipe).items()}
-    train(pipe, Batches(), arguments(tmp_path, rank=2), validation=Batches()[0])
+    train(pipe, Batches(), arguments(tmp_path, rank=2), samples=Batches()[0])
     after = {name: part.state_dict() for name, part in modules(pipe).items()}
     backbone, tested = pipe.backbone, 0
     for name, values in before.items():
@@ -169,7 +172,8 @@ def test_lora_training_changes_adapters_and_conditioner_only(family, tmp_path):
             tested += 1
     adapters = [name for name, value in after[backbone].items() if "lora_B" in name and value.abs().max() > 0]
     assert adapters and any(name.startswith("conv_in") for name in adapters) == (family == "unet") and tested
-    assert Image.open(tmp_path / "validation" / "step-2.png").size == (2 * 64, 2 * 32)
+    drawn = sorted((tmp_path / "samples" / "step-2").iterdir())
+    assert len(drawn) == 2 and Image.open(drawn[0]).size == (64, 2 * 32)
 
     fresh = decoder(family, conditioner=NextFlowConditioner.from_pretrained(tmp_path, subfolder="conditioner"))
     fresh.load_lora_weights(tmp_path)
@@ -191,8 +195,8 @@ def test_full_training_changes_unet_and_conditioner_and_saves_their_average(tmp_
     saved = NextFlowDecoderPipeline.from_pretrained(tmp_path)
     first = load_file(tmp_path / "checkpoint-1" / "trained.safetensors")
     key = "conv_in.weight"
-    # after (1 + 1) / (10 + 1) of the first step's weights, which are the average after that step
-    expected = 2 / 11 * first[f"backbone.{key}"] + 9 / 11 * trained[f"backbone.{key}"]
+    average = 0.1 * before["unet"][key] + 0.9 * first[f"backbone.{key}"]
+    expected = 2 / 11 * average + 9 / 11 * trained[f"backbone.{key}"]  # by (1 + 1) / (10 + 1)
     torch.testing.assert_close(saved.unet.state_dict()[key], expected, rtol=0, atol=1e-6)
     assert torch.equal(pipe.unet.state_dict()[key], trained[f"backbone.{key}"])
 
@@ -208,18 +212,13 @@ def test_killed_training_resumes_as_if_nothing_had_happened_and_loads_in_a_fresh
     results = {"": "unet/diffusion_pytorch_model.safetensors", "-lora": "pytorch_lora_weights.safetensors"}
     for kind, result in results.items():
         left = json.loads((tmp_path / f"left{kind}.json").read_text())
-        assert "checkpoint-2" in left and ".checkpoint-4.partial" in left and "checkpoint-4" not in left
-        for name in ("log.jsonl", "checkpoint-6/trained.safetensors", result):
+        assert "checkpoint-2" in left and "checkpoint-4" in left
+        losses = json.loads((tmp_path / f"whole{kind}" / "losses.json").read_text())
+        assert len(losses) == 6 and len({row["loss"] for row in losses}) == 6
+        for name in ("losses.json", "checkpoint-6/trained.safetensors", result):
             whole, resumed = ((tmp_path / (run + kind) / name).read_bytes() for run in ("whole", "killed"))
-            if name == "log.jsonl":
-                whole, resumed = ([drop_seconds(line) for line in text.splitlines()] for text in (whole, resumed))
-                assert len(whole) == 6 and len({row["loss"] for row in whole}) == 6
             assert resumed == whole, name
     assert torch.equal(load_file(tmp_path / "picture.safetensors")["picture"], picture(pipe))
-
-
-def drop_seconds(line: bytes) -> dict:
-    return {name: value for name, value in json.loads(line).items() if name != "seconds"}
 
 
 def test_a_steps_gradient_is_the_mean_of_its_batches(tmp_path, monkeypatch):
@@ -230,18 +229,77 @@ def test_a_steps_gradient_is_the_mean_of_its_batches(tmp_path, monkeypatch):
         return step(optimizer, *args, **kwargs)
 
     loss_of = DecoderLoss(copy.copy(pipe))
-    for number in (0, 1):
+    trainer = NextFlowDecoderTrainer(copy.copy(pipe), arguments(tmp_path, seed=7), Batches())
+    for number in list(trainer._get_train_sampler())[:2]:
         batch, draws = Batches()[number], seeded(draw_seed(7, number))
         latents = encode_pixels(pipe, batch["pixel_values"], draws)
         (loss_of(latents, condition_of(pipe.vq_model, batch), batch["captions"], draws) / 2).backward()
     expected = [parameter.grad.clone() for parameter in loss_of.parameters()]
     loss_of.zero_grad()
     monkeypatch.setattr(torch.optim.AdamW, "step", record)
-    settings = {"max_train_steps": 1, "gradient_accumulation_steps": 2, "max_grad_norm": 1e9, "seed": 7}
+    settings = {"max_steps": 1, "gradient_accumulation_steps": 2, "max_grad_norm": 1e9, "seed": 7}
+    settings |= {"optim": "adamw_torch"}
     train(pipe, Batches(), arguments(tmp_path, **settings))
     assert len(seen) == 1 and len(seen[0]) == len(expected)
     for gradient, mean in zip(seen[0], expected):
         torch.testing.assert_close(gradient, mean, rtol=1e-4, atol=1e-7)
+
+
+def test_average_and_weights_are_on_one_device(tmp_path):
+    """On pretended devices, which refuse tensors of two in one operation."""
+    average, model = EMACallback(0.5, warmup=True), torch.nn.Linear(2, 2)
+    with PretendedDevices():
+        model.to(DEVICES[0])
+        average.on_train_begin(None, TrainerState(), None, model=model)
+        assert {value.device for value in average.averages.values()} == {DEVICES[0]}
+        average.on_optimizer_step(None, TrainerState(), None)
+
+
+def test_the_average_begins_on_the_device_that_the_model_was_brought_to(tmp_path, monkeypatch):
+    """The order that counts where there is a GPU."""
+    events, begin = [], EMACallback.on_train_begin
+    move = NextFlowDecoderTrainer._move_model_to_device
+    monkeypatch.setattr(
+        NextFlowDecoderTrainer, "_move_model_to_device", lambda *args: (events.append("moved"), move(*args))[1]
+    )
+    monkeypatch.setattr(
+        EMACallback, "on_train_begin", lambda *args, **kwargs: (events.append("began"), begin(*args, **kwargs))[1]
+    )
+    train(decoder("unet", vq_model=tiny_vq_model()), Batches(), arguments(tmp_path, use_ema=True, max_steps=1))
+    assert events[0] == "moved" and events[-1] == "began"
+
+
+def test_an_evaluation_is_of_all_pictures_and_the_same_each_time(tmp_path):
+    pipe, evaluated = decoder("unet", vq_model=tiny_vq_model()), []
+    trainer = NextFlowDecoderTrainer(pipe, arguments(tmp_path, seed=3), eval_dataset=Batches(count=5))
+    for count in (1, 1, 2):
+        trainer.args.per_device_eval_batch_size = count
+        evaluated.append(trainer.evaluate()["eval_loss"])
+    losses, loss_of = [], DecoderLoss(pipe).eval()
+    for number in range(5):
+        batch, draws = Batches()[number], seeded(draw_seed(3, number))
+        latents = encode_pixels(pipe, batch["pixel_values"], draws)
+        with torch.no_grad():
+            losses.append(loss_of(latents, condition_of(pipe.vq_model, batch), batch["captions"], draws).item())
+    assert evaluated == pytest.approx([np.mean(losses)] * 3, rel=1e-6)
+
+
+def test_batches_of_a_forward_count_by_their_pictures(tmp_path):
+    trainer = NextFlowDecoderTrainer(decoder("unet", vq_model=tiny_vq_model()), arguments(tmp_path), Batches())
+    batches = [Batches()[number] | {"number": number} for number in (0, 1)]
+    for name in ("pixel_values", "codes", "captions"):
+        batches[1][name] = batches[1][name][:1]
+    losses = [trainer.compute_loss(trainer.model, {"batches": [batch]}) for batch in batches]
+    together = trainer.compute_loss(trainer.model, trainer.data_collator(batches))
+    torch.testing.assert_close(together, (2 * losses[0] + losses[1]) / 3)
+
+
+def test_a_loss_that_is_no_number_ends_the_training(tmp_path):
+    pipe = decoder("unet", vq_model=copy.deepcopy(tiny_vq_model()))
+    with torch.no_grad():
+        pipe.conditioner.projection.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="the loss is nan at step 1: lower the learning rate"):
+        train(pipe, Batches(), arguments(tmp_path))
 
 
 # Stages and wrong combinations
@@ -273,7 +331,7 @@ def test_second_stage_of_adapters_starts_from_the_first(tmp_path):
     with pytest.raises(ValueError, match="the adapters have rank 2, got 4"):
         train(large, Batches(upscale=2), arguments(tmp_path / "x2", rank=4))
     AcceleratorState._reset_state(True)
-    train(large, Batches(upscale=2), arguments(tmp_path / "x2", rank=2, mixed_precision="bf16"))
+    train(large, Batches(upscale=2), arguments(tmp_path / "x2", rank=2, bf16=True))
     dtypes = {"lora_" in name: parameter.dtype for name, parameter in large.transformer.named_parameters()}
     assert dtypes == {True: torch.float32, False: torch.bfloat16}
     assert NextFlowConditioner.from_pretrained(tmp_path / "x2", subfolder="conditioner").config.upscale == 2
@@ -284,15 +342,17 @@ def test_wrong_combinations(tmp_path):
         DecoderTrainingArguments("out", rank=2, use_ema=True)
     with pytest.raises(ValueError, match="rank must be positive, got 0"):
         DecoderTrainingArguments("out", rank=0)
-    with pytest.raises(ValueError, match="must be one of no, fp16, bf16, got 'fp8'"):
-        DecoderTrainingArguments("out", mixed_precision="fp8")
+    with pytest.raises(ValueError, match="pictures have no labels, got 0.1"):
+        DecoderTrainingArguments("out", label_smoothing_factor=0.1)
     with pytest.raises(ValueError, match="the flux transformer is trained by adapters: give their rank"):
         train(decoder("flux"), Batches(), arguments(tmp_path))
-    with pytest.raises(ValueError, match="must be latest or a folder checkpoint-STEP, got there"):
-        train(decoder("unet"), Batches(), arguments(tmp_path, resume_from_checkpoint="there"))
+    with pytest.raises(ValueError, match="there is no whole checkpoint in"):
+        train(decoder("unet"), Batches(), arguments(tmp_path), resume=True)
     with pytest.raises(ValueError, match="multiple of the 8 pixels"):
         train(decoder("flux", vq_model=tiny_vq_model(4)), Batches(), arguments(tmp_path, rank=2))
-    with pytest.raises(ValueError, match=r"\(2, 4\) are drawn at 64x128 \(upscale 2\), but batch 0 holds .* of 32x64"):
+    with pytest.raises(
+        ValueError, match=r"\(2, 4\) are drawn at 64x128 \(upscale 2\), but batch \d+ holds .* of 32x64"
+    ):
         pipe = decoder("unet")
         pipe.conditioner.register_to_config(upscale=2)
         train(pipe, Batches(), arguments(tmp_path))
@@ -339,7 +399,10 @@ def test_every_picture_is_shown_once_in_an_epoch_at_both_sizes(source, vq_model)
     for upscale, shown in ((1, 5), (2, 4)):
         pictures = source_pictures(table, reader, processor, upscale=upscale)
         batches = PictureBatches(table, reader.read, pictures, processor, 2, upscale, seed=3)
-        epochs = [[batches[e * batches.epoch_length + n] for n in range(batches.epoch_length)] for e in (0, 1)]
+        epochs = []
+        for epoch in (0, 1):
+            batches.set_epoch(epoch)
+            epochs.append([batches[place] for place in range(len(batches))])
         orders = [[caption for batch in epoch for caption in batch["captions"]] for epoch in epochs]
         assert sorted(orders[0]) == sorted(orders[1]) == [f"caption {n}" for n in range(shown)]
         assert orders[0] != orders[1]
@@ -371,7 +434,7 @@ def test_codes_of_shards_are_those_of_the_pictures(source, vq_model, model_folde
     batches = PictureBatches(table, read, pictures, processor, 2)
     captions, blind = [], copy.deepcopy(vq_model)
     blind.semantic_encoder = blind.pixel_encoder = blind.pixel_decoder = None  # no encoder is needed
-    for number in range(batches.epoch_length):
+    for number in range(len(batches)):
         batch = batches[number]
         codes = vq_model.encode(batch["pixel_values"])
         assert torch.equal(batch["codes"], codes)
@@ -388,7 +451,7 @@ def test_codes_of_self_corrected_shards_sum_up_to_the_picture(source, vq_model, 
     table = source.load()
     pictures, read = shard_pictures(tmp_path, source, table, vq_model)
     batches = PictureBatches(table, read, pictures, NextFlowImageProcessor.from_vq_config(vq_model.config), 8)
-    for number in range(batches.epoch_length):
+    for number in range(len(batches)):
         batch = batches[number]
         keys = [f"key {caption[-1]}/0/0" for caption in batch["captions"]]
         inputs, targets = vq_model.encode(batch["pixel_values"], correction, 0, keys)

@@ -9,20 +9,25 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch.utils.data import Dataset
+from transformers import TrainerState
 
-from diffusers_nextflow import NextFlowConditioner, training
-from diffusers_nextflow.training import DecoderTrainingArguments, train
+from diffusers_nextflow import NextFlowConditioner
+from diffusers_nextflow.training import DecoderTrainingArguments, NextFlowDecoderTrainer
 from tests.diffusers.tiny_decoders import WIDE, decoder, random_codes, tiny_vq_model
 
 
 class Batches(Dataset):
     """Random pictures and random codes."""
 
-    def __init__(self, upscale: int = 1, kill_at: int | None = None):
-        self.upscale, self.kill_at = upscale, kill_at
+    def __init__(self, upscale: int = 1, kill_after: int | None = None, count: int = 12):
+        self.upscale, self.kill_after, self.count, self.seen = upscale, kill_after, count, 0
+
+    def __len__(self) -> int:
+        return self.count
 
     def __getitem__(self, number: int) -> dict:
-        if number == self.kill_at:
+        self.seen += 1
+        if self.seen == self.kill_after:
             os.kill(os.getpid(), signal.SIGKILL)
         generator = torch.Generator().manual_seed(number)
         pixels = torch.rand(2, 3, 32 * self.upscale, 64 * self.upscale, generator=generator) * 2 - 1
@@ -31,9 +36,17 @@ class Batches(Dataset):
 
 
 def arguments(output: Path, **values) -> DecoderTrainingArguments:
-    defaults = {"max_train_steps": 2, "learning_rate": 1e-2, "lr_warmup_steps": 0, "checkpointing_steps": 1}
-    defaults |= {"logging_steps": 1, "num_inference_steps": 1, "num_validation_images": 2}
-    return DecoderTrainingArguments(str(output), **defaults | values)
+    defaults = {"max_steps": 2, "learning_rate": 1e-2, "save_steps": 1, "logging_steps": 1, "sample_steps": 2}
+    defaults |= {"num_inference_steps": 1, "num_samples": 2, "use_cpu": True, "report_to": "none"}
+    return DecoderTrainingArguments(str(output), **defaults | {"disable_tqdm": True} | values)
+
+
+def train(pipe, batches, arguments, resume: bool = False, **kwargs) -> NextFlowDecoderTrainer:
+    """Train and save."""
+    trainer = NextFlowDecoderTrainer(pipe, arguments, batches, **kwargs)
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model()
+    return trainer
 
 
 def picture(pipe) -> torch.Tensor:
@@ -49,8 +62,8 @@ def picture(pipe) -> torch.Tensor:
 def run(
     output: Path,
     rank: int | None = None,
-    kill_at: int | None = None,
-    resume: str | None = None,
+    kill_after: int | None = None,
+    resume: bool = False,
     dies_saving: bool = False,
 ) -> None:
     """A whole UNet, or with `rank` adapters of Flux."""
@@ -58,11 +71,14 @@ def run(
     for module in pipe.components[pipe.backbone].modules():  # so that a step depends on torch's random numbers
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.2
-    values = {"max_train_steps": 6, "checkpointing_steps": 2, "gradient_accumulation_steps": 2, "rank": rank}
-    values |= {"use_ema": rank is None, "lr_scheduler": "cosine", "resume_from_checkpoint": resume}
+    values = {"max_steps": 6, "save_steps": 2, "gradient_accumulation_steps": 2, "rank": rank}
+    values |= {"use_ema": rank is None, "lr_scheduler_type": "cosine"}
     if dies_saving:
-        training.Path.rename = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
-    train(pipe, Batches(kill_at=kill_at), arguments(output, **values), validation=Batches()[0])
+        TrainerState.save_to_json = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+    batches = Batches(kill_after=kill_after, count=8)  # an epoch and a half
+    trainer = train(pipe, batches, arguments(output, **values), resume, samples=Batches()[0])
+    logged = [{name: row[name] for name in ("step", "loss")} for row in trainer.state.log_history if "loss" in row]
+    Path(output, "losses.json").write_text(json.dumps(logged))
 
 
 def in_a_process(*args, **kwargs) -> int:
@@ -77,10 +93,10 @@ def main(output: Path) -> None:
     for kind, rank in (("", None), ("-lora", 2)):
         whole, killed = output / f"whole{kind}", output / f"killed{kind}"
         assert in_a_process(whole, rank) == 0
-        assert in_a_process(killed, rank, kill_at=7, resume="latest") == -signal.SIGKILL  # within the fourth step
-        assert in_a_process(killed, rank, resume="latest", dies_saving=True) == -signal.SIGKILL
+        assert in_a_process(killed, rank, kill_after=8) == -signal.SIGKILL  # within the fourth step
+        assert in_a_process(killed, rank, resume=True, dies_saving=True) == -signal.SIGKILL
         (output / f"left{kind}.json").write_text(json.dumps([path.name for path in killed.iterdir()]))
-        assert in_a_process(killed, rank, resume="latest") == 0
+        assert in_a_process(killed, rank, resume=True) == 0
 
     conditioner = NextFlowConditioner.from_pretrained(output / "flux", subfolder="conditioner")
     pipe = decoder("flux", conditioner=conditioner)

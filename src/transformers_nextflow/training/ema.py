@@ -31,6 +31,7 @@ class EMACallback(TrainerCallback):
 
     Args:
         decay: in [0, 1).
+        warmup: whether the decay is reached by (1 + step) / (10 + step), so that the first weights are soon forgotten.
 
     Attributes:
         averages: by parameter name, while training and after it.
@@ -40,10 +41,10 @@ class EMACallback(TrainerCallback):
             for weights that DeepSpeed's ZeRO-3 shards.
     """
 
-    def __init__(self, decay: float = 0.999):
+    def __init__(self, decay: float = 0.999, warmup: bool = False):
         if not 0 <= decay < 1:
             raise ValueError(f"decay must lie in [0, 1), got {decay}")
-        self.decay = decay
+        self.decay, self.warmup = decay, warmup
         self.averages: dict[str, torch.Tensor] = {}
 
     def copy_to(self, model: nn.Module) -> None:
@@ -63,8 +64,10 @@ class EMACallback(TrainerCallback):
 
     @torch.no_grad()
     def on_optimizer_step(self, args, state, control, **kwargs):
+        step = state.global_step
+        decay = min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
         for name, parameter in self._parameters.items():
-            _local(self.averages[name]).lerp_(_local(parameter).float(), 1 - self.decay)
+            _local(self.averages[name]).lerp_(_local(parameter).float(), 1 - decay)
 
     def on_step_end(self, args, state, control, **kwargs):
         if control.should_save:  # before the Trainer's files, so that a checkpoint that looks whole has it

@@ -49,14 +49,51 @@ class PictureReports:
             self._writer = None
 
 
-class SamplesCallback(TrainerCallback):
+class DrawingCallback(TrainerCallback):
     """Draws pictures every few steps, writes them, and hands them to the trackers of `report_to` that take pictures.
 
-    - `output_dir/samples/step-N/00.png` .. in the order of the prompts, each file written whole or not at all.
+    - `output_dir/samples/step-N/00.png` .. in the order of the captions, each file written whole or not at all.
     - Trackers get them as `samples/00` .., see [`PictureReports`].
 
-    Every process draws, since sharded weights take all of them, and the first one writes. The pictures have random
-    streams of their own, so the training's losses are what they are without samples.
+    Every process draws, since sharded weights take all of them, and the first one writes.
+
+    Args:
+        captions: of the pictures that `draw` gives for a model.
+        every: optimizer steps from one drawing to the next.
+
+    Raises:
+        ValueError: for `every` below 1.
+    """
+
+    def __init__(self, captions: Sequence[str], every: int):
+        if every < 1:
+            raise ValueError(f"every must be at least 1, got {every}")
+        self.captions, self.every = captions, every
+        self._reports = PictureReports("samples")
+
+    def draw(self, model) -> list[Image.Image]:
+        """One picture for each caption."""
+        raise NotImplementedError
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step % self.every:
+            return
+        pictures = self.draw(model)
+        if not state.is_world_process_zero:
+            return
+        folder = Path(args.output_dir, "samples", f"step-{state.global_step}")
+        for index, picture in enumerate(pictures):
+            write_atomically(folder / f"{index:02}.png", lambda path, picture=picture: picture.save(path, "PNG"))
+        self._reports.log(args, state.global_step, pictures, self.captions)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._reports.close()
+
+
+class SamplesCallback(DrawingCallback):
+    """A NextFlow's pictures of the same prompts all along a training, see [`DrawingCallback`].
+
+    The pictures have random streams of their own, so the training's losses are what they are without samples.
 
     Args:
         processor: of the model.
@@ -81,37 +118,20 @@ class SamplesCallback(TrainerCallback):
     ):
         if isinstance(prompts, str) or not prompts:
             raise ValueError(f"prompts must be a list of texts, got {prompts!r}")
-        if every < 1:
-            raise ValueError(f"every must be at least 1, got {every}")
+        super().__init__(list(prompts), every)
         if images is None:
             images = [[]] * len(prompts)
         if len(images) != len(prompts):
             raise ValueError(f"images must have one entry for each of {len(prompts)} prompts, got {len(images)}")
-        self.processor, self.prompts, self.every = processor, list(prompts), every
-        self.seed, self.generation = seed, generation
+        self.processor, self.seed, self.generation = processor, seed, generation
         self.chats = []
         for prompt, given in zip(prompts, images):
             content = [*({"type": "image", "image": image} for image in given), {"type": "text", "text": prompt}]
             self.chats.append([{"role": "user", "content": content}])
-        self._reports = PictureReports("samples")
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if isinstance(model, FSDPModule):  # the Trainer does the same with `generate`
             register_fsdp_forward_method(model, "decode_image_tokens")
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        if state.global_step % self.every:
-            return
-        pictures = self.draw(model)
-        if not state.is_world_process_zero:
-            return
-        folder = Path(args.output_dir, "samples", f"step-{state.global_step}")
-        for index, picture in enumerate(pictures):
-            write_atomically(folder / f"{index:02}.png", lambda path, picture=picture: picture.save(path, "PNG"))
-        self._reports.log(args, state.global_step, pictures, self.prompts)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self._reports.close()
 
     @torch.no_grad()
     def draw(self, model) -> list[Image.Image]:
