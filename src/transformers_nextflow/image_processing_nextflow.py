@@ -281,16 +281,19 @@ class NextFlowImageProcessor(ProcessorBringsCode, PilBackend):
             height, width = (image.height, image.width) if isinstance(image, Image.Image) else image.shape[1:]
             schedule = self.schedule_of(height, width, level) if do_resize else table.by_size(height, width)
             image = _fit(image, table.image_size(schedule), resample)
-            if isinstance(image, Image.Image):
-                pixels = np.asarray(image, dtype=np.float64).transpose(2, 0, 1) * rescale_factor
-            else:
-                pixels = image.astype(np.float64)
+            # of 8 bits: the 256 values that there are, of every colour
+            eight_bits = isinstance(image, Image.Image)
+            values = np.broadcast_to(np.arange(256.0) * rescale_factor, (3, 1, 256)) if eight_bits else image
+            values = values.astype(np.float64)
             if do_normalize:
                 mean, std = (np.broadcast_to(v, 3)[:, None, None] for v in (image_mean, image_std))
-                pixels = (pixels - mean) / std
-            if not np.isfinite(pixels).all():
+                values = (values - mean) / std
+            if not np.isfinite(values).all():
                 raise ValueError(f"pixels are not finite: {rescale_factor=}, {image_mean=}, {image_std=}")
-            pixels = torch.from_numpy(np.ascontiguousarray(pixels, dtype=np.float32))
+            values = np.ascontiguousarray(values, dtype=np.float32)
+            if eight_bits:
+                values = np.stack([of_colour[0][np.asarray(image)[..., c]] for c, of_colour in enumerate(values)])
+            pixels = torch.from_numpy(values)
             pixels = pixels[None] if self.image_size else patchify(pixels[None], self.patch_size)[0]
             patches.append(pixels.numpy())
             grids.append(schedule.final_grid)

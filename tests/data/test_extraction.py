@@ -27,6 +27,7 @@ from transformers_nextflow.data import (
     Message,
     Source,
     extract,
+    extraction,
     pack,
     verify,
 )
@@ -119,6 +120,25 @@ def test_broken_pictures_are_counted_logged_and_skipped(photo_folder, data_check
     assert sorted(rows_of(tmp_path / "out")) == ["0", "1", "2"]
     assert all(row["image_grid_hw"].tolist() == [2, 4] for row in rows_of(tmp_path / "out").values())
     assert verify(tmp_path / "out", data_checkpoint)["rows"] == 3
+
+
+def test_workers_read_pictures_and_shards_are_the_same(photo_folder, data_checkpoint, tmp_path, monkeypatch):
+    """Torn pictures too; with workers this process opens nothing but headers."""
+    (photo_folder / "5.jpg").write_bytes((photo_folder / "1.jpg").read_bytes()[:-200])
+    with open(photo_folder / "metadata.jsonl", "a") as file:
+        file.write(json.dumps({"file_name": "5.jpg", "text": "caption 5"}) + "\n")
+    here, read = os.getpid(), extraction.pixels_of
+    extract(Source(str(photo_folder)), data_checkpoint, tmp_path / "alone", T2I)
+
+    def read_elsewhere(*args):
+        assert os.getpid() != here
+        return read(*args)
+
+    monkeypatch.setattr(extraction, "pixels_of", read_elsewhere)
+    extract(Source(str(photo_folder)), data_checkpoint, tmp_path / "workers", T2I, num_workers=2)
+    assert files_of(tmp_path / "workers") == files_of(tmp_path / "alone")
+    skipped = (tmp_path / "workers" / "skipped.jsonl").read_text().splitlines()
+    assert {json.loads(line)["key"] for line in skipped} == {"3", "4", "5"}
 
 
 def test_all_sources_give_the_same_rows(photo_folder, data_checkpoint, tmp_path):

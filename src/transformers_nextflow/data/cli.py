@@ -1,5 +1,6 @@
 """`transformers-nextflow data`: extract, pack, verify, inspect."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -57,6 +58,9 @@ class Work:
     documents_per_shard: Annotated[int, Option(metavar="N")] = 1024
     devices: Annotated[list[str] | None, Option(metavar="DEVICE", help="Default: cpu; repeatable.")] = None
     num_proc: Annotated[int, Option(metavar="N", help="Processes.")] = 1
+    num_workers: Annotated[
+        int | None, Option(metavar="N", help="Of each process, to read pictures; default: the cores left, 8 at most.")
+    ] = None
     engine: Annotated[Literal["local", "ray"], Option()] = "local"
     seed: Seed = 0
 
@@ -126,8 +130,16 @@ def extract(
         work.devices or ["cpu"],
         work.num_proc,
         work.engine,
+        _workers(work),
     )
     print_figures(manifest["statistics"] | {"shards": len(manifest["shards"])}, json)
+
+
+def _workers(work: Work) -> int:
+    """Of each process."""
+    if work.num_workers is not None:
+        return work.num_workers
+    return 0 if work.engine == "ray" else min(max((os.cpu_count() or 1) // work.num_proc - 1, 0), 8)
 
 
 def _columns(pairs: list[str]) -> dict[str, str]:

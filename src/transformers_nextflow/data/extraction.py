@@ -10,17 +10,18 @@ import io
 import json
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from ..image_processing_nextflow import DAMAGED, upright_size
+from ..image_processing_nextflow import DAMAGED, NextFlowImageProcessor, upright_size
 from ..modeling_nextflow_vq import unpatchify
 from ..quantizer import SelfCorrection
 from ..scales import ScaleSchedule
@@ -113,6 +114,7 @@ def extract(
     devices: Sequence[str] = ("cpu",),
     num_proc: int = 1,
     engine: str = "local",
+    num_workers: int = 0,
 ) -> dict:
     """Extract a source; the same call continues a stopped run. Returns the manifest.
 
@@ -122,6 +124,8 @@ def extract(
         devices, num_proc: processes, and the devices they take in turn.
         engine: `"local"`, or `"ray"`, a Ray Data pipeline on the cluster that `ray.init` joins; `output` and the
             source must then be on a file system that all its machines share.
+        num_workers: of each process, which read, decode and resize pictures ahead of its encoder; 0 is none, and what
+            `"ray"` has.
 
     Raises:
         ValueError: if `output` was begun with other settings, another source or another model.
@@ -129,7 +133,7 @@ def extract(
     if engine not in ENGINES:
         raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
     output = Path(output)
-    extractor = Extractor(source, str(model), settings, devices[0])
+    extractor = Extractor(source, str(model), settings, devices[0], num_workers)
     plan = extractor.plan()
     check_plan(output, plan)
     if (output / MANIFEST).exists():
@@ -146,14 +150,14 @@ def extract(
         for index in tqdm(todo, desc="shards", disable=not todo):
             extractor.extract_shard(index, output)
     else:
-        arguments = (source, str(model), settings, list(devices), num_proc, output, todo)
+        arguments = (source, str(model), settings, list(devices), num_proc, output, todo, num_workers)
         torch.multiprocessing.spawn(_worker, arguments, nprocs=num_proc)
     return _finish(output, plan, extractor.identity)
 
 
-def _worker(rank: int, source, model, settings, devices, num_proc, output, todo) -> None:
+def _worker(rank: int, source, model, settings, devices, num_proc, output, todo, num_workers) -> None:
     torch.set_num_threads(max(torch.get_num_threads() // num_proc, 1))
-    extractor = Extractor(source, model, settings, devices[rank % len(devices)])
+    extractor = Extractor(source, model, settings, devices[rank % len(devices)], num_workers)
     for index in todo[rank::num_proc]:
         extractor.extract_shard(index, output)
 
@@ -211,10 +215,12 @@ def _finish(output: Path, plan: dict, identity: dict) -> dict:
 
 
 class Extractor:
-    """One process's part: the source, the vision tokenizer on its device, and the settings."""
+    """One process's part: the source, the vision tokenizer on its device, the settings, workers that read ahead."""
 
-    def __init__(self, source: Source, model: str, settings: ExtractionSettings, device: str = "cpu"):
-        self.source, self.settings, self.device = source, settings, device
+    def __init__(
+        self, source: Source, model: str, settings: ExtractionSettings, device: str = "cpu", num_workers: int = 0
+    ):
+        self.source, self.settings, self.device, self.num_workers = source, settings, device, num_workers
         self.config, self.processor, self.vq_model = load_tokenizers(model, device)
         self.table = source.load()
         self.schedules = self.config.vq_config.schedule_table()
@@ -247,10 +253,12 @@ class Extractor:
         coded: dict[tuple[int, int], dict] = {}
         broken: dict[int, str] = {}
         samples = []
-        for number, (schedule, supervised, pictures) in enumerate(self._batches(documents)):
-            path = work / f"{number:05d}.npz"
+        batches = [(work / f"{number:05d}.npz", batch) for number, batch in enumerate(self._batches(documents))]
+        read = self._read_ahead(documents, [batch for path, batch in batches if not path.exists()])
+        for path, (schedule, supervised, pictures) in batches:
             if not path.exists():
-                self._code_batch(documents, schedule, supervised, pictures, path)
+                pixels = [next(read) for _ in pictures]
+                self._code_batch(documents, schedule, supervised, pictures, pixels, path)
             members = [member for places_of_one in pictures for member in places_of_one]
             with np.load(path, allow_pickle=False) as batch:
                 failures = {int(m): str(e) for m, e in zip(batch["failed"], batch["errors"])}
@@ -350,20 +358,36 @@ class Extractor:
             for start in range(0, len(pictures), size)
         ]
 
+    def _read_ahead(self, documents, batches) -> Iterator[torch.Tensor | str]:
+        """The pictures of batches, one after the other, see [`PictureReader`]."""
+        images = [
+            (documents[number][0].images[image], schedule)
+            for schedule, _, pictures in batches
+            for number, image in (places[0] for places in pictures)
+        ]
+        reader = PictureReader(images, self.processor.image_processor)
+        return iter(DataLoader(reader, batch_size=None, num_workers=min(self.num_workers, len(images))))
+
     @torch.no_grad()
-    def _code_batch(self, documents, schedule: ScaleSchedule, supervised: bool, pictures, path: Path) -> None:
+    def _code_batch(
+        self,
+        documents,
+        schedule: ScaleSchedule,
+        supervised: bool,
+        pictures,
+        read: list[torch.Tensor | str],
+        path: Path,
+    ) -> None:
         """Code the pictures of a batch and keep the result; what cannot be read is kept as its error."""
         pixels, keys, failed, errors = [], [], [], []
         first = 0
-        for places in pictures:
-            names = [(documents[number][0], image) for number, image in places]
-            try:
-                document, image = names[0]
-                pixels.append(self.pixels(document.images[image], schedule))
-                keys.append([f"{document.key}/{image}" for document, image in names])
-            except UNREADABLE as error:
+        for places, picture in zip(pictures, read):
+            if isinstance(picture, str):
                 failed += range(first, first + len(places))
-                errors += [f"{type(error).__name__}: {error}"] * len(places)
+                errors += [picture] * len(places)
+            else:
+                pixels.append(picture)
+                keys.append([f"{documents[number][0].key}/{image}" for number, image in places])
             first += len(places)
         variants = range(self.settings.num_variants if supervised else 0)
         codes, inputs = self.code(pixels, schedule, keys, variants)
@@ -420,13 +444,7 @@ class Extractor:
 
     def pixels(self, image: bytes | str, schedule: ScaleSchedule) -> torch.Tensor:
         """(3, H, W) float32 in [-1, 1] of the schedule's size."""
-        with _open(image) as picture:
-            data = self.processor.image_processor(picture, level=self.schedules.level_of(schedule.final_grid))
-        grid = tuple(int(n) for n in data["image_grid_hw"][0])
-        if grid != schedule.final_grid:
-            raise ValueError(f"the picture's header promised the grid {schedule.final_grid}, it has {grid}")
-        patches = torch.as_tensor(np.asarray(data["pixel_values"]))
-        return unpatchify(patches[None], grid, self.processor.image_processor.patch_size)[0]
+        return pixels_of(self.processor.image_processor, image, schedule)
 
     def row(self, document: Document, schedules: list[ScaleSchedule], coded: list[dict]) -> dict:
         """A document as shards store it."""
@@ -444,6 +462,37 @@ class Extractor:
             "image_input_codes": flat("inputs"),
             **asdict(extent),
         }
+
+
+def pixels_of(image_processor: NextFlowImageProcessor, image: bytes | str, schedule: ScaleSchedule) -> torch.Tensor:
+    """(3, H, W) float32 in [-1, 1] of the schedule's size."""
+    with _open(image) as picture:
+        data = image_processor(picture, level=image_processor.schedule_table().level_of(schedule.final_grid))
+    grid = tuple(int(n) for n in data["image_grid_hw"][0])
+    if grid != schedule.final_grid:
+        raise ValueError(f"the picture's header promised the grid {schedule.final_grid}, it has {grid}")
+    patches = torch.as_tensor(np.asarray(data["pixel_values"]))
+    return unpatchify(patches[None], grid, image_processor.patch_size)[0]
+
+
+class PictureReader(Dataset):
+    """Pictures by [`pixels_of`], or as a text what is wrong with them.
+
+    Args:
+        images: each with its schedule.
+    """
+
+    def __init__(self, images: Sequence[tuple[bytes | str, ScaleSchedule]], image_processor: NextFlowImageProcessor):
+        self.images, self.image_processor = images, image_processor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> torch.Tensor | str:
+        try:
+            return pixels_of(self.image_processor, *self.images[index])
+        except UNREADABLE as error:
+            return f"{type(error).__name__}: {error}"
 
 
 def _open(image: bytes | str) -> Image.Image:

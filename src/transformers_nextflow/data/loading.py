@@ -12,6 +12,7 @@ for epoch in range(epochs):
 ```
 """
 
+import os
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
@@ -100,14 +101,15 @@ class PackedDataset(PackReader):
         name: of the folder or repository.
         model, processor: whose tokenizers, schedules, code offset and special ids the shards must have been made with.
         seed: of the choice among self-corrected variants.
-        hashes: whether every shard's hash is checked now, or only its size.
+        hashes: whether every shard's hash is checked now, by the first process of a machine, or only its size.
 
     Raises:
         ValueError, FileNotFoundError: naming a shard that is missing or damaged, or what differs from the model.
     """
 
     def __init__(self, name: str | Path, model, processor, seed: int = 0, hashes: bool = True):
-        folder, manifest = open_shards(name, "packs", hashes)
+        first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+        folder, manifest = open_shards(name, "packs", hashes and first)
         check_identity(manifest, identity_of(model.config, processor, model.base_model.vq_model))
         super().__init__(folder, manifest, sequence_spec(manifest["identity"]), seed)
         self.padded, self.config = manifest["padded"], model.config
