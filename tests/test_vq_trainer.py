@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFile
 from safetensors.torch import load_file
+from transformers import TrainerState
 
 from tests.tiny_models import tiny_config
 from transformers_nextflow import NextFlowImageProcessor, NextFlowVQModel
@@ -137,6 +138,33 @@ def test_losses_are_the_papers_by_hand(model, tmp_path):
     torch.testing.assert_close(loss, error + 1.25 * distance + 1 - cosine)
 
 
+class Distance(torch.nn.Module):
+    """A perceptual network of each picture."""
+
+    def forward(self, one, other):
+        return (one - other).abs().flatten(1).sum(1).view(-1, 1, 1, 1)
+
+
+def test_the_perceptual_loss_counts_by_its_weight(model, tmp_path):
+    run = trainer(prepare_vq_stage(model, "decoder"), tmp_path, stage="decoder", scale_drop=0.0, l2_weight=0.5)
+    pixels = Pictures()[0]["pixel_values"]
+    plain = run.compute_loss(run.model, {"pixel_values": pixels})
+    run.args.perceptual_weight, run.perceptual = 0.7, Distance()
+    loss = run.compute_loss(run.model, {"pixel_values": pixels})
+    rebuilt = run.vq_model(pixels).reconstruction
+    torch.testing.assert_close(plain, 0.5 * ((rebuilt - pixels) ** 2).mean())
+    torch.testing.assert_close(loss - plain, 0.7 * Distance()(rebuilt, pixels).mean())
+
+
+def test_the_teacher_and_the_perceptual_network_neither_train_nor_drop_out(model, tmp_path):
+    teacher, perceptual = copy.deepcopy(model.semantic_encoder).train(), Distance().train()
+    arguments = NextFlowVQTrainingArguments(str(tmp_path), stage="joint", discriminator_weight=0.0, use_cpu=True)
+    run = NextFlowVQTrainer(prepare_vq_stage(model, "joint"), arguments, Pictures(), None, teacher, perceptual)
+    for network in (run.teacher, run.perceptual):
+        assert not any(module.training for module in network.modules())
+        assert not any(parameter.requires_grad for parameter in network.parameters())
+
+
 def test_the_pixel_stage_counts_kept_scales_and_pixel_channels_alone(model, tmp_path, monkeypatch):
     run = trainer(prepare_vq_stage(model, "pixel"), tmp_path)
     keep = [True, False, True]
@@ -244,6 +272,18 @@ def test_var_codebook_loss_by_hand(model, tmp_path):
     torch.testing.assert_close(loss, error + 1.25 * sum(distances) / len(distances))
 
 
+def test_the_discriminator_halves_thrice_and_sees_70_pixels():
+    discriminator = PatchDiscriminator(channels=4)
+    pixels = torch.zeros(1, 3, 256, 256, requires_grad=True)
+    scores = discriminator.eval()(pixels)
+    assert scores.shape == (1, 1, 30, 30)
+    convolutions = [layer for layer in discriminator.layers if isinstance(layer, torch.nn.Conv2d)]
+    seen = 1
+    for layer in reversed(convolutions):
+        seen = (seen - 1) * layer.stride[0] + layer.kernel_size[0]
+    assert seen == 70 and [layer.out_channels for layer in convolutions] == [4, 8, 16, 32, 1]
+
+
 def test_the_discriminator_begins_as_pix2pix_does():
     torch.manual_seed(0)
     for name, parameter in PatchDiscriminator().named_parameters():
@@ -333,6 +373,18 @@ def test_resuming_continues_as_if_nothing_had_happened(coarse_model, tmp_path):
     assert kept[0] == kept[1]
 
 
+def test_a_checkpoint_that_counts_as_whole_has_what_restarts_need(model, tmp_path, monkeypatch):
+    def die(state, path):
+        raise KeyboardInterrupt(path)
+
+    monkeypatch.setattr(TrainerState, "save_to_json", die)
+    saving = {"restart_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    run = trainer(prepare_vq_stage(model, "pixel"), tmp_path, **saving)
+    with pytest.raises(KeyboardInterrupt, match="trainer_state.json"):
+        run.train()
+    assert load_file(tmp_path / "checkpoint-1" / "chosen_entries.safetensors")["chosen"].sum() > 0
+
+
 def test_checkpoints_load_as_models(coarse_model, tmp_path):
     run = trainer(prepare_vq_stage(coarse_model, "pixel"), tmp_path, Large(), discriminator_weight=0.5, max_steps=1)
     run.train()
@@ -368,6 +420,19 @@ def test_unused_entries_restart_from_what_was_looked_up(model, tmp_path):
     looked_up = torch.cat(run._restarts.queries)[:, model.config.semantic_dim :]
     for row in model.quantizer.pixel_codebook[changed]:
         assert (looked_up == row).all(-1).any()
+
+
+def test_both_halves_restart_in_the_joint_stage(model, tmp_path):
+    with torch.no_grad():
+        model.quantizer.pixel_codebook[7:] = 100.0
+        model.quantizer.semantic_codebook[7:] = 100.0
+    teacher = copy.deepcopy(model.semantic_encoder)
+    values = {"stage": "joint", "max_steps": 2, "restart_steps": 2, "learning_rate": 0.0}
+    run = trainer(prepare_vq_stage(model, "joint"), tmp_path, teacher=teacher, **values)
+    run.train()
+    looked_up = torch.cat(run._restarts.queries)
+    entries = torch.cat([model.quantizer.semantic_codebook, model.quantizer.pixel_codebook], dim=-1)
+    assert len(entries) > 8 and all((looked_up == entry).all(-1).any() for entry in entries[8:])
 
 
 def test_evaluation_measures_whole_pictures_and_draws_a_sheet(model, tmp_path):
@@ -440,10 +505,6 @@ def test_ssim_is_wangs_and_lpips_is_measured_where_a_network_is(model, tmp_path)
     )
     assert float(ssim(near[None], pair[:1])) == pytest.approx(expected, abs=1e-9)
     assert ssim(pair, pair).tolist() == [1.0, 1.0] and float(ssim(pair[:1, :, :8], near[None, :, :8])) < 0.99
-
-    class Distance(torch.nn.Module):
-        def forward(self, one, other):
-            return (one - other).abs().flatten(1).sum(1).view(-1, 1, 1, 1)
 
     run = trainer(prepare_vq_stage(model, "pixel"), tmp_path)
     run.perceptual = Distance()

@@ -18,7 +18,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_
 
 from transformers_nextflow import NextFlowModel
 from transformers_nextflow.attention import attended_pairs, sequence_mask
-from transformers_nextflow.data import PackCollator, PackedDataset
+from transformers_nextflow.data import CostModel, PackCollator, PackedDataset
 from transformers_nextflow.lora import lora_config
 from transformers_nextflow.losses import IGNORE
 from transformers_nextflow.training import NextFlowTrainer, NextFlowTrainingArguments, load_stages
@@ -283,6 +283,20 @@ def test_the_attention_is_not_watched_if_asked(dataset, data_model, tmp_path, mo
     monkeypatch.setattr(training_logits.LargestAttentionLogit, "__enter__", lambda self: pytest.fail("watched"))
     run = train(copy.deepcopy(data_model), dataset, tmp_path, log_attention_logits=False)
     assert "max_attention_logit" not in run.state.log_history[0] and "loss_text" in run.state.log_history[0]
+
+
+def test_flops_are_the_cost_models_and_mfu_is_their_share_of_the_peak(dataset, data_model, tmp_path):
+    packs = {"max_steps": 1, "gradient_accumulation_steps": 8}
+    logged = train(copy.deepcopy(data_model), dataset, tmp_path, peak_flops=1e12, **packs).state.log_history[0]
+    collator, work = PackCollator(dataset), [0, 0, 0]
+    for index in range(len(dataset)):
+        batch = collator([dataset[index]])
+        work[0] += int((batch["document_ids"] >= 0).sum())
+        work[1] += int(visible(data_model, batch).sum())
+        work[2] += int((batch["shift_labels"] != IGNORE).sum())
+    flops = sum(count * each for count, each in zip(work, CostModel.from_config(data_model.config).coefficients))
+    assert logged["flops_per_second"] / logged["tokens_per_second"] == pytest.approx(flops / work[0])
+    assert logged["mfu"] == pytest.approx(logged["flops_per_second"] / 1e12)
 
 
 def test_uneven_packs_are_refused(dataset, data_model, tmp_path):

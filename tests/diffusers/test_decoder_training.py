@@ -16,13 +16,13 @@ pytest.importorskip("diffusers", reason="the diffusion decoder needs diffusers")
 pytest.importorskip("accelerate")
 
 from accelerate.state import AcceleratorState
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, FluxTransformer2DModel
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import TrainerState
 
 from diffusers_nextflow import NextFlowConditioner, NextFlowDecoderPipeline, NextFlowFluxDecoderPipeline
-from diffusers_nextflow.denoising import DecoderLoss, encode_pixels
+from diffusers_nextflow.denoising import DecoderLoss, encode_captions, encode_pixels
 from diffusers_nextflow.training import DecoderTrainingArguments, NextFlowDecoderTrainer, draw_seed, load_decoder
 from diffusers_nextflow.training_data import (
     PictureBatches,
@@ -300,6 +300,47 @@ def test_a_loss_that_is_no_number_ends_the_training(tmp_path):
         pipe.conditioner.projection.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match="the loss is nan at step 1: lower the learning rate"):
         train(pipe, Batches(), arguments(tmp_path))
+
+
+def test_xl_is_told_a_good_score_where_it_reads_one():
+    pipe = decoder("xl")
+    pipe.register_to_config(requires_aesthetics_score=True)
+    layer = pipe.unet.add_embedding.linear_1
+    pipe.unet.add_embedding.linear_1 = torch.nn.Linear(layer.in_features - 4, layer.out_features)  # 5 numbers, not 6
+    text = encode_captions(pipe, CAPTIONS, (32, 64))
+    assert text["added_cond_kwargs"]["time_ids"].tolist() == [[32, 64, 0, 0, 6]] * 2
+
+
+def test_flux_is_told_the_guidance(tmp_path):
+    pipe, told = decoder("flux", vq_model=copy.deepcopy(tiny_vq_model())), []
+    config = dict(pipe.transformer.config) | {"guidance_embeds": True}
+    pipe.register_modules(transformer=FluxTransformer2DModel.from_config(config))
+    pipe.transformer.register_forward_pre_hook(
+        lambda _, args, kwargs: told.append(kwargs["guidance"]), with_kwargs=True
+    )
+    train(pipe, Batches(), arguments(tmp_path, rank=2, guidance_scale=2.5, max_steps=1))
+    assert [guidance.tolist() for guidance in told] == [[2.5, 2.5]]
+
+
+def test_steps_are_the_arguments(tmp_path, monkeypatch):
+    """Gradients are clipped, matrices decay, the rate moves, the newest checkpoints stay."""
+    norms, rates, step = [], [], torch.optim.AdamW.step
+
+    def record(optimizer, *args, **kwargs):
+        weights = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norms.append(torch.stack([p.grad.norm() for p in weights]).norm().item())
+        rates.append(optimizer.param_groups[0]["lr"])
+        return step(optimizer, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", record)
+    values = {"max_steps": 4, "max_grad_norm": 1e-4, "lr_scheduler_type": "linear", "save_total_limit": 2}
+    pipe = decoder("unet", vq_model=copy.deepcopy(tiny_vq_model()))
+    run = train(pipe, Batches(), arguments(tmp_path, optim="adamw_torch", **values))
+    assert norms == pytest.approx([1e-4] * 4, rel=1e-2)
+    assert rates == pytest.approx([1e-2, 7.5e-3, 5e-3, 2.5e-3])
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
+    decays = {id(p): group["weight_decay"] for group in run.optimizer.param_groups for p in group["params"]}
+    assert decays[id(pipe.unet.conv_in.weight)] == 1e-2 and decays[id(pipe.unet.conv_in.bias)] == 0
 
 
 # Stages and wrong combinations

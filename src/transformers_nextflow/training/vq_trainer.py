@@ -336,6 +336,11 @@ class NextFlowVQTrainer(OrderedTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        if _internal_call and self._restarts is not None:  # a checkpoint, of which the Trainer writes its state last
+            self._restarts.save(Path(output_dir))
+
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
         module = self.accelerator.unwrap_model(self.model)
@@ -411,10 +416,11 @@ class Restarts(TrainerCallback):
         self.every, self.pixel_only = args.restart_steps, args.stage == "pixel"
         self.chosen = torch.zeros(len(model.quantizer.pixel_codebook), device=args.device)
 
-    def on_save(self, args, state, control, **kwargs):
+    def save(self, folder: Path) -> None:
+        """Into a checkpoint; all processes do."""
         chosen = self.accelerator.reduce(self.chosen, reduction="sum")
-        if state.is_world_process_zero:
-            save_file({"chosen": chosen}, Path(args.output_dir) / f"checkpoint-{state.global_step}" / CHOSEN)
+        if self.accelerator.is_main_process:
+            save_file({"chosen": chosen}, folder / CHOSEN)
 
     def load(self, folder: Path) -> None:
         """Continue from a checkpoint; the first process knows what all of them had seen."""
