@@ -162,6 +162,7 @@ def settings(output: Path, steps: int) -> DecoderTrainingArguments:
         lr_scheduler_type="cosine",
         warmup_steps=min(100, steps // 10),
         bf16=True,
+        use_cpu=not torch.cuda.is_available(),  # where bf16 has to be asked for so
         use_ema=True,
         ema_decay=0.995,
         save_steps=200,
