@@ -45,7 +45,7 @@ def rows(count: int = 16) -> list[dict]:
 def train(output, decay=0.9, dtype=torch.float32, resume=None, **arguments) -> tuple[Line, EMACallback, list]:
     values = {"max_steps": 8, "save_steps": 3, "learning_rate": 0.1, "per_device_train_batch_size": 4, "seed": 5}
     values |= {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "optim": "sgd"}
-    callback, recorded = EMACallback(decay), Recorded()
+    callback, recorded = decay if isinstance(decay, EMACallback) else EMACallback(decay), Recorded()
     trainer = Trainer(
         Line(dtype),
         TrainingArguments(str(output), **(values | arguments)),
@@ -75,6 +75,15 @@ def test_every_checkpoint_has_the_average_up_to_it(tmp_path, dtype):
     assert torch.equal(callback.averages["slope"], saved["slope"])
     callback.copy_to(model)
     assert torch.equal(model.slope.detach(), saved["slope"].to(dtype)) and model.offset.item() == 0.5
+
+
+def test_a_decay_is_reached_by_warming_up(tmp_path):
+    _, callback, weights = train(tmp_path, EMACallback(0.3, warmup=True))
+    average = weights[0].double()
+    for step, each in enumerate(weights[1:]):
+        decay = min(0.3, (1 + step) / (10 + step))
+        average = decay * average + (1 - decay) * each.double()
+    torch.testing.assert_close(callback.averages["slope"].double(), average, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("strategy", ["epoch", "best"])

@@ -25,6 +25,7 @@ from transformers_nextflow.data import (
     PackedDataset,
     PackSampler,
     pack,
+    shards,
     verify,
 )
 from transformers_nextflow.data.packing import Extents, efficiency, pack_costs
@@ -75,6 +76,17 @@ def test_what_is_refused_and_by_what_name(damaged, data_model, tiny_processor, d
     damage(damaged)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         PackedDataset(damaged, data_model, tiny_processor)
+
+
+def test_a_machine_hashes_its_shards_once(damaged, data_model, tiny_processor, monkeypatch):
+    """By its first process, which ends the training for all of them."""
+    hashed, hash_file = [], shards.sha256_of
+    monkeypatch.setattr(shards, "sha256_of", lambda path: (hashed.append(path), hash_file(path))[1])
+    for rank in ("1", "0"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        before = len(hashed)
+        PackedDataset(damaged, data_model, tiny_processor)
+        assert (len(hashed) - before > 0) == (rank == "0")
 
 
 def test_another_models_tokenizers_are_refused(packs, data_model, data_checkpoint, tiny_processor):
