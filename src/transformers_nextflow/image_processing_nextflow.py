@@ -215,7 +215,8 @@ class NextFlowImageProcessor(ProcessorBringsCode, PilBackend):
             try:
                 image = _upright(image)
             except DAMAGED as error:
-                raise ValueError(f"cannot decode the picture {image}: {error}") from error
+                kind = f"{image.format or image.mode}, {image.width}x{image.height} pixels"
+                raise ValueError(f"cannot decode the picture ({kind}): {error}") from error
             if image.mode in SIXTEEN_BIT_MODES:
                 image = _sixteen_bits(image)
             elif do_convert_rgb:

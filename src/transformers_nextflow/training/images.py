@@ -65,7 +65,9 @@ class ImageBatches(Dataset):
     def _leave_out(self, index: int, error: Exception) -> None:
         if index not in self.damaged:
             self.damaged[index] = str(error)
-            logger.warning(f"left out {self.images[index]}, the {len(self.damaged)}. damaged image: {error}")
+            image = self.images[index]
+            name = f"image {index}" if isinstance(image, Image.Image) else image
+            logger.warning(f"left out {name}, damaged image number {len(self.damaged)}: {error}")
 
     def _size(self, index: int) -> tuple[int, int]:
         image = self.images[index]
