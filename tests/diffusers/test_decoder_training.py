@@ -312,8 +312,8 @@ def test_xl_is_told_a_good_score_where_it_reads_one():
 
 
 def test_flux_is_told_the_guidance(tmp_path):
-    config = dict(stock_components("flux")["transformer"].config) | {"guidance_embeds": True}
-    transformer, told = FluxTransformer2DModel.from_config(config), []
+    config, told = stock_components("flux")["transformer"].config, []
+    transformer = FluxTransformer2DModel.from_config(config, guidance_embeds=True)
     pipe = decoder("flux", vq_model=copy.deepcopy(tiny_vq_model()), transformer=transformer)
     transformer.register_forward_pre_hook(lambda _, args, kwargs: told.append(kwargs["guidance"]), with_kwargs=True)
     train(pipe, Batches(), arguments(tmp_path, rank=2, guidance_scale=2.5, max_steps=1))
