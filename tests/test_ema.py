@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from transformers_nextflow.training import EMACallback
 
@@ -84,6 +84,14 @@ def test_a_decay_is_reached_by_warming_up(tmp_path):
         decay = min(0.3, (1 + step) / (10 + step))
         average = decay * average + (1 - decay) * each.double()
     torch.testing.assert_close(callback.averages["slope"].double(), average, rtol=1e-6, atol=0)
+
+
+def test_weights_with_channels_last_have_an_average_too(tmp_path):
+    callback, model = EMACallback(0.5), nn.Conv2d(2, 2, 3).to(memory_format=torch.channels_last)
+    arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    callback.on_train_begin(arguments, TrainerState(), TrainerControl(), model=model)
+    callback.on_save(arguments, TrainerState(global_step=1), TrainerControl())
+    assert torch.equal(load_file(tmp_path / "checkpoint-1" / "ema.safetensors")["weight"], model.weight)
 
 
 @pytest.mark.parametrize("strategy", ["epoch", "best"])

@@ -84,7 +84,7 @@ class EMACallback(TrainerCallback):
         for name, average in self.averages.items():
             average = average.full_tensor() if isinstance(average, DTensor) else average
             if args.should_save:
-                whole[name] = average.cpu()
+                whole[name] = average.cpu().contiguous()  # as weights with channels last are not
         self._saved = state.global_step
         if args.should_save:
             path = _checkpoint(args, state) / FILE
