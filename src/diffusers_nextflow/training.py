@@ -57,8 +57,13 @@ ADAPTER = "default"
 class DecoderTrainingArguments:
     """Under the names of diffusers' training scripts."""
 
-    output_dir: str = field(metadata={"help": "gets checkpoints, log.jsonl, validation pictures and the result"})
-    rank: int | None = field(default=None, metadata={"help": "of LoRA adapters; default: the whole UNet is trained"})
+    output_dir: str = field(
+        metadata={"help": "gets checkpoints, log.jsonl, validation pictures and the result", "aliases": ["--output"]}
+    )
+    rank: int | None = field(
+        default=None,
+        metadata={"help": "of LoRA adapters; default: the whole UNet is trained", "aliases": ["--lora_r"]},
+    )
     max_train_steps: int = field(default=15_000, metadata={"help": "optimizer steps"})
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = False

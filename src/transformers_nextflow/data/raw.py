@@ -33,6 +33,11 @@ class RawDocuments(Dataset):
         self.spec, self.config = self.extractor.spec, self.extractor.config
         self.epoch = 0
 
+    @property
+    def levels(self) -> set[str]:
+        """See [`~loading.PackReader.levels`]."""
+        return {self.extractor.settings.level or list(self.spec.schedules.levels)[-1]}
+
     def set_epoch(self, epoch: int) -> None:
         """Which draws of self-correction are shown."""
         self.epoch = epoch

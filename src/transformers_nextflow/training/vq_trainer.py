@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainingArguments
 from ..modeling_nextflow_vq import AttnBlock, NextFlowVQModel, NextFlowVQOutput, ResidualBlock
 from ..quantizer import CODEBOOK_LOSSES, QuantizerOutput
 from ..utils.files import write_atomically
+from .checkpoints import output_field
 from .order import OrderedTrainer
 from .vq_losses import (
     PatchDiscriminator,
@@ -65,6 +66,7 @@ class NextFlowVQTrainingArguments(TrainingArguments):
         ValueError: for an unknown `stage` or `codebook_loss`, negative weights, or a share outside [0, 1].
     """
 
+    output_dir: str | None = output_field()
     stage: str = field(default="pixel", metadata={"help": "pixel, joint or decoder", "choices": STAGES})
     learning_rate: float = field(default=1e-4, metadata={"help": "peak"})
     lr_scheduler_type: str = field(default="constant", metadata={"help": "how the learning rate goes on"})
