@@ -105,7 +105,8 @@ class PackedDataset(PackReader):
 
     Args:
         name: of the folder or repository.
-        model, processor: whose tokenizers, schedules, code offset and special ids the shards must have been made with.
+        model, processor: whose tokenizers, schedules, code offset and special ids the shards must have been made with;
+            the model may have adapters.
         seed: of the choice among self-corrected variants.
         hashes: whether every shard's hash is checked now, or only its size.
 
@@ -115,6 +116,7 @@ class PackedDataset(PackReader):
 
     def __init__(self, name: str | Path, model, processor, seed: int = 0, hashes: bool = True):
         folder, manifest = open_shards(name, "packs", hashes)
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model
         check_identity(manifest, identity_of(model.config, processor, model.base_model.vq_model))
         super().__init__(folder, manifest, sequence_spec(manifest["identity"]), seed)
         self.padded, self.config = manifest["padded"], model.config
