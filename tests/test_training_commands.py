@@ -32,7 +32,8 @@ def here(tmp_path_factory):
     for number in range(8):
         noise = np.random.default_rng(number).integers(0, 256, (24, 24, 3), dtype=np.uint8)
         Image.fromarray(noise).save(folder / "photos" / f"{number}.png")
-        lines.append(json.dumps({"file_name": f"{number}.png", "text": "a red circle" if number % 2 else "a blue box"}))
+        text = "a red circle" if number % 2 else "a blue box"
+        lines.append(json.dumps({"file_name": f"{number}.png", "text": text}))
     (folder / "photos" / "metadata.jsonl").write_text("\n".join(lines))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -133,9 +134,9 @@ def test_options_of_lora_are_obeyed_or_refused(start, tuned, capsys):
     assert "leave out lora_r" in fails(capsys, *arguments, "--model", "tuned", *LORA)
 
 
-def test_adapters_draw_from_another_folder_as_the_model_that_they_are_merged_into(further, start, tmp_path, monkeypatch):
-    adapters = peft.PeftModel.from_pretrained(NextFlowForConditionalGeneration.from_pretrained("start"), further).eval()
-    expected = codes(adapters, NextFlowProcessor.from_pretrained("start"))
+def test_adapters_draw_what_the_model_draws_that_they_are_merged_into(further, start, tmp_path, monkeypatch):
+    """From another folder than the one that they were trained from."""
+    whole, again = base_model().eval(), base_model().eval()
     run("merge", further, "--output", tmp_path / "merged")
     folder = further.resolve()
     monkeypatch.chdir(tmp_path)
@@ -145,15 +146,13 @@ def test_adapters_draw_from_another_folder_as_the_model_that_they_are_merged_int
     for name in ("merged", folder):
         run("generate", "a red circle", "--model", name, "--seed", 3, "--output", f"{Path(name).name}.png")
     assert Path("merged.png").read_bytes() == Path("further.png").read_bytes()
-    assert expected.shape == codes(merged, processor).shape
     assert "Licence" in Path("merged/README.md").read_text()
     run("merge", folder, "--output", "exact", "--dtype", "float32")
     exact, _ = load_model("exact")
     assert exact.dtype == torch.float32
-    whole = base_model().eval()
     expected = codes(peft.PeftModel.from_pretrained(whole, folder).eval(), processor)
     assert torch.equal(codes(exact, processor), expected)
-    assert not torch.equal(codes(base_model().eval(), processor), expected)
+    assert not torch.equal(codes(again, processor), expected)
 
 
 def test_adapters_are_exported_as_a_whole_model(further, start, tmp_path):
@@ -193,7 +192,7 @@ def state_of(model) -> dict[str, torch.Tensor]:
 
 
 def is_average(average: dict, before: dict, *weights: dict) -> bool:
-    """Whether trained tensors are the average of what they were after each step, by a decay of 1/2; `weights` moved."""
+    """Whether what was trained is the average, by a decay of 1/2, of what it was after each step."""
     expected = {name: tensor.float() for name, tensor in before.items()}
     for after in weights:
         expected = {name: (expected[name] + after[name].float()) / 2 for name in expected}
@@ -220,10 +219,10 @@ def test_the_average_of_a_tokenizer_is_a_tokenizer(start):
     def tokenizer(folder) -> dict:
         return state_of(NextFlowVQModel.from_pretrained(folder))
 
-    arguments = ("--images_per_batch", 4, "--stage", "pixel", "--perceptual_weight", 0, "--scale_drop", 0)
+    arguments = ("--images_per_batch", 4, "--stage", "pixel", "--perceptual_weight", 0, "--discriminator_weight", 0)
     run(
         *("train", "tokenizer", "--model", "start", "--images", "photos", "--output", "pixel", "--max_steps", 2),
-        *(*QUIET, *SAVED, *arguments, "--discriminator_start", 1),
+        *(*QUIET, *SAVED, *arguments),
     )
     before = load_model("start")[0].model.vq_model.state_dict()
     first, last = tokenizer("pixel/checkpoint-1"), tokenizer("pixel")

@@ -50,8 +50,8 @@ class EvenShares(Dataset):
 class OrderedTrainer(Trainer):
     """Trainer whose data comes in an [`EpochOrder`], by `data_seed` or else `seed`.
 
-    Datasets with `set_epoch` are told the epoch. An average is saved beside the model. `train` goes on from whole checkpoints alone. Devices share an
-    evaluation by [`EvenShares`].
+    Datasets with `set_epoch` are told the epoch. An average is saved beside the model. `train` goes on from whole
+    checkpoints alone. Devices share an evaluation by [`EvenShares`].
     """
 
     def __init__(self, *args, **kwargs):

@@ -11,6 +11,8 @@ Adapters as `--model` are trained on. For one small GPU see `docs/grpo.md`.
 """
 
 import importlib
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -37,6 +39,7 @@ def reward_function(name: str):
     module, _, attribute = name.rpartition(".")
     if not module:
         raise ValueError(f"a reward is clip:MODEL or a dotted path, got {name!r}")
+    sys.path.insert(0, os.getcwd())  # as `python -m` has it
     return getattr(importlib.import_module(module), attribute)
 
 
