@@ -1,0 +1,313 @@
+"""Own pictures and their captions to a model that draws them: `transformers-nextflow finetune`.
+
+Nothing here is new: pictures are coded and packed as of `data`, trained on by [`NextFlowTrainer`], and drawn along the
+way by [`SamplesCallback`]. A stopped run goes on where it was by the same call.
+"""
+
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import datasets
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+from transformers import EarlyStoppingCallback
+from transformers.utils import logging
+
+from ..data import BatchPadding, CostModel, Document, DocumentReader, ExtractionSettings, PackedDataset, Source
+from ..data import extract as extract_documents
+from ..data import pack as pack_documents
+from ..data.documents import Skipped, draw
+from ..data.extraction import UNREADABLE, check_plan
+from ..data.inspection import draw_sheet
+from ..data.shards import write_json
+from ..data.sources import content_hash
+from ..image_processing_nextflow import open_picture
+from ..lora import lora_config
+from ..processing_nextflow import NextFlowProcessor
+from ..quantizer import SelfCorrection
+from ..utils.files import read_json, write_atomically
+from ..utils.loading import load_config, load_merged, load_processor
+from .checkpoints import STATE
+from .loading import load_to_train
+from .samples import SamplesCallback
+from .trainer import NextFlowTrainer, NextFlowTrainingArguments
+
+logger = logging.get_logger(__name__)
+
+REPORT = "finetune.json"
+CAPTIONS = ("text", "caption", "prompt", "txt")
+SPLITS = ("training", "held-out")
+VARIANTS = 4  # self-corrected encodings of each picture, one of which an epoch shows
+LONGEST = 1 << 20  # positions of a document: pictures are never too long
+WRITTEN_LAST = ("adapter_config.json", "config.json")  # with them a folder is one of adapters, or a model
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """How a model is tuned to pictures.
+
+    Args:
+        full: train all weights but the vision tokenizer's, instead of adapters.
+        lora_r: rank of the adapters.
+        learning_rate: by default 2e-4 of adapters, 1e-5 of all weights.
+        steps: of the optimizer, at most.
+        batch_size: pictures of a step.
+        evaluations: how often on the way the held-out loss is measured and pictures are drawn.
+        patience: evaluations without a better held-out loss after which training stops.
+        held_out: share of the pictures that are not trained on, at least one.
+        level: of the scale schedules; by default the one that the model draws at.
+        drop_captions: share of pictures without a caption, for guidance.
+        samples: pictures drawn at each evaluation, for captions of held-out pictures first.
+        seed: of all draws.
+
+    Raises:
+        ValueError: for values outside of these.
+    """
+
+    full: bool = False
+    lora_r: int = 16
+    learning_rate: float | None = None
+    steps: int = 400
+    batch_size: int = 8
+    evaluations: int = 10
+    patience: int = 3
+    held_out: float = 0.1
+    level: str | None = None
+    drop_captions: float = 0.1
+    samples: int = 6
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("lora_r", "steps", "batch_size", "evaluations", "patience", "samples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.held_out < 1:
+            raise ValueError(f"held_out must lie in (0, 1), got {self.held_out}")
+        if self.learning_rate is not None and not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+
+    @property
+    def rate(self) -> float:
+        return self.learning_rate or (1e-5 if self.full else 2e-4)
+
+    @property
+    def every(self) -> int:
+        """Steps from one evaluation to the next."""
+        return max(1, self.steps // self.evaluations)
+
+
+def finetune(
+    source: Source,
+    model: str,
+    output: str | Path,
+    settings: FinetuneSettings,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+) -> dict:
+    """Tune a model to pictures and their captions; the same call continues a stopped run.
+
+    `output` becomes a folder of adapters, or with `settings.full` of a model, of the step with the lowest held-out
+    loss. In it are `sheet.png`, drawings before and after; `samples`; `data`, the coded pictures; and `finetune.json`.
+
+    Args:
+        source: rows of a picture and its caption; what cannot be read is named and left out.
+        model: folder or Hub id of a model, or of adapters, which are trained on.
+        image_column, caption_column: by default the column of pictures, and `text`, `caption`, `prompt` or `txt`.
+
+    Returns:
+        Held-out `loss before` and `loss after`, `steps`, `best step`, and counts of pictures.
+
+    Raises:
+        ValueError: for fewer than two pictures with captions, columns that are not there or not plain, or an `output`
+            that was begun otherwise.
+    """
+    output, table = Path(output), source.load()
+    columns = find_columns(table, image_column, caption_column)
+    begun = {"source": asdict(source) | {"content": content_hash(table)}, "model": model, "columns": columns}
+    check_plan(output, begun | {"settings": asdict(settings)})
+    if (output / REPORT).is_file():
+        return read_json(output / REPORT)
+    level = settings.level or load_config(model).image_generation["level"]
+    reader = DocumentReader("text-to-image", columns, root=source.root)
+    written = _write_documents(table, reader, output / "data", settings)
+    packs = {split: _code(output / "data", split, model, level, settings) for split in SPLITS}
+
+    tuned, processor = _load(model, settings)
+    training, held_out = (PackedDataset(packs[split], tuned, processor, settings.seed) for split in SPLITS)
+    samples = SamplesCallback(processor, written["prompts"], settings.every, seed=settings.seed, level=level)
+    trainer = NextFlowTrainer(
+        tuned,
+        _arguments(output, settings),
+        train_dataset=training,
+        eval_dataset=held_out,
+        processing_class=processor,
+        callbacks=[EarlyStoppingCallback(settings.patience), samples],
+    )
+    before = output / "samples" / "step-0"
+    if not before.is_dir():
+        samples.write(before, samples.draw(trainer.model))
+    trainer.train(resume_from_checkpoint=any(output.glob(f"checkpoint-*/{STATE}")))
+    _save(trainer, output)
+    _write_sheet(output, written["prompts"], before, samples.draw(trainer.model))
+    losses = [row for row in trainer.state.log_history if "eval_loss" in row]
+    best = min(losses, key=lambda row: row["eval_loss"])
+    report = {
+        "pictures": written["pictures"],
+        "held out": written["held-out"],
+        "left out": written["left out"],
+        "loss before": losses[0]["eval_loss"],
+        "loss after": best["eval_loss"],
+        "steps": trainer.state.global_step,
+        "best step": best["step"],
+    }
+    write_json(output / REPORT, report)
+    return report
+
+
+def find_columns(table: datasets.Dataset, image: str | None = None, caption: str | None = None) -> dict[str, str]:
+    """The columns of pictures and of captions, as [`DocumentReader`] takes them.
+
+    Raises:
+        ValueError: naming the columns that there are, where they are not plain.
+    """
+    if image is None:
+        images = [name for name, feature in table.features.items() if isinstance(feature, datasets.Image)]
+        if len(images) != 1:
+            raise ValueError(f"name the column of pictures, one of {', '.join(table.column_names)}")
+        (image,) = images
+    if caption is None:
+        captions = [name for name in CAPTIONS if name in table.column_names]
+        if not captions:
+            raise ValueError(
+                f"name the column of captions, one of {', '.join(table.column_names)}; in a folder of pictures, "
+                'metadata.jsonl has them: {"file_name": "cat.png", "text": "a cat"}'
+            )
+        caption = captions[0]
+    return {"image": image, "text": caption}
+
+
+def _write_documents(
+    table: datasets.Dataset, reader: DocumentReader, folder: Path, settings: FinetuneSettings
+) -> dict:
+    """Write the documents of each split, and return their numbers and the prompts of samples."""
+    report = folder / "pictures.json"
+    if report.is_file():
+        return read_json(report)
+    reader.check_columns(table.column_names)
+    documents, left_out = [], 0
+    for index in tqdm(range(len(table)), desc="pictures", disable=None):
+        row = table[index]
+        try:
+            (document,) = reader.read(row, index)
+            _decode(document.images[0])
+        except (Skipped, *UNREADABLE) as error:
+            logger.warning(f"left out {reader.key_of(row, index)}: {error}")
+            left_out += 1
+            continue
+        documents.append(document)
+    if len(documents) < 2:
+        raise ValueError(
+            f"tuning takes at least two pictures with captions, one of them held out: {len(documents)} found"
+        )
+    documents.sort(key=lambda document: draw(settings.seed, "held out", document.key))
+    count = max(1, round(settings.held_out * len(documents)))
+    held_out, training = documents[:count], documents[count:]
+    for split, members in zip(SPLITS, (_filled_up(training, settings.batch_size), held_out)):
+        rows = datasets.Dataset.from_list([_embedded(document) for document in members])
+        write_atomically(folder / f"{split}.parquet", rows.to_parquet)
+    captions = dict.fromkeys(document.text for document in held_out + training)
+    written = {"pictures": len(documents), "held-out": count, "left out": left_out}
+    written["prompts"] = list(captions)[: settings.samples]
+    write_json(report, written)
+    return written
+
+
+def _filled_up(documents: Sequence[Document], multiple: int) -> list[Document]:
+    """The documents, and the first of them anew, until their number is a multiple: so all steps are of one size."""
+    count = -(-len(documents) // multiple) * multiple
+    return [
+        replace(document, key=f"{document.key}#{place // len(documents)}") if place >= len(documents) else document
+        for place in range(count)
+        for document in [documents[place % len(documents)]]
+    ]
+
+
+def _embedded(document: Document) -> dict:
+    """The row of a document with its pictures in it."""
+    pictures = [image if isinstance(image, bytes) else Path(image).read_bytes() for image in document.images]
+    return replace(document, images=tuple(pictures)).to_row()
+
+
+def _code(folder: Path, split: str, model: str, level: str, settings: FinetuneSettings) -> Path:
+    """The packs of a split, one document each, so that every epoch mixes them anew."""
+    is_training = split == SPLITS[0]
+    extraction = ExtractionSettings(
+        level=level,
+        drop_text=settings.drop_captions if is_training else 0.0,
+        self_correction=SelfCorrection() if is_training else None,
+        variants=VARIANTS if is_training else 1,
+        seed=settings.seed,
+    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    extract_documents(Source(str(folder / f"{split}.parquet")), model, folder / f"{split}-codes", extraction, [device])
+    costs = CostModel.from_config(load_config(model))
+    pack_documents([folder / f"{split}-codes"], folder / f"{split}-packs", BatchPadding(1, LONGEST), costs)
+    return folder / f"{split}-packs"
+
+
+def _load(model: str, settings: FinetuneSettings) -> tuple[torch.nn.Module, NextFlowProcessor]:
+    """The model with what is trained of it, in float32."""
+    if settings.full:
+        whole = load_merged(model, torch.float32)
+        whole.requires_grad_(True)
+        whole.model.vq_model.requires_grad_(False)
+        return whole, load_processor(model)
+    tuned, processor = load_to_train(model)
+    if not hasattr(tuned, "peft_config"):
+        from peft import get_peft_model
+
+        tuned = get_peft_model(tuned, lora_config(r=settings.lora_r, lora_alpha=2 * settings.lora_r))
+    return tuned, processor
+
+
+def _arguments(output: Path, settings: FinetuneSettings) -> NextFlowTrainingArguments:
+    return NextFlowTrainingArguments(
+        str(output),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        learning_rate=settings.rate,
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=min(20, settings.steps // 10),
+        eval_strategy="steps",
+        eval_steps=settings.every,
+        eval_on_start=True,
+        save_steps=settings.every,
+        save_total_limit=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        logging_steps=settings.every,
+        seed=settings.seed,
+        report_to="none",
+    )
+
+
+def _save(trainer: NextFlowTrainer, output: Path) -> None:
+    """Write the result into `output`, where it is a model's folder when all of it is there."""
+    with tempfile.TemporaryDirectory(dir=output, prefix=".") as partial:
+        trainer.save_model(partial)
+        for path in sorted(Path(partial).iterdir(), key=lambda path: path.name in WRITTEN_LAST):
+            os.replace(path, output / path.name)
+
+
+def _write_sheet(output: Path, prompts: Sequence[str], before: Path, after: Sequence[Image.Image]) -> None:
+    """Pictures before and after, above their captions."""
+    entries = [
+        (prompt, [Image.open(before / f"{place:02}.png"), picture])
+        for place, (prompt, picture) in enumerate(zip(prompts, after))
+    ]
+    write_atomically(output / "sheet.png", lambda partial: draw_sheet(entries).save(partial, format="PNG"))
