@@ -93,8 +93,8 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(capsys, monkeypatch
     assert not (Path("cut") / "adapter_config.json").exists()
     with monkeypatch.context() as patch:
         patch.setattr(finetuning, "_save", stop)
-        arguments = ("finetune", "photos", "--model", "start", "--output", "stopped", *OPTIONS, "--learning-rate", 1e-2)
-        assert main(list(map(str, arguments))) == 2
+        arguments = ("finetune", "photos", "--model", "start", "--output", "stopped", "--learning-rate", 1e-2)
+        assert main(list(map(str, (*arguments, *OPTIONS)))) == 2
     assert list(Path("stopped").glob("checkpoint-*")) and not (Path("stopped") / "adapter_config.json").exists()
     capsys.readouterr()
     assert tune(capsys, "photos", "stopped", "--learning-rate", 1e-2) == expected

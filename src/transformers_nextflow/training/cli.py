@@ -1,6 +1,7 @@
 """`transformers-nextflow train`, `evaluate` and `merge`."""
 
 import tempfile
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Annotated, Literal
@@ -38,6 +39,60 @@ for name, about, load in (
     ("decoder", "A diffusion decoder that draws the codes.", _decoder_main),
 ):
     forward(train, name, about, load)
+
+
+@dataclass
+class Pictures:
+    """Pictures."""
+
+    image_column: Annotated[str | None, Option(metavar="COLUMN", help="Default: the one of pictures.")] = None
+    caption_column: Annotated[str | None, Option(metavar="COLUMN", help="Default: text, caption, prompt or txt.")] = (
+        None
+    )
+    split: Annotated[str, Option(help="Of the dataset.")] = "train"
+    config: Annotated[str | None, Option(help="Configuration of a dataset on the Hub.")] = None
+    level: Annotated[str | None, Option(help="Level of the scale schedules; default: the model's.")] = None
+    held_out: Annotated[float, Option(metavar="P", help="Of the pictures, at least one.")] = 0.1
+    drop_captions: Annotated[float, Option(metavar="P", help="Of the pictures, for guidance.")] = 0.1
+
+
+@dataclass
+class Tuning:
+    """Training."""
+
+    full: Annotated[bool, Option("--full", help="All weights, instead of adapters (LoRA).")] = False
+    lora_r: Annotated[int, Option(metavar="R", help="Rank of the adapters.")] = 16
+    learning_rate: Annotated[float | None, Option(metavar="RATE", help="Default: 2e-4, with --full 1e-5.")] = None
+    steps: Annotated[int, Option(metavar="N", help="At most.")] = 400
+    batch_size: Annotated[int, Option(metavar="N", help="Pictures of a step.")] = 8
+    evaluations: Annotated[int, Option(metavar="N", help="Of the held-out loss, with drawings.")] = 10
+    patience: Annotated[int, Option(metavar="N", help="Evaluations without a gain, then it ends.")] = 3
+    samples: Annotated[int, Option(metavar="N", help="Pictures drawn at each evaluation.")] = 6
+    seed: Annotated[int, Option(metavar="N", help="Of everything drawn.")] = 0
+
+
+@command(app)
+def finetune(
+    photos: Annotated[
+        str,
+        Argument(metavar="PHOTOS", help="Folder with metadata.jsonl, Parquet, tars, or a dataset's id on the Hub."),
+    ],
+    output: Annotated[str, Option(metavar="FOLDER", help="Of the result, all drawings and sheet.png.")],
+    pictures: Pictures,
+    tuning: Tuning,
+    model: Model = None,
+    json: Json = False,
+) -> None:
+    """Pictures and their captions to a model that draws them; resumes."""
+    from ..data import Source
+    from .finetuning import FinetuneSettings
+    from .finetuning import finetune as run
+
+    of_pictures = {name: getattr(pictures, name) for name in ("level", "held_out", "drop_captions")}
+    settings = FinetuneSettings(**vars(tuning), **of_pictures)
+    source = Source(photos, pictures.split, pictures.config)
+    figures = run(source, model_name(model), output, settings, pictures.image_column, pictures.caption_column)
+    print_figures(figures, json)
 
 
 @command(app)

@@ -4,6 +4,7 @@ Nothing here is new: pictures are coded and packed as of `data`, trained on by [
 way by [`SamplesCallback`]. A stopped run goes on where it was by the same call.
 """
 
+import io
 import os
 import tempfile
 from collections.abc import Sequence
@@ -25,7 +26,6 @@ from ..data.extraction import UNREADABLE, check_plan
 from ..data.inspection import draw_sheet
 from ..data.shards import write_json
 from ..data.sources import content_hash
-from ..image_processing_nextflow import open_picture
 from ..lora import lora_config
 from ..processing_nextflow import NextFlowProcessor
 from ..quantizer import SelfCorrection
@@ -148,7 +148,7 @@ def finetune(
         callbacks=[EarlyStoppingCallback(settings.patience), samples],
     )
     before = output / "samples" / "step-0"
-    if not before.is_dir():
+    if len(list(before.glob("*.png"))) < len(written["prompts"]):
         samples.write(before, samples.draw(trainer.model))
     trainer.train(resume_from_checkpoint=any(output.glob(f"checkpoint-*/{STATE}")))
     _save(trainer, output)
@@ -210,9 +210,7 @@ def _write_documents(
             continue
         documents.append(document)
     if len(documents) < 2:
-        raise ValueError(
-            f"tuning takes at least two pictures with captions, one of them held out: {len(documents)} found"
-        )
+        raise ValueError(f"tuning takes two pictures with captions or more, one is held out: got {len(documents)}")
     documents.sort(key=lambda document: draw(settings.seed, "held out", document.key))
     count = max(1, round(settings.held_out * len(documents)))
     held_out, training = documents[:count], documents[count:]
@@ -224,6 +222,12 @@ def _write_documents(
     written["prompts"] = list(captions)[: settings.samples]
     write_json(report, written)
     return written
+
+
+def _decode(image: bytes | str) -> None:
+    """Raise one of `UNREADABLE` for what is no whole picture."""
+    with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as picture:
+        picture.load()
 
 
 def _filled_up(documents: Sequence[Document], multiple: int) -> list[Document]:
