@@ -1,4 +1,4 @@
-"""`transformers-nextflow train`, `evaluate` and `merge`."""
+"""`transformers-nextflow train`, `finetune`, `evaluate` and `merge`."""
 
 import tempfile
 from dataclasses import dataclass
@@ -75,7 +75,7 @@ class Tuning:
 def finetune(
     photos: Annotated[
         str,
-        Argument(metavar="PHOTOS", help="Folder with metadata.jsonl, Parquet, tars, or a dataset's id on the Hub."),
+        Argument(metavar="PHOTOS", help="Folder with metadata.jsonl, Parquet, tars, or dataset's id on the Hub."),
     ],
     output: Annotated[str, Option(metavar="FOLDER", help="Of the result, all drawings and sheet.png.")],
     pictures: Pictures,
