@@ -15,7 +15,7 @@ import datasets
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
-from transformers import EarlyStoppingCallback
+from transformers import EarlyStoppingCallback, set_seed
 from transformers.utils import logging
 
 from ..data import BatchPadding, CostModel, Document, DocumentReader, ExtractionSettings, PackedDataset, Source
@@ -38,7 +38,7 @@ from .trainer import NextFlowTrainer, NextFlowTrainingArguments
 
 logger = logging.get_logger(__name__)
 
-REPORT = "finetune.json"
+REPORT, BEFORE = "finetune.json", "before.json"
 CAPTIONS = ("text", "caption", "prompt", "txt")
 SPLITS = ("training", "held-out")
 VARIANTS = 4  # self-corrected encodings of each picture, one of which an epoch shows
@@ -148,8 +148,9 @@ def finetune(
         callbacks=[EarlyStoppingCallback(settings.patience), samples],
     )
     before = output / "samples" / "step-0"
-    if len(list(before.glob("*.png"))) < len(written["prompts"]):
+    if not (output / "data" / BEFORE).is_file():
         samples.write(before, samples.draw(trainer.model))
+        write_json(output / "data" / BEFORE, {"loss": trainer.evaluate()["eval_loss"]})
     trainer.train(resume_from_checkpoint=any(output.glob(f"checkpoint-*/{STATE}")))
     _save(trainer, output)
     _write_sheet(output, written["prompts"], before, samples.draw(trainer.model))
@@ -159,7 +160,7 @@ def finetune(
         "pictures": written["pictures"],
         "held out": written["held-out"],
         "left out": written["left out"],
-        "loss before": losses[0]["eval_loss"],
+        "loss before": read_json(output / "data" / BEFORE)["loss"],
         "loss after": best["eval_loss"],
         "steps": trainer.state.global_step,
         "best step": best["step"],
@@ -274,6 +275,7 @@ def _load(model: str, settings: FinetuneSettings) -> tuple[torch.nn.Module, Next
     if not hasattr(tuned, "peft_config"):
         from peft import get_peft_model
 
+        set_seed(settings.seed)
         tuned = get_peft_model(tuned, lora_config(r=settings.lora_r, lora_alpha=2 * settings.lora_r))
     return tuned, processor
 
@@ -289,10 +291,10 @@ def _arguments(output: Path, settings: FinetuneSettings) -> NextFlowTrainingArgu
         warmup_steps=min(20, settings.steps // 10),
         eval_strategy="steps",
         eval_steps=settings.every,
-        eval_on_start=True,
         save_steps=settings.every,
         save_total_limit=1,
         load_best_model_at_end=True,
+        restore_callback_states_from_checkpoint=True,  # how long the held-out loss has not fallen
         metric_for_best_model="loss",
         logging_steps=settings.every,
         seed=settings.seed,

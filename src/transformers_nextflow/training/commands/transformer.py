@@ -12,7 +12,7 @@ are trained on. `--use_liger_kernel` takes Liger's kernels, `--load_in_4bit` bes
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, set_seed
 
 from ...data import ExtractionSettings, PackedDataset, RawDocuments, Source
 from ...lora import CODE_MODULES
@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if adapters is not None:
         from peft import get_peft_model
 
+        set_seed(arguments.seed)  # of what adapters begin with
         model = get_peft_model(model, adapters)
     if stage is not None:
         stage.prepare(model, dataset)
