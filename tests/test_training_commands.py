@@ -13,10 +13,11 @@ from tiny_models import enlarge_
 
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor, NextFlowVQModel
 from transformers_nextflow.cli import main
+from transformers_nextflow.data import RawDocuments
 from transformers_nextflow.utils.loading import load_model
 
 peft = pytest.importorskip("peft")
-pytest.importorskip("datasets")
+datasets = pytest.importorskip("datasets")
 pytest.importorskip("trl")
 
 QUIET = ("--report_to", "none", "--use_cpu", "--save_strategy", "no", "--logging_steps", "1", "--disable_tqdm", "True")
@@ -244,6 +245,17 @@ def test_a_stage_is_of_its_packs_level(start, tuned, capsys):
     run(*arguments, "--model", "tuned", "--stages", "own.yaml", "--stage", "own")
     said = fails(capsys, *arguments, "--model", "tuned", "--stages", "own.yaml", "--stage", "head")
     assert "it takes no adapters" in said
+
+
+def test_raw_documents_are_pictures_with_captions_too(start, tuned):
+    """By the command, by a name, and as rows of `datasets`: all are the same documents."""
+    arguments = ("train", "transformer", "--documents", "photos", "--output", "raw", "--max_steps", 1, *QUIET)
+    run(*arguments, "--model", "tuned")
+    rows = datasets.load_dataset("imagefolder", data_dir="photos", split="train")
+    by_name, by_rows = RawDocuments("photos", "start"), RawDocuments(rows, "start")
+    assert len(by_name) == len(by_rows) == 8
+    for one, other in zip(by_name, by_rows):
+        assert all(np.array_equal(one[name], other[name]) for name in one)
 
 
 def test_what_is_wrong_with_adapters_is_named(tuned, tmp_path, capsys):

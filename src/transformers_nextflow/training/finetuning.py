@@ -25,7 +25,7 @@ from ..data.documents import Skipped, draw
 from ..data.extraction import UNREADABLE, check_plan
 from ..data.inspection import draw_sheet
 from ..data.shards import write_json
-from ..data.sources import content_hash
+from ..data.sources import content_hash, find_columns
 from ..lora import lora_config
 from ..processing_nextflow import NextFlowProcessor
 from ..quantizer import SelfCorrection
@@ -39,7 +39,6 @@ from .trainer import NextFlowTrainer, NextFlowTrainingArguments
 logger = logging.get_logger(__name__)
 
 REPORT, BEFORE = "finetune.json", "before.json"
-CAPTIONS = ("text", "caption", "prompt", "txt")
 SPLITS = ("training", "held-out")
 VARIANTS = 4  # self-corrected encodings of each picture, one of which an epoch shows
 LONGEST = 1 << 20  # positions of a document: pictures are never too long
@@ -167,28 +166,6 @@ def finetune(
     }
     write_json(output / REPORT, report)
     return report
-
-
-def find_columns(table: datasets.Dataset, image: str | None = None, caption: str | None = None) -> dict[str, str]:
-    """The columns of pictures and of captions, as [`DocumentReader`] takes them.
-
-    Raises:
-        ValueError: naming the columns that there are, where they are not plain.
-    """
-    if image is None:
-        images = [name for name, feature in table.features.items() if isinstance(feature, datasets.Image)]
-        if len(images) != 1:
-            raise ValueError(f"name the column of pictures, one of {', '.join(table.column_names)}")
-        (image,) = images
-    if caption is None:
-        captions = [name for name in CAPTIONS if name in table.column_names]
-        if not captions:
-            raise ValueError(
-                f"name the column of captions, one of {', '.join(table.column_names)}; in a folder of pictures, "
-                'metadata.jsonl has them: {"file_name": "cat.png", "text": "a cat"}'
-            )
-        caption = captions[0]
-    return {"image": image, "text": caption}
 
 
 def _write_documents(

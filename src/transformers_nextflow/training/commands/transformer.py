@@ -1,7 +1,8 @@
 """Train or fine-tune a NextFlow on packs or on raw documents, alone or as one of the paper's stages.
 
-`transformers-nextflow data extract | pack` makes packs of any source. A few documents need none: `--documents
-chats.jsonl` codes their pictures in training. Then, on one device or under `accelerate launch -m`:
+`transformers-nextflow data extract | pack` makes packs of any source. A few documents need none: `--documents` of
+chats, or of pictures and captions as `finetune` takes them, codes their pictures in training. Then, on one device or
+under `accelerate launch -m`:
 
     transformers_nextflow train transformer --packs packs --output runs/sft --stage sft --max_steps 100 --use_lora
 
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 from transformers import HfArgumentParser, set_seed
 
 from ...data import ExtractionSettings, PackedDataset, RawDocuments, Source
+from ...data.sources import task_of
 from ...lora import CODE_MODULES
 from ...utils.loading import model_name
 from .. import EMACallback, NextFlowTrainer, NextFlowTrainingArguments, SamplesCallback, load_stages
@@ -25,7 +27,7 @@ from .options import ModelOptions
 class TransformerOptions:
     packs: str | None = field(default=None, metadata={"help": "folder or Hub dataset of packs"})
     documents: str | None = field(
-        default=None, metadata={"help": "instead of packs: Parquet or JSON lines of documents in the `chat` schema"}
+        default=None, metadata={"help": "instead of packs: chats, or pictures and captions; coded in training"}
     )
     eval_packs: str | None = field(default=None, metadata={"help": "packs for the held-out loss, see --eval_strategy"})
     stage: str | None = field(
@@ -60,8 +62,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.packs is not None:
         dataset = PackedDataset(options.packs, model, processor, seed=arguments.seed)
     else:
-        settings = ExtractionSettings(level=stage and stage.level, seed=arguments.seed)
-        dataset = RawDocuments(Source(options.documents), model_name(of_model.model_name_or_path), settings)
+        source = Source(options.documents)
+        task, columns = task_of(source.load())
+        settings = ExtractionSettings(task, columns, stage and stage.level, seed=arguments.seed)
+        dataset = RawDocuments(source, model_name(of_model.model_name_or_path), settings)
     held_out = None if options.eval_packs is None else PackedDataset(options.eval_packs, model, processor)
     if adapters is not None:
         from peft import get_peft_model
