@@ -85,8 +85,8 @@ def finetune(
 ) -> None:
     """Pictures and their captions to a model that draws them; resumes."""
     from ..data import Source
-    from .finetuning import FinetuneSettings
-    from .finetuning import finetune as run
+    from . import FinetuneSettings
+    from . import finetune as run
 
     of_pictures = {name: getattr(pictures, name) for name in ("level", "held_out", "drop_captions")}
     settings = FinetuneSettings(**vars(tuning), **of_pictures)
