@@ -92,7 +92,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(capsys, monkeypatch
         assert main(list(map(str, ("finetune", "photos", "--model", "start", "--output", "cut", *OPTIONS)))) == 2
     assert not (Path("cut") / "adapter_config.json").exists()
     with monkeypatch.context() as patch:
-        patch.setattr(finetuning, "_save", stop)
+        patch.setattr(finetuning.shutil, "copyfile", stop)
         arguments = ("finetune", "photos", "--model", "start", "--output", "stopped", "--learning-rate", 1e-2)
         assert main(list(map(str, (*arguments, *OPTIONS)))) == 2
     assert list(Path("stopped").glob("checkpoint-*")) and not (Path("stopped") / "adapter_config.json").exists()

@@ -5,8 +5,7 @@ way by [`SamplesCallback`]. A stopped run goes on where it was by the same call.
 """
 
 import io
-import os
-import tempfile
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,7 +14,8 @@ import datasets
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
-from transformers import EarlyStoppingCallback, set_seed
+from transformers import EarlyStoppingCallback, TrainerState, set_seed
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..data import BatchPadding, CostModel, Document, DocumentReader, ExtractionSettings, PackedDataset, Source
@@ -30,7 +30,7 @@ from ..lora import lora_config
 from ..processing_nextflow import NextFlowProcessor
 from ..quantizer import SelfCorrection
 from ..utils.files import read_json, write_atomically
-from ..utils.loading import load_config, load_merged, load_processor
+from ..utils.loading import load_config, load_merged, load_model, load_processor
 from .checkpoints import STATE
 from .loading import load_to_train
 from .samples import SamplesCallback
@@ -42,6 +42,7 @@ REPORT, BEFORE = "finetune.json", "before.json"
 SPLITS = ("training", "held-out")
 VARIANTS = 4  # self-corrected encodings of each picture, one of which an epoch shows
 LONGEST = 1 << 20  # positions of a document: pictures are never too long
+OF_TRAINING = (STATE, "training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt")
 WRITTEN_LAST = ("adapter_config.json", "config.json")  # with them a folder is one of adapters, or a model
 
 
@@ -150,19 +151,20 @@ def finetune(
     if not (output / "data" / BEFORE).is_file():
         samples.write(before, samples.draw(trainer.model))
         write_json(output / "data" / BEFORE, {"loss": trainer.evaluate()["eval_loss"]})
-    trainer.train(resume_from_checkpoint=any(output.glob(f"checkpoint-*/{STATE}")))
-    _save(trainer, output)
-    _write_sheet(output, written["prompts"], before, samples.draw(trainer.model))
-    losses = [row for row in trainer.state.log_history if "eval_loss" in row]
-    best = min(losses, key=lambda row: row["eval_loss"])
+    state = _newest_state(output)
+    if state is None or not _has_ended(state, settings):
+        trainer.train(resume_from_checkpoint=state is not None)
+        state = _newest_state(output)
+    _publish(output / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}", output)
+    _write_sheet(output, written["prompts"], before, samples.draw(load_model(str(output))[0]))
     report = {
         "pictures": written["pictures"],
         "held out": written["held-out"],
         "left out": written["left out"],
         "loss before": read_json(output / "data" / BEFORE)["loss"],
-        "loss after": best["eval_loss"],
-        "steps": trainer.state.global_step,
-        "best step": best["step"],
+        "loss after": state.best_metric,
+        "steps": state.global_step,
+        "best step": state.best_global_step,
     }
     write_json(output / REPORT, report)
     return report
@@ -279,12 +281,23 @@ def _arguments(output: Path, settings: FinetuneSettings) -> NextFlowTrainingArgu
     )
 
 
-def _save(trainer: NextFlowTrainer, output: Path) -> None:
-    """Write the result into `output`, where it is a model's folder when all of it is there."""
-    with tempfile.TemporaryDirectory(dir=output, prefix=".") as partial:
-        trainer.save_model(partial)
-        for path in sorted(Path(partial).iterdir(), key=lambda path: path.name in WRITTEN_LAST):
-            os.replace(path, output / path.name)
+def _newest_state(output: Path) -> TrainerState | None:
+    """Of the newest whole checkpoint."""
+    states = [TrainerState.load_from_json(path) for path in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{STATE}")]
+    return max(states, key=lambda state: state.global_step, default=None)
+
+
+def _has_ended(state: TrainerState, settings: FinetuneSettings) -> bool:
+    """Whether no step follows that checkpoint; a Trainer that resumes from a last one would train beyond it."""
+    since = sum(row["step"] > state.best_global_step for row in state.log_history if "eval_loss" in row)
+    return state.global_step >= settings.steps or since >= settings.patience
+
+
+def _publish(checkpoint: Path, output: Path) -> None:
+    """Bring what is a model of a checkpoint to `output`, which is one when all of it is there."""
+    files = [path for path in checkpoint.iterdir() if path.is_file() and path.name not in OF_TRAINING]
+    for path in sorted(files, key=lambda path: path.name in WRITTEN_LAST):
+        write_atomically(output / path.name, lambda partial, path=path: shutil.copyfile(path, partial))
 
 
 def _write_sheet(output: Path, prompts: Sequence[str], before: Path, after: Sequence[Image.Image]) -> None:
