@@ -120,6 +120,26 @@ def test_adapters_are_trained_on(tuned, further, start):
     assert all(torch.equal(first[name], second[name]) for name in first if "base_layer" in name)
 
 
+def test_reinforcement_goes_on_from_adapters(tuned):
+    """By a reward of the folder that the command runs in."""
+    Path("prompts").mkdir()
+    Path("prompts/rows.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("a box", "a cat")))
+    reward = "def redness(images, **columns):\n    return [image.resize((1, 1)).getpixel((0, 0))[0] for image in images]\n"
+    Path("own_rewards.py").write_text(reward)
+    run(
+        *("train", "grpo", "--dataset_name", "prompts", "--reward_funcs", "own_rewards.redness", "--model", "tuned"),
+        *("--use_lora", "--output", "reinforced", "--max_steps", 1, "--num_generations", 4, "--learning_rate", "1e-3"),
+        *("--per_device_train_batch_size", 4, "--prefix_tokens", 5, *QUIET),
+    )
+    assert peft.PeftConfig.from_pretrained("reinforced").r == 4
+    first, second = (
+        peft.PeftModel.from_pretrained(base_model(), folder).state_dict() for folder in (tuned, "reinforced")
+    )
+    moved = [name for name in first if not torch.equal(first[name], second[name])]
+    assert moved and all("lora_" in name or "modules_to_save" in name for name in moved)
+    assert all((first[name] - second[name]).norm() < 0.5 * first[name].norm() for name in moved)
+
+
 def base_model():
     return NextFlowForConditionalGeneration.from_pretrained("start", dtype=torch.float32)
 
