@@ -104,6 +104,20 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(capsys, monkeypatch
     assert status == 2 and "was begun with another steps" in capsys.readouterr().err
 
 
+def test_a_prior_is_what_the_model_drew_before(capsys):
+    Path("prompts.txt").write_text("a cat\n\na dog\na house\na car\na tree\n")
+    figures = tune(capsys, "photos", "with-prior", "--prior", "prompts.txt", "--steps", 2, "--evaluations", 1)
+    assert figures["pictures"] == 8
+    rows = datasets.load_dataset("parquet", data_files="with-prior/data/training.parquet", split="train")
+    keys = rows["key"]
+    assert len(keys) == 12 and len(set(keys)) == 12 and sum(key.startswith("prior/") for key in keys) == 5
+    model, processor = load_model("start")
+    inputs = processor.apply_chat_template([{"role": "user", "content": "a cat"}], generation_mode="image")
+    drawn = model.generate(**inputs, generation_mode="image", seed=0)
+    (picture,) = processor.post_process_image(model.decode_image_tokens(drawn, (3, 3)))
+    assert Image.open("with-prior/data/prior/0000.png").tobytes() == picture.tobytes()
+
+
 @pytest.mark.parametrize("form", ["parquet", "webdataset"])
 def test_other_forms_of_captioned_pictures(form, capsys):
     path = Path(form)

@@ -124,7 +124,9 @@ def test_reinforcement_goes_on_from_adapters(tuned):
     """By a reward of the folder that the command runs in."""
     Path("prompts").mkdir()
     Path("prompts/rows.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("a box", "a cat")))
-    reward = "def redness(images, **columns):\n    return [image.resize((1, 1)).getpixel((0, 0))[0] for image in images]\n"
+    reward = (
+        "def redness(images, **columns):\n    return [image.resize((1, 1)).getpixel((0, 0))[0] for image in images]\n"
+    )
     Path("own_rewards.py").write_text(reward)
     run(
         *("train", "grpo", "--dataset_name", "prompts", "--reward_funcs", "own_rewards.redness", "--model", "tuned"),

@@ -4,6 +4,7 @@ import tempfile
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
@@ -67,6 +68,9 @@ class Tuning:
     batch_size: Annotated[int, Option(metavar="N", help="Pictures of a step.")] = 8
     evaluations: Annotated[int, Option(metavar="N", help="Of the held-out loss, with drawings.")] = 10
     patience: Annotated[int, Option(metavar="N", help="Evaluations without a gain, then it ends.")] = 3
+    prior: Annotated[
+        str | None, Option(metavar="FILE", help="Prompts, a line each, whose drawings are to stay as they are.")
+    ] = None
     samples: Annotated[int, Option(metavar="N", help="Pictures drawn at each evaluation.")] = 6
     seed: Annotated[int, Option(metavar="N", help="Of everything drawn.")] = 0
 
@@ -89,7 +93,9 @@ def finetune(
     from . import finetune as run
 
     of_pictures = {name: getattr(pictures, name) for name in ("level", "held_out", "drop_captions")}
-    settings = FinetuneSettings(**vars(tuning), **of_pictures)
+    prior = [] if tuning.prior is None else Path(tuning.prior).read_text(encoding="utf-8").splitlines()
+    given = vars(tuning) | of_pictures | {"prior": tuple(filter(None, prior))}
+    settings = FinetuneSettings(**given)
     source = Source(photos, pictures.split, pictures.config)
     figures = run(source, model_name(model), output, settings, pictures.image_column, pictures.caption_column)
     print_figures(figures, json)

@@ -61,6 +61,8 @@ class FinetuneSettings:
         held_out: share of the pictures that are not trained on, at least one.
         level: of the scale schedules; by default the one that the model draws at.
         drop_captions: share of pictures without a caption, for guidance.
+        prior: prompts whose pictures, drawn before by the model itself, are trained on too, so that what it could draw
+            stays (DreamBooth, arXiv 2208.12242); the new pictures come again until they are half of all.
         samples: pictures drawn at each evaluation, for captions of held-out pictures first.
         seed: of all draws.
 
@@ -78,6 +80,7 @@ class FinetuneSettings:
     held_out: float = 0.1
     level: str | None = None
     drop_captions: float = 0.1
+    prior: tuple[str, ...] = ()
     samples: int = 6
     seed: int = 0
 
@@ -133,7 +136,8 @@ def finetune(
         return read_json(output / REPORT)
     level = settings.level or load_config(model).image_generation["level"]
     reader = DocumentReader("text-to-image", columns, root=source.root)
-    written = _write_documents(table, reader, output / "data", settings)
+    prior = _draw_prior(model, level, output / "data" / "prior", settings)
+    written = _write_documents(table, reader, prior, output / "data", settings)
     packs = {split: _code(output / "data", split, model, level, settings) for split in SPLITS}
 
     tuned, processor = _load(model, settings)
@@ -171,7 +175,7 @@ def finetune(
 
 
 def _write_documents(
-    table: datasets.Dataset, reader: DocumentReader, folder: Path, settings: FinetuneSettings
+    table: datasets.Dataset, reader: DocumentReader, prior: list[Document], folder: Path, settings: FinetuneSettings
 ) -> dict:
     """Write the documents of each split, and return their numbers and the prompts of samples."""
     report = folder / "pictures.json"
@@ -194,7 +198,7 @@ def _write_documents(
     documents.sort(key=lambda document: draw(settings.seed, "held out", document.key))
     count = max(1, round(settings.held_out * len(documents)))
     held_out, training = documents[:count], documents[count:]
-    for split, members in zip(SPLITS, (_filled_up(training, settings.batch_size), held_out)):
+    for split, members in zip(SPLITS, (_mixed(training, prior, settings.batch_size), held_out)):
         rows = datasets.Dataset.from_list([_embedded(document) for document in members])
         write_atomically(folder / f"{split}.parquet", rows.to_parquet)
     captions = dict.fromkeys(document.text for document in held_out + training)
@@ -210,14 +214,38 @@ def _decode(image: bytes | str) -> None:
         picture.load()
 
 
-def _filled_up(documents: Sequence[Document], multiple: int) -> list[Document]:
-    """The documents, and the first of them anew, until their number is a multiple: so all steps are of one size."""
-    count = -(-len(documents) // multiple) * multiple
+def _repeated(documents: Sequence[Document], count: int) -> list[Document]:
+    """So many documents: these, and as often as needed the same again under other keys."""
+    rounds = [divmod(place, len(documents)) for place in range(count)]
     return [
-        replace(document, key=f"{document.key}#{place // len(documents)}") if place >= len(documents) else document
-        for place in range(count)
-        for document in [documents[place % len(documents)]]
+        replace(documents[index], key=f"{documents[index].key}#{number}") if number else documents[index]
+        for number, index in rounds
     ]
+
+
+def _mixed(pictures: list[Document], prior: list[Document], multiple: int) -> list[Document]:
+    """What is trained on: at least as many pictures as there are of the prior, and a whole number of steps of both."""
+    count = max(len(pictures), len(prior)) + len(prior)
+    return _repeated(pictures, -(-count // multiple) * multiple - len(prior)) + prior
+
+
+def _draw_prior(model: str, level: str, folder: Path, settings: FinetuneSettings) -> list[Document]:
+    """The model's own pictures for the prompts of the prior, before it is tuned."""
+    paths = [folder / f"{place:04}.png" for place in range(len(settings.prior))]
+    if missing := [place for place, path in enumerate(paths) if not path.is_file()]:
+        drawing, processor = load_model(model)
+        for start in tqdm(range(0, len(missing), settings.batch_size), desc="prior", disable=None):
+            places = missing[start : start + settings.batch_size]
+            prompts = [settings.prior[place] for place in places]
+            samples = SamplesCallback(processor, prompts, seed=settings.seed + places[0], level=level)
+            for place, picture in zip(places, samples.draw(drawing)):
+                write_atomically(paths[place], lambda partial, picture=picture: picture.save(partial, format="PNG"))
+    reader = DocumentReader("text-to-image", root="/")
+    rows = [
+        {"key": f"prior/{place}", "text": prompt, "image": str(path.resolve())}
+        for place, (prompt, path) in enumerate(zip(settings.prior, paths))
+    ]
+    return [document for place, row in enumerate(rows) for document in reader.read(row, place)]
 
 
 def _embedded(document: Document) -> dict:
