@@ -100,8 +100,8 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(capsys, monkeypatch
     assert tune(capsys, "photos", "stopped", "--learning-rate", 1e-2) == expected
     one, other = (load_model(name)[0].state_dict() for name in ("whole", "stopped"))
     assert all(torch.equal(one[name], other[name]) for name in one)
-    status = main(list(map(str, ("finetune", "photos", "--model", "start", "--output", "stopped", "--steps", 9))))
-    assert status == 2 and "was begun with another steps" in capsys.readouterr().err
+    assert main(list(map(str, (*arguments, *OPTIONS, "--steps", 9)))) == 2
+    assert "was begun with another steps" in capsys.readouterr().err
 
 
 def test_a_prior_is_what_the_model_drew_before(capsys):
@@ -123,8 +123,10 @@ def test_other_forms_of_captioned_pictures(form, capsys):
     path = Path(form)
     path.mkdir()
     if form == "parquet":
-        rows = {"picture": [str(Path("photos") / f"{number}.png") for number in range(4)], "caption": list(COLOURS)}
-        table = datasets.Dataset.from_dict(rows).cast_column("picture", datasets.Image())
+        pictures = [{"bytes": Path(f"photos/{number}.png").read_bytes(), "path": None} for number in range(4)]
+        table = datasets.Dataset.from_dict({"picture": pictures, "caption": list(COLOURS)}).cast_column(
+            "picture", datasets.Image()
+        )
         table.to_parquet(str(path / "rows.parquet"))
     else:
         import io

@@ -130,12 +130,14 @@ def finetune(
     """
     output, table = Path(output), source.load()
     columns = find_columns(table, image_column, caption_column)
+    reader = DocumentReader("text-to-image", columns, root=source.root)
+    reader.check_columns(table.column_names)
+    _check_enough(len(table))
     begun = {"source": asdict(source) | {"content": content_hash(table)}, "model": model, "columns": columns}
     check_plan(output, begun | {"settings": asdict(settings)})
     if (output / REPORT).is_file():
         return read_json(output / REPORT)
     level = settings.level or load_config(model).image_generation["level"]
-    reader = DocumentReader("text-to-image", columns, root=source.root)
     prior = _draw_prior(model, level, output / "data" / "prior", settings)
     written = _write_documents(table, reader, prior, output / "data", settings)
     packs = {split: _code(output / "data", split, model, level, settings) for split in SPLITS}
@@ -181,7 +183,6 @@ def _write_documents(
     report = folder / "pictures.json"
     if report.is_file():
         return read_json(report)
-    reader.check_columns(table.column_names)
     documents, left_out = [], 0
     for index in tqdm(range(len(table)), desc="pictures", disable=None):
         row = table[index]
@@ -193,8 +194,7 @@ def _write_documents(
             left_out += 1
             continue
         documents.append(document)
-    if len(documents) < 2:
-        raise ValueError(f"tuning takes two pictures with captions or more, one is held out: got {len(documents)}")
+    _check_enough(len(documents))
     documents.sort(key=lambda document: draw(settings.seed, "held out", document.key))
     count = max(1, round(settings.held_out * len(documents)))
     held_out, training = documents[:count], documents[count:]
@@ -206,6 +206,11 @@ def _write_documents(
     written["prompts"] = list(captions)[: settings.samples]
     write_json(report, written)
     return written
+
+
+def _check_enough(count: int) -> None:
+    if count < 2:
+        raise ValueError(f"tuning takes two pictures with captions or more, one is held out: got {count}")
 
 
 def _decode(image: bytes | str) -> None:
