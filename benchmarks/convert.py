@@ -18,11 +18,11 @@ import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from benchmarks.harness import machine, report
-from conversion.checkpoints import ShardedWriter
-from conversion.decoder import TEXT_KEYS
-from conversion.language_model import convert, parse_size
 from tests.tiny_tokenizer import tiny_text_tokenizer
 from transformers_nextflow import NextFlowVQConfig, NextFlowVQModel
+from transformers_nextflow.conversion.checkpoints import ShardedWriter
+from transformers_nextflow.conversion.decoder import TEXT_KEYS
+from transformers_nextflow.conversion.language_model import convert, parse_size
 
 VQ = {
     "semantic_config": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},

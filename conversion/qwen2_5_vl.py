@@ -1,8 +1,8 @@
-"""`python -m conversion.qwen2_5_vl QWEN VQ OUT`: [`conversion.language_model`] under its first source's name."""
+"""`python -m conversion.qwen2_5_vl QWEN VQ OUT`: `transformers-nextflow convert language-model`."""
 
 import sys
 
-from .language_model import main
+from transformers_nextflow.conversion.language_model import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -20,7 +20,6 @@ from pathlib import Path
 import torch
 
 from benchmarks.harness import machine, report, save
-from conversion.language_model import convert
 from examples.emoji.artist import Artist
 from examples.emoji.panels import stacked
 from examples.emoji.scoring import Exam, figures, single_pictures
@@ -29,6 +28,7 @@ from examples.emoji.splits import PAIR, SEEN
 from examples.emoji.tasks import Tasks
 from examples.emoji.world import World
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor
+from transformers_nextflow.conversion.language_model import convert
 from transformers_nextflow.utils.files import write_atomically
 from transformers_nextflow.utils.loading import DEFAULT_MODEL
 

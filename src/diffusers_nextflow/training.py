@@ -23,6 +23,7 @@ from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
 from transformers_nextflow import NextFlowVQModel
+from transformers_nextflow.training.checkpoints import output_field
 from transformers_nextflow.training.ema import EMACallback
 from transformers_nextflow.training.order import OrderedTrainer
 from transformers_nextflow.training.samples import DrawingCallback
@@ -67,6 +68,7 @@ class DecoderTrainingArguments(TrainingArguments):
         ValueError: for a `rank` below 1, an average of adapters, or a `label_smoothing_factor`.
     """
 
+    output_dir: str | None = output_field()
     max_steps: int = field(default=15_000, metadata={"help": "optimizer steps"})
     learning_rate: float = field(default=1e-4, metadata={"help": "peak"})
     lr_scheduler_type: str = field(default="constant", metadata={"help": "how the learning rate goes on"})
@@ -78,7 +80,10 @@ class DecoderTrainingArguments(TrainingArguments):
         default=False, metadata={"help": "a loss that is no number ends the training"}
     )
     logging_steps: float = field(default=10, metadata={"help": "steps from one log to the next"})
-    rank: int | None = field(default=None, metadata={"help": "of LoRA adapters; default: the whole UNet is trained"})
+    rank: int | None = field(
+        default=None,
+        metadata={"help": "of LoRA adapters; default: the whole UNet is trained", "aliases": ["--lora_r"]},
+    )
     use_ema: bool = field(default=False, metadata={"help": "keep a moving average of a whole UNet, which is saved"})
     ema_decay: float = field(default=0.9999, metadata={"help": "reached by (1 + step) / (10 + step)"})
     guidance_scale: float = field(default=3.5, metadata={"help": "told to guidance-distilled transformers"})
@@ -323,26 +328,19 @@ class NextFlowDecoderTrainer(OrderedTrainer):
             tensors = {name: parameter.detach().contiguous() for name, parameter in self._trained.items()}
             save_file(tensors, folder / TRAINED)
             return
-        weights = {name: parameter.detach().clone() for name, parameter in self._trained.items()}
-        if self._average is not None and self._average.averages:
-            self._average.copy_to(self.accelerator.unwrap_model(self.model))
-        try:
+        is_averaged = self._average is not None and self._average.averages
+        with self._average.in_place() if is_averaged else nullcontext():
             save(self.pipe, folder, self.args.rank)
-        finally:
-            self._put(weights)
 
     @torch.no_grad()
-    def _put(self, weights: Mapping[str, torch.Tensor]) -> None:
-        for name, parameter in self._trained.items():
-            parameter.copy_(weights[name])
-
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         stored = load_file(Path(resume_from_checkpoint, TRAINED))
         if stored.keys() != self._trained.keys():
             raise ValueError(
                 f"the checkpoint {resume_from_checkpoint} holds other weights than those that are trained"
             )
-        self._put(stored)
+        for name, parameter in self._trained.items():
+            parameter.copy_(stored[name])
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)

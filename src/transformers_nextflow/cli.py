@@ -17,6 +17,7 @@ from transformers import AutoModelForMultimodalLM, TextStreamer
 from typer import Argument, Exit, Option, Typer
 
 from .configuration_nextflow import NextFlowConfig
+from .conversion.cli import app as conversion_app
 from .data.cli import app as data_app
 from .flops import PAPER_WIDTHS, image_passes, mmdit_passes, model_cost, paper_layer_cost
 from .image_processing_nextflow import NextFlowImageProcessor, open_picture
@@ -24,6 +25,8 @@ from .modeling_nextflow import NextFlowForConditionalGeneration
 from .modeling_nextflow_vq import NextFlowVQModel, unpatchify
 from .processing_nextflow import NextFlowProcessor
 from .sampling import COLDEST, SAMPLING_LIMITS, RowGenerators, check_seed, per_scale
+from .training.cli import app as training_app
+from .training.cli import train
 from .utils import export as exporting
 from .utils.commands import Json, Model, command, print_figures
 from .utils.files import write_atomically
@@ -45,6 +48,9 @@ DECODER_GROUP = "transformers_nextflow.decoders"  # of entry points: each loads 
 
 app = Typer(add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(data_app, name="data", help="Documents to packed training shards, and back.")
+app.add_typer(train, name="train", help="Transformer, vision tokenizer, diffusion decoder; by GRPO.")
+app.add_typer(conversion_app, name="convert", help="Released weights to a NextFlow to be trained, and back.")
+app.add_typer(training_app)
 
 Png = Annotated[str, Option(metavar="PNG", help="Picture to write.")]
 Seed = Annotated[int | None, Option(metavar="N", help="Default: a new one, which is printed.")]

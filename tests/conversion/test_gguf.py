@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conversion.language_model import main
 from tests.conversion.text_models import LLAMA_TEMPLATE, llama, llama_tokenizer, qwen2, save
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor
+from transformers_nextflow.conversion.language_model import main
 
 gguf = pytest.importorskip("gguf", reason="GGUF files need the package gguf")
 pytest.importorskip("accelerate", reason="transformers reads GGUF files with accelerate alone")

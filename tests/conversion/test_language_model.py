@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conversion.decoder import hub_key
-from conversion.language_model import convert, main
-from conversion.text_tokenizer import ImageTokens
 from tests.conversion.text_models import LLAMA_TEMPLATE, llama, llama_tokenizer, qwen2, qwen2_5_vl, save
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor
+from transformers_nextflow.conversion.decoder import hub_key
+from transformers_nextflow.conversion.language_model import convert, main
+from transformers_nextflow.conversion.text_tokenizer import ImageTokens
 
 ROOT = Path(__file__).parents[2]
 SENTENCE = "a red circle above a blue square"
@@ -530,8 +530,8 @@ def test_an_interrupted_run_leaves_nothing(source, vq_folder, tmp_path, monkeypa
 def test_a_killed_run_leaves_no_folder_of_that_name(source, vq_folder, tmp_path):
     script = f"""
 import os, sys
-from conversion.checkpoints import ShardedWriter
-from conversion.language_model import main
+from transformers_nextflow.conversion.checkpoints import ShardedWriter
+from transformers_nextflow.conversion.language_model import main
 header = ShardedWriter._header
 ShardedWriter._header = lambda self, names: header(self, names) if len(os.listdir(self.folder)) < 2 else os._exit(9)
 main([{str(source)!r}, {str(vq_folder)!r}, {str(tmp_path / "out")!r}, "--max-shard-size", "40KB"])

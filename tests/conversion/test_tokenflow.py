@@ -13,10 +13,19 @@ from reference_tokenflow import tokenflow_clip
 from safetensors.torch import load_file
 from transformers import Siglip2Config, Siglip2Model, Siglip2VisionConfig, Siglip2VisionModel
 
-from conversion.checkpoints import check_keys
-from conversion.tokenflow import CLIP_EDGES, CLIP_LEVELS, Shapes, config_of, convert, entry_shape, key_table, main
 from transformers_nextflow import NextFlowImageProcessor, NextFlowVQConfig, NextFlowVQModel
 from transformers_nextflow.cli import main as command
+from transformers_nextflow.conversion.checkpoints import check_keys
+from transformers_nextflow.conversion.tokenflow import (
+    CLIP_EDGES,
+    CLIP_LEVELS,
+    Shapes,
+    config_of,
+    convert,
+    entry_shape,
+    key_table,
+    main,
+)
 
 FIXTURES = Path(__file__).parents[3] / "shared/fixtures"
 needs_fixtures = pytest.mark.skipif(not FIXTURES.exists(), reason="the fixtures are not beside the repository")

@@ -17,8 +17,7 @@ from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from diffusers_nextflow import NextFlowPipeline
-from examples import train_diffusion_decoder
+from diffusers_nextflow import NextFlowPipeline, training_command
 from tests.diffusers.tiny_decoders import decoder, stock_components, stock_pipeline, tiny_vq_model
 from transformers_nextflow import cli
 from transformers_nextflow.utils import loading
@@ -56,10 +55,7 @@ def folder(tiny_model, tmp_path_factory) -> Path:
         "--num_samples": 2,
         "--proportion_empty_prompts": 0.5,
     }
-    with pytest.MonkeyPatch.context() as patch:
-        given = [str(word) for option in options.items() for word in option]
-        patch.setattr(sys, "argv", ["train_diffusion_decoder", *given, "--use_ema", "--use_cpu"])
-        train_diffusion_decoder.main()
+    training_command.main([*(str(word) for option in options.items() for word in option), "--use_ema", "--use_cpu"])
     return folder
 
 
@@ -88,11 +84,10 @@ def test_script_trains_the_second_stage(folder, pipe):
         (["--adapter", "runs/base"], "--adapter continues adapters: give their --rank"),
     ],
 )
-def test_script_refuses_options_that_contradict_each_other(options, message, capsys, monkeypatch):
-    given = ["--pretrained_model_name_or_path", "x", "--dataset_name", "images", "--output_dir", "y", *options]
-    monkeypatch.setattr(sys, "argv", ["train_diffusion_decoder", *given])
-    with pytest.raises(SystemExit):
-        train_diffusion_decoder.main()
+def test_script_refuses_options_that_contradict_each_other(options, message, capsys, install):
+    install()
+    status = cli.main(["train", "decoder", "--model", "x", "--dataset_name", "images", "--output", "y", *options])
+    assert status == 2
     assert message in " ".join(capsys.readouterr().err.split())
 
 

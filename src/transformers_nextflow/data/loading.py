@@ -46,6 +46,13 @@ class PackReader(Dataset):
     def __len__(self) -> int:
         return self._starts[-1]
 
+    @property
+    def levels(self) -> set[str]:
+        """Of the scale schedules that the documents' pictures were brought to; empty for text alone."""
+        highest = list(self.spec.schedules.levels)[-1]
+        settings = self.manifest["documents"]["settings"]
+        return {each["level"] or highest for each in settings if each["task"] != "text"}
+
     def __getstate__(self):
         return self.__dict__ | {"_shards": {}}  # every worker maps the files itself
 
@@ -99,7 +106,8 @@ class PackedDataset(PackReader):
 
     Args:
         name: of the folder or repository.
-        model, processor: whose tokenizers, schedules, code offset and special ids the shards must have been made with.
+        model, processor: whose tokenizers, schedules, code offset and special ids the shards must have been made with;
+            the model may have adapters.
         seed: of the choice among self-corrected variants.
         hashes: whether every shard's hash is checked now, by the first process of a machine, or only its size.
 
@@ -110,6 +118,7 @@ class PackedDataset(PackReader):
     def __init__(self, name: str | Path, model, processor, seed: int = 0, hashes: bool = True):
         first = int(os.environ.get("LOCAL_RANK", 0)) == 0
         folder, manifest = open_shards(name, "packs", hashes and first)
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model
         check_identity(manifest, identity_of(model.config, processor, model.base_model.vq_model))
         super().__init__(folder, manifest, sequence_spec(manifest["identity"]), seed)
         self.padded, self.config = manifest["padded"], model.config

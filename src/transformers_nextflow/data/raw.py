@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
+import datasets
 import numpy as np
 from torch.utils.data import Dataset
 
 from .extraction import UNREADABLE, ExtractionSettings, Extractor
 from .loading import unfold
-from .sources import Source
+from .sources import Source, as_source, task_of
 
 
 class RawDocuments(Dataset):
@@ -17,9 +18,10 @@ class RawDocuments(Dataset):
     training. Self-correction is drawn anew in every epoch.
 
     Args:
-        source: whose rows hold one document each.
+        source: whose rows hold one document each; its name, or the rows themselves.
         model: folder or Hub id of the model whose processor and vision tokenizer code them.
-        settings: as of [`extract`]; `variants` does not apply.
+        settings: as of [`extract`]; `variants` does not apply. By default rows with `messages` are chats, others
+            pictures and captions, see [`~sources.find_columns`].
         device: of the vision tokenizer.
 
     Raises:
@@ -28,10 +30,25 @@ class RawDocuments(Dataset):
 
     padded = False
 
-    def __init__(self, source: Source, model: str | Path, settings: ExtractionSettings, device: str = "cpu"):
+    def __init__(
+        self,
+        source: "Source | str | Path | datasets.Dataset",
+        model: str | Path,
+        settings: ExtractionSettings | None = None,
+        device: str = "cpu",
+    ):
+        source = as_source(source)
+        if settings is None:
+            task, columns = task_of(source.load())
+            settings = ExtractionSettings(task, columns)
         self.extractor = Extractor(source, str(model), settings, device)
         self.spec, self.config = self.extractor.spec, self.extractor.config
         self.epoch = 0
+
+    @property
+    def levels(self) -> set[str]:
+        """See [`~loading.PackReader.levels`]."""
+        return {self.extractor.settings.level or list(self.spec.schedules.levels)[-1]}
 
     def set_epoch(self, epoch: int) -> None:
         """Which draws of self-correction are shown."""

@@ -19,6 +19,7 @@ BUILDERS = {
     ".json": "json",
     ".tar": "webdataset",
 }
+CAPTIONS = ("text", "caption", "prompt", "txt")  # columns that are captions where none is named
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,53 @@ class Source:
             return _undecoded(datasets.load_dataset(*arguments, split=self.split, **options))
         except (DatasetBuildError, ArrowException, tarfile.TarError) as error:
             raise ValueError(f"{self.name} cannot be read as a dataset: {error.__cause__ or error}") from error
+
+
+def as_source(source: "Source | str | Path | datasets.Dataset") -> "Source | LoadedSource":
+    """A source by its name, or of rows that are there already."""
+    if isinstance(source, datasets.Dataset):
+        return LoadedSource(source)
+    return Source(str(source)) if isinstance(source, (str, Path)) else source
+
+
+@dataclass(frozen=True)
+class LoadedSource:
+    """Rows that are there already; their pictures are in them."""
+
+    table: datasets.Dataset
+    root: None = None
+
+    def load(self) -> datasets.Dataset:
+        """See [`Source.load`]."""
+        return _undecoded(self.table)
+
+
+def task_of(table: datasets.Dataset) -> tuple[str, dict[str, str]]:
+    """The task and columns of [`DocumentReader`] that rows are for: chats, or pictures and their captions."""
+    return ("chat", {}) if "messages" in table.column_names else ("text-to-image", find_columns(table))
+
+
+def find_columns(table: datasets.Dataset, image: str | None = None, caption: str | None = None) -> dict[str, str]:
+    """The columns of pictures and of captions, as [`DocumentReader`] takes them.
+
+    Raises:
+        ValueError: naming the columns that there are, where they are not plain.
+    """
+    names = ", ".join(table.column_names)
+    if image is None:
+        images = [name for name, feature in table.features.items() if isinstance(feature, datasets.Image)]
+        if len(images) != 1:
+            raise ValueError(f"name the column of pictures, one of {names}")
+        (image,) = images
+    if caption is None:
+        captions = [name for name in CAPTIONS if name in table.column_names]
+        if not captions:
+            raise ValueError(
+                f"name the column of captions, one of {names}; in a folder of pictures, metadata.jsonl has them: "
+                '{"file_name": "cat.png", "text": "a cat"}'
+            )
+        caption = captions[0]
+    return {"image": image, "text": caption}
 
 
 def _local_format(path: Path) -> tuple[str, list[str]]:

@@ -10,7 +10,9 @@
 - `attention_logits.py`: the largest attention logit, for the log.
 - `checkpoints.py`: which checkpoint a training goes on from.
 - `ema.py`: [`EMACallback`], an exponential moving average of the weights, for any Trainer.
+- `finetuning.py`: [`finetune`], own pictures to a model that draws them.
 - `fsdp.py`: what FSDP2 has to be told.
+- `loading.py`: the model that is trained, in float32, with the adapters that it has.
 - `samples.py`: [`SamplesCallback`], pictures drawn along a training.
 """
 
@@ -19,6 +21,7 @@ from ..utils.lazy import lazy_names
 _MODULE_OF = {
     "ChatCollator": "chats",
     "EMACallback": "ema",
+    "FinetuneSettings": "finetuning",
     "ImageBatches": "images",
     "NextFlowDPOTrainer": "preferences",
     "NextFlowSFTTrainer": "supervised",
@@ -29,6 +32,7 @@ _MODULE_OF = {
     "SamplesCallback": "samples",
     "Stage": "stages",
     "enlarge_decoder": "vq_trainer",
+    "finetune": "finetuning",
     "load_stages": "stages",
     "load_teacher": "teacher",
     "prepare_vq_stage": "vq_trainer",

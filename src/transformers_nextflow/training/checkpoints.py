@@ -1,11 +1,17 @@
 """Which checkpoint a training goes on from, also after it was killed while it wrote one."""
 
 import re
+from dataclasses import field
 from pathlib import Path
 
 from ..utils.files import read_json
 
 STATE = "trainer_state.json"  # the Trainer writes it last
+
+
+def output_field():
+    """The field `output_dir` of training arguments, which all commands call `--output`."""
+    return field(default=None, metadata={"help": "folder of checkpoints and of the result", "aliases": ["--output"]})
 
 
 def checkpoint_to_resume(resume_from_checkpoint: str | bool | None, output_dir: str) -> str | None:

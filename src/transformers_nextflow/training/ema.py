@@ -1,5 +1,7 @@
 """[`EMACallback`]: an exponential moving average of the weights that a Trainer trains."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -13,6 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..utils.files import write_atomically
 
 FILE = "ema.safetensors"
+FOLDER = "ema"
 
 
 class EMACallback(TrainerCallback):
@@ -20,10 +23,12 @@ class EMACallback(TrainerCallback):
 
     The average of all parameters that are trained, in float32, begins at the weights that training begins with. Every
     checkpoint holds it as `ema.safetensors`, by the parameters' names; a resumed training goes on from it. Weights
-    sharded by FSDP2 have sharded averages, and whole ones in the file.
+    sharded by FSDP2 have sharded averages, and whole ones in the file. This package's Trainers save the average beside
+    their model, as a model like it in the folder `ema`.
 
     ```python
-    model.load_state_dict(load_file("runs/sft/checkpoint-100/ema.safetensors"), strict=False)
+    with average.in_place():
+        trainer.evaluate()
     ```
 
     The checkpoint that a training resumes from is `args.resume_from_checkpoint` where that is set, as this package's
@@ -48,12 +53,32 @@ class EMACallback(TrainerCallback):
         self.averages: dict[str, torch.Tensor] = {}
 
     def copy_to(self, model: nn.Module) -> None:
-        """Put the averages in the place of the weights."""
-        parameters = dict(model.named_parameters())
-        for name, average in self.averages.items():
-            _local(parameters[name].detach()).copy_(_local(average))
+        """Put the averages in the place of the weights of the trained model, of a part of it, or of one like it.
+
+        Raises:
+            ValueError: if it has none of the averaged parameters.
+        """
+        prefixes = {id(module): f"{path}." for path, module in self._model.named_modules() if path}
+        prefix = prefixes.get(id(model), "")
+        averaged = {name: p for name, p in model.named_parameters() if prefix + name in self.averages}
+        if not averaged:
+            raise ValueError(f"the model has none of the averaged parameters, such as {next(iter(self.averages))}")
+        for name, parameter in averaged.items():
+            _local(parameter.detach()).copy_(_local(self.averages[prefix + name]))
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """While this runs the trained model is the average."""
+        weights = {name: _local(parameter.detach()).clone() for name, parameter in self._parameters.items()}
+        self.copy_to(self._model)
+        try:
+            yield
+        finally:
+            for name, weight in weights.items():
+                _local(self._parameters[name].detach()).copy_(weight)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self._model = model
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if any(hasattr(parameter, "ds_id") for parameter in self._parameters.values()):
             raise ValueError("EMACallback cannot average weights that ZeRO-3 shards: train with ZeRO-2 or FSDP2")

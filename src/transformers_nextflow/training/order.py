@@ -1,5 +1,6 @@
 """[`OrderedTrainer`]: a resumed training sees what an undisturbed one sees, an evaluation each of its items once."""
 
+import os
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -7,6 +8,7 @@ from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback
 
 from .checkpoints import checkpoint_to_resume
+from .ema import FOLDER, EMACallback
 
 
 class EpochOrder(Sampler[int]):
@@ -80,8 +82,8 @@ class EvenShares(Dataset):
 class OrderedTrainer(Trainer):
     """Trainer whose data comes in an [`EpochOrder`], by `data_seed` or else `seed`.
 
-    Datasets with `set_epoch` are told the epoch, in every worker. `train` goes on from whole checkpoints alone.
-    Devices share an evaluation by [`EvenShares`].
+    Datasets with `set_epoch` are told the epoch, in every worker. An average is saved beside the model. `train` goes
+    on from whole checkpoints alone. Devices share an evaluation by [`EvenShares`].
     """
 
     def __init__(self, *args, **kwargs):
@@ -97,6 +99,14 @@ class OrderedTrainer(Trainer):
         """
         self.args.resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         return super().train(self.args.resume_from_checkpoint, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """See `Trainer.save_model`. The average of an [`EMACallback`] is saved too, in the folder `ema` beside."""
+        super().save_model(output_dir, _internal_call)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, EMACallback) and callback.averages:
+                with callback.in_place():
+                    super().save_model(os.path.join(output_dir or self.args.output_dir, FOLDER), _internal_call=True)
 
     def blank(self, item: dict) -> dict:
         """An item of an evaluation that does not count."""

@@ -81,13 +81,16 @@ class DrawingCallback(TrainerCallback):
         pictures = self.draw(model)
         if not state.is_world_process_zero:
             return
-        folder = Path(args.output_dir, "samples", f"step-{state.global_step}")
-        for index, picture in enumerate(pictures):
-            write_atomically(folder / f"{index:02}.png", lambda path, picture=picture: picture.save(path, "PNG"))
+        self.write(Path(args.output_dir, "samples", f"step-{state.global_step}"), pictures)
         self._reports.log(args, state.global_step, pictures, self.captions)
 
     def on_train_end(self, args, state, control, **kwargs):
         self._reports.close()
+
+    def write(self, folder: Path, pictures: Sequence[Image.Image]) -> None:
+        """The pictures as `00.png` .. of a folder."""
+        for index, picture in enumerate(pictures):
+            write_atomically(folder / f"{index:02}.png", lambda path, picture=picture: picture.save(path, "PNG"))
 
 
 class SamplesCallback(DrawingCallback):

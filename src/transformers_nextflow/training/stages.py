@@ -3,10 +3,14 @@
 from dataclasses import dataclass, fields
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
 from ..modeling_nextflow import NextFlowForConditionalGeneration
+
+if TYPE_CHECKING:
+    from ..data import PackedDataset
 
 TRAINS = ("connector_and_head", "all")
 
@@ -50,9 +54,27 @@ class Stage:
         total = sum(self.mixture.values())
         return {kind: amount / total for kind, amount in self.mixture.items()}
 
-    def prepare(self, model: NextFlowForConditionalGeneration) -> None:
-        """Freeze and thaw parameters and set the loss's exponent; the vision tokenizer is always frozen."""
+    def prepare(self, model: NextFlowForConditionalGeneration, packs: "PackedDataset | None" = None) -> None:
+        """Freeze and thaw parameters and set the loss's exponent; the vision tokenizer is always frozen.
+
+        Args:
+            model: where it has adapters, they are what is trained.
+            packs: what the stage is to be trained on.
+
+        Raises:
+            ValueError: for packs of pictures of another level; for adapters in a stage that trains other parts.
+        """
+        if packs is not None and packs.levels - {self.level}:
+            raise ValueError(
+                f"stage {self.name} is of level {self.level}, the packs hold pictures of level "
+                f"{', '.join(sorted(packs.levels))}: extract them anew with --level {self.level}, or give stages of "
+                "your own (stages.yaml is the form)"
+            )
         model.config.scale_loss_alpha = self.scale_loss_alpha
+        if hasattr(model, "peft_config"):
+            if self.trains != "all":
+                raise ValueError(f"stage {self.name} trains connector and heads as they are: it takes no adapters")
+            return
         for parameter in model.parameters():
             parameter.requires_grad_(self.trains == "all" and parameter.is_floating_point())  # 4-bit weights are not
         if self.trains == "connector_and_head":

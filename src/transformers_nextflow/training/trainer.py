@@ -16,7 +16,9 @@ from ..liger import register_liger_kernel
 from ..losses import IGNORE
 from ..modeling_nextflow import NextFlowOutput
 from .attention_logits import LargestAttentionLogit
+from .checkpoints import output_field
 from .fsdp import WholeHeadsCallback, keep_losses_float32
+from .loading import check_trained
 from .order import OrderedTrainer
 
 
@@ -38,6 +40,7 @@ class NextFlowTrainingArguments(TrainingArguments):
         ValueError: for a negative or infinite `z_loss`, or a `label_smoothing_factor`.
     """
 
+    output_dir: str | None = output_field()
     per_device_train_batch_size: int = field(default=1, metadata={"help": "packs of a forward on each device"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "packs hold what the forward takes"})
     peak_flops: float | None = field(default=None, metadata={"help": "FLOP/s of one device, to log its utilisation"})
@@ -105,6 +108,7 @@ class NextFlowTrainer(OrderedTrainer):
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
     def train(self, *args, **kwargs):
+        check_trained(self.model)
         keep_losses_float32(self.accelerator)
         return super().train(*args, **kwargs)
 

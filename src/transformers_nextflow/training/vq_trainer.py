@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from ..modeling_nextflow_vq import AttnBlock, NextFlowVQModel, NextFlowVQOutput, ResidualBlock
 from ..quantizer import CODEBOOK_LOSSES, QuantizerOutput
 from ..utils.files import output_folder, write_atomically
+from .checkpoints import output_field
 from .metrics import lpips, psnr, ssim
 from .order import OrderedTrainer
 from .teacher import FOLDER as TEACHER
@@ -69,6 +70,7 @@ class NextFlowVQTrainingArguments(TrainingArguments):
             `label_smoothing_factor`.
     """
 
+    output_dir: str | None = output_field()
     stage: str = field(default="pixel", metadata={"help": "pixel, joint or decoder", "choices": STAGES})
     learning_rate: float = field(default=1e-4, metadata={"help": "peak"})
     lr_scheduler_type: str = field(default="constant", metadata={"help": "how the learning rate goes on"})

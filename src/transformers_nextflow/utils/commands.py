@@ -1,14 +1,14 @@
 """Console commands by typer, with options that come in groups."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import fields, is_dataclass
 from functools import wraps
 from inspect import Signature, signature
 from typing import Annotated, get_type_hints
 
-from typer import Option, Typer
+from typer import Context, Exit, Option, Typer
 
 Model = Annotated[str | None, Option(metavar="NAME", help="Local folder or Hub id; default: the repository's.")]
 Json = Annotated[bool, Option("--json", help="Print JSON.")]
@@ -40,6 +40,26 @@ def command(app: Typer) -> Callable[[Callable], Callable]:
         return function
 
     return register
+
+
+def forward(app: Typer, name: str, about: str, load: Callable[[], Callable[[Sequence[str]], int | None]]) -> None:
+    """Makes a program with a parser of its own a command of `app`.
+
+    Args:
+        about: a line of help.
+        load: imports the program, a function of its words that returns an exit status or nothing.
+    """
+    words = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+    @app.command(name, help=about, add_help_option=False, context_settings=words)
+    def run(context: Context) -> None:
+        try:
+            program = load()
+        except ImportError as error:
+            raise ValueError(
+                f"{name} needs a package that is not installed ({error}): pip install 'transformers-nextflow[train]'"
+            ) from error
+        raise Exit(program(context.args) or 0)
 
 
 def _options(group: type) -> list:

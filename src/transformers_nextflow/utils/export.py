@@ -9,6 +9,8 @@ from pathlib import Path
 
 from ..remote_code import write_code
 from .files import output_folder, read_json
+from .loading import base_of, naming
+from .merging import merge
 from .safetensors_folder import INDEX, SafetensorsFolder
 
 PIPELINE = {
@@ -62,7 +64,8 @@ def export(folder: str | Path, to: str, push: bool = False) -> str:
 
     Args:
         folder: what `save_pretrained` of model and processor wrote, or the id of such a repository on the Hub. Its
-            README.md, if any, becomes part of the model card: licence and sources, scores, limits.
+            README.md, if any, becomes part of the model card: licence and sources, scores, limits. Adapters are
+            merged first, see [`merge`].
         to: a new folder, or with `push` the id of a repository, which is created if it is not there.
 
     Returns:
@@ -74,6 +77,11 @@ def export(folder: str | Path, to: str, push: bool = False) -> str:
     """
     from huggingface_hub import HfApi, snapshot_download
 
+    if base_of(str(folder)) is not None:
+        with tempfile.TemporaryDirectory() as partial:
+            whole = Path(partial, Path(folder).resolve().name)
+            merge(str(folder), whole)
+            return export(whole, to, push)
     folder = Path(folder) if Path(folder).is_dir() else Path(snapshot_download(str(folder)))
     if not push:
         with output_folder(to) as partial:
@@ -92,7 +100,6 @@ def _write(folder: Path, output: Path, name: str) -> None:
     from transformers import GenerationConfig
 
     from .. import NextFlowConfig, NextFlowProcessor
-    from .loading import naming
 
     weights = SafetensorsFolder(folder)
     with naming(str(folder)):

@@ -9,7 +9,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig
-from transformers.utils import logging
+from transformers.utils import find_adapter_config_file, logging
 
 from ..configuration_nextflow import NextFlowConfig, NextFlowVQConfig
 from ..modeling_nextflow import NextFlowForConditionalGeneration
@@ -64,25 +64,82 @@ def model_name(model: str | None) -> str:
     return model
 
 
-def load_model(model: str | None = None) -> tuple[NextFlowForConditionalGeneration, NextFlowProcessor]:
-    """A model, on the GPU where there is one, and its processor; see [`model_name`]."""
+def base_of(name: str, **revision: str) -> str | None:
+    """The model that the adapters of a folder or Hub id are for; `None` where it holds a model.
+
+    Raises:
+        ValueError: if it holds both, or the adapters name no model, or themselves, or one that is not there.
+    """
+    path = find_adapter_config_file(name, **revision)
+    if path is None:
+        return None
+    if (Path(name) / "config.json").is_file():
+        raise ValueError(f"{name} holds a model and adapters: keep adapters in a folder of their own")
+    base = read_json(Path(path)).get("base_model_name_or_path")
+    if not isinstance(base, str) or Path(base).resolve() == Path(name).resolve():
+        raise ValueError(f"base_model_name_or_path in {path} must name the model that they are for, got {base!r}")
+    try:
+        return model_name(base)
+    except (ValueError, NotADirectoryError) as error:
+        raise ValueError(f"{name} holds adapters on another model, see adapter_config.json: {error}") from error
+
+
+def root_of(name: str) -> str:
+    """The model below adapters, whose configuration, processor and vision tokenizer are theirs too."""
+    base = base_of(name)
+    return name if base is None else root_of(base)
+
+
+def load_model(
+    model: str | None = None, dtype: torch.dtype | None = None
+) -> tuple[NextFlowForConditionalGeneration, NextFlowProcessor]:
+    """A model, on the GPU where there is one, and its processor; see [`model_name`].
+
+    Args:
+        model: of adapters, too, which are merged into the model that they are for.
+        dtype: of the weights; by default as they are stored.
+    """
     name = model_name(model)
-    check_model_type(name, NextFlowConfig.model_type)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded, processor = load_weights(NextFlowForConditionalGeneration, name).to(device).eval(), load_processor(name)
-    with naming(f"the processor in {name}"):
+    loaded, processor = load_merged(name, dtype).to(device).eval(), load_processor(name)
+    with naming(f"the processor in {root_of(name)}"):
         processor.check_fits(loaded.config)
     return loaded, processor
 
 
+def load_merged(name: str, dtype: torch.dtype | None = None) -> NextFlowForConditionalGeneration:
+    """A model, or the one below adapters with these merged into its weights."""
+    base = base_of(name)
+    if base is None:
+        check_model_type(name, NextFlowConfig.model_type)
+        return load_weights(NextFlowForConditionalGeneration, name, dtype)
+    try:
+        from peft import PeftConfig, PeftModel
+    except ImportError as error:
+        raise ValueError(f"{name} holds adapters, which need the package peft: pip install peft") from error
+    model = load_merged(base, dtype)
+    dtypes = {path: parameter.dtype for path, parameter in model.named_parameters()}
+    with naming(f"the adapters in {name}"):
+        adapted = PeftModel(model, PeftConfig.from_pretrained(name), low_cpu_mem_usage=True)
+        report = adapted.load_adapter(name, adapted.active_adapter, low_cpu_mem_usage=True)
+        if wrong := [*report.missing_keys, *report.unexpected_keys]:
+            raise ValueError(f"{len(wrong)} tensors are lacking or have no place, {min(wrong)} among them")
+        merged = adapted.merge_and_unload()
+    for path, parameter in merged.named_parameters():  # PEFT holds what adapters bring whole in float32
+        parameter.data = parameter.data.to(dtypes[path])
+    return merged
+
+
 def load_config(name: str) -> NextFlowConfig:
     """The configuration of a NextFlow; raises `ValueError` for another model's."""
+    name = root_of(name)
     check_model_type(name, NextFlowConfig.model_type)
     with naming(f"the config.json of {name}"):
         return NextFlowConfig.from_pretrained(name)
 
 
 def load_processor(name: str) -> NextFlowProcessor:
+    name = root_of(name)
     with naming(f"the processor in {name}"):
         return NextFlowProcessor.from_pretrained(name)
 
@@ -95,12 +152,13 @@ def check_json_files(folder: Path) -> None:
 
 
 def check_model_type(name: str, *known: str) -> str:
-    """The model type in a model's `config.json`.
+    """The model type in a model's `config.json`; of adapters, in that of the model below them.
 
     Raises:
         ValueError: if it is none of `known`, or a JSON file of the folder is damaged.
         OSError: without a `config.json`.
     """
+    name = root_of(name)
     check_json_files(Path(name))
     values, _ = PreTrainedConfig.get_config_dict(name)
     if not values:
@@ -118,6 +176,7 @@ def load_vq_model(name: str) -> NextFlowVQModel:
     Raises:
         ValueError: if it is neither, or its files are damaged, or lack or misshape tensors.
     """
+    name = root_of(name)
     if check_model_type(name, NextFlowConfig.model_type, NextFlowVQConfig.model_type) == NextFlowVQConfig.model_type:
         return load_weights(NextFlowVQModel, name).float().eval()
     whole = load_config(name)
@@ -144,12 +203,13 @@ def load_vq_model(name: str) -> NextFlowVQModel:
     return alone.eval()
 
 
-def load_weights(model_class, name: str):
+def load_weights(model_class, name: str, dtype: torch.dtype | None = None):
     """`from_pretrained`.
 
     Args:
         model_class: of the model.
         name: folder, or id on the Hub.
+        dtype: by default as they are stored.
 
     Raises:
         ValueError: if the files are damaged, or lack or misshape tensors.
@@ -159,7 +219,7 @@ def load_weights(model_class, name: str):
     if "quantization_config" not in config.to_dict():
         check_tensors(model_class, config, name)
     with naming(f"the weights in {name}"):
-        model, report = model_class.from_pretrained(name, output_loading_info=True)
+        model, report = model_class.from_pretrained(name, dtype=dtype or "auto", output_loading_info=True)
     _refuse_missing(name, report["missing_keys"])
     return model
 

@@ -6,6 +6,7 @@ from typing import Any
 from trl import GRPOConfig
 
 from ...sampling import SAMPLING_LIMITS, per_scale
+from ..checkpoints import output_field
 
 LOGPROB_MODES = ("conditional", "behaviour")
 LEVELS = ("token", "scale")
@@ -73,6 +74,7 @@ class NextFlowGRPOConfig(GRPOConfig):
         ValueError: for values outside these, or a field of TRL's that does not apply.
     """
 
+    output_dir: str | None = output_field()
     bf16: bool | None = field(default=False, metadata={"help": "autocast of rollouts and training"})
     loss_type: str = field(default="grpo", metadata={"help": "grpo: the mean over each picture, then over pictures"})
     temperature: list[float] = field(default_factory=lambda: [1.0], metadata={"help": "of pictures, or of each scale"})

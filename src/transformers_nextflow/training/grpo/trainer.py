@@ -20,6 +20,7 @@ from ...modeling_nextflow import NextFlowForConditionalGeneration
 from ...processing_nextflow import NextFlowProcessor
 from ...utils.files import write_atomically
 from ..checkpoints import checkpoint_to_resume
+from ..loading import check_trained, load_to_train
 from ..samples import PictureReports
 from .config import NextFlowGRPOConfig
 from .metrics import Metrics
@@ -35,7 +36,6 @@ from .objective import (
     prefix_values,
     token_weights,
 )
-from .policy import check_trained, load_policy
 from .prompts import Numbered, PromptOrder, Rows, check_prompts, columns, conversations, last_text, seed_of
 from .reference import FollowPolicy, Reference
 from .rewards import RewardError, RewardFunction, Rewards
@@ -88,7 +88,7 @@ class NextFlowGRPOTrainer(Trainer):
 
     Args:
         model: a [`NextFlowForConditionalGeneration`], adapters on one, or the name of either, see
-            [`~policy.load_policy`]; with `args.model_init_kwargs`. Adapters that it has are trained on.
+            [`~loading.load_to_train`]; with `args.model_init_kwargs`. Adapters that it has are trained on.
         reward_funcs: one or more, see `rewards.py`; weighted by `args.reward_weights`.
         train_dataset, eval_dataset: rows with `prompt`, a text or messages, optionally `images` (or `image`), PIL
             pictures for its image items; other columns go to the reward functions.
@@ -121,7 +121,7 @@ class NextFlowGRPOTrainer(Trainer):
             if dataset is not None:
                 check_prompts(name or "eval_dataset", dataset)
         if isinstance(model, str):
-            model, processing_class = load_policy(model, processing_class, **(args.model_init_kwargs or {}))
+            model, processing_class = load_to_train(model, processing_class, **(args.model_init_kwargs or {}))
         if processing_class is None:
             raise ValueError("give the processor as `processing_class`; it is loaded for a model that comes by name")
         if peft_config is not None:

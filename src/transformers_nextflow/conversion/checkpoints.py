@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from transformers_nextflow.utils.safetensors_folder import DTYPES, INDEX, SINGLE, listing
+from ..utils.safetensors_folder import DTYPES, INDEX, SINGLE, listing
 
 WRAPPERS = ("ema", "model", "state_dict")  # in TokenFlow's own order
 

@@ -3,37 +3,41 @@
 The backbone is a stock checkpoint of Stable Diffusion 1, 2 or XL, Flux.1 or Qwen-Image, or a decoder saved before.
 From packed shards (codes from these, pictures and captions from their source, no encoder on the device), then 2x:
 
-    python -m examples.train_diffusion_decoder --pretrained_model_name_or_path stabilityai/stable-diffusion-2-1 \
-        --vision_tokenizer nextflow --shards packs --dataset_name source.parquet --use_ema --output_dir runs/base
-    python -m examples.train_diffusion_decoder --pretrained_model_name_or_path runs/base --stage x2 \
-        --shards packs --dataset_name source.parquet --use_ema --output_dir runs/x2
+    transformers-nextflow train decoder --model stabilityai/stable-diffusion-2-1 \
+        --vision_tokenizer nextflow --shards packs --dataset_name source.parquet --use_ema --output runs/base
+    transformers-nextflow train decoder --model runs/base --stage x2 \
+        --shards packs --dataset_name source.parquet --use_ema --output runs/x2
 
 A transformer, from a folder of images that are coded in training (`--stage x2` then takes `--adapter runs/flux`):
 
-    accelerate launch -m examples.train_diffusion_decoder --vision_tokenizer nextflow --dataset_name images \
-        --pretrained_model_name_or_path black-forest-labs/FLUX.1-dev --rank 16 --bf16 \
-        --gradient_checkpointing --output_dir runs/flux
+    accelerate launch -m transformers_nextflow train decoder --vision_tokenizer nextflow --dataset_name images \
+        --model black-forest-labs/FLUX.1-dev --rank 16 --bf16 \
+        --gradient_checkpointing --output runs/flux
 
 A stopped training goes on exactly with `--resume_from_checkpoint True`. `samples/` in the output folder holds
 pictures. A whole UNet ends as a pipeline's folder, adapters as one for `load_lora_weights`, with `conditioner/` in it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from transformers import HfArgumentParser
 
-from diffusers_nextflow.training import DecoderTrainingArguments, NextFlowDecoderTrainer, load_decoder
-from diffusers_nextflow.training_data import PictureBatches, shard_pictures, source_pictures
 from transformers_nextflow import NextFlowImageProcessor
 from transformers_nextflow.data import DocumentReader, Source
 from transformers_nextflow.utils.loading import load_vq_model
+
+from .training import DecoderTrainingArguments, NextFlowDecoderTrainer, load_decoder
+from .training_data import PictureBatches, shard_pictures, source_pictures
 
 STAGES = {"base": 1, "x2": 2}
 
 
 @dataclass
-class ScriptArguments:
-    pretrained_model_name_or_path: str = field(metadata={"help": "folder or Hub id of a stock pipeline or a decoder"})
+class DecoderOptions:
+    pretrained_model_name_or_path: str = field(
+        metadata={"help": "folder or Hub id of a stock pipeline or a decoder", "aliases": ["--model"]}
+    )
     dataset_name: str = field(metadata={"help": "folder of images, Parquet, JSON lines, tars or Hub dataset"})
     vision_tokenizer: str | None = field(
         default=None, metadata={"help": "NextFlow model, or its vision tokenizer; default: the decoder's own"}
@@ -52,9 +56,14 @@ class ScriptArguments:
     proportion_empty_prompts: float = field(default=0.0, metadata={"help": "for guidance by the caption"})
 
 
-def main() -> None:
-    parser = HfArgumentParser((ScriptArguments, DecoderTrainingArguments))
-    script, arguments = parser.parse_args_into_dataclasses()
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train by the options of a command line; without `argv` the process's own."""
+    parser = HfArgumentParser(
+        (DecoderOptions, DecoderTrainingArguments),
+        prog="transformers-nextflow train decoder",
+        description=__doc__.split("\n")[0],
+    )
+    script, arguments = parser.parse_args_into_dataclasses(argv)
     if script.stage not in STAGES:
         parser.error(f"--stage must be one of {', '.join(STAGES)}, got {script.stage}")
     if script.adapter is not None and arguments.rank is None:
@@ -69,7 +78,7 @@ def main() -> None:
     trainer.save_model()
 
 
-def make_batches(script: ScriptArguments, vq_model, upscale: int, seed: int):
+def make_batches(script: DecoderOptions, vq_model, upscale: int, seed: int):
     source = Source(script.dataset_name, script.dataset_split, script.dataset_config_name)
     table = source.load()
     image_processor = NextFlowImageProcessor.from_vq_config(vq_model.config)
@@ -82,7 +91,3 @@ def make_batches(script: ScriptArguments, vq_model, upscale: int, seed: int):
         pictures, read = source_pictures(table, reader, image_processor, script.level, upscale), reader.read
     share = script.proportion_empty_prompts
     return PictureBatches(table, read, pictures, image_processor, script.train_batch_size, upscale, share, seed)
-
-
-if __name__ == "__main__":
-    main()

@@ -13,9 +13,9 @@ from pathlib import Path
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from transformers_nextflow.utils.files import read_json
-from transformers_nextflow.utils.loading import naming
-from transformers_nextflow.utils.safetensors_folder import SINGLE, listing
+from ..utils.files import read_json
+from ..utils.loading import naming
+from ..utils.safetensors_folder import SINGLE, listing
 
 WEIGHTS = r"(token_embd|output_norm|output|blk\.\d+\.(attn_norm|ffn_norm|attn_[qkv]|attn_output|ffn_(gate|up|down)))"
 TENSORS = {  # of each architecture

@@ -1,23 +1,25 @@
 """Train a vision tokenizer on a folder of pictures, in one of the paper's three stages (sec. 3.1).
 
-A tokenizer to begin with comes from `python -m conversion.tokenflow`, around a SigLIP2 or with TokenFlow's weights; a
-stage begins with what the stage before it wrote. On one device or under `accelerate launch`:
+A tokenizer to begin with comes from `transformers-nextflow convert tokenflow`, around a SigLIP2 or with TokenFlow's
+weights; a stage begins with what the stage before it wrote. On one device or under `accelerate launch -m`:
 
-    python -m examples.train_vision_tokenizer --model tokenizer --images photos --stage pixel --output_dir runs/pixel
-    python -m examples.train_vision_tokenizer --model runs/pixel --images photos --stage joint --output_dir runs/joint
-    python -m examples.train_vision_tokenizer --model runs/joint --images photos --stage decoder --output_dir runs/vq
+    transformers_nextflow train tokenizer --model tokenizer --images photos --stage pixel --output runs/pixel
+    transformers_nextflow train tokenizer --model runs/pixel --images photos --stage joint --output runs/joint
+    transformers_nextflow train tokenizer --model runs/joint --images photos --stage decoder --output runs/vq
 
 The teacher of a first joint stage is the semantic encoder as the stage finds it: earlier stages leave it alone. It is
 kept in the output folder, where another joint stage finds it; `--teacher` names another.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import HfArgumentParser
 
-from transformers_nextflow import NextFlowImageProcessor
-from transformers_nextflow.training import (
+from ...image_processing_nextflow import NextFlowImageProcessor
+from ...utils.loading import load_vq_model, model_name
+from .. import (
     EMACallback,
     ImageBatches,
     NextFlowVQTrainer,
@@ -25,13 +27,12 @@ from transformers_nextflow.training import (
     load_teacher,
     prepare_vq_stage,
 )
-from transformers_nextflow.utils.loading import load_vq_model, model_name
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 @dataclass
-class ScriptArguments:
+class TokenizerOptions:
     images: str = field(metadata={"help": "folder of pictures, searched to its depth"})
     eval_images: str | None = field(default=None, metadata={"help": "the same, for PSNR, SSIM and a sheet"})
     model: str | None = field(
@@ -55,9 +56,14 @@ def pictures(folder: str) -> list[Path]:
     return found
 
 
-def main() -> None:
-    parser = HfArgumentParser((ScriptArguments, NextFlowVQTrainingArguments))
-    script, arguments = parser.parse_args_into_dataclasses()
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train by the options of a command line; without `argv` the process's own."""
+    parser = HfArgumentParser(
+        (TokenizerOptions, NextFlowVQTrainingArguments),
+        prog="transformers-nextflow train tokenizer",
+        description=__doc__.split("\n")[0],
+    )
+    script, arguments = parser.parse_args_into_dataclasses(argv)
     name = model_name(script.model)
     model = load_vq_model(name)
     teacher = load_teacher(model, name, script.teacher) if arguments.stage == "joint" else None
@@ -81,7 +87,3 @@ def main() -> None:
     trainer.save_model()
     if script.eval_images is not None:
         print(trainer.evaluate())
-
-
-if __name__ == "__main__":
-    main()

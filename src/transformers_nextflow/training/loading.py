@@ -1,16 +1,18 @@
 """The model that is trained: loaded in float32, with the adapters that it has."""
 
-import torch
-from peft import PeftConfig, PeftModel
-from transformers.utils import find_adapter_config_file, logging
+from pathlib import Path
 
-from ...modeling_nextflow import NextFlowForConditionalGeneration
-from ...processing_nextflow import NextFlowProcessor
+import torch
+from transformers.utils import logging
+
+from ..modeling_nextflow import NextFlowForConditionalGeneration
+from ..processing_nextflow import NextFlowProcessor
+from ..utils.loading import base_of
 
 logger = logging.get_logger(__name__)
 
 
-def load_policy(
+def load_to_train(
     name: str, processor: NextFlowProcessor | None = None, **kwargs
 ) -> tuple[torch.nn.Module, NextFlowProcessor]:
     """A model to train on, and its processor unless one is given.
@@ -21,12 +23,16 @@ def load_policy(
     """
     kwargs = {"dtype": torch.float32} | kwargs
     revision = {"revision": kwargs["revision"]} if "revision" in kwargs else {}
-    if find_adapter_config_file(name, **revision) is None:
-        processor = processor or NextFlowProcessor.from_pretrained(name, **revision)
-        return NextFlowForConditionalGeneration.from_pretrained(name, **kwargs), processor
-    base = PeftConfig.from_pretrained(name, **revision).base_model_name_or_path
-    model, processor = load_policy(base, processor, **{key: kwargs[key] for key in kwargs if key != "revision"})
-    return PeftModel.from_pretrained(model, name, is_trainable=True, **revision), processor
+    base = base_of(name, **revision)
+    if base is not None:
+        from peft import PeftModel
+
+        model, processor = load_to_train(base, processor, **{key: kwargs[key] for key in kwargs if key != "revision"})
+        return PeftModel.from_pretrained(model, name, is_trainable=True, **revision), processor
+    if Path(name).is_dir():  # adapters name it, and may be opened from another place
+        name = str(Path(name).resolve())
+    processor = processor or NextFlowProcessor.from_pretrained(name, **revision)
+    return NextFlowForConditionalGeneration.from_pretrained(name, **kwargs), processor
 
 
 def check_trained(model: torch.nn.Module) -> None:

@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedConfig
 
-from transformers_nextflow import NextFlowConfig, NextFlowForConditionalGeneration
-from transformers_nextflow.utils.safetensors_folder import SafetensorsFolder, listing
-
+from .. import NextFlowConfig, NextFlowForConditionalGeneration
+from ..utils.safetensors_folder import SafetensorsFolder, listing
 from .checkpoints import check_keys
 
 # The Hub's names, and those of transformers 5's Qwen2.5-VL and of NextFlow.

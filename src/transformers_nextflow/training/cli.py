@@ -1,0 +1,134 @@
+"""`transformers-nextflow train`, `finetune`, `evaluate` and `merge`."""
+
+import tempfile
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from typer import Argument, Option, Typer
+
+from ..utils import merging
+from ..utils.commands import Json, Model, command, forward, print_figures
+from ..utils.loading import load_model, model_name
+
+TRAININGS_GROUP = "transformers_nextflow.trainings"  # of entry points: the command line of each training elsewhere
+
+train = Typer(no_args_is_help=True)
+app = Typer()
+
+Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None, Option(help="Of the weights; default: as they are stored.")
+]
+
+
+def _main(module: str):
+    return lambda: import_module(f".commands.{module}", __package__).main
+
+
+def _decoder_main():
+    (found,) = entry_points(group=TRAININGS_GROUP, name="decoder")
+    return found.load()
+
+
+for name, about, load in (
+    ("transformer", "The transformer on packs: a stage of the paper, fine-tuning, LoRA.", _main("transformer")),
+    ("tokenizer", "The vision tokenizer on pictures, in one of its three stages.", _main("tokenizer")),
+    ("grpo", "The coarse scales of pictures by reinforcement learning.", _main("grpo")),
+    ("decoder", "A diffusion decoder that draws the codes.", _decoder_main),
+):
+    forward(train, name, about, load)
+
+
+@dataclass
+class Pictures:
+    """Pictures."""
+
+    image_column: Annotated[str | None, Option(metavar="COLUMN", help="Default: the one of pictures.")] = None
+    caption_column: Annotated[str | None, Option(metavar="COLUMN", help="Default: text, caption, prompt or txt.")] = (
+        None
+    )
+    split: Annotated[str, Option(help="Of the dataset.")] = "train"
+    config: Annotated[str | None, Option(help="Configuration of a dataset on the Hub.")] = None
+    level: Annotated[str | None, Option(help="Level of the scale schedules; default: the model's.")] = None
+    held_out: Annotated[float, Option(metavar="P", help="Of the pictures, at least one.")] = 0.1
+    drop_captions: Annotated[float, Option(metavar="P", help="Of the pictures, for guidance.")] = 0.1
+
+
+@dataclass
+class Tuning:
+    """Training."""
+
+    full: Annotated[bool, Option("--full", help="All weights, instead of adapters (LoRA).")] = False
+    lora_r: Annotated[int, Option(metavar="R", help="Rank of the adapters.")] = 16
+    learning_rate: Annotated[float | None, Option(metavar="RATE", help="Default: 2e-4, with --full 1e-5.")] = None
+    steps: Annotated[int, Option(metavar="N", help="At most.")] = 400
+    batch_size: Annotated[int, Option(metavar="N", help="Pictures of a step.")] = 8
+    evaluations: Annotated[int, Option(metavar="N", help="Of the held-out loss, with drawings.")] = 10
+    patience: Annotated[int, Option(metavar="N", help="Evaluations without a gain, then it ends.")] = 3
+    prior: Annotated[
+        str | None, Option(metavar="FILE", help="Prompts, a line each, whose drawings are to stay as they are.")
+    ] = None
+    samples: Annotated[int, Option(metavar="N", help="Pictures drawn at each evaluation.")] = 6
+    seed: Annotated[int, Option(metavar="N", help="Of everything drawn.")] = 0
+
+
+@command(app)
+def finetune(
+    photos: Annotated[
+        str,
+        Argument(metavar="PHOTOS", help="Folder with metadata.jsonl, Parquet, tars, or dataset's id on the Hub."),
+    ],
+    output: Annotated[str, Option(metavar="FOLDER", help="Of the result, all drawings and sheet.png.")],
+    pictures: Pictures,
+    tuning: Tuning,
+    model: Model = None,
+    json: Json = False,
+) -> None:
+    """Pictures and their captions to a model that draws them; resumes."""
+    from ..data import Source
+    from . import FinetuneSettings
+    from . import finetune as run
+
+    of_pictures = {name: getattr(pictures, name) for name in ("level", "held_out", "drop_captions")}
+    prior = [] if tuning.prior is None else Path(tuning.prior).read_text(encoding="utf-8").splitlines()
+    given = vars(tuning) | of_pictures | {"prior": tuple(filter(None, prior))}
+    settings = FinetuneSettings(**given)
+    source = Source(photos, pictures.split, pictures.config)
+    figures = run(source, model_name(model), output, settings, pictures.image_column, pictures.caption_column)
+    print_figures(figures, json)
+
+
+@command(app)
+def evaluate(
+    packs: Annotated[str, Argument(metavar="PACKS", help="Folder or Hub dataset of packs.")],
+    model: Model = None,
+    batch_size: Annotated[int, Option(metavar="N", help="Packs of a forward.")] = 1,
+    dtype: Dtype = None,
+    json: Json = False,
+) -> None:
+    """The loss of packs: over all targets, of text, of pictures, and of each scale."""
+    from ..data import PackCollator, PackedDataset
+    from . import NextFlowTrainer, NextFlowTrainingArguments
+
+    loaded, processor = load_model(model, dtype and getattr(torch, dtype))
+    dataset = PackedDataset(packs, loaded, processor)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = NextFlowTrainingArguments(folder, per_device_eval_batch_size=batch_size, report_to="none")
+        trainer = NextFlowTrainer(loaded, arguments, PackCollator(dataset), eval_dataset=dataset)
+        metrics = trainer.evaluate()
+    losses = {name: value for name, value in metrics.items() if name.startswith("eval_loss")}
+    print_figures({name.removeprefix("eval_"): value for name, value in losses.items()}, json)
+
+
+@command(app)
+def merge(
+    adapters: Annotated[str, Argument(metavar="ADAPTERS", help="Folder or Hub id.")],
+    output: Annotated[str, Option(metavar="FOLDER", help="New folder of a whole model.")],
+    dtype: Dtype = None,
+) -> None:
+    """Adapters and the model that they are for, as one model."""
+    merging.merge(model_name(adapters), output, dtype and getattr(torch, dtype))
+    print(output)

@@ -1,0 +1,67 @@
+"""Tune a NextFlow's coarse scales by GRPO (NextFlow sec. 3.2.5).
+
+On a dataset of prompts (rows with `prompt`, optionally `images`, other columns for the rewards), with reward functions
+by dotted path, adapters, and a picture sheet at every log; under `accelerate launch -m` on several devices:
+
+    transformers_nextflow train grpo --dataset_name owner/prompts --reward_funcs my_package.rewards.aesthetic \
+        --use_lora --lora_r 16 --learning_rate 1e-4 --num_generations 8 --per_device_train_batch_size 16 \
+        --max_steps 100 --logging_steps 5 --log_completions --output runs/grpo
+
+Adapters as `--model` are trained on. For one small GPU see `docs/grpo.md`.
+"""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import datasets
+from trl import ScriptArguments, TrlParser
+
+from ..grpo import NextFlowGRPOConfig, NextFlowGRPOTrainer
+from ..grpo.reward_models import ClipScore
+from .options import ModelOptions
+
+
+@dataclass
+class GRPOOptions(ScriptArguments):
+    dataset_name: str | None = field(default=None, metadata={"help": "Hub or local dataset of prompts"})
+    reward_funcs: list[str] = field(
+        default_factory=list, metadata={"help": "clip:MODEL (also SigLIP, PickScore), or dotted paths of functions"}
+    )
+
+
+def reward_function(name: str):
+    """A reward by its name, see `--reward_funcs`."""
+    if name.startswith("clip:"):
+        return ClipScore(name.removeprefix("clip:"))
+    module, _, attribute = name.rpartition(".")
+    if not module:
+        raise ValueError(f"a reward is clip:MODEL or a dotted path, got {name!r}")
+    sys.path.insert(0, os.getcwd())  # as `python -m` has it
+    return getattr(importlib.import_module(module), attribute)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train by the options of a command line; without `argv` the process's own."""
+    parser = TrlParser(
+        (GRPOOptions, NextFlowGRPOConfig, ModelOptions),
+        prog="transformers-nextflow train grpo",
+        description=__doc__.split("\n")[0],
+    )
+    script, arguments, of_model = parser.parse_args_and_config(argv)
+    if script.dataset_name is None or not script.reward_funcs:
+        parser.error("give --dataset_name and --reward_funcs")
+    model, processor, adapters = of_model.load()
+    prompts = datasets.load_dataset(script.dataset_name, script.dataset_config, split=script.dataset_train_split)
+    trainer = NextFlowGRPOTrainer(
+        model,
+        [reward_function(reward) for reward in script.reward_funcs],
+        arguments,
+        prompts,
+        processing_class=processor,
+        peft_config=adapters,
+    )
+    trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+    trainer.save_model()

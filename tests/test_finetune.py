@@ -1,0 +1,158 @@
+"""Own pictures by one command: from a folder of any form to adapters or a model that draws, resumed and held out."""
+
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from PIL import Image
+from tiny_models import enlarge_
+
+from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor
+from transformers_nextflow.cli import main
+from transformers_nextflow.utils.loading import load_model
+
+pytest.importorskip("peft")
+
+COLOURS = {"red": (200, 30, 30), "blue": (30, 30, 200), "green": (30, 160, 30), "grey": (120, 120, 120)}
+OPTIONS = ("--steps", 8, "--batch-size", 2, "--evaluations", 2, "--samples", 2, "--held-out", 0.25, "--json")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def here(tmp_path_factory, tiny_model, tiny_processor):
+    """A folder with a checkpoint `start` and captioned pictures `photos`, one of them torn, in which all runs."""
+    import copy
+
+    folder = tmp_path_factory.mktemp("finetune")
+    torch.manual_seed(1)
+    enlarge_(copy.deepcopy(tiny_model)).save_pretrained(folder / "start")
+    tiny_processor.save_pretrained(folder / "start")
+    (folder / "photos").mkdir()
+    lines = []
+    for number in range(9):
+        name, colour = list(COLOURS.items())[number % 4]
+        picture = Image.new("RGB", (24, 24), colour)
+        picture.putpixel((number, number), (255, 255, 255))
+        picture.save(folder / "photos" / f"{number}.png")
+        lines.append(json.dumps({"file_name": f"{number}.png", "text": f"a {name} box"}))
+    (folder / "photos" / "8.png").write_bytes((folder / "photos" / "7.png").read_bytes()[:60])
+    (folder / "photos" / "metadata.jsonl").write_text("\n".join(lines))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+        yield folder
+
+
+def tune(capsys, photos, output, *options) -> dict:
+    status = main(list(map(str, ("finetune", photos, "--model", "start", "--output", output, *OPTIONS, *options))))
+    captured = capsys.readouterr()
+    assert status == 0, captured.err
+    return json.loads(captured.out[captured.out.index("{\n") :])
+
+
+def codes(model, processor) -> torch.Tensor:
+    inputs = processor.apply_chat_template([{"role": "user", "content": "a red box"}], generation_mode="image")
+    return model.generate(**inputs, generation_mode="image", seed=3)
+
+
+@pytest.mark.parametrize("options", [("--learning-rate", 1e-2), ("--full", "--learning-rate", 1e-2)])
+def test_a_folder_becomes_a_model_that_draws(capsys, options):
+    name = f"run{len(options)}"
+    figures = tune(capsys, "photos", name, *options)
+    assert (figures["pictures"], figures["held out"], figures["left out"]) == (8, 2, 1)
+    assert figures["loss after"] < figures["loss before"] and figures["steps"] <= 8
+    folder = Path(name)
+    assert (folder / "adapter_config.json").exists() == ("--full" not in options)
+    assert Image.open(folder / "sheet.png").size[0] > 100
+    assert {path.name for path in (folder / "samples").iterdir()} >= {"step-0", "step-4"}
+    model, processor = load_model(name)
+    drawn = codes(model, processor)
+    assert torch.equal(codes(NextFlowForConditionalGeneration.from_pretrained(name).eval(), processor), drawn)
+    assert torch.equal(codes(model, NextFlowProcessor.from_pretrained(name)), drawn)
+    assert not torch.equal(codes(*load_model("start")), drawn)
+    assert main(["evaluate", f"{name}/data/held-out-packs", "--model", name, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(figures["loss after"], rel=1e-4)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    assert tune(capsys, "photos", name, *options) == figures
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(capsys, monkeypatch):
+    """Stopped before its result is written, and again in the midst of training."""
+    from transformers_nextflow.training import SamplesCallback, finetuning
+
+    expected = tune(capsys, "photos", "whole", "--learning-rate", 1e-2)
+
+    def stop(*args, **kwargs):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SamplesCallback, "write", stop)
+        assert main(list(map(str, ("finetune", "photos", "--model", "start", "--output", "cut", *OPTIONS)))) == 2
+    assert not (Path("cut") / "adapter_config.json").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(finetuning.shutil, "copyfile", stop)
+        arguments = ("finetune", "photos", "--model", "start", "--output", "stopped", "--learning-rate", 1e-2)
+        assert main(list(map(str, (*arguments, *OPTIONS)))) == 2
+    assert list(Path("stopped").glob("checkpoint-*")) and not (Path("stopped") / "adapter_config.json").exists()
+    capsys.readouterr()
+    assert tune(capsys, "photos", "stopped", "--learning-rate", 1e-2) == expected
+    one, other = (load_model(name)[0].state_dict() for name in ("whole", "stopped"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert main(list(map(str, (*arguments, *OPTIONS, "--steps", 9)))) == 2
+    assert "was begun with another steps" in capsys.readouterr().err
+
+
+def test_a_prior_is_what_the_model_drew_before(capsys):
+    Path("prompts.txt").write_text("a cat\n\na dog\na house\na car\na tree\n")
+    figures = tune(capsys, "photos", "with-prior", "--prior", "prompts.txt", "--steps", 2, "--evaluations", 1)
+    assert figures["pictures"] == 8
+    rows = datasets.load_dataset("parquet", data_files="with-prior/data/training.parquet", split="train")
+    keys = rows["key"]
+    assert len(keys) == 12 and len(set(keys)) == 12 and sum(key.startswith("prior/") for key in keys) == 5
+    model, processor = load_model("start")
+    inputs = processor.apply_chat_template([{"role": "user", "content": "a cat"}], generation_mode="image")
+    drawn = model.generate(**inputs, generation_mode="image", seed=0)
+    (picture,) = processor.post_process_image(model.decode_image_tokens(drawn, (3, 3)))
+    assert Image.open("with-prior/data/prior/0000.png").tobytes() == picture.tobytes()
+
+
+@pytest.mark.parametrize("form", ["parquet", "webdataset"])
+def test_other_forms_of_captioned_pictures(form, capsys):
+    path = Path(form)
+    path.mkdir()
+    if form == "parquet":
+        pictures = [{"bytes": Path(f"photos/{number}.png").read_bytes(), "path": None} for number in range(4)]
+        table = datasets.Dataset.from_dict({"picture": pictures, "caption": list(COLOURS)}).cast_column(
+            "picture", datasets.Image()
+        )
+        table.to_parquet(str(path / "rows.parquet"))
+    else:
+        import io
+        import tarfile
+
+        with tarfile.open(path / "rows.tar", "w") as tar:
+            for number, name in enumerate(COLOURS):
+                for suffix, data in (("png", Path(f"photos/{number}.png").read_bytes()), ("txt", name.encode())):
+                    info = tarfile.TarInfo(f"{number}.{suffix}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    figures = tune(capsys, path, f"{form}-run", "--steps", 2, "--evaluations", 1)
+    assert (figures["pictures"], figures["held out"], figures["steps"]) == (4, 1, 2)
+
+
+def test_what_cannot_be_tuned_to_is_named(capsys, tmp_path):
+    def said(photos, *options) -> str:
+        arguments = ("finetune", photos, "--model", "start", "--output", tmp_path / "refused", *options)
+        assert main(list(map(str, arguments))) == 2
+        return capsys.readouterr().err.strip().splitlines()[-1]
+
+    (tmp_path / "alone").mkdir()
+    Image.new("RGB", (24, 24)).save(tmp_path / "alone" / "a.png")
+    assert "metadata.jsonl" in said(tmp_path / "alone")
+    assert "held_out must lie in (0, 1), got 1.0" in said("photos", "--held-out", 1)
+    (tmp_path / "alone" / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a"}')
+    assert "two pictures with captions or more" in said(tmp_path / "alone")
+    assert "the source has" in said("photos", "--caption-column", "title")
+    assert "is neither a file, a folder nor" in said("nowhere")

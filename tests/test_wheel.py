@@ -1,0 +1,103 @@
+"""The wheel alone, in an environment of its own and outside of the repository: its command does all there is."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+pytest.importorskip("peft")
+pytest.importorskip("trl")
+pytest.importorskip("datasets")
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = [
+    *("generate", "edit", "describe", "interleave", "reconstruct", "flops", "doctor", "export", "evaluate", "merge"),
+    *("finetune", "data extract", "data pack", "data verify", "data inspect", "train transformer", "train tokenizer"),
+    *("train grpo", "train decoder", "convert language-model", "convert tokenflow"),
+]
+HELP = """
+import sys
+from transformers_nextflow import __file__ as file
+from transformers_nextflow.cli import main
+assert file.startswith(sys.prefix), file
+for command in sys.argv[1:]:
+    print(command)
+    assert main([*command.split(), "--help"]) == 0
+"""
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory) -> Path:
+    """With the wheel, and beside it the packages of this one but not what is installed of the repository."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    shutil.copytree(ROOT / "src", source / "src", ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
+    for name in ("pyproject.toml", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(folder), str(source)]
+    subprocess.run(build, check=True, capture_output=True)
+    venv.create(folder / "environment", with_pip=False)
+    (wheel,) = folder.glob("*.whl")
+    python = folder / "environment" / "bin" / "python"
+    packages = folder / "environment" / "lib" / f"python{sysconfig.get_python_version()}" / "site-packages"
+    (packages / "beside.pth").write_text(sysconfig.get_path("purelib"))
+    install = [*pip, "--python", str(python), "install", "--no-deps", "--no-index", "--ignore-installed", str(wheel)]
+    subprocess.run(install, check=True, capture_output=True)
+    return folder / "environment"
+
+
+def run(environment: Path, folder: Path, program: str, *words) -> str:
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [str(environment / "bin" / program), *map(str, words)],
+        cwd=folder,
+        env=clean | {"HF_HOME": str(folder / "hf")},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_command_is_in_it(environment, tmp_path):
+    pytest.importorskip("diffusers")
+    out = run(environment, tmp_path, "python", "-c", HELP, *COMMANDS)
+    for command in COMMANDS:
+        assert f"transformers-nextflow {command}" in out
+
+
+def test_pictures_become_a_model_that_is_exported(environment, tiny_checkpoint, tmp_path):
+    (tmp_path / "photos").mkdir()
+    lines = []
+    for number in range(4):
+        Image.new("RGB", (24, 24), (60 * number, 0, 0)).save(tmp_path / "photos" / f"{number}.png")
+        lines.append(json.dumps({"file_name": f"{number}.png", "text": f"red {number}"}))
+    (tmp_path / "photos" / "metadata.jsonl").write_text("\n".join(lines))
+
+    def command(*words) -> str:
+        return run(environment, tmp_path, "transformers-nextflow", *words)
+
+    model = ("--model", tiny_checkpoint)
+    command("finetune", "photos", "--output", "tuned", "--steps", 2, "--batch-size", 2, "--evaluations", 1, *model)
+    quiet = ("--max_steps", 1, "--use_cpu", "--report_to", "none", "--save_strategy", "no")
+    command(
+        "train", "transformer", "--packs", "tuned/data/training-packs", "--model", "tuned", "--output", "on", *quiet
+    )
+    command("merge", "on", "--output", "whole")
+    losses = [
+        json.loads(command("evaluate", "tuned/data/held-out-packs", "--model", name, "--json"))
+        for name in ("on", "whole")
+    ]
+    assert losses[0] == losses[1] and losses[0]["loss_vision"] > 0
+    command("export", "whole", "--to", "exported")
+    command("generate", "red", "--model", "exported", "--seed", 0)
+    assert Image.open(tmp_path / "picture.png").size == (24, 24)
