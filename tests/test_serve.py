@@ -102,4 +102,4 @@ def test_an_answer_is_streamed(server, tiny_checkpoint, picture):
     chunks = [json.loads(line.removeprefix("data: ")) for line in events.splitlines() if line.startswith("data: {")]
     text = "".join(choice["delta"].get("content") or "" for chunk in chunks for choice in chunk["choices"])
     seen = [{"type": "image", "image": picture}, {"type": "text", "text": "What is this?"}]
-    assert text == written(tiny_checkpoint, seen)
+    assert text and text == written(tiny_checkpoint, seen).rstrip("\ufffd")  # of half a letter nothing is sent
