@@ -24,7 +24,7 @@ TABLE = ROOT / "docs" / "compatibility.md"
 ENVIRONMENTS = ROOT / ".venv-compat"
 
 ENDS = {
-    "transformers": ("5.20.0", "5.24.0"),
+    "transformers": ("5.23.0", "5.24.0"),
     "diffusers": ("0.41.0", "0.42.1"),
     "trl": ("1.15.0", "1.16.0"),
     "peft": ("0.21.0", "0.21.2"),
