@@ -222,10 +222,7 @@ class NextFlowConfig(ConfigBringsCode, PreTrainedConfig):
     """
 
     model_type = "nextflow"
-    sub_configs_defaults = {
-        "text_config": SubConfigSpec(Qwen2_5_VLTextConfig),
-        "vq_config": SubConfigSpec(NextFlowVQConfig),
-    }
+    sub_configs_defaults = {"text_config": Qwen2_5_VLTextConfig, "vq_config": NextFlowVQConfig}
     keys_to_ignore_at_inference = [CACHE, "token_losses", "scale_ids", "block_ids"]
     auto_map: ClassVar[dict[str, str]] = {
         "AutoConfig": "configuration_nextflow.NextFlowConfig",
