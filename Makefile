@@ -1,9 +1,9 @@
-# make demo | test | lint | smollm2 | common-tests | pipeline-tests | diffusers-tests: each works from a fresh clone.
+# make demo | test | lint | smollm2 | common-tests | pipeline-tests | diffusers-tests | compat: each works from a fresh clone.
 
 PYTHON := .venv/bin/python
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint smollm2 common-tests pipeline-tests diffusers-tests
+.PHONY: demo test lint smollm2 common-tests pipeline-tests diffusers-tests compat
 
 demo: $(INSTALLED)
 	$(PYTHON) -m examples.demo --output demo
@@ -37,6 +37,11 @@ pipeline-tests:
 diffusers-tests: $(INSTALLED)
 	$(PYTHON) -m pip install -c constraints.txt accelerate peft parameterized
 	PYTHONPATH=src:. $(PYTHON) -m tests.diffusers.common.run
+
+# the ends of the supported ranges of versions, one environment each: docs/compatibility.md
+compat: $(INSTALLED)
+	$(PYTHON) -m pip install -c constraints.txt accelerate fastapi openai peft trl uvicorn
+	PYTHONPATH=src:. $(PYTHON) -m tests.compat.run
 
 lint: $(INSTALLED)
 	$(PYTHON) -m ruff check .

@@ -202,11 +202,11 @@ def test_a_second_turn_reads_only_what_is_new(request, name, image_generation, b
     following = [[*NEXT[0], new_picture, 36], *NEXT[1:]][rows]
     inputs = with_nulls(model, following, [[*NEXT_NULL[0], new_picture], *NEXT_NULL[1:]][rows])
     inputs = model.next_turn(first, **inputs)
-    cache = inputs.pop("past_key_values")
+    cache = inputs.pop("contexts")
     held = [context.length for context in cache for _ in context.rows]
     whole, all_tokens, _ = forwarded(model, lambda: answer(model, inputs, image_generation, seed=1))
     cached, new_tokens, counted = forwarded(
-        model, lambda: answer(model, inputs | {"past_key_values": cache}, image_generation, seed=1)
+        model, lambda: answer(model, inputs | {"contexts": cache}, image_generation, seed=1)
     )
     assert torch.equal(cached.sequences, whole.sequences)
     assert torch.equal(cached.image_codes, whole.image_codes)
@@ -226,7 +226,7 @@ def test_six_turns_over_one_cache(reading, image_generation):
     one_picture = {"max_new_tokens": 4, "max_new_images": 1, "sequence_bias": {(BOI,): 6.0, (EOS,): -1.0}}
     for turn in range(6):
         cached = answer(reading, inputs, image_generation, seed=turn, **one_picture)
-        anew = {name: value for name, value in inputs.items() if name != "past_key_values"}
+        anew = {name: value for name, value in inputs.items() if name != "contexts"}
         whole = answer(reading, anew, image_generation, seed=turn, **one_picture)
         assert torch.equal(cached.sequences, whole.sequences) and torch.equal(cached.image_codes, whole.image_codes)
         for mine, others in zip(cached.logits, whole.logits):
@@ -369,12 +369,12 @@ def test_a_cache_must_hold_the_beginning_of_the_rows(model):
     first = answer(model, batch_of(model, [10, 11]), max_new_images=0)
     inputs = model.next_turn(first, **batch_of(model, [12]))
     changed = inputs | {"input_ids": inputs["input_ids"].clone().fill_(10)}
-    with pytest.raises(ValueError, match="row 0 must begin with the .* tokens past_key_values hold"):
+    with pytest.raises(ValueError, match="row 0 must begin with the .* tokens that contexts hold"):
         answer(model, changed)
     with pytest.raises(ValueError, match="over 2 rows .*, got 1"):
         answer(
             model,
-            with_nulls(model, [[10, 11, 12]], [[20]]) | {"past_key_values": first.past_key_values},
+            with_nulls(model, [[10, 11, 12]], [[20]]) | {"contexts": first.contexts},
             GUIDED | {"image_guidance_scale": 1.0},
         )
 

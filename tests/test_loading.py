@@ -13,6 +13,7 @@ from transformers import BitsAndBytesConfig, pipeline
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from tests.adapters import added_by_transformers
 from tests.tiny_models import BOI, CODES, SQUARE, TEXT_ROWS, WIDE, Picture, batch_of, relative, tiny_config, tiny_model
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowModel, NextFlowVQModel
 from transformers_nextflow.cli import main
@@ -337,6 +338,7 @@ def test_pipeline_any_to_any_asks_for_torchvision(tiny_model, tiny_processor):
 # Adapters
 
 
+@added_by_transformers
 def test_adapters_of_peft(model, tmp_path):
     peft = pytest.importorskip("peft")
     adapted = tiny_model()

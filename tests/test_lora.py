@@ -7,6 +7,7 @@ import torch
 from tiny_models import BOI, EOS, SQUARE, Picture, batch_of, relative, tiny_config, tiny_model
 from transformers import BitsAndBytesConfig
 
+from tests.adapters import added_by_transformers
 from transformers_nextflow import NextFlowForConditionalGeneration
 from transformers_nextflow.lora import lora_config
 from transformers_nextflow.training import load_stages
@@ -85,6 +86,7 @@ def test_save_load_and_merge(adapted, tmp_path):
     assert torch.equal(logits(plain), logits(merged))
 
 
+@added_by_transformers
 def test_an_adapter_added_to_the_model_itself_is_saved_and_loaded(tmp_path):
     model = tiny_model()
     model.add_adapter(lora_config(r=4))
@@ -117,7 +119,7 @@ def add_by_transformers(model, config):
     return model
 
 
-BY_DOOR = pytest.mark.parametrize("add", [add_by_peft, add_by_transformers])
+BY_DOOR = pytest.mark.parametrize("add", [add_by_peft, pytest.param(add_by_transformers, marks=added_by_transformers)])
 
 
 @BY_DOOR
@@ -155,6 +157,7 @@ def test_adapters_of_the_vision_tokenizer_alone_are_refused(add):
         add(tiny_model(), peft.LoraConfig(target_modules=["fc1"]))
 
 
+@added_by_transformers
 @pytest.mark.parametrize("first", ["all-linear", ["q_proj"]])
 def test_a_second_adapter_is_placed_as_if_alone(first):
     """transformers' `add_adapter` twice: each adapter has its own places, all with a gradient."""
@@ -172,6 +175,7 @@ def test_a_second_adapter_is_placed_as_if_alone(first):
         assert all(model.get_parameter(key).grad.abs().max() > 0 for key in placed)
 
 
+@added_by_transformers
 def test_a_second_adapter_of_the_vision_tokenizer_alone_is_refused():
     model = tiny_model()
     model.add_adapter(peft.LoraConfig(target_modules="all-linear", r=2), adapter_name="first")

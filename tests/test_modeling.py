@@ -1,6 +1,7 @@
 """The model: text as in Qwen2.5-VL, images by scale, and the loss."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -25,11 +26,13 @@ from transformers import (
     AutoModel,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
+    DynamicCache,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
 )
 
 from transformers_nextflow import NextFlowConfig, NextFlowForConditionalGeneration, NextFlowModel, NextFlowVQConfig
+from transformers_nextflow.cache_name import CACHE
 from transformers_nextflow.layout import build_layout
 from transformers_nextflow.modeling_nextflow_vq import patchify
 
@@ -109,6 +112,26 @@ def test_rows_of_the_heads_can_be_asked_for(model):
 
 
 # Positions
+
+
+@pytest.mark.parametrize("name", sorted({CACHE, "past_key_values"}))
+@pytest.mark.parametrize("part", ["whole", "without heads"])
+def test_the_cache_goes_by_the_librarys_name_and_by_the_old(model, part, name):
+    """transformers' loops look for it in signatures and in outputs."""
+    called = model if part == "whole" else model.model
+    first = called(input_ids=torch.tensor([[10, 11, 12]]), use_cache=True)
+    assert CACHE in first and CACHE in inspect.signature(called.forward).parameters
+    assert first[CACHE].get_seq_length() == 3
+    continued = called(input_ids=torch.tensor([[13]]), **{name: first[CACHE]})
+    whole = called(input_ids=torch.tensor([[10, 11, 12, 13]]))
+    assert relative(continued[0], whole[0][:, -1:]) < 1e-5
+
+
+def test_a_cache_is_given_once(model):
+    if CACHE == "past_key_values":
+        pytest.skip("transformers before 5.24 has one name for it")
+    with pytest.raises(ValueError, match="cache and past_key_values are the same"):
+        model(input_ids=torch.tensor([[10]]), cache=DynamicCache(), past_key_values=DynamicCache())
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2], ids=["counter", "row", "column"])

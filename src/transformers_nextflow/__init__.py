@@ -9,6 +9,11 @@ from transformers import (
     AutoModelForMultimodalLM,
     AutoProcessor,
 )
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 from .configuration_nextflow import NextFlowConfig, NextFlowVQConfig
 from .generation_nextflow import NextFlowImageOutput
@@ -35,6 +40,13 @@ AutoModelForImageTextToText.register(NextFlowConfig, NextFlowForConditionalGener
 AutoImageProcessor.register(NextFlowConfig, image_processor_classes={"pil": NextFlowImageProcessor}, exist_ok=True)
 AutoImageProcessor.register(NextFlowVQConfig, image_processor_classes={"pil": NextFlowImageProcessor}, exist_ok=True)
 AutoProcessor.register(NextFlowConfig, NextFlowProcessor, exist_ok=True)
+# `transformers serve` asks the tables of names, which `register` leaves alone
+for names in (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+):
+    names[NextFlowConfig.model_type] = NextFlowForConditionalGeneration.__name__
 
 __all__ = [
     "ImageGenerationConfig",

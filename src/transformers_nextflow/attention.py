@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 
 from .block_attention import BLOCKS, segments_of
+from .cache_name import CACHE
 
 FLEX = "flex_attention"
 
@@ -52,10 +53,10 @@ def sequence_mask(
         config=config,
         inputs_embeds=inputs_embeds,
         attention_mask=attention_mask,
-        past_key_values=past_key_values,
         position_ids=None,  # packed documents come from document_ids; positions repeat inside images
         and_mask_function=same_document,
         block_sequence_ids=block_ids,
+        **{CACHE: past_key_values},
     )
     return {"full_attention": mask}
 

@@ -8,6 +8,7 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
 from transformers.models.vit.configuration_vit import ViTConfig
 
+from .cache_name import CACHE
 from .image_generation import ImageGenerationConfig
 from .remote_code import ConfigBringsCode
 from .scales import PAPER_LEVELS, ScheduleTable, schedule_table
@@ -222,7 +223,7 @@ class NextFlowConfig(ConfigBringsCode, PreTrainedConfig):
 
     model_type = "nextflow"
     sub_configs_defaults = {"text_config": Qwen2_5_VLTextConfig, "vq_config": NextFlowVQConfig}
-    keys_to_ignore_at_inference = ["past_key_values", "token_losses", "scale_ids", "block_ids"]
+    keys_to_ignore_at_inference = [CACHE, "token_losses", "scale_ids", "block_ids"]
     auto_map: ClassVar[dict[str, str]] = {
         "AutoConfig": "configuration_nextflow.NextFlowConfig",
         "AutoModel": "modeling_nextflow.NextFlowModel",

@@ -15,6 +15,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache
 
 from .attention import sequence_mask
+from .cache_name import CACHE
 from .layout import build_layout, scale_coordinates
 from .lora import adapter_names, using_adapters
 from .prompts import Picture, padded
@@ -108,9 +109,9 @@ class Context:
                 inputs_embeds=inputs_rlD,
                 position_ids=positions_3rl,
                 attention_mask={"full_attention": None} if in_block else mask,
-                past_key_values=self.cache,
                 use_cache=True,
                 in_block=in_block,
+                **{CACHE: self.cache},
             )
         self.hidden_rlD = output.last_hidden_state.to(self.rows.device)
         self.counters = positions_3rl[0, :, -1] + 1
@@ -204,7 +205,7 @@ def read_prompts(
     contexts = [replace(each, adapters=names and [names[row] for row in each.rows.tolist()]) for each in contexts]
     if (num_held := sum(len(context.rows) for context in contexts)) != len(rows):
         raise ValueError(
-            f"past_key_values must come from interleaved generation over {len(rows)} rows (prompts and null prompts), "
+            f"contexts must come from interleaved generation over {len(rows)} rows (prompts and null prompts), "
             f"got {num_held}"
         )
     codes = torch.cat([input_ids.new_empty(0), *codes])
@@ -226,7 +227,7 @@ def read_prompts(
         for at, row in enumerate(context.rows.tolist()):
             if rows[row][:length] != context.token_ids[at] or len(rows[row]) <= length:
                 raise ValueError(
-                    f"row {row} must begin with the {length} tokens past_key_values hold of it and go on, got "
+                    f"row {row} must begin with the {length} tokens that contexts hold of it and go on, got "
                     f"{len(rows[row])} tokens"
                 )
             runs = _runs(blocks[row][length:].tolist())

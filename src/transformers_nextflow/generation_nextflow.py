@@ -10,6 +10,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.processing_utils import Unpack
 
+from .cache_name import CACHE
 from .contexts import read_prompts
 from .drawing import Forced, NextFlowOutputWithPictures, Sampler, draw_pictures
 from .image_codes import ImageCodesMixin
@@ -25,6 +26,7 @@ ABOUT_TEXT = {
     *vars(GenerationConfig()),
     *("generation_config", "logits_processor", "stopping_criteria", "streamer", "tokenizer", "assistant_model"),
     *("assistant_tokenizer", "synced_gpus", "prefix_allowed_tokens_fn", "mm_token_type_ids", "past_key_values"),
+    CACHE,
 }
 """Arguments of `generate` that pipelines pass whatever the mode, and that say nothing about pictures."""
 
@@ -80,7 +82,7 @@ class NextFlowGenerationMixin(ImageCodesMixin, TextGenerationMixin):
                 `num_return_sequences` is `num_images_per_prompt`, `do_sample=False` a temperature of 0; arguments
                 that are about text alone have no effect.
 
-                Of interleaved answers: `past_key_values` of an earlier output, see [`next_turn`]; `max_new_images` of
+                Of interleaved answers: `contexts` of an earlier output, see [`next_turn`]; `max_new_images` of
                 an answer, after which `<boi>` is not sampled (default: 16); `max_new_tokens`
                 of text (default: 512), and other arguments of transformers' `generate` for the text. Processors and
                 criteria see each row alone, (1, n) ids without padding, `<image>` slots and `<eoi>`. A `streamer`, of
@@ -169,7 +171,7 @@ class NextFlowGenerationMixin(ImageCodesMixin, TextGenerationMixin):
 
         Returns:
             `input_ids`, `attention_mask`, the null prompts, `image_grid_hw`, `image_codes` of both, and
-            `past_key_values`, without which everything is run again with the same result.
+            `contexts`, without which everything is run again with the same result.
         """
         prompts = Prompts(input_ids, **new).checked(self.config, self.generation_config.pad_token_id)
         with torch.no_grad():

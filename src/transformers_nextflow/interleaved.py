@@ -40,7 +40,7 @@ class NextFlowInterleavedOutput(NextFlowOutputWithPictures):
             guided.
         logits: of each row, in the order of its steps, (1, V) text logits before processors and (l, V) guided code
             logits of each scale, all float32; with `output_logits`.
-        past_key_values: the cache of all rows; a next call writes into it.
+        contexts: what all rows have read; a next call goes on from it.
     """
 
     sequences: torch.LongTensor | None = None
@@ -51,7 +51,7 @@ class NextFlowInterleavedOutput(NextFlowOutputWithPictures):
     negative_sequences: torch.LongTensor | None = None
     negative_attention_mask: torch.LongTensor | None = None
     logits: tuple[tuple[torch.FloatTensor, ...], ...] | None = None
-    past_key_values: list[Context] | None = None
+    contexts: list[Context] | None = None
 
 
 @dataclass
@@ -209,7 +209,7 @@ def answer(
     model,
     prompts: Prompts,
     settings: ImageGenerationConfig,
-    past_key_values: list[Context] | None = None,
+    contexts: list[Context] | None = None,
     max_new_images: int = 16,
     seed: int | Sequence[int] | None = None,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
@@ -254,7 +254,7 @@ def answer(
     if streamer is not None:
         streamer.put(ids.cpu())
     pictures = prompts.pictures(model)
-    contexts = read_prompts(model, rows, pictures, schedule, ids.device, past_key_values)
+    contexts = read_prompts(model, rows, pictures, schedule, ids.device, contexts)
     pad_id = model.config.eoi_token_id if generation_config.pad_token_id is None else generation_config.pad_token_id
     answers = [
         Answer(
@@ -320,7 +320,7 @@ def _output(
         negative_sequences=negative[0],
         negative_attention_mask=negative[1],
         logits=tuple(tuple(answer.logits) for answer in answers) if answers[0].logits else None,
-        past_key_values=contexts,
+        contexts=contexts,
     )
     output._decode = lambda: model.decode_images(output.image_codes, output.image_grid_hw)
     return output
@@ -335,7 +335,7 @@ def next_turn(model, output: NextFlowInterleavedOutput, new: Prompts) -> dict:
 
     Returns:
         `input_ids`, `attention_mask`, the null prompts, `image_grid_hw`, `image_codes` of both, and
-        `past_key_values`, without which everything is run again with the same result.
+        `contexts`, without which everything is run again with the same result.
     """
     if len(new.input_ids) != len(output.sequences):
         raise ValueError(f"the new messages must have {len(output.sequences)} rows, got {len(new.input_ids)}")
@@ -347,7 +347,7 @@ def next_turn(model, output: NextFlowInterleavedOutput, new: Prompts) -> dict:
         image_codes=output.image_codes,
         image_grid_hw=output.image_grid_hw,
     )
-    inputs = {"past_key_values": output.past_key_values}
+    inputs = {"contexts": output.contexts}
     for prefix in ("", "negative_") if old.negative_input_ids is not None else ("",):
         if getattr(new, prefix + "input_ids") is None:
             raise ValueError("the turn before was guided: the new messages need negative_input_ids")

@@ -18,16 +18,17 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VLAttention,
     Qwen2_5_VLRotaryEmbedding,
     Qwen2_5_VLTextModel,
 )
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .attention import FLEX, refuse_dense_mask, sequence_mask
+from .cache_name import CACHE, takes_cache
 from .configuration_nextflow import NextFlowConfig
 from .features import scale_taps
 from .generation_nextflow import NextFlowGenerationMixin
@@ -91,7 +92,7 @@ class NextFlowPreTrainedModel(LibraryModel):
     # float32 under float16, and what quantised loading leaves alone beside the heads
     _keep_in_fp32_modules = [rf"(?:model\.)?{name}" for name in ("vq_model", "connector", "scale_embedding")]
     _keep_in_fp32_modules_strict = ["vq_model", "code_embeddings"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = [CACHE]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -280,6 +281,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
         embeds = embeds.index_add(0, layout.image_places, self.scale_embedding(scale_ids, num_scales).to(embeds))
         return embeds.view_as(inputs_embeds)
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -322,7 +324,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
         prepared = isinstance(attention_mask, dict)
         # who says of every pair whether it is seen, as a server of many requests does, lays the text out too
         dense = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4
-        is_continued = prepared or dense or (past_key_values is not None and past_key_values.get_seq_length() > 0)
+        is_continued = prepared or dense or _is_filled(past_key_values)
         is_text = image_grid_hw is None and document_ids is None and layout is None
         if is_text:
             _check_text(pixel_values, image_codes)
@@ -340,8 +342,8 @@ class NextFlowModel(NextFlowPreTrainedModel):
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
+                **{CACHE: past_key_values},
                 **kwargs,
             )
         if inputs_embeds is None:
@@ -375,14 +377,14 @@ class NextFlowModel(NextFlowPreTrainedModel):
             inputs_embeds=inputs_embeds,
             attention_mask=mask,
             position_ids=layout.position_ids if position_ids is None else position_ids,
-            past_key_values=past_key_values,
             use_cache=use_cache,
+            **{CACHE: past_key_values},
             **kwargs,
         )
 
 
 @dataclass
-class NextFlowOutput(ModelOutput):
+class NextFlowOutput(CausalLMOutputWithPast):
     """Output of [`NextFlowForConditionalGeneration`].
 
     Attributes:
@@ -392,11 +394,6 @@ class NextFlowOutput(ModelOutput):
         scale_ids, block_ids: (B, L) int64 of the [`SequenceLayout`], where labels came.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
     token_losses: torch.FloatTensor | None = None
     scale_ids: torch.LongTensor | None = None
     block_ids: torch.LongTensor | None = None
@@ -422,6 +419,7 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
     def set_input_embeddings(self, value):
         self.model.set_input_embeddings(value)
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -525,12 +523,12 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
         return NextFlowOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             token_losses=token_losses_BL,
             scale_ids=layout.scale_ids if supervised else None,
             block_ids=layout.block_ids if supervised else None,
+            **{CACHE: outputs.get(CACHE)},
         )
 
     def targets_of(self, layout: SequenceLayout, image_codes: torch.Tensor | None) -> torch.Tensor:
@@ -539,6 +537,11 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
             return layout.targets
         code_ids_N = self.config.text_vocab_size + image_codes[layout.target_codes.clamp(min=0)]
         return torch.where(layout.target_codes >= 0, code_ids_N, layout.targets)
+
+
+def _is_filled(cache: Cache | None) -> bool:
+    """Pages of a server's cache, which is no `Cache`, lay the text out by themselves."""
+    return isinstance(cache, Cache) and cache.get_seq_length() > 0
 
 
 def _check_text(pixel_values: torch.Tensor | None, image_codes: torch.Tensor | None) -> None:

@@ -6,6 +6,7 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_masks_for_generate
 
+from .cache_name import CACHE
 from .layout import build_layout, find_images
 from .prompts import check_prompt
 from .sampling import plain
@@ -38,7 +39,8 @@ class TextGenerationMixin(GenerationMixin):
         if (plain(kwargs.get("guidance_scale")) or 1.0) != 1.0:
             raise ValueError(f"guidance_scale guides pictures, not text, got {kwargs['guidance_scale']}")
         if input_ids is not None and kwargs.get("inputs_embeds") is None:
-            mask = None if kwargs.get("past_key_values") is not None else kwargs.get("attention_mask")
+            cache = kwargs.get(CACHE, kwargs.get("past_key_values"))
+            mask = kwargs.get("attention_mask") if cache is None else None
             mask = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
             check_prompt(input_ids, mask, self.config.text_vocab_size)
         return super().generate(input_ids, *args, **kwargs)
@@ -113,7 +115,7 @@ class TextGenerationMixin(GenerationMixin):
     def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, inputs_embeds=None, **kwargs):
         kwargs |= {"is_first_iteration": is_first_iteration, "inputs_embeds": inputs_embeds}
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
-        cache = inputs.get("past_key_values")
+        cache = inputs.get(CACHE)
         if cache is not None and (not is_first_iteration or self._continues(cache, inputs.get("input_ids"))):
             for name in IMAGE_INPUTS:
                 inputs.pop(name, None)
