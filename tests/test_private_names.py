@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 
 PACKAGES = ("transformers_nextflow", "diffusers_nextflow")
 SOURCES = Path(__file__).parents[1] / "src"
@@ -25,8 +26,8 @@ OVERRIDDEN = {
     },
     "transformers.image_processing_utils.BaseImageProcessor": {"_preprocess", "_validate_preprocess_kwargs"},
     "transformers.Trainer": {
-        *("_get_num_items_in_batch", "_get_train_sampler", "_load_from_checkpoint", "_prepare_inputs", "_save"),
-        "_save_rng_state",
+        *("_get_dataloader", "_get_num_items_in_batch", "_get_train_sampler", "_load_best_model"),
+        *("_load_from_checkpoint", "_prepare_inputs", "_save", "_save_rng_state"),
     },
     "diffusers.DiffusionPipeline": {"_exclude_from_cpu_offload", "_optional_components"},
     "torch.nn.Module": {"_apply"},
@@ -40,13 +41,17 @@ READ = {
     "transformers.ProcessorMixin": {
         *("_check_special_mm_tokens", "_merge_kwargs", "_normalize_conversations", "_resolve_chat_template"),
     },
+    "transformers.Trainer": {"_save_checkpoint"},
     "diffusers.DiffusionPipeline": {"_execution_device"},
     "diffusers.FluxImg2ImgPipeline": {"_encode_vae_image", "_pack_latents", "_prepare_latent_image_ids"},
     "diffusers.StableDiffusionXLImg2ImgPipeline": {"_get_add_time_ids"},
     "torch.Tensor": {"_backward_hooks"},
+    "torch.distributed.fsdp.FSDPModule": {"_get_fsdp_state"},
 }
 UNWRITTEN = ("_abc_impl", "_backward_cls", "_is_protocol", "_cached_value")  # ends of what libraries put on classes
-OF_INSTANCES = {"_forward_hooks", "_forward_pre_hooks", "_saved_self"}  # torch's modules and nodes of its graphs
+OF_INSTANCES = {  # torch's modules, nodes of its graphs, states of its sharding
+    *("_forward_hooks", "_forward_pre_hooks", "_saved_self", "_auto_reshard_after_forward", "_fsdp_param_groups"),
+}
 
 
 def private(name: str) -> bool:
@@ -120,4 +125,4 @@ def test_the_libraries_have_what_is_named_here(owner):
 
 def test_torchs_instances_have_what_is_named_here():
     product = torch.ones(1, 1, requires_grad=True) @ torch.ones(1, 1)
-    assert OF_INSTANCES <= {*vars(torch.nn.Module()), *dir(product.grad_fn)}
+    assert OF_INSTANCES <= {*vars(torch.nn.Module()), *dir(product.grad_fn), *vars(FSDPState())}
