@@ -1,0 +1,62 @@
+"""Requests by OpenAI's client, and what the model itself draws for them."""
+
+from base64 import b64decode, b64encode
+from io import BytesIO
+
+import numpy as np
+import torch
+from openai import OpenAI
+from PIL import Image
+
+from transformers_nextflow import codes_of_region
+
+
+def client(address: str, api_key: str = "none") -> OpenAI:
+    return OpenAI(base_url=f"{address}/v1", api_key=api_key, max_retries=0)
+
+
+def photo(width: int, height: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def png(picture: Image.Image) -> bytes:
+    file = BytesIO()
+    picture.save(file, format="PNG")
+    return file.getvalue()
+
+
+def data_url(picture: Image.Image) -> str:
+    return "data:image/png;base64," + b64encode(png(picture)).decode()
+
+
+def mask(width: int, height: int) -> Image.Image:
+    """Transparent, to be drawn anew, in its right half."""
+    picture = Image.new("RGBA", (width, height), "black")
+    picture.paste((0, 0, 0, 0), (width // 2, 0, width, height))
+    return picture
+
+
+def pictures_of(response) -> list[bytes]:
+    """The pixels of a response of pictures."""
+    return [Image.open(BytesIO(b64decode(each.b64_json))).tobytes() for each in response.data]
+
+
+def parts_of(response) -> tuple[str, list[bytes]]:
+    """The text of an answer, and the pixels of its pictures."""
+    message = response.choices[0].message
+    urls = [image["image_url"]["url"] for image in getattr(message, "images", [])]
+    return message.content, [Image.open(BytesIO(b64decode(url.split(",")[1]))).tobytes() for url in urls]
+
+
+def draw(model, processor, content: str | list, kept: torch.Tensor | None = None, **arguments) -> list[bytes]:
+    """The pixels that the model itself draws; `kept`: where it keeps those of the first picture."""
+    chat = [{"role": "user", "content": content}]
+    negative_prompt = arguments.pop("negative_prompt", None)
+    inputs = processor.apply_chat_template(chat, generation_mode="image", negative_prompt=negative_prompt)
+    if kept is not None:
+        pixels = processor.image_processor(content[0]["image"], return_tensors="pt")
+        schedule = model.model.schedules.by_grid(pixels["image_grid_hw"][0].tolist())
+        inputs["forced_codes"] = model.encode_images(**pixels)[None]
+        inputs["forced_mask"] = codes_of_region(kept, schedule)
+    tokens = model.generate(**inputs, generation_mode="image", **arguments)
+    return [picture.tobytes() for picture in processor.post_process_image(model.decode_image_tokens(tokens))]
