@@ -5,8 +5,22 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from tests.serving.asking import client, data_url, draw, mask, parts_of, photo, pictures_of, png
-from tests.serving.conftest import accepted, held, metric, running, until
+from tests.serving.servers import (
+    accepted,
+    client,
+    data_url,
+    draw,
+    held,
+    mask,
+    metric,
+    openai,
+    parts_of,
+    photo,
+    pictures_of,
+    png,
+    running,
+    until,
+)
 
 TALL, SQUARE = photo(16, 32), photo(24, 24, seed=1)
 
@@ -172,8 +186,6 @@ def test_requests_together_get_what_each_gets_alone(tiny_model, tiny_processor):
 
 
 def test_a_request_that_fails_leaves_its_batch_whole(tiny_model, tiny_processor):
-    from openai import BadRequestError
-
     with running(tiny_model, tiny_processor) as address, ThreadPoolExecutor(4) as threads:
         asked = client(address).images
         with held(tiny_model) as let_go:
@@ -184,7 +196,7 @@ def test_a_request_that_fails_leaves_its_batch_whole(tiny_model, tiny_processor)
             until(lambda: accepted(address) == 4)
             let_go.set()
             first.result()
-            with pytest.raises(BadRequestError, match="positions") as error:
+            with pytest.raises(openai.BadRequestError, match="positions") as error:
                 others[1].result()
         assert error.value.param == "prompt"
         for prompt, future in ((prompts[0], others[0]), (prompts[2], others[2])):

@@ -5,11 +5,9 @@ import json
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-import openai
 import pytest
 
-from tests.serving.asking import client, data_url, mask, photo, png
-from tests.serving.conftest import running
+from tests.serving.servers import client, data_url, mask, openai, photo, png, running
 
 PHOTO = photo(24, 24)
 URL = "messages[0].content[0].image_url.url"
