@@ -92,6 +92,20 @@ CHATS = [
     ({"messages": user(part(data_url(PHOTO)[:-400]))}, URL),
     ({"messages": user(part(data_url(photo(201, 200))))}, URL),
     ({"messages": user(*[part(data_url(PHOTO))] * 5)}, "messages"),
+    ({"messages": [{"role": "user", "content": "a", "images": [part(data_url(PHOTO))]}]}, "messages[0]"),
+    (
+        {"messages": [{"role": "assistant", "content": "a", "images": [part("a.png")]}]},
+        URL.replace("content", "images"),
+    ),
+    (
+        {
+            "messages": [
+                {"role": "assistant", "content": "a", "images": [part(data_url(PHOTO))]},
+                *user(part(data_url(PHOTO))),
+            ]
+        },
+        "messages[0].images",
+    ),
     ({"modalities": ["audio"]}, "modalities[0]"),
     ({"modalities": []}, "modalities"),
     ({"max_tokens": 0}, "max_tokens"),

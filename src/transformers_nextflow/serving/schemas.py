@@ -117,13 +117,26 @@ class Part(Schema):
 
 
 class Message(Schema):
+    """A message of a chat.
+
+    Attributes:
+        images: of an earlier answer, in whose text `![](picture-0)` stands for the first of them.
+    """
+
     role: Literal["system", "user", "assistant"]
     content: list[Part] = Field(min_length=1)
+    images: list[Part] = []
 
     @field_validator("content", mode="before")
     @classmethod
     def text_is_one_part(cls, content: Any) -> Any:
         return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+    @model_validator(mode="after")
+    def images_are_an_answers(self):
+        if self.images and (self.role != "assistant" or any(part.type == "text" for part in self.images)):
+            raise ValueError("images are the pictures of an answer; others are parts of the content")
+        return self
 
 
 class ChatRequest(Controls):
