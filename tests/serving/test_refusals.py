@@ -74,6 +74,10 @@ def user(*content) -> list[dict]:
     return [{"role": "user", "content": list(content)}]
 
 
+def message(role: str, *images: dict) -> dict:
+    return {"role": role, "content": "a", "images": list(images)}
+
+
 CHATS = [
     ({"messages": []}, "messages"),
     ({"messages": "a"}, "messages"),
@@ -92,20 +96,9 @@ CHATS = [
     ({"messages": user(part(data_url(PHOTO)[:-400]))}, URL),
     ({"messages": user(part(data_url(photo(201, 200))))}, URL),
     ({"messages": user(*[part(data_url(PHOTO))] * 5)}, "messages"),
-    ({"messages": [{"role": "user", "content": "a", "images": [part(data_url(PHOTO))]}]}, "messages[0]"),
-    (
-        {"messages": [{"role": "assistant", "content": "a", "images": [part("a.png")]}]},
-        URL.replace("content", "images"),
-    ),
-    (
-        {
-            "messages": [
-                {"role": "assistant", "content": "a", "images": [part(data_url(PHOTO))]},
-                *user(part(data_url(PHOTO))),
-            ]
-        },
-        "messages[0].images",
-    ),
+    ({"messages": [message("user", part(data_url(PHOTO)))]}, "messages[0]"),
+    ({"messages": [message("assistant", part("a.png"))]}, "messages[0].images[0].image_url.url"),
+    ({"messages": [message("assistant", part(data_url(PHOTO))), message("user")]}, "messages[0].images"),
     ({"modalities": ["audio"]}, "modalities[0]"),
     ({"modalities": []}, "modalities"),
     ({"max_tokens": 0}, "max_tokens"),
