@@ -1,6 +1,8 @@
 """What a server answers is what the model itself gives, whoever else asks."""
 
+import re
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -169,6 +171,20 @@ def test_an_answer_goes_back_as_it_came(address, tiny_model, tiny_processor):
     tokens = tiny_model.generate(**inputs, generation_mode="image", seed=2)
     expected = tiny_processor.post_process_image(tiny_model.decode_image_tokens(tokens))
     assert parts_of(second)[1] == [expected[0].tobytes()]
+
+
+def test_the_pages_example(address, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    SQUARE.save("picture.png")
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    for there, here in (("http://127.0.0.1:8000", address), ("64x64", "24x24"), ("nextflow-emoji", "tiny")):
+        assert there in block
+        block = block.replace(there, here)
+    names = {}
+    exec(compile(block, "serving.md", "exec"), names)
+    assert len(names["drawn"].data) == 2 and names["edited"].size == "24x24"
+    assert names["answer"].choices[0].finish_reason in ("stop", "length")
 
 
 def ask(address: str, number: int) -> tuple:

@@ -6,7 +6,7 @@ import re
 import time
 import uuid
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Annotated
 
 from fastapi import FastAPI, Form, Request, Response
@@ -56,6 +56,8 @@ def create_app(
         worker = asyncio.create_task(batcher.work())
         yield  # ends after the last answer
         worker.cancel()
+        with suppress(asyncio.CancelledError):
+            await worker
 
     app = FastAPI(title="transformers-nextflow", lifespan=lifespan)
     app.add_middleware(Gate, api_key=api_key, max_bytes=limits.max_body * 2**20)
@@ -114,6 +116,8 @@ def create_app(
     async def chat(request: Request, asked: ChatRequest) -> dict:
         """An answer in text, a picture, or both in turn."""
         check_model(asked.model)
+        if (idle := asked.without_effect()) is not None:
+            raise RequestError(f"{idle}: has no effect on answers of the modalities {asked.modalities}", idle)
 
         def job() -> Job:
             messages, seed = read_chat(asked.messages, limits), seed_of(asked.seed)

@@ -139,6 +139,14 @@ class Message(Schema):
         return self
 
 
+OF_MODALITIES = {
+    **dict.fromkeys(("size", "guidance_scale", "negative_prompt"), {"image"}),
+    **dict.fromkeys(("max_tokens", "max_completion_tokens"), {"text"}),
+    "max_images": {"text", "image"},
+}
+"""Fields of a chat that are about answers with these modalities alone."""
+
+
 class ChatRequest(Controls):
     """`/v1/chat/completions`.
 
@@ -156,6 +164,11 @@ class ChatRequest(Controls):
     max_images: int = Field(1, ge=1)
     n: Literal[1] = 1
     stream: Literal[False] = False
+
+    def without_effect(self) -> str | None:
+        """A field that was given and says nothing about an answer of these modalities."""
+        found = (name for name, needed in OF_MODALITIES.items() if not needed <= {*self.modalities})
+        return next((name for name in found if name in self.model_fields_set), None)
 
     @field_validator("messages")
     @classmethod
