@@ -51,8 +51,13 @@ HELD = """
 import sys
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers_nextflow.cli import main
+from transformers_nextflow.modeling_nextflow import NextFlowTextModel
 
-register_module_forward_pre_hook(lambda module, args: sys.stdin.read() and None)  # nothing runs until it is closed
+def wait(module, args):
+    if isinstance(module, NextFlowTextModel):
+        sys.stdin.read()  # until it is closed
+
+register_module_forward_pre_hook(wait)
 sys.exit(main(sys.argv[1:]))
 """
 
