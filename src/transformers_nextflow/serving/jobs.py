@@ -114,7 +114,8 @@ class Studio:
         given = {"max_tokens": asked.max_tokens, "max_completion_tokens": asked.max_completion_tokens}
         given = {name: value for name, value in given.items() if value is not None}
         if len(set(given.values())) > 1:
-            raise RequestError(f"max_tokens and max_completion_tokens are the same, got {given}", "max_tokens")
+            message = "max_tokens: the same as max_completion_tokens, got {} and {}".format(*given.values())
+            raise RequestError(message, "max_tokens")
         limit = self.limits.max_new_tokens
         for name, value in given.items():
             if value > limit:
