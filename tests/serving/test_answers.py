@@ -209,7 +209,7 @@ def ask(address: str, number: int) -> tuple:
 
 
 def test_requests_together_get_what_each_gets_alone(tiny_model, tiny_processor):
-    numbers = range(60)
+    numbers = range(48)
     with running(tiny_model, tiny_processor) as address, ThreadPoolExecutor(16) as threads:
         with held(tiny_model) as let_go:
             together = [threads.submit(ask, address, number) for number in numbers]

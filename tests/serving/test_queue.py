@@ -45,6 +45,9 @@ def test_a_full_queue_refuses_and_a_client_that_leaves_frees_its_place(tiny_mode
         assert pictures_of(drawn.result()) == draw(tiny_model, tiny_processor, "a star", seed=1)
         assert pictures_of(late.result()) == draw(tiny_model, tiny_processor, "a square", seed=2)
         assert metric(address, "nextflow_batch_requests_sum") == 2
+        for status, count in ((200, 2), (429, 1), (499, 1)):
+            name = f'nextflow_requests_total{{path="/v1/images/generations",status="{status}"}}'
+            until(lambda name=name, count=count: metric(address, name) == count)
 
 
 HELD = """

@@ -6,7 +6,7 @@ from base64 import b64decode, b64encode
 from io import BytesIO
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..image_processing_nextflow import DAMAGED
 from .errors import RequestError
@@ -26,9 +26,10 @@ def read_picture(data: bytes, max_pixels: int, param: str) -> Image.Image:
                 size = f"{image.width}x{image.height}"
                 raise RequestError(f"{param}: a picture has at most {max_pixels} pixels, got {size}", param)
             return ImageOps.exif_transpose(image)
+    except UnidentifiedImageError as error:
+        raise RequestError(f"{param}: no picture of the formats {', '.join(FORMATS)}", param) from error
     except DAMAGED as error:
-        reason = str(error).replace(" <_io.BytesIO object", "").split(" at 0x")[0]
-        raise RequestError(f"{param}: no picture of the formats {', '.join(FORMATS)}: {reason}", param) from error
+        raise RequestError(f"{param}: the picture is damaged: {error}", param) from error
 
 
 def read_data_url(url: str, max_pixels: int, param: str) -> Image.Image:
