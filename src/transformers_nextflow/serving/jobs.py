@@ -18,7 +18,7 @@ from ..regions import codes_of_region
 from ..text_generation import text_sampling
 from .errors import RequestError
 from .limits import Limits
-from .pictures import read_mask
+from .pictures import check_pictures, read_mask
 from .schemas import ChatRequest, Controls
 
 MAX_NEW_TOKENS = 256
@@ -91,7 +91,7 @@ class Studio:
         Raises:
             RequestError: if the model draws no such size, or it is not that of a masked picture.
         """
-        self._check_count(count, "n")
+        check_pictures(count, self.limits, "n")
         pictures = pictures_of(chat)
         size = self._size(asked, pictures[0] if pictures else None)
         kept = None
@@ -124,7 +124,7 @@ class Studio:
         sampling = {name: getattr(asked, name) for name in ("temperature", "top_k", "top_p")}
         arguments = text_sampling(self.model, self.processor, max_new_tokens, **sampling)
         if "image" in asked.modalities:
-            self._check_count(asked.max_images, "max_images")
+            check_pictures(asked.max_images, self.limits, "max_images")
             height, width = self._size(asked)
             drawn = {"height": height, "width": width}
             if asked.guidance_scale is not None:
@@ -134,10 +134,6 @@ class Studio:
             unguided = {"guidance_scale": 1.0, "image_guidance_scale": 1.0}
             arguments |= {"max_new_images": 0, "image_generation": unguided}
         return Job(chat, "interleaved", arguments, seed, asked.negative_prompt or "", 1, "messages")
-
-    def _check_count(self, count: int, param: str) -> None:
-        if count > self.limits.max_images:
-            raise RequestError(f"{param}: at most {self.limits.max_images} pictures, got {count}", param)
 
     def _size(self, asked: Controls, picture: Image.Image | None = None) -> tuple[int, int]:
         """(height, width) that is drawn: as asked, else of a picture, else the checkpoint's."""

@@ -10,8 +10,14 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..image_processing_nextflow import DAMAGED
 from .errors import RequestError
+from .limits import Limits
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")  # OpenAI's; Pillow's other decoders are left out of reach
+
+
+def check_pictures(count: int, limits: Limits, param: str) -> None:
+    if count > limits.max_images:
+        raise RequestError(f"{param}: at most {limits.max_images} pictures, got {count}", param)
 
 
 def read_picture(data: bytes, max_pixels: int, param: str) -> Image.Image:
