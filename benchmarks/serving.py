@@ -4,7 +4,7 @@ The command `serve` runs in a process of its own and is asked over HTTP for pict
 
 - `throughput`: pictures a second of one client, then of `--clients`, each of which asks for its next when it has one;
 - `batches`: how many requests were drawn together, as `/metrics` tells, meanwhile;
-- `same`: whether every picture is, bit for bit, the one of the same request alone;
+- `same`: of how many requests every pixel is that of the same request alone;
 - `memory`: the server's resident memory in MiB after each tenth of `--requests` further ones.
 """
 
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from base64 import b64decode
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
@@ -55,12 +56,13 @@ class Server:
             response = self.client.images.edit(image=PICTURE, prompt="make it twemoji", extra_body=seed)
         return b64decode(response.data[0].b64_json)
 
-    def batches(self) -> dict[str, float]:
-        """Numbers of batches of at most so many requests, and of requests."""
-        lines = urlopen(f"{self.address}/metrics").read().decode().splitlines()
-        return {
-            line.split()[0]: float(line.split()[1]) for line in lines if line.startswith("nextflow_batch_requests")
-        }
+    def batches(self) -> Counter:
+        """How many requests were drawn, in how many batches, and in how many of at most so many."""
+        text = urlopen(f"{self.address}/metrics").read().decode()
+        pattern = r'^nextflow_batch_requests_(?:bucket\{le="(\d+)\.0"\}|(count|sum)) (\d+)'
+        names = {"count": "batches", "sum": "requests"}
+        found = re.findall(pattern, text, re.MULTILINE)
+        return Counter({names.get(other, f"at most {size}"): int(number) for size, other, number in found})
 
     def memory(self) -> float:
         (line,) = re.findall(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{self.process.pid}/status").read_text())
@@ -89,7 +91,7 @@ def measure(server: Server, clients: int, num_requests: int, num_further: int) -
     alone, one = asked(server, range(num_requests), 1)
     before = server.batches()
     together, many = asked(server, range(num_requests), clients)
-    batches = {name: count - before.get(name, 0.0) for name, count in server.batches().items()}
+    batches = dict(server.batches() - before)
     memory = [server.memory()]
     for tenth in range(10):
         asked(server, range(tenth * num_further // 10, (tenth + 1) * num_further // 10), clients)
@@ -100,7 +102,7 @@ def measure(server: Server, clients: int, num_requests: int, num_further: int) -
         "throughput": {"one": round(num_requests / one, 2), "many": round(num_requests / many, 2)},
         "many_over_one": round(one / many, 2),
         "batches": batches,
-        "same": alone == together,
+        "same": sum(a == b for a, b in zip(alone, together)),
         "further_requests": num_further,
         "memory": memory,
     }

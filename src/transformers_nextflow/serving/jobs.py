@@ -1,7 +1,7 @@
 """Requests as calls of `generate`: which fit together, and what comes of several at once.
 
-Every row has a seed of its own, and every request's pictures are decoded by themselves, so that a request gets what it
-would get alone.
+Every row has a seed of its own, and every request's pictures are encoded and decoded by themselves, so that a request
+gets what it would get alone.
 """
 
 from collections.abc import Sequence
@@ -166,8 +166,8 @@ class Studio:
                 generation_mode=first.mode,
                 negative_prompt=[job.negative_prompt for job in jobs],
             ).to(self.model.device)
-            if first.kept is not None:
-                inputs |= self._forced(jobs)
+            if "pixel_values" in inputs:
+                inputs |= self._codes(jobs, inputs)
             arguments = {"seed": [job.seed for job in jobs], "generation_mode": first.mode, **first.arguments}
             if first.mode == "image":
                 return self._draw(inputs, first.num_pictures, arguments)
@@ -175,16 +175,21 @@ class Studio:
         except ValueError as error:
             raise RequestError(f"{first.param}: {error}", first.param) from error
 
-    def _forced(self, jobs: Sequence[Job]) -> dict[str, torch.Tensor]:
-        """The codes of the first picture of each chat, and which of them stay."""
-        codes, masks = [], []
-        for job in jobs:
-            pixels = self.processor.image_processor(pictures_of(job.chat)[0], return_tensors="pt")
-            pixels = pixels.to(self.model.device)
-            grid = pixels["image_grid_hw"]
-            codes.append(self.model.encode_images(pixels["pixel_values"], grid))
-            masks.append(codes_of_region(job.kept, self.model.model.schedules.by_grid(grid[0].tolist())))
-        return {"forced_codes": torch.stack(codes), "forced_mask": torch.stack(masks)}
+    def _codes(self, jobs: Sequence[Job], inputs: dict) -> dict[str, torch.Tensor]:
+        """The codes of the chats' pictures, and those that stay of each chat's first one; request by request, as the
+        rounding of a batch could choose others."""
+        schedules, whole = self.model.model.schedules, self.model.config.vq_config.image_size is not None
+        codes, forced, masks, start = [], [], [], 0
+        for job, grids in zip(jobs, inputs["image_grid_hw"].split([len(pictures_of(job.chat)) for job in jobs])):
+            of_pictures = [schedules.by_grid(grid) for grid in grids.tolist()]
+            end = start + sum(1 if whole else schedule.lengths[-1] for schedule in of_pictures)
+            codes.append(self.model.encode_images(inputs["pixel_values"][start:end], grids))
+            start = end
+            if job.kept is not None:
+                forced.append(codes[-1][: of_pictures[0].num_codes])
+                masks.append(codes_of_region(job.kept, of_pictures[0]))
+        kept = {"forced_codes": torch.stack(forced), "forced_mask": torch.stack(masks)} if forced else {}
+        return {"image_codes": torch.cat(codes), "pixel_values": None, **kept}
 
     def _draw(self, inputs: dict, count: int, arguments: dict) -> list[Answer]:
         output = self.model.generate(**inputs, **arguments, return_dict_in_generate=True)
