@@ -1,4 +1,5 @@
-"""What a server answers is what the model itself gives, whoever else asks."""
+"""What a server answers is what the model itself gives, whoever else asks; the rounding of batches does not show in so
+small a model."""
 
 import re
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,7 @@
 """Requests as calls of `generate`: which fit together, and what comes of several at once.
 
 Every row has a seed of its own, and every request's pictures are encoded and decoded by themselves, so that a request
-gets what it would get alone.
+gets what it would get alone, up to what the rounding of a batch's logits changes.
 """
 
 from collections.abc import Sequence
