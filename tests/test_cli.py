@@ -1,6 +1,7 @@
 """The console command on a tiny checkpoint; `flops` is tested with its module."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -224,3 +225,9 @@ def test_help(name, capsys):
     assert main([name, "--help"]) == 0
     out = capsys.readouterr().out
     assert all(option in out for option in ("--model", "--output", "--json"))
+
+
+def test_serve_names_its_extra(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    status, _, error = run("serve")
+    assert status == 2 and "pip install 'transformers-nextflow[serve]'" in error

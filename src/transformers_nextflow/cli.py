@@ -1,6 +1,7 @@
 """The console command `transformers-nextflow`: each subcommand is one function, its options are the parameters."""
 
 import random
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +25,9 @@ from .image_processing_nextflow import NextFlowImageProcessor, open_picture
 from .modeling_nextflow import NextFlowForConditionalGeneration
 from .modeling_nextflow_vq import NextFlowVQModel, unpatchify
 from .processing_nextflow import NextFlowProcessor
-from .sampling import COLDEST, SAMPLING_LIMITS, RowGenerators, check_seed, per_scale
+from .sampling import RowGenerators, check_seed, integer
+from .serving.limits import Limits
+from .text_generation import text_sampling
 from .training.cli import app as training_app
 from .training.cli import train
 from .utils import export as exporting
@@ -260,7 +263,7 @@ def describe(
     inputs = chat_inputs(processor, [picture], question).to(nextflow.device)
     torch.manual_seed(seed)
     start = time.perf_counter()
-    ids = nextflow.generate(**inputs, **text_sampling(sampling, max_new_tokens, nextflow, processor))
+    ids = nextflow.generate(**inputs, **text_sampling(nextflow, processor, max_new_tokens, **vars(sampling)))
     seconds = time.perf_counter() - start
     (text,) = processor.post_process_multimodal_output(ids[:, inputs["input_ids"].shape[1] :])
     text = text.strip()
@@ -295,7 +298,7 @@ def interleave(
     with tqdm(desc="scales", unit="scale", disable=None, leave=False) as progress:
         answer = nextflow.generate(
             **inputs.to(nextflow.device),
-            **text_sampling(sampling, max_new_tokens, nextflow, processor),
+            **text_sampling(nextflow, processor, max_new_tokens, **vars(sampling)),
             **mode,
             image_generation={name: getattr(pictures, name) for name in names if getattr(pictures, name) is not None},
             max_new_images=pictures.max_images,
@@ -516,6 +519,40 @@ def replace_tokenizer(
     )
 
 
+@dataclass
+class Address:
+    """Where it is served."""
+
+    host: Annotated[str, Option(metavar="HOST", help="The default lets in this machine alone.")] = "127.0.0.1"
+    port: Annotated[int, Option(metavar="N")] = 8000
+    api_key: Annotated[
+        str | None,
+        Option(metavar="KEY", envvar="TRANSFORMERS_NEXTFLOW_API_KEY", help="What clients must give."),
+    ] = None
+
+    def __post_init__(self):
+        integer("--port", self.port, 0, 65535)
+        if self.api_key is not None and not re.fullmatch(r"[!-~]+", self.api_key):
+            raise ValueError("--api-key must be of visible ASCII characters")
+
+
+@command(app)
+def serve(address: Address, limits: Limits, model: Model = None) -> None:
+    """OpenAI's API over HTTP: pictures, edits, chats. Ends on SIGTERM, after what it has accepted."""
+    try:
+        import uvicorn
+
+        from .serving.app import create_app
+    except ImportError as error:
+        raise ValueError(
+            f"serve needs a package that is not installed ({error}): pip install 'transformers-nextflow[serve]'"
+        ) from error
+    name = model_name(model)
+    served_name = Path(name).resolve().name if Path(name).is_dir() else name
+    web_app = create_app(*load_model(name), served_name, limits, address.api_key)
+    uvicorn.run(web_app, host=address.host, port=address.port)
+
+
 def new_seed(given: int | None) -> int:
     return random.randrange(2**31) if given is None else given
 
@@ -541,22 +578,6 @@ def chat_inputs(processor: NextFlowProcessor, images: list[Image.Image], text: s
     content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": text}]
     chat = [{"role": "user", "content": content}]
     return processor.apply_chat_template(chat, sanitize_control_tokens=True, **kwargs)
-
-
-def text_sampling(sampling: Sampling, max_new_tokens: int, model, processor) -> dict:
-    """Arguments of `generate` for text: greedy unless one of the sampling options says otherwise."""
-    given = {name: value for name, value in vars(sampling).items() if value is not None}
-    for name, value in given.items():
-        per_scale(name, value, 1, *SAMPLING_LIMITS[name])
-    do_sample = bool(given) and given.get("temperature", 1.0) >= COLDEST
-    eos = model.generation_config.eos_token_id
-    return {
-        "do_sample": do_sample,
-        **(given if do_sample else {}),
-        "max_new_tokens": max_new_tokens,
-        "eos_token_id": processor.tokenizer.eos_token_id if eos is None else eos,
-        "pad_token_id": processor.tokenizer.pad_token_id,
-    }
 
 
 def print_version(asked: bool) -> None:

@@ -9,9 +9,25 @@ from transformers.masking_utils import create_masks_for_generate
 from .cache_name import CACHE
 from .layout import build_layout, find_images
 from .prompts import check_prompt
-from .sampling import plain
+from .sampling import COLDEST, SAMPLING_LIMITS, per_scale, plain
 
 IMAGE_INPUTS = ("pixel_values", "image_codes", "image_input_codes", "image_grid_hw", "document_ids")
+
+
+def text_sampling(model, processor, max_new_tokens: int, **given: float | None) -> dict:
+    """Arguments of `generate` for text: greedy unless `temperature`, `top_k` or `top_p` says otherwise."""
+    given = {name: value for name, value in given.items() if value is not None}
+    for name, value in given.items():
+        per_scale(name, value, 1, *SAMPLING_LIMITS[name])
+    do_sample = bool(given) and given.get("temperature", 1.0) >= COLDEST
+    eos = model.generation_config.eos_token_id
+    return {
+        "do_sample": do_sample,
+        **(given if do_sample else {}),
+        "max_new_tokens": max_new_tokens,
+        "eos_token_id": processor.tokenizer.eos_token_id if eos is None else eos,
+        "pad_token_id": processor.tokenizer.pad_token_id,
+    }
 
 
 class TextTokens(LogitsProcessor):

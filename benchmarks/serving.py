@@ -1,0 +1,127 @@
+"""What a server gives many clients over one: `python -m benchmarks.serving --output benchmarks/results/serving.json`.
+
+The command `serve` runs in a process of its own and is asked over HTTP for pictures, and edits of one picture:
+
+- `throughput`: pictures a second of one client, then of `--clients`, each of which asks for its next when it has one;
+- `batches`: how many requests were drawn together, as `/metrics` tells, meanwhile;
+- `same`: of how many requests every pixel is that of the same request alone;
+- `memory`: the server's resident memory in MiB after each tenth of `--requests` further ones.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import time
+from base64 import b64decode
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from pathlib import Path
+from urllib.request import urlopen
+
+import torch
+from openai import OpenAI
+from PIL import Image
+
+from .harness import machine, report
+
+PROMPTS = ("red apple, noto", "grinning face, fluent", "blue heart, twemoji", "dog, noto")
+
+
+class Server:
+    """The command `serve` on a free port."""
+
+    def __init__(self, model: str | None):
+        named = () if model is None else ("--model", model)
+        command = [sys.executable, "-m", "transformers_nextflow", "serve", "--port", "0", *named]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        found = (re.search(r"http://127\.0\.0\.1:\d+", line) for line in self.process.stderr)
+        self.address = next(match[0] for match in found if match)
+        self.client = OpenAI(base_url=f"{self.address}/v1", api_key="none", max_retries=0)
+
+    def __enter__(self) -> "Server":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.process.terminate()
+        self.process.communicate()
+
+    def ask(self, number: int) -> bytes:
+        """Request `number`: three pictures for a prompt, then an edit, and so on."""
+        prompt, seed = PROMPTS[number % len(PROMPTS)], {"seed": number}
+        if number % 4 < 3:
+            response = self.client.images.generate(prompt=prompt, extra_body=seed)
+        else:
+            response = self.client.images.edit(image=PICTURE, prompt="make it twemoji", extra_body=seed)
+        return b64decode(response.data[0].b64_json)
+
+    def batches(self) -> Counter:
+        """How many requests were drawn, in how many batches, and in how many of at most so many."""
+        text = urlopen(f"{self.address}/metrics").read().decode()
+        pattern = r'^nextflow_batch_requests_(?:bucket\{le="(\d+)\.0"\}|(count|sum)) (\d+)'
+        names = {"count": "batches", "sum": "requests"}
+        found = re.findall(pattern, text, re.MULTILINE)
+        return Counter({names.get(other, f"at most {size}"): int(number) for size, other, number in found})
+
+    def memory(self) -> float:
+        (line,) = re.findall(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{self.process.pid}/status").read_text())
+        return round(int(line) / 1024, 1)
+
+
+def white_picture() -> bytes:
+    file = BytesIO()
+    Image.new("RGB", (64, 64), "white").save(file, format="PNG")
+    return file.getvalue()
+
+
+PICTURE = white_picture()
+
+
+def asked(server: Server, numbers: range, clients: int) -> tuple[list[bytes], float]:
+    """The pictures of some requests, and seconds."""
+    start = time.perf_counter()
+    with ThreadPoolExecutor(clients) as threads:
+        pictures = list(threads.map(server.ask, numbers))
+    return pictures, time.perf_counter() - start
+
+
+def measure(server: Server, clients: int, num_requests: int, num_further: int) -> dict:
+    asked(server, range(4), 1)  # warm
+    alone, one = asked(server, range(num_requests), 1)
+    before = server.batches()
+    together, many = asked(server, range(num_requests), clients)
+    batches = dict(server.batches() - before)
+    memory = [server.memory()]
+    for tenth in range(10):
+        asked(server, range(tenth * num_further // 10, (tenth + 1) * num_further // 10), clients)
+        memory.append(server.memory())
+    return {
+        "clients": clients,
+        "requests": num_requests,
+        "throughput": {"one": round(num_requests / one, 2), "many": round(num_requests / many, 2)},
+        "many_over_one": round(one / many, 2),
+        "batches": batches,
+        "same": sum(a == b for a, b in zip(alone, together)),
+        "further_requests": num_further,
+        "memory": memory,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", metavar="NAME", help="default: the repository's checkpoint")
+    parser.add_argument("--clients", type=int, default=16, metavar="N", help="default: %(default)s")
+    parser.add_argument("--requests", type=int, default=200, metavar="N", help="default: %(default)s")
+    parser.add_argument("--further", type=int, default=1000, metavar="N", help="default: %(default)s")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--output", type=Path, metavar="JSON", help="also write it")
+    args = parser.parse_args()
+    with Server(args.model) as server:
+        result = measure(server, args.clients, args.requests, args.further)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    report({"machine": machine(device), **result}, args.json, args.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Errors in OpenAI's form: `{"error": {"message", "type", "param", "code"}}`, where `param` is the field at fault."""
+
+from collections.abc import Mapping, Sequence
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+LONGEST_VALUE = 80  # characters
+
+
+class RequestError(Exception):
+    """A request that is refused.
+
+    Args:
+        message: what is wrong, and what would be right.
+        param: the field at fault, such as `messages[0].content[1].image_url.url`.
+        status: of HTTP.
+        code: OpenAI's name of the case, where it has one.
+    """
+
+    def __init__(self, message: str, param: str | None = None, status: int = 400, code: str | None = None):
+        super().__init__(message)
+        self.message, self.param, self.status, self.code = message, param, status, code
+
+
+def error_response(
+    status: int, message: str, param: str | None = None, code: str | None = None, headers: Mapping | None = None
+) -> JSONResponse:
+    """OpenAI's form of an error."""
+    kind = TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    return JSONResponse({"error": {"message": message, "type": kind, "param": param, "code": code}}, status, headers)
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Let every error of an application have OpenAI's form."""
+
+    @app.exception_handler(RequestError)
+    async def refused(request: Request, error: RequestError) -> JSONResponse:
+        headers = {"Retry-After": "1"} if error.status == 429 else None
+        return error_response(error.status, error.message, error.param, error.code, headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        param = field_name(first["loc"][1:]) if first["type"] != "json_invalid" else None
+        message = f"{param or 'the body'}: {first['msg'].removeprefix('Value error, ')}"
+        if first["type"] != "missing" and not isinstance(first["input"], Mapping):
+            message += f", got {shortened(first['input'])}"
+        return error_response(400, message, param)
+
+    @app.exception_handler(HTTPException)
+    async def of_http(request: Request, error: HTTPException) -> JSONResponse:
+        return error_response(error.status_code, str(error.detail), headers=error.headers)
+
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> JSONResponse:
+        return error_response(500, "the server failed; its log says why")
+
+
+def shortened(value: object) -> str:
+    """What an error shows of a wrong value, which may be a whole picture."""
+    shown = repr(value)
+    return shown if len(shown) <= LONGEST_VALUE else shown[:LONGEST_VALUE] + "..."
+
+
+def field_name(location: Sequence[str | int]) -> str | None:
+    """`("messages", 0, "content")` as `messages[0].content`; of nothing None."""
+    name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
+    return name.removeprefix(".") or None

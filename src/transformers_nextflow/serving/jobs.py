@@ -1,0 +1,222 @@
+"""Requests as calls of `generate`: which fit together, and what comes of several at once.
+
+Every row has a seed of its own, and every request's pictures are encoded and decoded by themselves, so that a request
+gets what it would get alone, up to what the rounding of a batch's logits changes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+
+from ..image_generation import ImageGenerationConfig
+from ..modeling_nextflow import NextFlowForConditionalGeneration
+from ..processing_nextflow import NextFlowProcessor
+from ..regions import codes_of_region
+from ..text_generation import text_sampling
+from .errors import RequestError
+from .limits import Limits
+from .pictures import check_pictures, read_mask
+from .schemas import ChatRequest, Controls
+
+MAX_NEW_TOKENS = 256
+"""Of text, where a request does not say."""
+
+Chat = list[dict[str, Any]]
+"""Messages as the processor takes them, with pictures of Pillow."""
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One request.
+
+    Attributes:
+        chat: what is asked.
+        mode: `"image"` or `"interleaved"`; text alone is the latter without pictures.
+        arguments: of `generate`; requests that are drawn together have the same.
+        seed, negative_prompt: its own.
+        num_pictures: that are drawn of it at once.
+        kept: (H, W) bool, where the first picture of the chat stays; None = nowhere.
+        param: the field that holds the prompt.
+    """
+
+    chat: Chat
+    mode: str
+    arguments: dict[str, Any]
+    seed: int
+    negative_prompt: str
+    num_pictures: int
+    param: str
+    kept: torch.Tensor | None = None
+
+    def fits(self, other: "Job") -> bool:
+        """Whether both can be one call of `generate`."""
+        is_masked = self.kept is None, other.kept is None
+        return self.mode == other.mode and self.arguments == other.arguments and is_masked[0] == is_masked[1]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of a request: texts and pictures in order, and its cost.
+
+    Attributes:
+        is_whole: false where the answer was cut short.
+        prompt_tokens, completion_tokens: positions, those of pictures included.
+    """
+
+    parts: list[str | Image.Image]
+    is_whole: bool
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True)
+class Studio:
+    """A model and its processor, and what they may be asked for."""
+
+    model: NextFlowForConditionalGeneration
+    processor: NextFlowProcessor
+    limits: Limits
+
+    def picture_job(
+        self, asked: Controls, seed: int, chat: Chat, param: str, count: int = 1, mask: Image.Image | None = None
+    ) -> Job:
+        """`count` pictures for a chat, by default of the size of its first picture.
+
+        Args:
+            mask: of that picture, which stays where it is not transparent.
+
+        Raises:
+            RequestError: if the model draws no such size, or it is not that of a masked picture.
+        """
+        check_pictures(count, self.limits, "n")
+        pictures = pictures_of(chat)
+        size = self._size(asked, pictures[0] if pictures else None)
+        kept = None
+        if mask is not None:
+            own = self._size(Controls(), pictures[0])
+            if size != own:
+                message = "size: with a mask it is the picture's, {1}x{0}, got {3}x{2}".format(*own, *size)
+                raise RequestError(message, "size")
+            kept = read_mask(mask, pictures[0], size)
+        sampling = {name: getattr(asked, name) for name in ("temperature", "top_k", "top_p", "guidance_scale")}
+        arguments = {"height": size[0], "width": size[1], "num_images_per_prompt": count, **sampling}
+        return Job(chat, "image", arguments, seed, asked.negative_prompt or "", count, param, kept)
+
+    def answer_job(self, asked: ChatRequest, seed: int, chat: Chat) -> Job:
+        """An answer of text, or of text and pictures in turn.
+
+        Raises:
+            RequestError: if it may be longer than the server writes, or the model draws no such size.
+        """
+        given = {"max_tokens": asked.max_tokens, "max_completion_tokens": asked.max_completion_tokens}
+        given = {name: value for name, value in given.items() if value is not None}
+        if len(set(given.values())) > 1:
+            message = "max_tokens: the same as max_completion_tokens, got {} and {}".format(*given.values())
+            raise RequestError(message, "max_tokens")
+        limit = self.limits.max_new_tokens
+        for name, value in given.items():
+            if value > limit:
+                raise RequestError(f"{name}: at most {limit}, got {value}", name)
+        max_new_tokens = next(iter(given.values()), min(MAX_NEW_TOKENS, limit))
+        sampling = {name: getattr(asked, name) for name in ("temperature", "top_k", "top_p")}
+        arguments = text_sampling(self.model, self.processor, max_new_tokens, **sampling)
+        if "image" in asked.modalities:
+            check_pictures(asked.max_images, self.limits, "max_images")
+            height, width = self._size(asked)
+            drawn = {"height": height, "width": width}
+            if asked.guidance_scale is not None:
+                drawn["guidance_scale"] = asked.guidance_scale
+            arguments |= {"max_new_images": asked.max_images, "image_generation": drawn}
+        else:
+            unguided = {"guidance_scale": 1.0, "image_guidance_scale": 1.0}
+            arguments |= {"max_new_images": 0, "image_generation": unguided}
+        return Job(chat, "interleaved", arguments, seed, asked.negative_prompt or "", 1, "messages")
+
+    def _size(self, asked: Controls, picture: Image.Image | None = None) -> tuple[int, int]:
+        """(height, width) that is drawn: as asked, else of a picture, else the checkpoint's."""
+        table, grid = self.model.model.schedules, None
+        settings = ImageGenerationConfig.from_dict(self.model.config.image_generation)
+        if (size := asked.pixels()) is not None:
+            settings = settings.updated(height=size[0], width=size[1], exact_size=True)
+        elif picture is not None:
+            grid = self.processor.image_processor.schedule_of(picture.height, picture.width).final_grid
+        try:
+            height, width = table.image_size(settings.schedule(table, grid))
+        except ValueError as error:
+            raise RequestError(f"size: {error}", "size") from error
+        if height * width > self.limits.max_pixels:
+            message = f"size: a picture has at most {self.limits.max_pixels} pixels, got {width}x{height}"
+            raise RequestError(message, "size")
+        return height, width
+
+    def run(self, jobs: Sequence[Job]) -> list[Answer]:
+        """The answers of jobs that fit together.
+
+        Raises:
+            RequestError: if the model does not take one of the prompts.
+        """
+        first = jobs[0]
+        try:
+            inputs = self.processor.apply_chat_template(
+                [job.chat for job in jobs],
+                sanitize_control_tokens=True,
+                generation_mode=first.mode,
+                negative_prompt=[job.negative_prompt for job in jobs],
+            ).to(self.model.device)
+            if "pixel_values" in inputs:
+                inputs |= self._codes(jobs, inputs)
+            arguments = {"seed": [job.seed for job in jobs], "generation_mode": first.mode, **first.arguments}
+            if first.mode == "image":
+                return self._draw(inputs, first.num_pictures, arguments)
+            return self._write(inputs, arguments)
+        except ValueError as error:
+            raise RequestError(f"{first.param}: {error}", first.param) from error
+
+    def _codes(self, jobs: Sequence[Job], inputs: dict) -> dict[str, torch.Tensor]:
+        """The codes of the chats' pictures, and those that stay of each chat's first one; request by request, as the
+        rounding of a batch could choose others."""
+        schedules, whole = self.model.model.schedules, self.model.config.vq_config.image_size is not None
+        codes, forced, masks, start = [], [], [], 0
+        for job, grids in zip(jobs, inputs["image_grid_hw"].split([len(pictures_of(job.chat)) for job in jobs])):
+            of_pictures = [schedules.by_grid(grid) for grid in grids.tolist()]
+            end = start + sum(1 if whole else schedule.lengths[-1] for schedule in of_pictures)
+            codes.append(self.model.encode_images(inputs["pixel_values"][start:end], grids))
+            start = end
+            if job.kept is not None:
+                forced.append(codes[-1][: of_pictures[0].num_codes])
+                masks.append(codes_of_region(job.kept, of_pictures[0]))
+        kept = {"forced_codes": torch.stack(forced), "forced_mask": torch.stack(masks)} if forced else {}
+        return {"image_codes": torch.cat(codes), "pixel_values": None, **kept}
+
+    def _draw(self, inputs: dict, count: int, arguments: dict) -> list[Answer]:
+        output = self.model.generate(**inputs, **arguments, return_dict_in_generate=True)
+        answers = []
+        for row, mask in enumerate(inputs["attention_mask"]):
+            own = slice(row * count, (row + 1) * count)
+            pixels = self.model.decode_image_tokens(output.sequences[own], output.image_grid_hw[own])
+            pictures = self.processor.post_process_image(pixels)
+            answers.append(Answer(pictures, True, int(mask.sum()), output.sequences[own].numel()))
+        return answers
+
+    def _write(self, inputs: dict, arguments: dict) -> list[Answer]:
+        output = self.model.generate(**inputs, **arguments)
+        schedules = map(self.model.model.schedules.by_grid, output.image_grid_hw.tolist())
+        codes = output.image_codes.split([schedule.num_codes for schedule in schedules])
+        pictures = [self.model.decode_images(*one)[0] for one in zip(codes, output.image_grid_hw.split(1))]
+        split = self.processor.post_process_multimodal_output(output, generation_mode="interleaved", pictures=pictures)
+        ends, start = arguments["eos_token_id"], output.prompt_length
+        ends = ends if isinstance(ends, list) else [ends]
+        answers = []
+        for parts, ids, mask in zip(split, output.sequences, output.attention_mask.bool()):
+            written = ids[start:][mask[start:]].tolist()
+            parts = [part.strip() if isinstance(part, str) else part for part in parts]
+            answers.append(Answer(parts, written[-1] in ends, int(mask[:start].sum()), len(written)))
+        return answers
+
+
+def pictures_of(chat: Chat) -> list[Image.Image]:
+    """The pictures of a chat in order."""
+    return [item["image"] for message in chat for item in message["content"] if item["type"] == "image"]

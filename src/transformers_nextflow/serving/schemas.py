@@ -1,0 +1,178 @@
+"""What requests say: OpenAI's fields, as far as this model has a meaning for them, and its own controls of pictures.
+
+Fields that are not here, or whose value would have no effect, are refused rather than ignored; null is as good as
+nothing.
+"""
+
+import re
+from typing import Annotated, Any, Literal
+
+from fastapi import UploadFile
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+LONGEST_PROMPT = 32_000
+"""Characters, as in OpenAI's API."""
+
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Prompt = Annotated[str, Field(min_length=1, max_length=LONGEST_PROMPT)]
+
+
+class Schema(BaseModel):
+    """A part of a request."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def without_nulls(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return {name: value for name, value in given.items() if value is not None}
+
+
+class Controls(Schema):
+    """How things are drawn: of OpenAI's API seed, temperature and top_p, and this model's own; default: the model's.
+
+    Attributes:
+        user: OpenAI's name for whose request it is; nothing is made of it.
+    """
+
+    seed: Seed | None = None
+    size: str = "auto"
+    guidance_scale: float | None = Field(None, ge=0, le=100)
+    negative_prompt: str | None = Field(None, max_length=LONGEST_PROMPT)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_k: int | None = Field(None, ge=0, lt=2**31)
+    top_p: float | None = Field(None, ge=1e-6, le=1)
+    user: str | None = None
+
+    @field_validator("size")
+    @classmethod
+    def is_a_size(cls, size: str) -> str:
+        if not re.fullmatch(r"auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4}", size):
+            raise ValueError('a size is "auto" or WIDTHxHEIGHT in pixels')
+        return size
+
+    def pixels(self) -> tuple[int, int] | None:
+        """(height, width); None for `"auto"`."""
+        if self.size == "auto":
+            return None
+        width, height = map(int, self.size.split("x"))
+        return height, width
+
+
+class ImageRequest(Controls):
+    """`/v1/images/generations`."""
+
+    prompt: Prompt
+    model: str | None = None
+    n: int = Field(1, ge=1)
+    response_format: Literal["b64_json"] = "b64_json"
+    output_format: Literal["png"] = "png"
+    quality: Literal["auto"] = "auto"
+    background: Literal["auto", "opaque"] = "auto"
+
+
+class EditRequest(ImageRequest):
+    """`/v1/images/edits`, a form with files.
+
+    Attributes:
+        image, images: the pictures; clients write `image` of one, `image[]` of several.
+        mask: of the first picture's size; it is drawn anew where this is transparent.
+    """
+
+    image: list[UploadFile] = []
+    images: list[UploadFile] = Field([], alias="image[]")
+    mask: UploadFile | None = None
+
+    def all_images(self) -> list[UploadFile]:
+        return [*self.image, *self.images]
+
+
+class ImageUrl(Schema):
+    url: str
+    detail: Literal["auto"] = "auto"
+
+    @field_validator("url")
+    @classmethod
+    def holds_its_picture(cls, url: str) -> str:
+        if not url.startswith("data:image/"):
+            raise ValueError("pictures come as data URLs, data:image/png;base64,...; nothing is fetched")
+        return url
+
+
+class Part(Schema):
+    """A text or a picture of a message."""
+
+    type: Literal["text", "image_url"]
+    text: str | None = None
+    image_url: ImageUrl | None = None
+
+    @model_validator(mode="after")
+    def is_what_it_says(self):
+        other = {"text": "image_url", "image_url": "text"}[self.type]
+        if getattr(self, self.type) is None or getattr(self, other) is not None:
+            raise ValueError(f"a part of the type {self.type} has the field {self.type} and no {other}")
+        return self
+
+
+class Message(Schema):
+    """A message of a chat.
+
+    Attributes:
+        images: of an earlier answer, in whose text `![](picture-0)` stands for the first of them.
+    """
+
+    role: Literal["system", "user", "assistant"]
+    content: list[Part] = Field(min_length=1)
+    images: list[Part] = []
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def text_is_one_part(cls, content: Any) -> Any:
+        return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+    @model_validator(mode="after")
+    def images_are_an_answers(self):
+        if self.images and (self.role != "assistant" or any(part.type == "text" for part in self.images)):
+            raise ValueError("images are the pictures of an answer; others are parts of the content")
+        return self
+
+
+OF_MODALITIES = {
+    **dict.fromkeys(("size", "guidance_scale", "negative_prompt"), {"image"}),
+    **dict.fromkeys(("max_tokens", "max_completion_tokens"), {"text"}),
+    "max_images": {"text", "image"},
+}
+"""Fields of a chat that are about answers with these modalities alone."""
+
+
+class ChatRequest(Controls):
+    """`/v1/chat/completions`.
+
+    Attributes:
+        modalities: what the answer is made of: text (the default), a picture, or both in turn.
+        max_tokens, max_completion_tokens: of text, two names of one thing.
+        max_images: of an answer of both.
+    """
+
+    model: str
+    messages: list[Message] = Field(min_length=1)
+    modalities: list[Literal["text", "image"]] = Field(["text"], min_length=1, max_length=2)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    max_images: int = Field(1, ge=1)
+    n: Literal[1] = 1
+    stream: Literal[False] = False
+
+    def without_effect(self) -> str | None:
+        """A field that was given and says nothing about an answer of these modalities."""
+        found = (name for name, needed in OF_MODALITIES.items() if not needed <= {*self.modalities})
+        return next((name for name in found if name in self.model_fields_set), None)
+
+    @field_validator("messages")
+    @classmethod
+    def ends_in_a_question(cls, messages: list[Message]) -> list[Message]:
+        if messages[-1].role != "user":
+            raise ValueError("the last message must be the user's")
+        return messages

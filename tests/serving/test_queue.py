@@ -1,0 +1,106 @@
+"""Who is let in, who leaves, and what is still answered at the end."""
+
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.serving.servers import accepted, client, draw, held, metric, openai, pictures_of, running, until
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_full_queue_refuses_and_a_client_that_leaves_frees_its_place(tiny_model, tiny_processor):
+    def waiting() -> float:
+        return metric(address, "nextflow_requests_waiting")
+
+    with (
+        running(tiny_model, tiny_processor, max_queue=1) as address,
+        held(tiny_model) as let_go,
+        ThreadPoolExecutor(2) as threads,
+    ):
+        asked = client(address).images
+        drawn = threads.submit(asked.generate, prompt="a star", extra_body={"seed": 1})
+        until(lambda: metric(address, "nextflow_requests_running") == 1)
+        leaving = http.client.HTTPConnection(address.removeprefix("http://"))
+        body = json.dumps({"prompt": "a circle"})
+        leaving.request("POST", "/v1/images/generations", body, {"Content-Type": "application/json"})
+        until(lambda: waiting() == 1)
+        with pytest.raises(openai.RateLimitError) as refused:
+            asked.generate(prompt="a square")
+        assert refused.value.code == "queue_full" and refused.value.response.headers["Retry-After"] == "1"
+        leaving.close()
+        until(lambda: waiting() == 0)
+        late = threads.submit(asked.generate, prompt="a square", extra_body={"seed": 2})
+        until(lambda: waiting() == 1)
+        let_go.set()
+        assert pictures_of(drawn.result()) == draw(tiny_model, tiny_processor, "a star", seed=1)
+        assert pictures_of(late.result()) == draw(tiny_model, tiny_processor, "a square", seed=2)
+        assert metric(address, "nextflow_batch_requests_sum") == 2
+        for status, count in ((200, 2), (429, 1), (499, 1)):
+            name = f'nextflow_requests_total{{path="/v1/images/generations",status="{status}"}}'
+            until(lambda name=name, count=count: metric(address, name) == count)
+
+
+HELD = """
+import sys
+from torch.nn.modules.module import register_module_forward_pre_hook
+from transformers_nextflow.cli import main
+from transformers_nextflow.modeling_nextflow import NextFlowTextModel
+
+def wait(module, args):
+    if isinstance(module, NextFlowTextModel):
+        sys.stdin.read()  # until it is closed
+
+register_module_forward_pre_hook(wait)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_what_was_accepted_is_answered_after_sigterm(tiny_checkpoint, tiny_model, tiny_processor):
+    command = [sys.executable, "-c", HELD, "serve", "--model", str(tiny_checkpoint), "--port", "0", "--max-batch", "4"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])}
+    pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL}
+    seeds = range(6)
+    with (
+        subprocess.Popen(command, env=environment, text=True, **pipes) as server,
+        ThreadPoolExecutor(len(seeds)) as threads,
+    ):
+        port = next(
+            int(found[1]) for line in server.stderr if (found := re.search(r"http://127\.0\.0\.1:(\d+)", line))
+        )
+        address = f"http://127.0.0.1:{port}"
+        asked = [
+            threads.submit(client(address).images.generate, prompt="a star", extra_body={"seed": seed})
+            for seed in seeds
+        ]
+        until(lambda: accepted(address) == len(seeds))
+        server.send_signal(signal.SIGTERM)
+        until(lambda: not is_open(port))
+        server.stdin.close()
+        for seed, future in zip(seeds, asked):
+            assert pictures_of(future.result()) == draw(tiny_model, tiny_processor, "a star", seed=seed)
+        server.stderr.read()
+    assert server.returncode in (0, -signal.SIGTERM)
+
+
+def is_open(port: int) -> bool:
+    with socket.socket() as visitor:
+        return visitor.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [("--port", 65536), ("--max-queue", 0), ("--max-body", -1), ("--api-key", "a b")],
+)
+def test_odd_command_lines(console, option, value):
+    status, _, err = console("serve", option, value)
+    assert status == 2 and option in err

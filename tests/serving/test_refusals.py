@@ -1,0 +1,198 @@
+"""Bad requests get OpenAI's form of an error, which names the field."""
+
+import http.client
+import json
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import pytest
+
+from tests.serving.servers import client, data_url, mask, openai, photo, png, running
+
+PHOTO = photo(24, 24)
+URL = "messages[0].content[0].image_url.url"
+
+
+def refusal(request: Request) -> tuple[int, dict]:
+    """Status and error of a request."""
+    with pytest.raises(HTTPError) as refused:
+        urlopen(request)
+    error = json.loads(refused.value.read())["error"]
+    assert set(error) == {"message", "type", "param", "code"} and error["message"]
+    return refused.value.code, error
+
+
+def posted(address: str, path: str, body: object) -> Request:
+    body = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return Request(f"{address}/v1/{path}", body, {"Content-Type": "application/json"})
+
+
+PICTURES = [
+    ({}, "prompt"),
+    ({"prompt": ""}, "prompt"),
+    ({"prompt": None}, "prompt"),
+    ({"prompt": 5}, "prompt"),
+    ({"prompt": "\ud800"}, "prompt"),
+    ({"prompt": "a" * 32_001}, "prompt"),
+    ({"prompt": "a" + " a" * 5000}, "prompt"),
+    ({"n": 0}, "n"),
+    ({"n": 5}, "n"),
+    ({"n": "many"}, "n"),
+    ({"size": "large"}, "size"),
+    ({"size": "25x24"}, "size"),
+    ({"size": "0x24"}, "size"),
+    ({"size": "1024x1024"}, "size"),
+    ({"seed": -1}, "seed"),
+    ({"seed": 2**63}, "seed"),
+    ({"seed": 0.5}, "seed"),
+    ({"guidance_scale": -1}, "guidance_scale"),
+    ({"guidance_scale": 101}, "guidance_scale"),
+    ({"temperature": 3}, "temperature"),
+    ({"top_k": -1}, "top_k"),
+    ({"top_p": 0}, "top_p"),
+    ({"negative_prompt": ["a"]}, "negative_prompt"),
+    ({"response_format": "url"}, "response_format"),
+    ({"output_format": "webp"}, "output_format"),
+    ({"quality": "high"}, "quality"),
+    ({"background": "transparent"}, "background"),
+    ({"style": "vivid"}, "style"),
+]
+
+
+@pytest.mark.parametrize("body, param", PICTURES)
+def test_pictures(address, body, param):
+    body = body if "prompt" in body or not body else {"prompt": "a star"} | body
+    status, error = refusal(posted(address, "images/generations", body))
+    assert status == 400 and error["param"] == param and error["message"].startswith(f"{param}: ")
+
+
+def part(url: str) -> dict:
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def user(*content) -> list[dict]:
+    return [{"role": "user", "content": list(content)}]
+
+
+def message(role: str, *images: dict) -> dict:
+    return {"role": role, "content": "a", "images": list(images)}
+
+
+CHATS = [
+    ({"messages": []}, "messages"),
+    ({"messages": "a"}, "messages"),
+    ({"messages": [{"role": "tool", "content": "a"}]}, "messages[0].role"),
+    ({"messages": [{"role": "assistant", "content": "a"}]}, "messages"),
+    ({"messages": [{"role": "user"}]}, "messages[0].content"),
+    ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
+    ({"messages": user({"type": "input_audio"})}, "messages[0].content[0].type"),
+    ({"messages": user({"type": "text"})}, "messages[0].content[0]"),
+    ({"messages": user(part("http://127.0.0.1:1/a.png"))}, URL),
+    ({"messages": user(part("/etc/passwd"))}, URL),
+    ({"messages": user(part("file:///etc/passwd"))}, URL),
+    ({"messages": user(part("data:image/png,abc"))}, URL),
+    ({"messages": user(part("data:image/png;base64,???"))}, URL),
+    ({"messages": user(part("data:image/png;base64,AAAA"))}, URL),
+    ({"messages": user(part(data_url(PHOTO)[:-400]))}, URL),
+    ({"messages": user(part(data_url(photo(201, 200))))}, URL),
+    ({"messages": user(*[part(data_url(PHOTO))] * 5)}, "messages"),
+    ({"messages": [message("user", part(data_url(PHOTO)))]}, "messages[0]"),
+    ({"messages": [message("assistant", part("a.png"))]}, "messages[0].images[0].image_url.url"),
+    ({"messages": [message("assistant", part(data_url(PHOTO))), message("user")]}, "messages[0].images"),
+    ({"modalities": ["audio"]}, "modalities[0]"),
+    ({"modalities": []}, "modalities"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"max_completion_tokens": 1025}, "max_completion_tokens"),
+    ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens"),
+    ({"modalities": ["text", "image"], "max_images": 5}, "max_images"),
+    ({"modalities": ["text", "image"], "size": "17x16"}, "size"),
+    ({"size": "16x32"}, "size"),
+    ({"guidance_scale": 2.0}, "guidance_scale"),
+    ({"modalities": ["image"], "max_tokens": 5}, "max_tokens"),
+    ({"modalities": ["image"], "max_images": 2}, "max_images"),
+    ({"stream": True}, "stream"),
+    ({"n": 2}, "n"),
+    ({"tools": []}, "tools"),
+]
+
+
+@pytest.mark.parametrize("body, param", CHATS)
+def test_chats(address, body, param):
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "a"}]} | body
+    status, error = refusal(posted(address, "chat/completions", body))
+    assert status == 400 and error["param"] == param and error["message"].startswith(f"{param}: ")
+
+
+EDITS = [
+    ({"image": b"no picture"}, "image"),
+    ({"image": png(photo(201, 200))}, "image"),
+    ({"image": [png(PHOTO)] * 5}, "image"),
+    ({"mask": png(mask(24, 25))}, "mask"),
+    ({"mask": png(PHOTO)}, "mask"),
+    ({"mask": b"no picture"}, "mask"),
+    ({"mask": png(mask(24, 24)), "size": "16x32"}, "size"),
+    ({"n": 5}, "n"),
+    ({"extra_body": {"seed": "x"}}, "seed"),
+]
+
+
+@pytest.mark.parametrize("given, param", EDITS)
+def test_edits(address, given, param):
+    with pytest.raises(openai.BadRequestError) as refused:
+        client(address).images.edit(**{"image": png(PHOTO), "prompt": "a star"} | given)
+    assert refused.value.param == param and refused.value.body["message"].startswith(f"{param}: ")
+
+
+def test_an_edit_needs_a_picture(address):
+    form = b"--x\r\nContent-Disposition: form-data; name=prompt\r\n\r\na\r\n--x--\r\n"
+    request = Request(f"{address}/v1/images/edits", form, {"Content-Type": "multipart/form-data; boundary=x"})
+    status, error = refusal(request)
+    assert (status, error["param"]) == (400, "image")
+
+
+@pytest.mark.parametrize("body", [b"{", b"", b"[]", b"\xff", b'{"prompt": "a", "prompt'])
+def test_bodies_that_are_no_requests(address, body):
+    status, error = refusal(posted(address, "images/generations", body))
+    assert (status, error["param"]) == (400, None)
+
+
+@pytest.mark.parametrize("path", ["images/generations", "chat/completions"])
+def test_another_model(address, path):
+    body = {"model": "dall-e-3", "prompt": "a"} if path[0] == "i" else {"model": "gpt", "messages": user()}
+    body |= {"messages": [{"role": "user", "content": "a"}]} if path[0] == "c" else {}
+    status, error = refusal(posted(address, path, body))
+    assert (status, error["param"], error["code"]) == (404, "model", "model_not_found")
+
+
+def test_other_paths_and_methods(address):
+    assert refusal(Request(f"{address}/v1/images/variations", b"{}"))[0] == 404
+    assert refusal(Request(f"{address}/v1/images/generations"))[0] == 405
+
+
+def test_bodies_that_are_too_large(address):
+    host = address.removeprefix("http://")
+    connection = http.client.HTTPConnection(host)
+    connection.putrequest("POST", "/v1/images/generations")
+    connection.putheader("Content-Length", str(2**20 + 1))
+    connection.endheaders()  # refused before the body comes
+    assert connection.getresponse().status == 413
+    connection = http.client.HTTPConnection(host)
+    connection.request(
+        "POST",
+        "/v1/images/generations",
+        iter([b" " * 2**19, b" " * 2**19, b" "]),
+        {"Content-Type": "application/json"},
+        encode_chunked=True,
+    )
+    response = connection.getresponse()
+    assert response.status == 413 and json.loads(response.read())["error"]["message"]
+
+
+def test_strangers(tiny_model, tiny_processor):
+    with running(tiny_model, tiny_processor, api_key="secret") as address:
+        for key in ("wrong", "secre", "secret2"):
+            with pytest.raises(openai.AuthenticationError):
+                client(address, key).models.list()
+        assert refusal(Request(f"{address}/v1/models"))[0] == 401
+        assert [model.id for model in client(address, "secret").models.list()] == ["tiny"]
+        assert json.loads(urlopen(f"{address}/health").read()) == {"status": "ok"}
