@@ -6,6 +6,7 @@ Any version may take such a name away. Looked at in transformers 5.23 and 5.24, 
 import ast
 import importlib
 import pkgutil
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
@@ -49,8 +50,9 @@ READ = {
     "torch.distributed.fsdp.FSDPModule": {"_get_fsdp_state"},
 }
 UNWRITTEN = ("_abc_impl", "_backward_cls", "_is_protocol", "_cached_value")  # ends of what libraries put on classes
-OF_INSTANCES = {  # torch's modules, nodes of its graphs, states of its sharding
+OF_INSTANCES = {  # torch's modules, nodes of its graphs, states of its sharding; named tuples', which are documented
     *("_forward_hooks", "_forward_pre_hooks", "_saved_self", "_auto_reshard_after_forward", "_fsdp_param_groups"),
+    *("_asdict", "_fields"),
 }
 
 
@@ -125,4 +127,4 @@ def test_the_libraries_have_what_is_named_here(owner):
 
 def test_torchs_instances_have_what_is_named_here():
     product = torch.ones(1, 1, requires_grad=True) @ torch.ones(1, 1)
-    assert OF_INSTANCES <= {*vars(torch.nn.Module()), *dir(product.grad_fn), *vars(FSDPState())}
+    assert OF_INSTANCES <= {*vars(torch.nn.Module()), *dir(product.grad_fn), *vars(FSDPState()), *dir(namedtuple("Pair", "a b"))}
