@@ -177,6 +177,26 @@ def test_padding_is_found(model, mode):
     without = model.generate(inputs["input_ids"], **options)
     codes = (lambda output: output.image_codes) if mode == "interleaved" else (lambda output: output)
     assert torch.equal(codes(without), codes(with_mask))
+    unknowing = tiny_model()
+    unknowing.generation_config.pad_token_id = None
+    told = unknowing.generate(inputs["input_ids"], **options, generation_config=GenerationConfig(pad_token_id=PAD))
+    assert torch.equal(codes(told), codes(with_mask))
+
+
+def test_padding_after_a_prompt_is_found(model):
+    rows = [[10, 11, 12, PAD, PAD], [PAD, 10, 11, 12, PAD], [10, 11, 12, 13, 14]]
+    drawn = model.generate(torch.tensor(rows), **PLAIN)
+    expected = [model.generate(torch.tensor([row]), **PLAIN) for row in ([10, 11, 12], [10, 11, 12], rows[2])]
+    assert torch.equal(drawn, torch.cat(expected))
+    ends = model.generate(torch.tensor([[10, EOS]]), **PLAIN, pad_token_id=EOS)  # it may end a prompt
+    assert torch.equal(ends, model.generate(torch.tensor([[10, EOS]]), **PLAIN))
+
+
+@pytest.mark.parametrize("mode", ["image", "interleaved"])
+def test_prompts_are_ids(model, mode):
+    embeds = model.get_input_embeddings()(torch.tensor([[10, 11]]))
+    with pytest.raises(ValueError, match=f'generation_mode="{mode}" reads prompts as input_ids, got none'):
+        model.generate(inputs_embeds=embeds, generation_mode=mode, seed=0)
 
 
 def test_a_null_prompt_is_made(model, tiny_model, tiny_processor):
@@ -227,6 +247,9 @@ def test_numbers_of_numpy_and_torch(model, half):
     for ramp in (np.linspace(1, 0.5, 3), torch.linspace(1, 0.5, 3)):
         drawn = model.generate(**batch_of(model, *PROMPTS), **PLAIN, temperature=ramp)
         assert torch.equal(drawn, model.generate(**batch_of(model, *PROMPTS), **PLAIN, temperature=[1, 0.75, 0.5]))
+    expected = model.generate(**batch_of(model, *PROMPTS), **PLAIN | {"seed": [1, 2, 3]})
+    for seeds in (np.arange(1, 4), torch.arange(1, 4)):
+        assert torch.equal(model.generate(**batch_of(model, *PROMPTS), **PLAIN | {"seed": seeds}), expected)
 
 
 def test_ids_name_their_grid():
@@ -270,9 +293,17 @@ def test_an_edit_keeps_the_first_pictures_size(model):
     differing = batch_of(model, [10, Picture(WIDE, 1), BOI], [Picture(SQUARE, 2), BOI])
     with pytest.raises(ValueError, match=r"different grids, .*: say height and width"):
         model.generate(**differing, **PLAIN)
-    mixed = batch_of(model, [12, BOI], [10, Picture(WIDE, 1), BOI])
-    drawn = model.generate(**mixed, **PLAIN, return_dict_in_generate=True)
+    mixed = batch_of(model, [12, BOI], [10, Picture(WIDE, 1), BOI])  # whose first row alone is square
+    with pytest.raises(ValueError, match=r"different grids, .*: say height and width"):
+        model.generate(**mixed, **PLAIN)
+    drawn = model.generate(**mixed, **PLAIN, aspect_ratio="2:1", return_dict_in_generate=True)
     assert drawn.image_grid_hw.tolist() == [list(WIDE)] * 2
+    written = {"generation_mode": "interleaved", "guidance_scale": 1.0, "max_new_images": 1, "max_new_tokens": 3}
+    written |= {"sequence_bias": {(BOI,): 20.0}, "seed": 0}
+    edit = batch_of(model, [10, Picture(WIDE, 1), 11])
+    assert model.generate(**edit, **written).image_grid_hw.tolist() == [list(WIDE)] * 2
+    said = model.generate(**edit, **written, image_generation={"aspect_ratio": "1:1"})
+    assert said.image_grid_hw.tolist() == [list(WIDE), list(SQUARE)]
 
 
 @pytest.mark.parametrize("level", ["256", "512", "1024"])
@@ -340,8 +371,19 @@ def test_text_holds_no_marks_of_images(model, strategy, chat):
 
 
 def test_text_takes_no_guidance(model):
+    said = GenerationConfig(guidance_scale=1.5, max_new_tokens=3)
+    for options in ({"guidance_scale": 1.5}, {"generation_config": said}):
+        with pytest.raises(ValueError, match="guidance_scale guides pictures, not text, got 1.5"):
+            model.generate(**batch_of(model, [10, 11]), **options)
     with pytest.raises(ValueError, match="guidance_scale guides pictures, not text, got 1.5"):
-        model.generate(**batch_of(model, [10, 11]), guidance_scale=1.5)
+        model.generate(**batch_of(model, [10, 11]), generation_mode="interleaved", generation_config=said, seed=0)
+
+
+def test_an_answer_draws_each_picture_once(model):
+    with pytest.raises(ValueError, match="num_images_per_prompt is of pictures alone, .* got 2"):
+        model.generate(
+            **batch_of(model, [10, 11]), generation_mode="interleaved", num_images_per_prompt=2, guidance_scale=1.0
+        )
 
 
 def test_text_from_embeddings(model):

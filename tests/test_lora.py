@@ -183,6 +183,47 @@ def test_a_second_adapter_of_the_vision_tokenizer_alone_is_refused():
         model.add_adapter(peft.LoraConfig(target_modules=["fc1"], r=2), adapter_name="second")
 
 
+def test_an_adapter_that_peft_adds_later_is_placed_before_training():
+    """`PeftModel.add_adapter`, of which the model hears nothing."""
+    config = lambda: peft.LoraConfig(target_modules="all-linear", r=2, init_lora_weights=False)  # noqa: E731
+    adapted = peft.get_peft_model(tiny_model(), config())
+    alone = adapters_of(adapted)
+    adapted.add_adapter("second", config())
+    adapted.set_adapter("second")
+    inputs = batch(tiny_model())
+    adapted.train()(**inputs, labels=inputs["input_ids"]).loss.backward()
+    second = {name for name, _ in adapted.named_parameters() if ".second." in name}
+    assert {name.split(".lora_")[0].split("base_model.model.")[-1] for name in second} == alone
+    trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    assert trained == second and all(adapted.get_parameter(name).grad.abs().max() > 0 for name in second)
+    assert set(adapted.peft_config) == {"default", "second"}
+
+
+@BY_DOOR
+def test_what_users_leave_out_themselves_is_left_out(add):
+    config = peft.LoraConfig(target_modules="all-linear", exclude_modules=["lm_head"], r=2)
+    assert {name.rsplit(".")[-1] for name in adapters_of(add(tiny_model(), config))} & {"lm_head", "fc1"} == set()
+
+
+@BY_DOOR
+@pytest.mark.parametrize("part", ["vq_model", "quantizer", "pixel_decoder"])
+def test_the_vision_tokenizer_is_not_saved_whole(add, part):
+    with pytest.raises(ValueError, match=f"must not train the frozen vision tokenizer, got {part}"):
+        add(tiny_model(), peft.LoraConfig(target_modules=["q_proj"], modules_to_save=[part]))
+
+
+def test_biases_of_the_vision_tokenizer_stay_frozen():
+    adapted = peft.get_peft_model(tiny_model(), peft.LoraConfig(target_modules="all-linear", bias="all", r=2))
+    trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    assert any("bias" in name for name in trained) and not any("vq_model" in name for name in trained)
+
+
+def test_methods_that_can_exclude_nothing():
+    adapted = peft.get_peft_model(tiny_model(), peft.VeraConfig(target_modules="all-linear", r=2))
+    layers = {name.split(".vera_")[0] for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    assert len(layers) == 2 * 7 + 2 + 1 and not any("vq_model" in name for name in layers)
+
+
 @pytest.mark.parametrize("targets", [["lm_head"], ["code_head"], ["lm_head", "code_head"]])
 def test_adapters_on_heads_learn_from_the_loss_as_from_logits(targets):
     """The loss in chunks is the loss of the logits, with the same gradients."""

@@ -306,6 +306,15 @@ def test_nothing_is_ignored_in_silence(tiny_processor, text_tokenizer):
         tiny_processor.apply_chat_template([user("a")], **tools)
     template = {"chat_template": "{{ tools[0]['function']['name'] }}", "tokenize": False}
     assert tiny_processor.apply_chat_template([user("a")], **tools, **template) == "f"
+    with pytest.raises(ValueError, match="the chat template shows no documents"):
+        tiny_processor.apply_chat_template([user("a")], documents=[{"title": "a", "text": "b"}])
+    for name in ("videos", "audio"):
+        with pytest.raises(ValueError, match=f"reads texts and pictures, got {name}"):
+            tiny_processor(text="a", **{name: [np.zeros((2, 24, 24, 3))]})
+    sizes = {"do_center_crop": True, "crop_size": {"height": 8, "width": 8}, "do_pad": True, "pad_size": (9, 9)}
+    for name, value in sizes.items():
+        with pytest.raises(ValueError, match=f"brought to their schedule's size alone, got {name}"):
+            tiny_processor(text=PICTURE, images=picture(), **{name: value})
     processor = NextFlowProcessor(tiny_processor.image_processor, copy.deepcopy(text_tokenizer))
     processor.tokenizer.padding_side = "right"
     assert processor(text=["a", "a red circle"], return_tensors="pt")["attention_mask"][0].tolist() == [1, 0, 0]

@@ -79,6 +79,24 @@ def test_encode_ignores_autocast(model, grid):
         assert torch.equal(model.encode(pictures(grid, batch=8)), plain)
 
 
+def test_many_pictures_are_coded_some_at_a_time(model, monkeypatch):
+    source, batches = pictures((4, 4), batch=5), []
+    count = lambda module, args: batches.append(len(args[0]))  # noqa: E731
+    parts = (model.pixel_encoder, model.pixel_decoder)
+    handles = [part.register_forward_pre_hook(count) for part in parts]
+    correction = {"correction": SelfCorrection(), "seed": 1, "keys": "abcde"}
+    codes, corrected = model.encode(source), model.encode(source, **correction)
+    decoded = model.decode(codes, (4, 4))
+    monkeypatch.setattr("transformers_nextflow.modeling_nextflow_vq.PIXELS_AT_ONCE", 2 * source[0, 0].numel())
+    assert batches == [5, 5, 5]
+    assert torch.equal(model.encode(source), codes)
+    assert all(map(torch.equal, model.encode(source, **correction), corrected))
+    torch.testing.assert_close(model.decode(codes, (4, 4)), decoded, rtol=0, atol=1e-5)
+    assert batches[3:] == [2, 2, 1] * 3
+    for handle in handles:
+        handle.remove()
+
+
 @GRIDS
 def test_a_batch_is_each_image_alone(model, grid):
     source = pictures(grid)

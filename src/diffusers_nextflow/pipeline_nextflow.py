@@ -15,6 +15,7 @@ from transformers_nextflow.sampling import RowGenerators
 from .decoding import NextFlowDecoderMixin, StableNames
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
+MODEL_ARGUMENTS = ("use_safetensors", "variant", "device_map")
 
 
 class NextFlowPipeline(StableNames, DiffusionPipeline):
@@ -29,6 +30,7 @@ class NextFlowPipeline(StableNames, DiffusionPipeline):
 
     model_cpu_offload_seq = "model"
     _optional_components = ["decoder"]
+    _callback_tensor_inputs = ["codes"]
 
     def __init__(
         self,
@@ -45,8 +47,8 @@ class NextFlowPipeline(StableNames, DiffusionPipeline):
         """Also of a transformers checkpoint, a folder or Hub id that holds model and processor alone.
 
         Args:
-            kwargs: as in `DiffusionPipeline.from_pretrained`; of a transformers checkpoint, `dtype`, `decoder` and
-                the Hub's arguments.
+            kwargs: as in `DiffusionPipeline.from_pretrained`; of a transformers checkpoint, `dtype`, `decoder`,
+                `use_safetensors`, `variant`, `device_map`, and the Hub's arguments.
         """
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         try:
@@ -54,9 +56,11 @@ class NextFlowPipeline(StableNames, DiffusionPipeline):
         except OSError:  # no model_index.json
             decoder = kwargs.pop("decoder", None)
             dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", torch.float32))
-            if unknown := sorted(kwargs.keys() - hub.keys()):
+            if unknown := sorted(kwargs.keys() - {*hub, *MODEL_ARGUMENTS}):
                 raise ValueError(f"a transformers checkpoint does not take {', '.join(unknown)}") from None
-            model = NextFlowForConditionalGeneration.from_pretrained(pretrained_model_name_or_path, dtype=dtype, **hub)
+            model = NextFlowForConditionalGeneration.from_pretrained(
+                pretrained_model_name_or_path, dtype=dtype, **kwargs
+            )
             processor = NextFlowProcessor.from_pretrained(pretrained_model_name_or_path, **hub)
             return cls(model, processor, decoder)
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
@@ -91,6 +95,7 @@ class NextFlowPipeline(StableNames, DiffusionPipeline):
         return_dict: bool = True,
         num_inference_steps: int | None = None,
         callback_on_step_end: Callable[["NextFlowPipeline", int, int, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = (),
         decoder_kwargs: dict | None = None,
         **kwargs: Unpack[ImageGenerationKwargs],
     ) -> ImagePipelineOutput | tuple:
@@ -99,13 +104,17 @@ class NextFlowPipeline(StableNames, DiffusionPipeline):
         Args:
             prompt: one or several.
             image: one picture, or several, that belong to the only prompt; or a list of them for each prompt. Anything
-                the processor reads. Without a size, the output has that of each prompt's first picture.
+                the processor reads; floats are in [0, 1], as of other pipelines, and a batch of arrays or tensors is
+                a list. Without a size, the output has that of each prompt's first picture.
             negative_prompt: what guidance leads away from.
-            num_images_per_prompt, kwargs: as in `generate` of the model, whose defaults are in its configuration.
+            num_images_per_prompt, kwargs: as in `generate` of the model, whose defaults are in its configuration; what
+                is None says nothing.
             seed, generator: as there; the decoder's noise follows from them too. With both, as drivers of any
                 pipeline give them, the seed counts.
             num_inference_steps: of the decoder; the steps of the model are its scales, whatever this is.
-            callback_on_step_end: called after each scale of a picture with (pipeline, scale from 0 on, scale, {}).
+            callback_on_step_end: called after each scale of a picture with (pipeline, scale from 0 on, scale,
+                tensors).
+            callback_on_step_end_tensor_inputs: names of these tensors: `"codes"` alone, the picture's so far.
             output_type: `"pil"`, `"np"` (B, H, W, 3) in [0, 1], `"pt"` (B, 3, H, W) in [0, 1], or `"latent"`, the
                 codes (B, L).
             decoder_kwargs: of the decoder pipeline's call: `num_inference_steps`, `upscale`, `strength`, `prompt` (in
@@ -120,6 +129,10 @@ class NextFlowPipeline(StableNames, DiffusionPipeline):
         """
         if decoder_kwargs and self.decoder is None:
             raise ValueError(f"decoder_kwargs ({', '.join(decoder_kwargs)}) need a decoder, and the pipeline has none")
+        if unknown := sorted(set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)):
+            known = ", ".join(self._callback_tensor_inputs)
+            raise ValueError(f"callback_on_step_end_tensor_inputs must be of {known}, got {', '.join(unknown)}")
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         pictures = _pictures(image, len(prompts))
         chats = [
@@ -127,19 +140,28 @@ class NextFlowPipeline(StableNames, DiffusionPipeline):
             for own, text in zip(pictures, prompts)
         ]
         inputs = self.processor.apply_chat_template(
-            chats, generation_mode="image", negative_prompt=negative_prompt, sanitize_control_tokens=True
+            chats,
+            generation_mode="image",
+            negative_prompt=negative_prompt,
+            sanitize_control_tokens=True,
+            processor_kwargs={"do_rescale": False},
         )
-        if seed is not None:
-            generator = None
+        generator = None if seed is not None else generator
+        generators = RowGenerators.create(len(prompts), num_images_per_prompt, seed, generator).generators
+        of_decoder = [each.clone_state() for each in generators]
         if callback_on_step_end is not None:
-            kwargs["on_scale_end"] = lambda picture, scale, codes: callback_on_step_end(self, scale, scale, {})
+            names = callback_on_step_end_tensor_inputs
+
+            def tell(picture: int, scale: int, codes: torch.Tensor) -> None:
+                callback_on_step_end(self, scale, scale, {name: codes for name in names})
+
+            kwargs["on_scale_end"] = tell
         output = apply_forward_hook(NextFlowForConditionalGeneration.generate)(
             self.model,
             **inputs.to(self._execution_device),
             generation_mode="image",
             num_images_per_prompt=num_images_per_prompt,
-            seed=seed,
-            generator=generator,
+            generator=generators,
             return_dict_in_generate=True,
             **kwargs,
         )
@@ -147,11 +169,9 @@ class NextFlowPipeline(StableNames, DiffusionPipeline):
         if output_type == "latent":
             images = codes
         elif self.decoder is not None:
-            if seed is not None:
-                generator = RowGenerators.create(len(prompts), num_images_per_prompt, seed).generators
             if num_inference_steps is not None:
                 decoder_kwargs = {"num_inference_steps": num_inference_steps} | (decoder_kwargs or {})
-            images = self._draw(prompts, codes, grid, num_images_per_prompt, generator, output_type, decoder_kwargs)
+            images = self._draw(prompts, codes, grid, num_images_per_prompt, of_decoder, output_type, decoder_kwargs)
         else:
             pixels = self.model.model.vq_model.decode(codes, grid)
             if output_type == "pil":
@@ -182,7 +202,7 @@ def _pictures(image, num_prompts: int) -> list[list]:
     if image is None:
         return [[] for _ in range(num_prompts)]
     if not isinstance(image, (list, tuple)):
-        image = [image]
+        image = list(image) if getattr(image, "ndim", 3) == 4 else [image]
     nested = [isinstance(entry, (list, tuple)) for entry in image]
     if not any(nested) and num_prompts == 1:
         return [list(image)]

@@ -14,9 +14,9 @@ from .cache_name import CACHE
 from .contexts import read_prompts
 from .drawing import Forced, NextFlowOutputWithPictures, Sampler, draw_pictures
 from .image_codes import ImageCodesMixin
-from .image_generation import ImageGenerationConfig, ImageGenerationKwargs
+from .image_generation import ImageControls, ImageGenerationConfig, ImageGenerationKwargs
 from .interleaved import NextFlowInterleavedOutput, answer, next_turn
-from .prompts import Prompts
+from .prompts import Picture, Prompts
 from .sampling import RowGenerators
 from .text_generation import TextGenerationMixin
 
@@ -69,7 +69,7 @@ class NextFlowGenerationMixin(ImageCodesMixin, TextGenerationMixin):
                 `top_p` are the text's, as in transformers, and the pictures' go into `image_generation`. Without a
                 size, a picture of a prompt with images has the size of its first one.
 
-                Of both modes that draw: `attention_mask` (default: all but the padding before a prompt),
+                Of both modes that draw: `attention_mask` (default: all but the padding around a prompt),
                 `negative_input_ids` and `negative_attention_mask`, the null prompts (the template with the negative
                 prompt or nothing, and the same images; the processor gives them, else see [`null_prompt`]);
                 `pixel_values`, `image_codes`, `image_grid_hw` as in the model's forward; `seed`, `generator`, see
@@ -103,28 +103,39 @@ class NextFlowGenerationMixin(ImageCodesMixin, TextGenerationMixin):
         if generation_mode not in ("image", "interleaved"):
             raise ValueError(f'generation_mode must be "text", "image" or "interleaved", got {generation_mode!r}')
         names = Prompts.__dataclass_fields__.keys() & kwargs.keys()
-        pad_token_id = kwargs.get("pad_token_id", self.generation_config.pad_token_id)
+        if kwargs.get("input_ids") is None:
+            raise ValueError(f'generation_mode="{generation_mode}" reads prompts as input_ids, got none')
+        of_text = kwargs.get("generation_config") or self.generation_config
+        pad_token_id = kwargs.get("pad_token_id", of_text.pad_token_id)
         prompts = Prompts(**{name: kwargs.pop(name) for name in names}).checked(self.config, pad_token_id)
-        of_call = dict(getattr(kwargs.get("generation_config"), "image_generation", None) or {})
+        of_call = dict(getattr(of_text, "image_generation", None) or {})
         if isinstance(image_generation, ImageGenerationConfig):
             image_generation = image_generation.to_dict()
         of_call |= image_generation or {}
-        of_text = {"temperature", "top_k", "top_p"} if generation_mode == "interleaved" else set()
-        given = {name: kwargs.pop(name) for name in (IMAGE_KEYWORDS & kwargs.keys()) - of_text}
+        shared = {"temperature", "top_k", "top_p"} if generation_mode == "interleaved" else set()
+        given = {name: kwargs.pop(name) for name in (IMAGE_KEYWORDS & kwargs.keys()) - shared}
         of_call |= {name: value for name, value in given.items() if value is not None}
         if generation_mode == "image":
             of_call = _with_text_names(of_call, kwargs)
         settings = ImageGenerationConfig.from_dict(self.config.image_generation).updated(**of_call)
+        if generation_mode == "interleaved" and of_call.get("num_images_per_prompt", 1) != 1:
+            count = of_call["num_images_per_prompt"]
+            raise ValueError(f"num_images_per_prompt is of pictures alone, an answer draws its own, got {count}")
         with torch.no_grad():
+            pictures = prompts.pictures(self)
+            keeps_size = not {"aspect_ratio", "height", "width"} & of_call.keys()
+            firsts = [own[0][0] if own and keeps_size else None for own in pictures]
+            controls = settings.controls(settings.schedule(self.model.schedules, firsts))
             if generation_mode == "interleaved":
-                return answer(self, prompts, settings, **kwargs)
-            return self._draw(prompts, settings, not {"aspect_ratio", "height", "width"} & of_call.keys(), **kwargs)
+                return answer(self, prompts, pictures, controls, **kwargs)
+            return self._draw(prompts, pictures, controls, settings.num_images_per_prompt, **kwargs)
 
     def _draw(
         self,
         prompts: Prompts,
-        settings: ImageGenerationConfig,
-        keep_size: bool,
+        pictures: list[list[Picture]],
+        controls: ImageControls,
+        num_images: int,
         seed: int | Sequence[int] | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         forced_codes: torch.LongTensor | None = None,
@@ -136,14 +147,10 @@ class NextFlowGenerationMixin(ImageCodesMixin, TextGenerationMixin):
     ) -> torch.LongTensor | NextFlowImageOutput:
         if unknown := sorted(of_text.keys() - ABOUT_TEXT):
             raise ValueError(f"image generation does not know the arguments {', '.join(unknown)}")
-        pictures, device, boi = prompts.pictures(self), prompts.input_ids.device, self.config.boi_token_id
-        first = {own[0][0] for own in pictures if own} if keep_size else set()
-        if len(first) > 1:
-            raise ValueError(f"the prompts' first images have different grids, {sorted(first)}: say height and width")
-        schedule = settings.schedule(self.model.schedules, *first)
-        controls, num_prompts = settings.controls(schedule), len(prompts.input_ids)
+        device, boi = prompts.input_ids.device, self.config.boi_token_id
+        schedule, num_prompts = controls.schedule, len(pictures)
         rows, prompts = prompts.contexts(self.config, controls.roles_from(0))
-        generators = RowGenerators.create(num_prompts, settings.num_images_per_prompt, seed, generator)
+        generators = RowGenerators.create(num_prompts, num_images, seed, generator)
         forced = None
         if forced_codes is not None:
             codebook_size = self.config.vq_config.codebook_size
@@ -154,7 +161,7 @@ class NextFlowGenerationMixin(ImageCodesMixin, TextGenerationMixin):
         contexts = read_prompts(self, rows, pictures, schedule, device)
         num_logits = len(schedule) if output_logits is True else int(output_logits)
         sampler = Sampler(self, controls, generators, forced, num_logits)
-        codes, logits = draw_pictures(sampler, contexts, settings.num_images_per_prompt, on_scale_end)
+        codes, logits = draw_pictures(sampler, contexts, num_images, on_scale_end)
         if not return_dict_in_generate:
             return codes + self.config.text_vocab_size + self.id_shift(schedule)
         grids = torch.tensor(schedule.final_grid, device=codes.device).expand(len(codes), 2)

@@ -142,12 +142,23 @@ class ImageGenerationConfig:
             given |= {"height": None, "width": None}
         return replace(self, **given)
 
-    def schedule(self, table: ScheduleTable, picture: Grid | None = None) -> ScaleSchedule:
+    def schedule(self, table: ScheduleTable, pictures: Sequence[Grid | None] = (None,)) -> ScaleSchedule:
         """The schedule of the size asked for, or the nearest one.
 
         Args:
-            picture: final grid of the picture whose size is to be kept, at `level` if there is one.
+            pictures: of each prompt, the final grid of the picture whose size is to be kept, at `level` if there is
+                one; `None` where there is none.
+
+        Raises:
+            ValueError: if they ask for several schedules, as prompts with and without pictures may.
         """
+        schedules = {self._schedule_like(table, picture) for picture in pictures}
+        if len(schedules) > 1:
+            grids = sorted(schedule.final_grid for schedule in schedules)
+            raise ValueError(f"the prompts' first images have different grids, {grids}: say height and width")
+        return schedules.pop()
+
+    def _schedule_like(self, table: ScheduleTable, picture: Grid | None) -> ScaleSchedule:
         if picture is not None:
             own = table.by_grid(picture)
             return own if self.level is None else table.nearest_to_image(*table.image_size(own), self.level)

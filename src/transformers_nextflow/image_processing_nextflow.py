@@ -250,6 +250,9 @@ class NextFlowImageProcessor(ProcessorBringsCode, PilBackend):
     def _validate_preprocess_kwargs(self, do_resize=None, size=None, **kwargs):
         if size is not None:
             raise ValueError(f"sizes follow from the scale schedules: choose a level instead of a size, got {size}")
+        for name in ("do_center_crop", "crop_size", "do_pad", "pad_size"):
+            if kwargs.get(name):
+                raise ValueError(f"pictures are brought to their schedule's size alone, got {name}={kwargs[name]}")
         super()._validate_preprocess_kwargs(**kwargs)  # resizing needs no `size`, it follows from the schedules
 
     def _preprocess(

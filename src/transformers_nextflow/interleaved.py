@@ -16,12 +16,13 @@ from transformers.utils import logging
 
 from .contexts import Context, adapters_of, last_hidden, read_prompts
 from .drawing import NextFlowOutputWithPictures, Sampler, draw_scales, read_scale, telling
-from .image_generation import ImageControls, ImageGenerationConfig
+from .image_generation import ImageControls
 from .layout import num_image_slots
 from .lora import using_adapters
-from .prompts import Prompts, flat_images
+from .prompts import Picture, Prompts, flat_images
 from .sampling import RowGenerators, integer, sample
 from .scales import ScaleSchedule
+from .text_generation import check_unguided
 
 logger = logging.get_logger(__name__)
 
@@ -208,7 +209,8 @@ def split(contexts: Sequence[Context], rows: Collection[int]) -> tuple[list[Cont
 def answer(
     model,
     prompts: Prompts,
-    settings: ImageGenerationConfig,
+    pictures: list[list[Picture]],
+    controls: ImageControls,
     contexts: list[Context] | None = None,
     max_new_images: int = 16,
     seed: int | Sequence[int] | None = None,
@@ -245,15 +247,14 @@ def answer(
     generation_config.max_length = None
     if generation_config.max_new_tokens is None:
         generation_config.max_new_tokens = 512
-    schedule = settings.schedule(model.model.schedules)
-    controls, generators = settings.controls(schedule), RowGenerators.create(len(ids), 1, seed, generator)
+    check_unguided(generation_config)
+    schedule, generators = controls.schedule, RowGenerators.create(len(ids), 1, seed, generator)
     rows, prompts = prompts.contexts(model.config, controls.roles_from(0))
     if any(row[-1] == model.config.boi_token_id for row in rows[: len(ids)]):
         raise ValueError("a prompt of interleaved generation must not end in <boi>")
     model._prepare_special_tokens(generation_config, True, device=ids.device, batch_size=len(ids))
     if streamer is not None:
         streamer.put(ids.cpu())
-    pictures = prompts.pictures(model)
     contexts = read_prompts(model, rows, pictures, schedule, ids.device, contexts)
     pad_id = model.config.eoi_token_id if generation_config.pad_token_id is None else generation_config.pad_token_id
     answers = [

@@ -47,6 +47,7 @@ def lora_config(**kwargs) -> "LoraConfig":
 
 # What adapters have no place on, though it has linear layers: the frozen vision tokenizer, and a table of embeddings.
 LEFT_OUT = r"(.*\.)?(vq_model|scale_embedding)\..*"
+FROZEN = r"(.*\.)?vq_model(\..*)?"
 
 
 def place_adapters(model: "NextFlowPreTrainedModel", configs: dict[str, "PeftConfig"]) -> None:
@@ -56,8 +57,9 @@ def place_adapters(model: "NextFlowPreTrainedModel", configs: dict[str, "PeftCon
     as well, unless it is the embedding too, because it shares a softmax with `code_head`.
 
     Raises:
-        ValueError: if no adapter is left.
+        ValueError: if no adapter is left, or a part to be saved whole is the vision tokenizer's alone.
     """
+    model.base_model.vq_model.requires_grad_(False)  # `bias="all"` thaws some of it
     for path, module in list(model.named_modules()):
         if hasattr(module, "base_layer") and re.fullmatch(LEFT_OUT, path):
             model.set_submodule(path, module.base_layer)
@@ -66,14 +68,19 @@ def place_adapters(model: "NextFlowPreTrainedModel", configs: dict[str, "PeftCon
     linears = {path for path, layer in layers.items() if isinstance(layer, nn.Linear) and not path.startswith(inside)}
     linears = {path for path in linears if not re.fullmatch(LEFT_OUT, path)}
     for name, config in configs.items():
+        for part in getattr(config, "modules_to_save", None) or []:
+            places = [path for path in layers if path.split(".")[-1] == part]
+            if places and all(re.fullmatch(FROZEN, path) for path in places):
+                raise ValueError(f"modules_to_save of {name} must not train the frozen vision tokenizer, got {part}")
         targets = getattr(config, "target_modules", None)
         if not targets:
             continue
         adapted = {path for path, module in model.named_modules() if name in _adapters_on(module)}
         if not adapted:
             raise ValueError(f"adapters of {name} would all sit on the frozen vision tokenizer, got {targets}")
-        if not config.exclude_modules:
-            config.exclude_modules = LEFT_OUT
+        if getattr(config, "exclude_modules", LEFT_OUT):  # users say themselves what is left out, or the method cannot
+            continue
+        config.exclude_modules = LEFT_OUT
         if linears - adapted == {"lm_head"} and not model.config.tie_word_embeddings:
             from peft import inject_adapter_in_model
 
@@ -81,6 +88,11 @@ def place_adapters(model: "NextFlowPreTrainedModel", configs: dict[str, "PeftCon
             of_head.target_modules = {"lm_head"}
             inject_adapter_in_model(of_head, model, name)
             config.target_modules = {*targets, "lm_head"}
+
+
+def are_placed(configs: dict[str, "PeftConfig"]) -> bool:
+    """Whether [`place_adapters`] has seen all of them, or their users have said themselves what is left out."""
+    return all(getattr(config, "exclude_modules", LEFT_OUT) for config in configs.values())
 
 
 def _adapters_on(module: nn.Module) -> set[str]:

@@ -33,7 +33,7 @@ from .configuration_nextflow import NextFlowConfig
 from .features import scale_taps
 from .generation_nextflow import NextFlowGenerationMixin
 from .layout import ImageSpan, SequenceLayout, build_layout, check_codes, check_rows, find_images, text_positions
-from .lora import place_adapters
+from .lora import are_placed, place_adapters
 from .losses import joint_cross_entropy
 from .modeling_nextflow_vq import LibraryModel, NextFlowVQModel, unpatchify
 from .scales import ScaleSchedule
@@ -110,6 +110,12 @@ class NextFlowPreTrainedModel(LibraryModel):
         if name == "peft_config":  # what PEFT sets on a model that it has just put adapters on
             place_adapters(self, value)
         super().__setattr__(name, value)
+
+    def train(self, mode: bool = True):
+        """As of any module. Adapters that `PeftModel.add_adapter` has put on since find their places here."""
+        if mode and not are_placed(getattr(self, "peft_config", {})):
+            self.peft_config = self.peft_config  # PEFT adds to it, which the model is not told
+        return super().train(mode)
 
     def set_attn_implementation(self, attn_implementation: str | dict, **kwargs) -> None:
         """As of the library's models; flex attention is the decoder's alone, see [`NextFlowModel`]."""

@@ -29,6 +29,13 @@ from .remote_code import HasCode
 from .scales import Grid, ScaleSchedule
 from .utils.precision import AtLeastFloat32, without_autocast
 
+PIXELS_AT_ONCE = 2**21  # that are encoded or decoded at once: two pictures of 1024 x 1024
+
+
+def pictures_at_once(size: tuple[int, int]) -> int:
+    """How many pictures of (height, width) are encoded or decoded at once."""
+    return max(1, PIXELS_AT_ONCE // (size[0] * size[1]))
+
 
 def patchify(pixel_values: torch.Tensor, patch_size: int) -> torch.Tensor:
     """(B, 3, H, W) -> (B, h*w, p*p*3): patches row-major, each in (row, column, channel) order, as SigLIP2 reads."""
@@ -365,12 +372,14 @@ class NextFlowVQModel(AtLeastFloat32, LibraryModel):
             (B, L) int64 codes, scale by scale; with `correction` the pair (input codes, target codes).
         """
         schedule = self._schedule_of(pixel_values)
-        with without_autocast(pixel_values.device):
-            features = self.features(pixel_values.float())
-            output = self.quantizer.quantize(features, schedule, correction, seed, keys)
-        if correction is None:
-            return output.target_codes
-        return output.input_codes, output.target_codes
+        inputs, targets, count = [], [], pictures_at_once(pixel_values.shape[-2:])
+        for number, part in enumerate(pixel_values.split(count)):
+            own_keys = keys if keys is None else keys[number * count : (number + 1) * count]
+            with without_autocast(part.device):
+                output = self.quantizer.quantize(self.features(part.float()), schedule, correction, seed, own_keys)
+            inputs.append(output.input_codes)
+            targets.append(output.target_codes)
+        return torch.cat(targets) if correction is None else (torch.cat(inputs), torch.cat(targets))
 
     @torch.no_grad()
     def decode(self, codes: torch.Tensor, grid: Grid) -> torch.Tensor:
@@ -383,8 +392,9 @@ class NextFlowVQModel(AtLeastFloat32, LibraryModel):
         schedule = self.schedules.by_grid(grid)
         length = schedule.prefix(num_scales).num_codes
         self._check_codes(codes, schedule)
-        quantized = self.quantizer.decode(codes[:, :length], schedule)
-        return self._reconstruct(quantized, schedule).float().clamp(-1, 1)
+        parts = codes[:, :length].split(pictures_at_once(self.schedules.image_size(schedule)))
+        pictures = [self._reconstruct(self.quantizer.decode(part, schedule), schedule) for part in parts]
+        return torch.cat(pictures).float().clamp(-1, 1)
 
     @torch.no_grad()
     def condition_features(self, codes: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -130,6 +130,9 @@ class NextFlowProcessor(ProcessorBringsCode, ProcessorMixin):
         for name, given in (("text", text), ("negative_text", negative_text)):
             if given is not None:
                 _check_texts(name, given)
+        for name in ("videos", "audio"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"the processor reads texts and pictures, got {name}")
         if not kwargs.get("sanitize_control_tokens"):  # marked tokens are no placeholders
             text, negative_text = self._with_placeholders(text), self._with_placeholders(negative_text)
         if _is_empty(images):
@@ -230,8 +233,9 @@ class NextFlowProcessor(ProcessorBringsCode, ProcessorMixin):
         _check_chats(conversation)
         if add_generation_prompt is None:
             add_generation_prompt = not kwargs.get("continue_final_message") and _asks(conversation)
-        if kwargs.get("tools") and "tools" not in self._resolve_chat_template(chat_template):
-            raise ValueError("the chat template shows no tools: give one that does, or none of them")
+        for name in ("tools", "documents"):
+            if kwargs.get(name) and name not in self._resolve_chat_template(chat_template):
+                raise ValueError(f"the chat template shows no {name}: give one that does, or none of them")
         if generation_mode not in ("text", "image", "interleaved"):
             raise ValueError(f'generation_mode must be "text", "image" or "interleaved", got {generation_mode!r}')
         if generation_mode == "text" and negative_prompt is not None:

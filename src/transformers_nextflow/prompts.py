@@ -31,7 +31,7 @@ class Prompts:
     """A batch of prompts. Padding may stand anywhere.
 
     Attributes:
-        input_ids, attention_mask: (B, L) prompts; without a mask, the padding before a prompt is left out.
+        input_ids, attention_mask: (B, L) prompts; without a mask, the padding around a prompt is left out.
         negative_input_ids, negative_attention_mask: (B, L') their null prompts.
         pixel_values, image_codes, image_grid_hw: the prompts' images, as in the model's forward.
     """
@@ -51,7 +51,7 @@ class Prompts:
             ids, mask = (getattr(self, prefix + name) for name in ("input_ids", "attention_mask"))
             if ids is not None:
                 check_prompt(ids, mask, config.text_vocab_size, prefix + "input_ids")
-                found[prefix + "attention_mask"] = without_padding(ids, pad_token_id) if mask is None else mask
+                found[prefix + "attention_mask"] = without_padding(ids, pad_token_id, config) if mask is None else mask
         return replace(self, **found)
 
     def guided(self, config: NextFlowConfig) -> "Prompts":
@@ -139,12 +139,21 @@ def check_prompt(
         raise ValueError(f"the attention mask must leave every row of {name} a token")
 
 
-def without_padding(input_ids: torch.Tensor, pad_token_id: int | None) -> torch.Tensor:
-    """(B, L) int64, 0 at the padding before each row."""
+def without_padding(input_ids: torch.Tensor, pad_token_id: int | None, config: NextFlowConfig) -> torch.Tensor:
+    """(B, L) int64, 0 at the padding before each row and after it; what ends a text may end a prompt."""
     if pad_token_id is None:
         return torch.ones_like(input_ids)
-    mask = (input_ids != pad_token_id).long().cummax(dim=1).values
+    is_text = (input_ids != pad_token_id).long()
+    mask = is_text.cummax(dim=1).values
+    if pad_token_id not in end_ids(config):
+        mask = mask * is_text.flip(1).cummax(dim=1).values.flip(1)
     return mask.masked_fill(mask.sum(dim=1, keepdim=True) == 0, 1)  # nothing but padding is text
+
+
+def end_ids(config: NextFlowConfig) -> list[int]:
+    """Ids that end a text."""
+    ends = config.text_config.eos_token_id
+    return ends if isinstance(ends, list) else [ends]
 
 
 def unpadded(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> list[list[int]]:
@@ -182,8 +191,7 @@ def null_prompt(ids: list[int], config: NextFlowConfig) -> list[int]:
     """A null prompt made of a prompt's ids alone: its images, between what opens the first message and what ends it
     and opens the answer. For a chat of one message in ChatML this is the template without the user's text, as the
     processor makes it; of other prompts hardly more than the images is left."""
-    ends = config.text_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [ends]
+    ends = end_ids(config)
     last = max((place for place, token in enumerate(ids) if token in ends), default=len(ids))
     tail = ids[last:]
     # the answer's header begins as the first message's does, and is as long

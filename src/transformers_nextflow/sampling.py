@@ -216,7 +216,7 @@ class RowGenerators:
         seed, the n-th from (seed, n), whatever the other rows are. A list of generators has one for each row; a single
         one is that of the first row and gives the others their seeds, as torch's global one does without either.
         """
-        rows = num_prompts * images_per_prompt
+        seed, rows = plain(seed), num_prompts * images_per_prompt
         if seed is not None and generator is not None:
             raise ValueError("give either seed or generator, not both")
         if isinstance(generator, Sequence):

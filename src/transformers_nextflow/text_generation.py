@@ -1,7 +1,7 @@
 """What transformers' own loop over text needs to know about a model that reads pictures."""
 
 import torch
-from transformers import LogitsProcessor
+from transformers import GenerationConfig, LogitsProcessor
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_masks_for_generate
@@ -29,6 +29,12 @@ class TextTokens(LogitsProcessor):
         return scores
 
 
+def check_unguided(generation_config: GenerationConfig) -> None:
+    """Raise a `ValueError` where transformers' own guidance is asked for, which knows logits of text rows alone."""
+    if (plain(generation_config.guidance_scale) or 1.0) != 1.0:
+        raise ValueError(f"guidance_scale guides pictures, not text, got {generation_config.guidance_scale}")
+
+
 class TextGenerationMixin(GenerationMixin):
     """Text by next token."""
 
@@ -36,8 +42,6 @@ class TextGenerationMixin(GenerationMixin):
         """`generate` of transformers."""
         for name in ("negative_input_ids", "negative_attention_mask"):
             kwargs.pop(name, None)  # what the processor gives for guidance
-        if (plain(kwargs.get("guidance_scale")) or 1.0) != 1.0:
-            raise ValueError(f"guidance_scale guides pictures, not text, got {kwargs['guidance_scale']}")
         if input_ids is not None and kwargs.get("inputs_embeds") is None:
             cache = kwargs.get(CACHE, kwargs.get("past_key_values"))
             mask = kwargs.get("attention_mask") if cache is None else None
@@ -54,6 +58,7 @@ class TextGenerationMixin(GenerationMixin):
 
     def _get_logits_processor(self, generation_config, *args, device=None, **kwargs):
         """Text alone holds no tokens of images, unless one ends it."""
+        check_unguided(generation_config)
         processors = super()._get_logits_processor(generation_config, *args, device=device, **kwargs)
         config, ends = self.config, plain(generation_config.eos_token_id)
         ends = ends if isinstance(ends, list) else [ends]

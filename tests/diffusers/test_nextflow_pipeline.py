@@ -64,6 +64,7 @@ def test_a_generator_is_its_seed(tiny_model, tiny_processor):
         {"generator": [seeded()]},
         {"seed": 0, "generator": torch.Generator().manual_seed(5), "num_inference_steps": 50},
         {"seed": 0, "callback_on_step_end": lambda pipe, step, timestep, tensors: steps.append(step) or tensors},
+        {"seed": 0, "guidance_scale": None, "latents": None, "prompt_embeds": None, "height": None, "width": None},
     )
     for arguments in calls:
         assert torch.equal(pipe(PROMPTS[0], output_type="latent", **arguments).images, expected)
@@ -72,6 +73,25 @@ def test_a_generator_is_its_seed(tiny_model, tiny_processor):
     assert nearest.size == (16, 32)
     (edited,) = pipe("make it green", image=nearest, seed=1).images
     assert edited.size == nearest.size
+    drawn = []
+    called = {"callback_on_step_end": lambda pipe, step, timestep, tensors: drawn.append(tensors["codes"]) or tensors}
+    pipe(PROMPTS[0], seed=0, callback_on_step_end_tensor_inputs=["codes"], **called)
+    assert torch.equal(drawn[-1], expected[0]) and len(drawn) == 3
+    with pytest.raises(ValueError, match="must be of codes, got latents"):
+        pipe(PROMPTS[0], seed=0, callback_on_step_end_tensor_inputs=["latents"], **called)
+
+
+def test_a_picture_in_every_form(pipe):
+    """Floats in [0, 1], as other pipelines read and give them, alone and as a batch."""
+    source = pipe(PROMPTS[0], seed=0).images[0]
+    (expected,) = pipe("make it green", image=source, seed=1).images
+    array = np.asarray(source, dtype=np.float32) / 255
+    tensor = torch.from_numpy(array).permute(2, 0, 1)
+    for image in (array, tensor, array[None], tensor[None], [tensor], np.asarray(source)):
+        (edited,) = pipe("make it green", image=image, seed=1).images
+        assert np.array_equal(edited, expected)
+    both = pipe(["make it green"] * 2, image=torch.stack([tensor, tensor]), seed=1).images
+    assert np.array_equal(both[0], expected) and np.array_equal(both[1], expected)
 
 
 def test_ends_in_a_diffusion_decoder_and_round_trips(pipe, tmp_path):
@@ -91,6 +111,10 @@ def test_ends_in_a_diffusion_decoder_and_round_trips(pipe, tmp_path):
         captions = [prompt for prompt in PROMPTS for _ in range(2)]
         expected = unet(captions, codes, (3, 3), generator=seeded(), output_type="pt", **arguments).images
         torch.testing.assert_close(pictures, expected, rtol=0, atol=1e-5)
+        one = {"output_type": "pt", "decoder_kwargs": arguments}
+        by_seed = whole(PROMPTS[0], seed=0, **one).images
+        for generator in (seeded(), [seeded()]):
+            assert torch.equal(whole(PROMPTS[0], generator=generator, **one).images, by_seed)
     assert whole(PROMPTS[0], decoder_kwargs={"num_inference_steps": 1, "upscale": 2}).images[0].size == (48, 48)
 
     whole.save_pretrained(tmp_path)
@@ -110,7 +134,10 @@ def seeded() -> torch.Generator:
 def test_neither_pipeline_nor_transformers_checkpoint(tiny_checkpoint, tmp_path):
     with pytest.raises(OSError):
         NextFlowPipeline.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="does not take variant"):
+    with pytest.raises(ValueError, match="does not take scheduler"):
+        NextFlowPipeline.from_pretrained(tiny_checkpoint, scheduler=None)
+    assert NextFlowPipeline.from_pretrained(tiny_checkpoint, use_safetensors=True).decoder is None
+    with pytest.raises(OSError, match="model.fp16.safetensors"):
         NextFlowPipeline.from_pretrained(tiny_checkpoint, variant="fp16")
 
 
