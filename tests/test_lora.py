@@ -218,6 +218,15 @@ def test_biases_of_the_vision_tokenizer_stay_frozen():
     assert any("bias" in name for name in trained) and not any("vq_model" in name for name in trained)
 
 
+def test_rows_of_embeddings_are_trained_beside_adapters():
+    config = peft.LoraConfig(target_modules="all-linear", trainable_token_indices={"embed_tokens": [1, BOI]}, r=2)
+    adapted = peft.get_peft_model(tiny_model(), config)
+    before = train(adapted, batch(tiny_model()))
+    changed = {name for name, tensor in adapted.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert any("trainable_tokens_delta" in name for name in changed)
+    assert not any("vq_model" in name for name in adapters_of(adapted))
+
+
 def test_methods_that_can_exclude_nothing():
     adapted = peft.get_peft_model(tiny_model(), peft.VeraConfig(target_modules="all-linear", r=2))
     layers = {name.split(".vera_")[0] for name, parameter in adapted.named_parameters() if parameter.requires_grad}

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -97,7 +98,7 @@ def are_placed(configs: dict[str, "PeftConfig"]) -> bool:
 
 def _adapters_on(module: nn.Module) -> set[str]:
     """Names of the adapters that PEFT has put on this layer."""
-    parts = [getattr(module, part) for part in getattr(module, "adapter_layer_names", ())]
+    parts = [attrgetter(part)(module) for part in getattr(module, "adapter_layer_names", ())]
     return {name for part in parts for name in part}
 
 

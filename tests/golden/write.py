@@ -189,6 +189,7 @@ def turns(model, inputs: dict[str, dict]) -> dict[str, torch.Tensor]:
     """Answers of words and pictures, a second turn over the first one's cache, and words alone."""
     options = {"generation_mode": "interleaved", "max_new_tokens": 10, "max_new_images": 2, **FEW_WORDS}
     options["image_generation"] = {"guidance_scale": 2.0, "image_guidance_scale": 1.5, "top_k": 20}
+    options["image_generation"]["aspect_ratio"] = "1:1"  # whatever the prompts' pictures are
     first = model.generate(**inputs["chats"], **options, do_sample=True, seed=4)
     following = model.next_turn(first, **inputs["next turn"])
     second = model.generate(**following, **options, do_sample=False, seed=5)
