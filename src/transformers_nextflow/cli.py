@@ -537,19 +537,28 @@ class Address:
 
 
 @command(app)
-def serve(address: Address, limits: Limits, model: Model = None) -> None:
+def serve(
+    address: Address,
+    limits: Limits,
+    model: Model = None,
+    exact: Annotated[bool, Option("--exact", help="In float64: no request sees the rounding of its company.")] = False,
+) -> None:
     """OpenAI's API over HTTP: pictures, edits, chats. Ends on SIGTERM, after what it has accepted."""
     try:
         import uvicorn
 
         from .serving.app import create_app
+        from .serving.jobs import make_exact
     except ImportError as error:
         raise ValueError(
             f"serve needs a package that is not installed ({error}): pip install 'transformers-nextflow[serve]'"
         ) from error
     name = model_name(model)
     served_name = Path(name).resolve().name if Path(name).is_dir() else name
-    web_app = create_app(*load_model(name), served_name, limits, address.api_key)
+    loaded, processor = load_model(name)
+    if exact:
+        make_exact(loaded)
+    web_app = create_app(loaded, processor, served_name, limits, address.api_key)
     uvicorn.run(web_app, host=address.host, port=address.port)
 
 

@@ -1,5 +1,4 @@
-"""What a server answers is what the model itself gives, whoever else asks; the rounding of batches does not show in so
-small a model."""
+"""What a server answers is what the model itself gives, whoever else asks."""
 
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +24,8 @@ from tests.serving.servers import (
     running,
     until,
 )
+from transformers_nextflow import NextFlowForConditionalGeneration
+from transformers_nextflow.serving.jobs import make_exact
 
 TALL, SQUARE = photo(16, 32), photo(24, 24, seed=1)
 
@@ -209,10 +210,31 @@ def ask(address: str, number: int) -> tuple:
     ), number
 
 
-def test_requests_together_get_what_each_gets_alone(tiny_model, tiny_processor):
+@pytest.fixture
+def exact_model(tiny_checkpoint):
+    model = NextFlowForConditionalGeneration.from_pretrained(tiny_checkpoint).eval()
+    make_exact(model)
+    return model
+
+
+def test_exact_logits_do_not_depend_on_their_company(exact_model, tiny_processor):
+    prompts = ["a red circle", "a blue square above a star", "two"]
+    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+
+    def logits(chats: list, seeds: list[int]) -> torch.Tensor:
+        inputs = tiny_processor.apply_chat_template(chats, generation_mode="image")
+        settings = {"generation_mode": "image", "output_logits": True, "return_dict_in_generate": True}
+        return torch.cat(exact_model.generate(**inputs, seed=seeds, **settings).logits, dim=1)
+
+    together = logits(chats, [0, 1, 2])
+    for number, chat in enumerate(chats):
+        assert torch.equal(logits([chat], [number])[0], together[number])
+
+
+def test_requests_together_get_what_each_gets_alone(exact_model, tiny_processor):
     numbers = range(48)
-    with running(tiny_model, tiny_processor) as address, ThreadPoolExecutor(16) as threads:
-        with held(tiny_model) as let_go:
+    with running(exact_model, tiny_processor) as address, ThreadPoolExecutor(16) as threads:
+        with held(exact_model) as let_go:
             together = [threads.submit(ask, address, number) for number in numbers]
             until(lambda: accepted(address) == 16)
             let_go.set()

@@ -217,6 +217,14 @@ class Studio:
         return answers
 
 
+def make_exact(model: NextFlowForConditionalGeneration) -> None:
+    """Let the decoder, what feeds it, and the heads run in float64: what a batch's rounding changes is then lost where
+    logits are rounded to float32, so that a request gets in company what it gets alone."""
+    core = model.model
+    for module in (core.language_model, core.connector, core.scale_embedding, model.lm_head, model.code_head):
+        module.double()
+
+
 def pictures_of(chat: Chat) -> list[Image.Image]:
     """The pictures of a chat in order."""
     return [item["image"] for message in chat for item in message["content"] if item["type"] == "image"]
