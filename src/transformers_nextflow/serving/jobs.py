@@ -144,7 +144,7 @@ class Studio:
         elif picture is not None:
             grid = self.processor.image_processor.schedule_of(picture.height, picture.width).final_grid
         try:
-            height, width = table.image_size(settings.schedule(table, grid))
+            height, width = table.image_size(settings.schedule(table, [grid]))
         except ValueError as error:
             raise RequestError(f"size: {error}", "size") from error
         if height * width > self.limits.max_pixels:
