@@ -125,14 +125,15 @@ class Studio:
         arguments = text_sampling(self.model, self.processor, max_new_tokens, **sampling)
         if "image" in asked.modalities:
             check_pictures(asked.max_images, self.limits, "max_images")
-            height, width = self._size(asked)
+            height, width = self._size(asked, *pictures_of(chat)[:1])
             drawn = {"height": height, "width": width}
             if asked.guidance_scale is not None:
                 drawn["guidance_scale"] = asked.guidance_scale
             arguments |= {"max_new_images": asked.max_images, "image_generation": drawn}
         else:
+            height, width = self._size(Controls())  # of nothing, but one for all chats
             unguided = {"guidance_scale": 1.0, "image_guidance_scale": 1.0}
-            arguments |= {"max_new_images": 0, "image_generation": unguided}
+            arguments |= {"max_new_images": 0, "image_generation": {"height": height, "width": width, **unguided}}
         return Job(chat, "interleaved", arguments, seed, asked.negative_prompt or "", 1, "messages")
 
     def _size(self, asked: Controls, picture: Image.Image | None = None) -> tuple[int, int]:
