@@ -59,7 +59,10 @@ def held(model) -> Iterator[threading.Event]:
 
 
 def until(condition: Callable[[], bool]) -> None:
+    """Wait for a condition; a server that fails never fulfils it."""
+    patience = time.monotonic() + 120
     while not condition():
+        assert time.monotonic() < patience, "the server did not get there"
         time.sleep(0.005)
 
 
