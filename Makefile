@@ -43,6 +43,13 @@ compat: $(INSTALLED)
 	$(PYTHON) -m pip install -c constraints.txt accelerate fastapi openai peft trl uvicorn
 	PYTHONPATH=src:. $(PYTHON) -m tests.compat.run
 
+# a sample of small faults in training and losses, which the tests should notice: make mutants SEED=1 NUMBER=30
+SEED := 0
+NUMBER := 30
+mutants: $(INSTALLED)
+	$(PYTHON) -m pip install -c constraints.txt cosmic-ray==8.7.0
+	$(PYTHON) -m benchmarks.mutants --seed $(SEED) --number $(NUMBER)
+
 lint: $(INSTALLED)
 	$(PYTHON) -m ruff check .
 
