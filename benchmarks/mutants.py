@@ -32,7 +32,7 @@ Span = tuple[tuple[int, int], tuple[int, int]]  # (line, column) of begin and en
 
 
 def sample(modules: list[str], number: int, seed: int) -> list[MutationSpec]:
-    """At most `number` faults of different places, the same for a seed while the modules are; more begin with fewer."""
+    """At most `number` faults of different places, the same ones first whatever the number."""
     with use_db(":memory:") as database:
         init(map(Path, modules), database, operator_cfgs={})
         faults = [mutation for item in database.work_items for mutation in item.mutations]

@@ -1,7 +1,9 @@
 """Chats of a dataset as batches, and TRL's trainers of answers and preferences on pictures."""
 
 import copy
+import inspect
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,7 @@ from transformers_nextflow.training import (
     NextFlowTrainer,
     NextFlowTrainingArguments,
 )
+from transformers_nextflow.training.joint_head import add_joint_head
 from transformers_nextflow.training.preferences import PreferenceCollator
 
 
@@ -205,6 +208,31 @@ def test_answers_are_trained_by_the_models_own_loss(adapted, model, tiny_process
     }
     assert moved == set(before) and any("code_head" in name for name in moved)
     assert trainer.evaluate()["eval_loss"] < losses[0]
+
+
+def test_what_trl_reads_is_of_the_distributions_of_the_whole_forward(model, tiny_processor):
+    batch = ChatCollator(tiny_processor)(CHATS)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values", "image_grid_hw")}
+    supervised = batch["shift_labels"] != -100
+    weights = torch.where(torch.arange(supervised.numel()).view(supervised.shape) % 3 == 0, 0.0, 0.5) * supervised
+    outputs = model(**inputs, shift_labels=batch["shift_labels"])
+    signature = inspect.signature(model.forward)
+    add_joint_head(model, nullcontext)
+    scored = model(**inputs, shift_labels=batch["shift_labels"], loss_weights=weights, fused_lm_head=True)
+    assert inspect.signature(model.forward) == signature  # `generate` looks at it
+    torch.testing.assert_close(model(**inputs, shift_labels=batch["shift_labels"]).loss, outputs.loss)
+
+    counts, logps = weights != 0, outputs.logits.float().log_softmax(-1)
+    assert torch.equal(scored.label_mask, counts) and 0 < counts.sum() < supervised.sum()
+    torch.testing.assert_close(scored.log_probs, -outputs.token_losses * weights)
+    likeliest = (outputs.token_losses + logps.amax(-1)).abs() < 1e-6
+    assert torch.equal(scored.is_top1.bool(), likeliest & counts)
+    for name, expected in {
+        "entropy": torch.special.entr(logps.exp()).sum(-1),
+        "mean_logits": outputs.logits.mean(-1),
+        "log_sum_sq_probs": logps.exp().square().sum(-1).log(),
+    }.items():
+        torch.testing.assert_close(getattr(scored, name), expected * counts, msg=name)
 
 
 def test_what_pictures_cannot_be_trained_with_is_refused(model, tiny_processor, tmp_path):
