@@ -409,6 +409,41 @@ def test_what_is_logged_of_each_scale(model, tmp_path):
     assert row["perplexity_scale_3"] <= row["usage_scale_3"] * 24 + 1e-9
 
 
+def brighten_(model) -> None:
+    """Let reconstructions leave the range of pixels, on both sides."""
+    with torch.no_grad():
+        model.pixel_decoder.conv_out.bias += torch.linspace(-1, 1, 12)
+
+
+def test_what_is_logged_is_of_all_pictures_since_the_last_log(model, tmp_path):
+    brighten_(model)
+    values = {"max_steps": 4, "logging_steps": 2, "learning_rate": 0.0, "scale_drop": 0.0}
+    run = trainer(prepare_vq_stage(model, "pixel"), tmp_path, **values)
+    run.train()
+    order = list(run._order)
+    for row, indices in zip(run.state.log_history, (order[:2], order[2:4])):
+        errors, values, codes, residuals = [], [], {}, {}
+        for index in indices:
+            pixels = Pictures()[index]["pixel_values"]
+            output = model(pixels, pixel_only=True)
+            errors.append(F.mse_loss(output.reconstruction, pixels).item())
+            clamped = (output.reconstruction.clamp(-1, 1) - pixels).square().flatten(1).mean(1)
+            values.append((-10 * torch.log10(clamped / 4)).mean().item())
+            schedule = model.schedules.by_size(*pixels.shape[-2:])
+            for scale in range(len(schedule)):
+                chosen = output.quantization.target_codes[:, schedule.slice(scale)].flatten()
+                codes.setdefault(scale, []).append(chosen)
+                residuals.setdefault(scale, []).append(output.quantization.residual_norms[scale].item())
+        assert row["loss_reconstruction"] == pytest.approx(np.mean(errors), rel=1e-5)
+        assert row["psnr"] == pytest.approx(np.mean(values), rel=1e-5)
+        for scale, chosen in codes.items():
+            shares = torch.cat(chosen).bincount(minlength=24) / len(torch.cat(chosen))
+            assert row[f"usage_scale_{scale + 1}"] == pytest.approx((shares > 0).float().mean().item())
+            perplexity = torch.special.entr(shares).sum().exp().item()
+            assert row[f"perplexity_scale_{scale + 1}"] == pytest.approx(perplexity, rel=1e-5)
+            assert row[f"residual_scale_{scale + 1}"] == pytest.approx(np.mean(residuals[scale]), rel=1e-5)
+
+
 def test_unused_entries_restart_from_what_was_looked_up(model, tmp_path):
     with torch.no_grad():
         model.quantizer.pixel_codebook[7:] = 100.0  # normalised they are all alike, the first of them wins
@@ -437,17 +472,29 @@ def test_both_halves_restart_in_the_joint_stage(model, tmp_path):
 
 
 def test_evaluation_measures_whole_pictures_and_draws_a_sheet(model, tmp_path):
+    brighten_(model)
     run = trainer(prepare_vq_stage(model, "pixel"), tmp_path, scale_drop=1.0)
     metrics = run.evaluate(Pictures())
-    values = []
+    values, shown = [], []
     for index in range(6):
         pixels = Pictures()[index]["pixel_values"]
-        error = (model(pixels, pixel_only=True).reconstruction.clamp(-1, 1) - pixels).square().flatten(1).mean(1)
+        rebuilt = model(pixels, pixel_only=True).reconstruction.clamp(-1, 1)
+        error = (rebuilt - pixels).square().flatten(1).mean(1)
         values += (-10 * torch.log10(error / 4)).tolist()
+        shown += zip(pixels, rebuilt)
     assert metrics["eval_psnr"] == pytest.approx(np.mean(values), abs=1e-4)
     assert -1 <= metrics["eval_ssim"] <= 1
     with Image.open(tmp_path / "reconstructions" / "step-0.png") as sheet:
         assert sheet.size == (8 * 16, 2 * 12)
+        drawn = np.asarray(sheet)
+    expected = np.full_like(drawn, 255)
+    for column, pair in enumerate(shown[:8]):
+        for row, picture in enumerate(pair):
+            _, height, width = picture.shape
+            levels = (picture.permute(1, 2, 0).detach().numpy() / 2 + 0.5) * 255
+            expected[12 * row : 12 * row + height, 16 * column : 16 * column + width] = np.round(levels)
+    assert np.abs(drawn.astype(int) - expected).max() <= 1  # of 255, where rounding may go either way
+    assert (expected[:12] == drawn[:12]).mean() > 0.99
 
 
 def test_items_of_a_batch_count_by_their_pictures(model, tmp_path):

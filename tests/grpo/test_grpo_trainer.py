@@ -560,6 +560,8 @@ def test_fields_that_say_nothing_about_pictures_are_refused(tmp_path, name):
         ({"importance_sampling_level": "sequence"}, "importance_sampling_level must be one of token, scale"),
         ({"reward_weights": [1.0, 2.0]}, "reward_weights must have 1 entries, got 2"),
         ({"vmr_continuations": 0}, "vmr_continuations must be at least 1"),
+        ({"vmr_eta": 0.0}, "vmr_eta positive, got 1 and 0.0"),
+        ({"reward_timeout": 0.0}, "reward_timeout must be positive, got 0.0"),
         ({"rollout_level": "512"}, "512"),
         ({"sync_ref_model": True}, "sync_ref_model needs beta > 0"),
     ],
@@ -567,6 +569,24 @@ def test_fields_that_say_nothing_about_pictures_are_refused(tmp_path, name):
 def test_wrong_settings_are_refused(policy, tiny_processor, tmp_path, values, message):
     with pytest.raises(ValueError, match=message):
         trainer(policy, tiny_processor, tmp_path, **values)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"vmr_continuations": 2, "vmr_eta": 1e-3, "reward_timeout": 1e-3},
+        {"text_temperature": 1e-3, "text_loss_weight": 1e-3, "optimize": "both", "max_completion_length": 1},
+        {"optimize": "both", "vmr_continuations": 2},
+        {"gradient_accumulation_steps": 2, "steps_per_generation": 3},
+        {"gradient_accumulation_steps": 6, "steps_per_generation": 3},
+        {"gradient_accumulation_steps": 6, "steps_per_generation": 3, "num_iterations": 2},
+    ],
+)
+def test_settings_at_their_limits_are_taken(tmp_path, values):
+    quiet = {"use_cpu": True, "bf16": False, "report_to": "none"}
+    batch = {"num_generations": 2, "per_device_train_batch_size": 2}
+    config = NextFlowGRPOConfig(str(tmp_path), **quiet, **batch, **values)
+    assert {name: getattr(config, name) for name in values} == values
 
 
 def test_too_few_prompts_and_missing_images_are_refused(policy, tiny_processor, tmp_path):
