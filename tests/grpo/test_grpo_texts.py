@@ -99,6 +99,8 @@ def test_texts_are_drawn_with_their_own_controls(policy, tiny_processor, control
     )[:, inputs["input_ids"].shape[1] :]
     expected = [row[row != config.boi_token_id].tolist() for row in greedy]
     assert rollouts.texts() == [text for text in expected for _ in range(2)]
+    of_texts = rollouts.sampling_logps[:, : rollouts.text_mask.shape[1]]
+    torch.testing.assert_close(of_texts, torch.zeros_like(of_texts), atol=1e-3, rtol=0)  # nothing else could be drawn
 
 
 def test_probabilities_of_text_are_over_what_can_be_written(policy, tiny_processor):
