@@ -1,11 +1,13 @@
 """The Trainer's loss by hand and over every split of a step, exact resume, what is logged, stages and adapters."""
 
 import copy
+import itertools
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from transformers_nextflow.lora import lora_config
 from transformers_nextflow.losses import IGNORE
 from transformers_nextflow.training import NextFlowTrainer, NextFlowTrainingArguments, load_stages
 from transformers_nextflow.training import attention_logits as training_logits
+from transformers_nextflow.training import trainer as trainer_module
 
 ROOT = Path(__file__).parents[2]
 
@@ -141,6 +144,27 @@ def test_watching_the_attention_compiles_nothing_anew(logging, dataset, data_mod
         logged.append([row["max_attention_logit"] for row in run.state.log_history if "loss" in row])
     assert logged[1] == pytest.approx(logged[0], rel=1e-5) and logged[0]
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize(
+    "logging, logs",
+    [
+        ({"logging_strategy": "epoch", "max_steps": 6}, 2),  # after 4 steps, and the last
+        ({"logging_strategy": "epoch", "logging_first_step": True, "max_steps": 4}, 2),
+        ({"logging_strategy": "no", "max_steps": 2}, 0),
+        ({"logging_strategy": "no", "logging_first_step": True, "max_steps": 2}, 1),
+        ({"logging_steps": 3, "max_steps": 6}, 2),
+        ({"logging_steps": 3, "logging_first_step": True, "max_steps": 4}, 2),
+    ],
+)
+def test_one_batch_before_each_log_is_watched(logging, logs, dataset, data_model, tmp_path, monkeypatch):
+    watched, enter = [], training_logits.LargestAttentionLogit.__enter__
+    monkeypatch.setattr(
+        training_logits.LargestAttentionLogit, "__enter__", lambda self: (watched.append(self), enter(self))[1]
+    )
+    run = train(copy.deepcopy(data_model), dataset, tmp_path, gradient_accumulation_steps=2, **logging)
+    rows = [row["max_attention_logit"] for row in run.state.log_history if "loss" in row]
+    assert rows == [float(each.value) for each in watched] and len(rows) == logs
 
 
 def check_evaluations(evaluated: list[dict], model, packs: list[dict], collator) -> None:
@@ -285,8 +309,11 @@ def test_the_attention_is_not_watched_if_asked(dataset, data_model, tmp_path, mo
     assert "max_attention_logit" not in run.state.log_history[0] and "loss_text" in run.state.log_history[0]
 
 
-def test_flops_are_the_cost_models_and_mfu_is_their_share_of_the_peak(dataset, data_model, tmp_path):
-    packs = {"max_steps": 1, "gradient_accumulation_steps": 8}
+def test_flops_are_the_cost_models_and_mfu_is_their_share_of_the_peak(dataset, data_model, tmp_path, monkeypatch):
+    """By a clock on which each of two steps takes a quarter of a second."""
+    ticks = itertools.count(step=0.25)
+    monkeypatch.setattr(trainer_module, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    packs = {"max_steps": 2, "logging_steps": 2, "gradient_accumulation_steps": 4}
     logged = train(copy.deepcopy(data_model), dataset, tmp_path, peak_flops=1e12, **packs).state.log_history[0]
     collator, work = PackCollator(dataset), [0, 0, 0]
     for index in range(len(dataset)):
@@ -295,7 +322,8 @@ def test_flops_are_the_cost_models_and_mfu_is_their_share_of_the_peak(dataset, d
         work[1] += int(visible(data_model, batch).sum())
         work[2] += int((batch["shift_labels"] != IGNORE).sum())
     flops = sum(count * each for count, each in zip(work, CostModel.from_config(data_model.config).coefficients))
-    assert logged["flops_per_second"] / logged["tokens_per_second"] == pytest.approx(flops / work[0])
+    assert logged["tokens_per_second"] == pytest.approx(work[0] / 0.5)
+    assert logged["flops_per_second"] == pytest.approx(flops / 0.5)
     assert logged["mfu"] == pytest.approx(logged["flops_per_second"] / 1e12)
 
 

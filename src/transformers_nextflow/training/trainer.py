@@ -144,10 +144,11 @@ class NextFlowTrainer(OrderedTrainer):
         if not gradients.sync_gradients:
             return False
         step = self.state.global_step + 1
+        if args.logging_first_step and step == 1:  # whatever the strategy
+            return True
         if args.logging_strategy == "epoch":
             return gradients.end_of_dataloader or step == self.state.max_steps
-        by_steps = step % self.state.logging_steps == 0 or (args.logging_first_step and step == 1)
-        return args.logging_strategy == "steps" and by_steps
+        return args.logging_strategy == "steps" and step % self.state.logging_steps == 0
 
     def blank(self, item: dict) -> dict:
         return item | {"shift_labels": np.full_like(item["shift_labels"], IGNORE)}
