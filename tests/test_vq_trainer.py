@@ -565,6 +565,25 @@ def test_ssim_is_wangs_and_lpips_is_measured_where_a_network_is(model, tmp_path)
     assert run.evaluate(Pictures())["eval_lpips"] == pytest.approx(np.mean(values), rel=1e-5)
 
 
+def test_ssim_of_small_pictures_has_the_largest_window_that_fits():
+    """5 x 6 and 4 x 6 pixels: windows of 5 and 3, wherever they fit whole; twice the pixel range of [0, 1]."""
+    one, other = torch.rand(2, 1, 3, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    for height, edge in ((5, 5), (4, 3)):
+        line = torch.exp(-((torch.arange(edge) - edge // 2).double() ** 2) / (2 * 1.5**2))
+        weights, values = torch.outer(line, line) / line.sum() ** 2, []
+        for colour in range(3):
+            for top in range(height - edge + 1):
+                for left in range(6 - edge + 1):
+                    a, b = (each[0, colour, top : top + edge, left : left + edge] for each in (one, other))
+                    mean_a, mean_b = (weights * a).sum(), (weights * b).sum()
+                    variances = (weights * (a - mean_a) ** 2).sum() + (weights * (b - mean_b) ** 2).sum()
+                    covariance = (weights * (a - mean_a) * (b - mean_b)).sum()
+                    luminance = (2 * mean_a * mean_b + 0.02**2) / (mean_a**2 + mean_b**2 + 0.02**2)
+                    values.append(luminance * (2 * covariance + 0.06**2) / (variances + 0.06**2))
+        got = ssim(one[..., :height, :].float(), other[..., :height, :].float())
+        torch.testing.assert_close(got, torch.stack(values).mean()[None], rtol=1e-5, atol=1e-6)
+
+
 def test_two_processes_evaluate_as_one(model, tmp_path):
     """Five batches, which do not divide evenly."""
     five = torch.utils.data.Subset(Pictures(), range(5))

@@ -5,6 +5,7 @@ import io
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from PIL import Image
 from test_grpo_trainer import moved, state, trainer
 from transformers import CLIPConfig, CLIPModel
 
-from transformers_nextflow.training.grpo import RewardError
+from transformers_nextflow.training.grpo import RewardError, reward_models
 from transformers_nextflow.training.grpo.reward_models import ClipScore, RewardServer, TextMatch
 
 
@@ -31,13 +32,17 @@ class TinyProcessor:
         return BatchFeature({"pixel_values": pixels, "input_ids": torch.tensor(ids)})
 
 
-def test_clip_scores_are_the_models_similarities():
+def tiny_clip() -> CLIPModel:
     torch.manual_seed(0)
     text = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "eos_token_id": 49}
     text |= {"num_attention_heads": 2, "max_position_embeddings": 8}
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision |= {"image_size": 8, "patch_size": 4}
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).eval()
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).eval()
+
+
+def test_clip_scores_are_the_models_similarities():
+    model = tiny_clip()
     images, prompts = [picture(1), picture(2)], [chat("red"), "blue"]
     inputs = TinyProcessor()(images, ["red", "blue"], True, True, "pt")
     with torch.no_grad():
@@ -91,6 +96,30 @@ def test_a_reward_server_gets_pictures_and_columns_and_is_asked_again(server):
     assert reward(images=images, prompts=[chat("white"), "black"], number=[3, 4], other=[0, 0]) == [1.0, 0.0]
     assert len(server.requests) == 3
     assert server.requests[0]["prompts"] == ["white", "black"] and server.requests[0]["columns"] == {"number": [3, 4]}
+
+
+def test_a_reward_server_is_given_twice_the_time_after_each_failure(server, monkeypatch):
+    pauses = []
+    monkeypatch.setattr(reward_models, "time", SimpleNamespace(sleep=pauses.append))
+    server.statuses = [500] * 4
+    with pytest.raises(ConnectionError, match="failed 4 times"):
+        RewardServer(f"http://127.0.0.1:{server.server_port}/", retries=3)(images=[picture(1)], prompts=["x"])
+    assert pauses == [1, 2, 4] and len(server.requests) == 4
+
+
+@pytest.mark.parametrize(("model_type", "padding"), [("clip", True), ("siglip", "max_length")])
+def test_texts_are_padded_as_the_model_was_trained(model_type, padding):
+    asked = []
+
+    class Noting(TinyProcessor):
+        def __call__(self, *args, **kwargs):
+            asked.append(kwargs["padding"])
+            return super().__call__(*args, **kwargs)
+
+    model = tiny_clip()
+    model.config.model_type = model_type
+    ClipScore(model, Noting())(images=[picture(1)], prompts=["red"])
+    assert asked == [padding]
 
 
 def test_a_reward_server_at_fault_is_named(server):
