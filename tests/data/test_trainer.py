@@ -26,6 +26,7 @@ from transformers_nextflow.losses import IGNORE
 from transformers_nextflow.training import NextFlowTrainer, NextFlowTrainingArguments, load_stages
 from transformers_nextflow.training import attention_logits as training_logits
 from transformers_nextflow.training import trainer as trainer_module
+from transformers_nextflow.training.order import EvenShares
 
 ROOT = Path(__file__).parents[2]
 
@@ -290,6 +291,25 @@ def test_every_epoch_sees_all_packs_in_an_order_of_its_own(dataset, data_model, 
     train(copy.deepcopy(data_model), dataset, tmp_path, max_steps=8, gradient_accumulation_steps=2)
     first, second = seen[:8], seen[8:16]
     assert sorted(first) == sorted(second) == list(range(8)) and first != second
+
+
+@pytest.mark.parametrize("count, multiple, length", [(5, 4, 8), (8, 4, 8), (1, 3, 3), (4, 1, 4)])
+def test_shares_of_an_evaluation_are_even_and_no_item_counts_twice(count, multiple, length):
+    items = [{"place": place} for place in range(count)]
+    shares = EvenShares(items, multiple, lambda item: item | {"blank": True})
+    got = [shares[place] for place in range(len(shares))]
+    assert len(got) == length and got[:count] == items
+    assert got[count:] == [{"place": place % count, "blank": True} for place in range(count, length)]
+
+
+def test_data_is_ordered_by_its_own_seed(dataset, data_model, tmp_path, monkeypatch):
+    read, seen = PackedDataset.__getitem__, []
+    monkeypatch.setattr(PackedDataset, "__getitem__", lambda self, index: (seen.append(index), read(self, index))[1])
+    packs = {"max_steps": 1, "gradient_accumulation_steps": 8}
+    for values in ({"data_seed": 3}, {"seed": 3}, {"seed": 3, "data_seed": 0}):
+        train(copy.deepcopy(data_model), dataset, tmp_path, **packs | values)
+    own, same, other = seen[:8], seen[8:16], seen[16:]
+    assert own == same != other and sorted(own) == sorted(other) == list(range(8))
 
 
 def test_workers_that_outlive_an_epoch_are_told_the_next(dataset, data_model, tmp_path):
