@@ -1,7 +1,7 @@
 import pytest
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def address(tiny_model, tiny_processor):
     """Of a server with low limits."""
     from tests.serving.servers import running
