@@ -1,0 +1,112 @@
+"""Preferences between pictures: `python -m benchmarks.preferences MODEL --data runs/emoji/data --json`.
+
+Pairs of seen pictures: chosen is the one that the prompt asks for, rejected the same thing in another style. From one
+checkpoint, with equal adapters, steps and rates:
+
+- `preferred`: `NextFlowDPOTrainer` on the codes of the first scales;
+- `supervised`: the control, `NextFlowSFTTrainer` on the chosen pictures alone.
+
+Scored are drawings of `--prompts` held-out pairs of name and style, before and after: the share of right pictures,
+names and styles, and the differences to before with their 95% intervals. `--split dev` is for choosing settings.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from PIL import Image
+from trl import DPOConfig, SFTConfig
+
+from benchmarks.harness import machine, report
+from examples.emoji.artist import Artist
+from examples.emoji.evaluate import load_artist
+from examples.emoji.intervals import paired_difference, proportion
+from examples.emoji.scoring import DRAWING, Exam, judged
+from examples.emoji.splits import PAIR
+from examples.emoji.tasks import Tasks
+from examples.emoji.world import World
+from transformers_nextflow.lora import lora_config
+from transformers_nextflow.training import NextFlowDPOTrainer, NextFlowSFTTrainer
+
+OUTPUT = Path(__file__).parent / "results" / "preferences.json"
+ANSWER = [{"role": "assistant", "content": [{"type": "image"}]}]
+
+
+def pairs(tasks: Tasks, world: World, count: int, seed: int) -> list[dict]:
+    """Rows for TRL: prompts of training, the picture asked for, and one of the name in another style."""
+    others: dict[str, list[int]] = {}
+    for row in world.seen:
+        others.setdefault(world.names[row], []).append(row)
+    rows, number = [], 0
+    while len(rows) < count:
+        item = tasks.draw("text-to-image", "train", number, seed)
+        target, number = item.targets[0], number + 1
+        different = [row for row in others[world.names[target]] if world.twins[row] != world.twins[target]]
+        if different:
+            pictures = [Image.fromarray(world.pictures[row]) for row in (target, different[number % len(different)])]
+            rows.append({"prompt": " ".join(item.user), "chosen": ANSWER, "rejected": ANSWER, "images": pictures})
+    return rows
+
+
+def train(arm: str, artist: Artist, rows: list[dict], args: argparse.Namespace) -> None:
+    """Train adapters of the artist's model, and leave them in its weights."""
+    options = {"learning_rate": args.learning_rate, "num_train_epochs": args.epochs, "seed": args.seed}
+    options |= {"per_device_train_batch_size": 8, "save_strategy": "no", "report_to": "none", "logging_steps": 5}
+    options |= {"output_dir": "runs/preferences", "use_cpu": not torch.cuda.is_available(), "bf16": True}
+    shared = {"processing_class": artist.processor, "peft_config": lora_config(r=8)}
+    if arm == "preferred":
+        trainer = NextFlowDPOTrainer(
+            artist.model,
+            args=DPOConfig(**options, beta=args.beta),
+            train_dataset=Dataset.from_list(rows),
+            num_scales=args.num_scales,
+            **shared,
+        )
+    else:
+        chosen = [
+            {"prompt": row["prompt"], "completion": row["chosen"], "images": row["images"][:1]} for row in rows
+        ]
+        trainer = NextFlowSFTTrainer(
+            artist.model, args=SFTConfig(**options), train_dataset=Dataset.from_list(chosen), **shared
+        )
+    trainer.train()
+    artist.model = trainer.model.merge_and_unload().eval()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--data", type=Path, default=Path("runs/emoji/data"))
+    parser.add_argument("--split", choices=("test", "dev"), default="test")
+    parser.add_argument("--prompts", type=int, default=1_000)
+    parser.add_argument("--pairs", type=int, default=200)
+    parser.add_argument("--num-scales", type=int, default=4)
+    parser.add_argument("--beta", type=float, default=0.1)
+    parser.add_argument("--epochs", type=float, default=3)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    verdicts = {}
+    for arm in ("before", "preferred", "supervised"):
+        artist = load_artist(args.model, args.data, device)
+        tasks = Tasks.of(artist.world)
+        if arm != "before":
+            train(arm, artist, pairs(tasks, artist.world, args.pairs, args.seed), args)
+        exam = Exam(artist, tasks, args.split, args.prompts)
+        items = exam.items("text-to-image", "", (PAIR,))
+        verdicts[arm] = judged(exam, artist.draw(items), [item.targets[0] for item in items], DRAWING)
+    result = {"machine": machine(device), "settings": {name: str(value) for name, value in vars(args).items()}}
+    for arm, values in verdicts.items():
+        result[arm] = {measure: proportion(right) for measure, right in values.items()}
+        if arm != "before":
+            difference = {name: paired_difference(right, verdicts["before"][name]) for name, right in values.items()}
+            result[f"{arm} - before"] = difference
+    report(result, args.json, args.output)
+
+
+if __name__ == "__main__":
+    main()
