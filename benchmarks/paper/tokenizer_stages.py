@@ -26,6 +26,7 @@ from examples.emoji.tokenizer import BATCH, DECAY_SHARE, PEAK, RESTART_STEPS, Em
 from examples.emoji.world import World, to_pixel_values
 from transformers_nextflow import NextFlowVQModel
 from transformers_nextflow.training import NextFlowVQTrainingArguments, prepare_vq_stage
+from transformers_nextflow.training.metrics import psnr
 
 from .arms import Claim, conduct
 
@@ -70,12 +71,12 @@ def measure(model: NextFlowVQModel, world: World, count: int) -> dict[str, float
     pixels = to_pixel_values([world.pictures[row] for row in rng.sample(rows, min(count, len(rows)))])
     masks = [[True] + [rng.random() < 0.5 for _ in SCHEDULES[0][1:]] for _ in range(MASKS)]
 
-    def psnr(keep_scales: list[bool] | None = None) -> float:
+    def mean_psnr(keep_scales: list[bool] | None = None) -> float:
         rebuilt = model(pixels, keep_scales=keep_scales).reconstruction.clamp(-1, 1)
-        return float(-10 * torch.log10((rebuilt - pixels).square().flatten(1).mean(1) / 4).mean())
+        return float(psnr(rebuilt, pixels).mean())
 
     model.eval()
-    return {"psnr": round(psnr(), 3), "dropped_psnr": round(sum(map(psnr, masks)) / MASKS, 3)}
+    return {"psnr": round(mean_psnr(), 3), "dropped_psnr": round(sum(map(mean_psnr, masks)) / MASKS, 3)}
 
 
 def run_arm(folder: Path, arm: str, seed: int, options) -> dict:

@@ -6,7 +6,6 @@ the places.
 Shape suffixes: B pictures of one grid, L codes, H W pixels of the coded picture.
 """
 
-import io
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from torch.utils.data import Dataset
 
 from transformers_nextflow import NextFlowImageProcessor, NextFlowVQModel
 from transformers_nextflow.data import Document, DocumentReader, ExtractionSettings, Source, open_shards
-from transformers_nextflow.data.documents import MAX_IMAGES
+from transformers_nextflow.data.documents import MAX_IMAGES, open_image
 from transformers_nextflow.data.shards import (
     Shard,
     decodable_codes,
@@ -139,7 +138,7 @@ class PictureBatches(Dataset):
     def pixels(self, image: bytes | str, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
         """(3, H, W) as it is coded, and (3, upscale * H, upscale * W) to draw, both in [-1, 1]."""
         table = self.image_processor.schedule_table()
-        with _open(image) as opened:
+        with open_image(image) as opened:
             picture = self.image_processor.process_image(opened, do_convert_rgb=True)
         if not isinstance(picture, Image.Image):  # of more than 8 bits
             picture = Image.fromarray((picture.transpose(1, 2, 0) * 255).round().astype(np.uint8))
@@ -172,7 +171,7 @@ def source_pictures(
             for place, image in enumerate(document.images):
                 if not document.supervised_images[place]:
                     continue
-                with _open(image) as opened:
+                with open_image(image) as opened:
                     height, width = upright_size(opened)
                 schedule = schedules.nearest_to_image(height, width, level)
                 wanted = schedules.image_size(schedule)
@@ -258,7 +257,3 @@ def condition_of(vq_model: NextFlowVQModel, batch: Mapping) -> torch.Tensor:
         codes = vq_model.encode(pixels.to(vq_model.device))
     device = vq_model.quantizer.pixel_codebook.device
     return torch.cat(vq_model.condition_features(codes.to(device), grid), dim=1)
-
-
-def _open(image: bytes | str) -> Image.Image:
-    return Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)

@@ -24,6 +24,11 @@ DECODER_LINEARS = r"(.*\.)?language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|
 CODE_MODULES = ["code_head", "code_embeddings"]
 
 
+def below_adapters(model: nn.Module) -> nn.Module:
+    """The model that PEFT has wrapped, or itself where it has not."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def lora_config(**kwargs) -> "LoraConfig":
     """A `peft.LoraConfig` for [`NextFlowForConditionalGeneration`], to be changed by `kwargs` of the same names.
 

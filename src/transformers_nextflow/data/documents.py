@@ -16,6 +16,7 @@ is `None` is no chat but running text and pictures, all of it supervised; it sta
 """
 
 import hashlib
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -97,6 +98,11 @@ class Document:
 
 def is_supervised(role: str | None) -> bool:
     return role in (None, "assistant")
+
+
+def open_image(image: bytes | str) -> Image.Image:
+    """An encoded picture or a path of a [`Document`], opened but not decoded."""
+    return Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
 
 
 class Skipped(Exception):

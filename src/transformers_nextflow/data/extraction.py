@@ -6,7 +6,6 @@ and the shards come out the same. A picture that cannot be read costs its docume
 """
 
 import functools
-import io
 import json
 import shutil
 from collections import Counter
@@ -26,7 +25,7 @@ from ..modeling_nextflow_vq import unpatchify
 from ..quantizer import SelfCorrection
 from ..scales import ScaleSchedule
 from ..utils.files import read_json, write_atomically
-from .documents import MAX_IMAGES, Document, DocumentReader, Skipped, Transformations, is_supervised
+from .documents import MAX_IMAGES, Document, DocumentReader, Skipped, Transformations, is_supervised, open_image
 from .sequences import DocumentTokenizer
 from .shards import (
     FORMAT_VERSION,
@@ -332,7 +331,7 @@ class Extractor:
 
     def _schedule_of(self, image: bytes | str) -> ScaleSchedule:
         try:
-            with _open(image) as picture:
+            with open_image(image) as picture:
                 height, width = upright_size(picture)
         except DAMAGED as error:
             raise Skipped("unreadable image", str(error)) from error
@@ -466,7 +465,7 @@ class Extractor:
 
 def pixels_of(image_processor: NextFlowImageProcessor, image: bytes | str, schedule: ScaleSchedule) -> torch.Tensor:
     """(3, H, W) float32 in [-1, 1] of the schedule's size."""
-    with _open(image) as picture:
+    with open_image(image) as picture:
         data = image_processor(picture, level=image_processor.schedule_table().level_of(schedule.final_grid))
     grid = tuple(int(n) for n in data["image_grid_hw"][0])
     if grid != schedule.final_grid:
@@ -493,10 +492,6 @@ class PictureReader(Dataset):
             return pixels_of(self.image_processor, *self.images[index])
         except UNREADABLE as error:
             return f"{type(error).__name__}: {error}"
-
-
-def _open(image: bytes | str) -> Image.Image:
-    return Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
 
 
 def _log(key: str, reason: str, detail: str) -> dict:

@@ -23,6 +23,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from ..layout import SequenceLayout, build_layout
+from ..lora import below_adapters
 from ..losses import IGNORE
 from .sequences import SequenceSpec
 from .shards import Shard, check_identity, identity_of, images_of, open_shards, sequence_spec
@@ -118,7 +119,7 @@ class PackedDataset(PackReader):
     def __init__(self, name: str | Path, model, processor, seed: int = 0, hashes: bool = True):
         first = int(os.environ.get("LOCAL_RANK", 0)) == 0
         folder, manifest = open_shards(name, "packs", hashes and first)
-        model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        model = below_adapters(model)
         check_identity(manifest, identity_of(model.config, processor, model.base_model.vq_model))
         super().__init__(folder, manifest, sequence_spec(manifest["identity"]), seed)
         self.padded, self.config = manifest["padded"], model.config

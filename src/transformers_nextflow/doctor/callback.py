@@ -5,6 +5,7 @@ from pathlib import Path
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from ..lora import below_adapters
 from ..training.fsdp import whole_weights
 from .examination import Diagnosis, examine
 from .report import headline, write_report
@@ -46,8 +47,7 @@ class DoctorCallback(TrainerCallback):
             return
         model = model.module if hasattr(model, "module") else model  # below a wrapper of devices
         with whole_weights(model):
-            base = model.get_base_model() if hasattr(model, "get_base_model") else model
-            diagnosis = examine(base, self.processor, packs=self.packs)
+            diagnosis = examine(below_adapters(model), self.processor, packs=self.packs)
         self.diagnoses[state.global_step] = diagnosis
         if not state.is_world_process_zero:
             return

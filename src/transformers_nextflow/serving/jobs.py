@@ -53,8 +53,8 @@ class Job:
 
     def fits(self, other: "Job") -> bool:
         """Whether both can be one call of `generate`."""
-        is_masked = self.kept is None, other.kept is None
-        return self.mode == other.mode and self.arguments == other.arguments and is_masked[0] == is_masked[1]
+        is_alike = self.mode == other.mode and (self.kept is None) == (other.kept is None)
+        return is_alike and self.arguments == other.arguments
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from ..data.documents import Document, Message
+from ..data.loading import collate
 from ..data.sequences import DocumentTokenizer, SequenceSpec, SpecialIds
 from ..losses import IGNORE
 from ..processing_nextflow import NextFlowProcessor
@@ -69,12 +71,10 @@ class ChatCollator:
             grids += [each["image_grid_hw"] for each in pictures]
         multiple = self.pad_to_multiple_of or 1
         length = -(-max(len(row["input_ids"]) for row in rows) // multiple) * multiple
-        fills = {"input_ids": self.spec.special.pad, "document_ids": -1, "labels": IGNORE, "shift_labels": IGNORE}
-        batch = {}
-        for name, fill in fills.items():
-            padded = [np.pad(row[name], (0, length - len(row[name])), constant_values=fill) for row in rows]
-            batch[name] = torch.from_numpy(np.stack(padded))
+        batch = collate(rows, self.spec.special.pad, padded=False, pad_to=length)
         batch["attention_mask"] = (batch["document_ids"] >= 0).long()
+        # the Hugging Face way, where text is not moved; what stands at <boi> and <image> is a marker in both
+        batch["labels"] = F.pad(batch["shift_labels"][:, :-1], (1, 0), value=IGNORE)
         if grids:
             batch |= {"pixel_values": torch.cat(pixel_values), "image_grid_hw": torch.cat(grids)}
         return batch
@@ -97,9 +97,12 @@ class ChatCollator:
         length = len(row["input_ids"])
         if self.max_length is not None and length > self.max_length:
             raise ValueError(f"{where} has {length} positions, more than max_length={self.max_length}")
-        # the Hugging Face way, where text is not moved; what stands at <boi> and <image> is a marker in both
-        row["labels"] = np.append(IGNORE, row["shift_labels"][:-1])
-        return row, pictures
+        return row | {"image_grid_hw": grids[:0]}, pictures  # which come as pixels, not as codes
+
+
+def has_pictures(dataset) -> bool:
+    """Whether TRL takes a dataset for one with pictures: by the columns of its first row."""
+    return bool({"image", "images"} & set(next(iter(dataset))))
 
 
 def as_chat(row: Mapping[str, Any], where: str) -> list[dict]:

@@ -4,7 +4,6 @@ Nothing here is new: pictures are coded and packed as of `data`, trained on by [
 way by [`SamplesCallback`]. A stopped run goes on where it was by the same call.
 """
 
-import io
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +20,7 @@ from transformers.utils import logging
 from ..data import BatchPadding, CostModel, Document, DocumentReader, ExtractionSettings, PackedDataset, Source
 from ..data import extract as extract_documents
 from ..data import pack as pack_documents
-from ..data.documents import Skipped, draw
+from ..data.documents import Skipped, draw, open_image
 from ..data.extraction import UNREADABLE, check_plan
 from ..data.inspection import draw_sheet
 from ..data.shards import write_json
@@ -215,7 +214,7 @@ def _check_enough(count: int) -> None:
 
 def _decode(image: bytes | str) -> None:
     """Raise one of `UNREADABLE` for what is no whole picture."""
-    with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as picture:
+    with open_image(image) as picture:
         picture.load()
 
 

@@ -9,6 +9,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from transformers import TrainerCallback
 
+from ..lora import below_adapters
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
@@ -56,7 +58,7 @@ class WholeHeadsCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if not isinstance(model, FSDPModule):
             return
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = below_adapters(model)
         heads = [head for head in (base.lm_head, base.code_head) if isinstance(head, FSDPModule)]
         for head in heads:
             head._forward_pre_hooks.clear()

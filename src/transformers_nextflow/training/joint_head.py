@@ -2,15 +2,16 @@
 
 import functools
 import types
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
+from ..lora import below_adapters
 from ..losses import in_chunks
 from ..modeling_nextflow import NextFlowForConditionalGeneration
 
@@ -35,7 +36,7 @@ class JointHeadOutput(ModelOutput):
     label_mask: torch.Tensor | None = None
 
 
-def add_joint_head(model: NextFlowForConditionalGeneration, autocast: Callable[[], AbstractContextManager]) -> None:
+def add_joint_head(model: nn.Module, accelerator: Accelerator) -> None:
     """Let `model(..., shift_labels=..., fused_lm_head=True)` score text and pictures under the model's joint softmax,
     weighed by `loss_weights` (B, L), or else as eq. 2 says.
 
@@ -43,16 +44,17 @@ def add_joint_head(model: NextFlowForConditionalGeneration, autocast: Callable[[
     calls without `fused_lm_head` leaves the model as it was.
 
     Args:
-        model: after a TRL trainer has prepared it, below the wrappers of devices and adapters.
-        autocast: the precision of the trainer's forwards.
+        model: as a TRL trainer has prepared it, in wrappers of devices and adapters or not.
+        accelerator: of the trainer, whose precision its forwards have.
     """
+    model = below_adapters(accelerator.unwrap_model(model))
     before = model.forward
 
     @functools.wraps(type(model).forward)  # `generate` looks at the signature
     def forward(self, *args, fused_lm_head: bool = False, **inputs):
         if not fused_lm_head:
             return before(*args, **inputs)
-        with autocast():
+        with accelerator.autocast():
             return _score(self, *args, **inputs)
 
     model.forward = types.MethodType(forward, model)

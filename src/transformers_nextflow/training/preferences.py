@@ -8,7 +8,7 @@ from trl import DPOConfig, DPOTrainer
 
 from ..losses import IGNORE
 from ..processing_nextflow import NextFlowProcessor
-from .chats import ChatCollator, as_messages, with_images
+from .chats import ChatCollator, as_messages, has_pictures, with_images
 from .joint_head import add_joint_head
 
 
@@ -43,7 +43,7 @@ class NextFlowDPOTrainer(DPOTrainer):
         if num_scales is not None and num_scales < 1:
             raise ValueError(f"num_scales must be at least 1, got {num_scales}")
         super().__init__(model, ref_model, args, data_collator, train_dataset, *positional, **kwargs)
-        if not {"image", "images"} & set(next(iter(train_dataset))):
+        if not has_pictures(train_dataset):
             return
         if self.ld_alpha is not None:
             raise ValueError(f"ld_alpha is for texts of different lengths, got {self.ld_alpha}")
@@ -51,9 +51,7 @@ class NextFlowDPOTrainer(DPOTrainer):
             lengths = {"max_length": self.args.max_length, "pad_to_multiple_of": self.args.pad_to_multiple_of}
             self.data_collator = PreferenceCollator(self.processing_class, num_scales, **lengths)
         for model in [self.model] if self.ref_model is None else [self.model, self.ref_model]:
-            model = self.accelerator.unwrap_model(model)
-            base = model.get_base_model() if hasattr(model, "get_base_model") else model
-            add_joint_head(base, self.accelerator.autocast)
+            add_joint_head(model, self.accelerator)
 
 
 class PreferenceCollator(ChatCollator):
@@ -80,9 +78,8 @@ class PreferenceCollator(ChatCollator):
         starts = (batch["input_ids"] == self.spec.special.boi).nonzero().tolist()
         for (row, start), grid in zip(starts, batch.get("image_grid_hw", torch.empty(0, 2)).tolist()):
             schedule = self.spec.schedules.by_grid(tuple(grid))
-            if self.num_scales is not None and self.num_scales < len(schedule):
-                first = start + schedule.prefix(self.num_scales).num_codes
-                scored[row, first : start + schedule.num_codes] = False
+            counted = schedule.prefix(min(self.num_scales or len(schedule), len(schedule)))
+            scored[row, start + counted.num_codes : start + schedule.num_codes] = False
         batch |= {"completion_mask": scored.long(), "loss_weights": scored.float()}
         return {name: value for name, value in batch.items() if name not in ("labels", "document_ids")}
 

@@ -2,7 +2,7 @@
 
 from trl import SFTConfig, SFTTrainer
 
-from .chats import ChatCollator
+from .chats import ChatCollator, has_pictures
 from .joint_head import add_joint_head
 
 
@@ -24,7 +24,7 @@ class NextFlowSFTTrainer(SFTTrainer):
 
     def __init__(self, model, args: SFTConfig | None = None, data_collator=None, train_dataset=None, **kwargs):
         super().__init__(model, args, data_collator, train_dataset, **kwargs)
-        if not {"image", "images"} & set(next(iter(train_dataset))):
+        if not has_pictures(train_dataset):
             return
         if self.args.loss_type != "nll":
             raise ValueError(f'loss_type must be "nll" where there are pictures, got {self.args.loss_type!r}')
@@ -33,6 +33,4 @@ class NextFlowSFTTrainer(SFTTrainer):
         if data_collator is None:
             lengths = {"max_length": self.args.max_length, "pad_to_multiple_of": self.args.pad_to_multiple_of}
             self.data_collator = ChatCollator(self.processing_class, **lengths)
-        model = self.accelerator.unwrap_model(self.model)
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        add_joint_head(base, self.accelerator.autocast)
+        add_joint_head(self.model, self.accelerator)

@@ -13,6 +13,7 @@ from ..attention import attended_pairs
 from ..data.costs import CostModel
 from ..data.loading import PackCollator
 from ..liger import register_liger_kernel
+from ..lora import below_adapters
 from ..losses import IGNORE
 from ..modeling_nextflow import NextFlowOutput
 from .attention_logits import LargestAttentionLogit
@@ -104,8 +105,7 @@ class NextFlowTrainer(OrderedTrainer):
     @property
     def _nextflow(self):
         """The model below the wrappers of devices and adapters."""
-        model = self.accelerator.unwrap_model(self.model)
-        return model.get_base_model() if hasattr(model, "get_base_model") else model
+        return below_adapters(self.accelerator.unwrap_model(self.model))
 
     def train(self, *args, **kwargs):
         check_trained(self.model)

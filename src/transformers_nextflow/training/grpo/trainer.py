@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
 from ...data.inspection import draw_sheet
+from ...lora import below_adapters
 from ...modeling_nextflow import NextFlowForConditionalGeneration
 from ...processing_nextflow import NextFlowProcessor
 from ...utils.files import write_atomically
@@ -130,9 +131,8 @@ class NextFlowGRPOTrainer(Trainer):
             if hasattr(model, "peft_config"):
                 raise ValueError("the model has adapters, which are trained on: leave peft_config out, or merge them")
             model = get_peft_model(model, peft_config)
-        is_adapted = hasattr(model, "get_base_model")
-        base = model.get_base_model() if is_adapted else model
-        if not is_adapted:
+        base = below_adapters(model)
+        if base is model:
             base.model.vq_model.requires_grad_(False)
         elif args.gradient_checkpointing:
             model.enable_input_require_grads()
@@ -165,8 +165,7 @@ class NextFlowGRPOTrainer(Trainer):
     @property
     def _nextflow(self) -> NextFlowForConditionalGeneration:
         """The model below the wrappers of devices and adapters."""
-        model = self.accelerator.unwrap_model(self.model)
-        return model.get_base_model() if hasattr(model, "get_base_model") else model
+        return below_adapters(self.accelerator.unwrap_model(self.model))
 
     @property
     def _batches_of_generation(self) -> int:
