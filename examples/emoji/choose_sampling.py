@@ -21,7 +21,7 @@ from .splits import PAIR
 from .tasks import Tasks
 
 GUIDANCE = (1.0, 2.0, 3.0, 5.0, LinearRamp(1.0, 3.0), LinearRamp(1.0, 6.0))
-TEMPERATURE = (1.0, 0.7, 0.5, LinearRamp(1.0, 0.4))
+TEMPERATURE = (1.0, 0.7, LinearRamp(1.0, 0.4), LinearRamp(1.0, 0.1))
 
 
 def setting(value: float | LinearRamp) -> float | list[float]:
