@@ -17,8 +17,9 @@ runs/emoji/data: | $(INSTALLED)
 	$(PYTHON) -m pip install -c constraints.txt -e '.[emoji]'
 	PYTHONPATH=src:. $(PYTHON) -m examples.emoji.data --output $@
 
+# two files at a time, one thread each: what is tested is tiny
 test: lint
-	$(PYTHON) -m pytest -q
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist loadfile
 
 # transformers' own tests, on this project's classes
 common-tests: $(INSTALLED)
