@@ -39,7 +39,7 @@ from transformers_nextflow import (
     drawing,
     generation_nextflow,
 )
-from transformers_nextflow.contexts import Context
+from transformers_nextflow.contexts import Contexts
 from transformers_nextflow.flops import image_passes, model_cost
 
 from . import decode
@@ -107,7 +107,7 @@ class Drawing:
 
         measured = {
             "prompt": (generation_nextflow, "read_prompts"),
-            "scale steps": (Context, "read_scale"),
+            "scale steps": (Contexts, "read_scale"),
             "code head": (self.model.code_head, "forward"),
             "guidance": (drawing, "guide"),
             "sampling": (drawing, "sample"),
@@ -138,7 +138,7 @@ def without(model: NextFlowForConditionalGeneration) -> dict[str, Callable]:
 
     def masked(self, inputs, positions, ids, mask=None, in_block=False):
         if in_block:
-            keys = self.length + inputs.shape[1]
+            keys = len(self.token_ids[0]) + inputs.shape[1]
             shape = (len(inputs), 1, inputs.shape[1], keys)
             mask = {"full_attention": torch.ones(shape, dtype=torch.bool, device=inputs.device)}
         read(self, inputs, positions, ids, mask=mask)
@@ -150,10 +150,10 @@ def without(model: NextFlowForConditionalGeneration) -> dict[str, Callable]:
         yield
         model.model.language_model.set_attn_implementation(before)
 
-    read = Context.read
+    read = Contexts.read
     return {
         "only the code rows of the heads": lambda: mock.patch.object(model.code_head, "forward", both_heads),
-        "attention without a mask": lambda: mock.patch.object(Context, "read", masked),
+        "attention without a mask": lambda: mock.patch.object(Contexts, "read", masked),
         "PyTorch's fused attention": eager,
     }
 

@@ -203,7 +203,7 @@ def test_a_second_turn_reads_only_what_is_new(request, name, image_generation, b
     inputs = with_nulls(model, following, [[*NEXT_NULL[0], new_picture], *NEXT_NULL[1:]][rows])
     inputs = model.next_turn(first, **inputs)
     cache = inputs.pop("contexts")
-    held = [context.length for context in cache for _ in context.rows]
+    held = [len(ids) for ids in cache.token_ids]
     whole, all_tokens, _ = forwarded(model, lambda: answer(model, inputs, image_generation, seed=1))
     cached, new_tokens, counted = forwarded(
         model, lambda: answer(model, inputs | {"contexts": cache}, image_generation, seed=1)

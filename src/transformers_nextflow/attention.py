@@ -4,6 +4,9 @@ Masks are built by transformers' own functions, so that every attention backend 
 own backend gets segments (`block_attention.py`).
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedConfig
@@ -14,6 +17,20 @@ from .block_attention import BLOCKS, segments_of
 from .cache_name import CACHE
 
 FLEX = "flex_attention"
+
+
+@dataclass(frozen=True)
+class CachesApart:
+    """Takes the place of a cache in the decoder for rows that have read differently much: all layers run over them as
+    one batch, and the rows of each cache attend apart, without a mask, to all they have read and to each new position.
+
+    Attributes:
+        caches: of neighbouring rows.
+        counts: how many rows each is of.
+    """
+
+    caches: Sequence[Cache]
+    counts: Sequence[int]
 
 
 def sequence_mask(

@@ -1,12 +1,13 @@
-"""Contexts: rows of one length over a cache of their own, which read prompts, tokens and scales.
+"""Contexts: what the rows of a call have read, over caches of their own; they read prompts, tokens and scales.
 
-Rows of different lengths run apart, so that a scale step never has a mask: its positions see all that their row has
-read, and each other.
+Rows of one length share a cache. A step of rows of several lengths runs as one batch, and each cache's rows attend
+apart, so that a scale step never has a mask: its positions see all that their row has read, and each other.
 
-Shape suffixes: R rows of a call, r rows of a context, L prompt, l new positions, D hidden.
+Shape suffixes: R rows of a call, r rows of one cache, B pictures, L prompt, l new positions, D hidden.
 """
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers.cache_utils import Cache, DynamicCache
 
-from .attention import sequence_mask
+from .attention import CachesApart, sequence_mask
 from .cache_name import CACHE
 from .layout import build_layout, scale_coordinates
 from .lora import adapter_names, using_adapters
@@ -24,149 +25,153 @@ from .scales import ScaleSchedule
 if TYPE_CHECKING:
     from .modeling_nextflow import NextFlowForConditionalGeneration
 
-Layers = list[tuple[torch.Tensor, torch.Tensor]]
-
 
 @dataclass
-class Context:
-    """Rows that have read equally much.
+class Contexts:
+    """What the rows of a call have read.
 
-    A step replaces the tensors of the cache and never writes into them, so that what one context holds others may
-    hold too.
+    A step replaces the tensors of a cache and never writes into them, so that what is taken of contexts shares them.
 
     Attributes:
-        rows: (r,) which rows of the call these are, ascending. Wherever the model's parts are, what goes between them
-            is on this device.
-        cache: their keys and values.
-        counters: (r,) float32, the position counter of what comes next (NextFlow fig. 5).
+        groups: rows, ascending, and the cache that they share, as they have read equally much; every row is in one.
+        counters: (R,) float32, the position counter of what comes next (NextFlow fig. 5). Wherever the model's parts
+            are, what goes between them is on this device.
         token_ids: each row's ids so far, `<image>` for a visual input.
-        hidden_rlD: of what was read last.
+        hidden_RlD: of what was read last.
         adapters: each row's, where PEFT was given some, see [`~transformers_nextflow.lora.using_adapters`].
     """
 
     model: "NextFlowForConditionalGeneration"
-    rows: torch.Tensor
-    cache: Cache
+    groups: list[tuple[list[int], Cache]]
     counters: torch.Tensor
     token_ids: list[list[int]]
-    hidden_rlD: torch.Tensor
+    hidden_RlD: torch.Tensor
     adapters: list[str] | None = None
 
     @classmethod
-    def empty(cls, model: "NextFlowForConditionalGeneration", num_rows: int, device: torch.device) -> "Context":
-        config = model.config.text_config
-        rows, hidden = torch.arange(num_rows, device=device), torch.empty(num_rows, 0, config.hidden_size)
-        counters = torch.zeros(num_rows, device=device)
-        return cls(model, rows, DynamicCache(config=config), counters, [[] for _ in rows], hidden.to(device))
+    def empty(cls, model: "NextFlowForConditionalGeneration", num_rows: int, device: torch.device) -> "Contexts":
+        config, rows = model.config.text_config, list(range(num_rows))
+        hidden = torch.empty(num_rows, 0, config.hidden_size, device=device)
+        groups = [(rows, DynamicCache(config=config))]
+        return cls(model, groups, torch.zeros(num_rows, device=device), [[] for _ in rows], hidden)
 
-    @property
-    def length(self) -> int:
-        """How much each row has read."""
-        return len(self.token_ids[0])
+    def __len__(self) -> int:
+        """How many rows."""
+        return len(self.token_ids)
 
-    def take(self, at: Sequence[int]) -> "Context":
-        """Some of the rows, in that order; a row may be taken several times."""
-        whole = list(at) == list(range(len(self.rows)))
-        index = torch.tensor(at, device=self.rows.device)
-        rows, counters, hidden_rlD = (
-            tensor if whole else tensor[index] for tensor in (self.rows, self.counters, self.hidden_rlD)
+    @classmethod
+    def join(cls, parts: "Sequence[Contexts]", rows: Sequence[int]) -> "Contexts":
+        """Contexts whose row `rows[n]` is the n-th of the parts', which have read equally many positions last."""
+        groups, count = [], 0
+        for part in parts:
+            groups += [([count + row for row in members], cache) for members, cache in part.groups]
+            count += len(part)
+        joined = replace(
+            parts[0],
+            groups=groups,
+            counters=torch.cat([part.counters for part in parts]),
+            token_ids=[ids for part in parts for ids in part.token_ids],
+            hidden_RlD=torch.cat([part.hidden_RlD for part in parts]),
+            adapters=parts[0].adapters and [name for part in parts for name in part.adapters],
         )
-        layers = self.layers if whole else [tuple(x[index.to(x.device)] for x in layer) for layer in self.layers]
-        cache = DynamicCache(config=self.model.config.text_config)
-        adapters = self.adapters and [self.adapters[row] for row in at]
-        taken = Context(self.model, rows, cache, counters, [self.token_ids[row] for row in at], hidden_rlD, adapters)
-        taken.layers = layers
-        return taken
+        return joined.take(sorted(range(count), key=rows.__getitem__))
 
-    def fork(self, count: int) -> "Context":
-        """Every row `count` times: row n becomes rows n * count and on."""
-        forked = self.take([at for at in range(len(self.rows)) for _ in range(count)])
-        copies = torch.arange(count, device=self.rows.device).repeat(len(self.rows))
-        return replace(forked, rows=forked.rows * count + copies)
+    def take(self, rows: Sequence[int]) -> "Contexts":
+        """Some of the rows, in that order; a row may be taken several times."""
+        groups = []
+        for members, cache in self.groups:
+            taken = [(place, members.index(row)) for place, row in enumerate(rows) if row in members]
+            if taken:
+                places, chosen = map(list, zip(*taken))
+                groups.append((places, _rows_of(cache, None if chosen == list(range(len(members))) else chosen)))
+        index = torch.tensor(rows, dtype=torch.long, device=self.counters.device)
+        return replace(
+            self,
+            groups=groups,
+            counters=self.counters[index],
+            token_ids=[self.token_ids[row] for row in rows],
+            hidden_RlD=self.hidden_RlD[index],
+            adapters=self.adapters and [self.adapters[row] for row in rows],
+        )
 
-    @property
-    def layers(self) -> Layers:
-        """Keys and values (r, heads, length, head size) of every layer; none before anything is read."""
-        return [(layer.keys, layer.values) for layer in self.cache.layers if layer.is_initialized]
-
-    @layers.setter
-    def layers(self, layers: Layers) -> None:
-        for layer, (keys, values) in zip(self.cache.layers, layers):
-            layer.lazy_initialization(keys, values)
-            layer.keys, layer.values = keys, values
+    def put(self, rows: Sequence[int], changed: "Contexts") -> "Contexts":
+        """These contexts with `changed` in the place of `rows`."""
+        kept = [row for row in range(len(self)) if row not in rows]
+        return Contexts.join([changed, self.take(kept)], [*rows, *kept])
 
     def read(
         self,
-        inputs_rlD: torch.Tensor,
-        positions_3rl: torch.Tensor,
+        inputs_RlD: torch.Tensor,
+        positions_3Rl: torch.Tensor,
         token_ids: Sequence[list[int]],
         mask: dict | None = None,
         in_block: bool = False,
     ) -> None:
-        """Run new positions: causal ones, those of one scale block, or what `mask` says."""
-        with using_adapters(self.model, self.adapters):
+        """Run new positions: those of one scale block, a lone token, or of rows with one cache causal ones or what
+        `mask` says."""
+        cache, order = self.groups[0][1], None
+        if len(self.groups) > 1:
+            cache = CachesApart([cache for _, cache in self.groups], [len(rows) for rows, _ in self.groups])
+            order = torch.tensor([row for rows, _ in self.groups for row in rows], device=self.counters.device)
+            inputs_RlD, positions_3Rl, in_block = inputs_RlD[order], positions_3Rl[:, order], True
+        adapters = self.adapters and [self.adapters[row] for rows, _ in self.groups for row in rows]
+        with using_adapters(self.model, adapters):
             output = self.model.model.language_model(
-                inputs_embeds=inputs_rlD,
-                position_ids=positions_3rl,
+                inputs_embeds=inputs_RlD,
+                position_ids=positions_3Rl,
                 attention_mask={"full_attention": None} if in_block else mask,
                 use_cache=True,
                 in_block=in_block,
-                **{CACHE: self.cache},
+                **{CACHE: cache},
             )
-        self.hidden_rlD = output.last_hidden_state.to(self.rows.device)
-        self.counters = positions_3rl[0, :, -1] + 1
+        self.hidden_RlD = output.last_hidden_state.to(self.counters.device)
+        self.counters = positions_3Rl[0, :, -1] + 1
+        if order is not None:
+            self.hidden_RlD, self.counters = (each[order.argsort()] for each in (self.hidden_RlD, self.counters))
         self.token_ids = [before + new for before, new in zip(self.token_ids, token_ids)]
 
     def read_tokens(self, token_ids: Sequence[int], opens: ScaleSchedule | None = None) -> None:
         """One token for each row; `opens`: it is the `<boi>` of a picture of this schedule."""
-        ids_r1 = torch.tensor(token_ids, device=self.rows.device)[:, None]
+        ids_R1 = torch.tensor(token_ids, device=self.counters.device)[:, None]
         with using_adapters(self.model, self.adapters):
-            embeds_r1D = self.model.get_input_embeddings()(ids_r1).to(self.rows.device)
+            embeds_R1D = self.model.get_input_embeddings()(ids_R1).to(self.counters.device)
         if opens is not None:
-            embeds_r1D = embeds_r1D + self._scale_embedding(0, opens).to(embeds_r1D)
-        self.read(embeds_r1D, self.counters[:, None].expand(3, -1, -1), [[token] for token in token_ids])
+            embeds_R1D = embeds_R1D + self._scale_embedding(0, opens).to(embeds_R1D)
+        self.read(embeds_R1D, self.counters[:, None].expand(3, -1, -1), [[token] for token in token_ids])
 
-    def read_scale(self, inputs_rlD: torch.Tensor, schedule: ScaleSchedule, scale: int) -> None:
-        """The block of scale `scale` (0-based; len(schedule) is the further block of the last codes)."""
-        inputs_rlD = inputs_rlD.to(self.hidden_rlD)
-        inputs_rlD = inputs_rlD + self._scale_embedding(scale, schedule).to(inputs_rlD)
+    def read_scale(self, codes_BL: torch.Tensor, schedule: ScaleSchedule, scale: int) -> None:
+        """The block of scale `scale` (0-based; len(schedule) is the further block of the last codes), as the codes so
+        far make it; row n is of picture n modulo B."""
+        with using_adapters(self.model, self.adapters and self.adapters[: len(codes_BL)]):
+            inputs_BlD = self.model.model.scale_inputs(codes_BL, schedule, scale).to(self.hidden_RlD)
+        inputs_BlD = inputs_BlD + self._scale_embedding(scale, schedule).to(inputs_BlD)
         grid = schedule[min(scale, len(schedule) - 1)]
-        cells_2l = scale_coordinates(grid, self.model.config.finest_edge).to(inputs_rlD.device)
-        counter_rl = self.counters[:, None].expand(-1, cells_2l.shape[1])
-        positions_3rl = torch.stack([counter_rl, *(cells.expand_as(counter_rl) for cells in cells_2l)])
+        cells_2l = scale_coordinates(grid, self.model.config.finest_edge).to(inputs_BlD.device)
+        counter_Rl = self.counters[:, None].expand(-1, cells_2l.shape[1])
+        positions_3Rl = torch.stack([counter_Rl, *(cells.expand_as(counter_Rl) for cells in cells_2l)])
+        inputs_RlD = inputs_BlD.repeat(len(self) // len(codes_BL), 1, 1)
         slots = [self.model.config.image_token_id] * cells_2l.shape[1]
-        self.read(inputs_rlD, positions_3rl, [slots] * len(self.rows), in_block=True)
+        self.read(inputs_RlD, positions_3Rl, [slots] * len(self), in_block=True)
 
     def rewind(self, length: int) -> None:
         """Forget the last block, of `length` positions."""
-        self.cache.crop(-length)
+        for _, cache in self.groups:
+            cache.crop(-length)
         self.counters = self.counters - 1
         self.token_ids = [ids[:-length] for ids in self.token_ids]
 
     def _scale_embedding(self, scale: int, schedule: ScaleSchedule) -> torch.Tensor:
-        index, count = torch.tensor([[scale + 1], [len(schedule)]], device=self.rows.device)
+        index, count = torch.tensor([[scale + 1], [len(schedule)]], device=self.counters.device)
         return self.model.model.scale_embedding(index, count)
 
 
-def last_hidden(contexts: Sequence[Context]) -> torch.Tensor:
-    """(R, l, D) of what all rows read last, in their order."""
-    order = torch.cat([context.rows for context in contexts]).argsort()
-    hidden_RlD = torch.cat([context.hidden_rlD for context in contexts])
-    return hidden_RlD if len(contexts) == 1 else hidden_RlD[order]
-
-
-def adapters_of(contexts: Sequence[Context]) -> list[str] | None:
-    """The adapters of all rows, in their order."""
-    if contexts[0].adapters is None:
-        return None
-    of_row = {row: name for each in contexts for row, name in zip(each.rows.tolist(), each.adapters)}
-    return [of_row[row] for row in sorted(of_row)]
-
-
-def keep_rows(contexts: Sequence[Context], num_rows: int) -> list[Context]:
-    """The contexts of the first `num_rows` rows alone."""
-    counts = [int((context.rows < num_rows).sum()) for context in contexts]
-    return [context.take(range(count)) for context, count in zip(contexts, counts) if count]
+def _rows_of(cache: Cache, rows: list[int] | None) -> Cache:
+    """A cache of some of the rows; `None`: of all, in the same tensors."""
+    taken = copy(cache)
+    taken.layers = list(map(copy, cache.layers))
+    if rows is not None:
+        taken.batch_select_indices(torch.tensor(rows))
+    return taken
 
 
 def read_prompts(
@@ -175,9 +180,9 @@ def read_prompts(
     pictures: Sequence[Sequence[Picture]],
     schedule: ScaleSchedule,
     device: torch.device,
-    held: Sequence[Context] | None = None,
-) -> list[Context]:
-    """Contexts that have read rows of ids; `hidden_rlD` is that of the last tokens alone.
+    held: Contexts | None = None,
+) -> Contexts:
+    """Contexts that have read rows of ids; `hidden_RlD` is that of the last tokens alone.
 
     Args:
         rows: of the prompts, the null prompts, and those without images; some may end in `<boi>`.
@@ -201,9 +206,8 @@ def read_prompts(
     if names and len(names) != len(pictures):
         raise ValueError(f"adapter_names must hold one for each of {len(pictures)} prompts, got {len(names)}")
     names = names and [names[row % len(names)] for row in range(len(rows))]
-    contexts = held or [Context.empty(model, len(rows), device)]
-    contexts = [replace(each, adapters=names and [names[row] for row in each.rows.tolist()]) for each in contexts]
-    if (num_held := sum(len(context.rows) for context in contexts)) != len(rows):
+    contexts = replace(held or Contexts.empty(model, len(rows), device), adapters=names)
+    if (num_held := len(contexts)) != len(rows):
         raise ValueError(
             f"contexts must come from interleaved generation over {len(rows)} rows (prompts and null prompts), "
             f"got {num_held}"
@@ -221,11 +225,11 @@ def read_prompts(
     implementation = model.config.text_config._attn_implementation
     is_flash = implementation is not None and "flash" in implementation
 
-    done = []
-    for context in contexts:
-        length, parts = context.length, {}
-        for at, row in enumerate(context.rows.tolist()):
-            if rows[row][:length] != context.token_ids[at] or len(rows[row]) <= length:
+    parts, numbers = [], []
+    for members, _ in contexts.groups:
+        length, alike = len(contexts.token_ids[members[0]]), {}
+        for row in members:
+            if rows[row][:length] != contexts.token_ids[row] or len(rows[row]) <= length:
                 raise ValueError(
                     f"row {row} must begin with the {length} tokens that contexts hold of it and go on, got "
                     f"{len(rows[row])} tokens"
@@ -234,11 +238,10 @@ def read_prompts(
             # the mask of whole rows is fast; behind a cache, or where there are no masks, runs are read one by one
             whole = not length and not is_flash
             key = (len(rows[row]), any(is_block for _, is_block in runs)) if whole else tuple(runs)
-            parts.setdefault(key, (runs, whole, []))[2].append(at)
-        for runs, whole, members in parts.values():
-            part = context.take(members)
-            numbers = part.rows.tolist()
-            of_rows = part.rows[:, None], torch.stack([columns[row] for row in numbers])[:, length:]
+            alike.setdefault(key, (runs, whole, []))[2].append(row)
+        for runs, whole, taken in alike.values():
+            part, index = contexts.take(taken), torch.tensor(taken, device=device)
+            of_rows = index[:, None], torch.stack([columns[row] for row in taken])[:, length:]
             inputs_rlD, positions_3rl = embeds_RLD[of_rows], layout.position_ids[(slice(None), *of_rows)]
             mask = None
             if whole:
@@ -248,11 +251,12 @@ def read_prompts(
             start = 0
             for run, is_block in runs:
                 at = slice(start, start := start + run)
-                ids = [rows[row][length:][at] for row in numbers]
+                ids = [rows[row][length:][at] for row in taken]
                 part.read(inputs_rlD[:, at], positions_3rl[:, :, at], ids, mask=mask, in_block=is_block)
-            part.hidden_rlD = part.hidden_rlD[:, -1:]
-            done.append(part)
-    return done
+            part.hidden_RlD = part.hidden_RlD[:, -1:]
+            parts.append(part)
+            numbers += taken
+    return Contexts.join(parts, numbers)
 
 
 def _runs(block_ids: list[int]) -> list[tuple[int, bool]]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers.utils import ModelOutput
 
-from .contexts import Context, adapters_of, keep_rows, last_hidden
+from .contexts import Contexts
 from .image_codes import num_scales_of
 from .image_generation import ImageControls
 from .layout import check_integers
@@ -105,23 +105,20 @@ class Sampler:
     def __post_init__(self):
         self.logits: list[torch.Tensor] = []
 
-    def __call__(self, contexts: Sequence[Context], codes_BL: torch.Tensor, scale: int) -> torch.Tensor:
+    def __call__(self, contexts: Contexts, codes_BL: torch.Tensor, scale: int) -> torch.Tensor:
         """(B, l) codes of a scale, after those of the scales before it."""
         codes_Bl, logits = self._draw(contexts, scale, self.controls.top_k[scale])
         refine_top_k = self.controls.refine_top_k if scale else ()
-        first_read = [context.layers for context in contexts] if refine_top_k else []
         for top_k in refine_top_k:
-            for context in contexts:
-                context.rewind(codes_Bl.shape[1])
-            read_scale(self.model, contexts, torch.cat([codes_BL, codes_Bl], dim=1), self.controls.schedule, scale)
-            codes_Bl, logits = self._draw(contexts, scale, top_k)
-        for context, layers in zip(contexts, first_read):
-            context.layers = layers
+            again = contexts.take(range(len(contexts)))
+            again.rewind(codes_Bl.shape[1])
+            again.read_scale(torch.cat([codes_BL, codes_Bl], dim=1), self.controls.schedule, scale)
+            codes_Bl, logits = self._draw(again, scale, top_k)
         if scale < self.num_logits:
             self.logits.append(torch.cat(logits, dim=1))
         return codes_Bl
 
-    def take_forced(self, contexts: Sequence[Context], codes_BL: torch.Tensor, scale: int) -> torch.Tensor:
+    def take_forced(self, contexts: Contexts, codes_BL: torch.Tensor, scale: int) -> torch.Tensor:
         """As a call, for a scale that is forced as a whole: the pictures of a prompt are still one, and the random
         numbers go by, so that the others are drawn as if nothing was forced."""
         at = self.controls.schedule.slice(scale)
@@ -131,10 +128,10 @@ class Sampler:
             self.logits.append(torch.cat(list(self._predict(contexts, len(codes_BL), scale)), dim=1))
         return self.forced.codes[:, at]
 
-    def _draw(self, contexts: Sequence[Context], scale: int, top_k: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def _draw(self, contexts: Contexts, scale: int, top_k: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """One pass: (B, l) codes, and the logits if they are to be kept."""
         controls, at = self.controls, self.controls.schedule.slice(scale)
-        uniform_Bl = self.generators.uniform(at.stop - at.start, contexts[0].hidden_rlD.device)
+        uniform_Bl = self.generators.uniform(at.stop - at.start, contexts.hidden_RlD.device)
         codes, logits, start = [], [], 0
         for logits_BlV in self._predict(contexts, len(uniform_Bl), scale):
             uniform = uniform_Bl[:, start : start + logits_BlV.shape[1]]
@@ -147,11 +144,11 @@ class Sampler:
             codes_Bl = torch.where(self.forced.mask[:, at], self.forced.codes[:, at], codes_Bl)
         return codes_Bl, logits
 
-    def _predict(self, contexts: Sequence[Context], num_pictures: int, scale: int) -> Iterable[torch.Tensor]:
+    def _predict(self, contexts: Contexts, num_pictures: int, scale: int) -> Iterable[torch.Tensor]:
         """The scale's guided logits (B, some positions, V) in float32."""
         controls, roles = self.controls, self.controls.num_roles(scale)
-        hidden_RlD = last_hidden(contexts)[: roles * num_pictures]
-        adapters = adapters_of(contexts) and adapters_of(contexts)[: len(hidden_RlD)]
+        hidden_RlD = contexts.hidden_RlD[: roles * num_pictures]
+        adapters = contexts.adapters and contexts.adapters[: len(hidden_RlD)]
         row_size = len(hidden_RlD) * self.model.config.vq_config.codebook_size
         for hidden in hidden_RlD.split(max(LOGITS_AT_ONCE // row_size, 1), dim=1):
             with using_adapters(self.model, adapters):
@@ -160,15 +157,14 @@ class Sampler:
 
 
 def draw_scales(
-    model: "NextFlowForConditionalGeneration",
-    contexts: Sequence[Context],
+    contexts: Contexts,
     controls: ImageControls,
-    choose: Callable[[Sequence[Context], torch.Tensor, int], torch.Tensor],
+    choose: Callable[[Contexts, torch.Tensor, int], torch.Tensor],
     scales: range,
     codes_BL: torch.Tensor,
     tell: Callable[[torch.Tensor, int], None],
     keep_contexts: bool = False,
-) -> tuple[list[Context], torch.Tensor]:
+) -> tuple[Contexts, torch.Tensor]:
     """Draw some scales of pictures, and read the one that follows.
 
     Args:
@@ -186,9 +182,10 @@ def draw_scales(
         codes_BL = torch.cat([codes_BL, choose(contexts, codes_BL, scale)], dim=1)
         tell(codes_BL, scale)
         if scale + 1 < len(controls.schedule):
-            if not keep_contexts:
-                contexts = keep_rows(contexts, controls.roles_from(scale + 1) * len(codes_BL))
-            read_scale(model, contexts, codes_BL, controls.schedule, scale + 1)
+            needed = controls.roles_from(scale + 1) * len(codes_BL)
+            if needed < len(contexts) and not keep_contexts:
+                contexts = contexts.take(range(needed))
+            contexts.read_scale(codes_BL, controls.schedule, scale + 1)
     return contexts, codes_BL
 
 
@@ -205,18 +202,9 @@ def telling(
     return tell if on_scale_end is not None else lambda codes_BL, scale: None
 
 
-def read_scale(model, contexts: Sequence[Context], codes_BL: torch.Tensor, schedule: ScaleSchedule, scale: int):
-    """Every row reads the block of scale `scale` of its picture, as the codes so far make it."""
-    adapters = adapters_of(contexts)
-    with using_adapters(model, adapters and adapters[: len(codes_BL)]):
-        inputs_BlD = model.model.scale_inputs(codes_BL, schedule, scale)
-    for context in contexts:
-        context.read_scale(inputs_BlD[context.rows % len(inputs_BlD)], schedule, scale)
-
-
 def draw_pictures(
     sampler: Sampler,
-    contexts: Sequence[Context],
+    contexts: Contexts,
     count: int = 1,
     on_scale_end: Callable[[int, int, torch.Tensor], None] | None = None,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -232,17 +220,17 @@ def draw_pictures(
     Returns:
         (B, codes) codes, and the logits that the sampler keeps.
     """
-    model, controls, schedule = sampler.model, sampler.controls, sampler.controls.schedule
+    controls, schedule = sampler.controls, sampler.controls.schedule
     num_prompts = len(sampler.generators.generators) // count
     forced = sampler.forced
     num_forced = forced.num_scales(schedule) if forced is not None else 0
 
-    device = contexts[0].hidden_rlD.device
+    device = contexts.hidden_RlD.device
     numbers = torch.arange(num_prompts * count).view(num_prompts, count)
     codes_BL = torch.empty(num_prompts, 0, dtype=torch.long, device=device)
     tell = telling(on_scale_end, numbers.tolist())
     scales, rest = range(num_forced), range(num_forced, len(schedule))
-    contexts, codes_BL = draw_scales(model, contexts, controls, sampler.take_forced, scales, codes_BL, tell)
+    contexts, codes_BL = draw_scales(contexts, controls, sampler.take_forced, scales, codes_BL, tell)
     parts = numbers.split(pictures_at_once(contexts, schedule, num_prompts), dim=1)
     drawn, logits = [], []
     for part in parts:
@@ -252,23 +240,23 @@ def draw_pictures(
             generators=sampler.generators.take(part.flatten().tolist()),
             forced=forced and forced.repeat(each),
         )
-        of_part = [context.fork(each) for context in contexts]
+        of_part = contexts.take([row for row in range(len(contexts)) for _ in range(each)])
         tell = telling(on_scale_end, part.reshape(-1, 1).tolist())
         codes = codes_BL.repeat_interleave(each, dim=0)
-        drawn.append(draw_scales(model, of_part, controls, some, rest, codes, tell)[1])
+        drawn.append(draw_scales(of_part, controls, some, rest, codes, tell)[1])
         logits.append([scale.repeat_interleave(each, dim=0) for scale in sampler.logits] + some.logits)
     order = torch.cat([part.flatten() for part in parts]).argsort().to(device)
     return torch.cat(drawn)[order], [torch.cat(scale)[order] for scale in zip(*logits)]
 
 
-def pictures_at_once(contexts: Sequence[Context], schedule: ScaleSchedule, num_prompts: int) -> int:
+def pictures_at_once(contexts: Contexts, schedule: ScaleSchedule, num_prompts: int) -> int:
     """Of how many pictures for each prompt the caches take as much memory as the decoder's weights, or 1 GiB if that
     is more; at least 1."""
-    weights = sum(each.numel() * each.element_size() for each in contexts[0].model.model.language_model.parameters())
+    weights = sum(each.numel() * each.element_size() for each in contexts.model.model.language_model.parameters())
     of_contexts = sum(
-        x.numel() * x.element_size() * (1 + schedule.num_codes / context.length)
-        for context in contexts
-        for keys_values in context.layers
-        for x in keys_values
+        x.numel() * x.element_size() * (1 + schedule.num_codes / x.shape[-2])
+        for _, cache in contexts.groups
+        for layer in cache.layers
+        for x in (layer.keys, layer.values)
     )
     return max(int(max(weights, 2**30) / of_contexts), 1)

@@ -4,8 +4,8 @@ Shape suffixes: R rows (prompts, then null prompts, then those without images), 
 vocabulary.
 """
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -14,8 +14,8 @@ from transformers.generation import GenerationMixin
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
-from .contexts import Context, adapters_of, last_hidden, read_prompts
-from .drawing import NextFlowOutputWithPictures, Sampler, draw_scales, read_scale, telling
+from .contexts import Contexts, read_prompts
+from .drawing import NextFlowOutputWithPictures, Sampler, draw_scales, telling
 from .image_generation import ImageControls
 from .layout import num_image_slots
 from .lora import using_adapters
@@ -52,7 +52,7 @@ class NextFlowInterleavedOutput(NextFlowOutputWithPictures):
     negative_sequences: torch.LongTensor | None = None
     negative_attention_mask: torch.LongTensor | None = None
     logits: tuple[tuple[torch.FloatTensor, ...], ...] | None = None
-    contexts: list[Context] | None = None
+    contexts: Contexts | None = None
 
 
 @dataclass
@@ -80,7 +80,7 @@ class Answer:
 
 
 def interleave(
-    contexts: Sequence[Context],
+    contexts: Contexts,
     answers: Sequence[Answer],
     controls: ImageControls,
     generators: RowGenerators,
@@ -90,7 +90,7 @@ def interleave(
     streamer: BaseStreamer | None = None,
     output_logits: bool = False,
     on_scale_end: Callable[[int, int, torch.Tensor], None] | None = None,
-) -> list[Context]:
+) -> Contexts:
     """Let the answers grow until all are done; see [`~NextFlowGenerationMixin.generate`].
 
     Args:
@@ -99,22 +99,21 @@ def interleave(
     Returns:
         The contexts as they are then.
     """
-    model = contexts[0].model
+    model = contexts.model
     config, schedule = model.config, controls.schedule
     num_prompt_ids = [len(answer.text_ids) for answer in answers]
     limit = config.text_config.max_position_embeddings
-    num_roles = sum(len(context.rows) for context in contexts) // len(answers)
+    num_roles = len(contexts) // len(answers)
 
-    def write_text(contexts: Sequence[Context]) -> list[Context]:
+    def write_text(contexts: Contexts) -> Contexts:
         rows = [row for row, answer in enumerate(answers) if not answer.is_open and not answer.is_done]
-        writing, others = split(contexts, rows)
-        with using_adapters(model, adapters_of(writing)):
-            logits_rV = model.lm_head(last_hidden(writing)[:, -1]).to(writing[0].rows.device, torch.float32)
+        writing = contexts.take(rows)
+        with using_adapters(model, writing.adapters):
+            logits_rV = model.lm_head(writing.hidden_RlD[:, -1]).to(writing.counters.device, torch.float32)
         uniform_r1 = generators.take(rows).uniform(1, logits_rV.device) if do_sample else None
-        counters = {row: s for context in writing for row, s in zip(context.rows.tolist(), context.counters.tolist())}
-        for index, row in enumerate(rows):
+        for index, (row, counter) in enumerate(zip(rows, writing.counters.tolist())):
             answer, logits_1V = answers[row], logits_rV[index : index + 1]
-            room = limit - counters[row]
+            room = limit - counter
             if output_logits:
                 answer.logits.append(logits_1V)
             unwritten = [config.image_token_id, config.eoi_token_id]
@@ -140,41 +139,30 @@ def interleave(
             if streamer is not None:
                 streamer.put(torch.tensor([token]))
         going_on = [row for row in rows if not answers[row].is_open and not answers[row].is_done]
-        writing, stopped = split(writing, going_on)
-        for context in writing:
-            context.read_tokens([answers[row].token_ids[-1] for row in context.rows.tolist()])
-        return [*others, *stopped, *writing]
+        if not going_on:
+            return contexts
+        writing = contexts.take(going_on)
+        writing.read_tokens([answers[row].token_ids[-1] for row in going_on])
+        return contexts.put(going_on, writing)
 
-    def draw(contexts: Sequence[Context]) -> list[Context]:
+    def draw(contexts: Contexts) -> Contexts:
         rows = [row for row, answer in enumerate(answers) if answer.is_open]
         with_images, without = (
             [row + role * len(answers) for role in roles for row in rows]
             for roles in (range(min(num_roles, 2)), range(2, num_roles))
         )
-        drawing, others = split(contexts, [*with_images, *without])
-        unchanged, _ = split(drawing, without)
-        place = {row: index for index, row in enumerate([*with_images, *without])}
-        of_pictures = []
-        for context in drawing:
-            context.read_tokens([config.boi_token_id] * len(context.rows), opens=schedule)
-            numbers = [place[row] for row in context.rows.tolist()]
-            of_pictures.append(replace(context, rows=torch.tensor(numbers, device=context.rows.device)))
+        drawing = contexts.take([*with_images, *without])
+        drawing.read_tokens([config.boi_token_id] * len(drawing), opens=schedule)
         num_logits = len(schedule) if output_logits else 0
         sampler = Sampler(model, controls, generators.take(rows), num_logits=num_logits)
 
         tell, scales = telling(on_scale_end, [[row] for row in rows]), range(len(schedule))
-        codes_BL = torch.empty(len(rows), 0, dtype=torch.long, device=of_pictures[0].rows.device)
-        of_pictures, codes_BL = draw_scales(
-            model, of_pictures, controls, sampler, scales, codes_BL, tell, keep_contexts=True
-        )
-        of_pictures, _ = split(of_pictures, range(len(with_images)))
+        codes_BL = torch.empty(len(rows), 0, dtype=torch.long, device=drawing.counters.device)
+        drawing, codes_BL = draw_scales(drawing, controls, sampler, scales, codes_BL, tell, keep_contexts=True)
+        drawn = drawing.take(range(len(with_images)))
         if config.condition_last_scale:
-            read_scale(model, of_pictures, codes_BL, schedule, len(schedule))
-        drawn = []
-        for context in of_pictures:
-            context.read_tokens([config.eoi_token_id] * len(context.rows))
-            numbers = [with_images[row] for row in context.rows.tolist()]
-            drawn.append(replace(context, rows=torch.tensor(numbers, device=context.rows.device)))
+            drawn.read_scale(codes_BL, schedule, len(schedule))
+        drawn.read_tokens([config.eoi_token_id] * len(with_images))
         slots = num_image_slots(schedule, config.condition_last_scale)
         for index, row in enumerate(rows):
             answer = answers[row]
@@ -184,7 +172,7 @@ def interleave(
             answer.is_open = False
             if streamer is not None:
                 streamer.put(torch.tensor([config.eoi_token_id]))
-        return [*others, *unchanged, *drawn]
+        return contexts.put(with_images, drawn)
 
     while not all(answer.is_done and not answer.is_open for answer in answers):
         is_writing = any(not answer.is_open and not answer.is_done for answer in answers)
@@ -194,24 +182,12 @@ def interleave(
     return contexts
 
 
-def split(contexts: Sequence[Context], rows: Collection[int]) -> tuple[list[Context], list[Context]]:
-    """The contexts of these rows, and those of the others."""
-    inside, outside = [], []
-    for context in contexts:
-        held = context.rows.tolist()
-        for parts, wanted in ((inside, True), (outside, False)):
-            at = [index for index, row in enumerate(held) if (row in rows) == wanted]
-            if at:
-                parts.append(context.take(at))
-    return inside, outside
-
-
 def answer(
     model,
     prompts: Prompts,
     pictures: list[list[Picture]],
     controls: ImageControls,
-    contexts: list[Context] | None = None,
+    contexts: Contexts | None = None,
     max_new_images: int = 16,
     seed: int | Sequence[int] | None = None,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
@@ -308,7 +284,7 @@ def _output(
         prompts.input_ids, prompts.attention_mask, [answer.token_ids for answer in answers]
     )
     negative = (None, None)
-    if sum(len(context.rows) for context in contexts) > len(answers):
+    if len(contexts) > len(answers):
         drawn = [picture_ids * len(answer.image_codes) for answer in answers]
         negative = follow(prompts.negative_input_ids, prompts.negative_attention_mask, drawn)
     for row, answer in zip(pictures, answers):

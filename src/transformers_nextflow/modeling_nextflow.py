@@ -19,15 +19,18 @@ from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VLAttention,
     Qwen2_5_VLRotaryEmbedding,
     Qwen2_5_VLTextModel,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
 )
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
-from .attention import FLEX, refuse_dense_mask, sequence_mask
+from .attention import FLEX, CachesApart, refuse_dense_mask, sequence_mask
 from .cache_name import CACHE, takes_cache
 from .configuration_nextflow import NextFlowConfig
 from .features import scale_taps
@@ -141,8 +144,22 @@ class NextFlowAttention(Qwen2_5_VLAttention):
     The decoder's own argument `is_causal` would say the same, but writes it into the config that all calls share.
     """
 
-    def forward(self, *args, in_block: bool = False, **kwargs):
-        return super().forward(*args, **({"is_causal": False} if in_block else {}), **kwargs)
+    def forward(self, hidden_states: torch.Tensor, *args, in_block: bool = False, **kwargs):
+        if isinstance(kwargs.get(CACHE), CachesApart):
+            return self._attend_apart(hidden_states, kwargs[CACHE], kwargs["position_embeddings"]), None
+        return super().forward(hidden_states, *args, **({"is_causal": False} if in_block else {}), **kwargs)
+
+    def _attend_apart(self, hidden_states: torch.Tensor, apart: CachesApart, rotary: tuple) -> torch.Tensor:
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        states = [project(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for project in projections]
+        states[:2] = apply_rotary_pos_emb(*states[:2], *rotary)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        outputs = []
+        for cache, query, key, value in zip(apart.caches, *(each.split(apart.counts) for each in states)):
+            keys_values = cache.update(key, value, self.layer_idx)
+            output, _ = attend(self, query, *keys_values, None, scaling=self.scaling, is_causal=False)
+            outputs.append(output)
+        return self.o_proj(torch.cat(outputs).flatten(2))
 
 
 class NextFlowTextModel(Qwen2_5_VLTextModel):

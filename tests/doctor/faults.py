@@ -30,7 +30,7 @@ from transformers_nextflow import (
     quantizer,
     sampling,
 )
-from transformers_nextflow.contexts import Context
+from transformers_nextflow.contexts import Contexts
 from transformers_nextflow.data.shards import Shard, sha256_of
 from transformers_nextflow.modeling_nextflow import (
     NextFlowForConditionalGeneration,
@@ -379,8 +379,8 @@ def _(p):
 
 @fault("no scale embedding while sampling", SCALES)
 def _(p):
-    embedding = Context._scale_embedding
-    p.patch(Context, "_scale_embedding", lambda self, *args: 0 * embedding(self, *args))
+    embedding = Contexts._scale_embedding
+    p.patch(Contexts, "_scale_embedding", lambda self, *args: 0 * embedding(self, *args))
 
 
 @fault("scale embedding never trained", SCALES)
@@ -504,13 +504,13 @@ def _(p):
 
 @fault("the counter one too far while sampling", "wrong position counter")
 def _(p):
-    read = Context.read_scale
+    read = Contexts.read_scale
 
     def other(self, *args):
         self.counters = self.counters + 1
         return read(self, *args)
 
-    p.patch(Context, "read_scale", other)
+    p.patch(Contexts, "read_scale", other)
 
 
 @fault("BGR for RGB", "swapped colour channels")

@@ -46,7 +46,7 @@ def _largest(actual: torch.Tensor, wanted: torch.Tensor) -> float:
 
 def position_verdict(actual: torch.Tensor, wanted: torch.Tensor) -> Verdict | None:
     """What is wrong with (3, B, L) positions, if anything."""
-    step = "look at `layout.py` (teacher forcing) and `Context.read_scale` (sampling)"
+    step = "look at `layout.py` (teacher forcing) and `Contexts.read_scale` (sampling)"
     if actual.shape != wanted.shape:
         return Verdict(
             "wrong positions", f"they have the shape {tuple(actual.shape)}, not {tuple(wanted.shape)}", step
