@@ -7,15 +7,25 @@ One backbone with random weights draws one guided picture in four ways:
 - `var_loop`: VAR's sampling loop written out plainly, with its running sum of features and sorted filters;
 - `token_by_token`: as many codes one at a time by the same backbone, next-token style.
 
-Prompts of different lengths run apart: `one_ragged` is the picture with a null prompt of another length,
-`eight_ragged` are eight prompts of eight lengths with their null prompts of one, against `eight_even` of one length.
+`one_ragged` is the picture with a null prompt of another length, `eight_ragged` are eight prompts of eight lengths
+with their null prompts of one, against `one_even` and `eight_even` of one length. `--before COMMIT` draws the even
+ones with an earlier build too, in turn with this one.
+
+`matrix_rate` draws a guided picture of VAR's 680 codes, and says which share of the rate of this machine's own matrix
+product its FLOPs reach. `memory` is the peak of a process while it draws a guided picture of 64 x 64 cells from 32,768
+codes, as the 7B model has, with the smallest decoder, over what must be held: weights, and the cache of all positions.
 
 `cost_over_codes` times `generate` over schedules of growing length; `fit` is the least-squares line through the FLOPs
 of [`transformers_nextflow.flops.model_cost`].
 """
 
 import argparse
-from collections.abc import Sequence
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -27,14 +37,30 @@ from transformers_nextflow import NextFlowConfig, NextFlowForConditionalGenerati
 from transformers_nextflow.flops import image_passes, model_cost
 from transformers_nextflow.layout import scale_coordinates
 
-from .harness import interleaved_seconds, machine, median, report
+from .harness import in_processes, interleaved_seconds, machine, median, report
 
 GUIDANCE, TOP_K, TOP_P = 4.0, 200, 0.95
 PROMPT_TOKENS = 32
 BOI, EOI, IMAGE = 1000, 1001, 1002
+VAR_GRIDS = [[edge, edge] for edge in (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)]
+CODES_OF_7B = 32_768
+
+DRAW_EVENLY = """
+import sys, torch
+from benchmarks.decode import PROMPT_TOKENS, Decoding, new_model
+width, layers, dtype, level, device, threads = sys.argv[1:]
+torch.set_num_threads(int(threads))
+model = new_model(int(width), int(layers), getattr(torch, dtype), torch.device(device))
+decoding = Decoding(model, level)
+for line in sys.stdin:
+    decoding.several([PROMPT_TOKENS] * int(line))
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+    print("drawn", flush=True)
+"""
 
 
-def new_model(hidden_size: int, layers: int, dtype: torch.dtype, device: torch.device):
+def new_model(hidden_size: int, layers: int, dtype: torch.dtype, device: torch.device, **vq_config):
     """A backbone of Qwen2.5's proportions under table 14's schedules, beside the smallest vision tokenizer."""
     torch.manual_seed(0)
     config = NextFlowConfig(
@@ -66,6 +92,7 @@ def new_model(hidden_size: int, layers: int, dtype: torch.dtype, device: torch.d
             "latent_channels": 8,
             "encoder_blocks": 1,
             "decoder_blocks": 1,
+            **vq_config,
         },
         boi_token_id=BOI,
         eoi_token_id=EOI,
@@ -178,6 +205,82 @@ class Decoding:
         return torch.cat(codes, dim=1)
 
 
+def matrix_rate(hidden_size: int, layers: int, dtype: torch.dtype, device: torch.device, repeats: int) -> dict:
+    """FLOPs per second of a guided picture of 680 codes, over those of one large matrix product."""
+    model = new_model(hidden_size, layers, dtype, device, scale_schedules=[VAR_GRIDS], levels={"256": len(VAR_GRIDS)})
+    decoding = Decoding(model, "256")
+    left, right = (torch.randn(4 * hidden_size, 4 * hidden_size, dtype=dtype, device=device) for _ in range(2))
+    jobs = {"picture": decoding.generate, "product": lambda: left @ right}
+    seconds = {name: min(taken) for name, taken in interleaved_seconds(jobs, repeats, device).items()}
+    passes = image_passes(decoding.schedule, PROMPT_TOKENS - 1)
+    config = model.config
+    cost = model_cost(config.text_config, config.vq_config.codebook_size, passes, guidance=True)
+    rates = {"picture": cost.total / seconds["picture"], "product": 2 * len(left) ** 3 / seconds["product"]}
+    flops_per_second = {name: float(f"{rate:.4g}") for name, rate in rates.items()}
+    share = round(rates["picture"] / rates["product"], 4)
+    return {"codes": decoding.schedule.num_codes, "flops_per_second": flops_per_second, "share": share}
+
+
+def peak_memory(hidden_size: int, layers: int, dtype: str) -> dict:
+    """Megabytes that this process takes on while it draws one guided picture of 1024 pixels, on a CPU, under Linux."""
+    vq_config = {"codebook_size": CODES_OF_7B}
+    model = new_model(hidden_size, layers, getattr(torch, dtype), torch.device("cpu"), **vq_config)
+    Decoding(model, "256").generate()  # what the libraries take once
+    decoding = Decoding(model, "1024")
+    weights = sum(each.numel() * each.element_size() for each in model.parameters())
+    text = model.config.text_config
+    positions = PROMPT_TOKENS + sum(decoding.schedule.lengths[1:])
+    of_position = 2 * text.num_key_value_heads * text.hidden_size // text.num_attention_heads * model.dtype.itemsize
+    cache = 2 * positions * text.num_hidden_layers * of_position
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = _status("VmRSS")
+    decoding.generate()
+    megabytes = {"weights": weights, "cache": cache, "peak": weights + _status("VmHWM") - before}
+    ratio = megabytes["peak"] / (weights + cache)
+    return {name: round(value / 1e6, 1) for name, value in megabytes.items()} | {"ratio": round(ratio, 4)}
+
+
+def _status(name: str) -> int:
+    """Bytes, of this process."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return 1024 * int(lines[name].split()[0])
+
+
+@contextmanager
+def build_of(commit: str, *model: object) -> Iterator[subprocess.Popen]:
+    """A process of an earlier build, which draws as many pictures as a line says and answers when they are drawn."""
+    with tempfile.TemporaryDirectory() as folder:
+        checkout = Path(folder) / "before"
+        subprocess.run(["git", "worktree", "add", "--quiet", "--detach", checkout, commit], check=True)
+        try:
+            command = [sys.executable, "-c", DRAW_EVENLY, *map(str, model), str(torch.get_num_threads())]
+            environment = os.environ | {"PYTHONPATH": f"{checkout / 'src'}:{checkout}"}
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            with subprocess.Popen(command, cwd=checkout, env=environment, **pipes) as process:
+                yield process
+                process.stdin.close()
+        finally:
+            subprocess.run(["git", "worktree", "remove", "--force", checkout], check=True)
+
+
+def over_build(commit: str, decoding: Decoding, repeats: int, *model: object) -> dict:
+    """Seconds of even pictures over those of an earlier build, by their number."""
+    ratios = {}
+    with build_of(commit, *model) as process:
+
+        def before(count: int) -> None:
+            print(count, file=process.stdin, flush=True)
+            if process.stdout.readline() != "drawn\n":
+                raise RuntimeError(f"the build of {commit} did not draw")
+
+        for name, count in (("one", 1), ("eight", 8)):
+            evenly = [PROMPT_TOKENS] * count
+            jobs = {"now": lambda: decoding.several(evenly), "before": lambda: before(count)}  # noqa: B023
+            seconds = interleaved_seconds(jobs, repeats, decoding.device)
+            ratios[name] = round(min(seconds["now"]) / min(seconds["before"]), 4)
+    return ratios
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden-size", type=int, default=1024)
@@ -187,6 +290,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--before", metavar="COMMIT", help="also draw the even pictures with the build of this commit")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--output", type=Path, help="also write the JSON to this file")
     arguments = parser.parse_args()
@@ -227,10 +331,17 @@ def main() -> None:
         "codes": decoding.schedule.num_codes,
         "seconds": medians,
         "ratios": {name: round(value, 4) for name, value in ratios.items()},
+        "matrix_rate": matrix_rate(
+            arguments.hidden_size, arguments.layers, model.dtype, arguments.device, arguments.repeats
+        ),
+        "memory": next(in_processes(peak_memory, [(64, 1, arguments.dtype)]))[1],
         "cost_over_codes": cost,
         "machine": machine(arguments.device),
         "seed": 0,
     }
+    if arguments.before:
+        settings = [getattr(arguments, name) for name in ("hidden_size", "layers", "dtype", "level", "device")]
+        result["even_over_before"] = over_build(arguments.before, decoding, arguments.repeats, *settings)
     if len(cost) > 1:
         flops, taken = (np.array([row[name] for row in cost], dtype=float) for name in ("flops", "seconds"))
         slope, offset = np.polyfit(flops, taken, 1)

@@ -127,6 +127,20 @@ def test_guided_rows_of_different_lengths_need_no_mask(model):
     assert set(seen) >= {4, 9}
 
 
+def test_rows_of_different_lengths_run_through_the_layers_together(model):
+    """Weights are read once for each scale, however many lengths there are."""
+    layer, seen = model.model.language_model.layers[0], []
+    hooks = [
+        each.register_forward_hook(lambda module, args, output: seen.append(output.shape[:2]))
+        for each in (layer.self_attn.o_proj, layer.mlp)
+    ]
+    model.generate(**guided(model), **PLAIN | {"guidance_scale": 2.0, "aspect_ratio": "1:1"})
+    for hook in hooks:
+        hook.remove()
+    assert seen[-4:] == [(6, 4), (6, 4), (6, 9), (6, 9)]
+    assert all(rows < 6 for rows, _ in seen[:-4]), "prompts of a length run apart"
+
+
 def test_logits_come_in_chunks(model, monkeypatch):
     """The head, guidance and draws of a scale need only some positions' logits at a time."""
     from transformers_nextflow import drawing

@@ -304,6 +304,22 @@ def test_scale_steps_compile_once_for_all_grids():
     assert counter.frame_count == graphs
 
 
+def test_guided_scale_steps_are_one_graph_for_prompts_of_any_length():
+    torch._dynamo.reset()
+    model, counter = tiny_model(), CompileCounter()
+    null = {"negative_input_ids": torch.tensor([[20, BOI]])}
+    options = {"generation_mode": "image", "guidance_scale": 3.0, "seed": 0}
+    prompts = [batch_of(model, [*range(10, 10 + length), BOI]) | null for length in range(2, 12)]
+    expected = [model.generate(**prompt, **options) for prompt in prompts]
+    decoder = model.model.language_model
+    decoder.forward = torch.compile(decoder.forward, backend=counter, dynamic=True, fullgraph=True)
+    graphs = []
+    for prompt, codes in zip(prompts, expected):
+        assert torch.equal(model.generate(**prompt, **options), codes)
+        graphs.append(counter.frame_count)
+    assert graphs[0] > 0 and set(graphs) == {graphs[0]}
+
+
 def test_custom_generate_gets_the_models_inputs(model):
     def first_token(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
         inputs = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **model_kwargs)
