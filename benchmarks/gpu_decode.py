@@ -5,7 +5,8 @@ vision tokenizer of full size decodes them. The paper takes 5 s for one; the ari
 0.4 s.
 
 - `seconds_per_picture`, `pictures_per_second` in batches, `peak_gigabytes` in bfloat16 and in 4 bits, and `goals`;
-- `parts`: a picture's seconds by part, each waited for, so that together they are more than the whole;
+- `parts`: a picture's seconds by part, each waited for, so that together they are more than the whole; the scale steps
+  hold the next-scale features;
 - `seconds_without`: a picture with one optimisation taken away; `seconds_with`: with one added that is no default;
 - `decode_at_once`: the vision decoder over a batch, and over its pictures one at a time.
 
@@ -25,6 +26,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -36,6 +38,7 @@ from transformers_nextflow import (
     NextFlowForConditionalGeneration,
     NextFlowModel,
     NextFlowVQModel,
+    contexts,
     drawing,
     generation_nextflow,
 )
@@ -136,12 +139,14 @@ def without(model: NextFlowForConditionalGeneration) -> dict[str, Callable]:
     def both_heads(hidden: torch.Tensor) -> torch.Tensor:
         return torch.cat([lm_head(hidden), head(hidden)], dim=-1)[..., rows:]
 
-    def masked(self, inputs, positions, ids, mask=None, in_block=False):
-        if in_block:
-            keys = len(self.token_ids[0]) + inputs.shape[1]
-            shape = (len(inputs), 1, inputs.shape[1], keys)
-            mask = {"full_attention": torch.ones(shape, dtype=torch.bool, device=inputs.device)}
-        read(self, inputs, positions, ids, mask=mask)
+    def masked(model, parts, inputs, *others):
+        parts = [replace(part, mask=mask_of(part, inputs.device)) if part.in_block else part for part in parts]
+        return run(model, parts, inputs, *others)
+
+    def mask_of(part, device):
+        rows, length = part.shape
+        keys = part.cache.get_seq_length() + length
+        return torch.ones(rows, 1, length, keys, dtype=torch.bool, device=device)
 
     @contextmanager
     def eager() -> Iterator[None]:
@@ -150,10 +155,10 @@ def without(model: NextFlowForConditionalGeneration) -> dict[str, Callable]:
         yield
         model.model.language_model.set_attn_implementation(before)
 
-    read = Contexts.read
+    run = contexts.run_apart
     return {
         "only the code rows of the heads": lambda: mock.patch.object(model.code_head, "forward", both_heads),
-        "attention without a mask": lambda: mock.patch.object(Contexts, "read", masked),
+        "attention without a mask": lambda: mock.patch.object(contexts, "run_apart", masked),
         "PyTorch's fused attention": eager,
     }
 

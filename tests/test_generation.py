@@ -22,6 +22,7 @@ from tiny_models import (
 )
 
 from transformers_nextflow import LinearRamp, NextFlowImageOutput, ScaleInterval, codes_of_region
+from transformers_nextflow.cache_name import CACHE
 from transformers_nextflow.modeling_nextflow_vq import patchify
 from transformers_nextflow.quantizer import resize_features, to_map, to_sequence
 from transformers_nextflow.sampling import RowGenerators, guide, per_scale, sample
@@ -306,9 +307,10 @@ def decoder_rows(model, *args, **kwargs) -> list[int]:
     seen = {}
 
     def count(module, args, kwargs):
-        rows, length = kwargs["inputs_embeds"].shape[:2]
-        step = length if kwargs["in_block"] else 0
-        seen[step] = seen.get(step, 0) + rows
+        for part in kwargs[CACHE].parts:
+            rows, length = part.shape
+            step = length if part.in_block else 0
+            seen[step] = seen.get(step, 0) + rows
 
     hook = model.model.language_model.register_forward_pre_hook(count, with_kwargs=True)
     draw(model, *args, **kwargs)

@@ -20,17 +20,27 @@ FLEX = "flex_attention"
 
 
 @dataclass(frozen=True)
-class CachesApart:
-    """Takes the place of a cache in the decoder for rows that have read differently much: all layers run over them as
-    one batch, and the rows of each cache attend apart, without a mask, to all they have read and to each new position.
+class Part:
+    """Neighbours among all positions of a step, which attend apart from the others.
 
     Attributes:
-        caches: of neighbouring rows.
-        counts: how many rows each is of.
+        cache: of their rows.
+        shape: how many rows, and positions of each.
+        in_block: without a mask they see all that their rows have read, and each other; if not, they are causal.
+        mask: what an attention function of transformers takes.
     """
 
-    caches: Sequence[Cache]
-    counts: Sequence[int]
+    cache: Cache
+    shape: tuple[int, int]
+    in_block: bool = True
+    mask: object = None
+
+
+@dataclass(frozen=True)
+class Apart:
+    """Takes the place of a cache in the decoder, whose layers then run over all parts of a step at once."""
+
+    parts: Sequence[Part]
 
 
 def sequence_mask(

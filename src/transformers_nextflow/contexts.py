@@ -1,7 +1,7 @@
 """Contexts: what the rows of a call have read, over caches of their own; they read prompts, tokens and scales.
 
-Rows of one length share a cache. A step of rows of several lengths runs as one batch, and each cache's rows attend
-apart, so that a scale step never has a mask: its positions see all that their row has read, and each other.
+Rows of one length share a cache. A step of any rows runs through the decoder as one batch, and each cache's rows
+attend apart, so that a scale step never has a mask: its positions see all that their row has read, and each other.
 
 Shape suffixes: R rows of a call, r rows of one cache, B pictures, L prompt, l new positions, D hidden.
 """
@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
 
-from .attention import CachesApart, sequence_mask
+from .attention import Apart, Part, sequence_mask
 from .cache_name import CACHE
 from .layout import build_layout, scale_coordinates
 from .lora import adapter_names, using_adapters
@@ -99,35 +100,18 @@ class Contexts:
         kept = [row for row in range(len(self)) if row not in rows]
         return Contexts.join([changed, self.take(kept)], [*rows, *kept])
 
-    def read(
-        self,
-        inputs_RlD: torch.Tensor,
-        positions_3Rl: torch.Tensor,
-        token_ids: Sequence[list[int]],
-        mask: dict | None = None,
-        in_block: bool = False,
-    ) -> None:
-        """Run new positions: those of one scale block, a lone token, or of rows with one cache causal ones or what
-        `mask` says."""
-        cache, order = self.groups[0][1], None
-        if len(self.groups) > 1:
-            cache = CachesApart([cache for _, cache in self.groups], [len(rows) for rows, _ in self.groups])
-            order = torch.tensor([row for rows, _ in self.groups for row in rows], device=self.counters.device)
-            inputs_RlD, positions_3Rl, in_block = inputs_RlD[order], positions_3Rl[:, order], True
-        adapters = self.adapters and [self.adapters[row] for rows, _ in self.groups for row in rows]
-        with using_adapters(self.model, adapters):
-            output = self.model.model.language_model(
-                inputs_embeds=inputs_RlD,
-                position_ids=positions_3Rl,
-                attention_mask={"full_attention": None} if in_block else mask,
-                use_cache=True,
-                in_block=in_block,
-                **{CACHE: cache},
-            )
-        self.hidden_RlD = output.last_hidden_state.to(self.counters.device)
+    def read(self, inputs_RlD: torch.Tensor, positions_3Rl: torch.Tensor, token_ids: Sequence[list[int]]) -> None:
+        """New positions that see each other: those of one scale block, or a lone token."""
+        rows = [row for members, _ in self.groups for row in members]
+        order = torch.tensor(rows, device=self.counters.device)
+        parts = [Part(cache, (len(members), inputs_RlD.shape[1])) for members, cache in self.groups]
+        adapters = self.adapters and [self.adapters[row] for row in rows]
+        hidden = run_apart(self.model, parts, inputs_RlD[order], positions_3Rl[:, order], adapters)
+        self._hold(hidden[order.argsort()], positions_3Rl, token_ids)
+
+    def _hold(self, hidden_RlD: torch.Tensor, positions_3Rl: torch.Tensor, token_ids: Sequence[list[int]]) -> None:
+        self.hidden_RlD = hidden_RlD
         self.counters = positions_3Rl[0, :, -1] + 1
-        if order is not None:
-            self.hidden_RlD, self.counters = (each[order.argsort()] for each in (self.hidden_RlD, self.counters))
         self.token_ids = [before + new for before, new in zip(self.token_ids, token_ids)]
 
     def read_tokens(self, token_ids: Sequence[int], opens: ScaleSchedule | None = None) -> None:
@@ -151,7 +135,7 @@ class Contexts:
         positions_3Rl = torch.stack([counter_Rl, *(cells.expand_as(counter_Rl) for cells in cells_2l)])
         inputs_RlD = inputs_BlD.repeat(len(self) // len(codes_BL), 1, 1)
         slots = [self.model.config.image_token_id] * cells_2l.shape[1]
-        self.read(inputs_RlD, positions_3Rl, [slots] * len(self), in_block=True)
+        self.read(inputs_RlD, positions_3Rl, [slots] * len(self))
 
     def rewind(self, length: int) -> None:
         """Forget the last block, of `length` positions."""
@@ -163,6 +147,25 @@ class Contexts:
     def _scale_embedding(self, scale: int, schedule: ScaleSchedule) -> torch.Tensor:
         index, count = torch.tensor([[scale + 1], [len(schedule)]], device=self.counters.device)
         return self.model.model.scale_embedding(index, count)
+
+
+def run_apart(
+    model: "NextFlowForConditionalGeneration",
+    parts: Sequence[Part],
+    inputs_BlD: torch.Tensor,
+    positions_3Bl: torch.Tensor,
+    adapters: list[str] | None,
+) -> torch.Tensor:
+    """(B, l, D) hidden states of the positions of all parts, one part after the other, in a batch of any shape."""
+    with using_adapters(model, adapters):
+        output = model.model.language_model(
+            inputs_embeds=inputs_BlD,
+            position_ids=positions_3Bl,
+            attention_mask={"full_attention": None},  # parts have their own
+            use_cache=True,
+            **{CACHE: Apart(parts)},
+        )
+    return output.last_hidden_state.to(inputs_BlD.device)
 
 
 def _rows_of(cache: Cache, rows: list[int] | None) -> Cache:
@@ -222,12 +225,13 @@ def read_prompts(
     embeds_RLD = torch.stack([embedded[name][row] for row, name in enumerate(names or [None] * len(rows))])
     columns = [row.nonzero().flatten() for row in attention_mask]
     blocks = [ids[at] for ids, at in zip(layout.block_ids, columns)]
-    implementation = model.config.text_config._attn_implementation
+    text_config = model.config.text_config
+    implementation = text_config._attn_implementation
     is_flash = implementation is not None and "flash" in implementation
 
-    parts, numbers = [], []
-    for members, _ in contexts.groups:
-        length, alike = len(contexts.token_ids[members[0]]), {}
+    alike: dict[tuple, list[int]] = {}
+    for group, (members, _) in enumerate(contexts.groups):
+        length = len(contexts.token_ids[members[0]])
         for row in members:
             if rows[row][:length] != contexts.token_ids[row] or len(rows[row]) <= length:
                 raise ValueError(
@@ -235,28 +239,36 @@ def read_prompts(
                     f"{len(rows[row])} tokens"
                 )
             runs = _runs(blocks[row][length:].tolist())
-            # the mask of whole rows is fast; behind a cache, or where there are no masks, runs are read one by one
-            whole = not length and not is_flash
-            key = (len(rows[row]), any(is_block for _, is_block in runs)) if whole else tuple(runs)
-            alike.setdefault(key, (runs, whole, []))[2].append(row)
-        for runs, whole, taken in alike.values():
-            part, index = contexts.take(taken), torch.tensor(taken, device=device)
-            of_rows = index[:, None], torch.stack([columns[row] for row in taken])[:, length:]
-            inputs_rlD, positions_3rl = embeds_RLD[of_rows], layout.position_ids[(slice(None), *of_rows)]
-            mask = None
-            if whole:
-                own = layout.block_ids[of_rows] if any(is_block for _, is_block in runs) else None
-                mask = sequence_mask(model.config.text_config, inputs_rlD, None, own, None, None)
-                runs = [(inputs_rlD.shape[1], False)]
-            start = 0
-            for run, is_block in runs:
-                at = slice(start, start := start + run)
-                ids = [rows[row][length:][at] for row in taken]
-                part.read(inputs_rlD[:, at], positions_3rl[:, :, at], ids, mask=mask, in_block=is_block)
-            part.hidden_RlD = part.hidden_RlD[:, -1:]
-            parts.append(part)
-            numbers += taken
-    return Contexts.join(parts, numbers)
+            if not length and not is_flash:  # behind a cache, or where there are no masks, runs are read one by one
+                runs = [(len(rows[row]), any(is_block for _, is_block in runs))]
+            alike.setdefault((group, *runs), []).append(row)
+    reading = [(contexts.take(members), members, runs) for (_, *runs), members in alike.items()]
+    for step in range(max(len(runs) for _, _, runs in reading)):
+        now = [(context, members, *runs[step]) for context, members, runs in reading if step < len(runs)]
+        parts, inputs, positions = [], [], []
+        for context, members, length, is_block in now:
+            start, cache = len(context.token_ids[0]), context.groups[0][1]
+            at = torch.stack([columns[row][start : start + length] for row in members])
+            at = torch.tensor(members, device=device)[:, None], at
+            inputs.append(embeds_RLD[at])
+            positions.append(layout.position_ids[(slice(None), *at)])
+            in_block, mask = is_block and (start > 0 or is_flash), None
+            if is_block and not in_block:
+                mask = sequence_mask(text_config, inputs[-1], None, layout.block_ids[at], None, None)["full_attention"]
+            elif not is_block:
+                options = {"attention_mask": None, "position_ids": None, CACHE: cache}
+                mask = create_causal_mask(text_config, inputs[-1], **options)
+            parts.append(Part(cache, (len(members), length), in_block, mask))
+        # each position is a row of its own, as PEFT gives adapters to rows
+        inputs_N1D = torch.cat([each.flatten(0, 1) for each in inputs])[:, None]
+        positions_3N1 = torch.cat([each.flatten(1) for each in positions], dim=1)[:, :, None]
+        adapters = names and [names[row] for _, members, length, _ in now for row in members for _ in range(length)]
+        hidden_N1D = run_apart(model, parts, inputs_N1D, positions_3N1, adapters)
+        all_hidden = hidden_N1D.split([len(members) * length for _, members, length, _ in now])
+        for (context, members, length, _), hidden, of_part in zip(now, all_hidden, positions):
+            ids = [rows[row][len(context.token_ids[0]) :][:length] for row in members]
+            context._hold(hidden.view(len(members), length, -1)[:, -1:], of_part, ids)
+    return Contexts.join([context for context, _, _ in reading], [row for _, members, _ in reading for row in members])
 
 
 def _runs(block_ids: list[int]) -> list[tuple[int, bool]]:

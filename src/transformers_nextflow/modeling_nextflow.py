@@ -30,7 +30,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
-from .attention import FLEX, CachesApart, refuse_dense_mask, sequence_mask
+from .attention import FLEX, Apart, Part, refuse_dense_mask, sequence_mask
 from .cache_name import CACHE, takes_cache
 from .configuration_nextflow import NextFlowConfig
 from .features import scale_taps
@@ -139,27 +139,32 @@ class NextFlowPreTrainedModel(LibraryModel):
 
 
 class NextFlowAttention(Qwen2_5_VLAttention):
-    """Qwen's, which can also read one scale block: without a mask, its positions see each other and all before them.
+    """Qwen's, which can also read the parts of a step [`Apart`] from each other, whatever their lengths.
 
-    The decoder's own argument `is_causal` would say the same, but writes it into the config that all calls share.
+    That a block is not causal could also be said by the decoder's own argument `is_causal`, which however writes it
+    into the config that all calls share.
     """
 
-    def forward(self, hidden_states: torch.Tensor, *args, in_block: bool = False, **kwargs):
-        if isinstance(kwargs.get(CACHE), CachesApart):
-            return self._attend_apart(hidden_states, kwargs[CACHE], kwargs["position_embeddings"]), None
-        return super().forward(hidden_states, *args, **({"is_causal": False} if in_block else {}), **kwargs)
+    def forward(self, hidden_states: torch.Tensor, *args, **kwargs):
+        if isinstance(kwargs.get(CACHE), Apart):
+            return self._attend_apart(hidden_states, kwargs[CACHE].parts, kwargs["position_embeddings"]), None
+        return super().forward(hidden_states, *args, **kwargs)
 
-    def _attend_apart(self, hidden_states: torch.Tensor, apart: CachesApart, rotary: tuple) -> torch.Tensor:
+    def _attend_apart(self, hidden_states: torch.Tensor, parts: Sequence[Part], rotary: tuple) -> torch.Tensor:
         projections = (self.q_proj, self.k_proj, self.v_proj)
         states = [project(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for project in projections]
         states[:2] = apply_rotary_pos_emb(*states[:2], *rotary)
+        sizes = [rows * length for rows, length in (part.shape for part in parts)]
+        states = zip(*(each.transpose(1, 2).flatten(0, 1).split(sizes) for each in states))
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         outputs = []
-        for cache, query, key, value in zip(apart.caches, *(each.split(apart.counts) for each in states)):
-            keys_values = cache.update(key, value, self.layer_idx)
-            output, _ = attend(self, query, *keys_values, None, scaling=self.scaling, is_causal=False)
-            outputs.append(output)
-        return self.o_proj(torch.cat(outputs).flatten(2))
+        for part, of_part in zip(parts, states):
+            query, key, value = (each.unflatten(0, part.shape).transpose(1, 2) for each in of_part)
+            key, value = part.cache.update(key, value, self.layer_idx)
+            causality = {"is_causal": False} if part.in_block else {}
+            output, _ = attend(self, query, key, value, part.mask, scaling=self.scaling, **causality)
+            outputs.append(output.flatten(0, 1))
+        return self.o_proj(torch.cat(outputs).flatten(1).view(*hidden_states.shape[:2], -1))
 
 
 class NextFlowTextModel(Qwen2_5_VLTextModel):
