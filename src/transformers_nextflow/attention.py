@@ -27,7 +27,7 @@ class Part:
         cache: of their rows.
         shape: how many rows, and positions of each.
         in_block: without a mask they see all that their rows have read, and each other; if not, they are causal.
-        mask: what an attention function of transformers takes.
+        mask: what an attention function of transformers takes; it goes into the layers as their `attention_mask`.
     """
 
     cache: Cache

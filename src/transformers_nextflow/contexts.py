@@ -161,7 +161,7 @@ def run_apart(
         output = model.model.language_model(
             inputs_embeds=inputs_BlD,
             position_ids=positions_3Bl,
-            attention_mask={"full_attention": None},  # parts have their own
+            attention_mask={"full_attention": [part.mask for part in parts]},  # to the device of each layer
             use_cache=True,
             **{CACHE: Apart(parts)},
         )

@@ -147,10 +147,13 @@ class NextFlowAttention(Qwen2_5_VLAttention):
 
     def forward(self, hidden_states: torch.Tensor, *args, **kwargs):
         if isinstance(kwargs.get(CACHE), Apart):
-            return self._attend_apart(hidden_states, kwargs[CACHE].parts, kwargs["position_embeddings"]), None
+            parts, masks = kwargs[CACHE].parts, kwargs["attention_mask"]
+            return self._attend_apart(hidden_states, parts, masks, kwargs["position_embeddings"]), None
         return super().forward(hidden_states, *args, **kwargs)
 
-    def _attend_apart(self, hidden_states: torch.Tensor, parts: Sequence[Part], rotary: tuple) -> torch.Tensor:
+    def _attend_apart(
+        self, hidden_states: torch.Tensor, parts: Sequence[Part], masks: Sequence, rotary: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
         projections = (self.q_proj, self.k_proj, self.v_proj)
         states = [project(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for project in projections]
         states[:2] = apply_rotary_pos_emb(*states[:2], *rotary)
@@ -158,11 +161,11 @@ class NextFlowAttention(Qwen2_5_VLAttention):
         states = zip(*(each.transpose(1, 2).flatten(0, 1).split(sizes) for each in states))
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         outputs = []
-        for part, of_part in zip(parts, states):
+        for part, mask, of_part in zip(parts, masks, states):
             query, key, value = (each.unflatten(0, part.shape).transpose(1, 2) for each in of_part)
             key, value = part.cache.update(key, value, self.layer_idx)
             causality = {"is_causal": False} if part.in_block else {}
-            output, _ = attend(self, query, key, value, part.mask, scaling=self.scaling, **causality)
+            output, _ = attend(self, query, key, value, mask, scaling=self.scaling, **causality)
             outputs.append(output.flatten(0, 1))
         return self.o_proj(torch.cat(outputs).flatten(1).view(*hidden_states.shape[:2], -1))
 
