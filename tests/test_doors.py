@@ -37,6 +37,12 @@ def test_masks_of_every_pair_are_what_they_say(model, form):
     assert relative(packed, each) < 1e-5 and relative(packed, expected) > 1e-2
 
 
+def test_labels_beside_masks_of_every_pair(model):
+    ids = torch.tensor([[10, 11, 12, 13, 14]])
+    outputs = model(input_ids=ids, attention_mask=causal(5), labels=ids)
+    assert relative(outputs.loss, model(input_ids=ids, labels=ids).loss) < 1e-5
+
+
 def test_masks_of_every_pair_are_of_text_alone(model):
     inputs = batch_of(model, [10, Picture(SQUARE, 1), 11])
     inputs["attention_mask"] = causal(inputs["input_ids"].shape[1])

@@ -211,6 +211,7 @@ def answer(
     prompts: Prompts,
     pictures: list[list[Picture]],
     controls: ImageControls,
+    /,
     contexts: list[Context] | None = None,
     max_new_images: int = 16,
     seed: int | Sequence[int] | None = None,

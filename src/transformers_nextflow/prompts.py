@@ -92,6 +92,7 @@ class Prompts:
         prompts = self.guided(config)
         nulls = prompts.null_rows()
         bare = [[t for span in texts_of(ids, config) for t in ids[span]] for ids in nulls] if num_roles == 3 else []
+        bare = [ids or [config.boi_token_id] for ids in bare]
         return [*self.rows(), *nulls, *bare], prompts
 
     def pictures(self, model: "NextFlowForConditionalGeneration") -> list[list[Picture]]:
