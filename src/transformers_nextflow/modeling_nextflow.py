@@ -199,7 +199,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
         source = sum(offset < codes.shape[1] for offset in schedule.offsets) - 1
         target = min(scale, len(schedule) - 1)
         accumulate = self.config.feature_mode == "accumulated" and scale < len(schedule)
-        entries_LNC = self.code_embeddings(codes.T).to(codes.device)
+        entries_LNC = self.code_embeddings(codes).transpose(0, 1).to(codes.device)
         taps = scale_taps(schedule, source, target, accumulate, codes.device)  # the same for all pictures
         features_lNC = taps(entries_LNC.flatten(1)).unflatten(1, entries_LNC.shape[1:])
         return self.connector(features_lNC.transpose(0, 1)).to(codes.device)
@@ -387,7 +387,10 @@ class NextFlowModel(NextFlowPreTrainedModel):
         if is_flash and block_ids is not None and document_ids is None and not self.training:
             if runs := _common_runs(block_ids, attention_mask):
                 cache = DynamicCache(config=self.config.text_config) if past_key_values is None else past_key_values
-                return self._read_runs(inputs_embeds, position_ids, runs, cache, **kwargs)
+                outputs = self._read_runs(inputs_embeds, position_ids, runs, cache, **kwargs)
+                if use_cache is not False:
+                    outputs[CACHE] = cache
+                return outputs
         mask = sequence_mask(
             self.config.text_config, inputs_embeds, attention_mask, block_ids, document_ids, past_key_values
         )
@@ -425,7 +428,6 @@ class NextFlowModel(NextFlowPreTrainedModel):
         return BaseModelOutputWithPast(
             last_hidden_state=torch.cat([output.last_hidden_state for output in outputs], dim=1),
             hidden_states=tuple(torch.cat(parts, dim=1) for parts in zip(*layers)) or None,
-            **{CACHE: cache},
         )
 
 
