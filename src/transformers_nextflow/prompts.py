@@ -119,7 +119,7 @@ def compare_last_scale(images: Sequence[ImageSpan], config: NextFlowConfig) -> N
     expected = config.condition_last_scale
     if any(image.has_last_scale != expected for image in images if not image.is_open):
         logger.warning_once(
-            f"the prompts' images are those of a processor with condition_last_scale={not expected}, but the model has "
+            f"the prompts' images are of a processor with condition_last_scale={not expected}, but the model has "
             f"{expected}: it was not trained to read them"
         )
 
