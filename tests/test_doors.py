@@ -5,6 +5,7 @@ import torch
 from tiny_models import BOI, EOI, EOS, IMAGE, PAD, SQUARE, TEXT_ROWS, WIDE, Picture, batch_of, relative, tiny_model
 from transformers import AttentionInterface, GenerationConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.generation import ContinuousBatchingConfig
+from transformers.integrations.executorch import TorchExportableModuleWithStaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 CHATS = [[10, 11, 12, 13], [14, 15], [16, 17, 18]]
@@ -117,6 +118,19 @@ def test_text_is_exported(model):
         inputs = batch_of(model, *rows)
         graph = exported.module()(**inputs, use_cache=False)
         assert relative(graph.logits, model(**inputs).logits) < 1e-5
+
+
+def test_steps_over_a_static_cache_are_exported():
+    """By transformers' own wrapper, as for devices."""
+    model, ids = tiny_model(), torch.tensor([CHATS[0]])
+    expected = model.generate(ids, max_new_tokens=4, do_sample=False)
+    model.generation_config = GenerationConfig(use_cache=True, cache_implementation="static")
+    steps = TorchExportableModuleWithStaticCache(model, batch_size=1, max_cache_len=16, device="cpu")
+    step = {"input_ids": ids[:, :1], "cache_position": torch.tensor([0])}
+    exported = torch.export.export(steps, (), step)
+    assert torch.equal(
+        TorchExportableModuleWithStaticCache.generate(exported, ids, 4)[:, : expected.shape[1]], expected
+    )
 
 
 def test_text_alone_is_text_beside_pictures(model):

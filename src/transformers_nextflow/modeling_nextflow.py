@@ -328,7 +328,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        # masks come prepared for steps over a static cache, whose length a compiled step must not ask for
+        # masks come prepared for steps over a static cache
         prepared = isinstance(attention_mask, dict)
         # who says of every pair whether it is seen, as a server of many requests does, lays the text out too
         dense = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4
@@ -336,10 +336,11 @@ class NextFlowModel(NextFlowPreTrainedModel):
         is_text = image_grid_hw is None and document_ids is None and layout is None
         if is_text:
             _check_text(pixel_values, image_codes)
-        if self.training or not is_text or position_ids is None:  # else the cache's length is not asked for
+        needs_positions = position_ids is None and attention_mask is not None  # without padding the decoder knows them
+        if needs_positions or not is_text or self.training:  # a compiled step must not ask for the cache's length
             is_continued = is_continued or _is_filled(past_key_values)
         if is_continued or (is_text and not self.training):  # in training every weight has a gradient
-            if is_text and not is_continued and position_ids is None:
+            if is_text and not is_continued and needs_positions:
                 position_ids = text_positions(input_ids if inputs_embeds is None else inputs_embeds, attention_mask)
             if image_grid_hw is not None:
                 raise ValueError("images cannot be given with a filled cache, or a mask of (B, heads, L, keys)")
