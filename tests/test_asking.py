@@ -426,6 +426,11 @@ def test_defaults_are_one_object(settings, tmp_path, model):
         assert torch.equal(output.image_grid_hw, expected.image_grid_hw)
 
 
+def test_values_over_scales_of_a_file():
+    with pytest.raises(ValueError, match="guidance_scale over the scales must have the fields of a LinearRamp or"):
+        ImageGenerationConfig.from_dict({"guidance_scale": {"start": 1.0, "stop": 2.0}})
+
+
 def test_an_edit_keeps_its_size_under_one_object(model):
     edit, said = batch_of(model, [10, Picture(WIDE, 1), 11]), ImageGenerationConfig(guidance_scale=1.0)
     options = {"generation_mode": "image", "seed": 0, "return_dict_in_generate": True}

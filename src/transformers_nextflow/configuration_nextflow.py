@@ -266,11 +266,9 @@ class NextFlowConfig(ConfigBringsCode, PreTrainedConfig):
 
     def __setattr__(self, key, value):
         if key == "image_generation":
-            before = self.__dict__.get(key)
-            if before and not isinstance(value, ImageGenerationConfig):
-                value = ImageGenerationConfig.from_dict(before).updated(**value or {})
-            elif not isinstance(value, ImageGenerationConfig):
-                value = ImageGenerationConfig.from_dict(value or {})
+            before, from_dict = self.__dict__.get(key), ImageGenerationConfig.from_dict
+            if not isinstance(value, ImageGenerationConfig):
+                value = from_dict(before).updated(**value or {}) if before else from_dict(value or {})
             value = value.to_dict()
         super().__setattr__(key, value)
 

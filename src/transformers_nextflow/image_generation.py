@@ -101,8 +101,8 @@ class ImageGenerationConfig:
     def __post_init__(self):
         for entry in fields(self):
             value = plain(getattr(self, entry.name))
-            if isinstance(value, Mapping) and entry.name in LIMITS:
-                value = (LinearRamp if "start" in value else ScaleInterval)(**value)
+            if isinstance(value, Mapping):
+                value = _of_scales(entry.name, value)
             object.__setattr__(self, entry.name, value)
         if isinstance(self.refine_top_k, str) or not isinstance(self.refine_top_k, Sequence):
             raise ValueError(f"refine_top_k must be a list of integers, got {self.refine_top_k!r}")
@@ -169,9 +169,18 @@ class ImageGenerationConfig:
             return own if self.level is None else table.nearest_to_image(*table.image_size(own), self.level)
         if self.height is not None:
             return table.by_size(self.height, self.width, self.exact_size)
-        return table.by_aspect_ratio(self.aspect_ratio or "1:1", self.level, self.exact_size)
+        ratio = "1:1" if self.aspect_ratio is None else self.aspect_ratio
+        return table.by_aspect_ratio(ratio, self.level, self.exact_size)
 
     def controls(self, schedule: ScaleSchedule) -> ImageControls:
         """One value for each scale."""
         values = [per_scale(name, getattr(self, name), len(schedule), *limit) for name, limit in LIMITS.items()]
         return ImageControls(schedule, *values, refine_top_k=tuple(self.refine_top_k))
+
+
+def _of_scales(name: str, values: Mapping[str, Any]) -> LinearRamp | ScaleInterval:
+    """As a file holds it."""
+    for kind in (LinearRamp, ScaleInterval):
+        if values.keys() == {entry.name for entry in fields(kind)}:
+            return kind(**values)
+    raise ValueError(f"{name} over the scales must have the fields of a LinearRamp or a ScaleInterval, got {values}")
