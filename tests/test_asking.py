@@ -586,12 +586,24 @@ def test_the_image_token_alone_stands_for_a_picture(tiny_processor):
 # Messages and manners
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
-def test_marks_in_a_users_text_name_the_remedy(tiny_model, tiny_processor, guidance_scale):
-    chat = [{"role": "user", "content": f"a {tiny_processor.boi_token} circle"}]
-    inputs = tiny_processor.apply_chat_template(chat, generation_mode="image")
+@pytest.mark.parametrize("mode", ["text", "image", "interleaved"])
+@pytest.mark.parametrize("mark", ["boi_token", "image_token", "image_placeholder"])
+@pytest.mark.parametrize("place", ["alone", "beside a picture", "negative"])
+def test_marks_in_a_users_text_name_the_remedy(tiny_model, tiny_processor, mode, mark, place):
+    spelled = getattr(tiny_processor, mark)
+    if mode == "text" and (place == "negative" or (place == "alone" and mark == "boi_token")):
+        return  # text alone is read as it is
+    text = [{"type": "text", "text": "a circle" if place == "negative" else f"a {spelled} circle"}]
+    picture = (
+        [{"type": "image", "image": np.zeros((24, 24, 3), dtype=np.uint8)}] if place == "beside a picture" else []
+    )
+    options = {"negative_prompt": spelled} if place == "negative" else {}
+    content = [picture, *text] if place == "beside a picture" else text
+    chat, mode = [{"role": "user", "content": content}], {"generation_mode": mode}
     with pytest.raises(ValueError, match="sanitize_control_tokens=True"):
-        tiny_model.generate(**inputs, generation_mode="image", guidance_scale=guidance_scale)
+        tiny_model.generate(**tiny_processor.apply_chat_template(chat, **mode, **options), **mode, max_new_tokens=1)
+    inputs = tiny_processor.apply_chat_template(chat, **mode, **options, sanitize_control_tokens=True)
+    tiny_model.generate(**inputs, **mode, max_new_tokens=1)
 
 
 def test_a_second_answer_replaces_the_first(console, tmp_path):

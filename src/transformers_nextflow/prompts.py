@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import logging
 
 from .configuration_nextflow import NextFlowConfig
-from .layout import ImageSpan, check_integers, final_grids, find_images
+from .layout import MARKS, ImageSpan, check_integers, final_grids, find_images
 from .scales import Grid
 
 if TYPE_CHECKING:
@@ -19,11 +19,6 @@ logger = logging.get_logger(__name__)
 
 Picture = tuple[Grid, torch.Tensor]
 """A final grid and its (codes,) codes."""
-
-MARKS = (
-    "if a user's text holds the marks of images, `apply_chat_template(..., sanitize_control_tokens=True)` makes them "
-    "plain text"
-)
 
 
 @dataclass(frozen=True)
