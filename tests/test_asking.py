@@ -594,9 +594,7 @@ def test_marks_in_a_users_text_name_the_remedy(tiny_model, tiny_processor, mode,
     if mode == "text" and (place == "negative" or (place == "alone" and mark == "boi_token")):
         return  # text alone is read as it is
     text = [{"type": "text", "text": "a circle" if place == "negative" else f"a {spelled} circle"}]
-    picture = (
-        [{"type": "image", "image": np.zeros((24, 24, 3), dtype=np.uint8)}] if place == "beside a picture" else []
-    )
+    picture = {"type": "image", "image": np.zeros((24, 24, 3), dtype=np.uint8)}
     options = {"negative_prompt": spelled} if place == "negative" else {}
     content = [picture, *text] if place == "beside a picture" else text
     chat, mode = [{"role": "user", "content": content}], {"generation_mode": mode}
