@@ -27,8 +27,17 @@ from tiny_models import (
 )
 from transformers import AttentionInterface, AttentionMaskInterface, GenerationConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.testing_utils import CaptureLogger
+from transformers.utils import logging
 
-from transformers_nextflow import NextFlowConfig, NextFlowForConditionalGeneration, NextFlowImageProcessor
+from transformers_nextflow import (
+    ImageGenerationConfig,
+    LinearRamp,
+    NextFlowConfig,
+    NextFlowForConditionalGeneration,
+    NextFlowImageProcessor,
+    ScaleInterval,
+)
 from transformers_nextflow.cli import main
 from transformers_nextflow.layout import build_layout
 
@@ -103,27 +112,37 @@ def test_threads_on_one_model_draw_as_alone(model):
 # No masks
 
 
-def test_guided_rows_of_different_lengths_need_no_mask(model):
+@pytest.fixture
+def seen() -> list[int]:
+    """How many positions each call of attention had."""
+    return []
+
+
+@pytest.fixture
+def without_masks(seen):
     """A stand-in for FlashAttention, which is given no masks and must be told what is causal."""
-    seen = []
 
     def attend(module, query, key, value, attention_mask, is_causal=None, **kwargs):
         assert attention_mask is None
         seen.append(query.shape[2])
         causal = module.is_causal if is_causal is None else is_causal
         length, keys = query.shape[2], key.shape[2]
-        mask = torch.ones(length, keys, dtype=torch.bool).tril(keys - length) if causal else None
+        mask = torch.ones(1, 1, length, keys, dtype=torch.bool).tril(keys - length) if causal else None
         return sdpa_attention_forward(module, query, key, value, mask, is_causal=False, **kwargs)
 
     AttentionInterface.register("flash_stand_in", attend)
     AttentionMaskInterface.register("flash_stand_in", lambda *args, **kwargs: None)
     other = tiny_model()
     other.model.language_model.config._attn_implementation_internal = "flash_stand_in"
+    return other
+
+
+def test_guided_rows_of_different_lengths_need_no_mask(model, without_masks, seen):
     edits = [[10, Picture(SQUARE, 1), 11, BOI], [12, BOI], [Picture(WIDE, 2), Picture(SQUARE, 3), 13, BOI]]
     nulls = [[20, Picture(SQUARE, 1), BOI], [20, 21, BOI], [Picture(WIDE, 2), Picture(SQUARE, 3), BOI]]
     for inputs in (guided(model), guided(model, edits, nulls)):
         controls = PLAIN | {"guidance_scale": 2.0, "image_guidance_scale": 1.5, "aspect_ratio": "1:1"}
-        assert torch.equal(other.generate(**inputs, **controls), model.generate(**inputs, **controls))
+        assert torch.equal(without_masks.generate(**inputs, **controls), model.generate(**inputs, **controls))
     assert set(seen) >= {4, 9}
 
 
@@ -139,6 +158,23 @@ def test_rows_of_different_lengths_run_through_the_layers_together(model):
         hook.remove()
     tokens = sum(map(len, PROMPTS + NULLS))
     assert seen == [(tokens, 1)] * 2 + [(6, 4)] * 2 + [(6, 9)] * 2
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_pictures_are_described_without_masks(model, without_masks, use_cache):
+    """Rows whose pictures stand in the same places: block by block."""
+    inputs = batch_of(model, *([10, Picture(SQUARE, seed, True), Picture(WIDE, 3), 11, 12] for seed in (1, 2)))
+    outputs, expected = (each(**inputs, output_hidden_states=True) for each in (without_masks, model))
+    assert relative(outputs.logits, expected.logits) < 1e-5
+    for layer, other in zip(outputs.hidden_states, expected.hidden_states, strict=True):
+        assert relative(layer, other) < 1e-5
+    options = {"max_new_tokens": 4, "do_sample": False, "use_cache": use_cache}
+    assert torch.equal(without_masks.generate(**inputs, **options), model.generate(**inputs, **options))
+    different = batch_of(model, [10, Picture(SQUARE, 1), 11], [12, 13])
+    with pytest.raises(ValueError, match="cannot express scale blocks"):
+        without_masks(**different)
+    with pytest.raises(ValueError, match="cannot express scale blocks"):  # a prompt and a picture in one place each
+        without_masks(**batch_of(model, [Picture(SQUARE, 1), 11], [11, Picture(SQUARE, 1)]))
 
 
 def test_logits_come_in_chunks(model, monkeypatch):
@@ -226,6 +262,14 @@ def test_a_null_prompt_is_made(model, tiny_model, tiny_processor):
         assert torch.equal(tiny_model.generate(**bare, **options), expected)
 
 
+def test_a_null_prompt_of_images_alone(model):
+    """Without its images nothing is left of it."""
+    options = PLAIN | {"guidance_scale": 2.0, "image_guidance_scale": 1.5}
+    drawn = model.generate(**batch_of(model, [10, Picture(SQUARE, 1), 11]), **options)
+    picture = model.generate(**guided(model, [[10, Picture(SQUARE, 1), 11]], [[Picture(SQUARE, 1)]]), **options)
+    assert torch.equal(drawn, picture)
+
+
 def test_arguments_of_text_generation(model):
     inputs = batch_of(model, *PROMPTS)
     expected = model.generate(**inputs, **PLAIN)
@@ -238,14 +282,21 @@ def test_arguments_of_text_generation(model):
         "pad_token_id": PAD,
         "assistant_model": None,
         "tokenizer": None,
+        "token_type_ids": torch.zeros_like(inputs["input_ids"]),
+        "inputs_embeds": None,
     }
     assert torch.equal(model.generate(**inputs, **PLAIN, **ignored), expected)
     two = model.generate(**inputs, **PLAIN, num_return_sequences=2)
     assert torch.equal(two, model.generate(**inputs, **PLAIN, num_images_per_prompt=2))
     greedy = model.generate(**inputs, **PLAIN, do_sample=False)
     assert torch.equal(greedy, model.generate(**inputs, **PLAIN, temperature=0.0))
-    with pytest.raises(ValueError, match="does not know the arguments colour"):
-        model.generate(**inputs, **PLAIN, colour="red")
+    said = GenerationConfig(num_return_sequences=2, do_sample=True)
+    assert torch.equal(model.generate(**inputs, **PLAIN, generation_config=said), two)
+    three = model.generate(**inputs, **PLAIN, generation_config=said, num_images_per_prompt=3)
+    assert torch.equal(three, model.generate(**inputs, **PLAIN, num_images_per_prompt=3))
+    for name in ("colour", "num_images", "controls", "negative_prompt_ids"):
+        with pytest.raises(ValueError, match=f"does not know the arguments {name}"):
+            model.generate(**inputs, **PLAIN, **{name: 2})
     with pytest.raises(ValueError, match="num_return_sequences and num_images_per_prompt are the same, got 2 and 3"):
         model.generate(**inputs, **PLAIN, num_return_sequences=2, num_images_per_prompt=3)
 
@@ -335,9 +386,14 @@ def test_the_nearest_ratio_is_taken(ratio, level, console):
 def test_the_nearest_size_is_taken(model):
     inputs = batch_of(model, *PROMPTS)
     by_pixels = lambda height, width: {"height": height, "width": width}  # noqa: E731
-    asked = ((by_pixels(9, 20), WIDE), ({"aspect_ratio": "3:1"}, WIDE), (by_pixels(13, 13), SQUARE))
+    asked = [(by_pixels(9, 20), WIDE), ({"aspect_ratio": "31:10"}, WIDE), (by_pixels(13, 13), SQUARE)]
+    asked.append((by_pixels(720, 1280), WIDE))  # of no area near, but of that aspect ratio
+    logger = logging.get_logger("transformers_nextflow.scales")
+    logger.warning_once.cache_clear()
     for size, grid in asked:
-        output = model.generate(**inputs, **PLAIN, **size, return_dict_in_generate=True)
+        with CaptureLogger(logger) as logs:
+            output = model.generate(**inputs, **PLAIN, **size, return_dict_in_generate=True)
+        assert "no scale schedule" in logs.out and "nearest: " in logs.out
         assert output.image_grid_hw.tolist() == [list(grid)] * 3
         with pytest.raises(ValueError, match="no scale schedule .* nearest"):
             model.generate(**inputs, **PLAIN, **size, exact_size=True)
@@ -357,6 +413,61 @@ def test_defaults_are_merged(tmp_path, model):
     by_config = GenerationConfig(image_generation={"guidance_scale": 1.0, "top_k": 1})
     drawn = model.generate(**batch_of(model, *PROMPTS), generation_mode="image", seed=0, generation_config=by_config)
     assert torch.equal(drawn, greedy)
+
+
+RAMP, INTERVAL = LinearRamp(1.0, 3.0), ScaleInterval(2.0, 1, 2)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"guidance_scale": RAMP, "temperature": 0.5}, {"guidance_scale": INTERVAL}, {"height": 8, "width": 16}],
+    ids=str,
+)
+def test_defaults_are_one_object(settings, tmp_path, model):
+    """In a call, in the model's configuration, beside the text's, and saved."""
+    said, inputs = ImageGenerationConfig(**settings), batch_of(model, *PROMPTS)
+    options = {"generation_mode": "image", "seed": 0, "return_dict_in_generate": True}
+    expected = model.generate(**inputs, **options, **{"guidance_scale": 3.0} | settings)
+    drawn = [model.generate(**inputs, **options, image_generation=said)]
+    drawn.append(model.generate(**inputs, **options, generation_config=GenerationConfig(image_generation=said)))
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, image_generation=said)
+    drawn.append(loaded.generate(**inputs, **options))
+    loaded.save_pretrained(tmp_path)
+    drawn.append(type(model).from_pretrained(tmp_path).generate(**inputs, **options))
+    for output in drawn:
+        assert torch.equal(output.sequences, expected.sequences)
+        assert torch.equal(output.image_grid_hw, expected.image_grid_hw)
+
+
+def test_values_over_scales_of_a_file():
+    with pytest.raises(ValueError, match="guidance_scale over the scales must have the fields of a LinearRamp or"):
+        ImageGenerationConfig.from_dict({"guidance_scale": {"start": 1.0, "stop": 2.0}})
+
+
+def test_an_edit_keeps_its_size_under_one_object(model):
+    edit, said = batch_of(model, [10, Picture(WIDE, 1), 11]), ImageGenerationConfig(guidance_scale=1.0)
+    options = {"generation_mode": "image", "seed": 0, "return_dict_in_generate": True}
+    assert model.generate(**edit, **options, image_generation=said).image_grid_hw.tolist() == [list(WIDE)]
+
+
+def test_a_default_size_replaces_the_other_way_to_say_it(tmp_path, model):
+    model.save_pretrained(tmp_path)
+    by_pixels = type(model).from_pretrained(tmp_path, image_generation={"height": 8, "width": 16})
+    by_pixels.save_pretrained(tmp_path)
+    by_ratio = type(model).from_pretrained(tmp_path, image_generation={"aspect_ratio": "1:1"})
+    for each, grid in ((by_pixels, WIDE), (by_ratio, SQUARE)):
+        output = each.generate(**batch_of(model, *PROMPTS), **PLAIN, return_dict_in_generate=True)
+        assert output.image_grid_hw.tolist() == [list(grid)] * 3
+
+
+def test_answers_do_without_the_kinds_of_tokens(model):
+    inputs, options = batch_of(model, [10, Picture(SQUARE, 1), 11]), {"max_new_tokens": 2, "do_sample": False}
+    kinds = {name: torch.zeros_like(inputs["input_ids"]) for name in ("token_type_ids", "mm_token_type_ids")}
+    for mode in ("text", "interleaved"):
+        output, other = (model.generate(**inputs, **more, **options, generation_mode=mode) for more in ({}, kinds))
+        sequences = lambda output: getattr(output, "sequences", output)  # noqa: E731
+        assert torch.equal(sequences(output), sequences(other))
 
 
 def test_interleaved_pictures_take_the_same_keywords(model):
@@ -489,12 +600,22 @@ def test_the_image_token_alone_stands_for_a_picture(tiny_processor):
 # Messages and manners
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
-def test_marks_in_a_users_text_name_the_remedy(tiny_model, tiny_processor, guidance_scale):
-    chat = [{"role": "user", "content": f"a {tiny_processor.boi_token} circle"}]
-    inputs = tiny_processor.apply_chat_template(chat, generation_mode="image")
+@pytest.mark.parametrize("mode", ["text", "image", "interleaved"])
+@pytest.mark.parametrize("mark", ["boi_token", "image_token", "image_placeholder"])
+@pytest.mark.parametrize("place", ["alone", "beside a picture", "negative"])
+def test_marks_in_a_users_text_name_the_remedy(tiny_model, tiny_processor, mode, mark, place):
+    spelled = getattr(tiny_processor, mark)
+    if mode == "text" and (place == "negative" or (place == "alone" and mark == "boi_token")):
+        return  # text alone is read as it is
+    text = [{"type": "text", "text": "a circle" if place == "negative" else f"a {spelled} circle"}]
+    picture = {"type": "image", "image": np.zeros((24, 24, 3), dtype=np.uint8)}
+    options = {"negative_prompt": spelled} if place == "negative" else {}
+    content = [picture, *text] if place == "beside a picture" else text
+    chat, mode = [{"role": "user", "content": content}], {"generation_mode": mode}
     with pytest.raises(ValueError, match="sanitize_control_tokens=True"):
-        tiny_model.generate(**inputs, generation_mode="image", guidance_scale=guidance_scale)
+        tiny_model.generate(**tiny_processor.apply_chat_template(chat, **mode, **options), **mode, max_new_tokens=1)
+    inputs = tiny_processor.apply_chat_template(chat, **mode, **options, sanitize_control_tokens=True)
+    tiny_model.generate(**inputs, **mode, max_new_tokens=1)
 
 
 def test_a_second_answer_replaces_the_first(console, tmp_path):
@@ -511,4 +632,6 @@ def test_folders_are_made_and_the_version_is_told(console, tmp_path, capsys):
     Image.new("RGB", (24, 24)).save(tmp_path / "a.png")
     status, _, err = console("describe", "a.png", "--max-new-tokens", 1, "--output", "new/folder/x.txt")
     assert status == 0 and (tmp_path / "new" / "folder" / "x.txt").is_file(), err
+    status, _, err = console("describe", "a.png", "--output", "new")
+    assert status == 2 and "--output must be a file, got the folder new" in err
     assert main(["--version"]) == 0 and "0.1.0" in capsys.readouterr().out

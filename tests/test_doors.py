@@ -5,6 +5,7 @@ import torch
 from tiny_models import BOI, EOI, EOS, IMAGE, PAD, SQUARE, TEXT_ROWS, WIDE, Picture, batch_of, relative, tiny_model
 from transformers import AttentionInterface, GenerationConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.generation import ContinuousBatchingConfig
+from transformers.integrations.executorch import TorchExportableModuleWithStaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 CHATS = [[10, 11, 12, 13], [14, 15], [16, 17, 18]]
@@ -35,6 +36,12 @@ def test_masks_of_every_pair_are_what_they_say(model, form):
     packed = model(input_ids=torch.tensor([whole]), attention_mask=make(apart), position_ids=positions).logits
     each = torch.cat([model(input_ids=torch.tensor([row])).logits for row in alone], dim=1)
     assert relative(packed, each) < 1e-5 and relative(packed, expected) > 1e-2
+
+
+def test_labels_beside_masks_of_every_pair(model):
+    ids = torch.tensor([[10, 11, 12, 13, 14]])
+    outputs = model(input_ids=ids, attention_mask=causal(5), labels=ids)
+    assert relative(outputs.loss, model(input_ids=ids, labels=ids).loss) < 1e-5
 
 
 def test_masks_of_every_pair_are_of_text_alone(model):
@@ -111,6 +118,17 @@ def test_text_is_exported(model):
         inputs = batch_of(model, *rows)
         graph = exported.module()(**inputs, use_cache=False)
         assert relative(graph.logits, model(**inputs).logits) < 1e-5
+
+
+def test_steps_over_a_static_cache_are_exported(model):
+    """By transformers' own wrapper, as for devices."""
+    other, ids = tiny_model(), torch.tensor([CHATS[0]])
+    other.generation_config = GenerationConfig(use_cache=True, cache_implementation="static")
+    steps = TorchExportableModuleWithStaticCache(other, batch_size=1, max_cache_len=16, device="cpu")
+    step = lambda at: {"input_ids": ids[:, at : at + 1], "cache_position": torch.tensor([at])}  # noqa: E731
+    exported = torch.export.export(steps, (), step(0)).module()
+    logits = torch.cat([exported(**step(at)) for at in range(ids.shape[1])], dim=1)
+    assert relative(logits, model(input_ids=ids).logits) < 1e-5
 
 
 def test_text_alone_is_text_beside_pictures(model):

@@ -215,6 +215,15 @@ def test_parts_on_two_devices(untied, use, places):
         assert_same(use, untied, other)
 
 
+@BY_USE
+def test_tied_weights_beside_parts_on_two_devices(use):
+    """The head is where the embedding is, as accelerate places them."""
+    tied = tiny_model(tiny_config(tie_word_embeddings=True))
+    places = MAPS["in turn"] | {"lm_head": MAPS["in turn"]["model.language_model.embed_tokens"]}
+    with spread(tied, places) as other:
+        assert_same(use, tied, other)
+
+
 @pytest.mark.parametrize("name", ["in turn", "in turn the other way"])
 def test_gradients_of_parts_on_two_devices(untied, name):
     """In training mode, where rows without pictures give every weight a gradient as well."""

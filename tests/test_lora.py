@@ -1,6 +1,8 @@
 """PEFT's defaults: what a LoRA changes, trains and saves, and that merging keeps the model's outputs."""
 
 import importlib.util
+from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -325,13 +327,24 @@ def test_4_bits_name_the_missing_package(four_bit_folder):
 # An adapter for each prompt
 
 
-@pytest.fixture
-def two_adapters():
-    """On all that a call may run, and far from doing nothing."""
-    parts = ["q_proj", "up_proj", "connector.0", "connector.2", "lm_head", "code_head", "embed_tokens"]
-    settings = {"target_modules": parts, "r": 2, "init_lora_weights": False}
-    model = peft.get_peft_model(tiny_model(), peft.LoraConfig(**settings), adapter_name="a")
-    model.add_adapter("b", peft.LoraConfig(**settings))
+PARTS = ["q_proj", "up_proj", "connector.0", "connector.2", "lm_head", "code_head", "embed_tokens"]
+PLACES = {
+    "parts": partial(peft.LoraConfig, target_modules=PARTS),
+    "all-linear": partial(peft.LoraConfig, target_modules="all-linear"),
+    "whole parts": lora_config,
+}
+
+
+@pytest.fixture(params=PLACES)
+def two_adapters(request):
+    """On all that a call may run, and far from doing nothing; the second one is PEFT's alone to place."""
+    config = partial(PLACES[request.param], r=2, init_lora_weights=False)
+    model = peft.get_peft_model(tiny_model(), config(), adapter_name="a")
+    model.add_adapter("b", config())
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "modules_to_save.b" in name:
+                weight.neg_()
     return model.eval()
 
 
@@ -379,9 +392,38 @@ def test_each_prompt_has_its_adapter(two_adapters, call):
     assert not any(module._forward_pre_hooks for module in two_adapters.modules())
 
 
+def test_each_description_has_its_adapter(two_adapters):
+    inputs = batch_of(two_adapters.get_base_model(), *CHATS)
+    together = two_adapters.generate(
+        **inputs,
+        **{"adapter_names": NAMES, "max_new_tokens": 3, "do_sample": False, "eos_token_id": None},
+        **{"output_logits": True, "return_dict_in_generate": True},
+    )
+    for row, name in enumerate(NAMES):
+        with two_adapters.disable_adapter() if name == "__base__" else nullcontext():
+            two_adapters.set_adapter("a" if name == "__base__" else name)
+            outputs = two_adapters(**batch_of(two_adapters.get_base_model(), CHATS[row]), logits_over="text")
+        assert relative(together.logits[0][row], outputs.logits[0, -1]) < 1e-5, name
+
+
 def test_adapters_of_other_prompts_are_refused(two_adapters):
     with pytest.raises(ValueError, match="adapter_names must hold one for each of 4 prompts, got 2"):
         draw(two_adapters, "guided", [0, 1, 2, 3], adapter_names=["a", "b"])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_learned_prefix_of_texts(training):
+    """PEFT gives it as a filled cache, with a mask that is longer than the ids."""
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = peft.get_peft_model(tiny_model(), config).train(training)
+    inputs = batch_of(model.get_base_model(), [10, 11, 12, 13], [14, 15])
+    outputs = model(**inputs, labels=inputs["input_ids"])
+    targets = inputs["input_ids"][:, 1:].masked_fill(inputs["attention_mask"][:, :-1] == 0, -100)
+    expected = torch.nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), targets.flatten())
+    assert relative(outputs.loss, expected) < 1e-5
+    outputs.loss.backward()
+    (weight,) = (weight for weight in model.parameters() if weight.requires_grad)
+    assert weight.grad.abs().max() > 0
 
 
 @pytest.mark.parametrize("name", ["connector", "scale_embedding", "lm_head"])

@@ -258,6 +258,8 @@ def describe(
 ) -> None:
     """A picture in words, or the answer to a question about it."""
     check_seed(seed)
+    if output and Path(output).is_dir():
+        raise IsADirectoryError(f"--output must be a file, got the folder {output}")
     picture = open_picture(image)
     nextflow, processor = load_model(model)
     inputs = chat_inputs(processor, [picture], question).to(nextflow.device)

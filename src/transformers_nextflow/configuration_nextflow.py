@@ -216,9 +216,9 @@ class NextFlowConfig(ConfigBringsCode, PreTrainedConfig):
             as it is (`benchmarks/paper/condition_images.py`).
         scale_loss_alpha (`float`, defaults to 0.9):
             Exponent of the scale weights in the loss (eq. 2).
-        image_generation (`dict`, *optional*):
-            How pictures are drawn where a call says nothing, as in [`ImageGenerationConfig`]. What is set goes over
-            what is there already, also by `from_pretrained(..., image_generation={...})`.
+        image_generation (`dict` or `ImageGenerationConfig`, *optional*):
+            How pictures are drawn where a call says nothing. A `dict` goes over what is there already, also by
+            `from_pretrained(..., image_generation={...})`, and what is None in it says nothing.
     """
 
     model_type = "nextflow"
@@ -241,7 +241,7 @@ class NextFlowConfig(ConfigBringsCode, PreTrainedConfig):
     position_scale: float | int | None = None
     condition_last_scale: bool = True
     scale_loss_alpha: float | int = 0.9
-    image_generation: dict | None = None
+    image_generation: dict | ImageGenerationConfig | None = None
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
 
@@ -266,8 +266,10 @@ class NextFlowConfig(ConfigBringsCode, PreTrainedConfig):
 
     def __setattr__(self, key, value):
         if key == "image_generation":
-            value = self.__dict__.get(key, {}) | (value or {})
-            value = ImageGenerationConfig.from_dict(value).to_dict()
+            before, from_dict = self.__dict__.get(key), ImageGenerationConfig.from_dict
+            if not isinstance(value, ImageGenerationConfig):
+                value = from_dict(before).updated(**value or {}) if before else from_dict(value or {})
+            value = value.to_dict()
         super().__setattr__(key, value)
 
     @property

@@ -25,8 +25,7 @@ IMAGE_KEYWORDS = ImageGenerationKwargs.__annotations__.keys()
 ABOUT_TEXT = {
     *vars(GenerationConfig()),
     *("generation_config", "logits_processor", "stopping_criteria", "streamer", "tokenizer", "assistant_model"),
-    *("assistant_tokenizer", "synced_gpus", "prefix_allowed_tokens_fn", "mm_token_type_ids", "past_key_values"),
-    CACHE,
+    *("assistant_tokenizer", "synced_gpus", "prefix_allowed_tokens_fn", "past_key_values", CACHE),
 }
 """Arguments of `generate` that pipelines pass whatever the mode, and that say nothing about pictures."""
 
@@ -98,6 +97,8 @@ class NextFlowGenerationMixin(ImageCodesMixin, TextGenerationMixin):
         """
         if inputs is not None:
             kwargs["input_ids"] = inputs
+        for name in ("token_type_ids", "mm_token_type_ids"):  # of processors; ids alone say what they are
+            kwargs.pop(name, None)
         if generation_mode == "text":
             return self.write_text(*args, **kwargs)
         if generation_mode not in ("image", "interleaved"):
@@ -108,15 +109,11 @@ class NextFlowGenerationMixin(ImageCodesMixin, TextGenerationMixin):
         of_text = kwargs.get("generation_config") or self.generation_config
         pad_token_id = kwargs.get("pad_token_id", of_text.pad_token_id)
         prompts = Prompts(**{name: kwargs.pop(name) for name in names}).checked(self.config, pad_token_id)
-        of_call = dict(getattr(of_text, "image_generation", None) or {})
-        if isinstance(image_generation, ImageGenerationConfig):
-            image_generation = image_generation.to_dict()
-        of_call |= image_generation or {}
+        of_call = _said(getattr(of_text, "image_generation", None)) | _said(image_generation)
         shared = {"temperature", "top_k", "top_p"} if generation_mode == "interleaved" else set()
-        given = {name: kwargs.pop(name) for name in (IMAGE_KEYWORDS & kwargs.keys()) - shared}
-        of_call |= {name: value for name, value in given.items() if value is not None}
+        of_call |= _said({name: kwargs.pop(name) for name in (IMAGE_KEYWORDS & kwargs.keys()) - shared})
         if generation_mode == "image":
-            of_call = _with_text_names(of_call, kwargs)
+            of_call = _with_text_names(of_call, kwargs, of_text)
         settings = ImageGenerationConfig.from_dict(self.config.image_generation).updated(**of_call)
         if generation_mode == "interleaved" and of_call.get("num_images_per_prompt", 1) != 1:
             count = of_call["num_images_per_prompt"]
@@ -136,6 +133,7 @@ class NextFlowGenerationMixin(ImageCodesMixin, TextGenerationMixin):
         pictures: list[list[Picture]],
         controls: ImageControls,
         num_images: int,
+        /,
         seed: int | Sequence[int] | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         forced_codes: torch.LongTensor | None = None,
@@ -145,7 +143,7 @@ class NextFlowGenerationMixin(ImageCodesMixin, TextGenerationMixin):
         return_dict_in_generate: bool = False,
         **of_text,
     ) -> torch.LongTensor | NextFlowImageOutput:
-        if unknown := sorted(of_text.keys() - ABOUT_TEXT):
+        if unknown := sorted({name for name, value in of_text.items() if value is not None} - ABOUT_TEXT):
             raise ValueError(f"image generation does not know the arguments {', '.join(unknown)}")
         device, boi = prompts.input_ids.device, self.config.boi_token_id
         schedule, num_prompts = controls.schedule, len(pictures)
@@ -185,11 +183,19 @@ class NextFlowGenerationMixin(ImageCodesMixin, TextGenerationMixin):
             return next_turn(self, output, prompts)
 
 
-def _with_text_names(of_call: dict, of_text: dict) -> dict:
+def _said(controls: Mapping | ImageGenerationConfig | None) -> dict:
+    """What controls of pictures say; `None` says nothing."""
+    values = controls.to_dict() if isinstance(controls, ImageGenerationConfig) else controls or {}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _with_text_names(of_call: dict, of_text: dict, generation_config: GenerationConfig) -> dict:
     """With what arguments of transformers' `generate` say about pictures, which are taken from `of_text`."""
     count, name = of_text.pop("num_return_sequences", None), "num_images_per_prompt"
     if count is not None and of_call.setdefault(name, count) != count:
         raise ValueError(f"num_return_sequences and {name} are the same, got {count} and {of_call[name]}")
+    if (generation_config.num_return_sequences or 1) > 1:
+        of_call.setdefault(name, generation_config.num_return_sequences)
     if of_text.pop("do_sample", None) is False:
         of_call.setdefault("temperature", 0.0)
     return of_call

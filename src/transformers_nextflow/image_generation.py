@@ -1,11 +1,11 @@
 """How pictures are drawn: what a call says, over what the checkpoint says, over the defaults."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from math import inf
 from typing import Any, TypedDict
 
-from .sampling import SAMPLING_LIMITS, PerScale, integer, per_scale, plain
+from .sampling import SAMPLING_LIMITS, LinearRamp, PerScale, ScaleInterval, integer, per_scale, plain
 from .scales import Grid, ScaleSchedule, ScheduleTable
 
 LIMITS = {"guidance_scale": (0.0,), "image_guidance_scale": (0.0,), **SAMPLING_LIMITS}
@@ -71,12 +71,14 @@ class ImageGenerationConfig:
         image_guidance_scale: guidance by the prompts' images, apart: `none + s_image * (uncond - none) +
             s * (cond - uncond)`, where `none` is the null prompt without its images; 1.0 everywhere is off.
         temperature, top_k, top_p: see [`sample`]. These five are a number (Python's, NumPy's or torch's), one per
-            scale, a [`LinearRamp`] or a [`ScaleInterval`].
+            scale, a [`LinearRamp`] or a [`ScaleInterval`], which a file holds as a dict of their fields.
         refine_top_k: top-k of further passes, each of which predicts a scale (but the first) again from its own codes;
             TokenFlow samples with top-k 1200, then (100, 1).
-        aspect_ratio, level: `"width:height"`, and the name of a level of the scale schedules (default: the highest).
+        aspect_ratio, level: `"width:height"` (default: 1:1), and the name of a level of the scale schedules (default:
+            the highest).
         height, width: in pixels, instead of these.
-        exact_size: whether a size that no schedule has is an error. By default the nearest one is taken, and logged.
+        exact_size: whether a size that no schedule has is an error. By default the nearest one is taken, and a
+            warning names it.
         num_images_per_prompt: pictures for each prompt, next to each other in the output.
 
     Raises:
@@ -89,7 +91,7 @@ class ImageGenerationConfig:
     top_k: PerScale = 0
     top_p: PerScale = 1.0
     refine_top_k: Sequence[int] = ()
-    aspect_ratio: str | None = "1:1"
+    aspect_ratio: str | None = None
     level: str | int | None = None
     height: int | None = None
     width: int | None = None
@@ -98,7 +100,10 @@ class ImageGenerationConfig:
 
     def __post_init__(self):
         for entry in fields(self):
-            object.__setattr__(self, entry.name, plain(getattr(self, entry.name)))
+            value = plain(getattr(self, entry.name))
+            if isinstance(value, Mapping):
+                value = _of_scales(entry.name, value)
+            object.__setattr__(self, entry.name, value)
         if isinstance(self.refine_top_k, str) or not isinstance(self.refine_top_k, Sequence):
             raise ValueError(f"refine_top_k must be a list of integers, got {self.refine_top_k!r}")
         object.__setattr__(self, "refine_top_k", list(self.refine_top_k))
@@ -125,7 +130,7 @@ class ImageGenerationConfig:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        return {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return asdict(self)
 
     def updated(self, **given: Any) -> "ImageGenerationConfig":
         """With what is given and not None. A size by pixels replaces one by ratio and level, and the other way."""
@@ -171,3 +176,11 @@ class ImageGenerationConfig:
         """One value for each scale."""
         values = [per_scale(name, getattr(self, name), len(schedule), *limit) for name, limit in LIMITS.items()]
         return ImageControls(schedule, *values, refine_top_k=tuple(self.refine_top_k))
+
+
+def _of_scales(name: str, values: Mapping[str, Any]) -> LinearRamp | ScaleInterval:
+    """As a file holds it."""
+    for kind in (LinearRamp, ScaleInterval):
+        if values.keys() == {entry.name for entry in fields(kind)}:
+            return kind(**values)
+    raise ValueError(f"{name} over the scales must have the fields of a LinearRamp or a ScaleInterval, got {values}")

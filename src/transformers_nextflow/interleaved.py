@@ -187,6 +187,7 @@ def answer(
     prompts: Prompts,
     pictures: list[list[Picture]],
     controls: ImageControls,
+    /,
     contexts: Contexts | None = None,
     max_new_images: int = 16,
     seed: int | Sequence[int] | None = None,

@@ -26,6 +26,11 @@ from .features import Taps, join, scale_taps
 from .losses import IGNORE
 from .scales import Grid, ScaleSchedule
 
+MARKS = (
+    "if a user's text holds the marks of images, `apply_chat_template(..., sanitize_control_tokens=True)` makes them "
+    "plain text"
+)
+
 
 @dataclass(frozen=True)
 class ImageSpan:
@@ -185,7 +190,8 @@ def find_images(
     ids, grids = input_ids.detach().cpu(), final_grids(image_grid_hw)
     starts = (ids == config.boi_token_id).nonzero().tolist()
     if len(starts) != len(grids):
-        raise ValueError(f"input_ids hold {len(starts)} images (<boi> tokens), image_grid_hw has {len(grids)}")
+        counts = f"input_ids hold {len(starts)} images (<boi> tokens), image_grid_hw has {len(grids)}"
+        raise ValueError(f"{counts}; {MARKS}")
     placeholders, schedules = ids == config.image_token_id, config.vq_config.schedule_table()
     images = [
         _read_span(ids, placeholders, row, start, schedules.by_grid(grid), config.eoi_token_id)

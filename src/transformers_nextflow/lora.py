@@ -7,12 +7,13 @@ model = get_peft_model(model, lora_config())
 
 import copy
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 if TYPE_CHECKING:
@@ -126,8 +127,8 @@ def using_adapters(model: nn.Module, names: Sequence[str] | None) -> Iterator[No
     """
 
     def of_rows(module, args, kwargs):
-        count = len(args[0])
-        return args, kwargs | {"adapter_names": list(names) * (count if len(names) == 1 else 1)}
+        named = list(names) * (len(args[0]) if len(names) == 1 else 1)
+        return args, kwargs | {"adapter_names": named or None}  # PEFT wants a row
 
     adapted = [] if names is None else [module for module in model.modules() if "adapter_names" in _told(module)]
     handles = [module.register_forward_pre_hook(of_rows, with_kwargs=True) for module in adapted]
@@ -136,6 +137,19 @@ def using_adapters(model: nn.Module, names: Sequence[str] | None) -> Iterator[No
     finally:
         for handle in handles:
             handle.remove()
+
+
+def each_by_its_adapter(
+    model: nn.Module, names: Sequence[str] | None, run: Callable[[], torch.Tensor]
+) -> torch.Tensor:
+    """(B, ...) that `run` gives of all rows as one, each row as by its adapter; `None`: as PEFT was told."""
+    if names is None:
+        return run()
+    by_adapter = {}
+    for name in dict.fromkeys(names):
+        with using_adapters(model, [name]):
+            by_adapter[name] = run()
+    return torch.stack([by_adapter[name][row] for row, name in enumerate(names)])
 
 
 def _told(module: nn.Module) -> dict:

@@ -12,12 +12,14 @@ Shape suffixes: B batch, L sequence, N images of one schedule, l visual inputs, 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
@@ -36,7 +38,7 @@ from .configuration_nextflow import NextFlowConfig
 from .features import scale_taps
 from .generation_nextflow import NextFlowGenerationMixin
 from .layout import ImageSpan, SequenceLayout, build_layout, check_codes, check_rows, find_images, text_positions
-from .lora import are_placed, place_adapters
+from .lora import adapter_names, are_placed, each_by_its_adapter, place_adapters
 from .losses import joint_cross_entropy
 from .modeling_nextflow_vq import LibraryModel, NextFlowVQModel, unpatchify
 from .scales import ScaleSchedule
@@ -116,7 +118,7 @@ class NextFlowPreTrainedModel(LibraryModel):
 
     def train(self, mode: bool = True):
         """As of any module. Adapters that `PeftModel.add_adapter` has put on since find their places here."""
-        if mode and not are_placed(getattr(self, "peft_config", {})):
+        if not are_placed(getattr(self, "peft_config", {})):
             self.peft_config = self.peft_config  # PEFT adds to it, which the model is not told
         return super().train(mode)
 
@@ -222,7 +224,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
         source = sum(offset < codes.shape[1] for offset in schedule.offsets) - 1
         target = min(scale, len(schedule) - 1)
         accumulate = self.config.feature_mode == "accumulated" and scale < len(schedule)
-        entries_LNC = self.code_embeddings(codes.T).to(codes.device)
+        entries_LNC = self.code_embeddings(codes).transpose(0, 1).to(codes.device)
         taps = scale_taps(schedule, source, target, accumulate, codes.device)  # the same for all pictures
         features_lNC = taps(entries_LNC.flatten(1)).unflatten(1, entries_LNC.shape[1:])
         return self.connector(features_lNC.transpose(0, 1)).to(codes.device)
@@ -351,16 +353,19 @@ class NextFlowModel(NextFlowPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        # masks come prepared for steps over a static cache, whose length a compiled step must not ask for
+        # masks come prepared for steps over a static cache
         prepared = isinstance(attention_mask, dict)
         # who says of every pair whether it is seen, as a server of many requests does, lays the text out too
         dense = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4
-        is_continued = prepared or dense or _is_filled(past_key_values)
+        is_continued = prepared or dense
         is_text = image_grid_hw is None and document_ids is None and layout is None
         if is_text:
             _check_text(pixel_values, image_codes)
+        needs_positions = position_ids is None and attention_mask is not None  # without padding the decoder knows them
+        if needs_positions or not is_text or self.training:  # a compiled step must not ask for the cache's length
+            is_continued = is_continued or _is_filled(past_key_values)
         if is_continued or (is_text and not self.training):  # in training every weight has a gradient
-            if is_text and not is_continued and position_ids is None:
+            if is_text and not is_continued and needs_positions:
                 position_ids = text_positions(input_ids if inputs_embeds is None else inputs_embeds, attention_mask)
             if image_grid_hw is not None:
                 raise ValueError("images cannot be given with a filled cache, or a mask of (B, heads, L, keys)")
@@ -399,18 +404,56 @@ class NextFlowModel(NextFlowPreTrainedModel):
             image_codes = layout.slot_places.new_empty(0)
         if image_input_codes is not None:
             image_codes = image_codes.index_copy(0, layout.coarse_places, image_input_codes)
-        inputs_embeds = self.embed_images(inputs_embeds, layout, image_codes)
+        names = adapter_names(self.connector) or adapter_names(self.code_embeddings)
+        embed = partial(self.embed_images, inputs_embeds, layout, image_codes)
+        inputs_embeds = each_by_its_adapter(self, names, embed)  # images of all rows are embedded as one
         block_ids = layout.block_ids if len(layout.slot_places) else None
+        position_ids = layout.position_ids if position_ids is None else position_ids
+        is_flash = "flash" in (self.config.text_config._attn_implementation or "")
+        if is_flash and block_ids is not None and document_ids is None and not self.training:
+            if runs := _common_runs(block_ids, attention_mask):
+                cache = DynamicCache(config=self.config.text_config) if past_key_values is None else past_key_values
+                outputs = self._read_runs(inputs_embeds, position_ids, runs, cache, **kwargs)
+                if use_cache is not False:
+                    outputs[CACHE] = cache
+                return outputs
         mask = sequence_mask(
             self.config.text_config, inputs_embeds, attention_mask, block_ids, document_ids, past_key_values
         )
         return self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=mask,
-            position_ids=layout.position_ids if position_ids is None else position_ids,
+            position_ids=position_ids,
             use_cache=use_cache,
             **{CACHE: past_key_values},
             **kwargs,
+        )
+
+    def _read_runs(
+        self,
+        inputs_embeds: torch.Tensor,
+        position_ids: torch.Tensor,
+        runs: Sequence[tuple[slice, bool]],
+        cache: Cache,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        """Text and scale blocks in turn, for attention that has no masks."""
+        outputs = [
+            self.language_model(
+                inputs_embeds=inputs_embeds[:, at],
+                attention_mask={"full_attention": None} if in_block else None,
+                position_ids=position_ids[..., at],
+                use_cache=True,
+                in_block=in_block,
+                **{CACHE: cache},
+                **kwargs,
+            )
+            for at, in_block in runs
+        ]
+        layers = [output.hidden_states or () for output in outputs]
+        return BaseModelOutputWithPast(
+            last_hidden_state=torch.cat([output.last_hidden_state for output in outputs], dim=1),
+            hidden_states=tuple(torch.cat(parts, dim=1) for parts in zip(*layers)) or None,
         )
 
 
@@ -496,12 +539,18 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
                 raise ValueError("give exactly one of input_ids and inputs_embeds")
             if image_grid_hw is None:
                 _check_text(pixel_values, image_codes)
+            ids = self.model.marker_ids(inputs_embeds) if input_ids is None else input_ids
+            mask = attention_mask
+            if mask is not None and mask.ndim == 4:  # who says of every pair says by the labels what is padding
+                mask = None
+            elif mask is not None and _is_filled(past_key_values):
+                mask = mask[:, -ids.shape[1] :]
             layout, image_codes = self.model.lay_out(
-                self.model.marker_ids(inputs_embeds) if input_ids is None else input_ids,
+                ids,
                 image_grid_hw,
                 pixel_values,
                 image_codes,
-                attention_mask=attention_mask,
+                attention_mask=mask,
                 document_ids=document_ids,
                 labels=labels,
                 shift_labels=shift_labels,
@@ -568,6 +617,17 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
             return layout.targets
         code_ids_N = self.config.text_vocab_size + image_codes[layout.target_codes.clamp(min=0)]
         return torch.where(layout.target_codes >= 0, code_ids_N, layout.targets)
+
+
+def _common_runs(block_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[tuple[slice, bool]]:
+    """Where neighbours of (B, L) attend alike, and whether they are a scale block; nothing if rows differ in that or
+    are padded."""
+    in_block, changes = block_ids >= 0, block_ids[:, 1:] != block_ids[:, :-1]
+    is_padded = attention_mask is not None and not attention_mask.bool().all()
+    if is_padded or any((each != each[:1]).any() for each in (in_block, changes)):
+        return []
+    bounds = [0, *(changes[0].nonzero().flatten() + 1).tolist(), block_ids.shape[1]]
+    return [(slice(start, end), bool(in_block[0, start])) for start, end in pairwise(bounds)]
 
 
 def _is_filled(cache: Cache | None) -> bool:

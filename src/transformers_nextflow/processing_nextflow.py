@@ -14,7 +14,7 @@ from transformers.tokenization_utils_base import PreTokenizedInput, TextInput
 from .configuration_nextflow import NextFlowConfig
 from .image_processing_nextflow import NextFlowImageProcessor
 from .interleaved import NextFlowInterleavedOutput
-from .layout import num_image_slots
+from .layout import MARKS, num_image_slots
 from .remote_code import ProcessorBringsCode
 
 CHAT_TEMPLATE = """\
@@ -183,7 +183,8 @@ class NextFlowProcessor(ProcessorBringsCode, ProcessorMixin):
             expected = text.count(self.image_placeholder)
             got = self._count_placeholders(negative, f"negative_text {row}")
             if expected != got:
-                raise ValueError(f"negative_text {row} must have the {expected} images of its text, got {got}")
+                marks = f"{got} {self.image_token}"
+                raise ValueError(f"negative_text {row} must have the {expected} images of its text, got {marks}")
 
     def _tokenize_negatives(self, negatives: list[str], inputs: BatchFeature, **kwargs) -> BatchFeature:
         """Null prompts with the placeholders of the pictures in `inputs`."""
@@ -261,6 +262,10 @@ class NextFlowProcessor(ProcessorBringsCode, ProcessorMixin):
             )
         except TemplateError as error:
             raise ValueError(f"the chat template cannot render the chat: {error}") from error
+        except ValueError as error:
+            if self.image_token in str(error):
+                raise ValueError(f"{error}; {MARKS}") from error
+            raise
 
     def apply_next_turn(
         self, output: NextFlowInterleavedOutput, conversation: list[dict] | list[list[dict]], **kwargs

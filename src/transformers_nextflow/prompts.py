@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import logging
 
 from .configuration_nextflow import NextFlowConfig
-from .layout import check_integers, final_grids, find_images
+from .layout import MARKS, ImageSpan, check_integers, final_grids, find_images
 from .scales import Grid
 
 if TYPE_CHECKING:
@@ -19,11 +19,6 @@ logger = logging.get_logger(__name__)
 
 Picture = tuple[Grid, torch.Tensor]
 """A final grid and its (codes,) codes."""
-
-MARKS = (
-    "if a user's text holds the marks of images, `apply_chat_template(..., sanitize_control_tokens=True)` makes them "
-    "plain text"
-)
 
 
 @dataclass(frozen=True)
@@ -92,6 +87,7 @@ class Prompts:
         prompts = self.guided(config)
         nulls = prompts.null_rows()
         bare = [[t for span in texts_of(ids, config) for t in ids[span]] for ids in nulls] if num_roles == 3 else []
+        bare = [ids or [config.boi_token_id] for ids in bare]
         return [*self.rows(), *nulls, *bare], prompts
 
     def pictures(self, model: "NextFlowForConditionalGeneration") -> list[list[Picture]]:
@@ -105,11 +101,22 @@ class Prompts:
             raise ValueError(f"the prompts hold {held} finished images, image_grid_hw has {len(grids)}; {MARKS}")
         ids, _ = padded(rows, config.eoi_token_id, self.input_ids.device)
         images = find_images(config, ids, grids)
+        compare_last_scale(images, config)
         flat_codes = model.model.image_codes_of(images, self.pixel_values, self.image_codes)
         pictures: list[list[Picture]] = [[] for _ in rows]
         for image, codes in zip(images, flat_codes.split([image.num_codes for image in images])):
             pictures[image.row].append((image.schedule.final_grid, codes))
         return pictures
+
+
+def compare_last_scale(images: Sequence[ImageSpan], config: NextFlowConfig) -> None:
+    """Warn of prompts whose images were made for a model of the other `condition_last_scale`."""
+    expected = config.condition_last_scale
+    if any(image.has_last_scale != expected for image in images if not image.is_open):
+        logger.warning_once(
+            f"the prompts' images are of a processor with condition_last_scale={not expected}, but the model has "
+            f"{expected}: it was not trained to read them"
+        )
 
 
 def flat_images(rows: Sequence[Sequence[Picture]], device: torch.device) -> dict[str, torch.Tensor]:

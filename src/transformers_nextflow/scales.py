@@ -139,8 +139,8 @@ class ScheduleTable:
         return self._by_grid[grid]
 
     def by_size(self, height: int, width: int, exact: bool = True) -> ScaleSchedule:
-        """The schedule of an image of `height` x `width` pixels; unless `exact`, the nearest if there is none, and the
-        log says so."""
+        """The schedule of an image of `height` x `width` pixels; unless `exact`, the nearest if there is none, with a
+        warning."""
         grid = (height // self.patch_size, width // self.patch_size)
         if height % self.patch_size == 0 and width % self.patch_size == 0 and grid in self._by_grid:
             return self._by_grid[grid]
@@ -153,7 +153,7 @@ class ScheduleTable:
         self, aspect_ratio: str = "1:1", level: str | int | None = None, exact: bool = True
     ) -> ScaleSchedule:
         """The schedule of an aspect ratio `"width:height"` at `level` (default: the highest); unless `exact`, the
-        nearest if there is none, which is logged.
+        nearest if there is none, with a warning.
 
         The final grids decide, not table 14's labels, which read height:width and disagree with the grids in places.
         """
@@ -196,19 +196,24 @@ class ScheduleTable:
 
     def _nearest(self, size: tuple[float, float], cell: int | Fraction = 1) -> list[Grid]:
         """The final grids nearest to a (height, width) in pixels of which `cell` are one cell."""
-        # differences of logarithms, because a quotient overflows where an integer is very long
+        # logarithms, because a quotient overflows where an integer is very long
         height, width = (log(max(length, cell / 2)) for length in size)
-        distance = lambda known: abs(log(known[0] * cell) - height) + abs(log(known[1] * cell) - width)  # noqa: E731
+
+        def distance(known: Grid) -> float:
+            """Of areas and, twice as much, of aspect ratios: a size beyond all of them is still tall or wide."""
+            rows, columns = log(known[0] * cell) - height, log(known[1] * cell) - width
+            return abs(rows + columns) + 2 * abs(rows - columns)
+
         return sorted(self._by_grid, key=distance)[:3]
 
 
 def _say_missing(what: str, nearest: Sequence[str], exact: bool) -> None:
-    """That there is no schedule `what`: an error that names the nearest ones, or unless `exact` a line of the log that
+    """That there is no schedule `what`: an error that names the nearest ones, or unless `exact` a warning that
     names the one taken."""
     missing = f"no scale schedule {what}; nearest: "
     if exact:
         raise ValueError(missing + ", ".join(nearest))
-    logger.info(missing + nearest[0])
+    logger.warning_once(missing + nearest[0])
 
 
 @lru_cache(maxsize=1)

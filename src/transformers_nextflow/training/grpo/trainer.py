@@ -138,9 +138,9 @@ class NextFlowGRPOTrainer(Trainer):
             model.enable_input_require_grads()
         check_trained(model)
         defaults = base.config.image_generation
-        aspect_ratio, schedules = args.aspect_ratio or defaults["aspect_ratio"], base.model.schedules
-        self.schedule = schedules.by_aspect_ratio(aspect_ratio, args.rollout_level or defaults["level"])
-        self.model_schedule = schedules.by_aspect_ratio(aspect_ratio, defaults["level"])
+        aspect_ratio, schedules = args.aspect_ratio or defaults["aspect_ratio"] or "1:1", base.model.schedules
+        self.schedule = schedules.by_aspect_ratio(aspect_ratio, args.rollout_level or defaults["level"], exact=False)
+        self.model_schedule = schedules.by_aspect_ratio(aspect_ratio, defaults["level"], exact=False)
         self.prefix = self.schedule.prefix(num_prefix_scales(self.schedule, args.scale_prefix, args.prefix_tokens))
         self.token_weights = token_weights(self.prefix, args.scale_loss_alpha)
         PrefixControls.create(args, self.prefix, self.schedule)
