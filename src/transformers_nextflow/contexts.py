@@ -9,6 +9,7 @@ Shape suffixes: R rows of a call, r rows of one cache, B pictures, L prompt, l n
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ from transformers.masking_utils import create_causal_mask
 from .attention import Apart, Part, sequence_mask
 from .cache_name import CACHE
 from .layout import build_layout, scale_coordinates
-from .lora import adapter_names, using_adapters
+from .lora import adapter_names, each_by_its_adapter, using_adapters
 from .prompts import Picture, padded
 from .scales import ScaleSchedule
 
@@ -218,11 +219,8 @@ def read_prompts(
     codes = torch.cat([input_ids.new_empty(0), *codes])
     with using_adapters(model, names):
         embeds_RLD = model.get_input_embeddings()(input_ids).to(input_ids.device)
-    embedded = {}
-    for name in dict.fromkeys(names or [None]):
-        with using_adapters(model, name and [name]):  # images of all rows are embedded as one
-            embedded[name] = model.model.embed_images(embeds_RLD, layout, codes)
-    embeds_RLD = torch.stack([embedded[name][row] for row, name in enumerate(names or [None] * len(rows))])
+    embed = partial(model.model.embed_images, embeds_RLD, layout, codes)
+    embeds_RLD = each_by_its_adapter(model, names, embed)  # images of all rows are embedded as one
     columns = [row.nonzero().flatten() for row in attention_mask]
     blocks = [ids[at] for ids, at in zip(layout.block_ids, columns)]
     text_config = model.config.text_config

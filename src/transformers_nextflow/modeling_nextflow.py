@@ -441,11 +441,10 @@ class NextFlowModel(NextFlowPreTrainedModel):
         outputs = [
             self.language_model(
                 inputs_embeds=inputs_embeds[:, at],
-                attention_mask={"full_attention": None} if in_block else None,
+                attention_mask={"full_attention": [None]} if in_block else None,
                 position_ids=position_ids[..., at],
                 use_cache=True,
-                in_block=in_block,
-                **{CACHE: cache},
+                **{CACHE: Apart([Part(cache, tuple(position_ids[0, :, at].shape))]) if in_block else cache},
                 **kwargs,
             )
             for at, in_block in runs
