@@ -203,7 +203,7 @@ def create_app(model: NextFlowForConditionalGeneration, processor: NextFlowProce
     guidance = studio.settings.guidance_scale
     guidance = guidance if isinstance(guidance, int | float) else 3.0  # of a schedule over scales
     with gr.Blocks(title="NextFlow") as app:
-        gr.Markdown("# NextFlow\nOne model that reads and writes text and pictures. Choose an example, or write your own.")
+        gr.Markdown("# NextFlow\nOne model for text and pictures. Choose an example, or write your own.")
         with gr.Tabs() as tabs:
             with gr.Tab("Draw", id="draw"), gr.Row():
                 with gr.Column():
