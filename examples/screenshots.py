@@ -1,4 +1,4 @@
-"""Screenshots of the app by headless Chromium: `python -m examples.screenshots`, with the extra `[app]` and playwright.
+"""Screenshots of the app by headless Chromium: `python -m examples.screenshots`, with extra `[app]` and playwright.
 
 A visitor draws, edits, describes and chats, at the width of a desktop and of a phone; it prints how long each took.
 """
