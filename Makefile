@@ -1,9 +1,9 @@
-# make demo | test | lint | smollm2 | common-tests | pipeline-tests | diffusers-tests | compat: each works from a fresh clone.
+# make demo | test | lint | smollm2 | common-tests | pipeline-tests | diffusers-tests | compat | doors: each works from a fresh clone.
 
 PYTHON := .venv/bin/python
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint smollm2 common-tests pipeline-tests diffusers-tests compat
+.PHONY: demo test lint smollm2 common-tests pipeline-tests diffusers-tests compat doors
 
 demo: $(INSTALLED)
 	$(PYTHON) -m examples.demo --output demo
@@ -43,6 +43,14 @@ diffusers-tests: $(INSTALLED)
 compat: $(INSTALLED)
 	$(PYTHON) -m pip install -c constraints.txt accelerate fastapi openai peft trl uvicorn
 	PYTHONPATH=src:. $(PYTHON) -m tests.compat.run
+
+# doors by their real clients, which are downloaded; Chromium by the system's package manager (Debian: chromium)
+doors:
+	test -x .venv-doors/bin/python || python3 -m venv .venv-doors
+	.venv-doors/bin/python -m pip install "$$(grep '^torch==' constraints.txt)"
+	grep -v '^pillow==' constraints.txt > .venv-doors/constraints.txt  # of which gradio wants an older one
+	.venv-doors/bin/python -m pip install -c .venv-doors/constraints.txt -e '.[app]' pytest playwright
+	PYTHONPATH=src:. .venv-doors/bin/python -m pytest -v --no-header -rs -W ignore tests/test_app.py > docs/doors.txt || (tail docs/doors.txt; false)
 
 # a sample of small faults in training and losses, which the tests should notice: make mutants SEED=1 NUMBER=30
 SEED := 0

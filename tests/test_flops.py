@@ -13,13 +13,16 @@ from transformers import DynamicCache
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
+from transformers_nextflow.cache_name import CACHE
 from transformers_nextflow.cli import main
 from transformers_nextflow.flops import (
     LayerCost,
     Pass,
+    cache_size,
     image_passes,
     mmdit_passes,
     model_cost,
+    null_passes,
     paper_layer_cost,
 )
 from transformers_nextflow.scales import PAPER_LEVELS, ScaleSchedule, ScheduleTable, paper_schedules
@@ -88,24 +91,52 @@ def test_model_cost_equals_counted_flops():
     assert counter.get_total_flops() == model_cost(config, 70, passes).total
 
 
-def test_guidance_doubles_every_part():
-    config, passes = Qwen2_5_VLTextConfig(**TINY), image_passes(TINY_SCHEDULE, 5)
-    once, twice = model_cost(config, 70, passes), model_cost(config, 70, passes, guidance=True)
-    assert twice.total == 2 * once.total
-    assert twice.code_head == 2 * once.code_head == 4 * TINY_SCHEDULE.num_codes * 32 * 70
-    assert once.text_head == 0
+SEVEN_BILLION = Qwen2_5_VLTextConfig(
+    vocab_size=152064,
+    hidden_size=3584,
+    intermediate_size=18944,
+    num_hidden_layers=28,
+    num_attention_heads=28,
+    num_key_value_heads=4,
+)
+
+
+def test_null_prompts_run_through_the_last_guided_scale():
+    passes = image_passes(TINY_SCHEDULE, 5)
+    assert null_passes(TINY_SCHEDULE, 5, 0) == []
+    assert null_passes(TINY_SCHEDULE, 5, 2) == passes[:3]
+    assert null_passes(TINY_SCHEDULE, 5, 3) == passes
+
+
+@pytest.mark.parametrize("guided, tera", [(18, 322.0), (16, 214.6), (12, 174.5), (0, 161.0)])
+def test_guidance_of_the_last_scales_costs_most(guided, tera):
+    passes = image_passes(SQUARE_1024, 100) + null_passes(SQUARE_1024, 100, guided)
+    assert round(model_cost(SEVEN_BILLION, 32768, passes).total / 1e12, 1) == tera
+
+
+@pytest.mark.parametrize("guided", [0, 2, 3])
+def test_cache_is_as_large_as_generations(tiny_model, tiny_processor, guided):
+    """At the step after which most is held."""
+    inputs = tiny_processor.apply_chat_template([{"role": "user", "content": "a"}], generation_mode="image")
+    inputs["negative_input_ids"], inputs["negative_attention_mask"] = inputs["input_ids"], inputs["attention_mask"]
+    held = []
+
+    def remember(module, args, kwargs, output):
+        held.append(sum(x.numel() for layer in kwargs[CACHE].layers for x in (layer.keys, layer.values)))
+
+    scales = [2.0] * guided + [1.0] * (3 - guided)
+    handle = tiny_model.model.language_model.register_forward_hook(remember, with_kwargs=True)
+    try:
+        tiny_model.generate(**inputs, generation_mode="image", guidance_scale=scales, seed=0)
+    finally:
+        handle.remove()
+    schedule = tiny_model.model.schedules.by_grid((3, 3))
+    prompt_tokens = inputs["input_ids"].shape[1] - 1  # without <boi>
+    assert max(held) == cache_size(tiny_model.config.text_config, schedule, prompt_tokens, guided)
 
 
 def test_seven_billion_parameters_cost_two_flops_each_at_the_least():
-    config = Qwen2_5_VLTextConfig(
-        vocab_size=152064,
-        hidden_size=3584,
-        intermediate_size=18944,
-        num_hidden_layers=28,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-    )
-    cost = model_cost(config, 32768, [Pass(1, 1, text_logits=1)])
+    cost = model_cost(SEVEN_BILLION, 32768, [Pass(1, 1, text_logits=1)])
     weights = 7_615_616_512 - 152064 * 3584  # Qwen2.5-7B without its embedding table
     norms_and_biases = 28 * (2 * 3584 + 3584 + 2 * 512) + 3584
     assert cost.projections + cost.mlp + cost.text_head == 2 * (weights - norms_and_biases)
@@ -116,6 +147,7 @@ def test_seven_billion_parameters_cost_two_flops_each_at_the_least():
     [
         (lambda: image_passes(TINY_SCHEDULE, -1), "got -1"),
         (lambda: mmdit_passes(TINY_SCHEDULE, 0), "got 0"),
+        (lambda: null_passes(TINY_SCHEDULE, 5, 4), r"guided_scales must lie in \[0, 3\], the scales, got 4"),
     ],
 )
 def test_impossible_counts_are_refused(call, message):
@@ -137,15 +169,27 @@ def test_command_prints_json_in_its_own_process():
     assert figures["paper_per_layer"]["nextflow"] == {"quadratic": 122208, "linear": 256215912}
     assert figures["paper_per_layer"]["mmdit"] == {"quadratic": 884736, "linear": 1207959552, "steps": 18}
     model = figures["model"]
-    assert (model["hidden_size"], model["num_hidden_layers"], model["guidance"]) == (3584, 28, True)
+    assert (model["hidden_size"], model["num_hidden_layers"], model["guided_scales"]) == (3584, 28, 18)
     assert model["total"] == sum(model[part] for part in ("projections", "attention", "mlp", "text_head", "code_head"))
 
 
+def test_command_tells_memory(capsys):
+    """7B and its tokenizer, and the cache of 10,084 codes and 100 tokens with and without null prompt."""
+    command = ["flops", "--json", "--aspect-ratio", "1:1", "--level", "1024", "--num-images", "3"]
+    memory = {}
+    for dtype, guided in (("float32", 18), ("bfloat16", 0)):
+        assert main([*command, "--dtype", dtype, "--guided-scales", str(guided)]) == 0
+        memory[dtype] = json.loads(capsys.readouterr().out)["memory_in_bytes"]
+    each = 2 * 28 * 512 * 10_184
+    assert memory["bfloat16"]["cache"] == 3 * each * 2 and memory["float32"]["cache"] == 3 * 2 * each * 4
+    assert memory["float32"]["weights"] == 2 * memory["bfloat16"]["weights"] > 4 * 8e9
+
+
 def test_command_prints_a_table(capsys):
-    assert main(["flops", "--aspect-ratio", "2:1", "--level", "256", "--no-guidance"]) == 0
+    assert main(["flops", "--aspect-ratio", "2:1", "--level", "256", "--guided-scales", "0"]) == 0
     output = capsys.readouterr().out
     assert "352x176 pixels (width x height), 12 scales" in output
-    assert "without guidance" in output
+    assert "0 of 12 scales guided" in output
     assert main(["flops", "--aspect-ratio", "16:9", "--level", "256"]) == 0
     assert "the nearest to 16:9, 12 scales" in capsys.readouterr().out
 

@@ -20,7 +20,7 @@ from typer import Argument, Exit, Option, Typer
 from .configuration_nextflow import NextFlowConfig
 from .conversion.cli import app as conversion_app
 from .data.cli import app as data_app
-from .flops import PAPER_WIDTHS, image_passes, mmdit_passes, model_cost, paper_layer_cost
+from .flops import PAPER_WIDTHS, cache_size, image_passes, mmdit_passes, model_cost, null_passes, paper_layer_cost
 from .image_processing_nextflow import NextFlowImageProcessor, open_picture
 from .modeling_nextflow import NextFlowForConditionalGeneration
 from .modeling_nextflow_vq import NextFlowVQModel, unpatchify
@@ -378,18 +378,30 @@ def flops(
     level: Level = None,
     prompt_tokens: Annotated[int, Option(metavar="N")] = 100,
     denoising_steps: Annotated[int, Option(metavar="N", help="Of the MMDiT compared.")] = 18,
-    no_guidance: Annotated[bool, Option("--no-guidance", help="One pass of the model instead of two.")] = False,
+    guided_scales: Annotated[
+        int | None, Option(metavar="N", help="The first N scales are guided, 0 = none; default: all.")
+    ] = None,
+    num_images: Annotated[int, Option(metavar="N", help="Drawn at once, for the memory.")] = 1,
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"], Option(help="Of weights and cache.")] = "bfloat16",
     model: Annotated[str | None, Option(metavar="NAME", help="Default: the paper's 7B configuration.")] = None,
     json: Json = False,
 ) -> None:
-    """Cost of one image: the paper's estimate (appendix A.2) and this model's own count."""
+    """Cost of one image: the paper's estimate (appendix A.2), this model's own count, and its memory."""
+    integer("--num-images", num_images, 1)
     config = NextFlowConfig() if model is None else load_config(model_name(model))
     table = config.vq_config.schedule_table()
     schedule = table.by_aspect_ratio(aspect_ratio, level, exact=False)
     passes = image_passes(schedule, prompt_tokens)
     nextflow = paper_layer_cost(passes)
     mmdit = paper_layer_cost(mmdit_passes(schedule, denoising_steps))
-    cost = model_cost(config.text_config, config.vq_config.codebook_size, passes, guidance=not no_guidance)
+    guided_scales = len(schedule) if guided_scales is None else guided_scales
+    passes += null_passes(schedule, prompt_tokens, guided_scales)
+    cost = model_cost(config.text_config, config.vq_config.codebook_size, passes)
+    with torch.device("meta"):
+        weights = NextFlowForConditionalGeneration(config).num_parameters()
+    bytes_each = getattr(torch, dtype).itemsize
+    cache = num_images * cache_size(config.text_config, schedule, prompt_tokens, guided_scales)
+    memory = {"weights": weights * bytes_each, "cache": cache * bytes_each}
     ratios = {str(h): mmdit.flops(h) / nextflow.flops(h) for h in PAPER_WIDTHS}
     parts = {**asdict(cost), "total": cost.total}
     height, width = table.image_size(schedule)
@@ -407,9 +419,10 @@ def flops(
         "model": {
             "hidden_size": config.text_config.hidden_size,
             "num_hidden_layers": config.text_config.num_hidden_layers,
-            "guidance": not no_guidance,
+            "guided_scales": guided_scales,
             **parts,
         },
+        "memory_in_bytes": {"dtype": dtype, "images": num_images, **memory},
     }
     across, down = map(int, aspect_ratio.split(":"))
     nearest = "" if width * down == height * across else f", the nearest to {aspect_ratio}"
@@ -425,8 +438,10 @@ def flops(
             (f"MMDiT, {denoising_steps} steps", f"{mmdit.quadratic:,} h^2 + {mmdit.linear:,} h"),
             *((f"ratio at h = {h}", f"{ratio:.2f}") for h, ratio in ratios.items()),
         ),
-        f"\nThis model, FLOPs of {layers}, {'without guidance' if no_guidance else 'with guidance (two rows)'}",
+        f"\nThis model, FLOPs of {layers}, {guided_scales} of {len(schedule)} scales guided",
         *columns(*((name.replace("_", " "), f"{n:.4e}  {n / cost.total:6.1%}") for name, n in parts.items())),
+        f"\nMemory in {dtype} of {num_images} such picture(s) at once, without what a step computes with",
+        *columns(*((name, f"{size / 2**30:.3f} GiB") for name, size in memory.items())),
     )
 
 

@@ -1,12 +1,16 @@
-"""Inference cost: the paper's own estimate (NextFlow appendix A.2), and beside it the count of a real configuration.
+"""Inference cost: the paper's own estimate (NextFlow appendix A.2), and beside it the count of a real configuration,
+and the memory that its cache takes.
 
-Both walk the same list of forward passes. The convention under which the paper's figures come out to the last digit:
+Both counts walk the same list of forward passes. The convention under which the paper's figures come out to the last
+digit:
 
 - the prompt is prefilled in one pass, s_q = s_kv = its length (the whole square, causal or not);
 - then one pass per scale, s_q = the scale's codes, the first scale being the single `<boi>` position, which is not
   part of the prompt;
 - with a KV cache, s_kv = the prompt and every code up to and including the pass's own scale;
 - guidance, output heads, connector and vision tokenizer are not counted.
+
+Guidance runs the null prompt beside the prompt, through the last scale that is guided: [`null_passes`].
 """
 
 from collections.abc import Sequence
@@ -47,6 +51,14 @@ def image_passes(schedule: ScaleSchedule, prompt_tokens: int) -> list[Pass]:
         keys += length
         passes.append(Pass(length, keys, code_logits=length))
     return passes
+
+
+def null_passes(schedule: ScaleSchedule, prompt_tokens: int, guided_scales: int) -> list[Pass]:
+    """What the null prompt of `prompt_tokens` runs where the first `guided_scales` are guided, or some of them and the
+    last of them; none without guidance."""
+    if not 0 <= guided_scales <= len(schedule):
+        raise ValueError(f"guided_scales must lie in [0, {len(schedule)}], the scales, got {guided_scales}")
+    return image_passes(schedule.prefix(guided_scales), prompt_tokens) if guided_scales else []
 
 
 def mmdit_passes(schedule: ScaleSchedule, num_steps: int = 18) -> list[Pass]:
@@ -106,9 +118,7 @@ class ModelCost:
         return sum(asdict(self).values())
 
 
-def model_cost(
-    config: Qwen2_5_VLTextConfig, codebook_size: int, passes: Sequence[Pass], guidance: bool = False
-) -> ModelCost:
+def model_cost(config: Qwen2_5_VLTextConfig, codebook_size: int, passes: Sequence[Pass]) -> ModelCost:
     """FLOPs of a real configuration, two for every multiply-add of a matrix product.
 
     Differs from appendix A.2: key and value projections have the width of the grouped key-value heads, the MLP is
@@ -117,19 +127,26 @@ def model_cost(
     counted: norms, rotary embedding, softmax, connector, vision tokenizer.
 
     Args:
-        passes: e.g. from [`image_passes`].
-        guidance: whether every pass also runs for the null prompt, padded to the same length.
+        passes: e.g. from [`image_passes`], with those of [`null_passes`] after them.
     """
-    hidden = config.hidden_size
+    hidden, layers = config.hidden_size, config.num_hidden_layers
     key_width = hidden // config.num_attention_heads * config.num_key_value_heads
     queries = sum(step.queries for step in passes)
     scores = sum(step.queries * step.keys for step in passes)
-    rows = 2 if guidance else 1
-    layers = rows * config.num_hidden_layers
     return ModelCost(
         projections=layers * 2 * queries * hidden * (2 * hidden + 2 * key_width),
         attention=layers * 4 * scores * hidden,
         mlp=layers * 6 * queries * hidden * config.intermediate_size,
-        text_head=rows * 2 * sum(step.text_logits for step in passes) * hidden * config.vocab_size,
-        code_head=rows * 2 * sum(step.code_logits for step in passes) * hidden * codebook_size,
+        text_head=2 * sum(step.text_logits for step in passes) * hidden * config.vocab_size,
+        code_head=2 * sum(step.code_logits for step in passes) * hidden * codebook_size,
     )
+
+
+def cache_size(config: Qwen2_5_VLTextConfig, schedule: ScaleSchedule, prompt_tokens: int, guided_scales: int) -> int:
+    """The most numbers that the keys and values of one picture are: after its last scale, or after the last guided
+    one, from where on the null prompt's are let go."""
+    key_width = config.hidden_size // config.num_attention_heads * config.num_key_value_heads
+    positions = prompt_tokens + schedule.num_codes
+    if guided_scales:
+        positions = max(positions, 2 * (prompt_tokens + schedule.prefix(guided_scales).num_codes))
+    return 2 * config.num_hidden_layers * key_width * positions

@@ -1,0 +1,1 @@
+"""Measuring as the field does: see README.md."""
