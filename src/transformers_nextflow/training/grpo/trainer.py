@@ -13,14 +13,14 @@ from accelerate.utils import gather_object
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 from ...data.inspection import draw_sheet
 from ...lora import below_adapters
 from ...modeling_nextflow import NextFlowForConditionalGeneration
 from ...processing_nextflow import NextFlowProcessor
 from ...utils.files import write_atomically
-from ..checkpoints import checkpoint_to_resume
+from ..checkpoints import SavingTrainer
 from ..loading import check_trained, load_to_train
 from ..samples import PictureReports
 from .config import NextFlowGRPOConfig
@@ -65,7 +65,7 @@ class Part:
     share: float
 
 
-class NextFlowGRPOTrainer(Trainer):
+class NextFlowGRPOTrainer(SavingTrainer):
     """GRPO on the coarse scales of pictures.
 
     One step: every prompt of the batch draws a group of pictures over one reading of the prompt, reward functions
@@ -434,16 +434,14 @@ class NextFlowGRPOTrainer(Trainer):
     # What comes out
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        """See `Trainer.train`. `True` goes on from the newest whole checkpoint in `output_dir`, whatever a killed run
-        left beside it. A reward at fault ends the training with its last step saved.
+        """See [`SavingTrainer.train`]. A reward at fault ends the training with its last step saved.
 
         Raises:
             RewardError: if a reward is at fault.
             ValueError: if what should be resumed is no whole checkpoint.
         """
-        self.args.resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         try:
-            return super().train(self.args.resume_from_checkpoint, *args, **kwargs)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
         except RewardError:
             if self.state.global_step:
                 self._save_checkpoint(self.model, trial=None)
