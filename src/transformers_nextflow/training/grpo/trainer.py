@@ -21,6 +21,7 @@ from ...modeling_nextflow import NextFlowForConditionalGeneration
 from ...processing_nextflow import NextFlowProcessor
 from ...utils.files import write_atomically
 from ..checkpoints import SavingTrainer
+from ..fsdp import whole_weights
 from ..loading import check_trained, load_to_train
 from ..samples import PictureReports
 from .config import NextFlowGRPOConfig
@@ -85,7 +86,8 @@ class NextFlowGRPOTrainer(SavingTrainer):
 
     Differs from TRL's trainer, which it does not subclass: rollouts depend on seed, prompt and step alone, and a
     checkpoint between two steps of one generation holds its rollouts, so that resuming is exact. The KL's reference is
-    the model as it is handed over, see [`~reference.Reference`].
+    the model as it is handed over, see [`~reference.Reference`]. FSDP2 gathers whole weights for rollouts, and takes
+    prompts of an evaluation that divide by the processes.
 
     Args:
         model: a [`NextFlowForConditionalGeneration`], adapters on one, or the name of either, see
@@ -117,8 +119,7 @@ class NextFlowGRPOTrainer(SavingTrainer):
         **kwargs,
     ):
         self.rewards = Rewards(reward_funcs, args.reward_weights, args.reward_timeout)
-        of_evaluation = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
-        for name, dataset in {"train_dataset": train_dataset, **of_evaluation}.items():
+        for name, dataset in {"train_dataset": train_dataset, **self._evaluations(eval_dataset)}.items():
             if dataset is not None:
                 check_prompts(name or "eval_dataset", dataset)
         if isinstance(model, str):
@@ -150,8 +151,7 @@ class NextFlowGRPOTrainer(SavingTrainer):
         if args.sync_ref_model and not args.beta:
             raise ValueError("sync_ref_model needs beta > 0")
         super().__init__(model, args, list, train_dataset, eval_dataset, processing_class=processing_class, **kwargs)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError("rollouts need whole weights on every device: use DDP, not FSDP or DeepSpeed")
+        self._check_devices()
         self.reference = Reference(self.model) if args.beta else None
         if args.sync_ref_model:
             self.add_callback(FollowPolicy(self.reference))
@@ -161,6 +161,22 @@ class NextFlowGRPOTrainer(SavingTrainer):
         self._pictures: list[tuple[str, Image.Image, float]] = []
         self._reports = PictureReports("completions")
         self.add_callback(_Resume(self))
+
+    @staticmethod
+    def _evaluations(eval_dataset) -> dict:
+        """Datasets of evaluations, by name."""
+        return eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
+
+    def _check_devices(self) -> None:
+        """Raise a `ValueError` for what rollouts and evaluations cannot run on."""
+        if self.is_deepspeed_enabled or (self.is_fsdp_enabled and not self.accelerator.is_fsdp2):
+            raise ValueError("rollouts need whole weights, which FSDP2 gathers for them: not FSDP1 or DeepSpeed")
+        sharing = self.accelerator.num_processes if self.is_fsdp_enabled else 1
+        for dataset in self._evaluations(self.eval_dataset).values():
+            if dataset is not None and len(dataset) % sharing:
+                raise ValueError(
+                    f"under FSDP2 an evaluation's prompts must divide by the {sharing} processes, got {len(dataset)}"
+                )
 
     @property
     def _nextflow(self) -> NextFlowForConditionalGeneration:
@@ -263,12 +279,13 @@ class NextFlowGRPOTrainer(SavingTrainer):
     ) -> tuple[Rollouts, torch.Tensor]:
         """[`roll_out`] in the precision of training's forward."""
         policy, controls = (self._nextflow, self.processing_class), (self.prefix, self.schedule, self.args)
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), whole_weights(self.model):
             return roll_out(*policy, chats, num_pictures, seeds, *controls, shared)
 
     @torch.no_grad()
     def _pictures_of(self, codes: torch.Tensor) -> list[Image.Image]:
-        pixels = self._nextflow.model.vq_model.decode(codes, self.schedule.final_grid)
+        with whole_weights(self.model):
+            pixels = self._nextflow.model.vq_model.decode(codes, self.schedule.final_grid)
         return self.processing_class.post_process_image(pixels)
 
     def _decode(self, token_ids: list[int]) -> str:
@@ -518,8 +535,8 @@ class NextFlowGRPOTrainer(SavingTrainer):
             parts = [part.tensors() for part in self._buffer]
             tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
             write_atomically(self._rollouts_of(output_dir), lambda partial: save_file(tensors, partial))
-        if self.args.sync_ref_model and self.args.should_save:
-            self.reference.save(Path(output_dir, REFERENCE))
+        if self.args.sync_ref_model:
+            self.reference.save(Path(output_dir, REFERENCE), self.args.should_save)
         self.accelerator.wait_for_everyone()
 
     def _rollouts_of(self, checkpoint: str) -> Path:
@@ -540,6 +557,8 @@ class _Resume(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         trainer = self.trainer
+        if trainer.reference is not None:
+            trainer.reference.shard(trainer.model)
         trainer._step = trainer._batches_so_far()
         trainer._logged_at = state.global_step
         if not state.global_step:
