@@ -85,7 +85,7 @@ def tensors_referred_to(config: NextFlowConfig) -> dict[str, torch.Tensor]:
     remedy = "name the folder that has it as `vision_tokenizer` in config.json"
     try:
         tensors = dict(stored_tensors(model))
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"the vision tokenizer of this checkpoint is that of {model}, {error}: {remedy}") from error
     if vision_tokenizer_hash(tensors.items(), config.vq_config) != config.vision_tokenizer["sha256"]:
         raise ValueError(f"the vision tokenizer of this checkpoint was that of {model}, now another: {remedy}")
