@@ -17,7 +17,7 @@ from tests.adapters import added_by_transformers
 from tests.tiny_models import BOI, CODES, SQUARE, TEXT_ROWS, WIDE, Picture, batch_of, relative, tiny_config, tiny_model
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowModel, NextFlowVQModel
 from transformers_nextflow.cli import main
-from transformers_nextflow.data.shards import vision_tokenizer_hash
+from transformers_nextflow.data.shards import vision_identity
 from transformers_nextflow.utils.loading import load_vq_model
 
 ROWS = ([10, Picture(SQUARE, 1), 11], [12, 13, Picture(WIDE, 2), 14, 15])
@@ -83,7 +83,7 @@ def test_pictures_have_their_codes_in_any_precision(model, folder, how, dtype, t
     codes = vq_model.encode(pixels)
     assert len(codes.unique()) > 10 and torch.equal(other.encode(pixels), codes)
     assert torch.equal(other.decode(codes, SQUARE), vq_model.decode(codes, SQUARE))
-    assert vision_tokenizer_hash(other) == vision_tokenizer_hash(vq_model)
+    assert vision_identity(other) == vision_identity(vq_model)
 
 
 def test_rounded_encoders_are_another_vision_tokenizer(model):
@@ -91,7 +91,7 @@ def test_rounded_encoders_are_another_vision_tokenizer(model):
     with torch.no_grad():
         for parameter in other.pixel_encoder.parameters():
             parameter.copy_(parameter.bfloat16())
-    assert vision_tokenizer_hash(other) != vision_tokenizer_hash(model.model.vq_model)
+    assert vision_identity(other) != vision_identity(model.model.vq_model)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -3,18 +3,23 @@
 import copy
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from tiny_models import enlarge_
 
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor, NextFlowVQModel
 from transformers_nextflow.cli import main
-from transformers_nextflow.data import RawDocuments
-from transformers_nextflow.utils.loading import load_model
+from transformers_nextflow.data import PackedDataset, RawDocuments
+from transformers_nextflow.data.shards import vision_identity
+from transformers_nextflow.stored_tokenizer import stored_tensors, vision_tokenizer_hash
+from transformers_nextflow.training.loading import load_to_train
+from transformers_nextflow.utils.loading import DEFAULT_MODEL, load_config, load_model, load_vq_model
 
 peft = pytest.importorskip("peft")
 datasets = pytest.importorskip("datasets")
@@ -297,3 +302,87 @@ def test_what_is_wrong_with_adapters_is_named(tuned, tmp_path, capsys):
     assert "cannot be loaded" in broken(lambda c, f: (f / "adapter_model.safetensors").write_bytes(b"torn"))
     assert "keep adapters in a folder of their own" in broken(lambda c, f: (f / "config.json").write_text("{}"))
     assert "holds no adapters" in fails(capsys, "merge", "start", "--output", tmp_path / "none")
+
+
+@pytest.fixture(scope="module")
+def apart(start) -> Path:
+    """A training whose checkpoints are without the vision tokenizer."""
+    return train("apart", "--model", "start", "--learning_rate", "1e-3", *SAVED[:4])
+
+
+def vq_tensors(folder) -> dict[str, torch.Tensor]:
+    tensors = load_file(Path(folder) / "model.safetensors")
+    return {name: tensor for name, tensor in tensors.items() if "vq_model" in name}
+
+
+def test_a_training_holds_no_vision_tokenizer_and_its_checkpoints_refer_to_it(start, apart, monkeypatch):
+    before, after = vq_tensors("start"), vq_tensors(apart)
+    assert before and before.keys() == after.keys()
+    assert all(torch.equal(before[name].float(), after[name]) for name in before)
+    assert not vq_tensors(apart / "checkpoint-1")
+    reference = json.loads((apart / "checkpoint-1" / "config.json").read_text())["vision_tokenizer"]
+    assert Path(reference["model"]) == start
+    assert json.loads((apart / "config.json").read_text())["vision_tokenizer"] is None
+
+    model, processor = load_to_train("start", vision_tokenizer=False)
+    held = [*model.named_parameters(), *model.named_buffers()]
+    assert not [name for name, _ in held if "vq_model" in name]
+    dataset = PackedDataset("packs", model, processor)
+    assert len(dataset) and dataset.manifest["identity"]["vision_tokenizer"] == reference["sha256"]
+    with pytest.raises(AttributeError, match="decode is of the vision tokenizer, without which this model was loaded"):
+        model.model.vq_model.decode(torch.zeros(1, 14, dtype=torch.long), (3, 3))
+
+    def refuse(self, config):
+        raise AssertionError("a vision tokenizer was made")
+
+    monkeypatch.setattr(NextFlowVQModel, "__init__", refuse)
+    for model in ("start", apart / "checkpoint-1"):
+        train("without", "--model", model, *LORA)
+
+
+def test_a_checkpoint_without_its_tokenizer_is_opened_by_every_command(start, apart, tmp_path, capsys, monkeypatch):
+    checkpoint = (apart / "checkpoint-1").resolve()
+    model, processor = load_model(str(checkpoint))
+    whole = NextFlowForConditionalGeneration.from_pretrained(checkpoint, vision_tokenizer=False)
+    whole.model.vq_model = NextFlowForConditionalGeneration.from_pretrained("start").model.vq_model
+    assert torch.equal(codes(model, processor), codes(whole.eval(), processor))
+    assert model.config.vision_tokenizer is None and not model.model.vq_model.training
+    run("describe", "photos/0.png", "--model", checkpoint, "--max-new-tokens", 2)
+    run("reconstruct", "photos/0.png", "--model", checkpoint, "--output", tmp_path / "again.png")
+    run("evaluate", "packs", "--model", checkpoint)
+    run("data", "verify", "packs", "--model", checkpoint)
+    assert main(["doctor", str(checkpoint), "packs", "--json"]) in (0, 1)
+    monkeypatch.chdir(tmp_path)
+    run("generate", "a red circle", "--model", checkpoint, "--output", "picture.png")
+    run("export", checkpoint, "--to", "exported")
+    assert vq_tensors("exported").keys() == vq_tensors(start).keys()
+    exported = load_model("exported")
+    assert torch.equal(codes(*exported), codes(model, processor))
+
+
+def test_a_tokenizer_that_is_gone_or_another_is_named(start, apart, tmp_path, capsys):
+    def opened(change) -> str:
+        folder = tmp_path / f"moved-{len(os.listdir(tmp_path))}"
+        shutil.copytree(apart / "checkpoint-1", folder)
+        config = json.loads((folder / "config.json").read_text())
+        change(config["vision_tokenizer"])
+        (folder / "config.json").write_text(json.dumps(config))
+        return fails(capsys, "generate", "a", "--model", folder, "--output", tmp_path / "a.png")
+
+    said = opened(lambda reference: reference.update(model="/nowhere/model"))
+    assert "the vision tokenizer of this checkpoint is that of /nowhere/model" in said and "config.json" in said
+    said = opened(lambda reference: reference.update(sha256="0" * 64))
+    assert f"was that of {start}, now another" in said
+
+
+def test_pictures_are_drawn_along_a_training_without_the_tokenizer(start):
+    samples = ("--sample_prompts", "a red circle", "--sample_every", "1", *SAVED[:4])
+    folder = train("sampled", "--model", "start", "--learning_rate", "1e-3", *samples)
+    assert (folder / "samples" / "step-2" / "00.png").exists()
+    assert not vq_tensors(folder / "checkpoint-2") and vq_tensors(folder)
+
+
+def test_identity_is_the_same_read_from_files_and_loaded(start):
+    for name in ("start", str(DEFAULT_MODEL)):
+        config = load_config(name)
+        assert vision_tokenizer_hash(stored_tensors(name), config.vq_config) == vision_identity(load_vq_model(name))

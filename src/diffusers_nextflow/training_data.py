@@ -25,7 +25,7 @@ from transformers_nextflow.data.shards import (
     decodable_codes,
     images_of,
     sequence_spec,
-    vision_tokenizer_hash,
+    vision_identity,
 )
 from transformers_nextflow.image_processing_nextflow import upright_size
 from transformers_nextflow.modeling_nextflow_vq import unpatchify
@@ -200,7 +200,7 @@ def shard_pictures(name: str | Path, source: Source, table, vq_model: NextFlowVQ
             source lacks a document.
     """
     folder, manifest = open_shards(name)
-    if manifest["identity"]["vision_tokenizer"] != vision_tokenizer_hash(vq_model):
+    if manifest["identity"]["vision_tokenizer"] != vision_identity(vq_model):
         raise ValueError(f"the shards in {name} were made with another vision tokenizer")
     listed = manifest["documents"]["settings"] if manifest["content"] == "packs" else [manifest["settings"]]
     if any(values != listed[0] for values in listed):

@@ -219,6 +219,9 @@ class NextFlowConfig(ConfigBringsCode, PreTrainedConfig):
         image_generation (`dict` or `ImageGenerationConfig`, *optional*):
             How pictures are drawn where a call says nothing. A `dict` goes over what is there already, also by
             `from_pretrained(..., image_generation={...})`, and what is None in it says nothing.
+        vision_tokenizer (`dict`, *optional*):
+            Of a checkpoint without its vision tokenizer: the `model` that has it, a folder or Hub id, and the `sha256`
+            of what its codes depend on. `from_pretrained` brings it from there.
     """
 
     model_type = "nextflow"
@@ -242,6 +245,7 @@ class NextFlowConfig(ConfigBringsCode, PreTrainedConfig):
     condition_last_scale: bool = True
     scale_loss_alpha: float | int = 0.9
     image_generation: dict | ImageGenerationConfig | None = None
+    vision_tokenizer: dict | None = None
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
 

@@ -10,7 +10,8 @@ Shape suffixes: B batch, L sequence, N images of one schedule, l visual inputs, 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -42,6 +43,7 @@ from .lora import adapter_names, are_placed, each_by_its_adapter, place_adapters
 from .losses import joint_cross_entropy
 from .modeling_nextflow_vq import LibraryModel, NextFlowVQModel, unpatchify
 from .scales import ScaleSchedule
+from .stored_tokenizer import AbsentVisionTokenizer, load_referred_to
 from .utils.precision import AtLeastFloat32
 
 
@@ -105,9 +107,16 @@ class NextFlowPreTrainedModel(LibraryModel):
     _can_compile_fullgraph = True
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
+    def from_pretrained(cls, *args, vision_tokenizer: bool = True, **kwargs):
+        """As of the library's models.
+
+        Args:
+            vision_tokenizer: whether the one that `config.vision_tokenizer` refers to is loaded too.
+        """
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if vision_tokenizer:
+            model.base_model.bring_vision_tokenizer()
         model.base_model.vq_model.requires_grad_(False)  # loading replaces parameters and thaws them
         return loaded
 
@@ -137,7 +146,8 @@ class NextFlowPreTrainedModel(LibraryModel):
             init.zeros_(module.index.weight)
             init.zeros_(module.length.weight)
         elif isinstance(module, NextFlowModel):
-            init.copy_(module.code_embeddings.weight, module.vq_model.quantizer())
+            if self.config.vision_tokenizer is None:
+                init.copy_(module.code_embeddings.weight, module.vq_model.quantizer())
 
 
 class NextFlowAttention(Qwen2_5_VLAttention):
@@ -197,12 +207,33 @@ class NextFlowModel(NextFlowPreTrainedModel):
             config.vq_config._attn_implementation = "sdpa"
         width, code_dim = config.text_config.hidden_size, config.vq_config.code_dim
         self.language_model = NextFlowTextModel(config.text_config)
-        self.vq_model = NextFlowVQModel(config.vq_config).requires_grad_(False)
+        vq_class = NextFlowVQModel if config.vision_tokenizer is None else AbsentVisionTokenizer
+        self.vq_model = vq_class(config.vq_config).requires_grad_(False)
         self.code_embeddings = CodeEmbeddings(config.vq_config.codebook_size, code_dim, dtype=torch.float32)
         self.connector = Connector(code_dim, width)
         self.schedules = self.vq_model.schedules
         self.scale_embedding = ScaleEmbedding(self.schedules.max_scales, width)
         self.post_init()
+
+    def bring_vision_tokenizer(self) -> None:
+        """Load the vision tokenizer where `config.vision_tokenizer` refers to one, see there.
+
+        Raises:
+            ValueError: if it is not there, or another one is.
+        """
+        if self.config.vision_tokenizer is not None:
+            self.vq_model = load_referred_to(self.config).to(self.device)
+            self.config.vision_tokenizer = None
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """While it lasts the model has its vision tokenizer, also where it was loaded without."""
+        absent, reference = self.vq_model, self.config.vision_tokenizer
+        self.bring_vision_tokenizer()
+        try:
+            yield
+        finally:
+            self.vq_model, self.config.vision_tokenizer = absent, reference
 
     def get_input_embeddings(self):
         return self.language_model.embed_tokens

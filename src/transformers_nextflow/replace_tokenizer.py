@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .data.shards import vision_tokenizer_hash
+from .data.shards import vision_identity
 from .image_processing_nextflow import NextFlowImageProcessor
 from .modeling_nextflow import NextFlowForConditionalGeneration
 from .modeling_nextflow_vq import NextFlowVQModel
@@ -54,7 +54,7 @@ def put_in(model: NextFlowForConditionalGeneration, vq_model: NextFlowVQModel) -
     """Exchange the vision tokenizer of a model in memory; see [`replace_vision_tokenizer`]."""
     before = model.model.vq_model
     same_codes = _sizes(before) == _sizes(vq_model)
-    same_codes = same_codes and vision_tokenizer_hash(before) == vision_tokenizer_hash(vq_model)
+    same_codes = same_codes and vision_identity(before) == vision_identity(vq_model)
     same_features = same_codes and _equal(before.semantic_decoder, vq_model.semantic_decoder)
     config = copy.deepcopy(model.config)
     config.vq_config = vq_model.config

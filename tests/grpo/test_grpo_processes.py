@@ -8,11 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import sharded_policy
 import torch
 from grpo_samples import policy_of
+from safetensors.torch import load_file
 from two_processes import ACCUMULATED, BUGS, ONE, PICTURES, differences, train
 
 ROOT = Path(__file__).parents[2]
+PATHS = [ROOT / "src", ROOT, ROOT / "tests", ROOT / "tests" / "grpo"]
+ENVIRONMENT = os.environ | {"PYTHONPATH": ":".join(map(str, PATHS)), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -33,14 +37,12 @@ def by_two(policy, tiny_processor, folder) -> dict[str | None, dict]:
     """What two processes come to, by the bug that is planted."""
     policy.save_pretrained(folder / "policy")
     tiny_processor.save_pretrained(folder / "policy")
-    paths = [ROOT / "src", ROOT, ROOT / "tests", ROOT / "tests" / "grpo"]
-    environment = os.environ | {"PYTHONPATH": ":".join(map(str, paths)), "OMP_NUM_THREADS": "1"}
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
     command += [str(ROOT / "tests" / "grpo" / "two_processes.py"), str(folder / "policy"), str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(folder / "results.pt")
 
@@ -76,3 +78,24 @@ def test_a_planted_bug_sets_two_processes_apart(policy, tiny_processor, tmp_path
     """One that one process has too is compared with itself."""
     _, shows = BUGS[bug]
     assert shows <= differences(train(policy, tiny_processor, tmp_path, ONE, bug), by_two[bug])
+
+
+def test_two_processes_under_fsdp2_train_as_one(policy, tiny_processor, tmp_path, folder):
+    """Rollouts, evaluations, reference, checkpoints and the result."""
+    policy.save_pretrained(folder / "policy")
+    tiny_processor.save_pretrained(folder / "policy")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
+    launch += ["--config_file", str(ROOT / "examples" / "accelerate" / "fsdp2.yaml"), "--mixed_precision", "no"]
+    launch += [str(ROOT / "tests" / "grpo" / "sharded_policy.py"), str(folder / "policy"), str(folder)]
+    done = subprocess.run(launch, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = torch.load(folder / "sharded.pt")
+    one = sharded_policy.train(policy, tiny_processor, tmp_path, ONE)
+    assert two["sharded"] and not one["sharded"]
+    for a, b in zip(one["log"], two["log"], strict=True):
+        assert a == pytest.approx(b, rel=3e-3, abs=1e-4)
+    assert {"eval_reward", "eval_loss"} <= one["log"][-1].keys() and one["log"][-2]["kl"] > 0
+    for file in ("model.safetensors", "checkpoint-2/reference.safetensors"):
+        expected, got = load_file(tmp_path / file), load_file(folder / "sharded" / file)
+        assert expected.keys() == got.keys()
+        assert all(torch.allclose(expected[name], got[name], rtol=1e-4, atol=1e-5) for name in expected)

@@ -50,6 +50,7 @@ def trainer(
     eval_dataset=None,
     peft_config=None,
     callbacks=None,
+    trainer_class=NextFlowGRPOTrainer,
     **values,
 ):
     defaults = {"max_steps": 1, "logging_steps": 1, "learning_rate": 1e-2, "save_strategy": "no", "seed": 5}
@@ -58,7 +59,7 @@ def trainer(
     defaults |= {"max_grad_norm": 0.0, "bf16": False, "gradient_checkpointing": False}
     args = NextFlowGRPOConfig(output_dir=str(output), **(defaults | values))
     dataset = rows() if dataset is None else dataset
-    return NextFlowGRPOTrainer(
+    return trainer_class(
         copy.deepcopy(model), reward, args, dataset, eval_dataset, processing_class=processor,
         peft_config=peft_config, callbacks=callbacks,
     )  # fmt: skip

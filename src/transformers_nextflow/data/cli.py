@@ -47,6 +47,9 @@ class Correction:
     correction_probability: Annotated[float, Option(metavar="P", help="Of samples.")] = 1.0
     correction_share: Annotated[float, Option(metavar="P", help="Of a scale's tokens.")] = 0.6
     correction_top_k: Annotated[int, Option(metavar="K")] = 10
+    correction_temperature: Annotated[
+        float | None, Option(metavar="T", help="softmax(-distance / T) over these; default: all alike.")
+    ] = None
     variants: Annotated[int, Option(metavar="N", help="Encodings of each picture.")] = 1
 
 
@@ -113,6 +116,7 @@ def extract(
             probability=correction.correction_probability,
             token_share=correction.correction_share,
             top_k=correction.correction_top_k,
+            temperature=correction.correction_temperature,
         )
     settings = ExtractionSettings(
         **vars(documents) | {"columns": _columns(documents.columns or [])},

@@ -14,6 +14,7 @@ import pyarrow as pa
 import torch
 
 from ..scales import ScheduleTable, paper_schedules
+from ..stored_tokenizer import vision_tokenizer_hash
 from ..utils.files import read_json, write_atomically
 from .sequences import SequenceSpec, SpecialIds
 
@@ -121,29 +122,21 @@ def text_tokenizer_hash(processor) -> str:
     return hashlib.sha256(f"{json.dumps(lasting)}\n{processor.chat_template}".encode()).hexdigest()
 
 
-def vision_tokenizer_hash(vq_model) -> str:
-    """sha256 of everything codes depend on: both encoders and the quantizer, not the decoders."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(vq_model.state_dict().items()):
-        if name.split(".")[0] in ("pixel_decoder", "semantic_decoder"):
-            continue
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    config = vq_model.config
-    lookup = (config.semantic_weight, config.pixel_weight, config.normalize_entries, config.semantic_feature_layer)
-    digest.update(repr(lookup).encode())
-    return digest.hexdigest()
+def vision_identity(vq_model) -> str:
+    """sha256 of a loaded vision tokenizer, see [`vision_tokenizer_hash`]."""
+    return vision_tokenizer_hash(sorted(vq_model.state_dict().items()), vq_model.config)
 
 
 def identity_of(config, processor, vq_model) -> dict:
     """What shards and the model that reads them must agree on.
 
     Args:
-        config: the [`NextFlowConfig`]; `vq_model` may be the model's own or the same loaded alone.
+        config: the [`NextFlowConfig`]; `vq_model` may be the model's own or the same loaded alone; where the
+            configuration refers to it, it is not looked at.
     """
-    vq = config.vq_config
+    vq, referred = config.vq_config, config.vision_tokenizer
     return {
-        "vision_tokenizer": vision_tokenizer_hash(vq_model),
+        "vision_tokenizer": vision_identity(vq_model) if referred is None else referred["sha256"],
         "text_tokenizer": text_tokenizer_hash(processor),
         "scale_schedules": [[list(grid) for grid in row] for row in (vq.scale_schedules or paper_schedules())],
         "levels": dict(vq.levels),

@@ -46,8 +46,9 @@ class DoctorCallback(TrainerCallback):
         if state.global_step % self.every:
             return
         model = model.module if hasattr(model, "module") else model  # below a wrapper of devices
-        with whole_weights(model):
-            diagnosis = examine(below_adapters(model), self.processor, packs=self.packs)
+        below = below_adapters(model)
+        with whole_weights(model), below.base_model.whole():
+            diagnosis = examine(below, self.processor, packs=self.packs)
         self.diagnoses[state.global_step] = diagnosis
         if not state.is_world_process_zero:
             return

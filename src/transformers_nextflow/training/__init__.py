@@ -8,9 +8,9 @@
 - `chats.py`, `supervised.py`, `preferences.py`, `joint_head.py`: chats in the columns of TRL's datasets, and TRL's
   trainers of answers and of preferences on pictures.
 - `attention_logits.py`: the largest attention logit, for the log.
-- `checkpoints.py`: which checkpoint a training goes on from.
+- `checkpoints.py`: which checkpoint a training goes on from, and what is saved: [`SavingTrainer`].
 - `ema.py`: [`EMACallback`], an exponential moving average of the weights, for any Trainer.
-- `finetuning.py`: [`finetune`], own pictures to a model that draws them.
+- `finetuning.py`, `finetune_settings.py`: [`finetune`], own pictures to a model that draws them.
 - `fsdp.py`: what FSDP2 has to be told.
 - `loading.py`: the model that is trained, in float32, with the adapters that it has.
 - `samples.py`: [`SamplesCallback`], pictures drawn along a training.
@@ -21,7 +21,7 @@ from ..utils.lazy import lazy_names
 _MODULE_OF = {
     "ChatCollator": "chats",
     "EMACallback": "ema",
-    "FinetuneSettings": "finetuning",
+    "FinetuneSettings": "finetune_settings",
     "ImageBatches": "images",
     "NextFlowDPOTrainer": "preferences",
     "NextFlowSFTTrainer": "supervised",

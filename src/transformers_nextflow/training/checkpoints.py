@@ -1,10 +1,19 @@
-"""Which checkpoint a training goes on from, also after it was killed while it wrote one."""
+"""Which checkpoint a training goes on from, also after it was killed while it wrote one; and what a model's folder is.
 
+[`SavingTrainer`] is what the trainers of this package have in common.
+"""
+
+import os
 import re
 from dataclasses import field
 from pathlib import Path
 
+from transformers import Trainer
+
+from ..lora import below_adapters
+from ..stored_tokenizer import PREFIX, tensors_referred_to
 from ..utils.files import read_json
+from .ema import FOLDER, EMACallback
 
 STATE = "trainer_state.json"  # the Trainer writes it last
 
@@ -47,3 +56,45 @@ def _check_whole(checkpoint: Path) -> None:
     if not (checkpoint / STATE).is_file():
         raise ValueError(f"{checkpoint} is no whole checkpoint: it has no {STATE}")
     read_json(checkpoint / STATE)
+
+
+class SavingTrainer(Trainer):
+    """Trainer that goes on from whole checkpoints alone, and saves the average of an [`EMACallback`] beside the model.
+
+    Of a model without its vision tokenizer, `save_model` brings it into the folder, while checkpoints refer to it.
+    """
+
+    _brings_tokenizer = False
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """See `Trainer.train`. `True` goes on from the newest whole checkpoint in `output_dir`, whatever a killed run
+        left beside it.
+
+        Raises:
+            ValueError: if what should be resumed is no whole checkpoint.
+        """
+        self.args.resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+        return super().train(self.args.resume_from_checkpoint, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """See `Trainer.save_model`. The average of an [`EMACallback`] is saved too, in the folder `ema` beside."""
+        self._brings_tokenizer = not _internal_call
+        super().save_model(output_dir, _internal_call)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, EMACallback) and callback.averages:
+                with callback.in_place():
+                    super().save_model(os.path.join(output_dir or self.args.output_dir, FOLDER), _internal_call=True)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        config = getattr(below_adapters(model), "config", None)
+        reference = getattr(config, "vision_tokenizer", None)
+        if not (self._brings_tokenizer and self.args.should_save and reference) or hasattr(model, "peft_config"):
+            return super()._save(output_dir, state_dict)
+        state_dict = model.state_dict() if state_dict is None else state_dict
+        tokenizer = {PREFIX + name: tensor for name, tensor in tensors_referred_to(config).items()}
+        config.vision_tokenizer = None
+        try:
+            super()._save(output_dir, state_dict | tokenizer)
+        finally:
+            config.vision_tokenizer = reference

@@ -13,6 +13,7 @@ from typer import Argument, Option, Typer
 from ..utils import merging
 from ..utils.commands import Json, Model, command, forward, print_figures
 from ..utils.loading import load_model, model_name
+from .finetune_settings import RATE_OF_ADAPTERS, RATE_OF_ALL, FinetuneSettings
 
 TRAININGS_GROUP = "transformers_nextflow.trainings"  # of entry points: the command line of each training elsewhere
 
@@ -52,27 +53,37 @@ class Pictures:
     )
     split: Annotated[str, Option(help="Of the dataset.")] = "train"
     config: Annotated[str | None, Option(help="Configuration of a dataset on the Hub.")] = None
-    level: Annotated[str | None, Option(help="Level of the scale schedules; default: the model's.")] = None
-    held_out: Annotated[float, Option(metavar="P", help="Of the pictures, at least one.")] = 0.1
-    drop_captions: Annotated[float, Option(metavar="P", help="Of the pictures, for guidance.")] = 0.1
+    level: Annotated[str | None, Option(help="Level of the scale schedules; default: the model's.")] = (
+        FinetuneSettings.level
+    )
+    held_out: Annotated[float, Option(metavar="P", help="Of the pictures, at least one.")] = FinetuneSettings.held_out
+    drop_captions: Annotated[float, Option(metavar="P", help="Of the pictures, for guidance.")] = (
+        FinetuneSettings.drop_captions
+    )
 
 
 @dataclass
 class Tuning:
     """Training."""
 
-    full: Annotated[bool, Option("--full", help="All weights, instead of adapters (LoRA).")] = False
-    lora_r: Annotated[int, Option(metavar="R", help="Rank of the adapters.")] = 16
-    learning_rate: Annotated[float | None, Option(metavar="RATE", help="Default: 2e-4, with --full 1e-5.")] = None
-    steps: Annotated[int, Option(metavar="N", help="At most.")] = 400
-    batch_size: Annotated[int, Option(metavar="N", help="Pictures of a step.")] = 8
-    evaluations: Annotated[int, Option(metavar="N", help="Of the held-out loss, with drawings.")] = 10
-    patience: Annotated[int, Option(metavar="N", help="Evaluations without a gain, then it ends.")] = 3
+    full: Annotated[bool, Option("--full", help="All weights, instead of adapters (LoRA).")] = FinetuneSettings.full
+    lora_r: Annotated[int, Option(metavar="R", help="Rank of the adapters.")] = FinetuneSettings.lora_r
+    learning_rate: Annotated[
+        float | None, Option(metavar="RATE", help=f"Default: {RATE_OF_ADAPTERS}, with --full {RATE_OF_ALL}.")
+    ] = FinetuneSettings.learning_rate
+    steps: Annotated[int, Option(metavar="N", help="At most.")] = FinetuneSettings.steps
+    batch_size: Annotated[int, Option(metavar="N", help="Pictures of a step.")] = FinetuneSettings.batch_size
+    evaluations: Annotated[int, Option(metavar="N", help="Of the held-out loss, with drawings.")] = (
+        FinetuneSettings.evaluations
+    )
+    patience: Annotated[int, Option(metavar="N", help="Evaluations without a gain, then it ends.")] = (
+        FinetuneSettings.patience
+    )
     prior: Annotated[
         str | None, Option(metavar="FILE", help="Prompts, a line each, whose drawings are to stay as they are.")
     ] = None
-    samples: Annotated[int, Option(metavar="N", help="Pictures drawn at each evaluation.")] = 6
-    seed: Annotated[int, Option(metavar="N", help="Of everything drawn.")] = 0
+    samples: Annotated[int, Option(metavar="N", help="Pictures drawn at each evaluation.")] = FinetuneSettings.samples
+    seed: Annotated[int, Option(metavar="N", help="Of everything drawn.")] = FinetuneSettings.seed
 
 
 @command(app)
@@ -89,7 +100,6 @@ def finetune(
 ) -> None:
     """Pictures and their captions to a model that draws them; resumes."""
     from ..data import Source
-    from . import FinetuneSettings
     from . import finetune as run
 
     of_pictures = {name: getattr(pictures, name) for name in ("level", "held_out", "drop_captions")}

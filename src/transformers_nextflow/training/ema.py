@@ -8,11 +8,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..utils.files import write_atomically
+from .fsdp import local_part, sharded_like, whole_tensor
 
 FILE = "ema.safetensors"
 FOLDER = "ema"
@@ -64,18 +64,18 @@ class EMACallback(TrainerCallback):
         if not averaged:
             raise ValueError(f"the model has none of the averaged parameters, such as {next(iter(self.averages))}")
         for name, parameter in averaged.items():
-            _local(parameter.detach()).copy_(_local(self.averages[prefix + name]))
+            local_part(parameter.detach()).copy_(local_part(self.averages[prefix + name]))
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """While this runs the trained model is the average."""
-        weights = {name: _local(parameter.detach()).clone() for name, parameter in self._parameters.items()}
+        weights = {name: local_part(parameter.detach()).clone() for name, parameter in self._parameters.items()}
         self.copy_to(self._model)
         try:
             yield
         finally:
             for name, weight in weights.items():
-                _local(self._parameters[name].detach()).copy_(weight)
+                local_part(self._parameters[name].detach()).copy_(weight)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self._model = model
@@ -92,7 +92,7 @@ class EMACallback(TrainerCallback):
         step = state.global_step
         decay = min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
         for name, parameter in self._parameters.items():
-            _local(self.averages[name]).lerp_(_local(parameter).float(), 1 - decay)
+            local_part(self.averages[name]).lerp_(local_part(parameter).float(), 1 - decay)
 
     def on_step_end(self, args, state, control, **kwargs):
         if control.should_save:  # before the Trainer's files, so that a checkpoint that looks whole has it
@@ -107,7 +107,7 @@ class EMACallback(TrainerCallback):
     def _save(self, args, state) -> None:
         whole = {}
         for name, average in self.averages.items():
-            average = average.full_tensor() if isinstance(average, DTensor) else average
+            average = whole_tensor(average)
             if args.should_save:
                 whole[name] = average.cpu().contiguous()  # as weights with channels last are not
         self._saved = state.global_step
@@ -122,16 +122,8 @@ class EMACallback(TrainerCallback):
             if different := sorted(self.averages.keys() ^ file.keys()):
                 raise ValueError(f"{path} holds other parameters than are trained, the first is {different[0]}")
             for name, average in self.averages.items():
-                whole = file.get_tensor(name).to(average.device)
-                if isinstance(average, DTensor):
-                    whole = distribute_tensor(whole, average.device_mesh, average.placements)
-                _local(average).copy_(_local(whole))
+                local_part(average).copy_(local_part(sharded_like(file.get_tensor(name), average)))
 
 
 def _checkpoint(args, state) -> Path:
     return Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """The part of a tensor that this process holds."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

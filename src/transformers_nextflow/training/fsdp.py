@@ -1,12 +1,14 @@
-"""What FSDP2 has to be told of NextFlow."""
+"""What FSDP2 has to be told of NextFlow, and tensors of which each process holds a part."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainerCallback
 
 from ..lora import below_adapters
@@ -23,11 +25,29 @@ def keep_losses_float32(accelerator: "Accelerator") -> None:
         plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
 
 
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a tensor that this process holds."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor; of one that is sharded all processes ask for it together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def sharded_like(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """A whole tensor, on the device and in the shards of the other."""
+    tensor = tensor.to(other.device)
+    return distribute_tensor(tensor, other.device_mesh, other.placements) if isinstance(other, DTensor) else tensor
+
+
 @contextmanager
 def whole_weights(model: nn.Module) -> Iterator[None]:
     """While it lasts, every process holds all weights of a model that FSDP2 shards, whatever runs of it; other models
     are left as they are. All processes enter it together."""
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    if isinstance(model, FSDPModule):
+        model._get_fsdp_state()._lazy_init()  # or a part that runs first would take itself for the whole
     states = [unit._get_fsdp_state() for unit in units]  # its setters have no getters
     before = [(state._auto_reshard_after_forward, _after_forward(state)) for state in states]
     for unit in units:

@@ -5,20 +5,24 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
+from ..configuration_nextflow import NextFlowConfig
 from ..modeling_nextflow import NextFlowForConditionalGeneration
 from ..processing_nextflow import NextFlowProcessor
+from ..stored_tokenizer import refer_to
 from ..utils.loading import base_of
 
 logger = logging.get_logger(__name__)
 
 
 def load_to_train(
-    name: str, processor: NextFlowProcessor | None = None, **kwargs
+    name: str, processor: NextFlowProcessor | None = None, vision_tokenizer: bool = True, **kwargs
 ) -> tuple[torch.nn.Module, NextFlowProcessor]:
     """A model to train on, and its processor unless one is given.
 
     Args:
         name: a folder or Hub id of a model, or of adapters on one, which are trained on.
+        vision_tokenizer: whether it is in the model, or its hash alone, which is all that training on packs needs;
+            checkpoints then refer to it, see [`NextFlowConfig`].
         kwargs: of `from_pretrained`; `dtype` is float32 where it is not among them, whatever was saved.
     """
     kwargs = {"dtype": torch.float32} | kwargs
@@ -27,12 +31,16 @@ def load_to_train(
     if base is not None:
         from peft import PeftModel
 
-        model, processor = load_to_train(base, processor, **{key: kwargs[key] for key in kwargs if key != "revision"})
+        own = {key: value for key, value in kwargs.items() if key != "revision"}
+        model, processor = load_to_train(base, processor, vision_tokenizer, **own)
         return PeftModel.from_pretrained(model, name, is_trainable=True, **revision), processor
     if Path(name).is_dir():  # adapters name it, and may be opened from another place
         name = str(Path(name).resolve())
     processor = processor or NextFlowProcessor.from_pretrained(name, **revision)
-    return NextFlowForConditionalGeneration.from_pretrained(name, **kwargs), processor
+    if not vision_tokenizer:
+        kwargs["config"] = refer_to(name, NextFlowConfig.from_pretrained(name, **revision))
+    model = NextFlowForConditionalGeneration.from_pretrained(name, vision_tokenizer=vision_tokenizer, **kwargs)
+    return model, processor
 
 
 def check_trained(model: torch.nn.Module) -> None:

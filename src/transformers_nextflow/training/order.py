@@ -1,14 +1,12 @@
 """[`OrderedTrainer`]: a resumed training sees what an undisturbed one sees, an evaluation each of its items once."""
 
-import os
 from collections.abc import Callable, Iterator
 
 import numpy as np
 from torch.utils.data import Dataset, Sampler
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
-from .checkpoints import checkpoint_to_resume
-from .ema import FOLDER, EMACallback
+from .checkpoints import SavingTrainer
 
 
 class EpochOrder(Sampler[int]):
@@ -79,34 +77,15 @@ class EvenShares(Dataset):
         return self.dataset[index] if index < count else self.blank(self.dataset[index % count])
 
 
-class OrderedTrainer(Trainer):
+class OrderedTrainer(SavingTrainer):
     """Trainer whose data comes in an [`EpochOrder`], by `data_seed` or else `seed`.
 
-    Datasets with `set_epoch` are told the epoch, in every worker. An average is saved beside the model. `train` goes
-    on from whole checkpoints alone. Devices share an evaluation by [`EvenShares`].
+    Datasets with `set_epoch` are told the epoch, in every worker. Devices share an evaluation by [`EvenShares`].
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.add_callback(_Epochs(self))
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        """See `Trainer.train`. `True` goes on from the newest whole checkpoint in `output_dir`, whatever a killed run
-        left beside it.
-
-        Raises:
-            ValueError: if what should be resumed is no whole checkpoint.
-        """
-        self.args.resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
-        return super().train(self.args.resume_from_checkpoint, *args, **kwargs)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """See `Trainer.save_model`. The average of an [`EMACallback`] is saved too, in the folder `ema` beside."""
-        super().save_model(output_dir, _internal_call)
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, EMACallback) and callback.averages:
-                with callback.in_place():
-                    super().save_model(os.path.join(output_dir or self.args.output_dir, FOLDER), _internal_call=True)
 
     def blank(self, item: dict) -> dict:
         """An item of an evaluation that does not count."""

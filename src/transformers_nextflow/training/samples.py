@@ -11,6 +11,7 @@ from PIL import Image
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import TrainerCallback
 
+from ..lora import below_adapters
 from ..processing_nextflow import NextFlowProcessor
 from ..utils.files import write_atomically
 
@@ -143,15 +144,16 @@ class SamplesCallback(DrawingCallback):
         was_training = model.training
         model.eval()
         try:
-            output = model.generate(
-                **inputs,
-                generation_mode="image",
-                seed=self.seed,
-                num_images_per_prompt=1,
-                return_dict_in_generate=True,
-                **self.generation,
-            )
-            pixels = model.decode_image_tokens(output.sequences, output.image_grid_hw)
+            with below_adapters(model).base_model.whole():
+                output = model.generate(
+                    **inputs,
+                    generation_mode="image",
+                    seed=self.seed,
+                    num_images_per_prompt=1,
+                    return_dict_in_generate=True,
+                    **self.generation,
+                )
+                pixels = model.decode_image_tokens(output.sequences, output.image_grid_hw)
         finally:
             model.train(was_training)
         return self.processor.post_process_image(pixels)

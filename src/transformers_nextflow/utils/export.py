@@ -9,8 +9,8 @@ from pathlib import Path
 
 from ..remote_code import write_code
 from .files import output_folder, read_json
-from .loading import base_of, naming
-from .merging import merge
+from .loading import base_of, load_config, naming
+from .merging import merge, write_whole
 from .safetensors_folder import INDEX, SafetensorsFolder
 
 PIPELINE = {
@@ -65,7 +65,7 @@ def export(folder: str | Path, to: str, push: bool = False) -> str:
     Args:
         folder: what `save_pretrained` of model and processor wrote, or the id of such a repository on the Hub. Its
             README.md, if any, becomes part of the model card: licence and sources, scores, limits. Adapters are
-            merged first, see [`merge`].
+            merged first, see [`merge`]; so is the vision tokenizer that a checkpoint refers to.
         to: a new folder, or with `push` the id of a repository, which is created if it is not there.
 
     Returns:
@@ -83,6 +83,10 @@ def export(folder: str | Path, to: str, push: bool = False) -> str:
             merge(str(folder), whole)
             return export(whole, to, push)
     folder = Path(folder) if Path(folder).is_dir() else Path(snapshot_download(str(folder)))
+    if load_config(str(folder)).vision_tokenizer is not None:
+        with tempfile.TemporaryDirectory() as partial:
+            write_whole(str(folder), Path(partial, folder.resolve().name))
+            return export(Path(partial, folder.resolve().name), to, push)
     if not push:
         with output_folder(to) as partial:
             _write(folder, partial, name=to)

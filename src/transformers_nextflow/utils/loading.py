@@ -15,6 +15,7 @@ from ..configuration_nextflow import NextFlowConfig, NextFlowVQConfig
 from ..modeling_nextflow import NextFlowForConditionalGeneration
 from ..modeling_nextflow_vq import NextFlowVQModel
 from ..processing_nextflow import NextFlowProcessor
+from ..stored_tokenizer import load_referred_to
 from .files import read_json
 from .safetensors_folder import INDEX, SINGLE, SafetensorsFolder
 
@@ -180,6 +181,8 @@ def load_vq_model(name: str) -> NextFlowVQModel:
     if check_model_type(name, NextFlowConfig.model_type, NextFlowVQConfig.model_type) == NextFlowVQConfig.model_type:
         return load_weights(NextFlowVQModel, name).float().eval()
     whole = load_config(name)
+    if whole.vision_tokenizer is not None:
+        return load_referred_to(whole)
     if "quantization_config" not in whole.to_dict():
         check_tensors(NextFlowForConditionalGeneration, whole, name)
     config = whole.vq_config
@@ -254,4 +257,6 @@ def _num_layers(config) -> int:
     whole = isinstance(config, NextFlowConfig)
     vq = config.vq_config if whole else config
     layers = vq.semantic_config.num_hidden_layers + vq.semantic_decoder_layers + vq.encoder_blocks + vq.decoder_blocks
+    if whole and config.vision_tokenizer is not None:
+        layers = 0
     return layers + (config.text_config.num_hidden_layers if whole else 0)

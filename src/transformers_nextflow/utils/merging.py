@@ -1,4 +1,4 @@
-"""Adapters and the model that they are for, as one model."""
+"""Adapters and the model that they are for, as one model; a checkpoint and the vision tokenizer that it refers to."""
 
 from pathlib import Path
 
@@ -32,7 +32,12 @@ def merge(adapters: str, output: str | Path, dtype: torch.dtype | None = None) -
     if base is None:
         raise ValueError(f"{adapters} holds no adapters: there is no adapter_config.json")
     with output_folder(output) as folder:
-        load_merged(adapters, dtype).save_pretrained(folder)
-        load_processor(adapters).save_pretrained(folder)
+        write_whole(adapters, folder, dtype)
         names = {"name": Path(output).name, "base": Path(base).name, "adapters": Path(adapters).resolve().name}
         (folder / "README.md").write_text(README.format(**names), encoding="utf-8")
+
+
+def write_whole(name: str, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Write the whole model that a folder or Hub id holds a part of, with its processor."""
+    load_merged(name, dtype).save_pretrained(folder)
+    load_processor(name).save_pretrained(folder)

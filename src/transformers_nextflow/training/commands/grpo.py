@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import datasets
 from trl import ScriptArguments, TrlParser
 
+from ..ema import EMACallback
 from ..grpo import NextFlowGRPOConfig, NextFlowGRPOTrainer
 from ..grpo.reward_models import ClipScore
 from .options import ModelOptions
@@ -30,6 +31,7 @@ class GRPOOptions(ScriptArguments):
     reward_funcs: list[str] = field(
         default_factory=list, metadata={"help": "clip:MODEL (also SigLIP, PickScore), or dotted paths of functions"}
     )
+    ema_decay: float | None = field(default=None, metadata={"help": "keep a moving average of the trained weights"})
 
 
 def reward_function(name: str):
@@ -63,5 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         processing_class=processor,
         peft_config=adapters,
     )
+    if script.ema_decay is not None:
+        trainer.add_callback(EMACallback(script.ema_decay))
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
     trainer.save_model()

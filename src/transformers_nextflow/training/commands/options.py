@@ -44,18 +44,20 @@ class ModelOptions(ModelConfig):
                 raise ValueError(f"{' and '.join(given)} need {name}")
 
     def load(
-        self, modules_to_save: list[str] | None = None
+        self, modules_to_save: list[str] | None = None, vision_tokenizer: bool = True
     ) -> tuple[torch.nn.Module, NextFlowProcessor, "PeftConfig | None"]:
         """The model, its processor, and the adapters to put on it; those that it has are trained on.
 
         Args:
             modules_to_save: what is trained whole beside adapters, where `lora_modules_to_save` does not say.
+            vision_tokenizer: see [`load_to_train`].
 
         Raises:
             ValueError: for options of LoRA where the model has adapters, or 4 or 8 bits where it gets none.
         """
         model, processor = load_to_train(
             model_name(self.model_name_or_path),
+            vision_tokenizer=vision_tokenizer,
             dtype=self.dtype,
             attn_implementation=self.attn_implementation,
             revision=self.model_revision,

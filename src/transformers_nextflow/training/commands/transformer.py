@@ -7,7 +7,8 @@ under `accelerate launch -m`:
     transformers_nextflow train transformer --packs packs --output runs/sft --stage sft --max_steps 100 --use_lora
 
 Weights are trained in float32 unless `--dtype` says otherwise; `--bf16` is for the arithmetic. Adapters as `--model`
-are trained on. `--use_liger_kernel` takes Liger's kernels, `--load_in_4bit` beside `--use_lora` is QLoRA.
+are trained on. The vision tokenizer is not loaded: checkpoints refer to the model that has it, and the result has
+it again. `--use_liger_kernel` takes Liger's kernels, `--load_in_4bit` beside `--use_lora` is QLoRA.
 """
 
 from collections.abc import Sequence
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if (options.packs is None) == (options.documents is None):
         parser.error("give either --packs or --documents")
 
-    model, processor, adapters = of_model.load(modules_to_save=CODE_MODULES)
+    model, processor, adapters = of_model.load(CODE_MODULES, vision_tokenizer=False)
     if options.packs is not None:
         dataset = PackedDataset(options.packs, model, processor, seed=arguments.seed)
     else:

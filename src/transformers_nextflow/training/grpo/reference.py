@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from ...utils.files import write_atomically
+from ..fsdp import local_part, sharded_like, whole_tensor
 
 
 class Reference:
@@ -22,6 +23,12 @@ class Reference:
         self.trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.weights = {name: parameter.detach().clone() for name, parameter in self.trained.items()}
 
+    def shard(self, model: torch.nn.Module) -> None:
+        """Take the parameters that training has put in the place of those that the model was handed over with."""
+        parameters = dict(model.named_parameters())
+        self.trained = {name: parameters[name] for name in self.trained}
+        self.weights = {name: sharded_like(self.weights[name], own.detach()) for name, own in self.trained.items()}
+
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """While this runs the model is the reference; for forwards without gradient."""
@@ -31,23 +38,30 @@ class Reference:
         finally:
             self._exchange()
 
+    @torch.no_grad()
     def _exchange(self) -> None:
         for name, parameter in self.trained.items():
-            parameter.data, self.weights[name] = self.weights[name], parameter.data
+            policy, reference = local_part(parameter.detach()), local_part(self.weights[name])
+            kept = policy.clone()
+            policy.copy_(reference)
+            reference.copy_(kept)
 
     @torch.no_grad()
     def follow(self, share: float) -> None:
         """Go the share of the way to the policy."""
         for name, parameter in self.trained.items():
-            self.weights[name].lerp_(parameter.data, share)
+            local_part(self.weights[name]).lerp_(local_part(parameter.detach()), share)
 
-    def save(self, path: Path) -> None:
-        weights = {name: weight.contiguous() for name, weight in self.weights.items()}
-        write_atomically(path, lambda partial: save_file(weights, partial))
+    def save(self, path: Path, should_save: bool) -> None:
+        """Write it where `should_save`; all processes call this together."""
+        weights = {name: whole_tensor(weight).contiguous() for name, weight in self.weights.items()}
+        if should_save:
+            write_atomically(path, lambda partial: save_file(weights, partial))
 
     def load(self, path: Path) -> None:
         for name, weight in load_file(path).items():
-            self.weights[name].copy_(weight)
+            own = self.weights[name]
+            local_part(own).copy_(local_part(sharded_like(weight, own)))
 
 
 class FollowPolicy(TrainerCallback):

@@ -13,14 +13,15 @@ from accelerate.utils import gather_object
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 from ...data.inspection import draw_sheet
 from ...lora import below_adapters
 from ...modeling_nextflow import NextFlowForConditionalGeneration
 from ...processing_nextflow import NextFlowProcessor
 from ...utils.files import write_atomically
-from ..checkpoints import checkpoint_to_resume
+from ..checkpoints import SavingTrainer
+from ..fsdp import whole_weights
 from ..loading import check_trained, load_to_train
 from ..samples import PictureReports
 from .config import NextFlowGRPOConfig
@@ -65,7 +66,7 @@ class Part:
     share: float
 
 
-class NextFlowGRPOTrainer(Trainer):
+class NextFlowGRPOTrainer(SavingTrainer):
     """GRPO on the coarse scales of pictures.
 
     One step: every prompt of the batch draws a group of pictures over one reading of the prompt, reward functions
@@ -85,7 +86,8 @@ class NextFlowGRPOTrainer(Trainer):
 
     Differs from TRL's trainer, which it does not subclass: rollouts depend on seed, prompt and step alone, and a
     checkpoint between two steps of one generation holds its rollouts, so that resuming is exact. The KL's reference is
-    the model as it is handed over, see [`~reference.Reference`].
+    the model as it is handed over, see [`~reference.Reference`]. FSDP2 gathers whole weights for rollouts, and takes
+    prompts of an evaluation that divide by the processes.
 
     Args:
         model: a [`NextFlowForConditionalGeneration`], adapters on one, or the name of either, see
@@ -117,8 +119,7 @@ class NextFlowGRPOTrainer(Trainer):
         **kwargs,
     ):
         self.rewards = Rewards(reward_funcs, args.reward_weights, args.reward_timeout)
-        of_evaluation = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
-        for name, dataset in {"train_dataset": train_dataset, **of_evaluation}.items():
+        for name, dataset in {"train_dataset": train_dataset, **self._evaluations(eval_dataset)}.items():
             if dataset is not None:
                 check_prompts(name or "eval_dataset", dataset)
         if isinstance(model, str):
@@ -150,8 +151,7 @@ class NextFlowGRPOTrainer(Trainer):
         if args.sync_ref_model and not args.beta:
             raise ValueError("sync_ref_model needs beta > 0")
         super().__init__(model, args, list, train_dataset, eval_dataset, processing_class=processing_class, **kwargs)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError("rollouts need whole weights on every device: use DDP, not FSDP or DeepSpeed")
+        self._check_devices()
         self.reference = Reference(self.model) if args.beta else None
         if args.sync_ref_model:
             self.add_callback(FollowPolicy(self.reference))
@@ -161,6 +161,22 @@ class NextFlowGRPOTrainer(Trainer):
         self._pictures: list[tuple[str, Image.Image, float]] = []
         self._reports = PictureReports("completions")
         self.add_callback(_Resume(self))
+
+    @staticmethod
+    def _evaluations(eval_dataset) -> dict:
+        """Datasets of evaluations, by name."""
+        return eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
+
+    def _check_devices(self) -> None:
+        """Raise a `ValueError` for what rollouts and evaluations cannot run on."""
+        if self.is_deepspeed_enabled or (self.is_fsdp_enabled and not self.accelerator.is_fsdp2):
+            raise ValueError("rollouts need whole weights, which FSDP2 gathers for them: not FSDP1 or DeepSpeed")
+        sharing = self.accelerator.num_processes if self.is_fsdp_enabled else 1
+        for dataset in self._evaluations(self.eval_dataset).values():
+            if dataset is not None and len(dataset) % sharing:
+                raise ValueError(
+                    f"under FSDP2 an evaluation's prompts must divide by the {sharing} processes, got {len(dataset)}"
+                )
 
     @property
     def _nextflow(self) -> NextFlowForConditionalGeneration:
@@ -263,12 +279,13 @@ class NextFlowGRPOTrainer(Trainer):
     ) -> tuple[Rollouts, torch.Tensor]:
         """[`roll_out`] in the precision of training's forward."""
         policy, controls = (self._nextflow, self.processing_class), (self.prefix, self.schedule, self.args)
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), whole_weights(self.model):
             return roll_out(*policy, chats, num_pictures, seeds, *controls, shared)
 
     @torch.no_grad()
     def _pictures_of(self, codes: torch.Tensor) -> list[Image.Image]:
-        pixels = self._nextflow.model.vq_model.decode(codes, self.schedule.final_grid)
+        with whole_weights(self.model):
+            pixels = self._nextflow.model.vq_model.decode(codes, self.schedule.final_grid)
         return self.processing_class.post_process_image(pixels)
 
     def _decode(self, token_ids: list[int]) -> str:
@@ -434,16 +451,14 @@ class NextFlowGRPOTrainer(Trainer):
     # What comes out
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        """See `Trainer.train`. `True` goes on from the newest whole checkpoint in `output_dir`, whatever a killed run
-        left beside it. A reward at fault ends the training with its last step saved.
+        """See [`SavingTrainer.train`]. A reward at fault ends the training with its last step saved.
 
         Raises:
             RewardError: if a reward is at fault.
             ValueError: if what should be resumed is no whole checkpoint.
         """
-        self.args.resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         try:
-            return super().train(self.args.resume_from_checkpoint, *args, **kwargs)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
         except RewardError:
             if self.state.global_step:
                 self._save_checkpoint(self.model, trial=None)
@@ -520,8 +535,8 @@ class NextFlowGRPOTrainer(Trainer):
             parts = [part.tensors() for part in self._buffer]
             tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
             write_atomically(self._rollouts_of(output_dir), lambda partial: save_file(tensors, partial))
-        if self.args.sync_ref_model and self.args.should_save:
-            self.reference.save(Path(output_dir, REFERENCE))
+        if self.args.sync_ref_model:
+            self.reference.save(Path(output_dir, REFERENCE), self.args.should_save)
         self.accelerator.wait_for_everyone()
 
     def _rollouts_of(self, checkpoint: str) -> Path:
@@ -542,6 +557,8 @@ class _Resume(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         trainer = self.trainer
+        if trainer.reference is not None:
+            trainer.reference.shard(trainer.model)
         trainer._step = trainer._batches_so_far()
         trainer._logged_at = state.global_step
         if not state.global_step:

@@ -1,0 +1,99 @@
+"""The vision tokenizer of a NextFlow on disk, for models without it: transformer training needs its identity alone."""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .configuration_nextflow import NextFlowConfig, NextFlowVQConfig
+from .modeling_nextflow_vq import NextFlowVQModel
+from .utils.safetensors_folder import SafetensorsFolder
+
+PREFIX = "model.vq_model."
+DECODERS = ("pixel_decoder", "semantic_decoder")
+
+
+class AbsentVisionTokenizer(nn.Module):
+    """What stands in the place of a vision tokenizer that `config.vision_tokenizer` refers to: it has no weights."""
+
+    _keys_to_ignore_on_load_unexpected = (r"(^|\.)vq_model\.",)  # of a checkpoint that has it
+
+    def __init__(self, config: NextFlowVQConfig):
+        super().__init__()
+        self.config, self.schedules = config, config.schedule_table()
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            raise AttributeError(
+                f"{name} is of the vision tokenizer, without which this model was loaded: "
+                "`with model.base_model.whole():` brings it"
+            ) from None
+
+
+def vision_tokenizer_hash(tensors: Iterable[tuple[str, torch.Tensor]], config: NextFlowVQConfig) -> str:
+    """sha256 of everything codes depend on: both encoders and the quantizer, not the decoders.
+
+    Args:
+        tensors: of the vision tokenizer's state, in the order of their names.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        if name.split(".")[0] in DECODERS:
+            continue
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    lookup = (config.semantic_weight, config.pixel_weight, config.normalize_entries, config.semantic_feature_layer)
+    digest.update(repr(lookup).encode())
+    return digest.hexdigest()
+
+
+def stored_tensors(model: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """The vision tokenizer's tensors in float32, by name and in the order of the names, one at a time.
+
+    Args:
+        model: folder or Hub id of a NextFlow.
+    """
+    if not Path(model).is_dir():
+        from huggingface_hub import snapshot_download
+
+        model = snapshot_download(model, allow_patterns=["*.json", "*.safetensors"])
+    folder = SafetensorsFolder(model)
+    for name in sorted(name for name in folder if name.startswith(PREFIX)):
+        for _, tensor in folder.tensors([name]):
+            yield name.removeprefix(PREFIX), tensor.float() if tensor.is_floating_point() else tensor
+
+
+def refer_to(model: str, config: NextFlowConfig) -> NextFlowConfig:
+    """The configuration of a NextFlow as of one without its vision tokenizer, which is read once for its hash."""
+    if config.vision_tokenizer is None:
+        digest = vision_tokenizer_hash(stored_tensors(model), config.vq_config)
+        config.vision_tokenizer = {"model": model, "sha256": digest}
+    return config
+
+
+def tensors_referred_to(config: NextFlowConfig) -> dict[str, torch.Tensor]:
+    """The tensors that `config.vision_tokenizer` refers to.
+
+    Raises:
+        ValueError: if it is not there, or another one is.
+    """
+    model = config.vision_tokenizer["model"]
+    remedy = "name the folder that has it as `vision_tokenizer` in config.json"
+    try:
+        tensors = dict(stored_tensors(model))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the vision tokenizer of this checkpoint is that of {model}, {error}: {remedy}") from error
+    if vision_tokenizer_hash(tensors.items(), config.vq_config) != config.vision_tokenizer["sha256"]:
+        raise ValueError(f"the vision tokenizer of this checkpoint was that of {model}, now another: {remedy}")
+    return tensors
+
+
+def load_referred_to(config: NextFlowConfig) -> NextFlowVQModel:
+    """The vision tokenizer that `config.vision_tokenizer` refers to; raises as [`tensors_referred_to`]."""
+    model = NextFlowVQModel(config.vq_config)
+    model.load_state_dict(tensors_referred_to(config))
+    return model.eval().requires_grad_(False)
