@@ -93,7 +93,7 @@ def test_two_processes_under_fsdp2_train_as_one(policy, tiny_processor, tmp_path
     one = sharded_policy.train(policy, tiny_processor, tmp_path, ONE)
     assert two["sharded"] and not one["sharded"]
     for a, b in zip(one["log"], two["log"], strict=True):
-        assert a == pytest.approx(b, rel=3e-3, abs=1e-4)
+        assert a == pytest.approx(b, rel=2e-3, abs=1e-5)
     assert {"eval_reward", "eval_loss"} <= one["log"][-1].keys() and one["log"][-2]["kl"] > 0
     for file in ("model.safetensors", "checkpoint-2/reference.safetensors"):
         expected, got = load_file(tmp_path / file), load_file(folder / "sharded" / file)

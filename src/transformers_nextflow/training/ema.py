@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..utils.files import write_atomically
-from .fsdp import local_part, sharded_like, whole_tensor
+from .fsdp import let_go, local_part, sharded_like, whole_tensor
 
 FILE = "ema.safetensors"
 FOLDER = "ema"
@@ -58,6 +58,7 @@ class EMACallback(TrainerCallback):
         Raises:
             ValueError: if it has none of the averaged parameters.
         """
+        let_go(self._model)
         prefixes = {id(module): f"{path}." for path, module in self._model.named_modules() if path}
         prefix = prefixes.get(id(model), "")
         averaged = {name: p for name, p in model.named_parameters() if prefix + name in self.averages}
@@ -74,6 +75,7 @@ class EMACallback(TrainerCallback):
         try:
             yield
         finally:
+            let_go(self._model)
             for name, weight in weights.items():
                 local_part(self._parameters[name].detach()).copy_(weight)
 

@@ -41,11 +41,24 @@ def sharded_like(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(tensor, other.device_mesh, other.placements) if isinstance(other, DTensor) else tensor
 
 
+def units_of(model: nn.Module) -> list[FSDPModule]:
+    """The modules of a model that FSDP2 shards."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def let_go(model: nn.Module) -> None:
+    """Drop gathered weights, before the shards are changed by anything but an optimizer: FSDP2 keeps those of the whole
+    model's unit after a forward, and would go on to use them."""
+    for unit in units_of(model):
+        unit.reshard()
+
+
 @contextmanager
 def whole_weights(model: nn.Module) -> Iterator[None]:
     """While it lasts, every process holds all weights of a model that FSDP2 shards, whatever runs of it; other models
     are left as they are. All processes enter it together."""
-    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    let_go(model)
+    units = units_of(model)
     if isinstance(model, FSDPModule):
         model._get_fsdp_state()._lazy_init()  # or a part that runs first would take itself for the whole
     states = [unit._get_fsdp_state() for unit in units]  # its setters have no getters

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from ...utils.files import write_atomically
-from ..fsdp import local_part, sharded_like, whole_tensor
+from ..fsdp import let_go, local_part, sharded_like, whole_tensor
 
 
 class Reference:
@@ -20,12 +20,13 @@ class Reference:
     """
 
     def __init__(self, model: torch.nn.Module):
+        self.model = model
         self.trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.weights = {name: parameter.detach().clone() for name, parameter in self.trained.items()}
 
     def shard(self, model: torch.nn.Module) -> None:
         """Take the parameters that training has put in the place of those that the model was handed over with."""
-        parameters = dict(model.named_parameters())
+        self.model, parameters = model, dict(model.named_parameters())
         self.trained = {name: parameters[name] for name in self.trained}
         self.weights = {name: sharded_like(self.weights[name], own.detach()) for name, own in self.trained.items()}
 
@@ -40,6 +41,7 @@ class Reference:
 
     @torch.no_grad()
     def _exchange(self) -> None:
+        let_go(self.model)
         for name, parameter in self.trained.items():
             policy, reference = local_part(parameter.detach()), local_part(self.weights[name])
             kept = policy.clone()
