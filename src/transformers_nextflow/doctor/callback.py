@@ -8,7 +8,7 @@ from transformers.utils import logging
 from ..lora import below_adapters
 from ..training.fsdp import whole_weights
 from .examination import Diagnosis, examine
-from .report import headline, write_report
+from .report import write_report
 
 logger = logging.get_logger(__name__)
 
@@ -54,4 +54,4 @@ class DoctorCallback(TrainerCallback):
         folder = Path(args.output_dir) / "doctor" / f"step-{state.global_step}"
         page = write_report(diagnosis, folder, f"step {state.global_step}")
         if diagnosis.first is not None:
-            logger.warning("%s See %s", headline(diagnosis), page)
+            logger.warning("%s See %s", diagnosis.headline, page)

@@ -1,10 +1,10 @@
-"""What a check returns, and when figures differ by more than chance or rounding.
+"""What a check returns, and when figures differ by more than chance.
 
-Two rules decide everything; no check has a threshold of its own.
+Three rules decide nearly everything:
 
-- Equalities hold to half of the digits of the dtype (`tolerance`): rounding in a forward stays below by orders of
-  magnitude, and a wrong formula lies above by orders.
-- Means over pictures are compared in their own standard errors (`z_score`), pictures being the independent draws.
+- equalities hold to half of the digits of the dtype (`tolerance`);
+- means over independent rows are compared in their own standard errors (`z_score`), and count from `SIGNIFICANT` on;
+- what is better by chance's measure must also matter: by `MATERIAL` of the loss.
 """
 
 import math
@@ -12,11 +12,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-OK, NOTE, WARNING, ERROR = "ok", "note", "warning", "error"
+OK, NOTE, UNCHECKED, WARNING, ERROR = "ok", "note", "unchecked", "warning", "error"
 SIGNIFICANT = 4.0
-"""Standard errors that count as more than chance: one in 30,000 for many pictures, one in 1,000 for 12."""
+"""Standard errors that count as more than chance: one in 30,000 for many rows, one in 1,000 for 12."""
 ENOUGH = 12
-"""Pictures below which a mean says nothing."""
+"""Rows below which a mean says nothing."""
+MATERIAL = 0.02
+"""Share of a loss that an alteration must save to be called better."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +27,9 @@ class Finding:
 
     Attributes:
         check: name of the check.
-        part: `"tokenizer"`, `"shards"`, `"transformer"` or `"sampling"`.
-        severity: `"ok"`; `"note"`, a figure without a verdict; `"warning"`, a figure that chance hardly explains;
-            `"error"`, a formula of the model that does not hold, or a file that is not what was written.
+        part: `"weights"`, `"tokenizer"`, `"shards"`, `"transformer"` or `"sampling"`.
+        severity: `"ok"`; `"note"`, a figure without a verdict; `"unchecked"`, for the reason in `measured`;
+            `"warning"`, a figure that chance hardly explains; `"error"`, something exact that does not hold.
         fault: name of what is wrong, `None` where nothing is.
         measured, expected: sentences with figures.
         cause, next_step: sentences, empty where nothing is wrong.
@@ -50,19 +52,12 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """A fault's name, its likely cause, and what to do next."""
-
-    fault: str
-    cause: str
-    next_step: str
-
-
 class Check:
-    """Findings of one check, which say in common what was expected."""
+    """Makes the findings of one check, which have in common what was expected."""
 
-    def __init__(self, name: str, part: str, expected: str):
-        self.name, self.part, self.expected = name, part, expected
+    name: str
+    part: str
+    expected: str
 
     def passed(self, measured: str, **figures) -> Finding:
         return Finding(self.name, self.part, OK, measured, self.expected, figures=figures)
@@ -70,9 +65,16 @@ class Check:
     def noted(self, measured: str, **figures) -> Finding:
         return Finding(self.name, self.part, NOTE, measured, self.expected, figures=figures)
 
-    def failed(self, measured: str, verdict: Verdict, severity: str = ERROR, **figures) -> Finding:
-        fault, cause, step = verdict.fault, verdict.cause, verdict.next_step
-        return Finding(self.name, self.part, severity, measured, self.expected, fault, cause, step, figures)
+    def unchecked(self, why: str) -> Finding:
+        return Finding(self.name, self.part, UNCHECKED, why, self.expected)
+
+    def failed(
+        self, measured: str, fault: str, cause: str, next_step: str, severity: str = ERROR, **figures
+    ) -> Finding:
+        return Finding(self.name, self.part, severity, measured, self.expected, fault, cause, next_step, figures)
+
+    def warned(self, measured: str, fault: str, cause: str, next_step: str, **figures) -> Finding:
+        return self.failed(measured, fault, cause, next_step, WARNING, **figures)
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -85,9 +87,7 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     if a.shape != b.shape:
         return math.inf
     a, b = a.detach().double().cpu(), b.detach().double().cpu()
-    if a.numel() == 0:
-        return 0.0
-    value = float((a - b).abs().max() / b.abs().max().clamp(min=1e-12))
+    value = float((a - b).abs().max() / b.abs().max().clamp(min=1e-12)) if a.numel() else 0.0
     return value if math.isfinite(value) else math.inf
 
 
@@ -96,8 +96,7 @@ def z_score(values: torch.Tensor) -> float:
     values = values.detach().double().cpu()
     if len(values) < ENOUGH:
         return 0.0
-    error = float(values.std()) / math.sqrt(len(values))
-    mean = float(values.mean())
+    error, mean = float(values.std()) / math.sqrt(len(values)), float(values.mean())
     return mean / error if error > 0 else math.copysign(math.inf, mean) if mean else 0.0
 
 

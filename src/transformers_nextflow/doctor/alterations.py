@@ -1,0 +1,171 @@
+"""Damage shows as this: something else than what the checkpoint holds would do better.
+
+In a trained model no part is better at another size, and every matrix matters: with its outputs in another order, the
+loss rises. Both hold whatever the model was trained on, and both end where a part was reset, permuted, scaled,
+exchanged, or taken from elsewhere. Alterations are hooks on outputs of modules, so they work on weights of any kind,
+sharded and quantised ones too, and leave no trace.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .findings import ENOUGH, MATERIAL, SIGNIFICANT, Check, Finding, z_score
+from .weights import kind_of
+
+FEW = 3  # rows that alterations are first tried on
+CONFIRMED = 4  # of them, which are tried on all rows
+
+Measure = Callable[[Sequence], torch.Tensor]
+"""(R,) losses of rows, lower is better."""
+
+
+@dataclass(frozen=True)
+class Alteration:
+    """One thing that a checkpoint might have had otherwise.
+
+    Attributes:
+        what: how the model is altered, in words.
+        fault, cause: what is wrong if the altered model is better.
+        apply: a context in which the model is altered.
+    """
+
+    what: str
+    fault: str
+    cause: str
+    apply: Callable[[], AbstractContextManager]
+
+
+@contextmanager
+def hooked(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Every output of a module changed; of several outputs the first."""
+
+    def hook(module, inputs, output):
+        return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def shuffled(module: nn.Module, seed: int) -> AbstractContextManager:
+    """The module's output features in another order, as with the rows of its weight permuted."""
+    dim = 1 if isinstance(module, nn.Conv2d) else -1
+
+    def change(output: torch.Tensor) -> torch.Tensor:
+        order = torch.randperm(output.shape[dim], generator=torch.Generator().manual_seed(seed))
+        return output.index_select(dim, order.to(output.device))
+
+    return hooked(module, change)
+
+
+@contextmanager
+def setting(owner: Any, name: str, value: Any) -> Iterator[None]:
+    kept = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, kept)
+
+
+@contextmanager
+def exchanged(layers: nn.ModuleList, first: int, second: int) -> Iterator[None]:
+    a, b = layers[first], layers[second]
+    layers[first], layers[second] = b, a
+    try:
+        yield
+    finally:
+        layers[first], layers[second] = a, b
+
+
+def resized(name: str, module: nn.Module) -> list[Alteration]:
+    """A module's output at half, at twice, and at no size."""
+    faults = {0.5: "weights too large", 2.0: "weights too small", 0.0: "damaged weights"}
+    causes = {0.5: "adds too much", 2.0: "adds too little", 0.0: "does harm"}
+    return [
+        Alteration(
+            f"with {name} times {factor:g}",
+            faults[factor],
+            f"{name} {causes[factor]}: its weights, or those before it, were scaled, reset, or come from elsewhere",
+            lambda factor=factor: hooked(module, lambda output: output * factor),
+        )
+        for factor in faults
+    ]
+
+
+def search(measure: Measure, few: Sequence, rows: Sequence, alterations: Iterable[Alteration], least: float):
+    """The best alteration, where one is better than none, by more than chance and by `least`: it, and the mean losses
+    as it is and altered. All are tried on `few` rows, the most promising on all."""
+    before = float(measure(few).mean())
+    gains = [(before - float(_altered(measure, few, each).mean()), each) for each in alterations]
+    promising = sorted((pair for pair in gains if pair[0] > least), key=lambda pair: -pair[0])[:CONFIRMED]
+    own_R, found = measure(rows) if promising else None, []
+    for _, alteration in promising:
+        gain_R = own_R - _altered(measure, rows, alteration)
+        if z_score(gain_R) > SIGNIFICANT and float(gain_R.mean()) > least:
+            found.append((alteration, float(own_R.mean()), float((own_R - gain_R).mean())))
+    return min(found, key=lambda better: better[2], default=None)
+
+
+def _altered(measure: Measure, rows: Sequence, alteration: Alteration) -> torch.Tensor:
+    with alteration.apply():
+        return measure(rows)
+
+
+def without_effect(
+    measure: Measure, few: Sequence, rows: Sequence, modules: dict[str, nn.Module], seed: int
+) -> dict[str, float]:
+    """Modules whose output features can be put in another order without a loss that shows, while this costs the others
+    of their kind much; with what it costs."""
+    before, own_R, found = float(measure(few).mean()), None, {}
+    kinds: dict[str, list[str]] = defaultdict(list)
+    for name in modules:
+        kinds[kind_of(name)].append(name)
+    for names in kinds.values():
+        orders = {name: Alteration(name, "", "", lambda name=name: shuffled(modules[name], seed)) for name in names}
+        rises = {name: float(_altered(measure, few, orders[name]).mean()) - before for name in names}
+        usual = float(torch.tensor(list(rises.values())).median())
+        for name in (name for name, rise in rises.items() if rise < usual / 10 and len(rises) > 2):
+            own_R = measure(rows) if own_R is None else own_R
+            rise_R = _altered(measure, rows, orders[name]) - own_R
+            if z_score(rise_R) < SIGNIFICANT and float(rise_R.mean()) < usual / 10:
+                found[name] = float(rise_R.mean())
+    return found
+
+
+def judge(
+    check: Check, measure: Measure, rows: Sequence, whole: list[Alteration], resizable: dict, movable: dict, seed: int
+) -> Finding:
+    """The finding of a model's parts.
+
+    Args:
+        whole: alterations that concern more than one part.
+        resizable, movable: modules whose outputs are tried at other sizes, and in other orders, by name.
+    """
+    few, step = rows[:FEW], "compare weights and config.json with the training's own checkpoint"
+    if len(rows) < ENOUGH:
+        return check.unchecked(f"{len(rows)} rows are too few")
+    least = MATERIAL * abs(float(measure(few).mean()))
+    better = search(measure, few, rows, whole, least)
+    idle = without_effect(measure, few, rows, movable, seed) if better is None else {}
+    if idle:
+        names = ", ".join(idle)
+        measured = f"the outputs of {names} can be in another order at {max(idle.values()):+.3f} ({len(rows)} rows)"
+        cause = f"{names}: weights were reset, their rows are in disorder, or they come from another model"
+        return check.warned(measured, "weights without effect", cause, step)
+    if better is None:
+        sizes = [each for name, module in resizable.items() for each in resized(name, module)]
+        better = search(measure, few, rows, sizes, least)
+    if better is None:
+        return check.passed(f"so it is with {len({*resizable, *movable})} parts over {len(rows)} rows")
+    alteration, before, after = better
+    measured = f"{before:.2f} as it is, {after:.2f} {alteration.what} ({len(rows)} rows)"
+    return check.warned(measured, alteration.fault, alteration.cause, step)
