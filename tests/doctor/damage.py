@@ -89,9 +89,7 @@ DAMAGE = [
         lambda model, packs: permute(layers(model)[3].self_attn.q_proj.weight),
         where="layers.3.self_attn.q_proj",
     ),
-    Damage(
-        "two layers exchanged", ("layers exchanged",), lambda model, packs: exchange(model, 2, 5), where="2 and 5"
-    ),
+    Damage("two layers exchanged", ("layers exchanged",), lambda model, packs: exchange(model, 2, 5), where="2 and 5"),
     Damage(
         "another rotary base",
         ("wrong rotary base",),

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .findings import ENOUGH, MATERIAL, SIGNIFICANT, Check, Finding, z_score
-from .weights import kind_of
+from .weights import COMPARE, kind_of
 
 FEW = 3  # rows that alterations are first tried on
 CONFIRMED = 4  # of them, which are tried on all rows
@@ -27,13 +27,8 @@ Measure = Callable[[Sequence], torch.Tensor]
 
 @dataclass(frozen=True)
 class Alteration:
-    """One thing that a checkpoint might have had otherwise.
-
-    Attributes:
-        what: how the model is altered, in words.
-        fault, cause: what is wrong if the altered model is better.
-        apply: a context in which the model is altered.
-    """
+    """One thing that a checkpoint might have had otherwise: in words, the fault and its cause if the altered model is
+    better, and a context in which it is altered."""
 
     what: str
     fault: str
@@ -43,12 +38,9 @@ class Alteration:
 
 @contextmanager
 def hooked(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    """Every output of a module changed; of several outputs the first."""
+    """Every output of a module changed."""
 
-    def hook(module, inputs, output):
-        return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
-
-    handle = module.register_forward_hook(hook)
+    handle = module.register_forward_hook(lambda module, inputs, output: change(output))
     try:
         yield
     finally:
@@ -150,7 +142,7 @@ def judge(
         whole: alterations that concern more than one part.
         resizable, movable: modules whose outputs are tried at other sizes, and in other orders, by name.
     """
-    few, step = rows[:FEW], "compare weights and config.json with the training's own checkpoint"
+    few = rows[:FEW]
     if len(rows) < ENOUGH:
         return check.unchecked(f"{len(rows)} rows are too few")
     least = MATERIAL * abs(float(measure(few).mean()))
@@ -160,7 +152,7 @@ def judge(
         names = ", ".join(idle)
         measured = f"the outputs of {names} can be in another order at {max(idle.values()):+.3f} ({len(rows)} rows)"
         cause = f"{names}: weights were reset, their rows are in disorder, or they come from another model"
-        return check.warned(measured, "weights without effect", cause, step)
+        return check.warned(measured, "weights without effect", cause, COMPARE)
     if better is None:
         sizes = [each for name, module in resizable.items() for each in resized(name, module)]
         better = search(measure, few, rows, sizes, least)
@@ -168,4 +160,4 @@ def judge(
         return check.passed(f"so it is with {len({*resizable, *movable})} parts over {len(rows)} rows")
     alteration, before, after = better
     measured = f"{before:.2f} as it is, {after:.2f} {alteration.what} ({len(rows)} rows)"
-    return check.warned(measured, alteration.fault, alteration.cause, step)
+    return check.warned(measured, alteration.fault, alteration.cause, COMPARE)

@@ -4,7 +4,7 @@ Shape suffixes: B batch, L codes of a picture, N supervised codes of a row, V co
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from ..losses import IGNORE
 from ..modeling_nextflow import NextFlowForConditionalGeneration
 from ..modeling_nextflow_vq import NextFlowVQOutput
 from ..scales import Grid, ScaleSchedule
-from .pictures import Picture, described_pictures
+from .pictures import Picture, default_pictures
 
 ROWS = 16  # that losses are measured on
 LEAST_DESCRIBED = 3  # pictures with a text; others are drawn where fewer have one
@@ -40,20 +40,19 @@ class Coded:
 
 @dataclass(frozen=True)
 class Answer:
-    """A prompt and the picture that answers it.
-
-    Attributes:
-        prompt: of `generate`: ids that end in `<boi>`, null prompt, condition pictures.
-        row: of the model's forward, the picture supervised.
-        codes: (1, L) of the answer.
-        start: index of the answer's `<boi>`.
-    """
+    """A prompt, as `generate` takes it, and the picture of (1, L) codes that answers it, supervised in a row of the
+    model's forward; its `<boi>` is at `start`."""
 
     prompt: dict[str, torch.Tensor]
     row: dict[str, torch.Tensor]
     codes: torch.Tensor
     schedule: ScaleSchedule
     start: int
+
+    def after(self, prompt_ids: torch.Tensor) -> "Answer":
+        """The same picture after another prompt, (1, l) ids that end in `<boi>`."""
+        ids = torch.cat([prompt_ids, self.row["input_ids"][:, self.start + 1 :]], dim=1)
+        return replace(self, row=self.row | {"input_ids": ids}, start=prompt_ids.shape[1] - 1)
 
 
 @dataclass(frozen=True)
@@ -90,8 +89,6 @@ class Case:
         self.images: dict[str, list] = {}  # rows of pictures for the report
         self.curves: dict[str, dict[str, list[float]]] = {}  # per scale, for the report
 
-    # the vision tokenizer's side
-
     @cached_property
     def groups(self) -> list[Coded]:
         """All pictures, by grid."""
@@ -119,8 +116,6 @@ class Case:
             values = values.reshape(1, 3, grid[0] * size, grid[1] * size)
         return grid, values
 
-    # the transformer's side
-
     @cached_property
     def shards(self) -> tuple[Path, dict]:
         """Folder and manifest of the shards."""
@@ -134,14 +129,12 @@ class Case:
             return [answer.row for answer in self.answers]
         folder, manifest = self.shards
         spec, rows = sequence_spec(manifest["identity"]), []
-        reader = PackReader(folder, manifest, spec, self.seed)
-        for index in np.random.default_rng(self.seed).permutation(len(reader)):
-            if manifest["content"] == "packs":
-                unfolded = reader[int(index)]
-            else:
-                row = reader.row(int(index))
-                picks = [0] * (len(row["image_grid_hw"]) // 2)
-                unfolded = unfold(row, np.array([len(row["input_ids"])]), spec, manifest["variants"], picks)
+        reader, rng = PackReader(folder, manifest, spec), np.random.default_rng(self.seed)
+        for index in rng.permutation(len(reader)):
+            row = reader.row(int(index))
+            lengths = np.array(row.get("document_lengths", [len(row["input_ids"])]))
+            picks = rng.integers(max(manifest["variants"], 1), size=len(row["image_grid_hw"]) // 2)
+            unfolded = unfold(row, lengths, spec, manifest["variants"], picks)
             batch = collate([unfolded], 0, False)
             markers = batch["shift_labels"][batch["input_ids"] == self.config.boi_token_id]
             if (markers != IGNORE).any():  # without a picture to predict it says nothing of codes
@@ -160,7 +153,7 @@ class Case:
             if picture.caption
         ]
         if len(found) < LEAST_DESCRIBED:
-            for picture in described_pictures(self.vq_model.schedules, self.seed):
+            for picture in default_pictures(self.vq_model.schedules, self.seed):
                 grid, pixels = self.pixels_of(picture.image)
                 found.append((picture, self.vq_model.encode(pixels), self.vq_model.schedules.by_grid(grid)))
         chosen = np.random.default_rng(self.seed).permutation(len(found))[:ROWS]

@@ -21,9 +21,9 @@ CHECKS = (
     *(weights.finite, tokenizer.pixels, shards.files, shards.whose, responses.prompts),
     *(sampling.forced, sampling.guidance),
     *(tokenizer.reconstruction, tokenizer.parts, tokenizer.codes, tokenizer.semantics),
-    *(shards.round_trip, shards.codes, shards.correction, shards.copies),
-    *(responses.responses, weights.constant, weights.copies, weights.digits, weights.spectra, weights.code_rows),
-    *(losses.targets, losses.parts, losses.confidence, losses.scales, responses.worth, sampling.draws),
+    *(shards.codes, shards.correction, shards.copies),
+    *(responses.responses, weights.values, weights.copies, weights.spectra, weights.code_rows),
+    *(losses.targets, losses.parts, losses.scales, responses.worth, sampling.draws),
 )
 PARTS = {"losses": "transformer", "responses": "transformer"}
 
@@ -54,25 +54,19 @@ class Diagnosis:
         return next(iter(self.alarms), None)
 
     @property
-    def unchecked(self) -> dict[str, list[str]]:
-        """Checks that could not be made, by the reason why."""
+    def headline(self) -> str:
+        """The outcome, and what could not be checked, and why."""
         reasons: dict[str, list[str]] = {}
         for finding in self.findings:
             if finding.severity == UNCHECKED:
                 reasons.setdefault(finding.measured, []).append(finding.check)
-        return reasons
-
-    @property
-    def headline(self) -> str:
-        """The outcome, and what could not be checked."""
-        made = sum(finding.severity != UNCHECKED for finding in self.findings)
-        outcome = f"Nothing wrong was found in {made} checks."
+        outcome = f"Nothing wrong was found in {len(self.findings) - sum(map(len, reasons.values()))} checks."
         if self.first is not None:
             others = len(self.alarms) - 1
             outcome = f"Most likely: {self.first.fault} ({self.first.check})."
             outcome += f" {others} further alarm{'s' * (others > 1)} may follow from it." if others else ""
-        reasons = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in self.unchecked.items())
-        return outcome + (f" Not checked: {reasons}." if reasons else "")
+        unchecked = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in reasons.items())
+        return outcome + (f" Not checked: {unchecked}." if unchecked else "")
 
     def to_dict(self) -> dict:
         """For JSON."""

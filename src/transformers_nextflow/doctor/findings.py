@@ -9,10 +9,11 @@ Three rules decide nearly everything:
 
 import math
 from dataclasses import dataclass, field
+from functools import partialmethod
 
 import torch
 
-OK, NOTE, UNCHECKED, WARNING, ERROR = "ok", "note", "unchecked", "warning", "error"
+OK, UNCHECKED, WARNING, ERROR = "ok", "unchecked", "warning", "error"
 SIGNIFICANT = 4.0
 """Standard errors that count as more than chance: one in 30,000 for many rows, one in 1,000 for 12."""
 ENOUGH = 12
@@ -26,13 +27,9 @@ class Finding:
     """What one check found.
 
     Attributes:
-        check: name of the check.
-        part: `"weights"`, `"tokenizer"`, `"shards"`, `"transformer"` or `"sampling"`.
-        severity: `"ok"`; `"note"`, a figure without a verdict; `"unchecked"`, for the reason in `measured`;
-            `"warning"`, a figure that chance hardly explains; `"error"`, something exact that does not hold.
-        fault: name of what is wrong, `None` where nothing is.
-        measured, expected: sentences with figures.
-        cause, next_step: sentences, empty where nothing is wrong.
+        severity: `"ok"`; `"unchecked"`, for the reason in `measured`; `"warning"`, a figure that chance hardly
+            explains; `"error"`, something exact that does not hold.
+        fault: name of what is wrong, `None` where nothing is; `cause` and `next_step` are empty then.
         figures: the numbers behind `measured`, for JSON.
     """
 
@@ -59,22 +56,15 @@ class Check:
     part: str
     expected: str
 
-    def passed(self, measured: str, **figures) -> Finding:
-        return Finding(self.name, self.part, OK, measured, self.expected, figures=figures)
+    def _found(self, severity: str, measured: str, fault: str | None = None, cause="", next_step="", **figures):
+        return Finding(
+            self.name, self.part, severity, measured, self.expected, fault, cause, next_step, figures=figures
+        )
 
-    def noted(self, measured: str, **figures) -> Finding:
-        return Finding(self.name, self.part, NOTE, measured, self.expected, figures=figures)
-
-    def unchecked(self, why: str) -> Finding:
-        return Finding(self.name, self.part, UNCHECKED, why, self.expected)
-
-    def failed(
-        self, measured: str, fault: str, cause: str, next_step: str, severity: str = ERROR, **figures
-    ) -> Finding:
-        return Finding(self.name, self.part, severity, measured, self.expected, fault, cause, next_step, figures)
-
-    def warned(self, measured: str, fault: str, cause: str, next_step: str, **figures) -> Finding:
-        return self.failed(measured, fault, cause, next_step, WARNING, **figures)
+    passed = partialmethod(_found, OK)
+    unchecked = partialmethod(_found, UNCHECKED)
+    warned = partialmethod(_found, WARNING)
+    failed = partialmethod(_found, ERROR)
 
 
 def tolerance(dtype: torch.dtype) -> float:

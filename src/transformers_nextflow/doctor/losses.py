@@ -8,16 +8,18 @@ import torch.nn.functional as F
 from torch import nn
 
 from .alterations import FEW, Alteration, exchanged, hooked, judge, setting
-from .case import TEMPERATURES, Case, Reading
+from .case import Case, Reading
 from .findings import ENOUGH, MATERIAL, SIGNIFICANT, Check, Finding, z_score
+from .weights import COMPARE
 
-COMPARE = "compare weights and config.json with the training's own checkpoint"
 MOST_LAYERS = 8  # that are exchanged with each other, the least needed
 
 
 def scales(check: Check, case: Case) -> Finding:
     """Codes of every scale, and texts, cost less than codes and words drawn by their frequency in other rows
     (unigram) would."""
+    if case.packs is None:
+        return check.unchecked("no shards were given")
     readings = [case.read(row) for row in case.rows]
     size, most = case.config.vq_config.codebook_size, 1 + max(int(each.scales.max()) for each in readings)
     names = [*(f"scale {scale + 1}" for scale in range(most))]
@@ -26,7 +28,8 @@ def scales(check: Check, case: Case) -> Finding:
         codes = [reading.codes[reading.scales == scale].cpu() for reading in readings]
         costs = [F.nll_loss(r.log_probs[r.scales == scale], r.codes[r.scales == scale]) for r in readings]
         loss[name], unigram[name] = torch.stack(costs).cpu(), _unigram(codes, size)
-    texts = [_text_targets(case, row) for row in case.rows]
+    layouts = [case.model.model.lay_out(**row)[0] for row in case.rows]
+    texts = [layout.targets[layout.target_codes < 0].cpu() for layout in layouts]
     if sum(len(each) > 0 for each in texts) >= ENOUGH:
         loss["text"] = torch.stack([reading.text_losses.mean().cpu() for reading in readings])
         unigram["text"] = _unigram(texts, case.config.text_vocab_size)
@@ -37,19 +40,13 @@ def scales(check: Check, case: Case) -> Finding:
     }
     measured = ", ".join(f"{name} {a:.2f} ({b:.2f})" for name, (a, b) in means.items())
     measured = f"loss (unigram) over {len(readings)} rows: {measured}"
-    if case.packs is None:
-        return check.noted(f"{measured}; without shards these pictures need not be like the training's", losses=means)
     scores = {name: z_score((loss[name] - unigram[name])[~loss[name].isnan()]) for name in loss}
     above = [name for name, score in scores.items() if score > SIGNIFICANT]
     if not above:
         return check.passed(measured, losses=means)
-    return check.warned(
-        f"{measured}; above it: {', '.join(above)}",
-        "worse than the unigram",
-        "not trained, trained on other codes or texts, or inputs are not those of the training",
-        "train longer, or compare codes, texts, inputs and positions with the training's",
-        losses=means,
-    )
+    measured = f"{measured}; above it: {', '.join(above)}"
+    cause = "not trained, trained on other codes or texts, or inputs are not those of the training"
+    return check.warned(measured, "worse than the unigram", cause, COMPARE, losses=means)
 
 
 def _unigram(rows: list[torch.Tensor], size: int) -> torch.Tensor:
@@ -60,57 +57,34 @@ def _unigram(rows: list[torch.Tensor], size: int) -> torch.Tensor:
     return -(counts * log_probs).sum(1) / counts.sum(1)  # not a number for rows without
 
 
-def _text_targets(case: Case, row: dict[str, torch.Tensor]) -> torch.Tensor:
-    layout, _ = case.model.model.lay_out(**row)
-    return layout.targets[layout.target_codes < 0].cpu()
-
-
-def confidence(check: Check, case: Case) -> Finding:
-    """Logits are of the right size: no factor of 2 or 1/2 on them makes the codes of the shards likelier."""
-    if case.packs is None:
-        return check.unchecked("no shards were given")
-    readings = [case.read(row) for row in case.rows]
-    losses = torch.stack([torch.stack([_cost(r, t) for r in readings]) for t in TEMPERATURES.tolist()])
-    best = int(losses.mean(1).argmin())
-    own, then, temperature = losses[len(TEMPERATURES) // 2], losses[best], float(TEMPERATURES[best])
-    expected = float(torch.stack([-(r.log_probs.exp() * r.log_probs).sum(-1).mean() for r in readings]).mean())
-    measured = f"codes cost {float(own.mean()):.2f} nats, the model expects {expected:.2f}; likeliest with logits "
-    measured += f"divided by {temperature:.2f}"
-    off = max(temperature, 1 / temperature) >= 2 and float((own - then).mean()) > MATERIAL * float(own.mean())
-    if not off or z_score(own - then) <= SIGNIFICANT:
-        return check.passed(measured, temperature=temperature)
-    fault = "logits too large" if temperature > 1 else "logits too small"
-    cause = "the final normalisation or the code head was scaled, or these are other codes than in training"
-    return check.warned(measured, fault, cause, COMPARE, temperature=temperature)
-
-
-def _cost(reading: Reading, temperature: float) -> torch.Tensor:
-    return F.cross_entropy(reading.log_probs / temperature, reading.codes).cpu()
-
-
 def targets(check: Check, case: Case) -> Finding:
-    """The codes are likelier than their neighbours in number, in place, or of the same place in another row."""
+    """No codes next to the stored ones in number or place are likelier, nor would these be with half or twice the
+    logits; those of another row are less likely."""
     readings, size = [case.read(row) for row in case.rows], case.config.vq_config.codebook_size
-    others = {f"numbered {shift:+d}": [(r.codes + shift) % size for r in readings] for shift in (-2, -1, 1, 2)}
-    others |= {f"of the position {shift:+d}": [r.codes.roll(-shift) for r in readings] for shift in (-1, 1)}
-    others["of another row"] = [_of_another(r, readings[at - 1]) for at, r in enumerate(readings)]
-    own = torch.stack([_cost(reading, 1.0) for reading in readings])
-    costs = {
-        name: torch.stack([F.nll_loss(r.log_probs, c).cpu() for r, c in zip(readings, codes)])
-        for name, codes in others.items()
-    }
-    best = min(costs, key=lambda name: float(costs[name].mean()))
-    measured = f"{float(own.mean()):.2f} nats a code, {float(costs[best].mean()):.2f} for codes {best}"
-    if z_score(own - costs[best]) > SIGNIFICANT:
-        fault = {"n": "wrong code offset", "of the": "shifted targets"}.get(best[:1] if best[0] == "n" else best[:6])
-        cause = f"the model finds codes {best} likelier"
-        step = "compare the numbering of codes, and the targets' places, with the training's"
-        return check.warned(measured, fault or "pictures exchanged", cause, step)
-    if len(own) >= ENOUGH and z_score(costs["of another row"] - own) < SIGNIFICANT:
-        measured = f"{float(own.mean()):.2f} nats a code, {float(costs['of another row'].mean()):.2f} for another's"
+    others = {}
+    for n in (-2, -1, 1, 2):
+        others["wrong code offset", f"codes {n:+d}"] = lambda r, n=n: _cost(r, (r.codes + n) % size)
+        others["shifted targets", f"places {n:+d}"] = lambda r, n=n: _cost(r, r.codes.roll(-n))
+    if case.packs is not None:  # of other pictures the model may be too sure
+        others["logits too large", "half the logits"] = lambda r: _cost(r, r.codes, 2)
+        others["logits too small", "twice the logits"] = lambda r: _cost(r, r.codes, 0.5)
+    costs = {key: torch.stack([cost(reading) for reading in readings]) for key, cost in others.items()}
+    own = torch.stack([_cost(reading, reading.codes) for reading in readings])
+    strange = torch.stack([_cost(r, _of_another(r, readings[at - 1])) for at, r in enumerate(readings)])
+    fault, what = best = min(costs, key=lambda key: float(costs[key].mean()))
+    gain, means = own - costs[best], [float(each.mean()) for each in (own, costs[best], strange)]
+    measured = "{:.2f} nats a code, {:.2f} with {what}, {:.2f} for another row's".format(*means, what=what)
+    if z_score(gain) > SIGNIFICANT and float(gain.mean()) > MATERIAL * means[0]:
+        cause = f"the model finds {what} likelier: codes, places or weights are others than in training"
+        return check.warned(measured, fault, cause, COMPARE)
+    if len(own) >= ENOUGH and z_score(strange - own) < SIGNIFICANT:
         cause = "what is before a code tells the model nothing of it: it is not trained, or its inputs are others"
         return check.warned(measured, "codes not predicted", cause, COMPARE)
     return check.passed(measured)
+
+
+def _cost(reading: Reading, codes: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    return F.cross_entropy(reading.log_probs / temperature, codes).cpu()
 
 
 def _of_another(reading: Reading, other: Reading) -> torch.Tensor:

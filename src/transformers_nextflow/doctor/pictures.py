@@ -61,13 +61,6 @@ def default_pictures(table: ScheduleTable, seed: int, each: int = 12) -> list[Pi
     return [draw(rng, *table.image_size(schedule)) for schedule in sizes(table) for _ in range(each)]
 
 
-def described_pictures(table: ScheduleTable, seed: int, count: int = 16) -> list[Picture]:
-    """Drawn square pictures, each with a text."""
-    rng = random.Random(f"described {seed}")
-    height, width = table.image_size(sizes(table)[0])
-    return [draw(rng, height, width) for _ in range(count)]
-
-
 def read_pictures(folder: str | Path, limit: int = 48) -> list[Picture]:
     """The pictures of a folder; `name.txt` beside `name.png` describes it.
 

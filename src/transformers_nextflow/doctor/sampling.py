@@ -10,23 +10,16 @@ from .findings import SIGNIFICANT, Check, Finding, difference, tolerance, z_scor
 
 PLAIN = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "refine_top_k": []}
 UNGUIDED = {"guidance_scale": 1.0, "image_guidance_scale": 1.0}
-DRAWN = 8  # prompts that are drawn for
-SHOWN = 4  # of them in the report
+DRAWN, SHOWN = 8, 4  # prompts that are drawn for, and those in the report
 
 
 def generate(case: Case, answer: Answer, **controls):
     """`generate` for the answer's prompt, with the checkpoint's settings but for `controls`; returns sequences, and
     logits of each scale."""
     height, width = case.vq_model.schedules.image_size(answer.schedule)
-    controls = {"seed": case.seed, "num_images_per_prompt": 1} | controls
+    controls = {"height": height, "width": width, "seed": case.seed, "num_images_per_prompt": 1} | controls
     return case.model.generate(
-        **answer.prompt,
-        generation_mode="image",
-        height=height,
-        width=width,
-        output_logits=True,
-        return_dict_in_generate=True,
-        **controls,
+        **answer.prompt, generation_mode="image", output_logits=True, return_dict_in_generate=True, **controls
     )
 
 
@@ -48,9 +41,8 @@ def forced(check: Check, case: Case) -> Finding:
         error = difference(torch.cat(output.logits, dim=1)[0].float(), case.code_logits(answer))
         if error > tolerance(case.model.dtype):
             cause = "positions, inputs, mask or cache of a step are others than in one forward"
-            return check.failed(
-                f"logits differ by {error:.2g} of the largest", "sampling unlike training", cause, step
-            )
+            measured = f"logits differ by {error:.2g} of the largest"
+            return check.failed(measured, "sampling unlike training", cause, step)
         worst = max(worst, error)
     return check.passed(f"logits differ by at most {worst:.1e} of the largest", difference=worst)
 
@@ -64,9 +56,7 @@ def guidance(check: Check, case: Case) -> Finding:
         case, answer, forced_codes=answer.codes, guidance_scale=scales, image_guidance_scale=1.0, **PLAIN
     )
     guided, conditional = torch.cat(output.logits, dim=1)[0].float(), case.code_logits(answer)
-    ids = torch.cat([null, answer.row["input_ids"][:, answer.start + 1 :]], dim=1)
-    alone = replace(answer, row=answer.row | {"input_ids": ids}, start=null.shape[1] - 1)
-    unconditional = case.code_logits(alone)
+    unconditional = case.code_logits(answer.after(null))
     s = torch.tensor(scales).repeat_interleave(torch.tensor(answer.schedule.lengths))[:, None].to(guided)
     effect = difference(conditional, unconditional)
     error = difference(guided, unconditional + s * (conditional - unconditional))
@@ -111,13 +101,9 @@ def draws(check: Check, case: Case) -> Finding:
         cause = "codes are drawn more often from the unlikely or the likely than the logits say"
         return check.failed(measured, "wrong draws", cause, "look at `sampling.sample` and who calls it", **figures)
     if harm > SIGNIFICANT:
-        return check.warned(
-            measured,
-            "harmful sampling settings",
-            "the checkpoint's guidance, temperature, top-k and top-p draw codes that the model itself holds unlikely",
-            "set `image_generation` in config.json back to temperature 1 and guidance 1, then raise guidance slowly",
-            **figures,
-        )
+        cause = "guidance, temperature, top-k and top-p draw codes that the model itself holds unlikely"
+        step = "set `image_generation` in config.json back to temperature 1 and guidance 1, then raise guidance slowly"
+        return check.warned(measured, "harmful sampling settings", cause, step, **figures)
     return check.passed(measured, **figures)
 
 
