@@ -160,12 +160,12 @@ def test_cut_shards_and_those_of_another_tokenizer_are_named(tiny_model, tiny_pr
 
 
 class Sum(nn.Module):
-    """Rows of 8 numbers through three mappings, the truth of which is known."""
+    """Rows of 64 numbers through three mappings, the truth of which is known."""
 
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.layers = nn.ModuleList(nn.Linear(8, 8, bias=False) for _ in range(3))
+        self.layers = nn.ModuleList(nn.Linear(64, 64, bias=False) for _ in range(3))
         self.wanted = [layer.weight.detach().clone() for layer in self.layers]
 
     def losses(self, rows):
@@ -173,13 +173,14 @@ class Sum(nn.Module):
         return torch.stack([sum((layer(x) - x @ w.T).square().mean() + 0.01 for layer, w in pairs) for x in rows])
 
     def finding(self):
-        rows = [torch.randn(4, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(16)]
+        rows = [torch.randn(4, 64, generator=torch.Generator().manual_seed(seed)) for seed in range(16)]
         named = {f"layers.{number}": layer for number, layer in enumerate(self.layers)}
         return judge(Check("parts", "toy", ""), self.losses, rows, [], named, named, 0)
 
 
 @pytest.mark.parametrize(
-    "factor, fault", [(1, None), (2.2, "weights too large"), (0.45, "weights too small"), (-1, "damaged weights")]
+    "factor, fault",
+    [(1, None), (2.2, "weights too large"), (0.45, "weights too small"), (-1, "weights without effect")],
 )
 @torch.no_grad()
 def test_what_does_better_at_another_size_is_named(factor, fault):

@@ -113,10 +113,10 @@ def _altered(measure: Measure, rows: Sequence, alteration: Alteration) -> torch.
 
 
 def without_effect(
-    measure: Measure, few: Sequence, rows: Sequence, modules: dict[str, nn.Module], seed: int
+    measure: Measure, few: Sequence, rows: Sequence, modules: dict[str, nn.Module], seed: int, least: float
 ) -> dict[str, float]:
-    """Modules whose output features can be put in another order without a loss that shows, while this costs the others
-    of their kind much; with what it costs."""
+    """Modules whose output features can be in another order at a tenth of what this costs others of their kind, where
+    that is `least` and more; with what it costs."""
     before, own_R, found = float(measure(few).mean()), None, {}
     kinds: dict[str, list[str]] = defaultdict(list)
     for name in modules:
@@ -125,11 +125,11 @@ def without_effect(
         orders = {name: Alteration(name, "", "", lambda name=name: shuffled(modules[name], seed)) for name in names}
         rises = {name: float(_altered(measure, few, orders[name]).mean()) - before for name in names}
         usual = float(torch.tensor(list(rises.values())).median())
-        for name in (name for name, rise in rises.items() if rise < usual / 10 and len(rises) > 2):
+        for name in (name for name, rise in rises.items() if rise < usual / 10 and usual > least and len(rises) > 2):
             own_R = measure(rows) if own_R is None else own_R
-            rise_R = _altered(measure, rows, orders[name]) - own_R
-            if z_score(rise_R) < SIGNIFICANT and float(rise_R.mean()) < usual / 10:
-                found[name] = float(rise_R.mean())
+            rise = float((_altered(measure, rows, orders[name]) - own_R).mean())
+            if rise < usual / 10:
+                found[name] = rise
     return found
 
 
@@ -147,7 +147,7 @@ def judge(
         return check.unchecked(f"{len(rows)} rows are too few")
     least = MATERIAL * abs(float(measure(few).mean()))
     better = search(measure, few, rows, whole, least)
-    idle = without_effect(measure, few, rows, movable, seed) if better is None else {}
+    idle = without_effect(measure, few, rows, movable, seed, least / 4) if better is None else {}
     if idle:
         names = ", ".join(idle)
         measured = f"the outputs of {names} can be in another order at {max(idle.values()):+.3f} ({len(rows)} rows)"
