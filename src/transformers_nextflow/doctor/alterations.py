@@ -79,17 +79,16 @@ def exchanged(layers: nn.ModuleList, first: int, second: int) -> Iterator[None]:
 
 
 def resized(name: str, module: nn.Module) -> list[Alteration]:
-    """A module's output at half, at twice, and at no size."""
-    faults = {0.5: "weights too large", 2.0: "weights too small", 0.0: "damaged weights"}
-    causes = {0.5: "adds too much", 2.0: "adds too little", 0.0: "does harm"}
+    """A module's output at half, and at twice its size."""
     return [
         Alteration(
             f"with {name} times {factor:g}",
-            faults[factor],
-            f"{name} {causes[factor]}: its weights, or those before it, were scaled, reset, or come from elsewhere",
+            f"weights too {'large' if factor < 1 else 'small'}",
+            f"{name} adds too {'much' if factor < 1 else 'little'}: its weights, or those before it, were scaled, "
+            "reset, or come from elsewhere",
             lambda factor=factor: hooked(module, lambda output: output * factor),
         )
-        for factor in faults
+        for factor in (0.5, 2.0)
     ]
 
 

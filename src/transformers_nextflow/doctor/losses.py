@@ -119,7 +119,7 @@ def other_settings(case: Case) -> Iterator[Alteration]:
 
 
 def parts(check: Check, case: Case) -> Finding:
-    """No part predicts better at half, twice or no size, no two layers exchanged, no setting of config.json otherwise;
+    """No part predicts better at half or twice its size, no two layers exchanged, no setting of config.json otherwise;
     and no matrix can have its outputs in another order without loss."""
     inner = case.model.model
     resizable = {name: getattr(inner, name) for name in ("connector", "code_embeddings", "scale_embedding")}

@@ -133,7 +133,7 @@ def semantics(check: Check, case: Case) -> Finding:
 
 
 def parts(check: Check, case: Case) -> Finding:
-    """No part of the pixel branch reconstructs better at half, twice or no size, and none can have its channels in
+    """No part of the pixel branch reconstructs better at half or twice its size, and none can have its channels in
     another order without loss."""
     pictures = [pixels[None] for group in case.groups for pixels in group.pixels]
     rows = [pictures[at] for at in np.random.default_rng(case.seed).permutation(len(pictures))[:ROWS]]
