@@ -1,5 +1,6 @@
 """[`DoctorCallback`]: an examination every N steps of a training."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from transformers import TrainerCallback
@@ -30,11 +31,14 @@ class DoctorCallback(TrainerCallback):
 
     Raises:
         ValueError: for `every` below 1; in training for weights that DeepSpeed's ZeRO-3 shards.
+        ImportError: without matplotlib, which reports need.
     """
 
     def __init__(self, processor, every: int, packs: str | Path | None = None):
         if every < 1:
             raise ValueError(f"every must be at least 1 step, got {every}")
+        if find_spec("matplotlib") is None:
+            raise ImportError("reports need matplotlib: pip install 'transformers-nextflow[train]'")
         self.processor, self.every, self.packs = processor, every, packs
         self.diagnoses: dict[int, Diagnosis] = {}
 

@@ -1,10 +1,7 @@
 """What a check returns, and when figures differ by more than chance.
 
-Three rules decide nearly everything:
-
-- equalities hold to half of the digits of the dtype (`tolerance`);
-- means over independent rows are compared in their own standard errors (`z_score`), and count from `SIGNIFICANT` on;
-- what is better by chance's measure must also matter: by `MATERIAL` of the loss.
+Equalities hold to half of the digits of the dtype ([`tolerance`]). Means over independent rows are compared in their
+own standard errors ([`z_score`]), and what is better must also save `MATERIAL` of the loss.
 """
 
 import math
@@ -16,10 +13,8 @@ import torch
 OK, UNCHECKED, WARNING, ERROR = "ok", "unchecked", "warning", "error"
 SIGNIFICANT = 4.0
 """Standard errors that count as more than chance: one in 30,000 for many rows, one in 1,000 for 12."""
-ENOUGH = 12
-"""Rows below which a mean says nothing."""
-MATERIAL = 0.02
-"""Share of a loss that an alteration must save to be called better."""
+ENOUGH = 12  # rows, below which a mean says nothing
+MATERIAL = 0.02  # share of a loss that an alteration must save to be called better
 
 
 @dataclass(frozen=True)
