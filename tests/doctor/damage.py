@@ -71,6 +71,28 @@ def rewrite(packs: Path, change: Callable[[dict], None], keep: Callable[[list], 
     (packs / "manifest.json").write_text(json.dumps(manifest))
 
 
+def disturb(row: dict) -> None:
+    """Three of ten codes are any."""
+    codes = row["image_codes"].copy()
+    rng = np.random.default_rng(len(codes))
+    chosen = rng.random(len(codes)) < 0.3
+    codes[chosen] = rng.integers(0, codes.max() + 1, chosen.sum())
+    row["image_codes"] = codes
+
+
+def exchange_words(rows: list[dict]) -> list[dict]:
+    """Every row has the words of the row before, as far as they go; the template's stay."""
+    ids = [row["input_ids"] for row in rows]
+    template = set.intersection(*(set(each.tolist()) for each in ids)) | set(range(6))  # special ids come first
+    are_words = [~np.isin(each, list(template)) & (row["supervised"] == 0) for each, row in zip(ids, rows)]
+    words = [each[own] for each, own in zip(ids, are_words)]
+    for number, row in enumerate(rows):
+        if len(words[number - 1]):
+            row["input_ids"] = ids[number].copy()
+            row["input_ids"][are_words[number]] = np.resize(words[number - 1], are_words[number].sum())
+    return rows
+
+
 DAMAGE = [
     Damage(
         "a number that is none",
@@ -104,6 +126,29 @@ DAMAGE = [
         "codes one off",
         ("wrong code offset",),
         lambda model, packs: rewrite(packs, lambda row: row.update(image_codes=(row["image_codes"] + 1) % 4096)),
+        packs=True,
+    ),
+    # what follows was thought of after the doctor was written
+    Damage(
+        "pictures too bright",
+        ("damaged vision tokenizer",),
+        lambda model, packs: model.model.vq_model.pixel_decoder.conv_out.bias.add_(0.4),
+    ),
+    Damage(
+        "pixel halves of entries in disorder",
+        ("shards of another vision tokenizer",),
+        lambda model, packs: permute(model.model.vq_model.quantizer.pixel_codebook),
+    ),
+    Damage(
+        "codes replaced by any",
+        ("stored codes in disorder",),
+        lambda model, packs: rewrite(packs, disturb),
+        packs=True,
+    ),
+    Damage(
+        "texts of other pictures",
+        ("prompt ignored",),
+        lambda model, packs: rewrite(packs, lambda row: None, exchange_words),
         packs=True,
     ),
 ]
