@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import numpy as np
 import torch
 from PIL import Image
+from rich.console import Console
 from tqdm import tqdm
-from transformers import AutoModelForMultimodalLM, TextStreamer
+from transformers import TextStreamer
 from typer import Argument, Exit, Option, Typer
 
 from .configuration_nextflow import NextFlowConfig
@@ -461,17 +462,15 @@ def doctor(
             help="Folder of training shards, or of pictures with name.txt beside name.png; default: drawn pictures.",
         ),
     ] = None,
-    text_source: Annotated[
-        str | None, Option(metavar="NAME", help="Model whose text the checkpoint must have kept.")
-    ] = None,
-    report: Annotated[
-        str | None, Option(metavar="FOLDER", help="Gets report.html, report.png and report.txt.")
-    ] = None,
+    report: Annotated[str | None, Option(metavar="FOLDER", help="Gets report.html.")] = None,
     seed: FixedSeed = 0,
     json: Json = False,
 ) -> None:
-    """What is wrong with a checkpoint or its training shards."""
-    from .doctor import examine, read_pictures, to_text, write_report  # may need packages of training
+    """What is wrong with a checkpoint or its training shards; exits with 1 on alarms."""
+    try:
+        from .doctor import examine, read_pictures, tables, write_report
+    except ImportError as error:
+        raise ValueError(f"doctor needs {error.name}: pip install 'transformers-nextflow[train]'") from error
 
     found: dict[bool, str] = {}  # whether a folder holds shards: which one
     for folder in data or []:
@@ -482,22 +481,23 @@ def doctor(
             raise ValueError(f"give one folder of shards and one of pictures, got {' and '.join(data)}")
         found[is_shards] = folder
     model, processor = load_model(checkpoint)
-    source = None
-    if text_source is not None:
-        source = AutoModelForMultimodalLM.from_pretrained(model_name(text_source)).to(model.device).eval()
     with tqdm(desc="checks", unit="check", disable=None, leave=False) as progress:
         diagnosis = examine(
             model,
             processor,
             packs=found.get(True),
             pictures=read_pictures(found[False]) if False in found else None,
-            text_source=source,
             seed=seed,
             on_check=lambda finding: progress.update(),
         )
-    page = None if report is None else write_report(diagnosis, report, checkpoint)
-    seconds = f"{diagnosis.seconds:.1f} s" + (f", {page}" if page else "")
-    print_figures(diagnosis.to_dict(), json, to_text(diagnosis), seconds)
+    if report is not None:
+        write_report(diagnosis, report, checkpoint)
+    if json:
+        print_figures(diagnosis.to_dict(), json)
+    else:
+        Console().print(tables(diagnosis), f"{diagnosis.seconds:.1f} s")
+    if diagnosis.alarms:
+        raise Exit(1)
 
 
 @command(app)

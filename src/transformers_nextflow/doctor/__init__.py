@@ -1,8 +1,8 @@
 """Why the loss falls and the pictures look bad: [`examine`] a checkpoint, its shards, and its sampling.
 
-- `findings.py`: what a finding is, and when figures differ by more than rounding or chance.
-- `reference.py`: the paper's formulas, written apart from the model's code.
-- `tokenizer.py`, `shards.py`, `transformer.py`, `sampling.py`: the checks.
+- `findings.py`: what a finding is. `case.py`: what is examined. `pictures.py`: pictures to examine it with.
+- `alterations.py`: whether something else than what the checkpoint holds would do better.
+- `weights.py`, `tokenizer.py`, `shards.py`, `responses.py`, `losses.py`, `sampling.py`: the checks.
 - `examination.py`: their order. `report.py`: text and HTML. `callback.py`: every N steps of a training.
 """
 
@@ -15,8 +15,8 @@ _MODULE_OF = {
     "Picture": "pictures",
     "examine": "examination",
     "read_pictures": "pictures",
+    "tables": "report",
     "to_html": "report",
-    "to_png": "report",
     "to_text": "report",
     "write_report": "report",
 }

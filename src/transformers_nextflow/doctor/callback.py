@@ -1,5 +1,6 @@
 """[`DoctorCallback`]: an examination every N steps of a training."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from transformers import TrainerCallback
@@ -8,7 +9,7 @@ from transformers.utils import logging
 from ..lora import below_adapters
 from ..training.fsdp import whole_weights
 from .examination import Diagnosis, examine
-from .report import headline, write_report
+from .report import write_report
 
 logger = logging.get_logger(__name__)
 
@@ -30,11 +31,14 @@ class DoctorCallback(TrainerCallback):
 
     Raises:
         ValueError: for `every` below 1; in training for weights that DeepSpeed's ZeRO-3 shards.
+        ImportError: without matplotlib, which reports need.
     """
 
     def __init__(self, processor, every: int, packs: str | Path | None = None):
         if every < 1:
             raise ValueError(f"every must be at least 1 step, got {every}")
+        if find_spec("matplotlib") is None:
+            raise ImportError("reports need matplotlib: pip install 'transformers-nextflow[train]'")
         self.processor, self.every, self.packs = processor, every, packs
         self.diagnoses: dict[int, Diagnosis] = {}
 
@@ -55,4 +59,4 @@ class DoctorCallback(TrainerCallback):
         folder = Path(args.output_dir) / "doctor" / f"step-{state.global_step}"
         page = write_report(diagnosis, folder, f"step {state.global_step}")
         if diagnosis.first is not None:
-            logger.warning("%s See %s", headline(diagnosis), page)
+            logger.warning("%s See %s", diagnosis.headline, page)

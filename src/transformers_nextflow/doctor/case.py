@@ -1,36 +1,35 @@
-"""What is examined: a model, its processor, pictures, perhaps shards, and what several checks need of them."""
+"""What is examined: a model, its processor, pictures, perhaps shards, and the sequences that its loss is measured on.
 
-import random
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+Shape suffixes: B batch, L codes of a picture, N supervised codes of a row, V codes of the table, R rows.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import nn
+import torch.nn.functional as F
 
+from ..data.loading import PackReader, collate, unfold
+from ..data.shards import images_of, open_shards, sequence_spec
 from ..layout import num_image_slots
+from ..losses import IGNORE
 from ..modeling_nextflow import NextFlowForConditionalGeneration
 from ..modeling_nextflow_vq import NextFlowVQOutput
 from ..scales import Grid, ScaleSchedule
-from . import reference
-from .pictures import Picture, draw, sizes
+from .pictures import Picture, default_pictures
 
-LOOKED_AT = 32
-"""Prompts with pictures."""
+ROWS = 16  # that losses are measured on
+LEAST_DESCRIBED = 3  # pictures with a text; others are drawn where fewer have one
+TEMPERATURES = 2.0 ** torch.linspace(-1, 1, 5)
 
 
 @dataclass(frozen=True)
 class Coded:
-    """Pictures of one grid, as the vision tokenizer sees them.
-
-    Attributes:
-        pictures: whose they are.
-        pixels: (B, 3, H, W) in [-1, 1].
-        codes: (B, L).
-        output: of the vision tokenizer's forward.
-    """
+    """Pictures of one grid, as the vision tokenizer sees them: (B, 3, H, W) pixels in [-1, 1], (B, L) codes, and all
+    that its forward gives."""
 
     schedule: ScaleSchedule
     pictures: list[Picture]
@@ -40,28 +39,31 @@ class Coded:
 
 
 @dataclass(frozen=True)
-class Sequence:
-    """A prompt and the picture that answers it, one row, as the model's forward takes it.
+class Answer:
+    """A prompt, as `generate` takes it, and the picture of (1, L) codes that answers it, supervised in a row of the
+    model's forward; its `<boi>` is at `start`."""
 
-    Attributes:
-        inputs: of the forward.
-        prompt: of `generate`: ids that end in `<boi>`, null prompt, condition images.
-        codes: (1, L) of the answer.
-        start: index of the answer's `<boi>`.
-        targets: (L,) what the model is to predict, `codes` but where these are self-corrected.
-    """
-
-    inputs: dict[str, torch.Tensor]
     prompt: dict[str, torch.Tensor]
+    row: dict[str, torch.Tensor]
     codes: torch.Tensor
     schedule: ScaleSchedule
     start: int
-    targets: torch.Tensor
 
-    @property
-    def outputs(self) -> slice:
-        """Positions that predict the answer's codes, in order."""
-        return slice(self.start, self.start + self.schedule.num_codes)
+    def after(self, prompt_ids: torch.Tensor) -> "Answer":
+        """The same picture after another prompt, (1, l) ids that end in `<boi>`."""
+        ids = torch.cat([prompt_ids, self.row["input_ids"][:, self.start + 1 :]], dim=1)
+        return replace(self, row=self.row | {"input_ids": ids}, start=prompt_ids.shape[1] - 1)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the model makes of a row: (N, V) float32 log probabilities over codes at its supervised codes, (N,) which
+    these are, their scales, 0-based, and what every supervised text token costs, among text rows."""
+
+    log_probs: torch.Tensor
+    codes: torch.Tensor
+    scales: torch.Tensor
+    text_losses: torch.Tensor
 
 
 class Case:
@@ -69,9 +71,8 @@ class Case:
 
     Args:
         model, processor: as loaded, the model in eval mode.
-        pictures: at least three of one size for means over pictures.
+        pictures: a dozen at least for means over pictures.
         packs: folder of training shards.
-        text_source: the model whose text the checkpoint must have kept.
         seed: of everything drawn.
     """
 
@@ -81,18 +82,12 @@ class Case:
         processor,
         pictures: list[Picture],
         packs: Path | None = None,
-        text_source: nn.Module | None = None,
         seed: int = 0,
     ):
-        self.model, self.processor, self.pictures = model, processor, pictures
-        self.packs, self.text_source, self.seed = packs, text_source, seed
+        self.model, self.processor, self.pictures, self.packs, self.seed = model, processor, pictures, packs, seed
         self.config, self.vq_model = model.config, model.model.vq_model
         self.images: dict[str, list] = {}  # rows of pictures for the report
         self.curves: dict[str, dict[str, list[float]]] = {}  # per scale, for the report
-
-    @cached_property
-    def codebook(self) -> torch.Tensor:
-        return self.vq_model.quantizer().detach()
 
     @cached_property
     def groups(self) -> list[Coded]:
@@ -103,16 +98,12 @@ class Case:
             by_grid.setdefault(grid, []).append((picture, pixels))
         groups = []
         for grid, members in by_grid.items():
-            pixels = torch.cat([pixels for _, pixels in members])
-            output = self.vq_forward(pixels)
+            pixels = torch.cat([pixels for _, pixels in members]).float()
+            output = self.vq_model(pixels)
             schedule = self.vq_model.schedules.by_grid(grid)
-            pictures = [picture for picture, _ in members]
-            groups.append(Coded(schedule, pictures, pixels, output.quantization.target_codes, output))
+            codes = output.quantization.target_codes
+            groups.append(Coded(schedule, [picture for picture, _ in members], pixels, codes, output))
         return groups
-
-    @torch.no_grad()
-    def vq_forward(self, pixels: torch.Tensor) -> NextFlowVQOutput:
-        return self.vq_model(pixels.float())
 
     def pixels_of(self, image) -> tuple[Grid, torch.Tensor]:
         """A picture as the processor gives it: final grid, and (1, 3, H, W) put together from its patches here."""
@@ -126,150 +117,121 @@ class Case:
         return grid, values
 
     @cached_property
-    def oblong(self) -> Coded:
-        """Pictures of a grid that is no square, where there is one: there height and width cannot hide."""
-        return max(self.groups, key=lambda group: abs(group.schedule.final_grid[0] - group.schedule.final_grid[1]))
+    def shards(self) -> tuple[Path, dict]:
+        """Folder and manifest of the shards."""
+        return open_shards(self.packs, hashes=False)
 
     @cached_property
-    def described(self) -> list[tuple[Picture, torch.Tensor, ScaleSchedule]]:
-        """Pictures with a text, their codes and schedules; drawn ones where the user's have none."""
+    def rows(self) -> list[dict[str, torch.Tensor]]:
+        """What the loss is measured on, one row of the model's forward each: of the shards, drawn at random, as in
+        training; else described pictures."""
+        if self.packs is None:
+            return [answer.row for answer in self.answers]
+        folder, manifest = self.shards
+        spec, rows = sequence_spec(manifest["identity"]), []
+        reader, rng = PackReader(folder, manifest, spec), np.random.default_rng(self.seed)
+        for index in rng.permutation(len(reader)):
+            row = reader.row(int(index))
+            lengths = np.array(row.get("document_lengths", [len(row["input_ids"])]))
+            picks = rng.integers(max(manifest["variants"], 1), size=len(row["image_grid_hw"]) // 2)
+            unfolded = unfold(row, lengths, spec, manifest["variants"], picks)
+            batch = collate([unfolded], 0, False)
+            markers = batch["shift_labels"][batch["input_ids"] == self.config.boi_token_id]
+            if (markers != IGNORE).any():  # without a picture to predict it says nothing of codes
+                rows.append({name: values.to(self.model.device) for name, values in batch.items()})
+            if len(rows) == ROWS:
+                break
+        return rows
+
+    @cached_property
+    def answers(self) -> list[Answer]:
+        """Described pictures: the examined ones that have a text, else drawn ones."""
         found = [
             (picture, codes[None], group.schedule)
             for group in self.groups
             for picture, codes in zip(group.pictures, group.codes)
             if picture.caption
         ]
-        if found:
-            return found
-        rng, made = random.Random(f"described {self.seed}"), []
-        for schedule in sizes(self.vq_model.schedules):
-            pictures = [draw(rng, *self.vq_model.schedules.image_size(schedule)) for _ in range(4)]
-            pixels = torch.cat([self.pixels_of(picture.image)[1] for picture in pictures])
-            codes = self.vq_forward(pixels).quantization.target_codes
-            made += [(picture, code[None], schedule) for picture, code in zip(pictures, codes)]
-        return made
+        if len(found) < LEAST_DESCRIBED:
+            for picture in default_pictures(self.vq_model.schedules, self.seed):
+                grid, pixels = self.pixels_of(picture.image)
+                found.append((picture, self.vq_model.encode(pixels), self.vq_model.schedules.by_grid(grid)))
+        chosen = np.random.default_rng(self.seed).permutation(len(found))[:ROWS]
+        return [self.answer(found[int(at)][0].caption, *found[int(at)][1:]) for at in chosen]
 
-    def sequence(self, text: str, codes: torch.Tensor, schedule: ScaleSchedule, conditions=()) -> Sequence:
+    def answer(self, text: str, codes: torch.Tensor, schedule: ScaleSchedule, conditions: Sequence = ()) -> Answer:
         """`text`, after the pictures `conditions`, answered by the picture of (1, L) `codes`."""
         content = [{"type": "image", "image": image} for image in conditions] + [{"type": "text", "text": text}]
         chat = [{"role": "user", "content": content}]
         prompt = dict(self.processor.apply_chat_template(chat, generation_mode="image").to(self.model.device))
         prompt.pop("mm_token_type_ids", None)
-        return self.answered(prompt, codes, schedule)
-
-    def answered(
-        self,
-        prompt: dict[str, torch.Tensor],
-        codes: torch.Tensor,
-        schedule: ScaleSchedule,
-        targets: torch.Tensor | None = None,
-    ) -> Sequence:
-        """A prompt, as `generate` takes it, answered by the picture of (1, L) `codes`."""
         ids = prompt["input_ids"]
-        slots = [self.config.image_token_id] * num_image_slots(schedule) + [self.config.eoi_token_id]
-        inputs = {"input_ids": torch.cat([ids, ids.new_tensor([slots])], dim=1)}
-        grids, all_codes = torch.tensor([schedule.final_grid], device=ids.device), codes[0]
+        slots = [self.config.image_token_id] * num_image_slots(schedule)
+        row = {"input_ids": torch.cat([ids, ids.new_tensor([[*slots, self.config.eoi_token_id]])], dim=1)}
+        grids, all_codes = ids.new_tensor([schedule.final_grid]), codes[0]
         if "image_grid_hw" in prompt:
-            given = prompt.get("image_codes")
-            if given is None:
-                given = self.model.encode_images(prompt["pixel_values"], prompt["image_grid_hw"])
+            given = self.model.encode_images(prompt["pixel_values"], prompt["image_grid_hw"])
             grids = torch.cat([prompt["image_grid_hw"].to(ids.device), grids])
             all_codes = torch.cat([given.to(ids.device), all_codes])
-        inputs |= {"image_grid_hw": grids, "image_codes": all_codes}
-        return Sequence(inputs, prompt, codes, schedule, ids.shape[1] - 1, codes[0] if targets is None else targets)
+        row |= {"image_grid_hw": grids, "image_codes": all_codes}
+        start = ids.shape[1] - 1
+        row["shift_labels"] = torch.full_like(row["input_ids"], IGNORE)
+        row["shift_labels"][:, start : start + schedule.num_codes] = self.config.image_token_id
+        return Answer(prompt, row, codes, schedule, start)
 
-    @cached_property
-    def drawn_for(self) -> list[Sequence]:
-        """Prompts with the pictures that answer them: of the packs, which the model was trained on, or else
-        described ones."""
-        if self.packs is not None:
-            from .stored import stored_sequences
-
-            if found := stored_sequences(self, LOOKED_AT):
-                return found
-        return [
-            self.sequence(picture.caption, codes, schedule) for picture, codes, schedule in self.described[:LOOKED_AT]
-        ]
-
-    @cached_property
-    def example(self) -> Sequence:
-        """A described picture, of a grid that is no square where there is one."""
-        picture, codes, schedule = max(
-            self.described, key=lambda entry: abs(entry[2].final_grid[0] - entry[2].final_grid[1])
-        )
-        return self.sequence(picture.caption, codes, schedule)
-
-    @torch.no_grad()
-    def code_logits(self, sequence: Sequence, rows: str = "codes") -> torch.Tensor:
+    def code_logits(self, answer: Answer) -> torch.Tensor:
         """(L, V) float32 teacher-forced logits of the answer's codes."""
-        output = self.model(**sequence.inputs, logits_over=rows, use_cache=False)
-        return output.logits[0, sequence.outputs].float()
+        inputs = {name: values for name, values in answer.row.items() if name != "shift_labels"}
+        logits = self.model(**inputs, logits_over="codes", use_cache=False).logits[0]
+        return logits[answer.start : answer.start + answer.schedule.num_codes].float()
 
-    def reference_inputs(
-        self,
-        ids: torch.Tensor,
-        schedules: list[ScaleSchedule],
-        codes: list[torch.Tensor],
-        where: reference.Places,
-        resize: reference.Resize = reference.bicubic,
-        to_map=reference.as_map,
-        accumulate: bool | None = None,
-        visual: bool = True,
-        scales: bool = True,
-    ) -> torch.Tensor:
-        """(L, D) what the decoder must be given for one row, from the weights alone.
-
-        Args:
-            ids: (L,).
-            codes: (L_i,) of each image. The other arguments make the mistakes that a real model must not.
-        """
-        model, config = self.model.model, self.config
-        embeds = model.language_model.embed_tokens.weight[ids].detach().clone()
-        starts = (ids == config.boi_token_id).nonzero().flatten().tolist()
-        accumulate = config.feature_mode == "accumulated" if accumulate is None else accumulate
-        for start, schedule, code in zip(starts, schedules, codes):
-            count = 0
-            while start + 1 + count < len(ids) and ids[start + 1 + count] == config.image_token_id:
-                count += 1
-            entries = model.code_embeddings.weight[code][None].detach()
-            features = reference.next_features(entries, schedule, accumulate, resize, to_map)
-            if count > features.shape[1]:
-                features = torch.cat([features, entries[:, schedule.slice(len(schedule) - 1)]], dim=1)
-            if visual and count:
-                first, _, second = model.connector
-                hidden = nn.functional.gelu(features.to(first.weight.dtype) @ first.weight.T + first.bias)
-                embeds[start + 1 : start + 1 + count] = (hidden @ second.weight.T + second.bias)[0].to(embeds.dtype)
-        if scales:
-            for index, (scale, count) in enumerate(zip(where.scales, where.counts)):
-                if scale:
-                    embedding = reference.scale_embedding(model.scale_embedding, scale, count)
-                    embeds[index] += embedding.to(embeds.dtype)
-        return embeds.detach()
-
-    def places(self, ids: torch.Tensor, schedules: list[ScaleSchedule], documents=None) -> reference.Places:
-        largest = max(schedule.final_grid[0] * schedule.final_grid[1] for schedule in self.vq_model.schedules)
-        edge = float(self.config.position_scale or largest**0.5)
-        return reference.places(
-            ids.tolist(), schedules, self.config.boi_token_id, self.config.image_token_id, edge, documents
+    def read(self, row: dict[str, torch.Tensor], with_text: bool = True) -> Reading:
+        """A row as the model reads it in training."""
+        layout, codes = self.model.model.lay_out(**row)
+        inputs = {name: values for name, values in row.items() if name != "shift_labels"}
+        hidden_ND = self.model.model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)[layout.supervised]
+        is_code, text_losses = layout.target_codes >= 0, hidden_ND.new_empty(0)
+        if with_text and not is_code.all():
+            logits = self.model.lm_head(hidden_ND[~is_code]).float()
+            text_losses = F.cross_entropy(logits, layout.targets[~is_code], reduction="none")
+        return Reading(
+            self.model.code_head(hidden_ND[is_code]).float().log_softmax(-1),
+            codes[layout.target_codes[is_code]],
+            layout.scale_ids.flatten()[layout.supervised[is_code]] - 1,
+            text_losses,
         )
 
-
-@contextmanager
-def captured(module: nn.Module) -> Iterator[list[dict]]:
-    """Keyword arguments of every call of a module."""
-    calls: list[dict] = []
-    hook = module.register_forward_pre_hook(lambda _, args, kwargs: calls.append(dict(kwargs)), with_kwargs=True)
-    try:
-        yield calls
-    finally:
-        hook.remove()
+    def losses(self, rows: Sequence[dict[str, torch.Tensor]]) -> torch.Tensor:
+        """(R,) nats a code of each row, at the temperature that suits all rows together best: whether the model knows
+        which codes are likelier, apart from how sure it is."""
+        losses_TR = torch.stack([_losses_of(self.read(row, with_text=False)) for row in rows], dim=1)
+        return losses_TR[losses_TR.mean(dim=1).argmin()]
 
 
-@contextmanager
-def changed(module: nn.Module, change) -> Iterator[None]:
-    """Every call of a module with the keyword arguments that `change` makes of its own."""
-    hook = module.register_forward_pre_hook(lambda _, args, kwargs: (args, change(dict(kwargs))), with_kwargs=True)
-    try:
-        yield
-    finally:
-        hook.remove()
+def _losses_of(reading: Reading) -> torch.Tensor:
+    """(temperatures,) mean costs of the codes; one that is all but impossible counts no more than 30 nats."""
+    costs = [F.cross_entropy(reading.log_probs / t, reading.codes, reduction="none") for t in TEMPERATURES.tolist()]
+    return torch.stack([cost.nan_to_num(30).clamp(max=30).mean() for cost in costs]).cpu()
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document of shards: (C,) compact ids, which of them are supervised, and of every picture the final grid,
+    (variants, L) targets and (variants or 0, coarse) inputs."""
+
+    ids: np.ndarray
+    supervised: np.ndarray
+    images: list[tuple[Grid, np.ndarray, np.ndarray]]
+
+
+def stored_documents(case: Case, most_rows: int | None = None) -> Iterator[Document]:
+    """Documents of the shards, row by row in a random order."""
+    folder, manifest = case.shards
+    spec = sequence_spec(manifest["identity"])
+    reader = PackReader(folder, manifest, spec)
+    for index in np.random.default_rng(case.seed).permutation(len(reader))[:most_rows]:
+        row = reader.row(int(index))
+        images = iter(images_of(row, spec, manifest["variants"]))
+        ends = np.cumsum(row.get("document_lengths", [len(row["input_ids"])]))[:-1]
+        for ids, flags in zip(np.split(row["input_ids"], ends), np.split(row["supervised"], ends)):
+            yield Document(ids, flags, [next(images) for _ in range(int((ids == spec.special.image).sum()))])

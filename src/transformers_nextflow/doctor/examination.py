@@ -1,7 +1,7 @@
 """The checks in order, and the diagnosis they make.
 
-What must hold exactly comes first, on the picture's way through tokenizer, shards, transformer and sampling; what is
-told from means comes after it. So the first alarm is the likely cause, and later ones may be its consequences.
+What must hold exactly comes first, on the picture's way through weights, tokenizer, shards, transformer and sampling;
+what is told from means comes after it. So the first alarm is the likely cause, and later ones may be its consequences.
 """
 
 import time
@@ -12,10 +12,20 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from . import losses, prompts, sampling, tokenizer, transformer, weights
+from . import losses, responses, sampling, shards, tokenizer, weights
 from .case import Case
-from .findings import ERROR, Check, Finding, Verdict
+from .findings import UNCHECKED, Check, Finding
 from .pictures import Picture, default_pictures
+
+CHECKS = (
+    *(weights.finite, tokenizer.pixels, shards.files, shards.whose, responses.prompts),
+    *(sampling.forced, sampling.guidance),
+    *(tokenizer.reconstruction, tokenizer.parts, tokenizer.codes, tokenizer.semantics),
+    *(shards.codes, shards.correction, shards.copies),
+    *(responses.responses, weights.values, weights.copies, weights.spectra, weights.code_rows),
+    *(losses.targets, losses.parts, losses.scales, responses.worth, sampling.draws),
+)
+PARTS = {"losses": "transformer", "responses": "transformer"}
 
 
 @dataclass(frozen=True)
@@ -23,7 +33,7 @@ class Diagnosis:
     """All findings, the likely cause of trouble first among the alarms.
 
     Attributes:
-        findings: one of every check, in the order of [`checks`].
+        findings: one of every check, in the order of [`CHECKS`].
         curves: per-scale figures by title and line.
         images: rows of pictures by title.
         seconds: what the examination took.
@@ -43,58 +53,30 @@ class Diagnosis:
         """The first alarm, or `None`."""
         return next(iter(self.alarms), None)
 
+    @property
+    def headline(self) -> str:
+        """The outcome, and what could not be checked, and why."""
+        reasons: dict[str, list[str]] = {}
+        for finding in self.findings:
+            if finding.severity == UNCHECKED:
+                reasons.setdefault(finding.measured, []).append(finding.check)
+        outcome = f"Nothing wrong was found in {len(self.findings) - sum(map(len, reasons.values()))} checks."
+        if self.first is not None:
+            others = len(self.alarms) - 1
+            outcome = f"Most likely: {self.first.fault} ({self.first.check})."
+            outcome += f" {others} further alarm{'s' * (others > 1)} may follow from it." if others else ""
+        unchecked = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in reasons.items())
+        return outcome + (f" Not checked: {unchecked}." if unchecked else "")
+
     def to_dict(self) -> dict:
         """For JSON."""
         return {
             "fault": self.first.fault if self.first else None,
+            "headline": self.headline,
             "findings": [asdict(finding) for finding in self.findings],
             "curves": self.curves,
             "seconds": round(self.seconds, 2),
         }
-
-
-def checks(case: Case) -> list[tuple[Callable[[Case], Finding], str]]:
-    """All checks that a case has the material for, with their parts, in order."""
-    listed = [
-        (weights.check_finite, "transformer"),
-        (tokenizer.check_processor, "tokenizer"),
-        (tokenizer.check_quantizer, "tokenizer"),
-        (tokenizer.check_self_correction, "tokenizer"),
-    ]
-    if case.packs is not None:
-        from . import shards
-
-        listed += [
-            (shards.check_files, "shards"),
-            (shards.check_whose, "shards"),
-            (shards.check_round_trip, "shards"),
-            (shards.check_correction_shares, "shards"),
-            (shards.check_targets_again, "shards"),
-            (shards.check_correction_strength, "shards"),
-        ]
-    listed += [
-        (prompts.check_prompts, "transformer"),
-        (transformer.check_positions, "transformer"),
-        (transformer.check_inputs, "transformer"),
-        (transformer.check_attention, "transformer"),
-        (transformer.check_responses, "transformer"),
-        (transformer.check_decoder, "transformer"),
-        (transformer.check_targets, "transformer"),
-        (sampling.check_sampling, "sampling"),
-        (sampling.check_guidance, "sampling"),
-        (sampling.check_draws, "sampling"),
-        (tokenizer.check_codebook, "tokenizer"),
-        (tokenizer.check_residuals, "tokenizer"),
-        (tokenizer.check_reconstruction, "tokenizer"),
-        (tokenizer.check_semantics, "tokenizer"),
-        (weights.check_code_embeddings, "transformer"),
-        (weights.check_trained, "transformer"),
-        (transformer.check_text, "transformer"),
-    ]
-    listed.append((losses.check_losses, "transformer"))
-    if case.packs is not None:
-        listed.append((losses.check_copying, "transformer"))
-    return listed + [(transformer.check_prompt_gain, "transformer"), (sampling.check_ladder, "sampling")]
 
 
 @torch.no_grad()
@@ -103,46 +85,44 @@ def examine(
     processor,
     packs: str | Path | None = None,
     pictures: Sequence[Picture] | None = None,
-    text_source=None,
     seed: int = 0,
-    stop_at_first: bool = False,
-    on_check: Callable[[Finding], None] | None = None,
+    on_check: Callable[[Finding], object] | None = None,
 ) -> Diagnosis:
     """Examine a NextFlow model, and the shards it is trained on.
 
     Args:
         model: [`NextFlowForConditionalGeneration`]; whether it trains, and the random state, are as before afterwards.
         processor: its [`NextFlowProcessor`].
-        packs: folder of packed shards.
-        pictures: see [`~transformers_nextflow.doctor.pictures.read_pictures`]; by default drawn ones and photographs.
-        text_source: a model whose text logits the checkpoint must have kept.
+        packs: folder of shards.
+        pictures: see [`~transformers_nextflow.doctor.pictures.read_pictures`]; by default drawn ones.
         seed: of all draws.
-        stop_at_first: leave out what comes after the first alarm.
         on_check: called with each finding.
     """
     start, training = time.perf_counter(), model.training
     findings = []
     model.eval()
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        pictures = default_pictures(model.model.vq_model.schedules, seed) if pictures is None else list(pictures)
-        case = Case(model, processor, pictures, None if packs is None else Path(packs), text_source, seed)
-        for run, part in checks(case):
-            finding = _run(run, part, case)
-            findings.append(finding)
-            if on_check is not None:
-                on_check(finding)
-            if stop_at_first and finding.is_alarm:
-                break
-    model.train(training)
+    try:
+        with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            pictures = default_pictures(model.model.vq_model.schedules, seed) if pictures is None else list(pictures)
+            case = Case(model, processor, pictures, None if packs is None else Path(packs), seed)
+            for run in CHECKS:
+                findings.append(_run(run, case))
+                if on_check is not None:
+                    on_check(findings[-1])
+    finally:
+        model.train(training)
     return Diagnosis(findings, case.curves, case.images, time.perf_counter() - start)
 
 
-def _run(run: Callable[[Case], Finding], part: str, case: Case) -> Finding:
+def _run(run: Callable[[Check, Case], Finding], case: Case) -> Finding:
     """A check's finding; a model that raises is a finding too."""
+    part = run.__module__.rpartition(".")[2]
+    check = Check(run.__name__.replace("_", " "), PARTS.get(part, part), " ".join(run.__doc__.split()))
+    if part == "shards" and case.packs is None:
+        return check.unchecked("no shards were given")
     try:
-        return run(case)
-    except (ValueError, RuntimeError, IndexError, KeyError, TypeError) as error:
-        check = Check(run.__name__.removeprefix("check_").replace("_", " "), part, "the code runs")
-        verdict = Verdict("the code raises", "code and checkpoint do not fit each other", "run this part alone")
-        return check.failed(f"{type(error).__name__}: {error}", verdict, ERROR)
+        return run(check, case)
+    except (ValueError, RuntimeError, IndexError, KeyError, TypeError, OSError) as error:
+        cause = "code, checkpoint and shards do not fit each other"
+        return check.failed(f"{type(error).__name__}: {error}", "the code raises", cause, "run this part alone")

@@ -1,22 +1,20 @@
-"""What a check returns, and when figures differ by more than chance or rounding.
+"""What a check returns, and when figures differ by more than chance.
 
-Two rules decide everything; no check has a threshold of its own.
-
-- Equalities hold to half of the digits of the dtype (`tolerance`): rounding in a forward stays below by orders of
-  magnitude, and a wrong formula lies above by orders.
-- Means over pictures are compared in their own standard errors (`z_score`), pictures being the independent draws.
+Equalities hold to half of the digits of the dtype ([`tolerance`]). Means over independent rows are compared in their
+own standard errors ([`z_score`]), and what is better must also save `MATERIAL` of the loss.
 """
 
 import math
 from dataclasses import dataclass, field
+from functools import partialmethod
 
 import torch
 
-OK, NOTE, WARNING, ERROR = "ok", "note", "warning", "error"
+OK, UNCHECKED, WARNING, ERROR = "ok", "unchecked", "warning", "error"
 SIGNIFICANT = 4.0
-"""Standard errors that count as more than chance: one in 30,000 for many pictures, one in 1,000 for 12."""
-ENOUGH = 12
-"""Pictures below which a mean says nothing."""
+"""Standard errors that count as more than chance: one in 30,000 for many rows, one in 1,000 for 12."""
+ENOUGH = 12  # rows, below which a mean says nothing
+MATERIAL = 0.02  # share of a loss that an alteration must save to be called better
 
 
 @dataclass(frozen=True)
@@ -24,13 +22,9 @@ class Finding:
     """What one check found.
 
     Attributes:
-        check: name of the check.
-        part: `"tokenizer"`, `"shards"`, `"transformer"` or `"sampling"`.
-        severity: `"ok"`; `"note"`, a figure without a verdict; `"warning"`, a figure that chance hardly explains;
-            `"error"`, a formula of the model that does not hold, or a file that is not what was written.
-        fault: name of what is wrong, `None` where nothing is.
-        measured, expected: sentences with figures.
-        cause, next_step: sentences, empty where nothing is wrong.
+        severity: `"ok"`; `"unchecked"`, for the reason in `measured`; `"warning"`, a figure that chance hardly
+            explains; `"error"`, something exact that does not hold.
+        fault: name of what is wrong, `None` where nothing is; `cause` and `next_step` are empty then.
         figures: the numbers behind `measured`, for JSON.
     """
 
@@ -50,29 +44,22 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """A fault's name, its likely cause, and what to do next."""
-
-    fault: str
-    cause: str
-    next_step: str
-
-
 class Check:
-    """Findings of one check, which say in common what was expected."""
+    """Makes the findings of one check, which have in common what was expected."""
 
-    def __init__(self, name: str, part: str, expected: str):
-        self.name, self.part, self.expected = name, part, expected
+    name: str
+    part: str
+    expected: str
 
-    def passed(self, measured: str, **figures) -> Finding:
-        return Finding(self.name, self.part, OK, measured, self.expected, figures=figures)
+    def _found(self, severity: str, measured: str, fault: str | None = None, cause="", next_step="", **figures):
+        return Finding(
+            self.name, self.part, severity, measured, self.expected, fault, cause, next_step, figures=figures
+        )
 
-    def noted(self, measured: str, **figures) -> Finding:
-        return Finding(self.name, self.part, NOTE, measured, self.expected, figures=figures)
-
-    def failed(self, measured: str, verdict: Verdict, severity: str = ERROR, **figures) -> Finding:
-        fault, cause, step = verdict.fault, verdict.cause, verdict.next_step
-        return Finding(self.name, self.part, severity, measured, self.expected, fault, cause, step, figures)
+    passed = partialmethod(_found, OK)
+    unchecked = partialmethod(_found, UNCHECKED)
+    warned = partialmethod(_found, WARNING)
+    failed = partialmethod(_found, ERROR)
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -85,9 +72,7 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     if a.shape != b.shape:
         return math.inf
     a, b = a.detach().double().cpu(), b.detach().double().cpu()
-    if a.numel() == 0:
-        return 0.0
-    value = float((a - b).abs().max() / b.abs().max().clamp(min=1e-12))
+    value = float((a - b).abs().max() / b.abs().max().clamp(min=1e-12)) if a.numel() else 0.0
     return value if math.isfinite(value) else math.inf
 
 
@@ -96,8 +81,7 @@ def z_score(values: torch.Tensor) -> float:
     values = values.detach().double().cpu()
     if len(values) < ENOUGH:
         return 0.0
-    error = float(values.std()) / math.sqrt(len(values))
-    mean = float(values.mean())
+    error, mean = float(values.std()) / math.sqrt(len(values)), float(values.mean())
     return mean / error if error > 0 else math.copysign(math.inf, mean) if mean else 0.0
 
 

@@ -1,188 +1,152 @@
-"""Checks of the transformer on pictures that it should know: of the shards, or the user's."""
+"""Checks of the transformer by its losses, on rows of shards, which it should know, or on described pictures."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from itertools import combinations
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from ..scales import ScaleSchedule
-from .case import LOOKED_AT, Case
-from .findings import ENOUGH, SIGNIFICANT, WARNING, Check, Finding, Verdict, z_score
+from .alterations import FEW, Alteration, exchanged, hooked, judge, setting
+from .case import Case, Reading
+from .findings import ENOUGH, MATERIAL, SIGNIFICANT, Check, Finding, z_score
+from .weights import COMPARE
 
-
-def check_losses(case: Case) -> Finding:
-    """The loss of each scale is below the entropy of its codes, and the right codes are the likeliest reading."""
-    check = Check(
-        "loss of each scale",
-        "transformer",
-        "a picture's codes cost less than codes drawn by their frequency in other pictures would (unigram), less than "
-        "their neighbours in number or place, and less than with other settings of config.json",
-    )
-    pictures = supervised_pictures(case)
-    if len(pictures) < ENOUGH:
-        return check.noted(f"{len(pictures)} pictures to predict are too few to say")
-    known = case.packs is not None
-    return (_misread(case, check, pictures) if known else None) or _judge_losses(case, check, pictures, known)
+MOST_LAYERS = 8  # that are exchanged with each other, the least needed
 
 
-def other_settings(case: Case) -> list[tuple[str, object, str, object]]:
-    """Settings that weights do not show: the fault's name, what holds the setting, its name, another value."""
-    mode = "residual" if case.config.feature_mode == "accumulated" else "accumulated"
-    others = [("wrong feature mode", case.config, "feature_mode", mode)]
-    if case.config.position_scale is not None:
-        others.append(("wrong position scale", case.config, "position_scale", None))
+def scales(check: Check, case: Case) -> Finding:
+    """Codes of every scale, and texts, cost less than codes and words drawn by their frequency in other rows
+    (unigram) would."""
+    if case.packs is None:
+        return check.unchecked("no shards were given")
+    readings = [case.read(row) for row in case.rows]
+    size, most = case.config.vq_config.codebook_size, 1 + max(int(each.scales.max()) for each in readings)
+    names = [*(f"scale {scale + 1}" for scale in range(most))]
+    loss, unigram = {}, {}
+    for scale, name in enumerate(names):
+        codes = [reading.codes[reading.scales == scale].cpu() for reading in readings]
+        costs = [F.nll_loss(r.log_probs[r.scales == scale], r.codes[r.scales == scale]) for r in readings]
+        loss[name], unigram[name] = torch.stack(costs).cpu(), _unigram(codes, size)
+    layouts = [case.model.model.lay_out(**row)[0] for row in case.rows]
+    texts = [layout.targets[layout.target_codes < 0].cpu() for layout in layouts]
+    if sum(len(each) > 0 for each in texts) >= ENOUGH:
+        loss["text"] = torch.stack([reading.text_losses.mean().cpu() for reading in readings])
+        unigram["text"] = _unigram(texts, case.config.text_vocab_size)
+    means = {name: (float(values.nanmean()), float(unigram[name].nanmean())) for name, values in loss.items()}
+    case.curves["loss of each scale, nats a code"] = {
+        "loss": [means[name][0] for name in names],
+        "unigram": [means[name][1] for name in names],
+    }
+    measured = ", ".join(f"{name} {a:.2f} ({b:.2f})" for name, (a, b) in means.items())
+    measured = f"loss (unigram) over {len(readings)} rows: {measured}"
+    scores = {name: z_score((loss[name] - unigram[name])[~loss[name].isnan()]) for name in loss}
+    above = [name for name, score in scores.items() if score > SIGNIFICANT]
+    if not above:
+        return check.passed(measured, losses=means)
+    measured = f"{measured}; above it: {', '.join(above)}"
+    cause = "not trained, trained on other codes or texts, or inputs are not those of the training"
+    return check.warned(measured, "worse than the unigram", cause, COMPARE, losses=means)
+
+
+def _unigram(rows: list[torch.Tensor], size: int) -> torch.Tensor:
+    """(R,) mean cost of each row's values by their frequency in the others."""
+    counts = torch.stack([row.bincount(minlength=size).float() for row in rows])
+    rest = counts.sum(0) - counts
+    log_probs = ((rest + 0.5) / (rest.sum(1, keepdim=True) + 0.5 * size)).log()
+    return -(counts * log_probs).sum(1) / counts.sum(1)  # not a number for rows without
+
+
+def targets(check: Check, case: Case) -> Finding:
+    """No codes next to the stored ones in number or place are likelier, nor would these be with half or twice the
+    logits; those of another row are less likely."""
+    readings, size = [case.read(row) for row in case.rows], case.config.vq_config.codebook_size
+    others = {}
+    for n in (-2, -1, 1, 2):
+        others["wrong code offset", f"codes {n:+d}"] = lambda r, n=n: _cost(r, (r.codes + n) % size)
+        others["shifted targets", f"places {n:+d}"] = lambda r, n=n: _cost(r, r.codes.roll(-n))
+    if case.packs is not None:  # of other pictures the model may be too sure
+        others["logits too large", "half the logits"] = lambda r: _cost(r, r.codes, 2)
+        others["logits too small", "twice the logits"] = lambda r: _cost(r, r.codes, 0.5)
+    costs = {key: torch.stack([cost(reading) for reading in readings]) for key, cost in others.items()}
+    own = torch.stack([_cost(reading, reading.codes) for reading in readings])
+    strange = torch.stack([_cost(r, _of_another(r, readings[at - 1])) for at, r in enumerate(readings)])
+    fault, what = best = min(costs, key=lambda key: float(costs[key].mean()))
+    gain, means = own - costs[best], [float(each.mean()) for each in (own, costs[best], strange)]
+    measured = "{:.2f} nats a code, {:.2f} with {what}, {:.2f} for another row's".format(*means, what=what)
+    if z_score(gain) > SIGNIFICANT and float(gain.mean()) > MATERIAL * means[0]:
+        cause = f"the model finds {what} likelier: codes, places or weights are others than in training"
+        return check.warned(measured, fault, cause, COMPARE)
+    if len(own) >= ENOUGH and z_score(strange - own) < SIGNIFICANT:
+        cause = "what is before a code tells the model nothing of it: it is not trained, or its inputs are others"
+        return check.warned(measured, "codes not predicted", cause, COMPARE)
+    return check.passed(measured)
+
+
+def _cost(reading: Reading, codes: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    return F.cross_entropy(reading.log_probs / temperature, codes).cpu()
+
+
+def _of_another(reading: Reading, other: Reading) -> torch.Tensor:
+    """Codes of the other row's same scales, repeated or cut where it has another number of them."""
+    codes = reading.codes.clone()
+    for scale in reading.scales.unique().tolist():
+        at, theirs = reading.scales == scale, other.codes[other.scales == scale]
+        if len(theirs):
+            codes[at] = theirs.repeat(int(at.sum()) // len(theirs) + 1)[: int(at.sum())]
+    return codes
+
+
+def other_settings(case: Case) -> Iterator[Alteration]:
+    """Settings of config.json that weights do not show."""
     rotary = case.model.model.language_model.rotary_emb
+    mode = "residual" if case.config.feature_mode == "accumulated" else "accumulated"
+    listed = [("feature mode", case.config, "feature_mode", mode)]
+    if case.config.position_scale is not None:
+        listed.append(("position scale", case.config, "position_scale", None))
     half = len(rotary.inv_freq)
     for sections in ([1] * half, [half // 4, 3 * half // 8, half - half // 4 - 3 * half // 8]):
         if sections != list(rotary.mrope_section):
-            others.append(("wrong rotary sections", rotary, "mrope_section", sections))
-    for base in (1e4, 1e6):
-        frequencies = base ** (-torch.arange(half, device=rotary.inv_freq.device) / half)
-        if rotary.rope_type == "default" and not torch.allclose(frequencies, rotary.inv_freq):
-            others.append(("wrong rotary base", rotary, "inv_freq", frequencies))
-    return others
-
-
-@contextmanager
-def other_setting(owner, name: str, value) -> Iterator[None]:
-    kept = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, kept)
-
-
-@dataclass(frozen=True)
-class Supervised:
-    """A picture that the model is to predict, as it sees it.
-
-    Attributes:
-        codes: (L,) targets.
-        log_probs: (L, V).
-    """
-
-    schedule: ScaleSchedule
-    codes: torch.Tensor
-    log_probs: torch.Tensor
-
-    def loss_of(self, codes: torch.Tensor) -> float:
-        """Mean cost of (L,) codes; one that is all but impossible counts no more than 30 nats."""
-        return float(F.nll_loss(self.log_probs, codes, reduction="none").clamp(max=30).mean())
-
-
-def supervised_pictures(case: Case) -> list[Supervised]:
-    """Those of packs drawn at random, run as in training; without packs, prompts and their answers."""
-    if case.packs is not None:
-        from .shards import packed_pictures
-
-        if pictures := [Supervised(*picture) for picture in packed_pictures(case)]:
-            return pictures
-    return [
-        Supervised(sequence.schedule, sequence.targets, case.code_logits(sequence).log_softmax(-1))
-        for sequence in case.drawn_for
-    ]
-
-
-def _misread(case: Case, check: Check, pictures: list[Supervised]) -> Finding | None:
-    """Whether the weights find other codes, or the same under another setting, likelier than what is stored."""
-    size, step = case.config.vq_config.codebook_size, "the model was trained on codes of another numbering or order"
-    readings: dict[str, tuple[Verdict, list[float]]] = {}
-    for shift in (-2, -1, 1, 2):
-        name = f"codes numbered {shift:+d}"
-        verdict = Verdict("wrong code offset", f"the model finds {name} likelier", f"{step}: compare the offsets")
-        readings[name] = verdict, [picture.loss_of((picture.codes + shift) % size) for picture in pictures]
-    for shift in (-1, 1):
-        name = f"codes {shift:+d} position"
-        verdict = Verdict("shifted targets", f"the model finds {name} likelier", f"{step}: compare the targets")
-        readings[name] = verdict, [picture.loss_of(picture.codes.roll(shift)) for picture in pictures]
-    for fault, owner, name, value in other_settings(case):
+            listed.append(("rotary sections", rotary, "mrope_section", sections))
+    if rotary.rope_type == "default":
+        places = torch.arange(half, device=rotary.inv_freq.device) / half
+        for factor in (1e-3, 1e-2, 0.1, 10, 100, 1e3):
+            listed.append(("rotary base", rotary, "inv_freq", rotary.inv_freq * factor**-places))
+    for name, owner, attribute, value in listed:
         cause = f"the weights were trained with another {name} than config.json says"
-        with other_setting(owner, name, value):
-            then = [picture.loss_of(picture.codes) for picture in supervised_pictures(case)]
-        shown = value if isinstance(value, (str, float, int)) or value is None else f"{str(value)[:30]}..."
-        readings[f"{name} = {shown}"] = Verdict(fault, cause, f"compare {name} with the training's"), then
-    own = torch.tensor([picture.loss_of(picture.codes) for picture in pictures])
-    best = min(readings, key=lambda name: sum(readings[name][1]))
-    verdict, values = readings[best]
-    if z_score(own - torch.tensor(values)) <= SIGNIFICANT:
-        return None
-    then = sum(values) / len(values)
-    measured = f"{float(own.mean()):.2f} nats a code over {len(own)} pictures, {then:.2f} with {best}"
-    return check.failed(measured, verdict, WARNING)
+        apply = lambda owner=owner, attribute=attribute, value=value: setting(owner, attribute, value)  # noqa: E731
+        yield Alteration(f"with another {name}", f"wrong {name}", cause, apply)
 
 
-def _judge_losses(case: Case, check: Check, pictures: list[Supervised], known: bool) -> Finding:
-    config = case.config.vq_config
-    most = max(len(picture.schedule) for picture in pictures)
-    loss = [[] for _ in range(most)]
-    unigram = [[] for _ in range(most)]
-    counts = torch.zeros(most, config.codebook_size)
-    for picture in pictures:
-        for scale in range(len(picture.schedule)):
-            counts[scale] += (
-                picture.codes[picture.schedule.slice(scale)].bincount(minlength=config.codebook_size).cpu()
-            )
-    for picture in pictures:
-        schedule, codes, log_probs = picture.schedule, picture.codes, picture.log_probs
-        losses = F.nll_loss(log_probs, codes, reduction="none")
-        for scale in range(len(schedule)):
-            own = codes[schedule.slice(scale)].cpu()
-            rest = counts[scale] - own.bincount(minlength=config.codebook_size)
-            probability = (rest + 0.5) / (rest.sum() + 0.5 * config.codebook_size)
-            loss[scale].append(float(losses[schedule.slice(scale)].mean()))
-            unigram[scale].append(float(-probability[own].log().mean()))
-    means = {"loss": [float(np.mean(each)) for each in loss], "unigram": [float(np.mean(each)) for each in unigram]}
-    case.curves["loss of each scale, nats per code"] = means
-    shown = ", ".join(f"{a:.2f} ({b:.2f})" for a, b in zip(means["loss"], means["unigram"]))
-    measured = f"loss (unigram) of the scales over {len(pictures)} pictures: {shown}"
-    if not known:
-        return check.noted(f"{measured}, which it need not have been trained on", **means)
-    scores = [z_score(torch.tensor(ours) - torch.tensor(theirs)) for ours, theirs in zip(loss, unigram)]
-    above = ", ".join(str(scale + 1) for scale, score in enumerate(scores) if score > SIGNIFICANT)
-    if above:
-        verdict = Verdict(
-            "worse than the unigram",
-            f"predicted worse than by the frequencies of codes, at scale {above}: not trained, on other codes, "
-            "or inputs are not those of the training",
-            "train longer, or compare codes, inputs and positions with the training's",
+def parts(check: Check, case: Case) -> Finding:
+    """No part predicts better at half or twice its size, no two layers exchanged, no setting of config.json otherwise;
+    and no matrix can have its outputs in another order without loss."""
+    inner = case.model.model
+    resizable = {name: getattr(inner, name) for name in ("connector", "code_embeddings", "scale_embedding")}
+    ends = ("o_proj", "down_proj", "input_layernorm", "post_attention_layernorm")
+    named = {f"layers.{name}": module for name, module in inner.language_model.layers.named_modules()}
+    resizable |= {name: module for name, module in named.items() if name.endswith(ends)}
+    movable = {name: module for name, module in named.items() if isinstance(module, nn.Linear)}
+    whole = [*other_settings(case), *_exchanges(case)]
+    return judge(check, case.losses, case.rows, whole, resizable, movable, case.seed)
+
+
+def _exchanges(case: Case) -> list[Alteration]:
+    """Every two layers in each other's place, of the least needed ones where there are many."""
+    layers, needed = case.model.model.language_model.layers, {}
+    for number, layer in enumerate(layers):
+        needed[number] = 0.0
+        if len(layers) > MOST_LAYERS:
+            nothing = torch.zeros_like
+            with hooked(layer.self_attn.o_proj, nothing), hooked(layer.mlp.down_proj, nothing):
+                needed[number] = float(case.losses(case.rows[:FEW]).mean())
+    chosen = sorted(sorted(needed, key=needed.__getitem__)[:MOST_LAYERS])
+    return [
+        Alteration(
+            f"with layers {a} and {b} exchanged",
+            "layers exchanged",
+            f"layers {a} and {b} are in each other's place",
+            lambda a=a, b=b: exchanged(layers, a, b),
         )
-        measured += f"; above it at scale {above}, by up to {max(scores):.1f} standard errors"
-        return check.failed(measured, verdict, WARNING, **means)
-    return check.passed(measured, **means)
-
-
-def check_copying(case: Case) -> Finding:
-    """Where an edit changes codes, the model gives the target's more than the source's."""
-    check = Check(
-        "copying the source",
-        "transformer",
-        "where the target's codes differ from the condition picture's, the target's are likelier",
-    )
-    gains, shares = [], []
-    from .stored import stored_sequences
-
-    for sequence in stored_sequences(case, LOOKED_AT, edits=True):
-        codes = sequence.targets
-        source = sequence.inputs["image_codes"][-2 * len(codes) : -len(codes)]
-        differ = codes != source
-        shares.append(float((~differ).float().mean()))
-        if differ.any():
-            logits = case.code_logits(sequence)[differ]
-            own, copied = (float(F.cross_entropy(logits, each[differ])) for each in (codes, source))
-            gains.append(copied - own)
-    if len(gains) < ENOUGH:
-        return check.noted(f"{len(gains)} edits of a picture of the same size are too few to say", gains=gains)
-    gain, score = sum(gains) / len(gains), z_score(torch.tensor(gains))
-    measured = (
-        f"over {len(gains)} edits, {sum(shares) / len(shares):.0%} of the codes are the source's; at the others the "
-        f"target is {gain:.1f} nats likelier ({score:.1f} standard errors)"
-    )
-    if score > -SIGNIFICANT:
-        return check.passed(measured, gain=gain, score=score)
-    cause = "handing the source back scores well where most of a picture stays, and the model has learned no more"
-    verdict = Verdict("copies the source", cause, "weigh changed regions more, or show more edits that change much")
-    return check.failed(measured, verdict, WARNING, gain=gain, score=score)
+        for a, b in combinations(chosen, 2)
+    ]

@@ -1,6 +1,5 @@
-"""Pictures to examine a model with: the user's, or drawn shapes and crops of photographs that packages ship."""
+"""Pictures to examine a model with: the user's, or drawn shapes."""
 
-import importlib.util
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +18,6 @@ COLOURS = {
     "orange": (240, 140, 30),
 }
 BACKGROUNDS = ((255, 255, 255), (20, 20, 20), (150, 150, 150), (225, 210, 180))
-PHOTOGRAPHS = {
-    "skimage": ("data", ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png")),
-    "sklearn": ("datasets/images", ("china.jpg", "flower.jpg")),
-}
 FILES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -34,12 +29,11 @@ class Picture:
     caption: str | None = None
 
 
-def sizes(table: ScheduleTable, square_only: bool = False) -> list[ScaleSchedule]:
+def sizes(table: ScheduleTable) -> list[ScaleSchedule]:
     """A square, a wide and a tall schedule of the lowest level, as far as there are different ones."""
     level = next(iter(table.levels))
-    wanted = ((1, 1),) if square_only else ((1, 1), (2, 3), (3, 2))
-    found = {table.nearest_to_image(height * 600, width * 600, level): None for height, width in wanted}
-    return list(found)
+    wanted = ((600, 600), (1200, 1800), (1800, 1200))
+    return list({table.nearest_to_image(*size, level): None for size in wanted})
 
 
 def draw(rng: random.Random, height: int, width: int) -> Picture:
@@ -61,35 +55,10 @@ def draw(rng: random.Random, height: int, width: int) -> Picture:
     return Picture(canvas.resize((width, height), Image.Resampling.BOX), f"a {colour} {kind}")
 
 
-def photographs() -> list[Path]:
-    """Those that installed packages ship."""
-    found = []
-    for package, (folder, names) in PHOTOGRAPHS.items():
-        spec = importlib.util.find_spec(package)
-        if spec is not None and spec.origin is not None:
-            found += [path for name in names if (path := Path(spec.origin).parent / folder / name).is_file()]
-    return found
-
-
-def crop(rng: random.Random, image: Image.Image, height: int, width: int) -> Picture:
-    """A part of a photograph, at least half of it, without a text."""
-    scale = min(image.height / height, image.width / width) * rng.uniform(0.5, 1)
-    box_width, box_height = width * scale, height * scale
-    left, top = rng.uniform(0, image.width - box_width), rng.uniform(0, image.height - box_height)
-    box = (left, top, left + box_width, top + box_height)
-    return Picture(image.resize((width, height), Image.Resampling.BICUBIC, box=box))
-
-
-def default_pictures(table: ScheduleTable, seed: int, each: int = 8) -> list[Picture]:
-    """`each` drawn pictures of each of [`sizes`], and half as many crops of photographs where packages ship them."""
+def default_pictures(table: ScheduleTable, seed: int, each: int = 12) -> list[Picture]:
+    """`each` drawn pictures of each of [`sizes`]."""
     rng = random.Random(f"doctor {seed}")
-    opened = [Image.open(path).convert("RGB") for path in photographs()]
-    made = []
-    for schedule in sizes(table):
-        height, width = table.image_size(schedule)
-        made += [draw(rng, height, width) for _ in range(each)]
-        made += [crop(rng, rng.choice(opened), height, width) for _ in range(each // 2) if opened]
-    return made
+    return [draw(rng, *table.image_size(schedule)) for schedule in sizes(table) for _ in range(each)]
 
 
 def read_pictures(folder: str | Path, limit: int = 48) -> list[Picture]:

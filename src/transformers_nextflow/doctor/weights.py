@@ -1,85 +1,134 @@
-"""Checks of the weights themselves."""
+"""Checks of the weights alone: what training does to every tensor, and what chance and copying never do."""
+
+import re
+from collections import defaultdict
 
 import torch
+from torch import nn
 
 from .case import Case
-from .findings import ENOUGH, SIGNIFICANT, WARNING, Check, Finding, Verdict, alignment
+from .findings import ENOUGH, SIGNIFICANT, Check, Finding, alignment
 
-COMPARED = 256  # entries of the table
+COMPARE = "compare weights and config.json with the training's own checkpoint"
+COMPARED = 256  # entries of the table whose likenesses are compared
+SMALLEST, LARGEST = 48, 512  # rows and columns of a matrix from which on it has a spectrum, and that are looked at
+FEWEST_VALUES = 16  # of a row: what 4 bits hold
+LOOKED_AT, SAME = 4096, 0.999  # entries of two tensors, and their correlation if one is a copy
 
 
-def check_finite(case: Case) -> Finding:
-    """No weight is infinite or not a number."""
-    check = Check("finite weights", "transformer", "every weight is a finite number")
+def finite(check: Check, case: Case) -> Finding:
+    """Every weight is a finite number."""
     tensors = dict(case.model.named_parameters())
     broken = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
     if not broken:
         return check.passed(f"all {len(tensors)} tensors are finite")
-    verdict = Verdict(
-        "damaged weights",
-        "training diverged, a narrow dtype overflowed, or a file was damaged",
-        "go back to the last checkpoint without; look at the loss and the gradient norm before it",
-    )
-    return check.failed(f"{len(broken)} of {len(tensors)} tensors are not finite, {broken[0]} among them", verdict)
+    cause = "training diverged, a narrow dtype overflowed, or a file was damaged"
+    step = "go back to the last checkpoint without; look at the loss and the gradient norm before it"
+    return check.failed(f"{_some(broken)} of {len(tensors)} are not", "weights not finite", cause, step)
 
 
-def check_trained(case: Case) -> Finding:
-    """No tensor is one number throughout, as training leaves none."""
-    check = Check(
-        "trained weights",
-        "transformer",
-        "no tensor holds one number throughout: biases begin at 0 and norms at 1, and the first step of training "
-        "moves every entry by itself",
-    )
+def values(check: Check, case: Case) -> Finding:
+    """No tensor holds one number throughout, since biases begin at 0 and norms at 1, and the first step of training
+    moves every entry by itself; rows of matrices hold more values than 4 bits have."""
     tensors = {name: tensor for name, tensor in case.model.named_parameters() if tensor.numel() > 1}
     constant = [name for name, tensor in tensors.items() if bool((tensor == tensor.flatten()[0]).all())]
-    if not constant:
-        return check.passed(f"none of {len(tensors)} tensors is one number throughout")
-    shown = ", ".join(constant[:3]) + (" ..." if len(constant) > 3 else "")
-    verdict = Verdict(
-        "untrained weights",
-        "these tensors were never trained, or were reset or left out when weights were loaded, merged or converted",
-        "compare them with the training's own checkpoint",
-    )
-    return check.failed(
-        f"{len(constant)} of {len(tensors)} tensors are one number throughout: {shown}",
-        verdict,
-        WARNING,
-        constant=constant,
-    )
+    if constant:
+        cause = "they were never trained, or were reset or left out when weights were loaded, merged or converted"
+        measured = f"{_some(constant)} of {len(tensors)} are one number throughout"
+        return check.warned(measured, "untrained weights", cause, COMPARE)
+    wide = {name: weight for name, weight in matrices(case.model).items() if weight.shape[1] > 4 * FEWEST_VALUES}
+    coarse = [name for name, weight in wide.items() if all(len(row.unique()) <= FEWEST_VALUES for row in weight[:8])]
+    if not coarse:
+        return check.passed(f"so do all of {len(tensors)} tensors")
+    measured, step = f"{_some(coarse)} of {len(wide)} are of 4 bits or less", "quantise the original weights to 8 bits"
+    return check.warned(measured, "weights too coarse", "they were rounded to few values", step)
 
 
-def check_code_embeddings(case: Case) -> Finding:
-    """Codes that are alike to the vision tokenizer are alike to the transformer, which began with its entries."""
-    check = Check(
-        "code embeddings",
-        "transformer",
-        "entries that are near each other in the vision tokenizer's table are so in the transformer's copy, which "
-        "training moves a little (alignment of both, against entries in random order)",
-    )
-    rows, entries = case.model.model.code_embeddings.weight.detach(), case.codebook
+def spectra(check: Check, case: Case) -> Finding:
+    """Singular values of a trained matrix are spread wider than those of the same entries in random order."""
+    kinds: dict[str, dict[str, float]] = defaultdict(dict)
     generator = torch.Generator().manual_seed(case.seed)
-    chosen = torch.randperm(len(rows), generator=generator)[:COMPARED].to(rows.device)
+    for name, weight in matrices(case.model).items():
+        if ".vq_model." not in name and min(weight.shape) >= SMALLEST:
+            kinds[kind_of(name)][name] = _structure(weight[:LARGEST, :LARGEST].cpu(), generator)
+    if not kinds:
+        return check.unchecked(f"no matrix has {SMALLEST} rows and columns to tell training from chance")
+    usual = {kind: float(torch.tensor(list(each.values())).median()) for kind, each in kinds.items()}
+    scores = {name: score for each in kinds.values() for name, score in each.items()}
+    random = [name for name, score in scores.items() if score < SIGNIFICANT]
+    measured = f"they are {min(scores.values()):.0f} to {max(scores.values()):.0f} deviations of chance wider"
+    if all(value < SIGNIFICANT for value in usual.values()):
+        cause = "the transformer's weights are as random numbers leave them"
+        step = "train it, or load the trained weights: look for warnings of newly initialised ones"
+        return check.warned(measured, "never trained", cause, step, deviations=scores)
+    if not random:
+        return check.passed(measured, deviations=scores)
+    measured = f"{_some(random)} of {len(scores)} matrices are not"
+    cause = "they were not loaded, merged or converted but initialised anew, or their entries are in disorder"
+    return check.warned(measured, "re-initialised weights", cause, COMPARE, deviations=scores)
+
+
+def _structure(weight: torch.Tensor, generator: torch.Generator, draws: int = 24) -> float:
+    """How many standard deviations the fourth moment of the singular values lies above that of shuffled entries."""
+    flat = weight.flatten()
+    orders = (torch.randperm(len(flat), generator=generator) for _ in range(draws))
+    moment, *chance = ((w.T @ w).square().sum().double() for w in (weight, *(flat[o].view_as(weight) for o in orders)))
+    chance = torch.stack(chance)
+    return float((moment - chance.mean()) / chance.std().clamp(min=1e-30))
+
+
+def copies(check: Check, case: Case) -> Finding:
+    """No two matrices of one kind, as of two layers, hold the same numbers."""
+    kinds = defaultdict(list)
+    for name, weight in matrices(case.model).items():
+        kinds[kind_of(name), weight.shape].append((name, weight))
+    same = []
+    for members in kinds.values():
+        rows = torch.stack([weight.flatten()[:LOOKED_AT] for _, weight in members])
+        rows = rows - rows.mean(dim=1, keepdim=True)
+        rows = rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-12)
+        alike = ((rows @ rows.T).triu(1) > SAME).nonzero().tolist()
+        same += [f"{members[a][0]} and {members[b][0]}" for a, b in alike]
+    if not same:
+        return check.passed(f"none of {sum(map(len, kinds.values()))} matrices is a copy of another")
+    cause = "a layer was written in the place of another when weights were loaded, merged or converted"
+    return check.warned(f"{_some(same)} are the same", "copied weights", cause, COMPARE)
+
+
+def code_rows(check: Check, case: Case) -> Finding:
+    """Entries that are near each other in the vision tokenizer's table are so in the transformer's embeddings, which
+    began with them, and in its code head (alignment, against entries in random order)."""
+    entries = case.vq_model.quantizer().float().cpu()
+    chosen = torch.randperm(len(entries), generator=torch.Generator().manual_seed(case.seed))[:COMPARED]
     if len(chosen) < ENOUGH:
-        return check.noted("the table holds too few entries to say")
-    step = "compare `code_embeddings` with the vision tokenizer's codebook, and both with the training's"
-    aligned = {
-        shift: alignment(rows[(chosen + shift) % len(rows)].float().cpu(), entries[chosen].float().cpu(), case.seed)
-        for shift in (0, -1, 1)
+        return check.unchecked(f"{len(entries)} codes are too few")
+    measured = []
+    for name, module in (("code embeddings", case.model.model.code_embeddings), ("code head", case.model.code_head)):
+        rows = module.weight.detach().float().cpu()
+        scores = {s: alignment(rows[(chosen + s) % len(rows)], entries[chosen], case.seed)[1] for s in (0, -1, 1)}
+        measured.append(f"{name} {scores[0]:.0f} deviations above chance")
+        shift = max(scores, key=lambda s: scores[s])
+        if scores[0] <= SIGNIFICANT and scores[shift] > 2 * SIGNIFICANT:
+            return check.warned(measured[-1], "wrong code offset", f"row c belongs to code c{-shift:+d}", COMPARE)
+        if scores[0] <= SIGNIFICANT:
+            cause = "they are reset or in another order, or the vision tokenizer's table is another than in training"
+            return check.warned(measured[-1], f"{name} without order", cause, COMPARE)
+    return check.passed("; ".join(measured))
+
+
+def matrices(model: nn.Module) -> dict[str, torch.Tensor]:
+    """(rows, columns) float32 weights of linear, convolution and embedding layers, by name."""
+    return {
+        name: parameter.detach().float().flatten(1)
+        for name, parameter in model.named_parameters()
+        if parameter.ndim >= 2 and parameter.is_floating_point() and parameter.shape[0] > 1
     }
-    value, score = aligned[0]
-    for shift in (-1, 1):
-        other, _ = aligned[shift]
-        if other > max(value, 0.5):
-            verdict = Verdict("wrong code offset", f"row c belongs to code c{-shift:+d}", step)
-            return check.failed(f"alignment {value:.2f}, {other:.2f} for rows one apart", verdict, WARNING)
-    measured = f"alignment {value:.2f}, {score:.1f} standard deviations above chance"
-    if score > SIGNIFICANT:
-        return check.passed(measured, deviations=score)
-    verdict = Verdict(
-        "code embeddings lost",
-        "the embeddings are not those of the vision tokenizer's entries: reset, in another order, or of another "
-        "codebook",
-        step,
-    )
-    return check.failed(measured, verdict, WARNING, deviations=score)
+
+
+def kind_of(name: str) -> str:
+    """A name without its numbers: the same for the same part of all layers."""
+    return re.sub(r"\d+", "*", name)
+
+
+def _some(names: list[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

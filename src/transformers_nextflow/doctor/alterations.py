@@ -1,0 +1,162 @@
+"""Damage shows as this: something else than what the checkpoint holds would do better.
+
+In a trained model no part is better at another size, and every matrix matters: with its outputs in another order, the
+loss rises. Both hold whatever the model was trained on, and both end where a part was reset, permuted, scaled,
+exchanged, or taken from elsewhere. Alterations are hooks on outputs of modules, so they work on weights of any kind,
+sharded and quantised ones too, and leave no trace.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .findings import ENOUGH, MATERIAL, SIGNIFICANT, Check, Finding, z_score
+from .weights import COMPARE, kind_of
+
+FEW = 3  # rows that alterations are first tried on
+CONFIRMED = 4  # of them, which are tried on all rows
+
+Measure = Callable[[Sequence], torch.Tensor]
+"""(R,) losses of rows, lower is better."""
+
+
+@dataclass(frozen=True)
+class Alteration:
+    """One thing that a checkpoint might have had otherwise: in words, the fault and its cause if the altered model is
+    better, and a context in which it is altered."""
+
+    what: str
+    fault: str
+    cause: str
+    apply: Callable[[], AbstractContextManager]
+
+
+@contextmanager
+def hooked(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Every output of a module changed."""
+
+    handle = module.register_forward_hook(lambda module, inputs, output: change(output))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def shuffled(module: nn.Module, seed: int) -> AbstractContextManager:
+    """The module's output features in another order, as with the rows of its weight permuted."""
+    dim = 1 if isinstance(module, nn.Conv2d) else -1
+
+    def change(output: torch.Tensor) -> torch.Tensor:
+        order = torch.randperm(output.shape[dim], generator=torch.Generator().manual_seed(seed))
+        return output.index_select(dim, order.to(output.device))
+
+    return hooked(module, change)
+
+
+@contextmanager
+def setting(owner: Any, name: str, value: Any) -> Iterator[None]:
+    kept = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, kept)
+
+
+@contextmanager
+def exchanged(layers: nn.ModuleList, first: int, second: int) -> Iterator[None]:
+    a, b = layers[first], layers[second]
+    layers[first], layers[second] = b, a
+    try:
+        yield
+    finally:
+        layers[first], layers[second] = a, b
+
+
+def resized(name: str, module: nn.Module) -> list[Alteration]:
+    """A module's output at half, and at twice its size."""
+    return [
+        Alteration(
+            f"with {name} times {factor:g}",
+            f"weights too {'large' if factor < 1 else 'small'}",
+            f"{name} adds too {'much' if factor < 1 else 'little'}: its weights, or those before it, were scaled, "
+            "reset, or come from elsewhere",
+            lambda factor=factor: hooked(module, lambda output: output * factor),
+        )
+        for factor in (0.5, 2.0)
+    ]
+
+
+def search(measure: Measure, few: Sequence, rows: Sequence, alterations: Iterable[Alteration], least: float):
+    """The best alteration, where one is better than none, by more than chance and by `least`: it, and the mean losses
+    as it is and altered. All are tried on `few` rows, the most promising on all."""
+    before = float(measure(few).mean())
+    gains = [(before - float(_altered(measure, few, each).mean()), each) for each in alterations]
+    promising = sorted((pair for pair in gains if pair[0] > least), key=lambda pair: -pair[0])[:CONFIRMED]
+    own_R, found = measure(rows) if promising else None, []
+    for _, alteration in promising:
+        gain_R = own_R - _altered(measure, rows, alteration)
+        if z_score(gain_R) > SIGNIFICANT and float(gain_R.mean()) > least:
+            found.append((alteration, float(own_R.mean()), float((own_R - gain_R).mean())))
+    return min(found, key=lambda better: better[2], default=None)
+
+
+def _altered(measure: Measure, rows: Sequence, alteration: Alteration) -> torch.Tensor:
+    with alteration.apply():
+        return measure(rows)
+
+
+def without_effect(
+    measure: Measure, few: Sequence, rows: Sequence, modules: dict[str, nn.Module], seed: int, least: float
+) -> dict[str, float]:
+    """Modules whose output features can be in another order at a tenth of what this costs others of their kind, where
+    that is `least` and more; with what it costs."""
+    before, own_R, found = float(measure(few).mean()), None, {}
+    kinds: dict[str, list[str]] = defaultdict(list)
+    for name in modules:
+        kinds[kind_of(name)].append(name)
+    for names in kinds.values():
+        orders = {name: Alteration(name, "", "", lambda name=name: shuffled(modules[name], seed)) for name in names}
+        rises = {name: float(_altered(measure, few, orders[name]).mean()) - before for name in names}
+        usual = float(torch.tensor(list(rises.values())).median())
+        for name in (name for name, rise in rises.items() if rise < usual / 10 and usual > least and len(rises) > 2):
+            own_R = measure(rows) if own_R is None else own_R
+            rise = float((_altered(measure, rows, orders[name]) - own_R).mean())
+            if rise < usual / 10:
+                found[name] = rise
+    return found
+
+
+def judge(
+    check: Check, measure: Measure, rows: Sequence, whole: list[Alteration], resizable: dict, movable: dict, seed: int
+) -> Finding:
+    """The finding of a model's parts.
+
+    Args:
+        whole: alterations that concern more than one part.
+        resizable, movable: modules whose outputs are tried at other sizes, and in other orders, by name.
+    """
+    few = rows[:FEW]
+    if len(rows) < ENOUGH:
+        return check.unchecked(f"{len(rows)} rows are too few")
+    least = MATERIAL * abs(float(measure(few).mean()))
+    better = search(measure, few, rows, whole, least)
+    idle = without_effect(measure, few, rows, movable, seed, least / 4) if better is None else {}
+    if idle:
+        names = ", ".join(idle)
+        measured = f"the outputs of {names} can be in another order at {max(idle.values()):+.3f} ({len(rows)} rows)"
+        cause = f"{names}: weights were reset, their rows are in disorder, or they come from another model"
+        return check.warned(measured, "weights without effect", cause, COMPARE)
+    if better is None:
+        sizes = [each for name, module in resizable.items() for each in resized(name, module)]
+        better = search(measure, few, rows, sizes, least)
+    if better is None:
+        return check.passed(f"so it is with {len({*resizable, *movable})} parts over {len(rows)} rows")
+    alteration, before, after = better
+    measured = f"{before:.2f} as it is, {after:.2f} {alteration.what} ({len(rows)} rows)"
+    return check.warned(measured, alteration.fault, alteration.cause, COMPARE)

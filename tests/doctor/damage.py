@@ -1,0 +1,154 @@
+"""Damage to a trained checkpoint or its shards, and the names by which the doctor may call it first."""
+
+import copy
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from transformers_nextflow.data.shards import Shard, sha256_of, write_shard
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What is done to a copy of the model, and to a copy of its shards where `packs` says so.
+
+    Attributes:
+        names: faults any of which names it rightly.
+        where: what the finding has to name besides.
+    """
+
+    title: str
+    names: tuple[str, ...]
+    do: Callable[[nn.Module, Path], object]
+    packs: bool = False
+    where: str = ""
+
+
+def damaged(damage: Damage, model: nn.Module, packs: Path, folder: Path) -> tuple[nn.Module, Path]:
+    """Copies of model and shards with the damage done."""
+    model = copy.deepcopy(model)
+    if damage.packs:
+        packs = Path(shutil.copytree(packs, folder / "damaged", dirs_exist_ok=True))
+    with torch.no_grad():
+        damage.do(model, packs)
+    return model, packs
+
+
+def layers(model: nn.Module) -> nn.ModuleList:
+    return model.model.language_model.layers
+
+
+def permute(weight: torch.Tensor) -> None:
+    weight.copy_(weight[torch.randperm(len(weight), generator=torch.Generator().manual_seed(1))].clone())
+
+
+def exchange(model: nn.Module, a: int, b: int) -> None:
+    stack = layers(model)
+    stack[a], stack[b] = stack[b], stack[a]
+
+
+def rewrite(packs: Path, change: Callable[[dict], None], keep: Callable[[list], list] = list) -> None:
+    """Change every row of shards, and what the manifest says of the files."""
+    manifest = json.loads((packs / "manifest.json").read_text())
+    for number, entry in enumerate(manifest["shards"]):
+        path = packs / "data" / entry["file"]
+        shard = Shard(path)
+        rows = [
+            {name: np.array(value) if isinstance(value, np.ndarray) else value for name, value in shard.row(i).items()}
+            for i in range(len(shard))
+        ]
+        for row in rows:
+            change(row)
+        schema = {field.name: field.type for field in shard.batch.schema}
+        manifest["shards"][number] = write_shard(path, keep(rows), schema)
+        assert manifest["shards"][number]["sha256"] == sha256_of(path)
+    (packs / "manifest.json").write_text(json.dumps(manifest))
+
+
+def disturb(row: dict) -> None:
+    """Three of ten codes are any."""
+    codes = row["image_codes"].copy()
+    rng = np.random.default_rng(len(codes))
+    chosen = rng.random(len(codes)) < 0.3
+    codes[chosen] = rng.integers(0, codes.max() + 1, chosen.sum())
+    row["image_codes"] = codes
+
+
+def exchange_words(rows: list[dict]) -> list[dict]:
+    """Every row has the words of the row before, as far as they go; the template's stay."""
+    ids = [row["input_ids"] for row in rows]
+    template = set.intersection(*(set(each.tolist()) for each in ids)) | set(range(6))  # special ids come first
+    are_words = [~np.isin(each, list(template)) & (row["supervised"] == 0) for each, row in zip(ids, rows)]
+    words = [each[own] for each, own in zip(ids, are_words)]
+    for number, row in enumerate(rows):
+        if len(words[number - 1]):
+            row["input_ids"] = ids[number].copy()
+            row["input_ids"][are_words[number]] = np.resize(words[number - 1], are_words[number].sum())
+    return rows
+
+
+DAMAGE = [
+    Damage(
+        "a number that is none",
+        ("weights not finite",),
+        lambda model, packs: layers(model)[1].mlp.up_proj.weight[0, 0].fill_(torch.nan),
+    ),
+    Damage(
+        "a matrix initialised anew",
+        ("re-initialised weights", "weights without effect"),
+        lambda model, packs: layers(model)[3].mlp.down_proj.weight.normal_(0, 0.02),
+        where="layers.3.mlp.down_proj",
+    ),
+    Damage(
+        "rows of a matrix in disorder",
+        ("weights without effect",),
+        lambda model, packs: permute(layers(model)[3].self_attn.q_proj.weight),
+        where="layers.3.self_attn.q_proj",
+    ),
+    Damage("two layers exchanged", ("layers exchanged",), lambda model, packs: exchange(model, 2, 5), where="2 and 5"),
+    Damage(
+        "another rotary base",
+        ("wrong rotary base",),
+        lambda model, packs: model.model.language_model.rotary_emb.inv_freq.pow_(1.5),
+    ),
+    Damage(
+        "rows of the code head in disorder",
+        ("code head without order",),
+        lambda model, packs: permute(model.code_head.weight),
+    ),
+    Damage(
+        "codes one off",
+        ("wrong code offset",),
+        lambda model, packs: rewrite(packs, lambda row: row.update(image_codes=(row["image_codes"] + 1) % 4096)),
+        packs=True,
+    ),
+    # what follows was thought of after the doctor was written
+    Damage(
+        "pictures too bright",
+        ("damaged vision tokenizer",),
+        lambda model, packs: model.model.vq_model.pixel_decoder.conv_out.bias.add_(0.4),
+    ),
+    Damage(
+        "pixel halves of entries in disorder",
+        ("shards of another vision tokenizer",),
+        lambda model, packs: permute(model.model.vq_model.quantizer.pixel_codebook),
+    ),
+    Damage(
+        "codes replaced by any",
+        ("stored codes in disorder",),
+        lambda model, packs: rewrite(packs, disturb),
+        packs=True,
+    ),
+    Damage(
+        "texts of other pictures",
+        ("prompt ignored",),
+        lambda model, packs: rewrite(packs, lambda row: None, exchange_words),
+        packs=True,
+    ),
+]
