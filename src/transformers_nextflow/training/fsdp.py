@@ -47,8 +47,8 @@ def units_of(model: nn.Module) -> list[FSDPModule]:
 
 
 def let_go(model: nn.Module) -> None:
-    """Drop gathered weights, before the shards are changed by anything but an optimizer: FSDP2 keeps those of the whole
-    model's unit after a forward, and would go on to use them."""
+    """Drop gathered weights, before the shards are changed by anything but an optimizer: FSDP2 keeps those of the
+    outermost unit after a forward, and would go on to use them."""
     for unit in units_of(model):
         unit.reshard()
 
