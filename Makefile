@@ -1,9 +1,9 @@
-# make demo | test | lint | smollm2 | common-tests | pipeline-tests | diffusers-tests | compat | doors: each works from a fresh clone.
+# make demo | test | slow-tests | lint | smollm2 | common-tests | pipeline-tests | diffusers-tests | compat | doors: each works from a fresh clone.
 
 PYTHON := .venv/bin/python
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint smollm2 common-tests pipeline-tests diffusers-tests compat doors
+.PHONY: demo test slow-tests lint smollm2 common-tests pipeline-tests diffusers-tests compat doors
 
 demo: $(INSTALLED)
 	$(PYTHON) -m examples.demo --output demo
@@ -20,6 +20,10 @@ runs/emoji/data: | $(INSTALLED)
 # two files at a time, one thread each: what is tested is tiny
 test: lint
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist loadfile
+
+# those that take minutes each
+slow-tests: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 -m slow
 
 # transformers' own tests, on this project's classes
 common-tests: $(INSTALLED)

@@ -10,7 +10,6 @@ from tqdm.auto import tqdm
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor
 
 from .documents import draw_picture
-from .sizes import LEVELS
 from .tasks import Item, Picture
 from .world import World
 
@@ -38,17 +37,11 @@ class Artist:
         **sampling,
     ):
         self.model, self.processor, self.world, self.level = model, processor, world, level
-        self._given = sampling
-        defaults = {name: model.config.image_generation[name] for name in ("guidance_scale", "temperature")}
-        # the lower level has the first scales of the higher one's, and the values that belong to them
-        self.sampling = {
-            name: value[: LEVELS[level]] if isinstance(value, list) else value
-            for name, value in (defaults | sampling).items()
-        }
+        self.sampling = sampling
 
     def at_level(self, level: str) -> "Artist":
         """The same model at another level."""
-        return Artist(self.model, self.processor, self.world, level, **self._given)
+        return Artist(self.model, self.processor, self.world, level, **self.sampling)
 
     def draw(self, items: Sequence[Item]) -> list[np.ndarray]:
         """The picture that each item asks for, uint8 (H, W, 3) of its shape."""

@@ -1,11 +1,12 @@
 """Choose guidance and temperature on dev: `python -m examples.emoji.choose_sampling --output RUN/sampling.json`.
 
 Drawings of held-out pairs of the dev split, R@1 under every guidance scale and temperature; the best goes into the
-checkpoint by `assemble`. A ramp goes linearly over the scales, a list has one value for each.
+checkpoint by `assemble`. A ramp goes linearly over the scales.
 """
 
 import argparse
 import time
+from dataclasses import asdict
 
 from tqdm.auto import tqdm
 
@@ -16,7 +17,6 @@ from .artist import Artist
 from .evaluate import add_model_options, load_artist
 from .intervals import proportion
 from .scoring import DRAWING, Exam, judged
-from .sizes import LEVELS
 from .splits import PAIR
 from .tasks import Tasks
 
@@ -24,9 +24,9 @@ GUIDANCE = (1.0, 2.0, 3.0, 5.0, LinearRamp(1.0, 3.0), LinearRamp(1.0, 6.0))
 TEMPERATURE = (1.0, 0.7, LinearRamp(1.0, 0.4), LinearRamp(1.0, 0.1))
 
 
-def setting(value: float | LinearRamp) -> float | list[float]:
-    """As a checkpoint's configuration holds it."""
-    return [round(each, 3) for each in value.over(LEVELS["64"])] if isinstance(value, LinearRamp) else value
+def setting(value: float | LinearRamp) -> float | dict[str, float]:
+    """As a checkpoint's configuration holds it; a ramp is one at either level."""
+    return asdict(value) if isinstance(value, LinearRamp) else value
 
 
 def choose(exam: Exam, guidance=GUIDANCE, temperature=TEMPERATURE) -> dict:

@@ -34,7 +34,7 @@ from examples.emoji.splits import COMBINATION, NAME, PAIR, SEEN
 from examples.emoji.stages import FINISHED
 from examples.emoji.tasks import KINDS, Tasks
 from examples.emoji.world import to_pixel_values
-from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor
+from transformers_nextflow import LinearRamp, NextFlowForConditionalGeneration, NextFlowProcessor
 from transformers_nextflow.training import prepare_vq_stage
 
 
@@ -172,11 +172,9 @@ def test_answers_in_text_and_in_turn_do_not_depend_on_their_batch(exam):
         assert all(np.array_equal(*pair) for pair in zip(pictures, pictures_alone))
 
 
-def test_the_lower_level_takes_the_first_of_a_value_for_each_scale(exam):
-    ramp = [1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0]
+def test_a_ramp_as_a_checkpoint_holds_it_is_one_at_either_level(exam):
+    ramp = choose_sampling.setting(LinearRamp(1.0, 4.0))
     artist = Artist(exam.artist.model, exam.artist.processor, exam.world, guidance_scale=ramp)
-    assert artist.sampling["guidance_scale"] == ramp
-    assert artist.at_level("32").sampling["guidance_scale"] == ramp[:4]
     result = drawings_32(Exam(artist, exam.tasks, prompts=2))
     assert set(result) == {SEEN, PAIR, COMBINATION}
 
