@@ -4,7 +4,8 @@ On names that no training saw: PSNR and SSIM of reconstructions, at both levels,
 how many entries are never chosen. And whether both halves of the codebook are at work:
 
 - names found: the semantic decoder's features of pictures held out with a name seen in other styles go through the
-  teacher's last layer and head; found is a name whose text is nearest among all names of the world;
+  teacher's last layer and head, with the mean length of the teacher's own, as distillation teaches their direction
+  alone; found is a name whose text is nearest among all names of the world;
 - pixels: PSNR on names never seen.
 
 Each with the codes as they are, with the codes that one half alone would choose, and with the entries of the half that
@@ -32,6 +33,7 @@ from .teacher import new_teacher, teacher_tokenizer, text_embeddings, tokenize
 from .world import World, resized, to_pixel_values
 
 BATCH = 64
+SEEN_SAMPLE = 512
 
 
 def encode(model: NextFlowVQModel, pixels: torch.Tensor) -> torch.Tensor:
@@ -93,6 +95,9 @@ class NamesFound:
         self.names = sorted(set(world.names))
         batches = [self.names[start : start + 256] for start in range(0, len(self.names), 256)]
         self.texts_ND = torch.cat([text_embeddings(teacher, tokenize(tokenizer, batch)) for batch in batches])
+        seen = to_pixel_values([world.pictures[row] for row in world.seen[:: -(-len(world.seen) // SEEN_SAMPLE)]])
+        own = [model.semantic_features(batch, teacher.vision_model) for batch in seen.split(BATCH)]
+        self.length = torch.cat(own).norm(dim=-1).mean()
 
     def _head(self, features_BLD: torch.Tensor) -> torch.Tensor:
         """The teacher from the layer that the tokenizer reads to its normalised embedding."""
@@ -101,10 +106,16 @@ class NamesFound:
             features_BLD = block(features_BLD, None)
         return F.normalize(vision.head(vision.post_layernorm(features_BLD)), dim=-1)
 
+    def embeddings(self, codes: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """(B, D) of length 1, of codes."""
+        found = []
+        for batch in codes.split(BATCH):
+            directions = F.normalize(self.model.condition_features(batch, grid)[2], dim=1)
+            found.append(self._head(directions.flatten(2).transpose(1, 2) * self.length))
+        return torch.cat(found)
+
     def from_codes(self, rows: list[int], codes: torch.Tensor, grid: tuple[int, int]) -> float:
-        features = [self.model.condition_features(batch, grid)[2] for batch in codes.split(BATCH)]
-        embeddings = [self._head(each.flatten(2).transpose(1, 2)) for each in features]
-        return self._score(rows, torch.cat(embeddings))
+        return self._score(rows, self.embeddings(codes, grid))
 
     def from_pixels(self, rows: list[int], pixels: torch.Tensor) -> float:
         """The teacher's own score."""
