@@ -212,9 +212,9 @@ def matrix_rate(hidden_size: int, layers: int, dtype: torch.dtype, device: torch
     left, right = (torch.randn(4 * hidden_size, 4 * hidden_size, dtype=dtype, device=device) for _ in range(2))
     jobs = {"picture": decoding.generate, "product": lambda: left @ right}
     seconds = {name: min(taken) for name, taken in interleaved_seconds(jobs, repeats, device).items()}
-    passes = image_passes(decoding.schedule, PROMPT_TOKENS - 1)
+    passes = 2 * image_passes(decoding.schedule, PROMPT_TOKENS - 1)  # with its null prompt
     config = model.config
-    cost = model_cost(config.text_config, config.vq_config.codebook_size, passes, guidance=True)
+    cost = model_cost(config.text_config, config.vq_config.codebook_size, passes)
     rates = {"picture": cost.total / seconds["picture"], "product": 2 * len(left) ** 3 / seconds["product"]}
     flops_per_second = {name: float(f"{rate:.4g}") for name, rate in rates.items()}
     share = round(rates["picture"] / rates["product"], 4)
@@ -322,8 +322,8 @@ def main() -> None:
     for level in arguments.levels:
         longer = Decoding(model, level)
         taken = interleaved_seconds({"generate": longer.generate}, max(arguments.repeats // 2, 1), arguments.device)
-        passes = image_passes(longer.schedule, PROMPT_TOKENS - 1)
-        flops = model_cost(text_config, codebook_size, passes, guidance=True).total
+        passes = 2 * image_passes(longer.schedule, PROMPT_TOKENS - 1)  # with its null prompt
+        flops = model_cost(text_config, codebook_size, passes).total
         row = {"level": level, "codes": longer.schedule.num_codes, "flops": flops}
         cost.append(row | {"seconds": median(taken["generate"])})
     result = {

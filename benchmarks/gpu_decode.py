@@ -217,8 +217,8 @@ def measure(drawing: Drawing, repeats: int, batch: int, backend: str | None) -> 
     taken = interleaved_seconds(decoders, repeats, device)
     result["decode_at_once"] = {f"batch {batch}, {name}": median(values) for name, values in taken.items()}
     result["peak_gigabytes"] = {"bfloat16": drawing.peak_gigabytes(), f"batch {batch}": drawing.peak_gigabytes(batch)}
-    passes = image_passes(schedule, PROMPT_TOKENS - 1)
-    cost = model_cost(model.config.text_config, model.config.vq_config.codebook_size, passes, guidance=True)
+    passes = 2 * image_passes(schedule, PROMPT_TOKENS - 1)  # with its null prompt
+    cost = model_cost(model.config.text_config, model.config.vq_config.codebook_size, passes)
     result["teraflops"] = {
         "of the decoder and its head": round(cost.total / 1e12, 3),
         "per second": round(cost.total / 1e12 / result["seconds_per_picture"], 1),

@@ -122,7 +122,8 @@ def test_cache_is_as_large_as_generations(tiny_model, tiny_processor, guided):
     held = []
 
     def remember(module, args, kwargs, output):
-        held.append(sum(x.numel() for layer in kwargs[CACHE].layers for x in (layer.keys, layer.values)))
+        layers = [layer for part in kwargs[CACHE].parts for layer in part.cache.layers]
+        held.append(sum(x.numel() for layer in layers for x in (layer.keys, layer.values)))
 
     scales = [2.0] * guided + [1.0] * (3 - guided)
     handle = tiny_model.model.language_model.register_forward_hook(remember, with_kwargs=True)
