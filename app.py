@@ -16,8 +16,9 @@ import gradio as gr
 from PIL import Image
 from transformers import TextStreamer
 
-from transformers_nextflow import ImageGenerationConfig, NextFlowForConditionalGeneration, NextFlowProcessor
+from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor
 from transformers_nextflow.image_processing_nextflow import open_picture
+from transformers_nextflow.processing_nextflow import user_message
 from transformers_nextflow.text_generation import text_sampling
 from transformers_nextflow.utils.loading import load_model
 
@@ -66,24 +67,21 @@ class Studio:
         self.model, self.processor = model, processor
         table = model.model.schedules
         self.sizes = ["{1}x{0}".format(*table.image_size(schedule)) for schedule in table.of_level()]
-        self.settings = ImageGenerationConfig.from_dict(model.config.image_generation)
 
     def _inputs(self, chat: list[dict], mode: str):
         inputs = self.processor.apply_chat_template(chat, generation_mode=mode, sanitize_control_tokens=True)
         return inputs.to(self.model.device)
 
-    def _preview(self, inputs, settings: ImageGenerationConfig) -> Callable:
+    def _preview(self, inputs, **settings) -> Callable:
         """What turns the codes so far of a picture that is drawn into a picture."""
-        images = inputs.get("image_grid_hw")
-        like = None if images is None or settings.height else tuple(images[0].tolist())
-        grid = settings.schedule(self.model.model.schedules, [like]).final_grid
+        grid = self.model.drawn_grid(inputs.get("image_grid_hw"), **settings)
         show = lambda codes: self.processor.post_process_image(self.model.decode_preview(codes, grid)[None])[0]  # noqa: E731
         return show
 
     def draw(self, text: str, pictures: list[Image.Image], seed: int, **settings) -> Iterator[Image.Image]:
         """The picture after each of its scales; the last one is the picture."""
-        inputs = self._inputs([user(text, pictures)], "image")
-        preview = self._preview(inputs, self.settings.updated(**settings))
+        inputs = self._inputs([user_message(text, pictures)], "image")
+        preview = self._preview(inputs, **settings)
 
         def work(put) -> None:
             tell = lambda picture, scale, codes: put(preview(codes))  # noqa: E731
@@ -93,7 +91,7 @@ class Studio:
 
     def describe(self, picture: Image.Image, question: str) -> Iterator[str]:
         """Words of the answer."""
-        inputs = self._inputs([user(question, [picture])], "text")
+        inputs = self._inputs([user_message(question, [picture])], "text")
         sampling = text_sampling(self.model, self.processor, MAX_TOKENS)
         return streamed(
             lambda put: self.model.generate(**inputs, **sampling, streamer=Words(self.processor.tokenizer, put))
@@ -102,7 +100,7 @@ class Studio:
     def chat(self, chat: list[dict], seed: int) -> Iterator[list[str | Image.Image]]:
         """The answer so far, texts and pictures in turn."""
         inputs = self._inputs(chat, "interleaved")
-        preview = self._preview(inputs, self.settings)
+        preview = self._preview(inputs)
 
         def work(put) -> None:
             self.model.generate(
@@ -126,11 +124,6 @@ class Studio:
                 scale, picture = item
                 parts[len(parts) if scale == 0 else -1 :] = [picture]
             yield parts
-
-
-def user(text: str, pictures: list[Image.Image] = ()) -> dict:
-    content = [{"type": "image", "image": picture} for picture in pictures] + [{"type": "text", "text": text}]
-    return {"role": "user", "content": content}
 
 
 def needed(value, what: str):
@@ -166,7 +159,7 @@ def create_app(model: NextFlowForConditionalGeneration, processor: NextFlowProce
 
     def chat(message: dict, history: list[dict], seed: float):
         pictures = [open_picture(path) for path in message["files"]]
-        asked = user(needed(message["text"], "a message"), pictures)
+        asked = user_message(needed(message["text"], "a message"), pictures)
         for parts in studio.chat([*map(told, history), asked], int(seed)):
             yield [part.strip() if isinstance(part, str) else gr.Image(part, format="png") for part in parts]
 
@@ -200,7 +193,7 @@ def create_app(model: NextFlowForConditionalGeneration, processor: NextFlowProce
             new_seed = gr.Checkbox(True, label="A new seed each time")
         return guidance_scale, seed, new_seed
 
-    guidance = studio.settings.guidance_scale
+    guidance = model.config.image_generation["guidance_scale"]
     guidance = guidance if isinstance(guidance, int | float) else 3.0  # of a schedule over scales
     with gr.Blocks(title="NextFlow") as app:
         gr.Markdown("# NextFlow\nOne model for text and pictures. Choose an example, or write your own.")

@@ -5,7 +5,8 @@ Pictures are ComfyUI's, (B, H, W, 3) float32 in [0, 1].
 
 import torch
 
-from transformers_nextflow import ImageGenerationConfig, NextFlowForConditionalGeneration, NextFlowProcessor
+from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor
+from transformers_nextflow.processing_nextflow import user_message
 from transformers_nextflow.text_generation import text_sampling
 from transformers_nextflow.utils.loading import load_model
 
@@ -124,24 +125,22 @@ NODE_DISPLAY_NAME_MAPPINGS = {
 
 def chat_inputs(processor: NextFlowProcessor, text: str, image: torch.Tensor | None, mode: str):
     pictures = [] if image is None else processor.post_process_image(image.movedim(-1, 1) * 2 - 1)
-    content = [{"type": "image", "image": picture} for picture in pictures] + [{"type": "text", "text": text}]
-    chat = [{"role": "user", "content": content}]
-    return processor.apply_chat_template(chat, generation_mode=mode, sanitize_control_tokens=True)
+    return processor.apply_chat_template(
+        [user_message(text, pictures)], generation_mode=mode, sanitize_control_tokens=True
+    )
 
 
 def previews(model, processor, inputs, settings: dict):
     """What shows the first picture after each of its scales in the node."""
-    images = None if "aspect_ratio" in settings else inputs.get("image_grid_hw")
-    like = None if images is None else tuple(images[0].tolist())
-    config = ImageGenerationConfig.from_dict(model.config.image_generation).updated(**settings)
-    schedule = config.schedule(model.model.schedules, [like])
-    progress = ProgressBar(len(schedule))
+    grid = model.drawn_grid(inputs.get("image_grid_hw"), **settings)
+    num_scales = len(model.model.schedules.by_grid(grid))
+    progress = ProgressBar(num_scales)
 
     def tell(picture: int, scale: int, codes: torch.Tensor) -> None:
         if picture == 0:
-            pixels = model.decode_preview(codes, schedule.final_grid)
+            pixels = model.decode_preview(codes, grid)
             (shown,) = processor.post_process_image(pixels[None])
-            progress.update_absolute(scale + 1, len(schedule), ("PNG", shown, PREVIEW_EDGE))
+            progress.update_absolute(scale + 1, num_scales, ("PNG", shown, PREVIEW_EDGE))
 
     return tell
 

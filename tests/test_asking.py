@@ -349,6 +349,17 @@ def test_what_was_drawn_is_decoded():
 # Sizes
 
 
+@pytest.mark.parametrize("pictures", [[], [Picture(WIDE, 1)], [Picture(SQUARE, 1), Picture(WIDE, 2)]])
+@pytest.mark.parametrize("size", [{}, {"aspect_ratio": "2:1"}, {"height": 12, "width": 12}, {"top_k": 3}])
+def test_the_grid_of_a_drawing_is_known_before(model, pictures, size):
+    inputs = batch_of(model, [10, *pictures, 11, BOI])
+    drawn = model.generate(**inputs, **PLAIN, **size, return_dict_in_generate=True).image_grid_hw
+    grid = model.drawn_grid(inputs.get("image_grid_hw") if pictures else None, **size)
+    assert grid == tuple(drawn[0].tolist())
+    if size.keys() & {"aspect_ratio", "height"}:
+        assert grid == (WIDE if "aspect_ratio" in size else SQUARE)
+
+
 def test_an_edit_keeps_the_first_pictures_size(model):
     edit = batch_of(model, [10, Picture(WIDE, 1), Picture(SQUARE, 2), 11, BOI])
     kept = model.generate(**edit, **PLAIN, return_dict_in_generate=True)

@@ -16,9 +16,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from tests.conftest import build_config
 from tests.conversion.text_models import qwen2_5_vl, save
 from tests.tiny_tokenizer import tiny_text_tokenizer
-from transformers_nextflow import NextFlowConfig, NextFlowVQModel
+from transformers_nextflow import NextFlowVQConfig, NextFlowVQModel
 from transformers_nextflow.cli import main
 from transformers_nextflow.utils.loading import load_model
 
@@ -27,7 +28,7 @@ pytest.importorskip("peft")
 pytest.importorskip("trl")
 from transformers_nextflow.training.grpo import NextFlowGRPOConfig, NextFlowGRPOTrainer  # noqa: E402
 
-PATCH, LEVELS = 8, {"256": 2, "1024": 3}  # the paper's names, so that its stages are what is trained
+LEVELS = {"256": 2, "1024": 3}  # the paper's names, so that its stages are what is trained
 CAPTIONS = {"a red circle": (220, 40, 40), "a blue square": (40, 40, 220), "a green star": (40, 200, 40)}
 QUIET = ("--report_to", "none", "--use_cpu", "--disable_tqdm", "True")
 REWARD = """\
@@ -66,33 +67,9 @@ def photos(folder: Path, first: int, count: int) -> None:
 
 def tokenizer_folder(folder: Path) -> None:
     torch.manual_seed(2)
-    config = NextFlowConfig(
-        vq_config={
-            "semantic_config": {
-                "hidden_size": 32,
-                "intermediate_size": 64,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 2,
-                "patch_size": PATCH,
-                "num_patches": 9,
-                "vision_use_head": False,
-            },
-            "semantic_decoder_layers": 1,
-            "semantic_dim": 6,
-            "pixel_dim": 4,
-            "codebook_size": 32,
-            "patch_size": PATCH,
-            "stem_stride": 4,
-            "base_channels": 8,
-            "channel_multipliers": [1, 2],
-            "latent_channels": 8,
-            "encoder_blocks": 1,
-            "decoder_blocks": 1,
-            "scale_schedules": [[[1, 1], [2, 2], [3, 3]]],
-            "levels": LEVELS,
-        }
-    )
-    model = NextFlowVQModel(config.vq_config)
+    config = build_config(tiny_text_tokenizer()).vq_config.to_dict()
+    config |= {"codebook_size": 32, "scale_schedules": [[[1, 1], [2, 2], [3, 3]]], "levels": LEVELS}
+    model = NextFlowVQModel(NextFlowVQConfig(**config))
     with torch.no_grad():  # at initialisation every picture has the same codes
         model.semantic_to_code[-1].weight.mul_(50)
         model.pixel_encoder.to_code.weight.mul_(50)

@@ -6,6 +6,7 @@ own backend gets segments (`block_attention.py`).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,16 @@ class Apart:
     parts: Sequence[Part]
 
 
+def is_flash(config: PreTrainedConfig) -> bool:
+    """Whether attention takes no masks."""
+    return "flash" in (config._attn_implementation or "")
+
+
+def runs_of(block_ids: Sequence[int]) -> list[tuple[int, bool]]:
+    """Lengths of neighbours in a row that attend alike: text, or one scale block, and whether they are a block."""
+    return [(len(list(run)), block >= 0) for block, run in groupby(block_ids)]
+
+
 def sequence_mask(
     config: PreTrainedConfig,
     inputs_embeds: torch.Tensor,
@@ -59,7 +70,7 @@ def sequence_mask(
     """
     if block_ids is None and document_ids is None:
         return attention_mask
-    if config._attn_implementation is not None and "flash" in config._attn_implementation:
+    if is_flash(config):
         raise ValueError(
             f"attn_implementation={config._attn_implementation!r} cannot express scale blocks or packed documents in "
             'one call; use "blocks", "sdpa", "flex_attention" or "eager"'

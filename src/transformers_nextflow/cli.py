@@ -25,7 +25,7 @@ from .flops import PAPER_WIDTHS, cache_size, image_passes, mmdit_passes, model_c
 from .image_processing_nextflow import NextFlowImageProcessor, open_picture
 from .modeling_nextflow import NextFlowForConditionalGeneration
 from .modeling_nextflow_vq import NextFlowVQModel, unpatchify
-from .processing_nextflow import NextFlowProcessor
+from .processing_nextflow import NextFlowProcessor, user_message
 from .sampling import RowGenerators, check_seed, integer
 from .serving.limits import Limits
 from .text_generation import text_sampling
@@ -601,9 +601,7 @@ def save_text(text: str, path: Path) -> None:
 
 def chat_inputs(processor: NextFlowProcessor, images: list[Image.Image], text: str, **kwargs):
     """Model inputs of a chat of one message; tokens with a meaning for the model are plain text in it."""
-    content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": text}]
-    chat = [{"role": "user", "content": content}]
-    return processor.apply_chat_template(chat, sanitize_control_tokens=True, **kwargs)
+    return processor.apply_chat_template([user_message(text, images)], sanitize_control_tokens=True, **kwargs)
 
 
 def print_version(asked: bool) -> None:

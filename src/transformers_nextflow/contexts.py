@@ -10,14 +10,13 @@ from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import groupby
 from typing import TYPE_CHECKING
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 
-from .attention import Apart, Part, sequence_mask
+from .attention import Apart, Part, is_flash, runs_of, sequence_mask
 from .cache_name import CACHE
 from .layout import build_layout, scale_coordinates
 from .lora import adapter_names, each_by_its_adapter, using_adapters
@@ -82,7 +81,8 @@ class Contexts:
         """Some of the rows, in that order; a row may be taken several times."""
         groups = []
         for members, cache in self.groups:
-            taken = [(place, members.index(row)) for place, row in enumerate(rows) if row in members]
+            number = {row: index for index, row in enumerate(members)}
+            taken = [(place, number[row]) for place, row in enumerate(rows) if row in number]
             if taken:
                 places, chosen = map(list, zip(*taken))
                 groups.append((places, _rows_of(cache, None if chosen == list(range(len(members))) else chosen)))
@@ -224,8 +224,6 @@ def read_prompts(
     columns = [row.nonzero().flatten() for row in attention_mask]
     blocks = [ids[at] for ids, at in zip(layout.block_ids, columns)]
     text_config = model.config.text_config
-    implementation = text_config._attn_implementation
-    is_flash = implementation is not None and "flash" in implementation
 
     alike: dict[tuple, list[int]] = {}
     for group, (members, _) in enumerate(contexts.groups):
@@ -236,8 +234,10 @@ def read_prompts(
                     f"row {row} must begin with the {length} tokens that contexts hold of it and go on, got "
                     f"{len(rows[row])} tokens"
                 )
-            runs = _runs(blocks[row][length:].tolist())
-            if not length and not is_flash:  # behind a cache, or where there are no masks, runs are read one by one
+            runs = runs_of(blocks[row][length:].tolist())
+            if not length and not is_flash(
+                text_config
+            ):  # behind a cache, or where there are no masks, runs are read one by one
                 runs = [(len(rows[row]), any(is_block for _, is_block in runs))]
             alike.setdefault((group, *runs), []).append(row)
     reading = [(contexts.take(members), members, runs) for (_, *runs), members in alike.items()]
@@ -250,7 +250,7 @@ def read_prompts(
             at = torch.tensor(members, device=device)[:, None], at
             inputs.append(embeds_RLD[at])
             positions.append(layout.position_ids[(slice(None), *at)])
-            in_block, mask = is_block and (start > 0 or is_flash), None
+            in_block, mask = is_block and (start > 0 or is_flash(text_config)), None
             if is_block and not in_block:
                 mask = sequence_mask(text_config, inputs[-1], None, layout.block_ids[at], None, None)["full_attention"]
             elif not is_block:
@@ -267,8 +267,3 @@ def read_prompts(
             ids = [rows[row][len(context.token_ids[0]) :][:length] for row in members]
             context._hold(hidden.view(len(members), length, -1)[:, -1:], of_part, ids)
     return Contexts.join([context for context, _, _ in reading], [row for _, members, _ in reading for row in members])
-
-
-def _runs(block_ids: list[int]) -> list[tuple[int, bool]]:
-    """Lengths of neighbours that attend alike: text, or one scale block, and whether they are a block."""
-    return [(len(list(run)), block >= 0) for block, run in groupby(block_ids)]

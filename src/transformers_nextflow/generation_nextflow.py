@@ -16,8 +16,10 @@ from .drawing import Forced, NextFlowOutputWithPictures, Sampler, draw_pictures
 from .image_codes import ImageCodesMixin
 from .image_generation import ImageControls, ImageGenerationConfig, ImageGenerationKwargs
 from .interleaved import NextFlowInterleavedOutput, answer, next_turn
+from .layout import final_grids
 from .prompts import Picture, Prompts
 from .sampling import RowGenerators
+from .scales import Grid, ScaleSchedule, ScheduleTable
 from .text_generation import TextGenerationMixin
 
 IMAGE_KEYWORDS = ImageGenerationKwargs.__annotations__.keys()
@@ -120,12 +122,18 @@ class NextFlowGenerationMixin(ImageCodesMixin, TextGenerationMixin):
             raise ValueError(f"num_images_per_prompt is of pictures alone, an answer draws its own, got {count}")
         with torch.no_grad():
             pictures = prompts.pictures(self)
-            keeps_size = not {"aspect_ratio", "height", "width"} & of_call.keys()
-            firsts = [own[0][0] if own and keeps_size else None for own in pictures]
-            controls = settings.controls(settings.schedule(self.model.schedules, firsts))
+            firsts = [own[0][0] if own else None for own in pictures]
+            controls = settings.controls(_schedule(settings, of_call, firsts, self.model.schedules))
             if generation_mode == "interleaved":
                 return answer(self, prompts, pictures, controls, **kwargs)
             return self._draw(prompts, pictures, controls, settings.num_images_per_prompt, **kwargs)
+
+    def drawn_grid(self, image_grid_hw: torch.Tensor | None = None, **settings: Unpack[ImageGenerationKwargs]) -> Grid:
+        """The final grid of the picture that [`~NextFlowGenerationMixin.generate`] draws for a prompt with these
+        images and settings, which `decode_preview` asks for before the picture is done."""
+        firsts, of_call = final_grids(image_grid_hw)[:1] if image_grid_hw is not None else [None], _said(settings)
+        of_model = ImageGenerationConfig.from_dict(self.config.image_generation)
+        return _schedule(of_model.updated(**of_call), of_call, firsts, self.model.schedules).final_grid
 
     def _draw(
         self,
@@ -181,6 +189,14 @@ class NextFlowGenerationMixin(ImageCodesMixin, TextGenerationMixin):
         prompts = Prompts(input_ids, **new).checked(self.config, self.generation_config.pad_token_id)
         with torch.no_grad():
             return next_turn(self, output, prompts)
+
+
+def _schedule(
+    settings: ImageGenerationConfig, of_call: Mapping, firsts: Sequence[Grid | None], table: ScheduleTable
+) -> ScaleSchedule:
+    """Of the pictures to draw: unless the call says a size, each prompt's first picture keeps its own."""
+    keeps_size = not {"aspect_ratio", "height", "width"} & of_call.keys()
+    return settings.schedule(table, firsts if keeps_size else [None])
 
 
 def _said(controls: Mapping | ImageGenerationConfig | None) -> dict:

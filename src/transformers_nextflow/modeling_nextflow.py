@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +32,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
-from .attention import FLEX, Apart, Part, refuse_dense_mask, sequence_mask
+from .attention import FLEX, Apart, Part, is_flash, refuse_dense_mask, runs_of, sequence_mask
 from .cache_name import CACHE, takes_cache
 from .configuration_nextflow import NextFlowConfig
 from .features import scale_taps
@@ -440,8 +439,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
         inputs_embeds = each_by_its_adapter(self, names, embed)  # images of all rows are embedded as one
         block_ids = layout.block_ids if len(layout.slot_places) else None
         position_ids = layout.position_ids if position_ids is None else position_ids
-        is_flash = "flash" in (self.config.text_config._attn_implementation or "")
-        if is_flash and block_ids is not None and document_ids is None and not self.training:
+        if is_flash(self.config.text_config) and block_ids is not None and document_ids is None and not self.training:
             if runs := _common_runs(block_ids, attention_mask):
                 cache = DynamicCache(config=self.config.text_config) if past_key_values is None else past_key_values
                 outputs = self._read_runs(inputs_embeds, position_ids, runs, cache, **kwargs)
@@ -464,21 +462,23 @@ class NextFlowModel(NextFlowPreTrainedModel):
         self,
         inputs_embeds: torch.Tensor,
         position_ids: torch.Tensor,
-        runs: Sequence[tuple[slice, bool]],
+        runs: Sequence[tuple[int, bool]],
         cache: Cache,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         """Text and scale blocks in turn, for attention that has no masks."""
+        lengths = [length for length, _ in runs]
+        parts = zip(inputs_embeds.split(lengths, dim=1), position_ids.split(lengths, dim=-1), runs)
         outputs = [
             self.language_model(
-                inputs_embeds=inputs_embeds[:, at],
+                inputs_embeds=inputs,
                 attention_mask={"full_attention": [None]} if in_block else None,
-                position_ids=position_ids[..., at],
+                position_ids=positions,
                 use_cache=True,
-                **{CACHE: Apart([Part(cache, tuple(position_ids[0, :, at].shape))]) if in_block else cache},
+                **{CACHE: Apart([Part(cache, tuple(inputs.shape[:2]))]) if in_block else cache},
                 **kwargs,
             )
-            for at, in_block in runs
+            for inputs, positions, (_, in_block) in parts
         ]
         layers = [output.hidden_states or () for output in outputs]
         return BaseModelOutputWithPast(
@@ -649,15 +649,11 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
         return torch.where(layout.target_codes >= 0, code_ids_N, layout.targets)
 
 
-def _common_runs(block_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[tuple[slice, bool]]:
-    """Where neighbours of (B, L) attend alike, and whether they are a scale block; nothing if rows differ in that or
-    are padded."""
-    in_block, changes = block_ids >= 0, block_ids[:, 1:] != block_ids[:, :-1]
+def _common_runs(block_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> Sequence[tuple[int, bool]]:
+    """[`runs_of`] all rows of (B, L); nothing if rows differ in that or are padded."""
+    of_rows = {tuple(runs_of(ids)) for ids in block_ids.tolist()}
     is_padded = attention_mask is not None and not attention_mask.bool().all()
-    if is_padded or any((each != each[:1]).any() for each in (in_block, changes)):
-        return []
-    bounds = [0, *(changes[0].nonzero().flatten() + 1).tolist(), block_ids.shape[1]]
-    return [(slice(start, end), bool(in_block[0, start])) for start, end in pairwise(bounds)]
+    return () if is_padded or len(of_rows) > 1 else of_rows.pop()
 
 
 def _is_filled(cache: Cache | None) -> bool:

@@ -373,6 +373,12 @@ class NextFlowProcessor(ProcessorBringsCode, ProcessorMixin):
         )
 
 
+def user_message(text: str, images: Sequence[ImageInput] = ()) -> dict:
+    """A message of a chat that asks: pictures, then a text."""
+    content = [{"type": "image", "image": image} for image in images]
+    return {"role": "user", "content": [*content, {"type": "text", "text": text}]}
+
+
 def _check_texts(name: str, texts: str | Sequence[str]) -> None:
     """Raise a `ValueError` for anything but a text or some texts."""
     listed = [texts] if isinstance(texts, str) else texts

@@ -18,6 +18,7 @@ from ..layout import num_image_slots
 from ..losses import IGNORE
 from ..modeling_nextflow import NextFlowForConditionalGeneration
 from ..modeling_nextflow_vq import NextFlowVQOutput
+from ..processing_nextflow import user_message
 from ..scales import Grid, ScaleSchedule
 from .pictures import Picture, default_pictures
 
@@ -161,8 +162,7 @@ class Case:
 
     def answer(self, text: str, codes: torch.Tensor, schedule: ScaleSchedule, conditions: Sequence = ()) -> Answer:
         """`text`, after the pictures `conditions`, answered by the picture of (1, L) `codes`."""
-        content = [{"type": "image", "image": image} for image in conditions] + [{"type": "text", "text": text}]
-        chat = [{"role": "user", "content": content}]
+        chat = [user_message(text, conditions)]
         prompt = dict(self.processor.apply_chat_template(chat, generation_mode="image").to(self.model.device))
         prompt.pop("mm_token_type_ids", None)
         ids = prompt["input_ids"]

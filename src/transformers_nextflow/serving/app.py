@@ -14,7 +14,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
 
 from ..modeling_nextflow import NextFlowForConditionalGeneration
-from ..processing_nextflow import NextFlowProcessor
+from ..processing_nextflow import NextFlowProcessor, user_message
 from .batching import Batcher
 from .chats import message_of, read_chat
 from .errors import RequestError, add_error_handlers
@@ -102,8 +102,7 @@ def create_app(
 
         def job() -> Job:
             pictures = [read_picture(file, limits.max_pixels, "image") for file in files]
-            content = [{"type": "image", "image": picture} for picture in pictures]
-            chat = [{"role": "user", "content": [*content, {"type": "text", "text": asked.prompt}]}]
+            chat = [user_message(asked.prompt, pictures)]
             over = None if mask is None else read_picture(mask, limits.max_pixels, "mask")
             return studio.picture_job(asked, seed_of(asked.seed), chat, "prompt", asked.n, over)
 

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import TrainerCallback
 
 from ..lora import below_adapters
-from ..processing_nextflow import NextFlowProcessor
+from ..processing_nextflow import NextFlowProcessor, user_message
 from ..utils.files import write_atomically
 
 
@@ -128,10 +128,7 @@ class SamplesCallback(DrawingCallback):
         if len(images) != len(prompts):
             raise ValueError(f"images must have one entry for each of {len(prompts)} prompts, got {len(images)}")
         self.processor, self.seed, self.generation = processor, seed, generation
-        self.chats = []
-        for prompt, given in zip(prompts, images):
-            content = [*({"type": "image", "image": image} for image in given), {"type": "text", "text": prompt}]
-            self.chats.append([{"role": "user", "content": content}])
+        self.chats = [[user_message(prompt, given)] for prompt, given in zip(prompts, images)]
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if isinstance(model, FSDPModule):  # the Trainer does the same with `generate`
