@@ -201,9 +201,10 @@ tags: [nextflow, next-scale-prediction, emoji]
 ---
 # nextflow-emoji
 
-A small NextFlow that draws, edits, describes and reasons in emoji of five styles, at 64 x 64 pixels, in pairs and
-rows, and at 32 x 32. Its mechanisms are the library's defaults and the paper's; it is the embedded default of its
-repository.
+A small NextFlow that draws, edits and describes emoji of five styles, at 64 x 64 pixels. It was also trained to reason
+first, on analogies, sequences, pairs and rows, and at 32 x 32 pixels: of these it can what the scores below say, and
+what has none there is not claimed. Its mechanisms are the library's defaults and the paper's; it is the embedded
+default of its repository.
 
 ```python
 import transformers_nextflow
