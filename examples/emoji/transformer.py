@@ -50,11 +50,10 @@ class Training:
 
 
 # Table 2's order: connector and head alone, then everything, at the lower level without and at the higher with eq. 2.
-# The long stage ends at its peak, so that a longer run can go on from it; the rate falls in the one after it.
 TRAININGS = {
     "alignment": Training(4_000, 192, 16, 60, 1e-3, 0.5, "connector_and_head", 0.0),
     "pretraining-32": Training(12_000, 192, 16, 200, 3e-3, 0.1, scale_loss_alpha=0.0),
-    "pretraining-64": Training(72_000, 416, 10, 8_000, 3e-3, 0.0),
+    "pretraining-64": Training(72_000, 416, 10, 12_000, 3e-3, 1 / 3),
     "tuning-64": Training(24_000, 848, 5, 1_000, 1.5e-3, 0.9),
 }
 
