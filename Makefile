@@ -65,6 +65,7 @@ mutants: $(INSTALLED)
 
 lint: $(INSTALLED)
 	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy
 
 # torch first and exact: left to the resolver, a newer torch would bring gigabytes of CUDA libraries.
 $(INSTALLED): pyproject.toml constraints.txt

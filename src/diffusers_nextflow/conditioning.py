@@ -160,4 +160,4 @@ def read_condition(layer: nn.Linear) -> None:
     loads into the stock class.
     """
     if not isinstance(layer, ReadsCondition):
-        layer.__class__ = _reading(type(layer))
+        layer.__class__ = _reading(type(layer))  # type: ignore[arg-type]

@@ -60,7 +60,8 @@ class NextFlowDecoderMixin(StableNames):
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         if issubclass(cls, DiffusionPipeline):
-            cls.__call__ = _with_arguments(NextFlowDecoderMixin.__call__, super().__call__)
+            call = _with_arguments(NextFlowDecoderMixin.__call__, super().__call__)
+            cls.__call__ = call  # type: ignore[method-assign]
 
     def _add_condition(self, conditioner: NextFlowConditioner | None, vq_model: NextFlowVQModel | None) -> None:
         """Register conditioner and vision tokenizer, and let the backbone read the condition."""
@@ -238,11 +239,13 @@ class NextFlowDecoderMixin(StableNames):
         return randn_tensor(shape, generator, self._execution_device, getattr(self, self.backbone).dtype)
 
     def _coded_size(self, features: torch.Tensor) -> tuple[int, int]:
-        return tuple(length * self.conditioner.config.patch_size for length in features.shape[-2:])
+        height, width = (length * self.conditioner.config.patch_size for length in features.shape[-2:])
+        return height, width
 
     def _grid(self, codes: torch.Tensor, grid: Grid | None) -> Grid:
         if grid is not None:
-            return tuple(map(int, grid))
+            height, width = map(int, grid)
+            return height, width
         fitting = [s.final_grid for s in self.vq_model.schedules if s.num_codes == codes.shape[1]]
         if len(fitting) != 1:
             raise ValueError(f"{codes.shape[1]} codes fit {len(fitting)} schedules ({fitting}); name one by grid")

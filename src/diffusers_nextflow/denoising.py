@@ -159,7 +159,7 @@ def predict(
     if pipe.family == "unet":
         return backbone(noisy, timesteps, return_dict=False, **text)[0]
     rows, columns = (length // pipe.stride for length in size)
-    extra = {"guidance": None}
+    extra: dict = {"guidance": None}
     if backbone.config.guidance_embeds:
         extra["guidance"] = torch.full((len(noisy),), guidance_scale, device=noisy.device)
     if pipe.family == "flux":

@@ -44,7 +44,7 @@ class UNetDecoderMixin(NextFlowDecoderMixin):
     family, backbone = "unet", "unet"
 
     @property
-    def stride(self) -> int:
+    def stride(self) -> int:  # type: ignore[override]
         return self.vae_scale_factor
 
     def _size_arguments(self, size: tuple[int, int]) -> dict:
@@ -66,7 +66,7 @@ class TokenDecoderMixin(NextFlowDecoderMixin):
     backbone = "transformer"
 
     @property
-    def stride(self) -> int:
+    def stride(self) -> int:  # type: ignore[override]
         return self.vae_scale_factor * 2  # latents are packed 2 x 2 to a token
 
     def _size_arguments(self, size: tuple[int, int]) -> dict:

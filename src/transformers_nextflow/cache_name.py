@@ -30,5 +30,5 @@ def takes_cache(function: Callable) -> Callable:
         return function(*args, **kwargs)
 
     parameters = [each.replace(name=name) for name, each in zip(names, given.parameters.values())]
-    renamed.__signature__ = given.replace(parameters=parameters)
+    renamed.__signature__ = given.replace(parameters=parameters)  # type: ignore[attr-defined]
     return renamed

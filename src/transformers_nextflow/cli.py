@@ -293,7 +293,7 @@ def interleave(
         raise NotADirectoryError(f"--output must be a folder, got the file {folder}")
     nextflow, processor = load_model(model)
     seed = new_seed(seed)
-    mode = {"generation_mode": "interleaved"}
+    mode: dict = {"generation_mode": "interleaved"}
     inputs = chat_inputs(processor, images, prompt, negative_prompt=pictures.negative_prompt, **mode)
     names = ("aspect_ratio", "level", "guidance_scale", "image_guidance_scale")
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -321,7 +321,8 @@ def interleave(
 
 def save_answer(parts: list[str | Image.Image], folder: Path) -> list[dict]:
     """Write answer.md and its pictures, in place of those of an earlier answer; returns what is in it."""
-    listed, lines, paths = [], [], []
+    listed: list[dict] = []
+    lines, paths = [], []
     for part in parts:
         if isinstance(part, str):
             listed.append({"text": part})
@@ -621,7 +622,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         app(argv, prog_name="transformers-nextflow")
     except SystemExit as end:
-        return end.code
+        return int(end.code or 0)
     except (ValueError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
+    return 0

@@ -1,6 +1,6 @@
 """Configurations of the vision tokenizer and the transformer. Every choice the paper leaves open is a field here."""
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
@@ -12,6 +12,13 @@ from .cache_name import CACHE
 from .image_generation import ImageGenerationConfig
 from .remote_code import ConfigBringsCode
 from .scales import PAPER_LEVELS, ScheduleTable, schedule_table
+
+if TYPE_CHECKING:  # what a configuration has once it is made is more than what it is made from
+    from typing import Any as Pictures
+    from typing import Any as SubConfig
+else:
+    SubConfig = dict | PreTrainedConfig | None
+    Pictures = dict | ImageGenerationConfig | None
 
 # transformers' model types: the first reads any grid, the others one size
 SEMANTIC_ENCODERS = ("siglip2_vision_model", "siglip_vision_model", "clip_vision_model")
@@ -112,12 +119,12 @@ class NextFlowVQConfig(ConfigBringsCode, PreTrainedConfig):
         "semantic_decoder_config": SubConfigSpec(ViTConfig, optional=True),
     }
 
-    semantic_config: dict | PreTrainedConfig | None = None
+    semantic_config: SubConfig = None
     semantic_feature_layer: int | None = -2
     semantic_mean: list[float] | None = None
     semantic_deviation: list[float] | None = None
     semantic_decoder_layers: int = 3
-    semantic_decoder_config: dict | PreTrainedConfig | None = None
+    semantic_decoder_config: SubConfig = None
     teacher_dim: int | None = None
     semantic_dim: int = 32
     pixel_dim: int = 8
@@ -235,8 +242,8 @@ class NextFlowConfig(ConfigBringsCode, PreTrainedConfig):
         "AutoModelForMultimodalLM": "modeling_nextflow.NextFlowForConditionalGeneration",
     }
 
-    text_config: dict | PreTrainedConfig | None = None
-    vq_config: dict | PreTrainedConfig | None = None
+    text_config: SubConfig = None
+    vq_config: SubConfig = None
     boi_token_id: int = 151652
     eoi_token_id: int = 151653
     image_token_id: int = 151655
@@ -244,7 +251,7 @@ class NextFlowConfig(ConfigBringsCode, PreTrainedConfig):
     position_scale: float | int | None = None
     condition_last_scale: bool = True
     scale_loss_alpha: float | int = 0.9
-    image_generation: dict | ImageGenerationConfig | None = None
+    image_generation: Pictures = None
     vision_tokenizer: dict | None = None
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02

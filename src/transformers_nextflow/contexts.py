@@ -246,10 +246,10 @@ def read_prompts(
         parts, inputs, positions = [], [], []
         for context, members, length, is_block in now:
             start, cache = len(context.token_ids[0]), context.groups[0][1]
-            at = torch.stack([columns[row][start : start + length] for row in members])
-            at = torch.tensor(members, device=device)[:, None], at
+            places = torch.stack([columns[row][start : start + length] for row in members])
+            at = torch.tensor(members, device=device)[:, None], places
             inputs.append(embeds_RLD[at])
-            positions.append(layout.position_ids[(slice(None), *at)])
+            positions.append(layout.position_ids[:, at[0], at[1]])
             in_block, mask = is_block and (start > 0 or is_flash(text_config)), None
             if is_block and not in_block:
                 mask = sequence_mask(text_config, inputs[-1], None, layout.block_ids[at], None, None)["full_attention"]

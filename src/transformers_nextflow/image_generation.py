@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 from .sampling import SAMPLING_LIMITS, LinearRamp, PerScale, ScaleInterval, integer, per_scale, plain
 from .scales import Grid, ScaleSchedule, ScheduleTable
 
-LIMITS = {"guidance_scale": (0.0,), "image_guidance_scale": (0.0,), **SAMPLING_LIMITS}
+LIMITS: dict[str, tuple] = {"guidance_scale": (0.0,), "image_guidance_scale": (0.0,), **SAMPLING_LIMITS}
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class ImageGenerationConfig:
             value = getattr(self, name)
             if isinstance(value, list):
                 per_scale(name, value, len(value), *LIMITS[name])
-            elif isinstance(value, int | float | str | None):
+            elif not isinstance(value, LinearRamp | ScaleInterval):
                 per_scale(name, value, 1, *LIMITS[name])
         if (self.height is None) != (self.width is None):
             raise ValueError(f"give height and width both, got {self.height} and {self.width}")
@@ -174,7 +174,7 @@ class ImageGenerationConfig:
 
     def controls(self, schedule: ScaleSchedule) -> ImageControls:
         """One value for each scale."""
-        values = [per_scale(name, getattr(self, name), len(schedule), *limit) for name, limit in LIMITS.items()]
+        values: list = [per_scale(name, getattr(self, name), len(schedule), *limit) for name, limit in LIMITS.items()]
         return ImageControls(schedule, *values, refine_top_k=tuple(self.refine_top_k))
 
 

@@ -65,9 +65,10 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 def _may_have_exif(image: Image.Image) -> bool:
     """False only where there is none. Pillow decodes a PNG to find out, since EXIF may follow the pixels; names of
     chunks tell it too."""
-    if image.format != "PNG" or "exif" in image.info or getattr(image, "fp", None) is None:
+    file = getattr(image, "fp", None)
+    if image.format != "PNG" or "exif" in image.info or file is None:
         return True
-    file, place = image.fp, image.fp.tell()
+    place = file.tell()
     try:
         file.seek(8)  # the signature
         while len(head := file.read(8)) == 8:
@@ -81,7 +82,7 @@ def _may_have_exif(image: Image.Image) -> bool:
         file.seek(place)
 
 
-class NextFlowImageProcessorKwargs(ImagesKwargs, total=False):
+class NextFlowImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     """
     level (`str` or `int`, *optional*):
         Level of the schedules to choose from; `None` keeps pictures that have a schedule's size already, and brings

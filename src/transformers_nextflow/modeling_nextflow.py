@@ -169,10 +169,10 @@ class NextFlowAttention(Qwen2_5_VLAttention):
         states = [project(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for project in projections]
         states[:2] = apply_rotary_pos_emb(*states[:2], *rotary)
         sizes = [rows * length for rows, length in (part.shape for part in parts)]
-        states = zip(*(each.transpose(1, 2).flatten(0, 1).split(sizes) for each in states))
+        of_parts = zip(*(each.transpose(1, 2).flatten(0, 1).split(sizes) for each in states))
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         outputs = []
-        for part, mask, of_part in zip(parts, masks, states):
+        for part, mask, of_part in zip(parts, masks, of_parts):
             query, key, value = (each.unflatten(0, part.shape).transpose(1, 2) for each in of_part)
             key, value = part.cache.update(key, value, self.layer_idx)
             causality = {"is_causal": False} if part.in_block else {}

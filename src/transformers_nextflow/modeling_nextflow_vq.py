@@ -346,8 +346,9 @@ class NextFlowVQModel(AtLeastFloat32, LibraryModel):
         With `pixel_only` the semantic channels are 0.
         """
         grid = self._schedule_of(pixel_values).final_grid
-        size = tuple(length * self.config.patch_size for length in grid)
-        pixel = self.pixel_encoder(resize_features(pixel_values, size)).to(pixel_values.device, torch.float32)
+        height, width = (length * self.config.patch_size for length in grid)
+        pixel = self.pixel_encoder(resize_features(pixel_values, (height, width)))
+        pixel = pixel.to(pixel_values.device, torch.float32)
         if pixel_only:
             return F.pad(pixel, (0, 0, 0, 0, self.config.semantic_dim, 0))
         semantic = to_map(self.semantic_to_code(self.semantic_features(pixel_values)), grid)

@@ -321,7 +321,7 @@ class NextFlowProcessor(ProcessorBringsCode, ProcessorMixin):
         generation_mode: str | None = None,
         pictures: Sequence[torch.Tensor] = (),
         **kwargs,
-    ) -> list[str] | list[Image.Image] | list[list[str | Image.Image]]:
+    ) -> list:
         """Ids to texts; in image mode pixels, as `model.decode_image_tokens` gives them, to pictures; in interleaved
         mode an output, with `pictures=model.decode_images(output.image_codes, output.image_grid_hw)`, to each row's
         answer as a list of texts and pictures in order."""
@@ -341,7 +341,8 @@ class NextFlowProcessor(ProcessorBringsCode, ProcessorMixin):
             raise ValueError(f"the output holds {expected} pictures, got {len(pictures)}")
         unread, answers = iter(pictures), []
         for ids, mask in zip(output.sequences.tolist(), output.attention_mask.tolist()):
-            parts, text = [], []
+            parts: list = []
+            text: list[int] = []
             for column, (token, kept) in enumerate(zip(ids, mask)):
                 picture = next(unread) if token == self.boi_token_id else None
                 if column < output.prompt_length or not kept:

@@ -79,7 +79,8 @@ class SelfCorrection:
     @property
     def share_range(self) -> tuple[float, float]:
         share = self.token_share
-        return tuple(share) if isinstance(share, Sequence) else (share, share)
+        low, high = share if isinstance(share, Sequence) else (share, share)
+        return low, high
 
     def draws(self, schedule: ScaleSchedule, seed: int, keys: Sequence[str | int]) -> tuple[torch.Tensor, ...]:
         """Uniform numbers for each sample, from `seed` and the sample's key alone.

@@ -17,7 +17,11 @@ COLDEST = 1e-6
 """Temperatures below take the most likely, their limit: quotients by them overflow float32."""
 
 # (lowest, highest, whether whole) of what text and pictures are sampled with, see `per_scale`
-SAMPLING_LIMITS = {"temperature": (0.0, inf, False), "top_k": (0, inf, True), "top_p": (1e-6, 1.0, False)}
+SAMPLING_LIMITS: dict[str, tuple] = {
+    "temperature": (0.0, inf, False),
+    "top_k": (0, inf, True),
+    "top_p": (1e-6, 1.0, False),
+}
 
 
 def integer(name: str, value: int, low: int, high: float = inf) -> int:
@@ -216,7 +220,7 @@ class RowGenerators:
         seed, the n-th from (seed, n), whatever the other rows are. A list of generators has one for each row; a single
         one is that of the first row and gives the others their seeds, as torch's global one does without either.
         """
-        seed, rows = plain(seed), num_prompts * images_per_prompt
+        seeds, rows = plain(seed), num_prompts * images_per_prompt
         if seed is not None and generator is not None:
             raise ValueError("give either seed or generator, not both")
         if isinstance(generator, Sequence):
@@ -224,8 +228,8 @@ class RowGenerators:
                 raise ValueError(f"a list of generators needs one for each of {rows} pictures, got {len(generator)}")
             return cls(list(generator))
         if seed is not None:
-            is_list = isinstance(seed, Sequence) and not isinstance(seed, str)
-            seeds = [check_seed(each) for each in (seed if is_list else [seed] * num_prompts)]
+            is_list = isinstance(seeds, Sequence) and not isinstance(seeds, str)
+            seeds = [check_seed(each) for each in (seeds if is_list else [seeds] * num_prompts)]
             if len(seeds) != num_prompts:
                 raise ValueError(f"a list of seeds needs one for each of the {num_prompts} prompts, got {len(seeds)}")
             row_seeds = [_image_seed(prompt, index) for prompt in seeds for index in range(images_per_prompt)]

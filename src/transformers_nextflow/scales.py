@@ -107,7 +107,7 @@ class ScheduleTable:
         self._by_grid: dict[Grid, ScaleSchedule] = {}
         self._level_of: dict[Grid, str] = {}
         for row in rows:
-            full = ScaleSchedule(tuple(map(tuple, row)))
+            full = ScaleSchedule(tuple((height, width) for height, width in row))
             for level, num_scales in self.levels.items():
                 schedule = full.prefix(num_scales)
                 if schedule.final_grid in self._by_grid:
@@ -227,7 +227,7 @@ PAPER_LEVELS = {"256": 12, "512": 16, "1024": 18}
 
 
 def schedule_table(
-    rows: Sequence | None, levels: Mapping[str, int] | None, patch_size: int, image_size: int | None = None
+    rows: Sequence | None, levels: Mapping[str, int] | None, patch_size: int | Fraction, image_size: int | None = None
 ) -> ScheduleTable:
     """The table of a configuration, in which `None` means table 14.
 

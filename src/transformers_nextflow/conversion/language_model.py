@@ -196,9 +196,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="text model, vision tokenizer, and a new folder")
     parser.add_argument("--back", action="store_true", help="the text decoder of a NextFlow as a Qwen2 instead")
-    tokens = parser.add_argument_group("special tokens of the text model that serve for pictures (default: Qwen's)")
+    group = parser.add_argument_group("special tokens of the text model that serve for pictures (default: Qwen's)")
     for name, meaning in zip(ImageTokens._fields, ("begins a picture", "ends it", "stands for its codes")):
-        tokens.add_argument(f"--{name}", metavar="TOKEN", help=meaning)
+        group.add_argument(f"--{name}", metavar="TOKEN", help=meaning)
     parser.add_argument("--dtype", choices=DTYPES, help="of the transformer's weights (default: the text model's own)")
     parser.add_argument(
         "--max-shard-size", type=parse_size, default="5GB", metavar="SIZE", help="of a file (default: %(default)s)"
@@ -213,11 +213,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("name all of --boi, --eoi and --image, or none")
     try:
         if arguments.back:
-            convert_back(*arguments.folders, arguments.max_shard_size)
+            convert_back(*arguments.folders, max_shard_size=arguments.max_shard_size)
         else:
-            chosen = ImageTokens(*tokens) if all(tokens) else None
-            dtype = DTYPES[arguments.dtype] if arguments.dtype else None
-            convert(*arguments.folders, chosen, dtype, arguments.max_shard_size)
+            options = {
+                "image_tokens": ImageTokens(*tokens) if all(tokens) else None,
+                "dtype": DTYPES[arguments.dtype] if arguments.dtype else None,
+                "max_shard_size": arguments.max_shard_size,
+            }
+            convert(*arguments.folders, **options)
     except (ValueError, OSError, ImportError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2

@@ -171,15 +171,15 @@ def pack(
         cost_model = CostModel.from_dict(read_json(Path(costs.cost_model)))
     else:
         cost_model = CostModel.from_config(load_config(model_name(model)), costs.backend)
-    strategy = {
+    strategies: dict = {
         "budget": lambda: ComputeBudget(packs.length, packs.budget),
         "length": lambda: FixedLength(packs.length),
         "padding": lambda: BatchPadding(packs.batch_size, packs.length),
-    }[packs.strategy]()
+    }
     manifest = run(
         documents,
         output,
-        strategy,
+        strategies[packs.strategy](),
         cost_model,
         packs.multiple_of,
         packs.text_share,

@@ -74,10 +74,11 @@ class CostModel:
         """
         from scipy.optimize import nnls
 
-        seconds = np.asarray(seconds, dtype=np.float64)
+        took = np.asarray(seconds, dtype=np.float64)
         scale = np.maximum(np.abs(measures).max(axis=0), 1e-30)
-        coefficients, _ = nnls(measures / scale / seconds[:, None], np.ones(len(seconds)))
-        return cls(backend, *map(float, coefficients / scale), source=source)
+        coefficients, _ = nnls(measures / scale / took[:, None], np.ones(len(took)))
+        values: list = (coefficients / scale).tolist()
+        return cls(backend, *values, source=source)
 
     @property
     def coefficients(self) -> np.ndarray:

@@ -24,6 +24,9 @@ from typing import Any
 
 from PIL import Image
 
+EncodedImage = bytes | str | Image.Image
+"""A picture as documents have it: encoded, by its path, or opened by Pillow."""
+
 CAPTION_QUESTION = "describe the picture"
 MAX_IMAGES = {"512": 5, "1024": 3}  # of interleaved documents and videos, by level (NextFlow sec. 5)
 
@@ -50,7 +53,7 @@ class Document:
     key: str
     kind: str
     messages: tuple[Message, ...]
-    images: tuple[bytes | str | Image.Image, ...] = ()
+    images: tuple[EncodedImage, ...] = ()
 
     def __post_init__(self):
         roles = [message.role for message in self.messages]
@@ -100,8 +103,10 @@ def is_supervised(role: str | None) -> bool:
     return role in (None, "assistant")
 
 
-def open_image(image: bytes | str) -> Image.Image:
-    """An encoded picture or a path of a [`Document`], opened but not decoded."""
+def open_image(image: EncodedImage) -> Image.Image:
+    """A picture of a [`Document`], opened but not decoded."""
+    if isinstance(image, Image.Image):
+        return image
     return Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
 
 
@@ -303,7 +308,7 @@ def _as_list(cell: Any) -> list:
     return list(cell) if isinstance(cell, (list, tuple)) else [cell]
 
 
-def _captioning(key: str, image: bytes | str, question: str, answer: str) -> Document:
+def _captioning(key: str, image: EncodedImage, question: str, answer: str) -> Document:
     messages = (Message("user", (None, question)), Message("assistant", (answer,)))
     return Document(key, "captioning", messages, (image,))
 

@@ -25,7 +25,16 @@ from ..modeling_nextflow_vq import unpatchify
 from ..quantizer import SelfCorrection
 from ..scales import ScaleSchedule
 from ..utils.files import read_json, write_atomically
-from .documents import MAX_IMAGES, Document, DocumentReader, Skipped, Transformations, is_supervised, open_image
+from .documents import (
+    MAX_IMAGES,
+    Document,
+    DocumentReader,
+    EncodedImage,
+    Skipped,
+    Transformations,
+    is_supervised,
+    open_image,
+)
 from .sequences import DocumentTokenizer
 from .shards import (
     FORMAT_VERSION,
@@ -43,7 +52,7 @@ from .shards import (
     write_manifest,
     write_shard,
 )
-from .sources import Source, content_hash
+from .sources import LoadedSource, Source, content_hash
 from .tokenizers import load_tokenizers
 
 logger = logging.get_logger(__name__)
@@ -217,7 +226,12 @@ class Extractor:
     """One process's part: the source, the vision tokenizer on its device, the settings, workers that read ahead."""
 
     def __init__(
-        self, source: Source, model: str, settings: ExtractionSettings, device: str = "cpu", num_workers: int = 0
+        self,
+        source: Source | LoadedSource,
+        model: str,
+        settings: ExtractionSettings,
+        device: str = "cpu",
+        num_workers: int = 0,
     ):
         self.source, self.settings, self.device, self.num_workers = source, settings, device, num_workers
         self.config, self.processor, self.vq_model = load_tokenizers(model, device)
@@ -329,7 +343,7 @@ class Extractor:
         if settings.max_text is not None and length > settings.max_text:
             raise Skipped("text too long", f"{length} characters")
 
-    def _schedule_of(self, image: bytes | str) -> ScaleSchedule:
+    def _schedule_of(self, image: EncodedImage) -> ScaleSchedule:
         try:
             with open_image(image) as picture:
                 height, width = upright_size(picture)
@@ -345,7 +359,7 @@ class Extractor:
     def _batches(self, documents) -> list[tuple[ScaleSchedule, bool, list[list[tuple[int, int]]]]]:
         """Pictures of one schedule and one supervision, `batch_size` at a time, each with the places, as (document,
         image), where the shard shows it."""
-        groups: dict[tuple, dict[bytes | str, list]] = {}
+        groups: dict[tuple, dict[EncodedImage, list]] = {}
         for number, (document, schedules) in enumerate(documents):
             for image, (schedule, supervised) in enumerate(zip(schedules, document.supervised_images)):
                 pictures = groups.setdefault((schedule.final_grid, supervised), {})
@@ -390,13 +404,14 @@ class Extractor:
             first += len(places)
         variants = range(self.settings.num_variants if supervised else 0)
         codes, inputs = self.code(pixels, schedule, keys, variants)
-        result = {"thumbnail": np.zeros(0, np.uint8), "error": np.zeros(())}
+        result: dict = {"thumbnail": np.zeros(0, np.uint8), "error": np.zeros(())}
         if pixels:
             stored = torch.from_numpy(decodable_codes(codes[0], inputs[0])[None]).to(self.device)
             decoded = thumbnail(self.vq_model.decode(stored, schedule.final_grid)[0])
             result["thumbnail"] = thumbnail(pixels[0])
             result["error"] = thumbnail_error(decoded, {"thumbnail": result["thumbnail"].tobytes().hex()})
-        result |= {"codes": codes, "inputs": inputs, "failed": np.array(failed, int), "errors": np.array(errors, str)}
+        result |= {"codes": codes, "inputs": inputs}
+        result |= {"failed": np.array(failed, np.int64), "errors": np.array(errors, str)}
 
         def write(partial: Path) -> None:
             with open(partial, "wb") as file:
@@ -441,7 +456,7 @@ class Extractor:
             inputs[:, place] = output.input_codes[:, :coarse].cpu().numpy()
         return codes, inputs
 
-    def pixels(self, image: bytes | str, schedule: ScaleSchedule) -> torch.Tensor:
+    def pixels(self, image: EncodedImage, schedule: ScaleSchedule) -> torch.Tensor:
         """(3, H, W) float32 in [-1, 1] of the schedule's size."""
         return pixels_of(self.processor.image_processor, image, schedule)
 
@@ -463,7 +478,7 @@ class Extractor:
         }
 
 
-def pixels_of(image_processor: NextFlowImageProcessor, image: bytes | str, schedule: ScaleSchedule) -> torch.Tensor:
+def pixels_of(image_processor: NextFlowImageProcessor, image: EncodedImage, schedule: ScaleSchedule) -> torch.Tensor:
     """(3, H, W) float32 in [-1, 1] of the schedule's size."""
     with open_image(image) as picture:
         data = image_processor(picture, level=image_processor.schedule_table().level_of(schedule.final_grid))
@@ -481,7 +496,7 @@ class PictureReader(Dataset):
         images: each with its schedule.
     """
 
-    def __init__(self, images: Sequence[tuple[bytes | str, ScaleSchedule]], image_processor: NextFlowImageProcessor):
+    def __init__(self, images: Sequence[tuple[EncodedImage, ScaleSchedule]], image_processor: NextFlowImageProcessor):
         self.images, self.image_processor = images, image_processor
 
     def __len__(self) -> int:

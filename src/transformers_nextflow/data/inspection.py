@@ -134,7 +134,7 @@ def draw_costs(costs: Sequence[float], size: tuple[int, int] = (640, 320), bins:
     """Histogram of the rows' costs relative to their mean: a narrow one keeps ranks from waiting for each other."""
     image = Image.new("RGB", size, PAPER)
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(12)
-    relative = np.asarray(costs, dtype=np.float64) / max(np.mean(costs), 1e-30) if len(costs) else np.ones(1)
+    relative = np.asarray(costs, dtype=np.float64) / max(float(np.mean(costs)), 1e-30) if len(costs) else np.ones(1)
     top = max(2.0, float(relative.max()))
     counts, _ = np.histogram(relative, bins=bins, range=(0, top))
     left, bottom, width, height = 40, size[1] - 40, size[0] - 60, size[1] - 70

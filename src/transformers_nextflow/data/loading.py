@@ -80,7 +80,7 @@ class PackReader(Dataset):
 
 
 def unfold(
-    row: dict, lengths: np.ndarray, spec: SequenceSpec, variants: int, picks: Sequence[int]
+    row: dict, lengths: np.ndarray, spec: SequenceSpec, variants: int, picks: Sequence[int] | np.ndarray
 ) -> dict[str, np.ndarray]:
     """A stored row as [`PackReader`] gives it.
 

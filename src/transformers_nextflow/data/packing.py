@@ -9,7 +9,7 @@ import heapq
 import shutil
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -48,7 +48,7 @@ class Extents:
     def __len__(self) -> int:
         return len(self.num_tokens)
 
-    def of(self, documents: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def of(self, documents: Sequence[int] | np.ndarray | slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         return tuple(getattr(self, name)[documents] for name in EXTENTS)
 
 
@@ -239,7 +239,7 @@ def pack(
                 parts = [k for k in first[name] if first[name][k] != manifest[name][k]] if name == "identity" else []
                 raise ValueError(f"{folder} was made with another {' and '.join(parts) or name} than {sources[0][0]}")
     settings = {
-        "strategy": {"name": type(strategy).__name__, **asdict(strategy)},
+        "strategy": {"name": type(strategy).__name__, **vars(strategy)},
         "cost_model": cost_model.to_dict(),
         "multiple_of": multiple_of,
         "text_share": text_share,

@@ -25,8 +25,11 @@ SHARD_ENTRIES = {"file": str, "rows": int, "bytes": int, "sha256": str}
 
 
 def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def write_json(path: Path, value) -> None:

@@ -56,10 +56,10 @@ class Source:
         path = Path(self.name)
         if path.exists():
             builder, files = _local_format(path)
-            options = {"data_dir": str(path)} if builder == "imagefolder" else {"data_files": {self.split: files}}
+            options: dict = {"data_files": {self.split: files}}
             if builder == "imagefolder":
-                options["drop_labels"] = True
-            arguments = (builder,)
+                options = {"data_dir": str(path), "drop_labels": True}
+            arguments: tuple = (builder,)
         elif re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", self.name):
             arguments, options = (self.name, self.config), {}
         else:

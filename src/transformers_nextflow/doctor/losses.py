@@ -61,7 +61,7 @@ def targets(check: Check, case: Case) -> Finding:
     """No codes next to the stored ones in number or place are likelier, nor would these be with half or twice the
     logits; those of another row are less likely."""
     readings, size = [case.read(row) for row in case.rows], case.config.vq_config.codebook_size
-    others = {}
+    others: dict = {}
     for n in (-2, -1, 1, 2):
         others["wrong code offset", f"codes {n:+d}"] = lambda r, n=n: _cost(r, (r.codes + n) % size)
         others["shifted targets", f"places {n:+d}"] = lambda r, n=n: _cost(r, r.codes.roll(-n))
@@ -101,7 +101,7 @@ def other_settings(case: Case) -> Iterator[Alteration]:
     """Settings of config.json that weights do not show."""
     rotary = case.model.model.language_model.rotary_emb
     mode = "residual" if case.config.feature_mode == "accumulated" else "accumulated"
-    listed = [("feature mode", case.config, "feature_mode", mode)]
+    listed: list[tuple] = [("feature mode", case.config, "feature_mode", mode)]
     if case.config.position_scale is not None:
         listed.append(("position scale", case.config, "position_scale", None))
     half = len(rotary.inv_freq)

@@ -38,9 +38,10 @@ def tables(diagnosis: Diagnosis) -> Group:
 
 def to_text(diagnosis: Diagnosis, width: int = 100) -> str:
     """The tables without colours."""
-    console = Console(file=io.StringIO(), width=width, color_system=None)
+    text = io.StringIO()
+    console = Console(file=text, width=width, color_system=None)
     console.print(tables(diagnosis))
-    return console.file.getvalue()
+    return text.getvalue()
 
 
 def to_html(diagnosis: Diagnosis, title: str) -> str:

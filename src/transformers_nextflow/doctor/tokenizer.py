@@ -103,7 +103,7 @@ def codes(check: Check, case: Case) -> Finding:
     perplexities = [float(torch.special.entr(share).sum().exp()) for share in shares]
     usage = [int((share > 0).sum()) for share in shares]
     scores = [z_score(torch.tensor(values)) for values in gains]
-    case.curves["codes of each scale"] = {"different codes used": usage, "perplexity": perplexities}
+    case.curves["codes of each scale"] = {"different codes used": list(map(float, usage)), "perplexity": perplexities}
     pictures = sum(len(group.pixels) for group in case.groups)
     measured = f"{', '.join(map(str, usage))} different codes at the scales over {pictures} pictures"
     collapsed = [scale for scale, score in enumerate(scores) if score < SIGNIFICANT]

@@ -4,12 +4,11 @@ import asyncio
 import random
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Annotated
 
 from fastapi import FastAPI, Form, Request, Response
-from PIL import Image
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
 
@@ -100,13 +99,13 @@ def create_app(
         files = [await upload.read() for upload in uploads]
         mask = None if asked.mask is None else await asked.mask.read()
 
-        def job() -> Job:
+        def read() -> Job:
             pictures = [read_picture(file, limits.max_pixels, "image") for file in files]
             chat = [user_message(asked.prompt, pictures)]
             over = None if mask is None else read_picture(mask, limits.max_pixels, "mask")
             return studio.picture_job(asked, seed_of(asked.seed), chat, "prompt", asked.n, over)
 
-        return await drawn(request, await run_in_threadpool(job))
+        return await drawn(request, await run_in_threadpool(read))
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request, asked: ChatRequest) -> dict:
@@ -115,13 +114,13 @@ def create_app(
         if (idle := asked.without_effect()) is not None:
             raise RequestError(f"{idle}: has no effect on answers of the modalities {asked.modalities}", idle)
 
-        def job() -> Job:
+        def read() -> Job:
             messages, seed = read_chat(asked.messages, limits), seed_of(asked.seed)
             if set(asked.modalities) == {"image"}:
                 return studio.picture_job(asked, seed, messages, "messages")
             return studio.answer_job(asked, seed, messages)
 
-        job = await run_in_threadpool(job)
+        job = await run_in_threadpool(read)
         answer = await answer_of(request, batcher, job)
         choice = {"index": 0, "finish_reason": "stop" if answer.is_whole else "length", "logprobs": None}
         return {
@@ -160,7 +159,8 @@ async def answer_of(request: Request, batcher: Batcher, job: Job) -> Answer:
     """Wait for a job's answer as long as its client does."""
     ticket = batcher.submit(job)
     gone = asyncio.create_task(client_is_gone(request))
-    await asyncio.wait([ticket.answer, gone], return_when=asyncio.FIRST_COMPLETED)
+    waited: list[asyncio.Future] = [ticket.answer, gone]
+    await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
     gone.cancel()
     if not ticket.answer.done():
         batcher.leave(ticket)
@@ -179,5 +179,5 @@ def seed_of(asked: int | None) -> int:
     return random.randrange(2**31) if asked is None else asked
 
 
-def encoded(pictures: list[Image.Image]) -> list[str]:
+def encoded(pictures: Sequence) -> list[str]:
     return [to_base64(picture) for picture in pictures]

@@ -91,7 +91,7 @@ class Batcher:
         self.waiting = [ticket for ticket in self.waiting if ticket not in batch]
         return batch
 
-    def _outcomes(self, jobs: Sequence[Job]) -> list[Answer | Exception]:
+    def _outcomes(self, jobs: Sequence[Job]) -> Sequence[Answer | Exception]:
         """The answers, or the errors; a batch that fails is run one by one, so that none suffers for another."""
         try:
             return self.run(jobs)

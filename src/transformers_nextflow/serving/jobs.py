@@ -66,7 +66,7 @@ class Answer:
         prompt_tokens, completion_tokens: positions, those of pictures included.
     """
 
-    parts: list[str | Image.Image]
+    parts: Sequence[str | Image.Image]
     is_whole: bool
     prompt_tokens: int
     completion_tokens: int
@@ -126,7 +126,7 @@ class Studio:
         if "image" in asked.modalities:
             check_pictures(asked.max_images, self.limits, "max_images")
             height, width = self._size(asked, *pictures_of(chat)[:1])
-            drawn = {"height": height, "width": width}
+            drawn: dict = {"height": height, "width": width}
             if asked.guidance_scale is not None:
                 drawn["guidance_scale"] = asked.guidance_scale
             arguments |= {"max_new_images": asked.max_images, "image_generation": drawn}

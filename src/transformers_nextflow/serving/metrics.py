@@ -15,7 +15,7 @@ class Metrics:
 
     def __init__(self):
         self.registry = CollectorRegistry()
-        of = {"registry": self.registry, "namespace": "nextflow"}
+        of: dict = {"registry": self.registry, "namespace": "nextflow"}
         self.requests = Counter("requests", "Requests that ended.", ["path", "status"], **of)
         self.seconds = Histogram("request_seconds", "From a request's head to the end of its answer.", ["path"], **of)
         buckets = (1, 2, 4, 8, 16, 32, 64)

@@ -61,7 +61,8 @@ def read_mask(mask: Image.Image, picture: Image.Image, size: tuple[int, int], pa
         sizes = ["{}x{}".format(*image.size) for image in (picture, mask)]
         raise RequestError("{}: a mask has its picture's size, {}, got {}".format(param, *sizes), param)
     kept = mask.convert("RGBA").getchannel("A").point(lambda alpha: 255 * (alpha > 0))
-    if kept.getextrema()[0] > 0:
+    lowest, _ = kept.getextrema()
+    if lowest > 0:  # type: ignore[operator]
         raise RequestError(f"{param}: a mask is transparent where the picture is to change, got none of it", param)
     height, width = size
     kept = ImageOps.fit(kept, (width, height), Image.Resampling.BOX)  # as the image processor crops the picture

@@ -39,11 +39,11 @@ class Controls(Schema):
 
     seed: Seed | None = None
     size: str = "auto"
-    guidance_scale: float | None = Field(None, ge=0, le=100)
-    negative_prompt: str | None = Field(None, max_length=LONGEST_PROMPT)
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_k: int | None = Field(None, ge=0, lt=2**31)
-    top_p: float | None = Field(None, ge=1e-6, le=1)
+    guidance_scale: float | None = Field(default=None, ge=0, le=100)
+    negative_prompt: str | None = Field(default=None, max_length=LONGEST_PROMPT)
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_k: int | None = Field(default=None, ge=0, lt=2**31)
+    top_p: float | None = Field(default=None, ge=1e-6, le=1)
     user: str | None = None
 
     @field_validator("size")
@@ -66,7 +66,7 @@ class ImageRequest(Controls):
 
     prompt: Prompt
     model: str | None = None
-    n: int = Field(1, ge=1)
+    n: int = Field(default=1, ge=1)
     response_format: Literal["b64_json"] = "b64_json"
     output_format: Literal["png"] = "png"
     quality: Literal["auto"] = "auto"
@@ -82,7 +82,7 @@ class EditRequest(ImageRequest):
     """
 
     image: list[UploadFile] = []
-    images: list[UploadFile] = Field([], alias="image[]")
+    images: list[UploadFile] = Field(default=[], alias="image[]")
     mask: UploadFile | None = None
 
     def all_images(self) -> list[UploadFile]:
@@ -158,10 +158,10 @@ class ChatRequest(Controls):
 
     model: str
     messages: list[Message] = Field(min_length=1)
-    modalities: list[Literal["text", "image"]] = Field(["text"], min_length=1, max_length=2)
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    max_images: int = Field(1, ge=1)
+    modalities: list[Literal["text", "image"]] = Field(default=["text"], min_length=1, max_length=2)
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    max_images: int = Field(default=1, ge=1)
     n: Literal[1] = 1
     stream: Literal[False] = False
 

@@ -39,7 +39,7 @@ def checkpoint_to_resume(resume_from_checkpoint: str | bool | None, output_dir: 
     if not resume_from_checkpoint:
         return None
     if resume_from_checkpoint not in (True, "True"):
-        _check_whole(Path(resume_from_checkpoint))
+        _check_whole(Path(str(resume_from_checkpoint)))
         return str(resume_from_checkpoint)
     found = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in Path(output_dir).glob("checkpoint-*")]
     for _, path in sorted(((int(match[1]), path) for match, path in found if match), reverse=True):

@@ -145,7 +145,7 @@ def _write_documents(
         rows = datasets.Dataset.from_list([_embedded(document) for document in members])
         write_atomically(folder / f"{split}.parquet", rows.to_parquet)
     captions = dict.fromkeys(document.text for document in held_out + training)
-    written = {"pictures": len(documents), "held-out": count, "left out": left_out}
+    written: dict = {"pictures": len(documents), "held-out": count, "left out": left_out}
     written["prompts"] = list(captions)[: settings.samples]
     write_json(report, written)
     return written

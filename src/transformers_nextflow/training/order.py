@@ -44,7 +44,8 @@ class ToldEpochs(Dataset):
     epoch see nothing of what the main process sets."""
 
     def __init__(self, dataset: Dataset):
-        self.dataset, self.epoch = dataset, None
+        self.dataset = dataset
+        self.epoch: int | None = None
 
     def __len__(self) -> int:
         return len(self.dataset)

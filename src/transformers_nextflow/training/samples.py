@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,8 @@ class PictureReports:
     """
 
     def __init__(self, name: str):
-        self.name, self._writer = name, None
+        self.name = name
+        self._writer: Any = None  # tensorboard's, once there is something to write
 
     def log(self, args, step: int, pictures: Sequence[Image.Image], captions: Sequence[str]) -> None:
         tags = [f"{self.name}/{index:02}" for index in range(len(pictures))]

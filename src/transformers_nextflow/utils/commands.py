@@ -6,7 +6,7 @@ from copy import copy
 from dataclasses import fields, is_dataclass
 from functools import wraps
 from inspect import Signature, signature
-from typing import Annotated, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 from typer import Context, Exit, Option, Typer
 
@@ -22,8 +22,8 @@ def command(app: Typer) -> Callable[[Callable], Callable]:
     """
 
     def register(function: Callable) -> Callable:
-        hints = get_type_hints(function, include_extras=True)
-        groups = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+        hints: dict[str, Any] = get_type_hints(function, include_extras=True)
+        groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
         parameters = []
         for name, parameter in signature(function).parameters.items():
             parameters += _options(groups[name]) if name in groups else [parameter.replace(annotation=hints[name])]
@@ -34,7 +34,8 @@ def command(app: Typer) -> Callable[[Callable], Callable]:
                 given[name] = group(**{field.name: given.pop(field.name) for field in fields(group)})
             return function(**given)
 
-        run.__signature__ = Signature([each.replace(kind=each.KEYWORD_ONLY) for each in parameters])
+        keywords = [each.replace(kind=each.KEYWORD_ONLY) for each in parameters]
+        run.__signature__ = Signature(keywords)  # type: ignore[attr-defined]
         run.__annotations__ = {each.name: each.annotation for each in parameters}
         app.command()(run)
         return function

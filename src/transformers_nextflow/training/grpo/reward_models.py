@@ -105,11 +105,12 @@ class RewardServer:
         self.columns, self.__name__ = columns, "reward_server"
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence, **columns) -> list[float | None]:
-        body = {"prompts": [prompt_text(prompt) for prompt in prompts], "images": list(map(_base64_png, images))}
+        body: dict = {"prompts": [prompt_text(prompt) for prompt in prompts], "images": list(map(_base64_png, images))}
         body["columns"] = {name: columns[name] for name in self.columns}
         request = urllib.request.Request(
             self.url, json.dumps(body).encode(), headers={"Content-Type": "application/json"}
         )
+        failure: OSError | None = None
         for attempt in range(self.retries + 1):
             try:
                 with urllib.request.urlopen(request, timeout=self.timeout) as answer:

@@ -62,7 +62,7 @@ class Rewards:
         timeout: float | None = None,
     ):
         is_list = isinstance(functions, Sequence) and not isinstance(functions, str)
-        self.functions = list(functions) if is_list else [functions]
+        self.functions: list = [*functions] if is_list else [functions]
         if not self.functions:
             raise ValueError("reward_funcs must hold at least one function, got []")
         for function in self.functions:

@@ -99,10 +99,10 @@ class PrefixControls:
             ValueError: for a value out of range, another number of values than scales, or a temperature of the prefix
                 that is not positive.
         """
-        values = [
+        values: list = [
             per_scale(name, getattr(args, name), len(schedule), *LIMITS[name])[: len(prefix)] for name in PER_SCALE
         ]
-        controls = cls(*values, tuple(prefix.lengths))
+        controls = cls(*values, lengths=tuple(prefix.lengths))
         if not min(controls.temperature) > 0:
             raise ValueError(f"temperature must be positive, what is optimised is sampled; got {args.temperature}")
         return controls
@@ -232,7 +232,8 @@ def rollout_logps(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(B, A) log-probabilities of what `args.optimize` names of the rollouts, and their entropies, teacher-forced by
     one forward that ends with it; in the mode that `args.logprob_mode` says. Both are 0 where no token was sampled."""
-    parts, controls = [], PrefixControls.create(args, prefix, schedule)
+    parts: list = []
+    controls = PrefixControls.create(args, prefix, schedule)
     text_logits, logits = _logits(model, rollouts, rollouts.input_ids, rollouts.attention_mask, schedule, args)
     if args.optimize != "image":
         config = extract_model_from_parallel(model).config

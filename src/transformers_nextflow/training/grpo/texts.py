@@ -74,7 +74,8 @@ class _Draw(LogitsProcessor):
         tokens_B1 = sample(logits_B1V, *controls, self.generators.uniform(1, scores.device))
         support_B1V = None
         if self.args.text_top_k or self.args.text_top_p < 1.0:
-            support_B1V = sampling_support([logits_B1V], *([value] for value in controls))
+            heat, most, mass = controls
+            support_B1V = sampling_support([logits_B1V], [heat], [most], [mass])
             self.supports.append(support_B1V)
         self.logps.append(text_logps(logits_B1V, tokens_B1, controls[0], self.config, support_B1V)[0])
         return torch.full_like(scores, -torch.inf).scatter(1, tokens_B1, 0.0)
