@@ -1,9 +1,9 @@
-# make demo | test | slow-tests | lint | smollm2 | common-tests | pipeline-tests | diffusers-tests | compat | doors: each works from a fresh clone.
+# make demo | test | slow-tests | lint | smollm2 | common-tests | pipeline-tests | diffusers-tests | compat | doors | docs: each works from a fresh clone.
 
 PYTHON := .venv/bin/python
 INSTALLED := .venv/.installed
 
-.PHONY: demo test slow-tests lint smollm2 common-tests pipeline-tests diffusers-tests compat doors
+.PHONY: demo test slow-tests lint smollm2 common-tests pipeline-tests diffusers-tests compat doors docs
 
 demo: $(INSTALLED)
 	$(PYTHON) -m examples.demo --output demo
@@ -62,6 +62,12 @@ NUMBER := 30
 mutants: $(INSTALLED)
 	$(PYTHON) -m pip install -c constraints.txt cosmic-ray==8.7.0
 	$(PYTHON) -m benchmarks.mutants --seed $(SEED) --number $(NUMBER)
+
+# the pages of docs/ as a site in runs/site
+docs:
+	test -x .venv-docs/bin/python || python3 -m venv .venv-docs
+	.venv-docs/bin/python -m pip install mkdocs-material==9.8.2
+	.venv-docs/bin/python -m mkdocs build --strict
 
 lint: $(INSTALLED)
 	$(PYTHON) -m ruff check .

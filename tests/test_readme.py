@@ -1,4 +1,4 @@
-"""Every block of the README runs as written."""
+"""Every block of the README, and of the first page of the docs, runs as written."""
 
 import os
 import re
@@ -17,10 +17,13 @@ def blocks(language: str) -> list[str]:
     return [body for name, body in BLOCKS if name == language]
 
 
-@pytest.mark.parametrize("block", blocks("python"))
+START = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "index.md").read_text(), flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("block", blocks("python") + START)
 def test_python_block_runs(block, monkeypatch):
     monkeypatch.chdir(ROOT)
-    exec(compile(block, "README.md", "exec"), {})
+    exec(compile(block, "page", "exec"), {})
 
 
 def test_shell_commands_run(tmp_path):
