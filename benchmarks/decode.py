@@ -13,7 +13,8 @@ ones with an earlier build too, in turn with this one.
 
 `matrix_rate` draws a guided picture of VAR's 680 codes, and says which share of the rate of this machine's own matrix
 product its FLOPs reach. `memory` is the peak of a process while it draws a guided picture of 64 x 64 cells from 32,768
-codes, as the 7B model has, with the smallest decoder, over what must be held: weights, and the cache of all positions.
+codes with 28 layers, as the 7B model has, of width 64, over what must be held: weights, and the cache of all positions.
+glibc is told to give memory back at once (`MALLOC_MMAP_THRESHOLD_`), else it keeps what caches leave as they grow.
 
 `cost_over_codes` times `generate` over schedules of growing length; `fit` is the least-squares line through the FLOPs
 of [`transformers_nextflow.flops.model_cost`].
@@ -43,7 +44,7 @@ GUIDANCE, TOP_K, TOP_P = 4.0, 200, 0.95
 PROMPT_TOKENS = 32
 BOI, EOI, IMAGE = 1000, 1001, 1002
 VAR_GRIDS = [[edge, edge] for edge in (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)]
-CODES_OF_7B = 32_768
+CODES_OF_7B, LAYERS_OF_7B = 32_768, 28
 
 DRAW_EVENLY = """
 import sys, torch
@@ -221,6 +222,16 @@ def matrix_rate(hidden_size: int, layers: int, dtype: torch.dtype, device: torch
     return {"codes": decoding.schedule.num_codes, "flops_per_second": flops_per_second, "share": share}
 
 
+def memory(dtype: str) -> dict:
+    """[`peak_memory`] in a process of its own."""
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**16)
+    try:
+        ((_, found),) = in_processes(peak_memory, [(64, LAYERS_OF_7B, dtype)])
+    finally:
+        del os.environ["MALLOC_MMAP_THRESHOLD_"]
+    return found
+
+
 def peak_memory(hidden_size: int, layers: int, dtype: str) -> dict:
     """Megabytes that this process takes on while it draws one guided picture of 1024 pixels, on a CPU, under Linux."""
     vq_config = {"codebook_size": CODES_OF_7B}
@@ -334,7 +345,7 @@ def main() -> None:
         "matrix_rate": matrix_rate(
             arguments.hidden_size, arguments.layers, model.dtype, arguments.device, arguments.repeats
         ),
-        "memory": next(in_processes(peak_memory, [(64, 1, arguments.dtype)]))[1],
+        "memory": memory(arguments.dtype),
         "cost_over_codes": cost,
         "machine": machine(arguments.device),
         "seed": 0,

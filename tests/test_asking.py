@@ -181,8 +181,9 @@ def test_logits_come_in_chunks(model, monkeypatch):
     """The head, guidance and draws of a scale need only some positions' logits at a time."""
     from transformers_nextflow import drawing
 
+    monkeypatch.setattr(drawing, "LOGITS_OF_WEIGHTS", 1e6)
     expected = model.generate(**guided(model), **PLAIN | {"guidance_scale": 2.0})
-    monkeypatch.setattr(drawing, "LOGITS_AT_ONCE", 2 * 6 * CODES)
+    monkeypatch.undo()
     sizes = []
     hook = model.code_head.register_forward_hook(lambda module, args, output: sizes.append(output.numel()))
     assert torch.equal(model.generate(**guided(model), **PLAIN | {"guidance_scale": 2.0}), expected)

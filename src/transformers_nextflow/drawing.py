@@ -22,8 +22,9 @@ from .scales import ScaleSchedule
 if TYPE_CHECKING:
     from .modeling_nextflow import NextFlowForConditionalGeneration
 
-LOGITS_AT_ONCE = 2**24
-"""Numbers of the logits, of all rows, that are computed and sampled from in one go: 64 MiB in float32."""
+LOGITS_OF_WEIGHTS = 0.5
+"""Logits of all rows that are computed and sampled from in one go, over the code head's weights: so they never take much
+memory beside it, and reading the weights again for the next ones costs little beside the product."""
 
 
 @dataclass
@@ -149,8 +150,8 @@ class Sampler:
         controls, roles = self.controls, self.controls.num_roles(scale)
         hidden_RlD = contexts.hidden_RlD[: roles * num_pictures]
         adapters = contexts.adapters and contexts.adapters[: len(hidden_RlD)]
-        row_size = len(hidden_RlD) * self.model.config.vq_config.codebook_size
-        for hidden in hidden_RlD.split(max(LOGITS_AT_ONCE // row_size, 1), dim=1):
+        positions = int(LOGITS_OF_WEIGHTS * hidden_RlD.shape[-1] / len(hidden_RlD))
+        for hidden in hidden_RlD.split(max(positions, 1), dim=1):
             with using_adapters(self.model, adapters):
                 logits_RlV = self.model.code_head(hidden).to(hidden.device, torch.float32)
             yield guide(logits_RlV, controls.guidance[scale], controls.image_guidance[scale], roles)
