@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .modeling_nextflow import NextFlowForConditionalGeneration
 
 LOGITS_OF_WEIGHTS = 0.5
-"""Logits of all rows that are computed and sampled from in one go, over the code head's weights: so they never take much
+"""Logits of all rows that are computed and sampled from in one go, over the code head's weights: so they take little
 memory beside it, and reading the weights again for the next ones costs little beside the product."""
 
 

@@ -16,7 +16,7 @@ from transformers import TrainerState, TrainingArguments
 
 from transformers_nextflow import cli
 from transformers_nextflow.doctor import DoctorCallback, examine, read_pictures, to_html, to_text
-from transformers_nextflow.doctor.alterations import exchanged, hooked, judge, setting, shuffled
+from transformers_nextflow.doctor.alterations import exchanged, hooked, judge, levelled, setting, shuffled
 from transformers_nextflow.doctor.findings import Check, Finding
 from transformers_nextflow.utils import loading
 
@@ -198,6 +198,26 @@ def test_what_can_be_in_any_order_is_named():
     permute(toy.layers[2].weight)
     finding = toy.finding()
     assert finding.fault == "weights without effect" and "layers.2" in finding.measured
+
+
+@pytest.mark.parametrize("kind, fault", [(nn.Embedding, "rows in disorder"), (nn.RMSNorm, "weights in disorder")])
+@torch.no_grad()
+def test_what_does_better_at_its_mean_is_named(kind, fault):
+    torch.manual_seed(0)
+    module = nn.Embedding(64, 64) if kind is nn.Embedding else nn.RMSNorm(64)
+    module.weight.normal_()
+    wanted = copy.deepcopy(module)
+    rows = [torch.randint(64, (32,)) if kind is nn.Embedding else torch.randn(32, 64) for _ in range(16)]
+
+    def losses(rows):
+        return torch.stack([(module(row) - wanted(row)).square().mean() + 0.01 for row in rows])
+
+    def finding():
+        return judge(Check("parts", "toy", ""), losses, rows, [levelled("the table", module)], {}, {}, 0)
+
+    assert finding().fault is None
+    permute(module.weight)
+    assert finding().fault == fault and "the table" in finding().measured
 
 
 @torch.no_grad()

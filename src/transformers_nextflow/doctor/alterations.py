@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,7 +40,6 @@ class Alteration:
 @contextmanager
 def hooked(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
     """Every output of a module changed."""
-
     handle = module.register_forward_hook(lambda module, inputs, output: change(output))
     try:
         yield
@@ -90,6 +90,15 @@ def resized(name: str, module: nn.Module) -> list[Alteration]:
         )
         for factor in (0.5, 2.0)
     ]
+
+
+def levelled(name: str, module: nn.Module) -> Alteration:
+    """A norm with one weight throughout, or an embedding with one row: their means."""
+    weight = module.weight.detach()
+    mean, what = weight.mean(dim=0), "weight" if weight.ndim == 1 else "row"
+    apply = partial(hooked, module, (lambda output: output / weight * mean) if weight.ndim == 1 else mean.expand_as)
+    cause = f"{name}: its {what}s are in another order than in training, were reset, or come from elsewhere"
+    return Alteration(f"with one {what} throughout in {name}", f"{what}s in disorder", cause, apply)
 
 
 def search(measure: Measure, few: Sequence, rows: Sequence, alterations: Iterable[Alteration], least: float):

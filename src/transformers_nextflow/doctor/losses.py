@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .alterations import FEW, Alteration, exchanged, hooked, judge, setting
+from .alterations import FEW, Alteration, exchanged, hooked, judge, levelled, setting
 from .case import Case, Reading
 from .findings import ENOUGH, MATERIAL, SIGNIFICANT, Check, Finding, z_score
 from .weights import COMPARE
@@ -119,15 +119,17 @@ def other_settings(case: Case) -> Iterator[Alteration]:
 
 
 def parts(check: Check, case: Case) -> Finding:
-    """No part predicts better at half or twice its size, no two layers exchanged, no setting of config.json otherwise;
-    and no matrix can have its outputs in another order without loss."""
+    """No part predicts better at half or twice its size, no norm or scale at its mean, no two layers exchanged, no
+    setting of config.json otherwise; and no matrix can have its outputs in another order without loss."""
     inner = case.model.model
     resizable = {name: getattr(inner, name) for name in ("connector", "code_embeddings", "scale_embedding")}
     ends = ("o_proj", "down_proj", "input_layernorm", "post_attention_layernorm")
     named = {f"layers.{name}": module for name, module in inner.language_model.layers.named_modules()}
     resizable |= {name: module for name, module in named.items() if name.endswith(ends)}
     movable = {name: module for name, module in named.items() if isinstance(module, nn.Linear)}
-    whole = [*other_settings(case), *_exchanges(case)]
+    level = {"scale_embedding.index": inner.scale_embedding.index, "norm": inner.language_model.norm}
+    level |= {name: module for name, module in named.items() if name.endswith("layernorm")}
+    whole = [*other_settings(case), *_exchanges(case), *(levelled(*each) for each in level.items())]
     return judge(check, case.losses, case.rows, whole, resizable, movable, case.seed)
 
 

@@ -9,14 +9,8 @@ from PIL import Image, ImageDraw
 from ..image_processing_nextflow import open_picture
 from ..scales import ScaleSchedule, ScheduleTable
 
-COLOURS = {
-    "red": (214, 40, 40),
-    "green": (40, 160, 70),
-    "blue": (40, 80, 210),
-    "yellow": (240, 200, 40),
-    "purple": (140, 60, 170),
-    "orange": (240, 140, 30),
-}
+COLOURS = {"red": (214, 40, 40), "green": (40, 160, 70), "blue": (40, 80, 210)}
+COLOURS |= {"yellow": (240, 200, 40), "purple": (140, 60, 170), "orange": (240, 140, 30)}
 BACKGROUNDS = ((255, 255, 255), (20, 20, 20), (150, 150, 150), (225, 210, 180))
 FILES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -41,8 +35,7 @@ def draw(rng: random.Random, height: int, width: int) -> Picture:
     kind, colour = rng.choice(("circle", "square", "triangle")), rng.choice(list(COLOURS))
     size, scale = min(height, width), 4
     edge = scale * size * rng.uniform(0.35, 0.6)
-    left = rng.uniform(0, scale * width - edge)
-    top = rng.uniform(0, scale * height - edge)
+    left, top = (rng.uniform(0, scale * length - edge) for length in (width, height))
     box = (left, top, left + edge, top + edge)
     canvas = Image.new("RGB", (scale * width, scale * height), rng.choice(BACKGROUNDS))
     pen = ImageDraw.Draw(canvas)

@@ -39,8 +39,7 @@ def tables(diagnosis: Diagnosis) -> Group:
 def to_text(diagnosis: Diagnosis, width: int = 100) -> str:
     """The tables without colours."""
     text = io.StringIO()
-    console = Console(file=text, width=width, color_system=None)
-    console.print(tables(diagnosis))
+    Console(file=text, width=width, color_system=None).print(tables(diagnosis))
     return text.getvalue()
 
 

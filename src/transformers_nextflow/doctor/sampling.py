@@ -31,8 +31,7 @@ def forced(check: Check, case: Case) -> Finding:
     """With a picture's own codes forced, every scale's logits while sampling equal those of one teacher-forced
     forward, and the ids that come out are the codes'."""
     first, worst = case.answers[0], 0.0
-    edited = case.answer("draw it again", first.codes, first.schedule, [case.pictures[0].image])
-    for answer in (first, edited):
+    for answer in (first, case.answer("draw it again", first.codes, first.schedule, [case.pictures[0].image])):
         output = generate(case, answer, forced_codes=answer.codes, **PLAIN, **UNGUIDED)
         step = "try another `attn_implementation`, and the model without adapters, quantisation or compilation"
         if not torch.equal(_codes(case, output), answer.codes):
@@ -50,13 +49,12 @@ def forced(check: Check, case: Case) -> Finding:
 def guidance(check: Check, case: Case) -> Finding:
     """Guided logits are uncond + s (cond - uncond), s of each scale its own, and differ from unguided ones."""
     answer = case.answers[0]
-    count, null = len(answer.schedule), answer.prompt["negative_input_ids"]
+    count = len(answer.schedule)
     scales = [2.0 + scale / count for scale in range(count)]
-    output = generate(
-        case, answer, forced_codes=answer.codes, guidance_scale=scales, image_guidance_scale=1.0, **PLAIN
-    )
+    of_call = PLAIN | UNGUIDED | {"guidance_scale": scales}
+    output = generate(case, answer, forced_codes=answer.codes, **of_call)
     guided, conditional = torch.cat(output.logits, dim=1)[0].float(), case.code_logits(answer)
-    unconditional = case.code_logits(answer.after(null))
+    unconditional = case.code_logits(answer.after(answer.prompt["negative_input_ids"]))
     s = torch.tensor(scales).repeat_interleave(torch.tensor(answer.schedule.lengths))[:, None].to(guided)
     effect = difference(conditional, unconditional)
     error = difference(guided, unconditional + s * (conditional - unconditional))
@@ -73,9 +71,12 @@ def guidance(check: Check, case: Case) -> Finding:
 
 def draws(check: Check, case: Case) -> Finding:
     """Plain draws (temperature 1, no guidance) cost what the model expects of them, the entropy; draws with the
-    checkpoint's settings cost no more."""
+    checkpoint's settings cost no more, at the level that these are for."""
     cost, expected, by_default, rows = [], [], [], []
-    for number, answer in enumerate(case.answers[:DRAWN]):
+    schedules = case.vq_model.schedules
+    level = case.config.image_generation["level"] or list(schedules.levels)[-1]
+    of_level = [each for each in case.answers if schedules.level_of(each.schedule.final_grid) == level]
+    for number, answer in enumerate((of_level or case.answers)[:DRAWN]):
         controls = {"seed": case.seed * 1000 + number, "num_images_per_prompt": 2}
         output = generate(case, answer, **controls, **PLAIN, **UNGUIDED)
         log_probs = torch.cat(output.logits, dim=1).float().log_softmax(-1)
@@ -92,15 +93,14 @@ def draws(check: Check, case: Case) -> Finding:
     case.images["a described picture as its codes keep it, and two drawn for its text"] = rows
     cost, expected, by_default = map(torch.tensor, (cost, expected, by_default))
     score, harm = z_score(cost - expected), z_score(by_default - cost)
-    measured = (
-        f"plain draws cost {float(cost.mean()):.2f} nats a code, expected are {float(expected.mean()):.2f}; draws "
-        f"with the checkpoint's settings {float(by_default.mean()):.2f} ({len(cost)} pictures)"
-    )
+    measured = f"plain draws cost {float(cost.mean()):.2f} nats a code, expected are {float(expected.mean()):.2f}; "
+    measured += f"draws with the checkpoint's settings {float(by_default.mean()):.2f} ({len(cost)} pictures)"
+    measured += "" if of_level else f", none of the level {level}, which they are for"
     figures = {"plain": float(cost.mean()), "expected": float(expected.mean()), "default": float(by_default.mean())}
     if abs(score) > SIGNIFICANT:
         cause = "codes are drawn more often from the unlikely or the likely than the logits say"
         return check.failed(measured, "wrong draws", cause, "look at `sampling.sample` and who calls it", **figures)
-    if harm > SIGNIFICANT:
+    if of_level and harm > SIGNIFICANT:
         cause = "guidance, temperature, top-k and top-p draw codes that the model itself holds unlikely"
         step = "set `image_generation` in config.json back to temperature 1 and guidance 1, then raise guidance slowly"
         return check.warned(measured, "harmful sampling settings", cause, step, **figures)

@@ -125,9 +125,7 @@ def correction(check: Check, case: Case) -> Finding:
         measured += f"; {unlike} of {len(pictures)} pictures have several first targets"
         cause = "what was disturbed for the input became the target, so the model learns the disturbance"
         return check.failed(measured, "self-correction written into targets", cause, ANEW, shares=means)
-    most = settings[0]["probability"] * float(
-        np.mean(settings[0]["token_share"])
-    )  # a draw may give the nearest itself
+    most = settings[0]["probability"] * float(np.mean(settings[0]["token_share"]))  # a draw may give the nearest
     for scale, values in enumerate(shares):
         last = settings[0]["last_scale"]
         takes_part = settings[0]["first_scale"] <= scale and (last is None or scale <= last)

@@ -28,10 +28,9 @@ def pixels(check: Check, case: Case) -> Finding:
         return check.passed(f"the largest difference is {error:.1e}, and the way back gives the same picture")
     step = "compare processor_config.json with the one the model was trained with"
     measured = f"pixels of a picture of noise lie in {float(pixels.min()):.2f} to {float(pixels.max()):.2f}"
-    alike = (
-        pixels.shape == expected.shape and np.corrcoef(*(each.flatten().cpu() for each in (pixels, expected)))[0, 1]
-    )
-    fault = "wrong normalisation of pixels" if alike > 0.99 else "pixels differ"
+    both = [each.flatten().cpu() for each in (pixels, expected)]
+    is_alike = pixels.shape == expected.shape and np.corrcoef(*both)[0, 1] > 0.99
+    fault = "wrong normalisation of pixels" if is_alike else "pixels differ"
     return check.failed(measured, fault, "the processor changes pixels in another way than training did", step)
 
 
@@ -128,8 +127,7 @@ def semantics(check: Check, case: Case) -> Finding:
     if score > SIGNIFICANT:
         return check.passed(measured)
     cause = "the semantic half of the codes says nothing of the picture: the branch is damaged, or not trained"
-    step = "measure the agreement with the semantic teacher; was the semantic encoder reset?"
-    return check.warned(measured, "semantic branch lost", cause, step)
+    return check.warned(measured, "semantic branch lost", cause, "was the semantic encoder reset?")
 
 
 def parts(check: Check, case: Case) -> Finding:
