@@ -191,6 +191,19 @@ def test_logits_come_in_chunks(model, monkeypatch):
     assert max(sizes) == 2 * 6 * CODES and len(sizes) > 3
 
 
+@pytest.mark.parametrize("controls, is_kept", [({}, False), ({"refine_top_k": [4]}, True)])
+def test_keys_of_the_last_block_are_kept_only_where_they_are_read_again(model, monkeypatch, controls, is_kept):
+    from transformers_nextflow import drawing
+
+    ends, draw = [], drawing.draw_scales
+    monkeypatch.setattr(drawing, "draw_scales", lambda *args: ends.append(draw(*args)) or ends[-1])
+    output = model.generate(input_ids=torch.tensor([[10, 11]]), **PLAIN | controls, return_dict_in_generate=True)
+    schedule = model.model.schedules.by_grid(output.image_grid_hw[0])
+    blocks = schedule.lengths[1:] if is_kept else schedule.lengths[1:-1]
+    (_, cache), *others = ends[-1][0].groups
+    assert cache.get_seq_length() == len([10, 11, "<boi>"]) + sum(blocks) and not others
+
+
 @pytest.mark.parametrize("forced", [None, 5])
 def test_many_pictures_are_drawn_some_at_a_time(model, monkeypatch, forced):
     from transformers_nextflow import drawing

@@ -29,12 +29,21 @@ class Part:
         shape: how many rows, and positions of each.
         in_block: without a mask they see all that their rows have read, and each other; if not, they are causal.
         mask: what an attention function of transformers takes; it goes into the layers as their `attention_mask`.
+        is_kept: whether their keys and values stay in the cache, for who reads on.
     """
 
     cache: Cache
     shape: tuple[int, int]
     in_block: bool = True
     mask: object = None
+    is_kept: bool = True
+
+    def read(self, key: torch.Tensor, value: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a layer, (rows, heads, all positions, head size): of the cache, then the new ones."""
+        if self.is_kept:
+            return self.cache.update(key, value, layer)
+        held = self.cache.layers[layer]
+        return torch.cat([held.keys, key], dim=-2), torch.cat([held.values, value], dim=-2)
 
 
 @dataclass(frozen=True)

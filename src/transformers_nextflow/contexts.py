@@ -101,11 +101,15 @@ class Contexts:
         kept = [row for row in range(len(self)) if row not in rows]
         return Contexts.join([changed, self.take(kept)], [*rows, *kept])
 
-    def read(self, inputs_RlD: torch.Tensor, positions_3Rl: torch.Tensor, token_ids: Sequence[list[int]]) -> None:
-        """New positions that see each other: those of one scale block, or a lone token."""
+    def read(
+        self, inputs_RlD: torch.Tensor, positions_3Rl: torch.Tensor, token_ids: Sequence[list[int]], keep: bool = True
+    ) -> None:
+        """New positions that see each other: those of one scale block, or a lone token. Unless they are kept, nothing
+        can be read after them."""
         rows = [row for members, _ in self.groups for row in members]
         order = torch.tensor(rows, device=self.counters.device)
-        parts = [Part(cache, (len(members), inputs_RlD.shape[1])) for members, cache in self.groups]
+        length = inputs_RlD.shape[1]
+        parts = [Part(cache, (len(members), length), is_kept=keep) for members, cache in self.groups]
         adapters = self.adapters and [self.adapters[row] for row in rows]
         hidden = run_apart(self.model, parts, inputs_RlD[order], positions_3Rl[:, order], adapters)
         self._hold(hidden[order.argsort()], positions_3Rl, token_ids)
@@ -124,7 +128,7 @@ class Contexts:
             embeds_R1D = embeds_R1D + self._scale_embedding(0, opens).to(embeds_R1D)
         self.read(embeds_R1D, self.counters[:, None].expand(3, -1, -1), [[token] for token in token_ids])
 
-    def read_scale(self, codes_BL: torch.Tensor, schedule: ScaleSchedule, scale: int) -> None:
+    def read_scale(self, codes_BL: torch.Tensor, schedule: ScaleSchedule, scale: int, keep: bool = True) -> None:
         """The block of scale `scale` (0-based; len(schedule) is the further block of the last codes), as the codes so
         far make it; row n is of picture n modulo B."""
         with using_adapters(self.model, self.adapters and self.adapters[: len(codes_BL)]):
@@ -136,7 +140,7 @@ class Contexts:
         positions_3Rl = torch.stack([counter_Rl, *(cells.expand_as(counter_Rl) for cells in cells_2l)])
         inputs_RlD = inputs_BlD.repeat(len(self) // len(codes_BL), 1, 1)
         slots = [self.model.config.image_token_id] * cells_2l.shape[1]
-        self.read(inputs_RlD, positions_3Rl, [slots] * len(self))
+        self.read(inputs_RlD, positions_3Rl, [slots] * len(self), keep)
 
     def rewind(self, length: int) -> None:
         """Forget the last block, of `length` positions."""

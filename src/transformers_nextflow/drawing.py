@@ -174,7 +174,7 @@ def draw_scales(
         codes_BL: of the scales before.
         tell: called with the codes so far and the scale, see [`telling`].
         keep_contexts: whether all rows must hold the whole picture afterwards; if not, null rows stop after the last
-            scale they guide.
+            scale they guide, and of the last block, the longest, no keys and values are kept.
 
     Returns:
         the contexts, and the codes so far.
@@ -186,7 +186,8 @@ def draw_scales(
             needed = controls.roles_from(scale + 1) * len(codes_BL)
             if needed < len(contexts) and not keep_contexts:
                 contexts = contexts.take(range(needed))
-            contexts.read_scale(codes_BL, controls.schedule, scale + 1)
+            is_read_again = scale + 2 < len(controls.schedule) or keep_contexts or controls.refine_top_k
+            contexts.read_scale(codes_BL, controls.schedule, scale + 1, keep=bool(is_read_again))
     return contexts, codes_BL
 
 

@@ -174,7 +174,7 @@ class NextFlowAttention(Qwen2_5_VLAttention):
         outputs = []
         for part, mask, of_part in zip(parts, masks, of_parts):
             query, key, value = (each.unflatten(0, part.shape).transpose(1, 2) for each in of_part)
-            key, value = part.cache.update(key, value, self.layer_idx)
+            key, value = part.read(key, value, self.layer_idx)
             causality = {"is_causal": False} if part.in_block else {}
             output, _ = attend(self, query, key, value, mask, scaling=self.scaling, **causality)
             outputs.append(output.flatten(0, 1))
