@@ -143,10 +143,11 @@ def model_cost(config: Qwen2_5_VLTextConfig, codebook_size: int, passes: Sequenc
 
 
 def cache_size(config: Qwen2_5_VLTextConfig, schedule: ScaleSchedule, prompt_tokens: int, guided_scales: int) -> int:
-    """The most numbers that the keys and values of one picture are: after its last scale, or after the last guided
-    one, from where on the null prompt's are let go."""
+    """The most numbers that the keys and values of one picture are: at its last scale, whose own are not kept, or at
+    the last guided one, after which the null prompt's are let go."""
     key_width = config.hidden_size // config.num_attention_heads * config.num_key_value_heads
-    positions = prompt_tokens + schedule.num_codes
+    kept = schedule.lengths[:-1]
+    positions = prompt_tokens + sum(kept)
     if guided_scales:
-        positions = max(positions, 2 * (prompt_tokens + schedule.prefix(guided_scales).num_codes))
+        positions = max(positions, 2 * (prompt_tokens + sum(kept[:guided_scales])))
     return 2 * config.num_hidden_layers * key_width * positions
