@@ -1,26 +1,23 @@
-"""Contexts: what the rows of a call have read, over caches of their own; they read prompts, tokens and scales.
+"""Contexts: what the rows of a call have read, over caches of their own; they read tokens and scales.
 
 Rows of one length share a cache. A step of any rows runs through the decoder as one batch, and each cache's rows
 attend apart, so that a scale step never has a mask: its positions see all that their row has read, and each other.
 
-Shape suffixes: R rows of a call, r rows of one cache, B pictures, L prompt, l new positions, D hidden.
+Shape suffixes: R rows of a call, r rows of one cache, B pictures, L codes so far, l new positions, D hidden.
 """
 
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask
 
-from .attention import Apart, Part, is_flash, runs_of, sequence_mask
+from .attention import Apart, Part
 from .cache_name import CACHE
-from .layout import build_layout, scale_coordinates
-from .lora import adapter_names, each_by_its_adapter, using_adapters
-from .prompts import Picture, padded
+from .layout import scale_coordinates
+from .lora import using_adapters
 from .scales import ScaleSchedule
 
 if TYPE_CHECKING:
@@ -112,9 +109,10 @@ class Contexts:
         parts = [Part(cache, (len(members), length), is_kept=keep) for members, cache in self.groups]
         adapters = self.adapters and [self.adapters[row] for row in rows]
         hidden = run_apart(self.model, parts, inputs_RlD[order], positions_3Rl[:, order], adapters)
-        self._hold(hidden[order.argsort()], positions_3Rl, token_ids)
+        self.hold(hidden[order.argsort()], positions_3Rl, token_ids)
 
-    def _hold(self, hidden_RlD: torch.Tensor, positions_3Rl: torch.Tensor, token_ids: Sequence[list[int]]) -> None:
+    def hold(self, hidden_RlD: torch.Tensor, positions_3Rl: torch.Tensor, token_ids: Sequence[list[int]]) -> None:
+        """What the decoder made of new positions, whose keys and values the caches have."""
         self.hidden_RlD = hidden_RlD
         self.counters = positions_3Rl[0, :, -1] + 1
         self.token_ids = [before + new for before, new in zip(self.token_ids, token_ids)]
@@ -180,94 +178,3 @@ def _rows_of(cache: Cache, rows: list[int] | None) -> Cache:
     if rows is not None:
         taken.batch_select_indices(torch.tensor(rows))
     return taken
-
-
-def read_prompts(
-    model: "NextFlowForConditionalGeneration",
-    rows: Sequence[list[int]],
-    pictures: Sequence[Sequence[Picture]],
-    schedule: ScaleSchedule,
-    device: torch.device,
-    held: Contexts | None = None,
-) -> Contexts:
-    """Contexts that have read rows of ids; `hidden_RlD` is that of the last tokens alone.
-
-    Args:
-        rows: of the prompts, the null prompts, and those without images; some may end in `<boi>`.
-        pictures: each prompt's finished images.
-        schedule: of the picture that a last `<boi>` opens.
-        held: contexts that have read the beginnings of the rows; they stay as they are.
-
-    Raises:
-        ValueError: if a context holds anything but the beginning of its rows, or a row brings nothing new.
-    """
-    input_ids, attention_mask = padded(rows, model.config.eoi_token_id, device)
-    attention_mask = attention_mask.bool()
-    grids, codes = [], []
-    for row, ids in enumerate(rows):
-        own = pictures[row % len(pictures)] if row < 2 * len(pictures) else []
-        grids += [grid for grid, _ in own] + [schedule.final_grid] * (ids[-1] == model.config.boi_token_id)
-        codes += [each for _, each in own]
-    layout = build_layout(model.config, input_ids, grids, attention_mask)
-    model.check_reach(layout.position_ids[0], len(schedule) - 1 if rows[0][-1] == model.config.boi_token_id else 0)
-    names = adapter_names(model)
-    if names and len(names) != len(pictures):
-        raise ValueError(f"adapter_names must hold one for each of {len(pictures)} prompts, got {len(names)}")
-    names = names and [names[row % len(names)] for row in range(len(rows))]
-    contexts = replace(held or Contexts.empty(model, len(rows), device), adapters=names)
-    if (num_held := len(contexts)) != len(rows):
-        raise ValueError(
-            f"contexts must come from interleaved generation over {len(rows)} rows (prompts and null prompts), "
-            f"got {num_held}"
-        )
-    codes = torch.cat([input_ids.new_empty(0), *codes])
-    with using_adapters(model, names):
-        embeds_RLD = model.get_input_embeddings()(input_ids).to(input_ids.device)
-    embed = partial(model.model.embed_images, embeds_RLD, layout, codes)
-    embeds_RLD = each_by_its_adapter(model, names, embed)  # images of all rows are embedded as one
-    columns = [row.nonzero().flatten() for row in attention_mask]
-    blocks = [ids[at] for ids, at in zip(layout.block_ids, columns)]
-    text_config = model.config.text_config
-
-    alike: dict[tuple, list[int]] = {}
-    for group, (members, _) in enumerate(contexts.groups):
-        length = len(contexts.token_ids[members[0]])
-        for row in members:
-            if rows[row][:length] != contexts.token_ids[row] or len(rows[row]) <= length:
-                raise ValueError(
-                    f"row {row} must begin with the {length} tokens that contexts hold of it and go on, got "
-                    f"{len(rows[row])} tokens"
-                )
-            runs = runs_of(blocks[row][length:].tolist())
-            if not length and not is_flash(
-                text_config
-            ):  # behind a cache, or where there are no masks, runs are read one by one
-                runs = [(len(rows[row]), any(is_block for _, is_block in runs))]
-            alike.setdefault((group, *runs), []).append(row)
-    reading = [(contexts.take(members), members, runs) for (_, *runs), members in alike.items()]
-    for step in range(max(len(runs) for _, _, runs in reading)):
-        now = [(context, members, *runs[step]) for context, members, runs in reading if step < len(runs)]
-        parts, inputs, positions = [], [], []
-        for context, members, length, is_block in now:
-            start, cache = len(context.token_ids[0]), context.groups[0][1]
-            places = torch.stack([columns[row][start : start + length] for row in members])
-            at = torch.tensor(members, device=device)[:, None], places
-            inputs.append(embeds_RLD[at])
-            positions.append(layout.position_ids[:, at[0], at[1]])
-            in_block, mask = is_block and (start > 0 or is_flash(text_config)), None
-            if is_block and not in_block:
-                mask = sequence_mask(text_config, inputs[-1], None, layout.block_ids[at], None, None)["full_attention"]
-            elif not is_block:
-                options = {"attention_mask": None, "position_ids": None, CACHE: cache}
-                mask = create_causal_mask(text_config, inputs[-1], **options)
-            parts.append(Part(cache, (len(members), length), in_block, mask))
-        # each position is a row of its own, as PEFT gives adapters to rows
-        inputs_N1D = torch.cat([each.flatten(0, 1) for each in inputs])[:, None]
-        positions_3N1 = torch.cat([each.flatten(1) for each in positions], dim=1)[:, :, None]
-        adapters = names and [names[row] for _, members, length, _ in now for row in members for _ in range(length)]
-        hidden_N1D = run_apart(model, parts, inputs_N1D, positions_3N1, adapters)
-        all_hidden = hidden_N1D.split([len(members) * length for _, members, length, _ in now])
-        for (context, members, length, _), hidden, of_part in zip(now, all_hidden, positions):
-            ids = [rows[row][len(context.token_ids[0]) :][:length] for row in members]
-            context._hold(hidden.view(len(members), length, -1)[:, -1:], of_part, ids)
-    return Contexts.join([context for context, _, _ in reading], [row for _, members, _ in reading for row in members])

@@ -1,6 +1,6 @@
 """`generate`: text by next token (transformers' own loop), images by next scale (NextFlow sec. 2.2), and both in turn.
 
-What is asked is in `prompts.py` and `image_generation.py`; what runs, in `contexts.py` and `drawing.py`.
+What is asked is in `prompts.py` and `image_generation.py`; what runs, in `prefill.py`, `contexts.py` and `drawing.py`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,12 +11,12 @@ from transformers import GenerationConfig
 from transformers.processing_utils import Unpack
 
 from .cache_name import CACHE
-from .contexts import read_prompts
 from .drawing import Forced, NextFlowOutputWithPictures, Sampler, draw_pictures
 from .image_codes import ImageCodesMixin
 from .image_generation import ImageControls, ImageGenerationConfig, ImageGenerationKwargs
 from .interleaved import NextFlowInterleavedOutput, answer, next_turn
 from .layout import final_grids
+from .prefill import read_prompts
 from .prompts import Picture, Prompts
 from .sampling import RowGenerators
 from .scales import Grid, ScaleSchedule, ScheduleTable

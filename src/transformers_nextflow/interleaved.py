@@ -14,11 +14,12 @@ from transformers.generation import GenerationMixin
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
-from .contexts import Contexts, read_prompts
+from .contexts import Contexts
 from .drawing import NextFlowOutputWithPictures, Sampler, draw_scales, telling
 from .image_generation import ImageControls
 from .layout import num_image_slots
 from .lora import using_adapters
+from .prefill import read_prompts
 from .prompts import Picture, Prompts, flat_images
 from .sampling import RowGenerators, integer, sample
 from .scales import ScaleSchedule
