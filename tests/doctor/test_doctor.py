@@ -46,7 +46,6 @@ def test_damage_is_named(damage, trained, trained_packs, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="a warning: its guidance scale of 5 costs 0.9 nats a code at 32 pixels")
 def test_the_good_checkpoint_raises_no_alarm(trained, trained_packs):
     diagnosis = examine(*trained, packs=trained_packs)
     assert diagnosis.first is None, to_text(diagnosis)
