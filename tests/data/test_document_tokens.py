@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from tests.tiny_tokenizer import SENTENCES, SPECIAL_TOKENS
@@ -17,9 +17,11 @@ QUESTIONS = ["a red circle", "\na red circle", "\n\n\n", " a", "  \n  a\n", "<|i
 
 @pytest.fixture(scope="module")
 def processor(tiny_processor) -> NextFlowProcessor:
-    """Its tokenizer has tokens of several line breaks, as Qwen's."""
+    """Its tokenizer has tokens of several line breaks, and keeps those of one place together, as Qwen's."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = pre_tokenizers.Split(Regex(r"\s*[\r\n]+| ?\w+| ?[^\s\w]+|\s+"), "isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
