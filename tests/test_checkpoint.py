@@ -42,3 +42,12 @@ def test_a_seed_draws_one_picture(model, processor):
     inputs = processor.apply_chat_template(chat, generation_mode="image")
     first, again, other = (model.generate(**inputs, generation_mode="image", seed=seed) for seed in (3, 3, 4))
     assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_all_sizes_and_uses_of_the_card_have_scores(model):
+    """No schedule of the model, and nothing it says to do, without a row of its own."""
+    card = (CHECKPOINT / "README.md").read_text()
+    sizes = {model.model.schedules.image_size(schedule) for schedule in model.model.schedules}
+    rows = [f"drawing, {height if height == width else f'{width} x {height}'} px, seen" for height, width in sizes]
+    for row in [*rows, "caption, seen", "question, all kinds, seen", "edit, all kinds, seen"]:
+        assert f"\n| {row}" in card

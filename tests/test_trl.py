@@ -7,7 +7,7 @@ pytest.importorskip("trl", reason="the trainers are TRL's")
 
 from datasets import Dataset
 from peft import LoraConfig
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
 
 from transformers_nextflow import NextFlowForConditionalGeneration
 
@@ -49,3 +49,26 @@ def test_texts_by_a_path(tiny_checkpoint, text_tokenizer, tmp_path):
     assert type(trainer.model) is NextFlowForConditionalGeneration
     first, last = losses(trainer)
     assert last < first
+
+
+def test_answers_judged_one_by_one(tiny_checkpoint, text_tokenizer, tmp_path):
+    judged = [
+        {"prompt": pair["prompt"], "completion": pair[name], "label": name == "chosen"}
+        for pair in PAIRS
+        for name in ("chosen", "rejected")
+    ]
+    model = NextFlowForConditionalGeneration.from_pretrained(tiny_checkpoint)
+    data = {"train_dataset": Dataset.from_list(judged), "processing_class": text_tokenizer}
+    first, last = losses(KTOTrainer(model, args=KTOConfig(**options(tmp_path)), **data))
+    assert first == pytest.approx(0.5, abs=1e-3) and last < first  # model and reference agree
+
+
+def test_answers_with_rewards(tiny_checkpoint, text_tokenizer, tmp_path):
+    """Written by the model itself, beside a reference model."""
+    model = NextFlowForConditionalGeneration.from_pretrained(tiny_checkpoint)
+    before = model.lm_head.weight.detach().clone()
+    reward = lambda completions, **kwargs: [float(len(set(text))) for text in completions]  # noqa: E731
+    args = RLOOConfig(**options(tmp_path), num_generations=2, max_completion_length=4)
+    data = {"train_dataset": PAIRS.select_columns(["prompt"]), "processing_class": text_tokenizer}
+    losses(RLOOTrainer(model, reward, args=args, **data))
+    assert not torch.equal(model.lm_head.weight, before)
