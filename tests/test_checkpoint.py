@@ -1,5 +1,6 @@
 """The shipped checkpoint: small, loadable, of two levels; `emoji/test_mechanisms.py` holds its mechanisms."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -44,10 +45,12 @@ def test_a_seed_draws_one_picture(model, processor):
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
-def test_all_sizes_and_uses_of_the_card_have_scores(model):
-    """No schedule of the model, and nothing it says to do, without a row of its own."""
+def test_sizes_and_uses_that_the_card_claims_have_scores():
+    """What it says that the model does, and at which sizes (width x height), has a row of its own."""
     card = (CHECKPOINT / "README.md").read_text()
-    sizes = {model.model.schedules.image_size(schedule) for schedule in model.model.schedules}
-    rows = [f"drawing, {height if height == width else f'{width} x {height}'} px, seen" for height, width in sizes]
+    claims = card.split("```")[0]
+    sizes = [size.split(" x ") for size in re.findall(r"\d+ x \d+", claims)]
+    assert sizes and "describes" in claims
+    rows = [f"drawing, {width if width == height else f'{width} x {height}'} px, seen" for width, height in sizes]
     for row in [*rows, "caption, seen", "question, all kinds, seen", "edit, all kinds, seen"]:
         assert f"\n| {row}" in card

@@ -7,8 +7,6 @@ import pytest
 import torch
 from PIL import Image
 from transformers import AutoProcessor, pipeline
-from transformers.testing_utils import CaptureLogger
-from transformers.utils import logging
 
 from transformers_nextflow import NextFlowProcessor
 from transformers_nextflow.cli import main
@@ -322,13 +320,12 @@ def test_nothing_is_ignored_in_silence(tiny_processor, text_tokenizer):
     assert processor(text=["a", "a red circle"], return_tensors="pt")["attention_mask"][0].tolist() == [1, 0, 0]
 
 
-@pytest.mark.parametrize("mode", ["text", "image"])
-def test_prompts_of_another_processor_are_told(mode, tiny_model, tiny_processor):
+@pytest.mark.parametrize("mode", ["text", "image", "interleaved"])
+def test_prompts_of_another_processor_are_refused(mode, tiny_model, tiny_processor):
     other = NextFlowProcessor(tiny_processor.image_processor, tiny_processor.tokenizer, condition_last_scale=False)
-    logger = logging.get_logger("transformers_nextflow.prompts")
-    for processor, is_told in ((tiny_processor, False), (other, True)):
-        logger.warning_once.cache_clear()
-        inputs = processor.apply_chat_template([user("which?", picture())], generation_mode=mode)
-        with CaptureLogger(logger) as logs:
-            tiny_model.generate(**inputs, generation_mode=mode, max_new_tokens=1)
-        assert ("condition_last_scale=False, but the model has True" in logs.out) == is_told
+    inputs, of_other = (
+        each.apply_chat_template([user("which?", picture())], generation_mode=mode) for each in (tiny_processor, other)
+    )
+    tiny_model.generate(**inputs, generation_mode=mode, max_new_tokens=1)
+    with pytest.raises(ValueError, match="must be the model's, True: .* of a processor with False"):
+        tiny_model.generate(**of_other, generation_mode=mode, max_new_tokens=1)

@@ -54,14 +54,18 @@ class CodeEmbeddings(AtLeastFloat32, nn.Embedding):
     """A row for each code, float32 whatever the model is cast to."""
 
 
+class LinearInItsPrecision(nn.Linear):
+    """A linear layer that brings its inputs to its own precision, which hooks may change while it runs."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return super().forward(inputs.to(self.weight.dtype))
+
+
 class Connector(nn.Sequential):
     """(..., C) features of codes -> (..., D), in the connector's own precision."""
 
     def __init__(self, code_dim: int, width: int):
-        super().__init__(nn.Linear(code_dim, width), nn.GELU(), nn.Linear(width, width))
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return super().forward(features.to(next(self.parameters()).dtype))
+        super().__init__(LinearInItsPrecision(code_dim, width), nn.GELU(), nn.Linear(width, width))
 
 
 class ScaleEmbedding(nn.Module):
@@ -316,7 +320,13 @@ class NextFlowModel(NextFlowPreTrainedModel):
         image_codes: torch.Tensor | None = None,
         **inputs: torch.Tensor | None,
     ) -> tuple[SequenceLayout, torch.Tensor]:
-        """What forward does first where no `layout` came: the layout and the flat codes; see [`build_layout`]."""
+        """What forward does first where no `layout` came: the layout and the flat codes; see [`build_layout`].
+
+        Raises:
+            ValueError: under `torch.export`, since what is laid out depends on values.
+        """
+        if torch.compiler.is_exporting():
+            raise ValueError("an exported forward with images or labels takes a layout, see `build_layout`, got none")
         if image_codes is None or pixel_values is not None:
             images = find_images(self.config, input_ids, image_grid_hw)
             image_codes = self.image_codes_of(images, pixel_values, image_codes)

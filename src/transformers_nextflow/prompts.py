@@ -101,7 +101,7 @@ class Prompts:
             raise ValueError(f"the prompts hold {held} finished images, image_grid_hw has {len(grids)}; {MARKS}")
         ids, _ = padded(rows, config.eoi_token_id, self.input_ids.device)
         images = find_images(config, ids, grids)
-        compare_last_scale(images, config)
+        check_last_scale(images, config)
         flat_codes = model.model.image_codes_of(images, self.pixel_values, self.image_codes)
         pictures: list[list[Picture]] = [[] for _ in rows]
         for image, codes in zip(images, flat_codes.split([image.num_codes for image in images])):
@@ -109,13 +109,13 @@ class Prompts:
         return pictures
 
 
-def compare_last_scale(images: Sequence[ImageSpan], config: NextFlowConfig) -> None:
-    """Warn of prompts whose images were made for a model of the other `condition_last_scale`."""
+def check_last_scale(images: Sequence[ImageSpan], config: NextFlowConfig) -> None:
+    """Raise a `ValueError` for a prompt's images that were made for a model of the other `condition_last_scale`."""
     expected = config.condition_last_scale
     if any(image.has_last_scale != expected for image in images if not image.is_open):
-        logger.warning_once(
-            f"the prompts' images are of a processor with condition_last_scale={not expected}, but the model has "
-            f"{expected}: it was not trained to read them"
+        raise ValueError(
+            f"condition_last_scale must be the model's, {expected}: the prompts' images are of a processor with "
+            f"{not expected}, which the model was not trained to read"
         )
 
 

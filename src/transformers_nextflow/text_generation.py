@@ -8,7 +8,7 @@ from transformers.masking_utils import create_masks_for_generate
 
 from .cache_name import CACHE
 from .layout import build_layout, find_images
-from .prompts import check_prompt, compare_last_scale
+from .prompts import check_last_scale, check_prompt
 from .sampling import COLDEST, SAMPLING_LIMITS, per_scale, plain
 
 IMAGE_INPUTS = ("pixel_values", "image_codes", "image_input_codes", "image_grid_hw", "document_ids")
@@ -89,7 +89,7 @@ class TextGenerationMixin(GenerationMixin):
             self.check_reach(positions)
             return positions[None].expand(3, *positions.shape)
         ids = self._prompt_ids(model_kwargs.get("input_ids"), inputs_tensor)
-        compare_last_scale(find_images(self.config, ids, grids), self.config)
+        check_last_scale(find_images(self.config, ids, grids), self.config)
         layout = build_layout(self.config, ids, grids, mask)
         self.check_reach(layout.position_ids[0])
         return layout.position_ids
