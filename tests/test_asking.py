@@ -22,6 +22,7 @@ from tiny_models import (
     Picture,
     batch_of,
     relative,
+    shown,
     tiny_config,
     tiny_model,
 )
@@ -62,10 +63,10 @@ def guided(model, prompts=PROMPTS, nulls=NULLS) -> dict:
 
 def test_threads_on_one_model_draw_as_alone(model):
     """Two calls are inside forwards at once, and nothing is written into what all share."""
-    nulls = batch_of(model, [20, Picture(SQUARE, 1), BOI])
-    edits = batch_of(model, [10, Picture(SQUARE, 1), 11, BOI])
+    nulls = batch_of(model, [20, shown(SQUARE, 1), BOI])
+    edits = batch_of(model, [10, shown(SQUARE, 1), 11, BOI])
     edits |= {f"negative_{name}": nulls[name] for name in ("input_ids", "attention_mask")}
-    chats = batch_of(model, [10, Picture(WIDE, 2), 12], [11, 13])
+    chats = batch_of(model, [10, shown(WIDE, 2), 12], [11, 13])
     del chats["image_codes"]
     chats["pixel_values"] = torch.rand(8, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
     written = {"generation_mode": "interleaved", "image_generation": {"guidance_scale": 1.0}}
@@ -138,8 +139,8 @@ def without_masks(seen):
 
 
 def test_guided_rows_of_different_lengths_need_no_mask(model, without_masks, seen):
-    edits = [[10, Picture(SQUARE, 1), 11, BOI], [12, BOI], [Picture(WIDE, 2), Picture(SQUARE, 3), 13, BOI]]
-    nulls = [[20, Picture(SQUARE, 1), BOI], [20, 21, BOI], [Picture(WIDE, 2), Picture(SQUARE, 3), BOI]]
+    edits = [[10, shown(SQUARE, 1), 11, BOI], [12, BOI], [shown(WIDE, 2), shown(SQUARE, 3), 13, BOI]]
+    nulls = [[20, shown(SQUARE, 1), BOI], [20, 21, BOI], [shown(WIDE, 2), shown(SQUARE, 3), BOI]]
     for inputs in (guided(model), guided(model, edits, nulls)):
         controls = PLAIN | {"guidance_scale": 2.0, "image_guidance_scale": 1.5, "aspect_ratio": "1:1"}
         assert torch.equal(without_masks.generate(**inputs, **controls), model.generate(**inputs, **controls))
@@ -163,7 +164,7 @@ def test_rows_of_different_lengths_run_through_the_layers_together(model):
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_pictures_are_described_without_masks(model, without_masks, use_cache):
     """Rows whose pictures stand in the same places: block by block."""
-    inputs = batch_of(model, *([10, Picture(SQUARE, seed, True), Picture(WIDE, 3), 11, 12] for seed in (1, 2)))
+    inputs = batch_of(model, *([10, Picture(SQUARE, seed, True), shown(WIDE, 3), 11, 12] for seed in (1, 2)))
     outputs, expected = (each(**inputs, output_hidden_states=True) for each in (without_masks, model))
     assert relative(outputs.logits, expected.logits) < 1e-5
     for layer, other in zip(outputs.hidden_states, expected.hidden_states, strict=True):
@@ -279,8 +280,8 @@ def test_a_null_prompt_is_made(model, tiny_model, tiny_processor):
 def test_a_null_prompt_of_images_alone(model):
     """Without its images nothing is left of it."""
     options = PLAIN | {"guidance_scale": 2.0, "image_guidance_scale": 1.5}
-    drawn = model.generate(**batch_of(model, [10, Picture(SQUARE, 1), 11]), **options)
-    picture = model.generate(**guided(model, [[10, Picture(SQUARE, 1), 11]], [[Picture(SQUARE, 1)]]), **options)
+    drawn = model.generate(**batch_of(model, [10, shown(SQUARE, 1), 11]), **options)
+    picture = model.generate(**guided(model, [[10, shown(SQUARE, 1), 11]], [[shown(SQUARE, 1)]]), **options)
     assert torch.equal(drawn, picture)
 
 
@@ -363,7 +364,7 @@ def test_what_was_drawn_is_decoded():
 # Sizes
 
 
-@pytest.mark.parametrize("pictures", [[], [Picture(WIDE, 1)], [Picture(SQUARE, 1), Picture(WIDE, 2)]])
+@pytest.mark.parametrize("pictures", [[], [shown(WIDE, 1)], [shown(SQUARE, 1), shown(WIDE, 2)]])
 @pytest.mark.parametrize("size", [{}, {"aspect_ratio": "2:1"}, {"height": 12, "width": 12}, {"top_k": 3}])
 def test_the_grid_of_a_drawing_is_known_before(model, pictures, size):
     inputs = batch_of(model, [10, *pictures, 11, BOI])
@@ -375,22 +376,22 @@ def test_the_grid_of_a_drawing_is_known_before(model, pictures, size):
 
 
 def test_an_edit_keeps_the_first_pictures_size(model):
-    edit = batch_of(model, [10, Picture(WIDE, 1), Picture(SQUARE, 2), 11, BOI])
+    edit = batch_of(model, [10, shown(WIDE, 1), shown(SQUARE, 2), 11, BOI])
     kept = model.generate(**edit, **PLAIN, return_dict_in_generate=True)
     assert kept.image_grid_hw.tolist() == [list(WIDE)]
     said = model.generate(**edit, **PLAIN, aspect_ratio="1:1", return_dict_in_generate=True)
     assert said.image_grid_hw.tolist() == [list(SQUARE)]
-    differing = batch_of(model, [10, Picture(WIDE, 1), BOI], [Picture(SQUARE, 2), BOI])
+    differing = batch_of(model, [10, shown(WIDE, 1), BOI], [shown(SQUARE, 2), BOI])
     with pytest.raises(ValueError, match=r"different grids, .*: say height and width"):
         model.generate(**differing, **PLAIN)
-    mixed = batch_of(model, [12, BOI], [10, Picture(WIDE, 1), BOI])  # whose first row alone is square
+    mixed = batch_of(model, [12, BOI], [10, shown(WIDE, 1), BOI])  # whose first row alone is square
     with pytest.raises(ValueError, match=r"different grids, .*: say height and width"):
         model.generate(**mixed, **PLAIN)
     drawn = model.generate(**mixed, **PLAIN, aspect_ratio="2:1", return_dict_in_generate=True)
     assert drawn.image_grid_hw.tolist() == [list(WIDE)] * 2
     written = {"generation_mode": "interleaved", "guidance_scale": 1.0, "max_new_images": 1, "max_new_tokens": 3}
     written |= {"sequence_bias": {(BOI,): 20.0}, "seed": 0}
-    edit = batch_of(model, [10, Picture(WIDE, 1), 11])
+    edit = batch_of(model, [10, shown(WIDE, 1), 11])
     assert model.generate(**edit, **written).image_grid_hw.tolist() == [list(WIDE)] * 2
     said = model.generate(**edit, **written, image_generation={"aspect_ratio": "1:1"})
     assert said.image_grid_hw.tolist() == [list(WIDE), list(SQUARE)]
@@ -471,7 +472,7 @@ def test_values_over_scales_of_a_file():
 
 
 def test_an_edit_keeps_its_size_under_one_object(model):
-    edit, said = batch_of(model, [10, Picture(WIDE, 1), 11]), ImageGenerationConfig(guidance_scale=1.0)
+    edit, said = batch_of(model, [10, shown(WIDE, 1), 11]), ImageGenerationConfig(guidance_scale=1.0)
     options = {"generation_mode": "image", "seed": 0, "return_dict_in_generate": True}
     assert model.generate(**edit, **options, image_generation=said).image_grid_hw.tolist() == [list(WIDE)]
 
@@ -487,7 +488,7 @@ def test_a_default_size_replaces_the_other_way_to_say_it(tmp_path, model):
 
 
 def test_answers_do_without_the_kinds_of_tokens(model):
-    inputs, options = batch_of(model, [10, Picture(SQUARE, 1), 11]), {"max_new_tokens": 2, "do_sample": False}
+    inputs, options = batch_of(model, [10, shown(SQUARE, 1), 11]), {"max_new_tokens": 2, "do_sample": False}
     kinds = {name: torch.zeros_like(inputs["input_ids"]) for name in ("token_type_ids", "mm_token_type_ids")}
     for mode in ("text", "interleaved"):
         output, other = (model.generate(**inputs, **more, **options, generation_mode=mode) for more in ({}, kinds))
@@ -511,7 +512,7 @@ def test_interleaved_pictures_take_the_same_keywords(model):
 @pytest.mark.parametrize(
     "strategy", [{}, {"use_cache": False}, {"prompt_lookup_num_tokens": 3}, {"num_beams": 2}], ids=str
 )
-@pytest.mark.parametrize("chat", [[10, 11, 12], [10, Picture(SQUARE, 1), 11, 12, 11]], ids=["text", "picture"])
+@pytest.mark.parametrize("chat", [[10, 11, 12], [10, shown(SQUARE, 1), 11, 12, 11]], ids=["text", "picture"])
 def test_text_holds_no_marks_of_images(model, strategy, chat):
     options = {"max_new_tokens": 6, "do_sample": False, "sequence_bias": {(BOI,): 9.0, (IMAGE,): 8.0, (EOI,): 7.0}}
     written = model.generate(**batch_of(model, chat), **options, **strategy)[0, -6:]
@@ -545,9 +546,7 @@ def test_text_from_embeddings(model):
 
 @pytest.mark.parametrize("strategy", [{}, {"num_beams": 2}, {"num_beams": 2, "num_return_sequences": 2}])
 def test_text_from_embeddings_around_images(model, strategy):
-    inputs = batch_of(
-        model, [10, Picture(SQUARE, 1, True), 11], [Picture(WIDE, 2, True), 12, Picture(SQUARE, 3, True)]
-    )
+    inputs = batch_of(model, [10, shown(SQUARE, 1), 11], [shown(WIDE, 2), 12, shown(SQUARE, 3)])
     options = strategy | {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
     options |= {"output_logits": True, "return_dict_in_generate": True}
     expected = model.generate(**inputs, **options)

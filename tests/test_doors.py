@@ -2,11 +2,27 @@
 
 import pytest
 import torch
-from tiny_models import BOI, EOI, EOS, IMAGE, PAD, SQUARE, TEXT_ROWS, WIDE, Picture, batch_of, relative, tiny_model
+from tiny_models import (
+    BOI,
+    CODES,
+    EOI,
+    EOS,
+    IMAGE,
+    PAD,
+    SQUARE,
+    TEXT_ROWS,
+    WIDE,
+    Picture,
+    batch_of,
+    relative,
+    tiny_model,
+)
 from transformers import AttentionInterface, GenerationConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.generation import ContinuousBatchingConfig
 from transformers.integrations.executorch import TorchExportableModuleWithStaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from transformers_nextflow.layout import SequenceLayout, build_layout
 
 CHATS = [[10, 11, 12, 13], [14, 15], [16, 17, 18]]
 
@@ -118,6 +134,38 @@ def test_text_is_exported(model):
         inputs = batch_of(model, *rows)
         graph = exported.module()(**inputs, use_cache=False)
         assert relative(graph.logits, model(**inputs).logits) < 1e-5
+
+
+def test_pictures_are_exported(model):
+    """With a layout, which depends on values; and what codes look like."""
+    inputs = batch_of(model, [10, Picture(SQUARE, 1), 11], [12, Picture(WIDE, 2), 13])
+    with pytest.raises(ValueError, match="an exported forward with images or labels takes a layout"):
+        torch.export.export(model, (), inputs | {"use_cache": False})
+    layout = build_layout(model.config, inputs["input_ids"], inputs["image_grid_hw"], inputs["attention_mask"])
+    tensors = {name: tensor for name, tensor in vars(layout).items() if tensor is not None}
+
+    class Read(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, layout, **inputs):
+            return self.model(layout=SequenceLayout(**layout), use_cache=False, **inputs).logits
+
+    given = {name: inputs[name] for name in ("input_ids", "attention_mask", "image_codes")} | {"layout": tensors}
+    exported = torch.export.export(Read(), (), given).module()
+    other = batch_of(model, [20, Picture(SQUARE, 3), 21], [22, Picture(WIDE, 4), 23])
+    for each in (inputs, other):
+        graph = exported(**given | {name: each[name] for name in ("input_ids", "image_codes")})
+        assert relative(graph, model(**each).logits) < 1e-5
+
+    class Decode(Read):
+        def forward(self, codes):
+            return self.model.model.vq_model.decode(codes, SQUARE)
+
+    codes = torch.randint(CODES, (2, 14), generator=torch.Generator().manual_seed(0))
+    decoded = torch.export.export(Decode(), (torch.zeros_like(codes),)).module()(codes)
+    assert relative(decoded, model.model.vq_model.decode(codes, SQUARE)) < 1e-5
 
 
 def test_steps_over_a_static_cache_are_exported(model):

@@ -17,6 +17,7 @@ from tiny_models import (
     Picture,
     batch_of,
     relative,
+    shown,
     tiny_config,
     tiny_model,
 )
@@ -32,9 +33,9 @@ GRIDS = pytest.mark.parametrize("grid", [SQUARE, WIDE], ids=["square", "wide"])
 PROMPTS = [[10, 11, 12, BOI], [13, BOI], [14, 15, BOI]]
 NULLS = [[20, BOI], [20, 21, 22, BOI], [23, 20, BOI]]
 EDITS = [
-    [10, Picture(SQUARE, 1), 11, BOI],
+    [10, shown(SQUARE, 1), 11, BOI],
     [12, BOI],
-    [Picture(WIDE, 2), Picture(SQUARE, 3), 13, 14, BOI],
+    [shown(WIDE, 2), shown(SQUARE, 3), 13, 14, BOI],
 ]
 
 
@@ -46,6 +47,12 @@ def model():
 @pytest.fixture(scope="module")
 def accumulated():
     return tiny_model(tiny_config(feature_mode="accumulated"))
+
+
+@pytest.fixture(scope="module")
+def paper():
+    """Reads pictures without their last scale."""
+    return tiny_model(tiny_config(condition_last_scale=False))
 
 
 def draw(model, *rows, nulls=None, grid=SQUARE, **kwargs) -> NextFlowImageOutput:
@@ -72,8 +79,8 @@ def joined(output: NextFlowImageOutput) -> torch.Tensor:
     return torch.cat(output.logits, dim=1)
 
 
-def with_last_scale(rows: list) -> list:
-    return [[p._replace(last_scale=True) if isinstance(p, Picture) else p for p in row] for row in rows]
+def with_last_scale(rows: list, last_scale: bool) -> list:
+    return [[p._replace(last_scale=last_scale) if isinstance(p, Picture) else p for p in row] for row in rows]
 
 
 # Text
@@ -105,15 +112,15 @@ def test_text_is_qwens_token_by_token(model, strategy):
     assert len(ours.sequences[:, 5:].unique()) > 4
 
 
-CHATS = [[10, Picture(SQUARE, 1), Picture(WIDE, 2), 11], [12, 13], [14, Picture(SQUARE, 3), 15, 16]]
+CHATS = [[10, shown(SQUARE, 1), shown(WIDE, 2), 11], [12, 13], [14, shown(SQUARE, 3), 15, 16]]
 TEXT_ONLY = {"suppress_tokens": [BOI, IMAGE, EOS], "max_new_tokens": 6}
 
 
-@pytest.mark.parametrize("last_scale", [False, True], ids=["paper", "last scale"])
-def test_captions_are_those_of_full_forwards(model, last_scale):
+@pytest.mark.parametrize("name", ["paper", "model"])
+def test_captions_are_those_of_full_forwards(request, name):
     """Greedy over a cache, greedy without one, and a loop of forwards over the growing sequence."""
-    chats = with_last_scale(CHATS) if last_scale else CHATS
-    inputs = batch_of(model, *chats)
+    model = request.getfixturevalue(name)
+    inputs = batch_of(model, *with_last_scale(CHATS, model.config.condition_last_scale))
     cached = model.generate(**inputs, **TEXT_ONLY, output_logits=True, return_dict_in_generate=True)
     uncached = model.generate(**inputs, **TEXT_ONLY, use_cache=False)
     length = inputs["input_ids"].shape[1]
@@ -133,7 +140,7 @@ def test_captions_are_those_of_full_forwards(model, last_scale):
 @pytest.mark.parametrize("chat", [[10, 11, 12, 10, 11], CHATS[0]], ids=["text", "pictures"])
 def test_drafted_text_is_the_models_own(model, drafts, chat):
     """Prompt lookup and assisted generation only guess ahead."""
-    inputs = batch_of(model, *with_last_scale([[*chat, 12, 11, 12]]))
+    inputs = batch_of(model, [*chat, 12, 11, 12])
     options = TEXT_ONLY | {"suppress_tokens": [BOI, IMAGE, EOI, EOS], "max_new_tokens": 12, "do_sample": False}
     expected = model.generate(**inputs, **options)
     assistants = {"another model": tiny_model(seed=5), "its own": tiny_model()}
@@ -186,14 +193,11 @@ def test_text_ignores_null_prompts(model):
 
 
 @GRIDS
-@pytest.mark.parametrize("features", ["model", "accumulated"])
-@pytest.mark.parametrize(
-    "prompts",
-    [PROMPTS, EDITS, with_last_scale(EDITS), EDITS[:1]],
-    ids=["text", "edits", "last scale", "unpadded"],
-)
+@pytest.mark.parametrize("features", ["model", "accumulated", "paper"])
+@pytest.mark.parametrize("prompts", [PROMPTS, EDITS, EDITS[:1]], ids=["text", "edits", "unpadded"])
 def test_sampled_logits_are_those_of_one_forward(request, features, grid, prompts):
     model = request.getfixturevalue(features)
+    prompts = with_last_scale(prompts, model.config.condition_last_scale)
     output = draw(model, *prompts, grid=grid)
     schedule = model.model.schedules.by_grid(grid)
     assert [logits.shape for logits in output.logits] == [(len(prompts), length, CODES) for length in schedule.lengths]
@@ -696,7 +700,7 @@ def test_one_scale_images():
     model = tiny_model(tiny_config(vq={"scale_schedules": [[[1, 1]]], "levels": {"4": 1}}))
     output = draw(model, *PROMPTS, nulls=NULLS, guidance_scale=2.0)
     assert output.sequences.shape == (3, 1) and len(output.logits) == 1
-    prompt = [Picture((1, 1), 1), 10, BOI]
+    prompt = [shown((1, 1), 1), 10, BOI]
     plain = draw(model, prompt)
     assert relative(joined(plain), forced(model, prompt, sequences=plain.sequences, grid=(1, 1))) < 1e-5
 
@@ -784,7 +788,7 @@ def test_prompts_and_grids_must_match_in_number(model):
 
 
 def test_null_prompts_must_hold_the_same_images(model):
-    one, two = Picture(SQUARE, 1), Picture(SQUARE, 2)
+    one, two = shown(SQUARE, 1), shown(SQUARE, 2)
     for nulls in ([[BOI], [BOI]], [[one, two, BOI], [BOI]]):
         with pytest.raises(ValueError, match="null prompts must hold the images of their prompts"):
             draw(model, [10, one, BOI], [11, two, BOI], nulls=nulls, guidance_scale=2.0)

@@ -8,15 +8,15 @@ from contextlib import contextmanager
 import pytest
 import torch
 from pretended_devices import DEVICES, PretendedDevices
-from tiny_models import BOI, EOS, PATCH, SQUARE, WIDE, Picture, batch_of, relative, tiny_config, tiny_model
+from tiny_models import BOI, EOS, PATCH, SQUARE, WIDE, Picture, batch_of, relative, shown, tiny_config, tiny_model
 
 from transformers_nextflow import NextFlowForConditionalGeneration
 
 accelerate = pytest.importorskip("accelerate")
 
 ROWS = [[10, Picture(SQUARE, 1), 11, 12, EOS], [13, Picture(WIDE, 2), EOS]]
-EDIT = [10, Picture(SQUARE, 1, last_scale=True), 11]
-NULL = [Picture(SQUARE, 1, last_scale=True), 20, 21]
+EDIT = [10, shown(SQUARE, 1), 11]
+NULL = [shown(SQUARE, 1), 20, 21]
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
@@ -88,7 +88,7 @@ def edit(model) -> torch.Tensor:
 
 
 def describe(model) -> torch.Tensor:
-    inputs = inputs_of(model, *ROWS)
+    inputs = inputs_of(model, [10, shown(SQUARE), 11, 12], [13, shown(WIDE)])
     del inputs["image_codes"]
     return model.generate(**inputs, pixel_values=patches(model), max_new_tokens=5, do_sample=False)
 
@@ -289,3 +289,30 @@ def test_gradients_reach_weights_that_are_there_only_while_their_module_runs(mod
     assert got.keys() == expected.keys() and len(got) > 100
     for name, gradient in got.items():
         assert relative(gradient, expected[name]) < 1e-5, name
+
+
+# diffusers
+
+
+@BY_USE
+def test_weights_that_are_stored_in_a_lower_precision_than_they_are_used_in(model, use):
+    """All but the vision tokenizer's, whose codes must stay those of shards."""
+    hooks = pytest.importorskip("diffusers.hooks")
+    rounded = copy.deepcopy(model)
+    inner = rounded.model
+    for part in (inner.language_model, inner.connector, inner.scale_embedding, rounded.lm_head, rounded.code_head):
+        part.bfloat16().float()
+    other = copy.deepcopy(rounded)
+    hooks.apply_layerwise_casting(other, torch.bfloat16, torch.float32, skip_modules_pattern=("vq_model", "norm"))
+    assert other.lm_head.weight.dtype == other.model.connector[0].weight.dtype == torch.bfloat16
+    assert_same(use, rounded, other)
+
+
+@BY_USE
+@pytest.mark.parametrize("by", ["leaf_level", "block_level"])
+def test_groups_of_weights_are_there_only_while_they_are_used(model, use, by):
+    hooks = pytest.importorskip("diffusers.hooks")
+    other, cpu = copy.deepcopy(model), torch.device("cpu")
+    blocks = {"num_blocks_per_group": 1} if by == "block_level" else {}
+    hooks.apply_group_offloading(other, cpu, cpu, offload_type=by, **blocks)
+    assert_same(use, model, other)

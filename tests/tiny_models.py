@@ -22,6 +22,11 @@ class Picture(NamedTuple):
     codes: torch.Tensor | None = None
 
 
+def shown(grid: tuple[int, int], seed: int = 0) -> Picture:
+    """A picture as a prompt holds it for a model with `condition_last_scale`."""
+    return Picture(grid, seed, last_scale=True)
+
+
 def tiny_config(text: dict | None = None, vq: dict | None = None, **overrides) -> NextFlowConfig:
     text_config = {
         "vocab_size": TEXT_ROWS,
