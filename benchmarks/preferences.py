@@ -64,9 +64,7 @@ def train(arm: str, artist: Artist, rows: list[dict], args: argparse.Namespace) 
             **shared,
         )
     else:
-        chosen = [
-            {"prompt": row["prompt"], "completion": row["chosen"], "images": row["images"][:1]} for row in rows
-        ]
+        chosen = [{"prompt": row["prompt"], "completion": row["chosen"], "images": row["images"][:1]} for row in rows]
         trainer = NextFlowSFTTrainer(
             artist.model, args=SFTConfig(**options), train_dataset=Dataset.from_list(chosen), **shared
         )

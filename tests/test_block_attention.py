@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import BOI, IMAGE, SQUARE, WIDE, Picture, batch_of, relative, tiny_config, tiny_model
+from tiny_models import BOI, IMAGE, SQUARE, WIDE, Picture, batch_of, relative, shown, tiny_config, tiny_model
 from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import StaticCache, masking_utils
@@ -180,11 +180,11 @@ def test_generation_is_the_same(model, tmp_path):
     blocks = NextFlowForConditionalGeneration.from_pretrained(tmp_path, attn_implementation="blocks")
     parts = [part.config._attn_implementation for part in (blocks, blocks.model.language_model)]
     assert parts == ["blocks", "blocks"] and model.config._attn_implementation == "sdpa"
-    prompts = batch_of(model, [10, Picture(SQUARE, 1), 11, BOI], [12, 13, BOI])
+    prompts = batch_of(model, [10, shown(SQUARE, 1), 11, BOI], [12, 13, BOI])
     options = {"generation_mode": "image", "aspect_ratio": "1:1", "guidance_scale": 1.0, "seed": 0}
     pictures = [each.generate(**prompts, **options) for each in (model, blocks)]
     assert torch.equal(*pictures)
-    questions = batch_of(model, [10, Picture(WIDE, 2), 11, 12], [13, 14])
+    questions = batch_of(model, [10, shown(WIDE, 2), 11, 12], [13, 14])
     answers = [each.generate(**questions, max_new_tokens=6, do_sample=False) for each in (model, blocks)]
     assert torch.equal(*answers)
     pixels = torch.rand(1, 3, 12, 12)

@@ -14,13 +14,25 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from tests.adapters import added_by_transformers
-from tests.tiny_models import BOI, CODES, SQUARE, TEXT_ROWS, WIDE, Picture, batch_of, relative, tiny_config, tiny_model
+from tests.tiny_models import (
+    BOI,
+    CODES,
+    SQUARE,
+    TEXT_ROWS,
+    WIDE,
+    Picture,
+    batch_of,
+    relative,
+    shown,
+    tiny_config,
+    tiny_model,
+)
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowModel, NextFlowVQModel
 from transformers_nextflow.cli import main
 from transformers_nextflow.data.shards import vision_identity
 from transformers_nextflow.utils.loading import load_vq_model
 
-ROWS = ([10, Picture(SQUARE, 1), 11], [12, 13, Picture(WIDE, 2), 14, 15])
+ROWS = ([10, shown(SQUARE, 1), 11], [12, 13, shown(WIDE, 2), 14, 15])
 
 
 @pytest.fixture(scope="module")
