@@ -4,6 +4,7 @@ from trl import SFTConfig, SFTTrainer
 
 from .chats import ChatCollator, has_pictures
 from .joint_head import add_joint_head
+from .loading import check_trained
 
 
 class NextFlowSFTTrainer(SFTTrainer):
@@ -24,6 +25,7 @@ class NextFlowSFTTrainer(SFTTrainer):
 
     def __init__(self, model, args: SFTConfig | None = None, data_collator=None, train_dataset=None, **kwargs):
         super().__init__(model, args, data_collator, train_dataset, **kwargs)
+        check_trained(self.model)
         if not has_pictures(train_dataset):
             return
         if self.args.loss_type != "nll":

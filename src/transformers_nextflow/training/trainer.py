@@ -1,5 +1,6 @@
 """[`NextFlowTrainer`]: transformers' Trainer on packed documents, its loss exact over any split of a step."""
 
+import os
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -49,6 +50,8 @@ class NextFlowTrainingArguments(TrainingArguments):
     log_attention_logits: bool = field(default=True, metadata={"help": "log the largest attention logit"})
 
     def __post_init__(self):
+        if not (self.bf16 or self.fp16):  # what `accelerate launch` says, which DeepSpeed compares with these
+            self.bf16, self.fp16 = (os.environ.get("ACCELERATE_MIXED_PRECISION") == name for name in ("bf16", "fp16"))
         super().__post_init__()
         if self.label_smoothing_factor:
             raise ValueError(f"label_smoothing_factor is not for the loss of packs, got {self.label_smoothing_factor}")
