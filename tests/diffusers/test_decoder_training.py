@@ -381,7 +381,7 @@ def test_wrong_combinations(tmp_path):
         DecoderTrainingArguments("out", rank=2, use_ema=True)
     with pytest.raises(ValueError, match="rank must be positive, got 0"):
         DecoderTrainingArguments("out", rank=0)
-    with pytest.raises(ValueError, match="pictures have no labels, got 0.1"):
+    with pytest.raises(ValueError, match="label_smoothing_factor is not for this trainer: leave 0.0, got 0.1"):
         DecoderTrainingArguments("out", label_smoothing_factor=0.1)
     with pytest.raises(ValueError, match="the flux transformer is trained by adapters: give their rank"):
         train(decoder("flux"), Batches(), arguments(tmp_path))

@@ -1,5 +1,6 @@
 """[`NextFlowSFTTrainer`]: TRL's trainer of answers, which may be pictures."""
 
+import torch
 from trl import SFTConfig, SFTTrainer
 
 from .chats import ChatCollator, has_pictures
@@ -13,15 +14,19 @@ class NextFlowSFTTrainer(SFTTrainer):
 
     Differs from `SFTTrainer` on datasets with pictures, beside the loss: what the assistant says and draws is the
     target, whatever `assistant_only_loss` says; a row longer than `args.max_length` is an error, not cut; `entropy`
-    and `mean_token_accuracy` are over text and codes. With datasets of text alone it is TRL's own.
+    and `mean_token_accuracy` are over text and codes, and an evaluation's loss is the mean over all its targets,
+    however they are split into batches. With datasets of text alone it is TRL's own.
 
     Args:
         data_collator: default for rows with `images` or `image`: [`~chats.ChatCollator`], pictures at the highest
             level.
 
     Raises:
-        ValueError: on pictures, for a `loss_type` other than `"nll"`, or `completion_only_loss=False`.
+        ValueError: on pictures, for a `loss_type` other than `"nll"`, `completion_only_loss=False`, or a
+            `label_smoothing_factor`.
     """
+
+    _held_out = None  # weighted losses and targets of an evaluation so far
 
     def __init__(self, model, args: SFTConfig | None = None, data_collator=None, train_dataset=None, **kwargs):
         super().__init__(model, args, data_collator, train_dataset, **kwargs)
@@ -32,7 +37,30 @@ class NextFlowSFTTrainer(SFTTrainer):
             raise ValueError(f'loss_type must be "nll" where there are pictures, got {self.args.loss_type!r}')
         if self.args.completion_only_loss is False:
             raise ValueError("completion_only_loss=False: where there are pictures, prompts are only read")
+        if self.args.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor is for texts, got {self.args.label_smoothing_factor} where there are pictures"
+            )
         if data_collator is None:
             lengths = {"max_length": self.args.max_length, "pad_to_multiple_of": self.args.pad_to_multiple_of}
             self.data_collator = ChatCollator(self.processing_class, **lengths)
         add_joint_head(self.model, self.accelerator)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if self._held_out is not None:
+            self._held_out += torch.stack([-outputs.log_probs.detach().sum(), outputs.label_mask.sum()])
+        return (loss, outputs) if return_outputs else loss
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        """See `Trainer.evaluation_loop`, whose mean over batches is no mean over targets."""
+        arguments = dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        if not isinstance(self.data_collator, ChatCollator):
+            return super().evaluation_loop(*arguments)
+        self._held_out = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        output = super().evaluation_loop(*arguments)
+        total, count = self.accelerator.reduce(self._held_out, reduction="sum").tolist()
+        self._held_out = None
+        return output._replace(metrics=output.metrics | {f"{metric_key_prefix}_loss": total / count})

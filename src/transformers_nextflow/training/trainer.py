@@ -21,7 +21,7 @@ from .attention_logits import LargestAttentionLogit
 from .checkpoints import output_field
 from .fsdp import WholeHeadsCallback, keep_losses_float32
 from .loading import check_trained
-from .order import OrderedTrainer
+from .order import OrderedTrainer, check_heeded
 
 
 @dataclass
@@ -39,7 +39,7 @@ class NextFlowTrainingArguments(TrainingArguments):
             each log.
 
     Raises:
-        ValueError: for a negative or infinite `z_loss`, or a `label_smoothing_factor`.
+        ValueError: for a negative or infinite `z_loss`, or an option that is not heeded ([`~order.check_heeded`]).
     """
 
     output_dir: str | None = output_field()
@@ -53,8 +53,7 @@ class NextFlowTrainingArguments(TrainingArguments):
         if not (self.bf16 or self.fp16):  # what `accelerate launch` says, which DeepSpeed compares with these
             self.bf16, self.fp16 = (os.environ.get("ACCELERATE_MIXED_PRECISION") == name for name in ("bf16", "fp16"))
         super().__post_init__()
-        if self.label_smoothing_factor:
-            raise ValueError(f"label_smoothing_factor is not for the loss of packs, got {self.label_smoothing_factor}")
+        check_heeded(self)
         if not 0 <= self.z_loss < inf:
             raise ValueError(f"z_loss must be a finite number of at least 0, got {self.z_loss}")
 
