@@ -22,8 +22,7 @@ class NextFlowSFTTrainer(SFTTrainer):
             level.
 
     Raises:
-        ValueError: on pictures, for a `loss_type` other than `"nll"`, `completion_only_loss=False`, or a
-            `label_smoothing_factor`.
+        ValueError: on pictures, for a `loss_type` other than `"nll"`, or `completion_only_loss=False`.
     """
 
     _held_out = None  # weighted losses and targets of an evaluation so far
@@ -37,10 +36,6 @@ class NextFlowSFTTrainer(SFTTrainer):
             raise ValueError(f'loss_type must be "nll" where there are pictures, got {self.args.loss_type!r}')
         if self.args.completion_only_loss is False:
             raise ValueError("completion_only_loss=False: where there are pictures, prompts are only read")
-        if self.args.label_smoothing_factor:
-            raise ValueError(
-                f"label_smoothing_factor is for texts, got {self.args.label_smoothing_factor} where there are pictures"
-            )
         if data_collator is None:
             lengths = {"max_length": self.args.max_length, "pad_to_multiple_of": self.args.pad_to_multiple_of}
             self.data_collator = ChatCollator(self.processing_class, **lengths)
