@@ -23,7 +23,13 @@ from transformers import TrainerState
 
 from diffusers_nextflow import NextFlowConditioner, NextFlowDecoderPipeline, NextFlowFluxDecoderPipeline
 from diffusers_nextflow.denoising import DecoderLoss, encode_captions, encode_pixels
-from diffusers_nextflow.training import DecoderTrainingArguments, NextFlowDecoderTrainer, draw_seed, load_decoder
+from diffusers_nextflow.training import (
+    DecoderTrainingArguments,
+    NextFlowDecoderTrainer,
+    Numbered,
+    draw_seed,
+    load_decoder,
+)
 from diffusers_nextflow.training_data import (
     PictureBatches,
     condition_of,
@@ -282,6 +288,15 @@ def test_an_evaluation_is_of_all_pictures_and_the_same_each_time(tmp_path):
         with torch.no_grad():
             losses.append(loss_of(latents, condition_of(pipe.vq_model, batch), batch["captions"], draws).item())
     assert evaluated == pytest.approx([np.mean(losses)] * 3, rel=1e-6)
+
+
+def test_every_epoch_draws_noise_of_its_own():
+    batches, numbers = Numbered(Batches(count=3)), []
+    for epoch in range(3):
+        batches.set_epoch(epoch)
+        numbers += [batches[place]["number"] for place in range(3)]
+    assert numbers == list(range(9))
+    assert len({draw_seed(seed, number) for seed in range(3) for number in numbers}) == 27
 
 
 def test_batches_of_a_forward_count_by_their_pictures(tmp_path):
