@@ -3,6 +3,7 @@
 import torch
 from trl import SFTConfig, SFTTrainer
 
+from ..losses import IGNORE
 from .chats import ChatCollator, has_pictures
 from .joint_head import add_joint_head
 from .loading import check_trained
@@ -42,10 +43,11 @@ class NextFlowSFTTrainer(SFTTrainer):
         add_joint_head(self.model, self.accelerator)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self._held_out is not None:
-            self._held_out += torch.stack([-outputs.log_probs.detach().sum(), outputs.label_mask.sum()])
-        return (loss, outputs) if return_outputs else loss
+            loss, targets = result[0] if return_outputs else result, (inputs["shift_labels"] != IGNORE).sum()
+            self._held_out += torch.stack([loss.detach() * targets, targets])
+        return result
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
