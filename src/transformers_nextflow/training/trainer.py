@@ -112,6 +112,11 @@ class NextFlowTrainer(OrderedTrainer):
     def train(self, *args, **kwargs):
         check_trained(self.model)
         keep_losses_float32(self.accelerator)
+        if self.is_deepspeed_enabled and (self.args.bf16 or self.args.fp16):
+            # which lays weights in one buffer, and leaves those in float32 that no cast makes coarser
+            for parameter in self.model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.to(torch.bfloat16 if self.args.bf16 else torch.float16)
         return super().train(*args, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
