@@ -25,7 +25,7 @@ from transformers import TrainingArguments
 from transformers_nextflow import NextFlowVQModel
 from transformers_nextflow.training.checkpoints import output_field
 from transformers_nextflow.training.ema import EMACallback
-from transformers_nextflow.training.order import OrderedTrainer
+from transformers_nextflow.training.order import OrderedTrainer, check_heeded
 from transformers_nextflow.training.samples import DrawingCallback
 from transformers_nextflow.utils.precision import without_autocast
 
@@ -65,7 +65,7 @@ class DecoderTrainingArguments(TrainingArguments):
         num_inference_steps (`int`): Of those pictures.
 
     Raises:
-        ValueError: for a `rank` below 1, an average of adapters, or a `label_smoothing_factor`.
+        ValueError: for a `rank` below 1, an average of adapters, or an option that is not heeded.
     """
 
     output_dir: str | None = output_field()
@@ -97,8 +97,7 @@ class DecoderTrainingArguments(TrainingArguments):
             raise ValueError(f"rank must be positive, got {self.rank}")
         if self.rank is not None and self.use_ema:
             raise ValueError("use_ema averages a UNet trained as a whole, not adapters: leave out use_ema or rank")
-        if self.label_smoothing_factor:
-            raise ValueError(f"label_smoothing_factor: pictures have no labels, got {self.label_smoothing_factor}")
+        check_heeded(self)
 
     @property
     def weight_dtype(self) -> torch.dtype:

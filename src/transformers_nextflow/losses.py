@@ -35,8 +35,8 @@ def joint_cross_entropy(
     Heads are called, chunk by chunk of positions, so that adapters on them, offload, sharding and tensor parallelism
     take part. A sum is a scalar, so its gradient is known in the forward up to one factor: each chunk's is computed at
     once, and kept are sums as large as hidden states and weights. Where a head's weights are there only while it runs
-    (offloaded, a unit of FSDP2 of its own, partitioned by DeepSpeed's ZeRO-3, with which this never ran), where they
-    have hooks on their gradients, and inside `torch.compile`, logits are computed again in the backward instead.
+    (offloaded, a unit of FSDP2 of its own, partitioned by DeepSpeed's ZeRO-3), where they have hooks on their
+    gradients, and inside `torch.compile`, logits are computed again in the backward instead.
 
     Args:
         hidden_ND: hidden states of supervised positions.

@@ -247,6 +247,28 @@ def test_what_pictures_cannot_be_trained_with_is_refused(model, tiny_processor, 
         NextFlowDPOTrainer(model, args=DPOConfig(**options(tmp_path)), num_scales=0, **pairs)
 
 
+def test_held_out_answers_count_by_their_targets(model, tiny_processor, tmp_path):
+    """However many share a batch; as in the loss of one batch."""
+    data = {"train_dataset": Dataset.from_list(CHATS), "eval_dataset": Dataset.from_list(CHATS)}
+    losses = []
+    for batch_size in (1, 2, 3):
+        args = SFTConfig(**options(tmp_path, per_device_eval_batch_size=batch_size))
+        trainer = NextFlowSFTTrainer(copy.deepcopy(model), args, processing_class=tiny_processor, **data)
+        losses.append(trainer.evaluate()["eval_loss"])
+    inputs = ChatCollator(tiny_processor)(CHATS)
+    expected = model(**inputs, num_items_in_batch=(inputs["shift_labels"] != -100).sum()).loss.item()
+    assert losses == pytest.approx([expected] * 3, rel=1e-5)
+
+
+def test_weights_in_16_bits_are_named(model, tiny_processor, tmp_path, caplog):
+    model.to(torch.bfloat16)
+    answers = {"train_dataset": Dataset.from_list(CHATS), "processing_class": tiny_processor}
+    NextFlowSFTTrainer(copy.deepcopy(model), SFTConfig(**options(tmp_path)), **answers)
+    pairs = {"train_dataset": Dataset.from_list(PAIRS), "processing_class": tiny_processor}
+    NextFlowDPOTrainer(copy.deepcopy(model), args=DPOConfig(**options(tmp_path)), **pairs)
+    assert caplog.text.count("trained tensors are bfloat16") == 2
+
+
 def answer_logps(model, batch: dict, num_scales: int | None) -> torch.Tensor:
     """(2B,) of the answers' texts and first scales, from the logits of a whole forward."""
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values", "image_grid_hw")}

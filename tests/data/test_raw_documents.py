@@ -1,12 +1,14 @@
 """Documents coded when they are asked for are the ones that extraction stores."""
 
 import dataclasses
+import io
 
 import datasets
 import numpy as np
 import pytest
 import torch
 from data_samples import SETTINGS, documents
+from PIL import Image
 
 from transformers_nextflow.data import RawDocuments, Source
 from transformers_nextflow.data.loading import unfold
@@ -63,3 +65,29 @@ def test_a_row_that_extraction_would_skip_is_an_error_at_its_item(data_checkpoin
     assert len(raw[0]["input_ids"])
     with pytest.raises(ValueError, match="torn: unreadable image: "):
         raw[1]
+
+
+@pytest.mark.parametrize("where", ["apart", "in the messages", "both", "as loaded rows"])
+def test_pictures_of_a_chat_stand_apart_or_in_its_messages(where, data_checkpoint, tmp_path):
+    document = next(document for document in documents() if document.kind == "editing")
+    row = document.to_row()
+    expected = RawDocuments(datasets.Dataset.from_list([row]), data_checkpoint, SETTINGS)[0]
+    pictures = iter(row["images"])
+    for message in row["messages"] if where != "apart" else ():
+        for item in message["content"]:
+            item["image"] = next(pictures) if item["type"] == "image" else None
+            item["image"] = item["image"] and Image.open(io.BytesIO(item["image"]["bytes"]))
+    if where == "both":  # the first in its message, the others apart
+        users = next(message for message in row["messages"] if message["role"] == "user")
+        for item in users["content"][1:] + row["messages"][-1]["content"]:
+            item["image"] = None
+        row["images"] = row["images"][1:]
+    elif where != "apart":
+        del row["images"]
+    table = datasets.Dataset.from_list([row])
+    if where != "as loaded rows":
+        table.to_parquet(str(tmp_path / "chats.parquet"))
+        table = Source(str(tmp_path / "chats.parquet"))
+    item = RawDocuments(table, data_checkpoint, SETTINGS)[0]
+    for name, values in expected.items():
+        assert np.array_equal(values, item[name]), name

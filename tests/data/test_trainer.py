@@ -268,9 +268,11 @@ def test_metrics_of_logits_are_refused(dataset, data_model, tmp_path):
         NextFlowTrainer(data_model, NextFlowTrainingArguments(str(tmp_path)), compute_metrics=lambda prediction: {})
 
 
-def test_label_smoothing_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="label_smoothing_factor is not for the loss of packs, got 0.5"):
-        NextFlowTrainingArguments(str(tmp_path), label_smoothing_factor=0.5)
+@pytest.mark.parametrize("option", [{"label_smoothing_factor": 0.5}, {"train_sampling_strategy": "group_by_length"}])
+def test_options_that_would_not_be_heeded_are_refused(option, tmp_path):
+    ((name, value),) = option.items()
+    with pytest.raises(ValueError, match=f"{name} is not for this trainer: leave .*, got {value!r}"):
+        NextFlowTrainingArguments(str(tmp_path), **option)
 
 
 def test_a_resumed_run_continues_the_undisturbed_one(dataset, data_model, tmp_path):

@@ -23,7 +23,13 @@ from transformers import TrainerState
 
 from diffusers_nextflow import NextFlowConditioner, NextFlowDecoderPipeline, NextFlowFluxDecoderPipeline
 from diffusers_nextflow.denoising import DecoderLoss, encode_captions, encode_pixels
-from diffusers_nextflow.training import DecoderTrainingArguments, NextFlowDecoderTrainer, draw_seed, load_decoder
+from diffusers_nextflow.training import (
+    DecoderTrainingArguments,
+    NextFlowDecoderTrainer,
+    Numbered,
+    draw_seed,
+    load_decoder,
+)
 from diffusers_nextflow.training_data import (
     PictureBatches,
     condition_of,
@@ -284,6 +290,15 @@ def test_an_evaluation_is_of_all_pictures_and_the_same_each_time(tmp_path):
     assert evaluated == pytest.approx([np.mean(losses)] * 3, rel=1e-6)
 
 
+def test_every_epoch_draws_noise_of_its_own():
+    batches, numbers = Numbered(Batches(count=3)), []
+    for epoch in range(3):
+        batches.set_epoch(epoch)
+        numbers += [batches[place]["number"] for place in range(3)]
+    assert numbers == list(range(9))
+    assert len({draw_seed(seed, number) for seed in range(3) for number in numbers}) == 27
+
+
 def test_batches_of_a_forward_count_by_their_pictures(tmp_path):
     trainer = NextFlowDecoderTrainer(decoder("unet", vq_model=tiny_vq_model()), arguments(tmp_path), Batches())
     batches = [Batches()[number] | {"number": number} for number in (0, 1)]
@@ -381,7 +396,7 @@ def test_wrong_combinations(tmp_path):
         DecoderTrainingArguments("out", rank=2, use_ema=True)
     with pytest.raises(ValueError, match="rank must be positive, got 0"):
         DecoderTrainingArguments("out", rank=0)
-    with pytest.raises(ValueError, match="pictures have no labels, got 0.1"):
+    with pytest.raises(ValueError, match="label_smoothing_factor is not for this trainer: leave 0.0, got 0.1"):
         DecoderTrainingArguments("out", label_smoothing_factor=0.1)
     with pytest.raises(ValueError, match="the flux transformer is trained by adapters: give their rank"):
         train(decoder("flux"), Batches(), arguments(tmp_path))

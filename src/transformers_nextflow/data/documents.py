@@ -258,9 +258,17 @@ class DocumentReader:
     def _chat(self, key: str, kind: str, messages: Any, images: Any) -> Document:
         if not messages:
             raise Skipped("no text")
-        read = tuple(map(_message, _as_list(messages)))
+        messages = _as_list(messages)
+        read = tuple(map(_message, messages))
+        items = [item for message in messages for item in message["content"] if isinstance(item, Mapping)]
+        cells = [_picture_of(item) for item in items if item["type"] == "image"]
+        apart = iter(_as_list(images))  # of the items that have none in them
+        if cells.count(None) == len(_as_list(images)):
+            cells = [next(apart) if cell is None else cell for cell in cells]
+        else:
+            cells = list(apart)
         try:
-            return Document(key, _string(kind), read, tuple(map(self._image, _as_list(images))))
+            return Document(key, _string(kind), read, tuple(map(self._image, cells)))
         except ValueError as error:
             raise Skipped("malformed chat", str(error)) from error
 
@@ -282,6 +290,11 @@ def _content_part(item: Any) -> str | None:
     if kind == "text" and item.get("text") is not None:
         return _string(item["text"])
     raise Skipped("malformed chat", f"content items are of type text or image, got {item!r}")
+
+
+def _picture_of(item: Mapping) -> Any:
+    """The image cell in an item of a chat, where it has one."""
+    return next((item[name] for name in ("image", "path", "url") if item.get(name) is not None), None)
 
 
 def _text(cell: Any) -> str:

@@ -139,11 +139,20 @@ def _local_format(path: Path) -> tuple[str, list[str]]:
 def _undecoded(table: datasets.Dataset) -> datasets.Dataset:
     """Image columns as encoded bytes and paths, so that one broken picture breaks no row."""
     for name, feature in table.features.items():
-        if isinstance(feature, datasets.Image):
-            table = table.cast_column(name, datasets.Image(decode=False))
-        elif isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
-            table = table.cast_column(name, datasets.List(datasets.Image(decode=False)))
+        if (encoded := _encoded(feature)) != feature:
+            table = table.cast_column(name, encoded)
     return table
+
+
+def _encoded(feature):
+    """A feature of `datasets` whose images, however deep, are not decoded."""
+    if isinstance(feature, datasets.Image):
+        return datasets.Image(decode=False)
+    if isinstance(feature, datasets.List):
+        return datasets.List(_encoded(feature.feature), feature.length)
+    if isinstance(feature, dict):
+        return {name: _encoded(each) for name, each in feature.items()}
+    return feature
 
 
 def content_hash(table: datasets.Dataset, rows: int = 64) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 from torch.utils.data import Dataset, Sampler
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from .checkpoints import SavingTrainer
 
@@ -76,6 +76,13 @@ class EvenShares(Dataset):
     def __getitem__(self, index: int) -> dict:
         count = len(self.dataset)
         return self.dataset[index] if index < count else self.blank(self.dataset[index % count])
+
+
+def check_heeded(arguments: TrainingArguments) -> None:
+    """Raise a `ValueError` for options that the trainers of this package would not heed."""
+    for name, heeded in (("label_smoothing_factor", 0.0), ("train_sampling_strategy", "random")):
+        if getattr(arguments, name) != heeded:
+            raise ValueError(f"{name} is not for this trainer: leave {heeded!r}, got {getattr(arguments, name)!r}")
 
 
 class OrderedTrainer(SavingTrainer):

@@ -10,6 +10,7 @@ from ..losses import IGNORE
 from ..processing_nextflow import NextFlowProcessor
 from .chats import ChatCollator, as_messages, has_pictures, with_images
 from .joint_head import add_joint_head
+from .loading import check_trained
 
 
 class NextFlowDPOTrainer(DPOTrainer):
@@ -43,6 +44,7 @@ class NextFlowDPOTrainer(DPOTrainer):
         if num_scales is not None and num_scales < 1:
             raise ValueError(f"num_scales must be at least 1, got {num_scales}")
         super().__init__(model, ref_model, args, data_collator, train_dataset, *positional, **kwargs)
+        check_trained(self.model)
         if not has_pictures(train_dataset):
             return
         if self.ld_alpha is not None:

@@ -1,9 +1,12 @@
 """[`NextFlowSFTTrainer`]: TRL's trainer of answers, which may be pictures."""
 
+import torch
 from trl import SFTConfig, SFTTrainer
 
+from ..losses import IGNORE
 from .chats import ChatCollator, has_pictures
 from .joint_head import add_joint_head
+from .loading import check_trained
 
 
 class NextFlowSFTTrainer(SFTTrainer):
@@ -12,7 +15,8 @@ class NextFlowSFTTrainer(SFTTrainer):
 
     Differs from `SFTTrainer` on datasets with pictures, beside the loss: what the assistant says and draws is the
     target, whatever `assistant_only_loss` says; a row longer than `args.max_length` is an error, not cut; `entropy`
-    and `mean_token_accuracy` are over text and codes. With datasets of text alone it is TRL's own.
+    and `mean_token_accuracy` are over text and codes, and an evaluation's loss is the mean over all its targets,
+    however they are split into batches. With datasets of text alone it is TRL's own.
 
     Args:
         data_collator: default for rows with `images` or `image`: [`~chats.ChatCollator`], pictures at the highest
@@ -22,8 +26,11 @@ class NextFlowSFTTrainer(SFTTrainer):
         ValueError: on pictures, for a `loss_type` other than `"nll"`, or `completion_only_loss=False`.
     """
 
+    _held_out = None  # weighted losses and targets of an evaluation so far
+
     def __init__(self, model, args: SFTConfig | None = None, data_collator=None, train_dataset=None, **kwargs):
         super().__init__(model, args, data_collator, train_dataset, **kwargs)
+        check_trained(self.model)
         if not has_pictures(train_dataset):
             return
         if self.args.loss_type != "nll":
@@ -34,3 +41,23 @@ class NextFlowSFTTrainer(SFTTrainer):
             lengths = {"max_length": self.args.max_length, "pad_to_multiple_of": self.args.pad_to_multiple_of}
             self.data_collator = ChatCollator(self.processing_class, **lengths)
         add_joint_head(self.model, self.accelerator)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self._held_out is not None:
+            loss, targets = result[0] if return_outputs else result, (inputs["shift_labels"] != IGNORE).sum()
+            self._held_out += torch.stack([loss.detach() * targets, targets])
+        return result
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        """See `Trainer.evaluation_loop`, whose mean over batches is no mean over targets."""
+        arguments = dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        if not isinstance(self.data_collator, ChatCollator):
+            return super().evaluation_loop(*arguments)
+        self._held_out = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        output = super().evaluation_loop(*arguments)
+        total, count = self.accelerator.reduce(self._held_out, reduction="sum").tolist()
+        self._held_out = None
+        return output._replace(metrics=output.metrics | {f"{metric_key_prefix}_loss": total / count})

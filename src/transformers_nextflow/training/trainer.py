@@ -1,5 +1,6 @@
 """[`NextFlowTrainer`]: transformers' Trainer on packed documents, its loss exact over any split of a step."""
 
+import os
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from .attention_logits import LargestAttentionLogit
 from .checkpoints import output_field
 from .fsdp import WholeHeadsCallback, keep_losses_float32
 from .loading import check_trained
-from .order import OrderedTrainer
+from .order import OrderedTrainer, check_heeded
 
 
 @dataclass
@@ -38,7 +39,7 @@ class NextFlowTrainingArguments(TrainingArguments):
             each log.
 
     Raises:
-        ValueError: for a negative or infinite `z_loss`, or a `label_smoothing_factor`.
+        ValueError: for a negative or infinite `z_loss`, or an option that is not heeded ([`~order.check_heeded`]).
     """
 
     output_dir: str | None = output_field()
@@ -49,9 +50,10 @@ class NextFlowTrainingArguments(TrainingArguments):
     log_attention_logits: bool = field(default=True, metadata={"help": "log the largest attention logit"})
 
     def __post_init__(self):
+        if not (self.bf16 or self.fp16):  # what `accelerate launch` says, which DeepSpeed compares with these
+            self.bf16, self.fp16 = (os.environ.get("ACCELERATE_MIXED_PRECISION") == name for name in ("bf16", "fp16"))
         super().__post_init__()
-        if self.label_smoothing_factor:
-            raise ValueError(f"label_smoothing_factor is not for the loss of packs, got {self.label_smoothing_factor}")
+        check_heeded(self)
         if not 0 <= self.z_loss < inf:
             raise ValueError(f"z_loss must be a finite number of at least 0, got {self.z_loss}")
 
@@ -110,6 +112,11 @@ class NextFlowTrainer(OrderedTrainer):
     def train(self, *args, **kwargs):
         check_trained(self.model)
         keep_losses_float32(self.accelerator)
+        if self.is_deepspeed_enabled and (self.args.bf16 or self.args.fp16):
+            # which lays weights in one buffer, and leaves those in float32 that no cast makes coarser
+            for parameter in self.model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.to(torch.bfloat16 if self.args.bf16 else torch.float16)
         return super().train(*args, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:

@@ -20,7 +20,7 @@ from ..quantizer import CODEBOOK_LOSSES, QuantizerOutput
 from ..utils.files import output_folder, write_atomically
 from .checkpoints import output_field
 from .metrics import lpips, psnr, ssim
-from .order import OrderedTrainer
+from .order import OrderedTrainer, check_heeded
 from .teacher import FOLDER as TEACHER
 from .vq_losses import (
     PatchDiscriminator,
@@ -66,8 +66,8 @@ class NextFlowVQTrainingArguments(TrainingArguments):
             batch looked up; 0 is never.
 
     Raises:
-        ValueError: for an unknown `stage` or `codebook_loss`, negative weights, a share outside [0, 1], or a
-            `label_smoothing_factor`.
+        ValueError: for an unknown `stage` or `codebook_loss`, negative weights, a share outside [0, 1], or an
+            option that is not heeded ([`~order.check_heeded`]).
     """
 
     output_dir: str | None = output_field()
@@ -102,8 +102,7 @@ class NextFlowVQTrainingArguments(TrainingArguments):
         for name in ("l2", "perceptual", "codebook", "commitment", "distillation", "discriminator"):
             if (weight := getattr(self, f"{name}_weight")) < 0:
                 raise ValueError(f"{name}_weight must not be negative, got {weight}")
-        if self.label_smoothing_factor:
-            raise ValueError(f"label_smoothing_factor: pictures have no labels, got {self.label_smoothing_factor}")
+        check_heeded(self)
         if not 0 <= self.scale_drop <= 1:
             raise ValueError(f"scale_drop must lie in [0, 1], got {self.scale_drop}")
 

@@ -22,6 +22,7 @@ NOT_APPLICABLE = (
     *("chat_template_kwargs", "log_multimodal", "transformers_continuous_batching_config", "delta"),
     *("top_entropy_quantile", "entropy_coef", "use_adaptive_entropy"),
     *("off_policy_mask_threshold", "log_completions_hub_repo", "log_unique_prompts"),
+    *("label_smoothing_factor", "train_sampling_strategy"),
 )
 
 

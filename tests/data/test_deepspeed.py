@@ -1,0 +1,83 @@
+"""The committed settings of DeepSpeed, run on a CPU by the launcher; where DeepSpeed is (`DS_BUILD_OPS=0 pip install
+deepspeed`), which compiles an operator at its first run."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from data_samples import SETTINGS
+from safetensors.torch import load_file
+
+from transformers_nextflow import NextFlowForConditionalGeneration
+from transformers_nextflow.cli import main
+from transformers_nextflow.data import ComputeBudget, CostModel, extract, pack
+
+ROOT = Path(__file__).parents[2]
+RUN = ("train", "transformer", "--max_steps", "2", "--learning_rate", "1e-3", "--lr_scheduler_type", "constant")
+RUN += ("--logging_steps", "1", "--save_steps", "2", "--report_to", "none", "--use_cpu", "--disable_tqdm", "True")
+NAMES = ("loss", "grad_norm", "loss_text", "loss_vision")
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed"),
+]
+
+
+def launch(settings: str, *words, processes: int = 2, precision: tuple = ()) -> None:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    command += ["--config_file", str(ROOT / "examples" / "accelerate" / f"{settings}.yaml"), *precision]
+    command += ["--num_processes", str(processes), "-m", "transformers_nextflow", *RUN]
+    on_cpu = {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run([*command, *map(str, words)], env=os.environ | on_cpu, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def logged(output: Path) -> list[list[float]]:
+    history = json.loads((output / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
+    return [[row[name] for name in NAMES] for row in history if "loss" in row]
+
+
+@pytest.fixture(scope="module")
+def words(packs, data_checkpoint) -> tuple:
+    return ("--packs", packs, "--model", data_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def alone(words, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("alone")
+    assert main([*RUN, *map(str, words), "--gradient_accumulation_steps", "4", "--output", str(output)]) == 0
+    return output
+
+
+@pytest.mark.parametrize("settings", ["deepspeed_zero2", "deepspeed_zero3"])
+def test_two_processes_train_as_one(settings, words, alone, tmp_path):
+    options = ("--gradient_accumulation_steps", "2", "--output", tmp_path)
+    launch(settings, *words, *options, precision=("--mixed_precision", "no"))
+    assert np.allclose(logged(tmp_path), logged(alone), rtol=1e-4, atol=0)
+    expected, got = (load_file(folder / "model.safetensors") for folder in (alone, tmp_path))
+    assert got.keys() == expected.keys()
+    assert max(float((got[name] - expected[name]).abs().max()) for name in expected) < 1e-5
+    assert NextFlowForConditionalGeneration.from_pretrained(tmp_path).model.vq_model.quantizer is not None
+
+
+@pytest.mark.parametrize("settings", ["deepspeed_zero2", "deepspeed_zero3"])
+def test_in_bfloat16_a_stage_follows_a_stage(settings, words, alone, document_source, tmp_path):
+    """As the file says, without a word of `--bf16`; on shards of the first model, and on new ones of the second."""
+    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
+    launch(settings, *words, "--gradient_accumulation_steps", "4", "--output", first, processes=1)
+    assert np.allclose(np.array(logged(first))[:, 0], np.array(logged(alone))[:, 0], rtol=0.02)
+    launch(settings, *words[:2], "--model", first, "--bf16", "--output", second, processes=1)
+    assert np.isfinite(logged(second)).all() and logged(second)[0][0] < logged(alone)[0][0]
+    extract(document_source, str(second), tmp_path / "documents", SETTINGS)
+    pack([tmp_path / "documents"], tmp_path / "packs", ComputeBudget(300), CostModel("blocks", 1.0, 3e-4, 0.5))
+    new = ("--packs", tmp_path / "packs", "--model", second, "--output", third)
+    assert main([*RUN, *map(str, new)]) == 0
+    tokenizers = (NextFlowForConditionalGeneration.from_pretrained(name).model.vq_model for name in (words[3], third))
+    before, after = (tokenizer.state_dict() for tokenizer in tokenizers)
+    assert all(torch.equal(before[name].float(), after[name].float()) for name in before)
