@@ -271,7 +271,7 @@ class Extractor:
         for path, (schedule, supervised, pictures) in batches:
             if not path.exists():
                 pixels = [next(read) for _ in pictures]
-                self._code_batch(documents, schedule, supervised, pictures, pixels, path)
+                self._code_batch(documents, schedule, supervised, pictures, pixels, path, is_sample=not samples)
             members = [member for places_of_one in pictures for member in places_of_one]
             with np.load(path, allow_pickle=False) as batch:
                 failures = {int(m): str(e) for m, e in zip(batch["failed"], batch["errors"])}
@@ -379,7 +379,9 @@ class Extractor:
             for number, image in (places[0] for places in pictures)
         ]
         reader = PictureReader(images, self.processor.image_processor)
-        return iter(DataLoader(reader, batch_size=None, num_workers=min(self.num_workers, len(images))))
+        workers = min(self.num_workers, len(images))
+        ahead = -(-2 * self.settings.batch_size // workers) if workers else None  # two batches, while one is coded
+        return iter(DataLoader(reader, batch_size=None, num_workers=workers, prefetch_factor=ahead))
 
     @torch.no_grad()
     def _code_batch(
@@ -390,8 +392,10 @@ class Extractor:
         pictures,
         read: list[torch.Tensor | str],
         path: Path,
+        is_sample: bool,
     ) -> None:
-        """Code the pictures of a batch and keep the result; what cannot be read is kept as its error."""
+        """Code the pictures of a batch and keep the result; what cannot be read is kept as its error, and of a sample
+        how the first picture comes back."""
         pixels, keys, failed, errors = [], [], [], []
         first = 0
         for places, picture in zip(pictures, read):
@@ -405,7 +409,7 @@ class Extractor:
         variants = range(self.settings.num_variants if supervised else 0)
         codes, inputs = self.code(pixels, schedule, keys, variants)
         result: dict = {"thumbnail": np.zeros(0, np.uint8), "error": np.zeros(())}
-        if pixels:
+        if pixels and is_sample:
             stored = torch.from_numpy(decodable_codes(codes[0], inputs[0])[None]).to(self.device)
             decoded = thumbnail(self.vq_model.decode(stored, schedule.final_grid)[0])
             result["thumbnail"] = thumbnail(pixels[0])

@@ -5,6 +5,7 @@ way by [`SamplesCallback`]. A stopped run goes on where it was by the same call.
 """
 
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import datasets
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
-from transformers import EarlyStoppingCallback, TrainerState, set_seed
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainerState, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
@@ -94,8 +95,9 @@ def finetune(
         train_dataset=training,
         eval_dataset=held_out,
         processing_class=processor,
-        callbacks=[EarlyStoppingCallback(settings.patience), samples],
+        callbacks=[EarlyStoppingCallback(settings.patience), samples, _Progress()],
     )
+    trainer.remove_callback(PrinterCallback)
     before = output / "samples" / "step-0"
     if not (output / "data" / BEFORE).is_file():
         samples.write(before, samples.draw(trainer.model))
@@ -252,9 +254,27 @@ def _arguments(output: Path, settings: FinetuneSettings) -> NextFlowTrainingArgu
         restore_callback_states_from_checkpoint=True,  # how long the held-out loss has not fallen
         metric_for_best_model="loss",
         logging_steps=settings.every,
+        disable_tqdm=True,  # for a bar of its own
+        dataloader_pin_memory=torch.cuda.is_available(),
         seed=settings.seed,
         report_to="none",
     )
+
+
+class _Progress(TrainerCallback):
+    """A bar of steps, and a line for each held-out loss."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.bar = tqdm(desc="training", total=state.max_steps, initial=state.global_step, disable=None)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.bar.update()
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        tqdm.write(f"step {state.global_step}: held-out loss {metrics['eval_loss']:.3f}", sys.stderr)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
 
 
 def _newest_state(output: Path) -> TrainerState | None:
