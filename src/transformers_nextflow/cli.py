@@ -21,10 +21,12 @@ from typer import Argument, Exit, Option, Typer
 from .configuration_nextflow import NextFlowConfig
 from .conversion.cli import app as conversion_app
 from .data.cli import app as data_app
+from .evaluate import app as evaluate_app
+from .evaluate import reconstructions
 from .flops import PAPER_WIDTHS, cache_size, image_passes, mmdit_passes, model_cost, null_passes, paper_layer_cost
-from .image_processing_nextflow import NextFlowImageProcessor, open_picture
+from .image_processing_nextflow import open_picture
 from .modeling_nextflow import NextFlowForConditionalGeneration
-from .modeling_nextflow_vq import NextFlowVQModel, unpatchify
+from .modeling_nextflow_vq import NextFlowVQModel
 from .processing_nextflow import NextFlowProcessor, user_message
 from .sampling import RowGenerators, check_seed, integer
 from .serving.limits import Limits
@@ -32,15 +34,14 @@ from .text_generation import text_sampling
 from .training.cli import app as training_app
 from .training.cli import train
 from .utils import export as exporting
-from .utils.commands import Json, Model, command, print_figures
+from .utils.commands import Json, Level, Model, command, print_figures
 from .utils.files import write_atomically
 from .utils.loading import (
     DEFAULT_MODEL,
     check_model_type,
     load_config,
     load_model,
-    load_processor,
-    load_vq_model,
+    load_vision_tokenizer,
     model_name,
 )
 
@@ -54,12 +55,12 @@ app = Typer(add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(data_app, name="data", help="Documents to packed training shards, and back.")
 app.add_typer(train, name="train", help="Transformer, vision tokenizer, diffusion decoder; by GRPO.")
 app.add_typer(conversion_app, name="convert", help="Released weights to a NextFlow to be trained, and back.")
+app.add_typer(evaluate_app, name="evaluate", help="The loss of packs; a vision tokenizer's PSNR, SSIM and rFID.")
 app.add_typer(training_app)
 
 Png = Annotated[str, Option(metavar="PNG", help="Picture to write.")]
 Seed = Annotated[int | None, Option(metavar="N", help="Default: a new one, which is printed.")]
 FixedSeed = Annotated[int, Option(metavar="N", help="Of everything drawn.")]
-Level = Annotated[str | None, Option(help="Level of the scale schedules, e.g. 256, 512, 1024.")]
 AspectRatio = Annotated[
     str | None, Option(metavar="W:H", help="Width:height; default: the first image's, else the model's.")
 ]
@@ -348,30 +349,16 @@ def reconstruct(
     picture = open_picture(image)
     (path,) = output_paths(output, 1)
     vq_model, image_processor = load_vision_tokenizer(model)
-    inputs = image_processor(picture, level=image_processor.level if level is None else level, return_tensors="pt")
-    grid = tuple(inputs["image_grid_hw"][0].tolist())
-    pixels = inputs["pixel_values"].to(vq_model.device)
-    if image_processor.image_size is None:
-        pixels = unpatchify(pixels[None], grid, image_processor.patch_size)
     start = time.perf_counter()
-    decoded = vq_model.decode(vq_model.encode(pixels), grid)
+    ((originals, rebuilt),) = reconstructions(vq_model, image_processor, [picture], level)
+    original, reconstruction = (each[0].permute(1, 2, 0).cpu().numpy() for each in (originals, rebuilt))
     seconds = time.perf_counter() - start
-    original, reconstruction = map(np.asarray, image_processor.postprocess(torch.cat([pixels, decoded])))
     psnr = float(10 * np.log10(255**2 / np.square(original - 1.0 * reconstruction).mean().clip(1e-10)))
     save_picture(Image.fromarray(np.concatenate([original, reconstruction], axis=1)), path)
     height, width, _ = original.shape
     figures = {"path": str(path), "width": width, "height": height, "psnr": psnr, "seconds": seconds}
     line = f"{path}  original and reconstruction, {width}x{height} pixels each, PSNR {psnr:.2f} dB"
     print_figures(figures, json, line)
-
-
-def load_vision_tokenizer(model: str | None) -> tuple[NextFlowVQModel, NextFlowImageProcessor]:
-    """The vision tokenizer of a model, or one saved alone, and its image processor."""
-    name = model_name(model)
-    vq_model = load_vq_model(name).to("cuda" if torch.cuda.is_available() else "cpu")
-    if check_model_type(name, "nextflow", "nextflow_vq") == "nextflow_vq":
-        return vq_model, NextFlowImageProcessor.from_vq_config(vq_model.config)
-    return vq_model, load_processor(name).image_processor
 
 
 @command(app)

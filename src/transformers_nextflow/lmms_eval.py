@@ -105,7 +105,7 @@ class NextFlow(lmms):
         return json.dumps({"text": "", "images": [str(path)]})
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        raise NotImplementedError("tasks of likelihoods (multiple_choice, loglikelihood) are not served: use generate_until")
+        raise NotImplementedError("tasks of likelihoods are not served: use generate_until")
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         raise NotImplementedError("tasks of several rounds are not served: use generate_until")
