@@ -28,6 +28,7 @@ from .image_processing_nextflow import open_picture
 from .modeling_nextflow import NextFlowForConditionalGeneration
 from .modeling_nextflow_vq import NextFlowVQModel
 from .processing_nextflow import NextFlowProcessor, user_message
+from .rewriting import Rewriting
 from .sampling import RowGenerators, check_seed, integer
 from .serving.limits import Limits
 from .text_generation import text_sampling
@@ -134,9 +135,13 @@ def generate(
     size: Size,
     sampling: Sampling,
     decoder: Decoder,
+    rewriting: Rewriting,
 ) -> None:
     """A picture for a prompt."""
-    make_pictures([], prompt, drawing, size, sampling, decoder)
+    text = rewriting(prompt)
+    if text != prompt:
+        print(text, file=sys.stderr)
+    make_pictures([], text, drawing, size, sampling, decoder)
 
 
 @command(app)
@@ -180,7 +185,8 @@ def make_pictures(
     for picture, path in zip(pictures, paths, strict=True):
         save_picture(picture, path)
     width, height = pictures[0].size
-    figures = {"paths": list(map(str, paths)), "width": width, "height": height, "seed": seed, "seconds": seconds}
+    figures = {"paths": list(map(str, paths)), "prompt": text, "width": width, "height": height}
+    figures |= {"seed": seed, "seconds": seconds}
     lines = [f"{path}  {width}x{height} pixels, seed {seed}" for path in paths]
     print_figures(figures, drawing.json, *lines, f"{seconds:.1f} s")
 
@@ -545,6 +551,7 @@ class Address:
 def serve(
     address: Address,
     limits: Limits,
+    rewriting: Rewriting,
     model: Model = None,
     exact: Annotated[bool, Option("--exact", help="In float64: no request sees the rounding of its company.")] = False,
 ) -> None:
@@ -563,7 +570,7 @@ def serve(
     loaded, processor = load_model(name)
     if exact:
         make_exact(loaded)
-    web_app = create_app(loaded, processor, served_name, limits, address.api_key)
+    web_app = create_app(loaded, processor, served_name, limits, address.api_key, rewriting)
     uvicorn.run(web_app, host=address.host, port=address.port)
 
 

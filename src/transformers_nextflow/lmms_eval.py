@@ -15,6 +15,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from lmms_eval.protocol import ChatMessages
 from tqdm import tqdm
 
+from .rewriting import Rewriting
 from .text_generation import text_sampling
 from .utils.files import write_atomically
 from .utils.loading import load_model
@@ -35,6 +36,7 @@ class NextFlow(lmms):
         mode: `"text"`, or `"image"`: answers are `{"text": "", "images": [PATH]}`, as those tasks read them.
         output_dir: where pictures go, as `TASK-SPLIT-NUMBER.png`.
         seed: a picture of document n draws from seed + n.
+        rewrite, rewrite_model: of prompts of pictures, see [`Rewriting`].
         batch_size: texts written at once; pictures are drawn one by one, as their sizes differ.
         device: default: the GPU, where there is one.
         max_batch_size: of lmms-eval's automatic batches; nothing is made of it.
@@ -48,6 +50,8 @@ class NextFlow(lmms):
         mode: str = "text",
         output_dir: str | None = None,
         seed: int = 0,
+        rewrite: str | None = None,
+        rewrite_model: str | None = None,
         batch_size: int | str = 1,
         device: str | None = None,
         max_batch_size: int | None = None,
@@ -57,6 +61,7 @@ class NextFlow(lmms):
             raise ValueError(f'mode must be "text" or "image", got {mode!r}')
         if (mode == "image") != (output_dir is not None):
             raise ValueError(f"output_dir belongs to mode=image, got mode={mode}, output_dir={output_dir}")
+        self.rewriting = Rewriting(rewrite, rewrite_model)
         self.model, self.processor = load_model(pretrained)
         self.model.to(device or self.model.device)
         self.mode, self.output_dir, self.seed, self.batch_size = mode, output_dir, seed, int(batch_size)
@@ -96,8 +101,11 @@ class NextFlow(lmms):
 
     def _draw(self, request: Instance) -> str:
         _, _, _, number, task, split = request.args
-        mode = {"generation_mode": "image"}
-        inputs = self.processor.apply_chat_template(self._chat(request), sanitize_control_tokens=True, **mode)
+        mode, chat = {"generation_mode": "image"}, self._chat(request)
+        for part in chat[-1]["content"]:
+            if part["type"] == "text":
+                part["text"] = self.rewriting(part["text"])
+        inputs = self.processor.apply_chat_template(chat, sanitize_control_tokens=True, **mode)
         codes = self.model.generate(**inputs.to(self.model.device), **mode, seed=self.seed + number)
         (picture,) = self.processor.post_process_image(self.model.decode_image_tokens(codes))
         path = Path(self.output_dir) / f"{task}-{split}-{number}.png"
