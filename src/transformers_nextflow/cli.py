@@ -554,6 +554,9 @@ def serve(
     rewriting: Rewriting,
     model: Model = None,
     exact: Annotated[bool, Option("--exact", help="In float64: no request sees the rounding of its company.")] = False,
+    ray: Annotated[
+        str | None, Option(metavar="N", help="Replicas on Ray Serve: 2, or 1-4 for as many as are busy.")
+    ] = None,
 ) -> None:
     """OpenAI's API over HTTP: pictures, edits, chats. Ends on SIGTERM, after what it has accepted."""
     try:
@@ -561,17 +564,28 @@ def serve(
 
         from .serving.app import create_app
         from .serving.jobs import make_exact
+
+        if ray is not None:
+            from .serving.replicas import run_replicas
     except ImportError as error:
         raise ValueError(
             f"serve needs a package that is not installed ({error}): pip install 'transformers-nextflow[serve]'"
         ) from error
     name = model_name(model)
-    served_name = Path(name).resolve().name if Path(name).is_dir() else name
-    loaded, processor = load_model(name)
-    if exact:
-        make_exact(loaded)
-    web_app = create_app(loaded, processor, served_name, limits, address.api_key, rewriting)
-    uvicorn.run(web_app, host=address.host, port=address.port)
+    is_folder = Path(name).is_dir()
+    name = str(Path(name).resolve()) if is_folder else name  # replicas may run elsewhere
+    served_name = Path(name).name if is_folder else name
+
+    def build():
+        loaded, processor = load_model(name)
+        if exact:
+            make_exact(loaded)
+        return create_app(loaded, processor, served_name, limits, address.api_key, rewriting)
+
+    if ray is None:
+        uvicorn.run(build(), host=address.host, port=address.port)
+    else:
+        run_replicas(build, ray, limits, address.host, address.port)
 
 
 def new_seed(given: int | None) -> int:
