@@ -36,7 +36,7 @@ def question(doc):
 
 def equal(doc, results):
     (path,) = json.loads(results[0])["images"]
-    return {"equal": Image.open(path).tobytes() == doc["answer_picture"].convert("RGB").tobytes()}
+    return {"equal": Image.open(path).tobytes() == Image.open(doc["answer"]).tobytes()}
 
 def mean(values):
     return sum(values) / len(values)
@@ -56,9 +56,7 @@ EXACT = "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better
 DRAWS = """process_results: !function functions.equal
 metric_list: [{metric: equal, aggregation: !function functions.mean, higher_is_better: true}]
 """
-FEATURES = Features(
-    {"picture": Image(), "question": Value("string"), "answer": Value("string"), "answer_picture": Image()}
-)
+FEATURES = Features({"picture": Image(), "question": Value("string"), "answer": Value("string")})
 
 
 @pytest.fixture(scope="module")
@@ -86,18 +84,20 @@ def tasks(tiny_checkpoint, pictures, tmp_path_factory) -> Path:
 
     seeing = [[user_message(question, [picture])] for question, picture in zip(QUESTIONS, pictures)]
     reading = [[user_message(question)] for question in QUESTIONS]
-    drawn = [draw(chat, 7 + number) for number, chat in enumerate(seeing)]
+    folder = tmp_path_factory.mktemp("tasks")
+    for number, chat in enumerate(seeing):
+        answer = draw(chat, 7 + number) if number != 1 else pictures[1]
+        answer.save(folder / f"{number}.png")
     answers = {
         "seen": [*map(write, seeing[:3]), "wrong", "wrong"],
         "read": [*map(write, reading[:4]), "wrong"],
-        "drawn": ["-"] * 5,
+        "drawn": [str(folder / f"{number}.png") for number in range(5)],
     }
-    folder = tmp_path_factory.mktemp("tasks")
     (folder / "functions.py").write_text(FUNCTIONS)
     for name, further in (("seen", SEES + EXACT), ("read", EXACT), ("drawn", SEES + DRAWS)):
         data = folder / f"{name}.parquet"
-        rows = zip(pictures, QUESTIONS, answers[name], [*drawn[:1], pictures[1], *drawn[2:]])
-        Dataset.from_list([dict(zip(FEATURES, row)) for row in rows], features=FEATURES).to_parquet(data)
+        rows = [dict(zip(FEATURES, row)) for row in zip(pictures, QUESTIONS, answers[name])]
+        Dataset.from_list(rows, features=FEATURES).to_parquet(data)
         (folder / f"{name}.yaml").write_text(TASK.format(name=name, data=data, tokens=NUM_TOKENS) + further)
     return folder
 
