@@ -16,6 +16,7 @@ from lmms_eval.protocol import ChatMessages
 from tqdm import tqdm
 
 from .rewriting import Rewriting
+from .sampling import SAMPLING_LIMITS
 from .text_generation import text_sampling
 from .utils.files import write_atomically
 from .utils.loading import load_model
@@ -78,35 +79,39 @@ class NextFlow(lmms):
     def _batches(self, requests: Iterable[Instance]) -> Iterable[list[Instance]]:
         """Neighbours with the same controls of sampling."""
         size = 1 if self.mode == "image" else self.batch_size
-        for _, alike in groupby(requests, key=lambda request: request.args[2]):
-            alike = list(alike)
+        for alike in (list(group) for _, group in groupby(requests, key=lambda request: request.args[2])):
             yield from (alike[start : start + size] for start in range(0, len(alike), size))
 
     def _chat(self, request: Instance) -> list[dict]:
         _, messages_of, _, number, task, split = request.args
         return ChatMessages(messages=messages_of(self.task_dict[task][split][number])).to_hf_messages()
 
+    def _inputs(self, chats: list, mode: str):
+        inputs = self.processor.apply_chat_template(chats, generation_mode=mode, sanitize_control_tokens=True)
+        return inputs.to(self.model.device)
+
     def _write(self, requests: list[Instance]) -> list[str]:
         controls = requests[0].args[2]
-        do_sample = controls.get("do_sample", controls.get("temperature", 0) > 0)
-        given = {name: controls.get(name) for name in ("temperature", "top_k", "top_p") if do_sample}
-        sampling = text_sampling(
-            self.model, self.processor, controls.get("max_new_tokens", MAX_NEW_TOKENS), **given
-        )
-        inputs = self.processor.apply_chat_template(list(map(self._chat, requests)), sanitize_control_tokens=True)
-        ids = self.model.generate(**inputs.to(self.model.device), **sampling, num_beams=controls.get("num_beams", 1))
+        given = {}
+        if controls.get("do_sample", controls.get("temperature", 0) > 0):
+            given = {"temperature": 1.0} | {name: controls[name] for name in SAMPLING_LIMITS if name in controls}
+        max_new_tokens = controls.get("max_new_tokens", MAX_NEW_TOKENS)
+        sampling = text_sampling(self.model, self.processor, max_new_tokens, **given)
+        inputs = self._inputs(list(map(self._chat, requests)), "text")
+        ids = self.model.generate(**inputs, **sampling, num_beams=controls.get("num_beams", 1))
         texts = self.processor.post_process_multimodal_output(ids[:, inputs["input_ids"].shape[1] :])
         stops = controls.get("until") or []
         return [up_to(text, [stops] if isinstance(stops, str) else stops) for text in texts]
 
     def _draw(self, request: Instance) -> str:
         _, _, _, number, task, split = request.args
-        mode, chat = {"generation_mode": "image"}, self._chat(request)
+        chat = self._chat(request)
         for part in chat[-1]["content"]:
             if part["type"] == "text":
                 part["text"] = self.rewriting(part["text"])
-        inputs = self.processor.apply_chat_template(chat, sanitize_control_tokens=True, **mode)
-        codes = self.model.generate(**inputs.to(self.model.device), **mode, seed=self.seed + number)
+        codes = self.model.generate(
+            **self._inputs(chat, "image"), generation_mode="image", seed=self.seed + number
+        )
         (picture,) = self.processor.post_process_image(self.model.decode_image_tokens(codes))
         path = Path(self.output_dir) / f"{task}-{split}-{number}.png"
         write_atomically(path, lambda partial: picture.save(partial, format="PNG"))
