@@ -48,9 +48,13 @@ def address(tiny_checkpoint):
 
 def test_two_replicas_answer_the_same(address, tiny_model, tiny_processor):
     ray.init("auto")
-    (deployed,) = ray.serve.status().applications["default"].deployments.values()
+
+    def states() -> dict:
+        (deployed,) = ray.serve.status().applications["default"].deployments.values()
+        return deployed.replica_states
+
+    until(lambda: states() == {"RUNNING": 2})  # it answers from the first one on
     ray.shutdown()
-    assert deployed.replica_states == {"RUNNING": 2}
 
     def ask(seed: int) -> list[bytes]:
         return pictures_of(client(address).images.generate(prompt="a star", extra_body={"seed": seed % 4}))
