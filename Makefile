@@ -3,7 +3,7 @@
 PYTHON := .venv/bin/python
 INSTALLED := .venv/.installed
 
-.PHONY: demo test slow-tests lint smollm2 common-tests pipeline-tests diffusers-tests compat doors docs
+.PHONY: demo test slow-tests lint smollm2 common-tests pipeline-tests diffusers-tests compat doors doors-app doors-lmms docs
 
 demo: $(INSTALLED)
 	$(PYTHON) -m examples.demo --output demo
@@ -49,12 +49,25 @@ compat: $(INSTALLED)
 	PYTHONPATH=src:. $(PYTHON) -m tests.compat.run
 
 # doors by their real clients, which are downloaded; Chromium by the system's package manager (Debian: chromium)
-doors:
+doors: doors-app doors-lmms
+
+doors-app:
 	test -x .venv-doors/bin/python || python3 -m venv .venv-doors
 	.venv-doors/bin/python -m pip install "$$(grep '^torch==' constraints.txt)"
 	grep -v '^pillow==' constraints.txt > .venv-doors/constraints.txt  # of which gradio wants an older one
 	.venv-doors/bin/python -m pip install -c .venv-doors/constraints.txt -e '.[app]' pytest playwright
-	PYTHONPATH=src:. .venv-doors/bin/python -m pytest -v --no-header -rs -W ignore tests/test_app.py > docs/doors.txt || (tail docs/doors.txt; false)
+	PYTHONPATH=src:. .venv-doors/bin/python -m pytest $(LOGGED) tests/test_app.py > docs/doors.txt || (tail docs/doors.txt; false)
+
+# lmms-eval and torch-fidelity need torchvision, which has its own torch; both bring a folder `tests` that hides ours
+doors-lmms:
+	test -x .venv-lmms/bin/python || python3 -m venv .venv-lmms
+	.venv-lmms/bin/python -m pip install torch==2.14.1 torchvision==0.29.1
+	grep -v '^torch==' constraints.txt > .venv-lmms/constraints.txt
+	.venv-lmms/bin/python -m pip install -c .venv-lmms/constraints.txt -e '.[evaluate]' lmms-eval pytest scikit-image
+	rm -rf .venv-lmms/lib/python*/site-packages/tests
+	PYTHONPATH=src:. .venv-lmms/bin/python -m pytest $(LOGGED) -k 'lmms_eval or tokenizer_scores' tests/field tests/test_tokenizer_scores.py tests/test_tables.py > docs/doors-lmms.txt || (tail docs/doors-lmms.txt; false)
+
+LOGGED := -v --no-header -rs -W ignore
 
 # a sample of small faults in training and losses, which the tests should notice: make mutants SEED=1 NUMBER=30
 SEED := 0

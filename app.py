@@ -19,6 +19,7 @@ from transformers import TextStreamer
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor
 from transformers_nextflow.image_processing_nextflow import open_picture
 from transformers_nextflow.processing_nextflow import user_message
+from transformers_nextflow.rewriting import Rewriting
 from transformers_nextflow.text_generation import text_sampling
 from transformers_nextflow.utils.loading import load_model
 
@@ -132,8 +133,11 @@ def needed(value, what: str):
     return value
 
 
-def create_app(model: NextFlowForConditionalGeneration, processor: NextFlowProcessor) -> gr.Blocks:
-    """The page; its calls by name are `/draw`, `/edit`, `/describe` and `/chat`."""
+def create_app(
+    model: NextFlowForConditionalGeneration, processor: NextFlowProcessor, rewriting: Rewriting | None = None
+) -> gr.Blocks:
+    """The page; its calls by name are `/draw`, whose prompts may be rewritten, `/edit`, `/describe` and `/chat`."""
+    rewriting = rewriting or Rewriting()
     studio = Studio(model, processor)
 
     def paint(text: str, pictures: list[Image.Image], seed: float, new_seed: bool, **settings):
@@ -145,7 +149,7 @@ def create_app(model: NextFlowForConditionalGeneration, processor: NextFlowProce
     def draw(prompt, size, guidance_scale, seed, new_seed):
         width, height = map(int, size.split("x"))
         settings = {"height": height, "width": width, "guidance_scale": guidance_scale}
-        yield from paint(needed(prompt, "a prompt"), [], seed, new_seed, **settings)
+        yield from paint(rewriting(needed(prompt, "a prompt")), [], seed, new_seed, **settings)
 
     def edit(picture, instruction, guidance_scale, seed, new_seed):
         text, pictures = needed(instruction, "an instruction"), [needed(picture, "a picture")]
@@ -272,8 +276,11 @@ def main() -> None:
     parser.add_argument("--model", help="folder or Hub id (default: the repository's checkpoint)")
     parser.add_argument("--host", default="127.0.0.1", help="the default lets in this machine alone")
     parser.add_argument("--port", type=int, default=7860)
+    parser.add_argument("--rewrite", metavar="ADDRESS", help="of a chat model's API like OpenAI's, for prompts")
+    parser.add_argument("--rewrite-model", metavar="NAME", help="the chat model")
     arguments = parser.parse_args()
-    app = create_app(*load_model(arguments.model))
+    rewriting = Rewriting(arguments.rewrite, arguments.rewrite_model)
+    app = create_app(*load_model(arguments.model), rewriting)
     app.launch(server_name=arguments.host, server_port=arguments.port, show_error=True, css=CSS)
 
 

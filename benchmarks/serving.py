@@ -1,11 +1,14 @@
 """What a server gives many clients over one: `python -m benchmarks.serving --output benchmarks/results/serving.json`.
 
-The command `serve` runs in a process of its own and is asked over HTTP for pictures, and edits of one picture:
+The command `serve` runs in a process of its own and is asked over HTTP for pictures, edits of one picture, and
+descriptions of it, in turn:
 
-- `throughput`: pictures a second of one client, then of `--clients`, each of which asks for its next when it has one;
-- `batches`: how many requests were drawn together, as `/metrics` tells, meanwhile;
-- `same`: of how many requests every pixel is that of the same request alone;
-- `memory`: the server's resident memory in MiB after each tenth of `--requests` further ones.
+- `throughput`: answers a second of one client, then of `--clients`, each of which asks for its next when it has one;
+- `batches`: how many requests were answered together, as `/metrics` tells, meanwhile;
+- `same`: how many answers are, to the last pixel, those of the same request alone;
+- `memory`: the server's resident memory in MiB after each tenth of `--further` requests;
+- `terminated`: what became of `--requests` further ones when SIGTERM came in their middle: answered, turned away at
+  the closed door, or lost.
 """
 
 import argparse
@@ -13,7 +16,7 @@ import re
 import subprocess
 import sys
 import time
-from base64 import b64decode
+from base64 import b64decode, b64encode
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
@@ -21,8 +24,10 @@ from pathlib import Path
 from urllib.request import urlopen
 
 import torch
-from openai import OpenAI
+from openai import APIConnectionError, OpenAI
 from PIL import Image
+
+from transformers_nextflow.utils.loading import DEFAULT_MODEL
 
 from .harness import machine, report
 
@@ -32,13 +37,14 @@ PROMPTS = ("red apple, noto", "grinning face, fluent", "blue heart, twemoji", "d
 class Server:
     """The command `serve` on a free port."""
 
-    def __init__(self, model: str | None):
-        named = () if model is None else ("--model", model)
+    def __init__(self, model: str | None, exact: bool):
+        named = [*(() if model is None else ("--model", model)), *(("--exact",) if exact else ())]
         command = [sys.executable, "-m", "transformers_nextflow", "serve", "--port", "0", *named]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
         found = (re.search(r"http://127\.0\.0\.1:\d+", line) for line in self.process.stderr)
         self.address = next(match[0] for match in found if match)
         self.client = OpenAI(base_url=f"{self.address}/v1", api_key="none", max_retries=0)
+        self.model = self.client.models.list().data[0].id
 
     def __enter__(self) -> "Server":
         return self
@@ -48,12 +54,18 @@ class Server:
         self.process.communicate()
 
     def ask(self, number: int) -> bytes:
-        """Request `number`: three pictures for a prompt, then an edit, and so on."""
+        """Request `number`: three pictures for a prompt, then an edit, then a description, and so on."""
         prompt, seed = PROMPTS[number % len(PROMPTS)], {"seed": number}
-        if number % 4 < 3:
-            response = self.client.images.generate(prompt=prompt, extra_body=seed)
-        else:
+        if number % 5 == 4:
+            url = {"url": f"data:image/png;base64,{b64encode(PICTURE).decode()}"}
+            content = [{"type": "image_url", "image_url": url}, {"type": "text", "text": "describe the picture"}]
+            chat = [{"role": "user", "content": content}]
+            response = self.client.chat.completions.create(model=self.model, messages=chat, max_tokens=16)
+            return response.choices[0].message.content.encode()
+        if number % 5 == 3:
             response = self.client.images.edit(image=PICTURE, prompt="make it twemoji", extra_body=seed)
+        else:
+            response = self.client.images.generate(prompt=prompt, extra_body=seed)
         return b64decode(response.data[0].b64_json)
 
     def batches(self) -> Counter:
@@ -79,15 +91,31 @@ PICTURE = white_picture()
 
 
 def asked(server: Server, numbers: range, clients: int) -> tuple[list[bytes], float]:
-    """The pictures of some requests, and seconds."""
+    """The answers to some requests, and seconds."""
     start = time.perf_counter()
     with ThreadPoolExecutor(clients) as threads:
-        pictures = list(threads.map(server.ask, numbers))
-    return pictures, time.perf_counter() - start
+        answers = list(threads.map(server.ask, numbers))
+    return answers, time.perf_counter() - start
+
+
+def terminated(server: Server, count: int, clients: int) -> dict[str, int]:
+    """What became of requests in whose middle the server was told to end."""
+
+    def outcome(number: int) -> str:
+        if number == count // 2:
+            server.process.terminate()
+        try:
+            server.ask(number)
+        except APIConnectionError as error:
+            return "turned away" if type(error.__cause__).__name__ == "ConnectError" else "lost"
+        return "answered"
+
+    with ThreadPoolExecutor(clients) as threads:
+        return dict(Counter(threads.map(outcome, range(count))))
 
 
 def measure(server: Server, clients: int, num_requests: int, num_further: int) -> dict:
-    asked(server, range(4), 1)  # warm
+    asked(server, range(5), 1)  # warm
     alone, one = asked(server, range(num_requests), 1)
     before = server.batches()
     together, many = asked(server, range(num_requests), clients)
@@ -105,22 +133,25 @@ def measure(server: Server, clients: int, num_requests: int, num_further: int) -
         "same": sum(a == b for a, b in zip(alone, together)),
         "further_requests": num_further,
         "memory": memory,
+        "terminated": terminated(server, num_requests, clients),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", metavar="NAME", help="default: the repository's checkpoint")
+    parser.add_argument("--exact", action="store_true", help="as of the server")
     parser.add_argument("--clients", type=int, default=16, metavar="N", help="default: %(default)s")
     parser.add_argument("--requests", type=int, default=200, metavar="N", help="default: %(default)s")
     parser.add_argument("--further", type=int, default=1000, metavar="N", help="default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--output", type=Path, metavar="JSON", help="also write it")
     args = parser.parse_args()
-    with Server(args.model) as server:
+    with Server(args.model, args.exact) as server:
         result = measure(server, args.clients, args.requests, args.further)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    report({"machine": machine(device), **result}, args.json, args.output)
+    settings = {"model": Path(args.model or DEFAULT_MODEL).name, "exact": args.exact}
+    report({"machine": machine(device), **settings, **result}, args.json, args.output)
 
 
 if __name__ == "__main__":

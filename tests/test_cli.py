@@ -40,7 +40,8 @@ def test_generate_is_the_models_own_generation(run, tiny_model, tiny_processor):
     assert status == 0
     figures = json.loads(out)
     seconds = figures.pop("seconds")
-    assert figures == {"paths": ["new/a.png"], "width": 24, "height": 24, "seed": 3} and seconds > 0
+    told = {"paths": ["new/a.png"], "prompt": "a red circle", "width": 24, "height": 24, "seed": 3}
+    assert figures == told and seconds > 0
     chat = [{"role": "user", "content": "a red circle"}]
     inputs = tiny_processor.apply_chat_template(chat, generation_mode="image")
     codes = tiny_model.generate(**inputs, generation_mode="image", seed=3)

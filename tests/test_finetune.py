@@ -71,7 +71,7 @@ def test_a_folder_becomes_a_model_that_draws(capsys, options):
     assert torch.equal(codes(NextFlowForConditionalGeneration.from_pretrained(name).eval(), processor), drawn)
     assert torch.equal(codes(model, NextFlowProcessor.from_pretrained(name)), drawn)
     assert not torch.equal(codes(*load_model("start")), drawn)
-    assert main(["evaluate", f"{name}/data/held-out-packs", "--model", name, "--json"]) == 0
+    assert main(["evaluate", "loss", f"{name}/data/held-out-packs", "--model", name, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(figures["loss after"], rel=1e-4)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
     assert tune(capsys, "photos", name, *options) == figures

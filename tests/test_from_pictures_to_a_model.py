@@ -152,7 +152,7 @@ def reinforced(tuned) -> str:
 
 def loss(model: str, level: str, capsys) -> float:
     capsys.readouterr()
-    run("evaluate", f"held_out-{level}-packs", "--model", model, "--dtype", "float32", "--json")
+    run("evaluate", "loss", f"held_out-{level}-packs", "--model", model, "--dtype", "float32", "--json")
     return json.loads(capsys.readouterr().out)["loss"]
 
 

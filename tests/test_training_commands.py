@@ -202,13 +202,13 @@ def test_every_command_takes_adapters(further, start, tmp_path, capsys):
 
 
 def test_evaluate_is_the_loss_of_all_targets(further, start, capsys):
-    run("evaluate", "packs", "--model", further, "--dtype", "float32", "--json")
+    run("evaluate", "loss", "packs", "--model", further, "--dtype", "float32", "--json")
     losses = json.loads(capsys.readouterr().out)
-    run("evaluate", "packs", "--model", further, "--dtype", "float32", "--batch-size", 2, "--json")
+    run("evaluate", "loss", "packs", "--model", further, "--dtype", "float32", "--batch-size", 2, "--json")
     together = json.loads(capsys.readouterr().out)
     assert together == pytest.approx(losses, rel=1e-5)
     assert {"loss", "loss_text", "loss_vision", "loss_scale_1"} <= losses.keys()
-    run("evaluate", "packs", "--model", "start", "--dtype", "float32", "--json")
+    run("evaluate", "loss", "packs", "--model", "start", "--dtype", "float32", "--json")
     assert json.loads(capsys.readouterr().out)["loss"] > losses["loss"]
 
 
@@ -349,7 +349,7 @@ def test_a_checkpoint_without_its_tokenizer_is_opened_by_every_command(start, ap
     assert model.config.vision_tokenizer is None and not model.model.vq_model.training
     run("describe", "photos/0.png", "--model", checkpoint, "--max-new-tokens", 2)
     run("reconstruct", "photos/0.png", "--model", checkpoint, "--output", tmp_path / "again.png")
-    run("evaluate", "packs", "--model", checkpoint)
+    run("evaluate", "loss", "packs", "--model", checkpoint)
     run("data", "verify", "packs", "--model", checkpoint)
     assert main(["doctor", str(checkpoint), "packs", "--json"]) in (0, 1)
     monkeypatch.chdir(tmp_path)

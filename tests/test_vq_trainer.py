@@ -543,8 +543,8 @@ def test_ssim_is_wangs_and_lpips_is_measured_where_a_network_is(model, tmp_path)
     pair = torch.rand(2, 3, 20, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1
     near = (pair[0] + 0.3 * pair[1]).clamp(-1, 1)
     expected = structural_similarity(
-        near.double().numpy(),
-        pair[0].double().numpy(),
+        near.double().numpy() + 1,
+        pair[0].double().numpy() + 1,
         channel_axis=0,
         data_range=2.0,
         gaussian_weights=True,
@@ -574,7 +574,7 @@ def test_ssim_of_small_pictures_has_the_largest_window_that_fits():
         for colour in range(3):
             for top in range(height - edge + 1):
                 for left in range(6 - edge + 1):
-                    a, b = (each[0, colour, top : top + edge, left : left + edge] for each in (one, other))
+                    a, b = (each[0, colour, top : top + edge, left : left + edge] + 1 for each in (one, other))
                     mean_a, mean_b = (weights * a).sum(), (weights * b).sum()
                     variances = (weights * (a - mean_a) ** 2).sum() + (weights * (b - mean_b) ** 2).sum()
                     covariance = (weights * (a - mean_a) * (b - mean_b)).sum()

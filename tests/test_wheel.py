@@ -94,7 +94,7 @@ def test_pictures_become_a_model_that_is_exported(environment, tiny_checkpoint, 
     )
     command("merge", "on", "--output", "whole")
     losses = [
-        json.loads(command("evaluate", "tuned/data/held-out-packs", "--model", name, "--json"))
+        json.loads(command("evaluate", "loss", "tuned/data/held-out-packs", "--model", name, "--json"))
         for name in ("on", "whole")
     ]
     assert losses[0] == losses[1] and losses[0]["loss_vision"] > 0

@@ -21,26 +21,28 @@ from typer import Argument, Exit, Option, Typer
 from .configuration_nextflow import NextFlowConfig
 from .conversion.cli import app as conversion_app
 from .data.cli import app as data_app
+from .evaluate import app as evaluate_app
+from .evaluate import reconstructions
 from .flops import PAPER_WIDTHS, cache_size, image_passes, mmdit_passes, model_cost, null_passes, paper_layer_cost
-from .image_processing_nextflow import NextFlowImageProcessor, open_picture
+from .image_processing_nextflow import open_picture
 from .modeling_nextflow import NextFlowForConditionalGeneration
-from .modeling_nextflow_vq import NextFlowVQModel, unpatchify
+from .modeling_nextflow_vq import NextFlowVQModel
 from .processing_nextflow import NextFlowProcessor, user_message
+from .rewriting import Rewriting
 from .sampling import RowGenerators, check_seed, integer
 from .serving.limits import Limits
 from .text_generation import text_sampling
 from .training.cli import app as training_app
 from .training.cli import train
 from .utils import export as exporting
-from .utils.commands import Json, Model, command, print_figures
+from .utils.commands import Json, Level, Model, command, print_figures
 from .utils.files import write_atomically
 from .utils.loading import (
     DEFAULT_MODEL,
     check_model_type,
     load_config,
     load_model,
-    load_processor,
-    load_vq_model,
+    load_vision_tokenizer,
     model_name,
 )
 
@@ -54,12 +56,12 @@ app = Typer(add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(data_app, name="data", help="Documents to packed training shards, and back.")
 app.add_typer(train, name="train", help="Transformer, vision tokenizer, diffusion decoder; by GRPO.")
 app.add_typer(conversion_app, name="convert", help="Released weights to a NextFlow to be trained, and back.")
+app.add_typer(evaluate_app, name="evaluate", help="The loss of packs; a vision tokenizer's PSNR, SSIM and rFID.")
 app.add_typer(training_app)
 
 Png = Annotated[str, Option(metavar="PNG", help="Picture to write.")]
 Seed = Annotated[int | None, Option(metavar="N", help="Default: a new one, which is printed.")]
 FixedSeed = Annotated[int, Option(metavar="N", help="Of everything drawn.")]
-Level = Annotated[str | None, Option(help="Level of the scale schedules, e.g. 256, 512, 1024.")]
 AspectRatio = Annotated[
     str | None, Option(metavar="W:H", help="Width:height; default: the first image's, else the model's.")
 ]
@@ -133,9 +135,13 @@ def generate(
     size: Size,
     sampling: Sampling,
     decoder: Decoder,
+    rewriting: Rewriting,
 ) -> None:
     """A picture for a prompt."""
-    make_pictures([], prompt, drawing, size, sampling, decoder)
+    text = rewriting(prompt)
+    if text != prompt:
+        print(text, file=sys.stderr)
+    make_pictures([], text, drawing, size, sampling, decoder)
 
 
 @command(app)
@@ -179,7 +185,8 @@ def make_pictures(
     for picture, path in zip(pictures, paths, strict=True):
         save_picture(picture, path)
     width, height = pictures[0].size
-    figures = {"paths": list(map(str, paths)), "width": width, "height": height, "seed": seed, "seconds": seconds}
+    figures = {"paths": list(map(str, paths)), "prompt": text, "width": width, "height": height}
+    figures |= {"seed": seed, "seconds": seconds}
     lines = [f"{path}  {width}x{height} pixels, seed {seed}" for path in paths]
     print_figures(figures, drawing.json, *lines, f"{seconds:.1f} s")
 
@@ -348,30 +355,16 @@ def reconstruct(
     picture = open_picture(image)
     (path,) = output_paths(output, 1)
     vq_model, image_processor = load_vision_tokenizer(model)
-    inputs = image_processor(picture, level=image_processor.level if level is None else level, return_tensors="pt")
-    grid = tuple(inputs["image_grid_hw"][0].tolist())
-    pixels = inputs["pixel_values"].to(vq_model.device)
-    if image_processor.image_size is None:
-        pixels = unpatchify(pixels[None], grid, image_processor.patch_size)
     start = time.perf_counter()
-    decoded = vq_model.decode(vq_model.encode(pixels), grid)
+    ((originals, rebuilt),) = reconstructions(vq_model, image_processor, [picture], level)
+    original, reconstruction = (each[0].permute(1, 2, 0).cpu().numpy() for each in (originals, rebuilt))
     seconds = time.perf_counter() - start
-    original, reconstruction = map(np.asarray, image_processor.postprocess(torch.cat([pixels, decoded])))
     psnr = float(10 * np.log10(255**2 / np.square(original - 1.0 * reconstruction).mean().clip(1e-10)))
     save_picture(Image.fromarray(np.concatenate([original, reconstruction], axis=1)), path)
     height, width, _ = original.shape
     figures = {"path": str(path), "width": width, "height": height, "psnr": psnr, "seconds": seconds}
     line = f"{path}  original and reconstruction, {width}x{height} pixels each, PSNR {psnr:.2f} dB"
     print_figures(figures, json, line)
-
-
-def load_vision_tokenizer(model: str | None) -> tuple[NextFlowVQModel, NextFlowImageProcessor]:
-    """The vision tokenizer of a model, or one saved alone, and its image processor."""
-    name = model_name(model)
-    vq_model = load_vq_model(name).to("cuda" if torch.cuda.is_available() else "cpu")
-    if check_model_type(name, "nextflow", "nextflow_vq") == "nextflow_vq":
-        return vq_model, NextFlowImageProcessor.from_vq_config(vq_model.config)
-    return vq_model, load_processor(name).image_processor
 
 
 @command(app)
@@ -558,8 +551,12 @@ class Address:
 def serve(
     address: Address,
     limits: Limits,
+    rewriting: Rewriting,
     model: Model = None,
     exact: Annotated[bool, Option("--exact", help="In float64: no request sees the rounding of its company.")] = False,
+    ray: Annotated[
+        str | None, Option(metavar="N", help="Replicas on Ray Serve: 2, or 1-4 for as many as are busy.")
+    ] = None,
 ) -> None:
     """OpenAI's API over HTTP: pictures, edits, chats. Ends on SIGTERM, after what it has accepted."""
     try:
@@ -567,17 +564,28 @@ def serve(
 
         from .serving.app import create_app
         from .serving.jobs import make_exact
+
+        if ray is not None:
+            from .serving.replicas import run_replicas
     except ImportError as error:
         raise ValueError(
             f"serve needs a package that is not installed ({error}): pip install 'transformers-nextflow[serve]'"
         ) from error
     name = model_name(model)
-    served_name = Path(name).resolve().name if Path(name).is_dir() else name
-    loaded, processor = load_model(name)
-    if exact:
-        make_exact(loaded)
-    web_app = create_app(loaded, processor, served_name, limits, address.api_key)
-    uvicorn.run(web_app, host=address.host, port=address.port)
+    is_folder = Path(name).is_dir()
+    name = str(Path(name).resolve()) if is_folder else name  # replicas may run elsewhere
+    served_name = Path(name).name if is_folder else name
+
+    def build():
+        loaded, processor = load_model(name)
+        if exact:
+            make_exact(loaded)
+        return create_app(loaded, processor, served_name, limits, address.api_key, rewriting)
+
+    if ray is None:
+        uvicorn.run(build(), host=address.host, port=address.port)
+    else:
+        run_replicas(build, ray, limits, address.host, address.port)
 
 
 def new_seed(given: int | None) -> int:

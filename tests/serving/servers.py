@@ -21,14 +21,17 @@ for needed in ("fastapi", "openai", "prometheus_client", "python_multipart", "uv
 import openai  # noqa: E402
 import uvicorn  # noqa: E402
 
+from transformers_nextflow.rewriting import Rewriting  # noqa: E402
 from transformers_nextflow.serving.app import create_app  # noqa: E402
 from transformers_nextflow.serving.limits import Limits  # noqa: E402
 
 
 @contextmanager
-def running(model, processor, api_key: str | None = None, **limits: int) -> Iterator[str]:
+def running(
+    model, processor, rewriting: Rewriting | None = None, api_key: str | None = None, **limits: int
+) -> Iterator[str]:
     """A server, by its address."""
-    app = create_app(model, processor, "tiny", Limits(**limits), api_key)
+    app = create_app(model, processor, "tiny", Limits(**limits), api_key, rewriting)
     config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error")
     socket = config.bind_socket()
     socket.listen(100)  # so that clients may come before it has started

@@ -2,10 +2,16 @@
 
 import http.client
 import json
+import struct
+import zlib
+from base64 import b64encode
+from io import BytesIO
+from math import inf, nan
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import pytest
+from PIL import Image
 
 from tests.serving.servers import client, data_url, mask, openai, photo, png, running
 
@@ -27,6 +33,15 @@ def posted(address: str, path: str, body: object) -> Request:
     return Request(f"{address}/v1/{path}", body, {"Content-Type": "application/json"})
 
 
+def bomb() -> bytes:
+    """A PNG whose header promises more pixels than there is memory for."""
+    data = bytearray(png(PHOTO))
+    data[16:24] = struct.pack(">II", 10**6, 10**6)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    return bytes(data)
+
+
+SVG = "data:image/svg+xml;base64," + b64encode(b'<svg xmlns="http://www.w3.org/2000/svg"/>').decode()
 PICTURES = [
     ({}, "prompt"),
     ({"prompt": ""}, "prompt"),
@@ -56,6 +71,26 @@ PICTURES = [
     ({"quality": "high"}, "quality"),
     ({"background": "transparent"}, "background"),
     ({"style": "vivid"}, "style"),
+    ({"n": -1}, "n"),
+    ({"n": True}, "n"),
+    ({"n": "2"}, "n"),
+    ({"n": 10**30}, "n"),
+    ({"seed": nan}, "seed"),
+    ({"seed": "5"}, "seed"),
+    ({"seed": [5]}, "seed"),
+    ({"guidance_scale": nan}, "guidance_scale"),
+    ({"guidance_scale": inf}, "guidance_scale"),
+    ({"temperature": "hot"}, "temperature"),
+    ({"top_p": nan}, "top_p"),
+    ({"size": "24X24"}, "size"),
+    ({"size": "-24x24"}, "size"),
+    ({"size": "24x24\n"}, "size"),
+    ({"size": "٢٤x٢٤"}, "size"),
+    ({"size": ["24x24"]}, "size"),
+    ({"size": "99999x99999"}, "size"),
+    ({"stream": True}, "stream"),
+    ({"user": 5}, "user"),
+    ({"ｓeed": 5}, "ｓeed"),
 ]
 
 
@@ -113,6 +148,21 @@ CHATS = [
     ({"stream": True}, "stream"),
     ({"n": 2}, "n"),
     ({"tools": []}, "tools"),
+    ({"messages": [None]}, "messages[0]"),
+    ({"messages": {"role": "user", "content": "a"}}, "messages"),
+    ({"messages": user()}, "messages[0].content"),
+    ({"messages": user("a")}, "messages[0].content[0]"),
+    ({"messages": user(part(data_url(PHOTO)) | {"text": "a"})}, "messages[0].content[0]"),
+    ({"messages": user(part("data:image/png;base64,"))}, URL),
+    ({"messages": user(part(data_url(PHOTO)[:-1]))}, URL),
+    ({"messages": user(part(data_url(PHOTO).replace("image/png", "text/plain")))}, URL),
+    ({"messages": user(part(SVG))}, URL),
+    ({"messages": user(part(data_url(PHOTO) + "\u00e9"))}, URL),
+    ({"modalities": "image"}, "modalities"),
+    ({"max_images": 1.5, "modalities": ["text", "image"]}, "max_images"),
+    ({"stream": "false"}, "stream"),
+    ({"stream_options": {"include_usage": True}}, "stream_options"),
+    ({"temperature": True}, "temperature"),
 ]
 
 
@@ -133,6 +183,16 @@ EDITS = [
     ({"mask": png(mask(24, 24)), "size": "16x32"}, "size"),
     ({"n": 5}, "n"),
     ({"extra_body": {"seed": "x"}}, "seed"),
+    ({"extra_body": {"seed": "nan"}}, "seed"),
+    ({"extra_body": {"strength": 0.5}}, "strength"),
+    ({"image": b""}, "image"),
+    ({"image": png(PHOTO)[:-40]}, "image"),
+    ({"mask": b""}, "mask"),
+    ({"mask": png(mask(24, 24).convert("RGB"))}, "mask"),
+    ({"image": bomb()}, "image"),
+    ({"size": "25x24"}, "size"),
+    ({"n": 0}, "n"),
+    ({"prompt": ""}, "prompt"),
 ]
 
 
@@ -150,10 +210,35 @@ def test_an_edit_needs_a_picture(address):
     assert (status, error["param"]) == (400, "image")
 
 
-@pytest.mark.parametrize("body", [b"{", b"", b"[]", b"\xff", b'{"prompt": "a", "prompt'])
+@pytest.mark.parametrize("body", [b"{", b"", b"[]", b"\xff", b'{"prompt": "a", "prompt', b"[" * 100_000, b"null"])
 def test_bodies_that_are_no_requests(address, body):
     status, error = refusal(posted(address, "images/generations", body))
     assert (status, error["param"]) == (400, None)
+
+
+def test_a_form_where_json_is_due(address):
+    kind = {"Content-Type": "application/x-www-form-urlencoded"}
+    assert refusal(Request(f"{address}/v1/images/generations", b"prompt=a", kind))[0] == 400
+    assert refusal(posted(address, "images/edits", {"prompt": "a"}))[0] == 400
+
+
+def test_a_text_where_a_file_is_due(address):
+    fields = ((b"prompt", b"a"), (b"image", b"hello"))
+    parts = [b"--x\r\nContent-Disposition: form-data; name=%s\r\n\r\n%s\r\n" % field for field in fields]
+    form = b"".join(parts) + b"--x--\r\n"
+    request = Request(f"{address}/v1/images/edits", form, {"Content-Type": "multipart/form-data; boundary=x"})
+    status, error = refusal(request)
+    assert status == 400 and error["param"].startswith("image")
+
+
+def test_odd_but_right(address):
+    """Of several frames the first; files are what they hold, whatever they are called; any language."""
+    frames = BytesIO()
+    Image.new("P", (24, 24), 1).save(frames, format="GIF", save_all=True, append_images=[Image.new("P", (24, 24), 2)])
+    named = ("bild \u00e4.png", frames.getvalue(), "text/plain")
+    ask = client(address).images
+    for prompt in ("\u82f9\u679c \U0001f34e", " ", "a\x00b"):
+        assert ask.edit(image=named, prompt=prompt, extra_body={"seed": 1}).size == "24x24"
 
 
 @pytest.mark.parametrize("path", ["images/generations", "chat/completions"])

@@ -5,4 +5,5 @@
 - `jobs.py`: requests as calls of `generate`, several at once.
 - `batching.py`: who waits, and who is drawn together.
 - `app.py`, `gate.py`, `errors.py`, `metrics.py`: the web application.
+- `replicas.py`: the same on Ray Serve.
 """

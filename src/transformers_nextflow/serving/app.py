@@ -14,6 +14,7 @@ from starlette.concurrency import run_in_threadpool
 
 from ..modeling_nextflow import NextFlowForConditionalGeneration
 from ..processing_nextflow import NextFlowProcessor, user_message
+from ..rewriting import Rewriting
 from .batching import Batcher
 from .chats import message_of, read_chat
 from .errors import RequestError, add_error_handlers
@@ -34,6 +35,7 @@ def create_app(
     name: str,
     limits: Limits | None = None,
     api_key: str | None = None,
+    rewriting: Rewriting | None = None,
 ) -> FastAPI:
     """A server of one model.
 
@@ -41,8 +43,9 @@ def create_app(
         name: what clients call the model.
         limits: what it takes; see [`Limits`].
         api_key: what paths under `/v1` ask for; None lets everyone in.
+        rewriting: of the prompts of `/v1/images/generations`.
     """
-    limits = limits or Limits()
+    limits, rewriting = limits or Limits(), rewriting or Rewriting()
     studio, metrics = Studio(model, processor, limits), Metrics()
     batcher = Batcher(studio.run, limits.max_queue, limits.max_batch, metrics.see_batch)
     metrics.watch(batcher)
@@ -85,8 +88,15 @@ def create_app(
     async def generate(request: Request, asked: ImageRequest) -> dict:
         """Pictures for a prompt."""
         check_model(asked.model)
-        chat = [{"role": "user", "content": [{"type": "text", "text": asked.prompt}]}]
-        return await drawn(request, studio.picture_job(asked, seed_of(asked.seed), chat, "prompt", asked.n))
+        try:
+            prompt = await run_in_threadpool(rewriting, asked.prompt)
+        except ConnectionError as error:
+            raise RequestError(str(error), "prompt", 502) from error
+        job = studio.picture_job(asked, seed_of(asked.seed), [user_message(prompt)], "prompt", asked.n)
+        response = await drawn(request, job)
+        if prompt != asked.prompt:
+            response["data"] = [each | {"revised_prompt": prompt} for each in response["data"]]
+        return response
 
     @app.post("/v1/images/edits")
     async def edit(request: Request, asked: Annotated[EditRequest, Form(media_type="multipart/form-data")]) -> dict:

@@ -1,6 +1,5 @@
 """Pictures as they travel: files and data URLs in, PNG in base64 out, masks."""
 
-import binascii
 import re
 from base64 import b64decode, b64encode
 from io import BytesIO
@@ -45,7 +44,7 @@ def read_data_url(url: str, max_pixels: int, param: str) -> Image.Image:
         raise RequestError(f"{param}: a data URL reads data:image/png;base64,..., got {url[:40]!r}", param)
     try:
         data = b64decode(url[header.end() :], validate=True)
-    except binascii.Error as error:
+    except ValueError as error:  # binascii.Error, and what is no ASCII
         raise RequestError(f"{param}: the picture is no base64: {error}", param) from error
     return read_picture(data, max_pixels, param)
 

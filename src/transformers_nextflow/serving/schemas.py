@@ -20,7 +20,7 @@ Prompt = Annotated[str, Field(min_length=1, max_length=LONGEST_PROMPT)]
 class Schema(BaseModel):
     """A part of a request."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -74,12 +74,14 @@ class ImageRequest(Controls):
 
 
 class EditRequest(ImageRequest):
-    """`/v1/images/edits`, a form with files.
+    """`/v1/images/edits`, a form with files, whose numbers are texts.
 
     Attributes:
         image, images: the pictures; clients write `image` of one, `image[]` of several.
         mask: of the first picture's size; it is drawn anew where this is transparent.
     """
+
+    model_config = ConfigDict(strict=False)
 
     image: list[UploadFile] = []
     images: list[UploadFile] = Field(default=[], alias="image[]")

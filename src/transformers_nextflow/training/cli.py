@@ -1,28 +1,23 @@
-"""`transformers-nextflow train`, `finetune`, `evaluate` and `merge`."""
+"""`transformers-nextflow train`, `finetune` and `merge`."""
 
-import tempfile
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 from typer import Argument, Option, Typer
 
 from ..utils import merging
-from ..utils.commands import Json, Model, command, forward, print_figures
-from ..utils.loading import load_model, model_name
+from ..utils.commands import Dtype, Json, Model, command, forward, print_figures
+from ..utils.loading import model_name
 from .finetune_settings import RATE_OF_ADAPTERS, RATE_OF_ALL, FinetuneSettings
 
 TRAININGS_GROUP = "transformers_nextflow.trainings"  # of entry points: the command line of each training elsewhere
 
 train = Typer(no_args_is_help=True)
 app = Typer()
-
-Dtype = Annotated[
-    Literal["float32", "bfloat16", "float16"] | None, Option(help="Of the weights; default: as they are stored.")
-]
 
 
 def _main(module: str):
@@ -109,28 +104,6 @@ def finetune(
     source = Source(photos, pictures.split, pictures.config)
     figures = run(source, model_name(model), output, settings, pictures.image_column, pictures.caption_column)
     print_figures(figures, json)
-
-
-@command(app)
-def evaluate(
-    packs: Annotated[str, Argument(metavar="PACKS", help="Folder or Hub dataset of packs.")],
-    model: Model = None,
-    batch_size: Annotated[int, Option(metavar="N", help="Packs of a forward.")] = 1,
-    dtype: Dtype = None,
-    json: Json = False,
-) -> None:
-    """The loss of packs: over all targets, of text, of pictures, and of each scale."""
-    from ..data import PackCollator, PackedDataset
-    from . import NextFlowTrainer, NextFlowTrainingArguments
-
-    loaded, processor = load_model(model, dtype and getattr(torch, dtype))
-    dataset = PackedDataset(packs, loaded, processor)
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = NextFlowTrainingArguments(folder, per_device_eval_batch_size=batch_size, report_to="none")
-        trainer = NextFlowTrainer(loaded, arguments, PackCollator(dataset), eval_dataset=dataset)
-        metrics = trainer.evaluate()
-    losses = {name: value for name, value in metrics.items() if name.startswith("eval_loss")}
-    print_figures({name.removeprefix("eval_"): value for name, value in losses.items()}, json)
 
 
 @command(app)

@@ -17,7 +17,8 @@ def psnr(rebuilt: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
 
 def ssim(rebuilt: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
     """(B,) structural similarities, as Wang et al. (2004) define them: a Gaussian window of 11 pixels and deviation
-    1.5, wherever it fits whole; the mean over places and colours. In smaller pictures the window is as large as fits.
+    1.5, wherever it fits whole, over intensities from 0, black, on; the mean over places and colours. In smaller
+    pictures the window is as large as fits.
     """
     edge = min(WINDOW, *((length - 1) // 2 * 2 + 1 for length in pixel_values.shape[-2:]))
     places = torch.arange(edge, dtype=torch.float64, device=pixel_values.device) - edge // 2
@@ -27,7 +28,7 @@ def ssim(rebuilt: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
     def mean(values: torch.Tensor) -> torch.Tensor:
         return F.conv2d(values, window, groups=3)
 
-    a, b = rebuilt.double(), pixel_values.double()
+    a, b = rebuilt.double() + RANGE / 2, pixel_values.double() + RANGE / 2
     mean_a, mean_b = mean(a), mean(b)
     variance_a, variance_b = mean(a * a) - mean_a**2, mean(b * b) - mean_b**2
     covariance = mean(a * b) - mean_a * mean_b

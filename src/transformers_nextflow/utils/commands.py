@@ -6,11 +6,15 @@ from copy import copy
 from dataclasses import fields, is_dataclass
 from functools import wraps
 from inspect import Signature, signature
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 from typer import Context, Exit, Option, Typer
 
 Model = Annotated[str | None, Option(metavar="NAME", help="Local folder or Hub id; default: the repository's.")]
+Level = Annotated[str | None, Option(help="Level of the scale schedules, e.g. 256, 512, 1024.")]
+Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None, Option(help="Of the weights; default: as they are stored.")
+]
 Json = Annotated[bool, Option("--json", help="Print JSON.")]
 
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import find_adapter_config_file, logging
 
 from ..configuration_nextflow import NextFlowConfig, NextFlowVQConfig
+from ..image_processing_nextflow import NextFlowImageProcessor
 from ..modeling_nextflow import NextFlowForConditionalGeneration
 from ..modeling_nextflow_vq import NextFlowVQModel
 from ..processing_nextflow import NextFlowProcessor
@@ -204,6 +205,15 @@ def load_vq_model(name: str) -> NextFlowVQModel:
     alone = NextFlowVQModel(config)  # `loaded` would save its tensors under their names in the whole model
     alone.load_state_dict(loaded.state_dict())
     return alone.eval()
+
+
+def load_vision_tokenizer(model: str | None) -> tuple[NextFlowVQModel, NextFlowImageProcessor]:
+    """The vision tokenizer of a model, or one saved alone, on the GPU where there is one, and its image processor."""
+    name = model_name(model)
+    vq_model = load_vq_model(name).to("cuda" if torch.cuda.is_available() else "cpu")
+    if check_model_type(name, NextFlowConfig.model_type, NextFlowVQConfig.model_type) == NextFlowVQConfig.model_type:
+        return vq_model, NextFlowImageProcessor.from_vq_config(vq_model.config)
+    return vq_model, load_processor(name).image_processor
 
 
 def load_weights(model_class, name: str, dtype: torch.dtype | None = None):

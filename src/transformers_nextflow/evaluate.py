@@ -1,0 +1,172 @@
+"""`transformers-nextflow evaluate`: the loss of packs, and how well a vision tokenizer rebuilds a folder of pictures.
+
+These are brought to the sizes of the scale schedules, as always, and measured in 8 bits, as files hold them.
+"""
+
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+from typer import Argument, Option, Typer
+
+from .image_processing_nextflow import NextFlowImageProcessor, open_picture
+from .modeling_nextflow_vq import NextFlowVQModel, unpatchify
+from .sampling import integer
+from .training import metrics
+from .utils.commands import Dtype, Json, Level, Model, command, print_figures
+from .utils.loading import load_model, load_vision_tokenizer
+
+if TYPE_CHECKING:
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+app = Typer(no_args_is_help=True)
+
+Pictures = Annotated[str, Argument(metavar="PICTURES", help="Folder of pictures.")]
+BatchSize = Annotated[int, Option(metavar="N", help="Pictures of one size at once.")]
+Rebuilt = Iterator[tuple[torch.Tensor, torch.Tensor]]
+
+WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
+"""FID's own InceptionV3, as a release of torch-fidelity has it."""
+
+
+@command(app)
+def loss(
+    packs: Annotated[str, Argument(metavar="PACKS", help="Folder or Hub dataset of packs.")],
+    model: Model = None,
+    batch_size: Annotated[int, Option(metavar="N", help="Packs of a forward.")] = 1,
+    dtype: Dtype = None,
+    json: Json = False,
+) -> None:
+    """Of packs: over all targets, of text, of pictures, and of each scale."""
+    from .data import PackCollator, PackedDataset
+    from .training import NextFlowTrainer, NextFlowTrainingArguments
+
+    loaded, processor = load_model(model, dtype and getattr(torch, dtype))
+    dataset = PackedDataset(packs, loaded, processor)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = NextFlowTrainingArguments(folder, per_device_eval_batch_size=batch_size, report_to="none")
+        trainer = NextFlowTrainer(loaded, arguments, PackCollator(dataset), eval_dataset=dataset)
+        measured = trainer.evaluate()
+    losses = {name: value for name, value in measured.items() if name.startswith("eval_loss")}
+    print_figures({name.removeprefix("eval_"): value for name, value in losses.items()}, json)
+
+
+@command(app)
+def psnr(
+    pictures: Pictures, model: Model = None, level: Level = None, batch_size: BatchSize = 16, json: Json = False
+) -> None:
+    """PSNR in dB and SSIM of reconstructions, means over the pictures."""
+    measured = []
+    for originals, rebuilt in reconstructions_of(pictures, model, level, batch_size):
+        a, b = (each.double() / 127.5 - 1 for each in (rebuilt, originals))
+        measured.append(torch.stack([metrics.psnr(a, b), metrics.ssim(a, b)]))
+    means = torch.cat(measured, dim=1)
+    mean_psnr, mean_ssim = means.mean(1).tolist()
+    figures = {"pictures": means.shape[1], "psnr": mean_psnr, "ssim": mean_ssim}
+    print_figures(figures, json, f"{means.shape[1]} pictures  PSNR {mean_psnr:.2f} dB  SSIM {mean_ssim:.4f}")
+
+
+@command(app)
+def rfid(
+    pictures: Pictures,
+    weights: Annotated[str | None, Option(metavar="PTH", help=f"InceptionV3: {WEIGHTS} of torch-fidelity.")] = None,
+    model: Model = None,
+    level: Level = None,
+    batch_size: BatchSize = 16,
+    json: Json = False,
+) -> None:
+    """Frechet inception distance between pictures and their reconstructions."""
+    distance = inception_distance(weights)
+    count, value = distance_of(reconstructions_of(pictures, model, level, batch_size), distance)
+    print_figures({"pictures": count, "rfid": value}, json, f"{count} pictures  rFID {value:.3f}")
+
+
+def inception_distance(weights: str | None) -> "FrechetInceptionDistance":
+    """torchmetrics' FID.
+
+    Raises:
+        ValueError: without weights, or the packages, or if the file holds anything but this network's tensors.
+    """
+    if weights is None:
+        raise ValueError(f"rfid needs --weights, the file {WEIGHTS} from the releases of torch-fidelity")
+    if not Path(weights).is_file():
+        raise FileNotFoundError(f"there is no file {weights}")
+    try:
+        from torchmetrics.image.fid import FrechetInceptionDistance
+
+        torch.load(weights, map_location="meta", weights_only=True)  # torch-fidelity would unpickle anything
+        return FrechetInceptionDistance(feature_extractor_weights_path=weights)
+    except ImportError as error:
+        raise ValueError(f"rfid needs pip install 'transformers-nextflow[evaluate]': {error}") from error
+    except Exception as error:
+        raise ValueError(f"{weights} does not hold the weights of FID's InceptionV3: {error}") from error
+
+
+def distance_of(pairs: Rebuilt, distance: "FrechetInceptionDistance") -> tuple[int, float]:
+    """How many pictures there are, and the distance between the two of each pair.
+
+    Raises:
+        ValueError: for fewer than two pictures.
+    """
+    count = 0
+    for originals, rebuilt in pairs:
+        distance = distance.to(originals.device)
+        distance.update(originals, real=True)
+        distance.update(rebuilt, real=False)
+        count += len(originals)
+    if count < 2:
+        raise ValueError(f"rfid needs two pictures or more, got {count}")
+    return count, float(distance.compute())
+
+
+def reconstructions_of(folder: str, model: str | None, level: str | None, batch_size: int) -> Rebuilt:
+    """Those of all pictures of a folder.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    integer("--batch-size", batch_size, 1)
+    if not Path(folder).is_dir():
+        raise NotADirectoryError(f"there is no folder {folder}")
+    paths = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in Image.registered_extensions())
+    if not paths:
+        raise ValueError(f"{folder} holds no pictures")
+    vq_model, image_processor = load_vision_tokenizer(model)
+    opened = map(open_picture, tqdm(paths, unit="picture", disable=None, leave=False))
+    return reconstructions(vq_model, image_processor, opened, level, batch_size)
+
+
+def reconstructions(
+    vq_model: NextFlowVQModel,
+    image_processor: NextFlowImageProcessor,
+    pictures: Iterable[Image.Image],
+    level: str | None = None,
+    batch_size: int = 1,
+) -> Rebuilt:
+    """Pictures, and what their codes keep of them: each (B, 3, H, W) uint8, of one size, on the model's device."""
+    waiting: dict[tuple[int, int], list[torch.Tensor]] = defaultdict(list)
+
+    def rebuild(grid: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        pixels = torch.cat(waiting.pop(grid)).to(vq_model.device)
+        with torch.no_grad():
+            decoded = vq_model.decode(vq_model.encode(pixels), grid)
+        both = (np.stack(list(map(np.asarray, image_processor.postprocess(each)))) for each in (pixels, decoded))
+        return tuple(torch.from_numpy(each).permute(0, 3, 1, 2).to(vq_model.device) for each in both)
+
+    level = image_processor.level if level is None else level
+    for picture in pictures:
+        inputs = image_processor(picture, level=level, return_tensors="pt")
+        grid, pixels = tuple(inputs["image_grid_hw"][0].tolist()), inputs["pixel_values"]
+        if image_processor.image_size is None:
+            pixels = unpatchify(pixels[None], grid, image_processor.patch_size)
+        waiting[grid].append(pixels)
+        if len(waiting[grid]) == batch_size:
+            yield rebuild(grid)
+    for grid in list(waiting):
+        yield rebuild(grid)
