@@ -83,7 +83,8 @@ def _is_gathered(head: nn.Module) -> bool:
     weights = list(head.parameters())
     if any(isinstance(module, FSDPModule) for module in head.modules()):
         return any(isinstance(weight, DTensor) for weight in weights)
-    return any(weight.is_meta or not weight.numel() for weight in weights)
+    # ZeRO-3 may have left small ones in place, and takes them away before the backward ends
+    return any(weight.is_meta or not weight.numel() or hasattr(weight, "ds_id") for weight in weights)
 
 
 def _weighted_cross_entropy(

@@ -5,9 +5,11 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from math import inf
+from types import MethodType
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
 from ..attention import attended_pairs
@@ -17,6 +19,7 @@ from ..liger import register_liger_kernel
 from ..lora import below_adapters
 from ..losses import IGNORE
 from ..modeling_nextflow import NextFlowOutput
+from ..utils.precision import AtLeastFloat32
 from .attention_logits import LargestAttentionLogit
 from .checkpoints import output_field
 from .fsdp import WholeHeadsCallback, keep_losses_float32
@@ -113,10 +116,10 @@ class NextFlowTrainer(OrderedTrainer):
         check_trained(self.model)
         keep_losses_float32(self.accelerator)
         if self.is_deepspeed_enabled and (self.args.bf16 or self.args.fp16):
-            # which lays weights in one buffer, and leaves those in float32 that no cast makes coarser
-            for parameter in self.model.parameters():
-                if parameter.requires_grad:
-                    parameter.data = parameter.data.to(torch.bfloat16 if self.args.bf16 else torch.float16)
+            # which lays weights in one buffer, so that none can stay in float32
+            for module in self.model.modules():
+                if isinstance(module, AtLeastFloat32):
+                    module._apply = MethodType(nn.Module._apply, module)
         return super().train(*args, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
