@@ -5,11 +5,9 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from math import inf
-from types import MethodType
 
 import numpy as np
 import torch
-from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
 from ..attention import attended_pairs
@@ -119,7 +117,7 @@ class NextFlowTrainer(OrderedTrainer):
             # which lays weights in one buffer, so that none can stay in float32
             for module in self.model.modules():
                 if isinstance(module, AtLeastFloat32):
-                    module._apply = MethodType(nn.Module._apply, module)
+                    module.follows_casts = True
         return super().train(*args, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:

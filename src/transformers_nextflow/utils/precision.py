@@ -7,9 +7,18 @@ from torch import nn
 
 
 class AtLeastFloat32(nn.Module):
-    """A base of modules whose numbers no cast makes coarser than float32: `.to(torch.bfloat16)` leaves them alone."""
+    """A base of modules whose numbers no cast makes coarser than float32: `.to(torch.bfloat16)` leaves them alone.
+
+    Attributes:
+        follows_casts: true where it is to be as coarse as its model after all.
+    """
+
+    follows_casts = False
 
     def _apply(self, fn, recurse=True):
+        if self.follows_casts:
+            return super()._apply(fn, recurse)
+
         def fine(tensor: torch.Tensor) -> torch.Tensor:
             applied = fn(tensor)
             coarse = tensor.is_floating_point() and applied.dtype.itemsize < torch.float32.itemsize
