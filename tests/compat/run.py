@@ -26,7 +26,7 @@ ENVIRONMENTS = ROOT / ".venv-compat"
 ENDS = {
     "transformers": ("5.23.0", "5.24.0"),
     "diffusers": ("0.41.0", "0.42.1"),
-    "trl": ("1.15.0", "1.16.0"),
+    "trl": ("1.16.0",),
     "peft": ("0.21.0", "0.21.2"),
     "accelerate": ("1.14.0", "1.15.0"),
 }
