@@ -416,14 +416,14 @@ def test_wrong_requests(tiny_model, change, message):
         ({"pixel_values": torch.zeros(9, 48)}, r"patches of 192 numbers, got \(9, 48\)"),
         ({"pixel_values": torch.zeros(9)}, r"patches of 192 numbers, got \(9,\)"),
         ({"pixel_values": torch.full((9, 192), NAN)}, "pixel_values are not finite"),
-        ({"image_grid_hw": torch.tensor([[2, 4]])}, r"final grid \(2, 4\) takes 12 <image> tokens .* got 13"),
+        ({"image_grid_hw": torch.tensor([[2, 4]])}, r"final grid \(2, 4\) takes 12 <image> tokens .* got 22"),
         ({"image_grid_hw": torch.tensor([[5, 5]])}, r"no scale schedule ends in the grid \(5, 5\)"),
     ],
 )
 @pytest.mark.parametrize("mode", ["text", "image", "interleaved"])
 def test_wrong_images_of_prompts(tiny_model, change, message, mode):
     config = tiny_model.config
-    ids = [config.boi_token_id, *[config.image_token_id] * 13, config.eoi_token_id, 9, config.boi_token_id]
+    ids = [config.boi_token_id, *[config.image_token_id] * 22, config.eoi_token_id, 9, config.boi_token_id]
     inputs = {"input_ids": torch.tensor([ids if mode == "image" else ids[:-1]]), "generation_mode": mode}
     inputs |= {"guidance_scale": 1.0} if mode == "image" else {"max_new_tokens": 1}
     if mode == "interleaved":

@@ -9,7 +9,7 @@ from tiny_models import tiny_config as tiny_nextflow_config
 
 from transformers_nextflow import NextFlowImageProcessor, NextFlowVQConfig
 
-EDGE, SLOTS = 40, 13  # pixels; 2x2 and 3x3 cells
+EDGE, SLOTS = 40, 13 + 9  # pixels; 2x2 and 3x3 cells, and the last ones once more
 FIXED_SIZE = {
     "semantic_config": {
         "model_type": "siglip_vision_model",

@@ -94,7 +94,7 @@ def describe(model) -> torch.Tensor:
 
 
 def interleave(model) -> torch.Tensor:
-    options = {"generation_mode": "interleaved", "max_new_tokens": 6, "sequence_bias": {(BOI,): 4.0}}
+    options = {"generation_mode": "interleaved", "max_new_tokens": 6, "sequence_bias": {(BOI,): 40.0}}
     output = model.generate(**guided(model, EDIT, NULL), **options, max_new_images=2, seed=0)
     assert len(output.image_grid_hw) > 1
     return torch.cat([output.sequences[0], output.image_codes])

@@ -234,7 +234,7 @@ def test_forward_gives_tuples(model):
 
 
 def test_embeddings_in_place_of_ids(model):
-    batch = batch_of(model, *ROWS)
+    batch = batch_of(model, [10, Picture(SQUARE, 1), 11], [12, 13, Picture(WIDE, 2), 14, 15])
     ids = batch.pop("input_ids")
     embeds = model.get_input_embeddings()(ids).detach()
     labels = ids.masked_fill(batch["attention_mask"] == 0, -100)
@@ -317,8 +317,10 @@ def test_scale_steps_compile_once_for_all_grids():
 
 
 def test_guided_scale_steps_are_one_graph_for_prompts_of_any_length():
+    """After the first prompt: its first step is of one length yet, and the last one keeps no keys."""
     torch._dynamo.reset()
-    model, counter = tiny_model(), CompileCounter()
+    schedules = {"scale_schedules": [[[edge, edge] for edge in (1, 2, 3, 4)]], "levels": {"16": 4}}
+    model, counter = tiny_model(tiny_config(vq=schedules)), CompileCounter()
     null = {"negative_input_ids": torch.tensor([[20, BOI]])}
     options = {"generation_mode": "image", "guidance_scale": 3.0, "seed": 0}
     prompts = [batch_of(model, [*range(10, 10 + length), BOI]) | null for length in range(2, 12)]

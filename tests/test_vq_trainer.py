@@ -515,7 +515,7 @@ def test_items_of_a_batch_count_by_their_pictures(model, tmp_path):
     for count in (1, 4):
         run.args.per_device_eval_batch_size = count
         metrics.append(run.evaluate(Pictures()))
-    assert metrics[0] == pytest.approx(metrics[1], rel=1e-6)
+    assert metrics[0] == pytest.approx(metrics[1], rel=1e-5)
 
 
 def test_checkpointing_gives_the_same_gradients(model, tmp_path):

@@ -7,8 +7,9 @@ the model is whichever the user names, the instruction is ours.
 import json
 import os
 from dataclasses import dataclass
+from http.client import HTTPException
 from typing import Annotated
-from urllib.error import HTTPError, URLError
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from typer import Option
@@ -64,7 +65,7 @@ class Rewriting:
                 text = json.load(answer)["choices"][0]["message"]["content"].strip()
         except HTTPError as error:
             raise ConnectionError(f"{self.rewrite} refuses to rewrite: {error}, {error.read()[:200]!r}") from error
-        except (URLError, TimeoutError) as error:
+        except (OSError, HTTPException) as error:
             raise ConnectionError(f"nobody rewrites at {self.rewrite}: {error}") from error
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ConnectionError(f"{self.rewrite} answers with no message of a chat: {error!r}") from error

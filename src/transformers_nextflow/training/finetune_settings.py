@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-RATE_OF_ADAPTERS, RATE_OF_ALL = 2e-4, 1e-5
+RATE_OF_ADAPTERS, RATE_OF_ALL = 1e-3, 1e-5
 
 
 @dataclass(frozen=True)
@@ -12,7 +12,7 @@ class FinetuneSettings:
     Args:
         full: train all weights but the vision tokenizer's, instead of adapters.
         lora_r: rank of the adapters.
-        learning_rate: by default 2e-4 of adapters, 1e-5 of all weights.
+        learning_rate: by default 1e-3 of adapters, 1e-5 of all weights.
         steps: of the optimizer, at most.
         batch_size: pictures of a step.
         evaluations: how often on the way the held-out loss is measured and pictures are drawn.
@@ -34,7 +34,7 @@ class FinetuneSettings:
     learning_rate: float | None = None
     steps: int = 400
     batch_size: int = 8
-    evaluations: int = 10
+    evaluations: int = 20
     patience: int = 3
     held_out: float = 0.1
     level: str | None = None

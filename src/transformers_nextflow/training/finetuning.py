@@ -41,7 +41,8 @@ logger = logging.get_logger(__name__)
 
 REPORT, BEFORE = "finetune.json", "before.json"
 SPLITS = ("training", "held-out")
-VARIANTS = 4  # self-corrected encodings of each picture, one of which an epoch shows
+VARIANTS = 16  # self-corrected encodings of each picture, one of which an epoch shows
+CORRECTION = SelfCorrection(temperature=0.1)  # mild: of few pictures, uniform draws are learned as noise
 LONGEST = 1 << 20  # positions of a document: pictures are never too long
 OF_TRAINING = (STATE, "training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt")
 WRITTEN_LAST = ("adapter_config.json", "config.json")  # with them a folder is one of adapters, or a model
@@ -210,7 +211,7 @@ def _code(folder: Path, split: str, model: str, level: str, settings: FinetuneSe
     extraction = ExtractionSettings(
         level=level,
         drop_text=settings.drop_captions if is_training else 0.0,
-        self_correction=SelfCorrection() if is_training else None,
+        self_correction=CORRECTION if is_training else None,
         variants=VARIANTS if is_training else 1,
         seed=settings.seed,
     )
@@ -233,7 +234,8 @@ def _load(model: str, settings: FinetuneSettings) -> tuple[torch.nn.Module, Next
         from peft import get_peft_model
 
         set_seed(settings.seed)
-        tuned = get_peft_model(tuned, lora_config(r=settings.lora_r, lora_alpha=2 * settings.lora_r))
+        adapters = lora_config(r=settings.lora_r, lora_alpha=2 * settings.lora_r, modules_to_save=None)
+        tuned = get_peft_model(tuned, adapters)  # no head anew: the model draws already
     return tuned, processor
 
 
