@@ -61,6 +61,11 @@ class Run:
     length: int
     is_block: bool
 
+    @property
+    def start(self) -> int:
+        """How many tokens the rows have read before."""
+        return len(self.context.token_ids[0])
+
 
 def read_prompts(
     model: "NextFlowForConditionalGeneration",
@@ -147,7 +152,7 @@ def _read(runs: Sequence[Run], embedded: Embedded) -> None:
     """One step: a run of each context."""
     parts, inputs, positions = [], [], []
     for run in runs:
-        at = embedded.places(run.members, len(run.context.token_ids[0]), run.length)
+        at = embedded.places(run.members, run.start, run.length)
         inputs.append(embedded.embeds_RLD[at])
         positions.append(embedded.layout.position_ids[:, at[0], at[1]])
         parts.append(_part(run, inputs[-1], embedded.layout.block_ids[at]))
@@ -158,16 +163,15 @@ def _read(runs: Sequence[Run], embedded: Embedded) -> None:
     hidden_N1D = run_apart(runs[0].context.model, parts, inputs_N1D, positions_3N1, names or None)
     sizes = [len(run.members) * run.length for run in runs]
     for run, hidden, of_run in zip(runs, hidden_N1D.split(sizes), positions):
-        start = len(run.context.token_ids[0])
-        ids = [embedded.rows[row][start : start + run.length] for row in run.members]
+        ids = [embedded.rows[row][run.start : run.start + run.length] for row in run.members]
         run.context.hold(hidden.view(len(run.members), run.length, -1)[:, -1:], of_run, ids)
 
 
 def _part(run: Run, inputs_rlD: torch.Tensor, block_ids_rl: torch.Tensor) -> Part:
     """How a run attends: a block behind a cache, or without masks, sees all; else a mask says what is seen."""
     config, (_, cache) = run.context.model.config.text_config, run.context.groups[0]
-    start, shape = len(run.context.token_ids[0]), (len(run.members), run.length)
-    if run.is_block and (start or is_flash(config)):
+    shape = len(run.members), run.length
+    if run.is_block and (run.start or is_flash(config)):
         return Part(cache, shape)
     if run.is_block:
         mask = sequence_mask(config, inputs_rlD, None, block_ids_rl, None, None)["full_attention"]

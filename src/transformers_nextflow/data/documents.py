@@ -24,7 +24,7 @@ from typing import Any
 
 from PIL import Image
 
-EncodedImage = bytes | str | Image.Image
+PictureSource = bytes | str | Image.Image
 """A picture as documents have it: encoded, by its path, or opened by Pillow."""
 
 CAPTION_QUESTION = "describe the picture"
@@ -53,7 +53,7 @@ class Document:
     key: str
     kind: str
     messages: tuple[Message, ...]
-    images: tuple[EncodedImage, ...] = ()
+    images: tuple[PictureSource, ...] = ()
 
     def __post_init__(self):
         roles = [message.role for message in self.messages]
@@ -103,11 +103,9 @@ def is_supervised(role: str | None) -> bool:
     return role in (None, "assistant")
 
 
-def open_image(image: EncodedImage) -> Image.Image:
-    """A picture of a [`Document`], opened but not decoded."""
-    if isinstance(image, Image.Image):
-        return image
-    return Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
+def open_image(image: PictureSource) -> Image.Image:
+    """An encoded picture or a path of a [`Document`], opened but not decoded."""
+    return Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)  # type: ignore[arg-type]
 
 
 class Skipped(Exception):
@@ -321,7 +319,7 @@ def _as_list(cell: Any) -> list:
     return list(cell) if isinstance(cell, (list, tuple)) else [cell]
 
 
-def _captioning(key: str, image: EncodedImage, question: str, answer: str) -> Document:
+def _captioning(key: str, image: PictureSource, question: str, answer: str) -> Document:
     messages = (Message("user", (None, question)), Message("assistant", (answer,)))
     return Document(key, "captioning", messages, (image,))
 

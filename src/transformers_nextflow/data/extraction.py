@@ -29,7 +29,7 @@ from .documents import (
     MAX_IMAGES,
     Document,
     DocumentReader,
-    EncodedImage,
+    PictureSource,
     Skipped,
     Transformations,
     is_supervised,
@@ -343,7 +343,7 @@ class Extractor:
         if settings.max_text is not None and length > settings.max_text:
             raise Skipped("text too long", f"{length} characters")
 
-    def _schedule_of(self, image: EncodedImage) -> ScaleSchedule:
+    def _schedule_of(self, image: PictureSource) -> ScaleSchedule:
         try:
             with open_image(image) as picture:
                 height, width = upright_size(picture)
@@ -359,7 +359,7 @@ class Extractor:
     def _batches(self, documents) -> list[tuple[ScaleSchedule, bool, list[list[tuple[int, int]]]]]:
         """Pictures of one schedule and one supervision, `batch_size` at a time, each with the places, as (document,
         image), where the shard shows it."""
-        groups: dict[tuple, dict[EncodedImage, list]] = {}
+        groups: dict[tuple, dict[PictureSource, list]] = {}
         for number, (document, schedules) in enumerate(documents):
             for image, (schedule, supervised) in enumerate(zip(schedules, document.supervised_images)):
                 pictures = groups.setdefault((schedule.final_grid, supervised), {})
@@ -460,7 +460,7 @@ class Extractor:
             inputs[:, place] = output.input_codes[:, :coarse].cpu().numpy()
         return codes, inputs
 
-    def pixels(self, image: EncodedImage, schedule: ScaleSchedule) -> torch.Tensor:
+    def pixels(self, image: PictureSource, schedule: ScaleSchedule) -> torch.Tensor:
         """(3, H, W) float32 in [-1, 1] of the schedule's size."""
         return pixels_of(self.processor.image_processor, image, schedule)
 
@@ -482,7 +482,7 @@ class Extractor:
         }
 
 
-def pixels_of(image_processor: NextFlowImageProcessor, image: EncodedImage, schedule: ScaleSchedule) -> torch.Tensor:
+def pixels_of(image_processor: NextFlowImageProcessor, image: PictureSource, schedule: ScaleSchedule) -> torch.Tensor:
     """(3, H, W) float32 in [-1, 1] of the schedule's size."""
     with open_image(image) as picture:
         data = image_processor(picture, level=image_processor.schedule_table().level_of(schedule.final_grid))
@@ -500,7 +500,7 @@ class PictureReader(Dataset):
         images: each with its schedule.
     """
 
-    def __init__(self, images: Sequence[tuple[EncodedImage, ScaleSchedule]], image_processor: NextFlowImageProcessor):
+    def __init__(self, images: Sequence[tuple[PictureSource, ScaleSchedule]], image_processor: NextFlowImageProcessor):
         self.images, self.image_processor = images, image_processor
 
     def __len__(self) -> int:
