@@ -12,7 +12,7 @@ with their null prompts of one, against `one_even` and `eight_even` of one lengt
 ones with an earlier build too, in turn with this one.
 
 `matrix_rate` draws a guided picture of VAR's 680 codes, and says which share of the rate of this machine's own matrix
-product its FLOPs reach. `memory` is the peak of a process while it draws a guided picture of 64 x 64 cells from 32,768
+product its FLOPs reach, and those of the `bare` forwards. `memory` is the peak of a process while it draws a guided picture of 64 x 64 cells from 32,768
 codes with 28 layers, as the 7B model has, of width 64, over what must be held: weights, and the cache of all places.
 glibc is told to give memory back at once (`MALLOC_MMAP_THRESHOLD_`), else it keeps what caches leave as they grow.
 
@@ -207,19 +207,20 @@ class Decoding:
 
 
 def matrix_rate(hidden_size: int, layers: int, dtype: torch.dtype, device: torch.device, repeats: int) -> dict:
-    """FLOPs per second of a guided picture of 680 codes, over those of one large matrix product."""
+    """FLOPs per second of a guided picture of 680 codes, and of its bare forwards, over those of one large product."""
     model = new_model(hidden_size, layers, dtype, device, scale_schedules=[VAR_GRIDS], levels={"256": len(VAR_GRIDS)})
     decoding = Decoding(model, "256")
     left, right = (torch.randn(4 * hidden_size, 4 * hidden_size, dtype=dtype, device=device) for _ in range(2))
-    jobs = {"picture": decoding.generate, "product": lambda: left @ right}
+    jobs = {"picture": decoding.generate, "bare": decoding.bare, "product": lambda: left @ right}
     seconds = {name: min(taken) for name, taken in interleaved_seconds(jobs, repeats, device).items()}
     passes = 2 * image_passes(decoding.schedule, PROMPT_TOKENS - 1)  # with its null prompt
     config = model.config
     cost = model_cost(config.text_config, config.vq_config.codebook_size, passes)
-    rates = {"picture": cost.total / seconds["picture"], "product": 2 * len(left) ** 3 / seconds["product"]}
-    flops_per_second = {name: float(f"{rate:.4g}") for name, rate in rates.items()}
-    share = round(rates["picture"] / rates["product"], 4)
-    return {"codes": decoding.schedule.num_codes, "flops_per_second": flops_per_second, "share": share}
+    flops = {"picture": cost.total, "bare": cost.total, "product": 2 * len(left) ** 3}
+    rates = {name: flops[name] / taken for name, taken in seconds.items()}
+    shares = {name: round(rates[name] / rates["product"], 4) for name in ("picture", "bare")}
+    rates = {name: float(f"{rate:.4g}") for name, rate in rates.items()}
+    return {"codes": decoding.schedule.num_codes, "flops_per_second": rates, "share": shares}
 
 
 def memory(dtype: str) -> dict:
