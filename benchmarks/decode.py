@@ -12,9 +12,10 @@ with their null prompts of one, against `one_even` and `eight_even` of one lengt
 ones with an earlier build too, in turn with this one.
 
 `matrix_rate` draws a guided picture of VAR's 680 codes, and says which share of the rate of this machine's own matrix
-product its FLOPs reach, and those of the `bare` forwards. `memory` is the peak of a process while it draws a guided picture of 64 x 64 cells from 32,768
-codes with 28 layers, as the 7B model has, of width 64, over what must be held: weights, and the cache of all places.
-glibc is told to give memory back at once (`MALLOC_MMAP_THRESHOLD_`), else it keeps what caches leave as they grow.
+product its FLOPs reach, and which the `bare` forwards do. `memory` is the peak of a process while it draws a guided
+picture of 64 x 64 cells from 32,768 codes with 28 layers, as the 7B model has, of width 64, over what must be held:
+weights, and the cache of all places. glibc is told to give memory back at once (`MALLOC_MMAP_THRESHOLD_`), else it
+keeps what caches leave as they grow.
 
 `cost_over_codes` times `generate` over schedules of growing length; `fit` is the least-squares line through the FLOPs
 of [`transformers_nextflow.flops.model_cost`].
