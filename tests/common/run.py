@@ -40,6 +40,10 @@ class Recorder:
         elif report.when == "call":
             self.passed.add(name)
 
+    def pytest_collectreport(self, report):
+        if report.failed:
+            self.failed.add(report.nodeid)
+
     def results(self) -> dict:
         reasons: dict[str, list[str]] = {}
         for name, reason in sorted(self.skipped.items()):
