@@ -29,14 +29,14 @@ EOS, PAD, BOS = 4, 5, 6
 
 
 class NextFlowModelTester:
-    """Three rows of text, one picture in the given scales and text."""
+    """Three rows of text, one picture in the given scales and text; the picture is supervised, or only read."""
 
-    def __init__(self, scales=SCHEDULES[0]):
+    def __init__(self, scales=SCHEDULES[0], is_read: bool = False):
         self.batch_size = 3
         self.scales = scales
         cells = [height * width for height, width in scales]
         self.patches = cells[-1]
-        self.image_slots = sum(cells) - 1 or 1  # one cell alone is its own last scale
+        self.image_slots = sum(cells) - 1 + (cells[-1] if is_read else 0)
         self.seq_length = 3 + 1 + self.image_slots + 1 + 4
         self.is_training = True
         config = self.get_config()
@@ -78,7 +78,8 @@ class NextFlowModelTest(ModelTesterMixin, GenerationTesterMixin, unittest.TestCa
         self.config_tester.run_common_tests()
 
     def prepare_config_and_inputs_for_generate(self, batch_size=2):
-        """Patches are flat: those of so many rows."""
+        """Pictures carry their last scale, and patches are flat: those of so many rows."""
+        self.model_tester = NextFlowModelTester(self.model_tester.scales, is_read=True)
         config, inputs = super().prepare_config_and_inputs_for_generate(batch_size)
         pixel_values = self.model_tester.prepare_config_and_inputs_for_common()[1]["pixel_values"]
         inputs["pixel_values"] = pixel_values[: len(inputs["input_ids"]) * self.model_tester.patches]
@@ -94,8 +95,13 @@ class NextFlowModelTest(ModelTesterMixin, GenerationTesterMixin, unittest.TestCa
     def test_generate_compile_model_forward_fullgraph(self):
         """The test cuts every tensor as if it had a row for each row of ids, which flat patches have not: pictures of
         one patch."""
-        self.model_tester = NextFlowModelTester([[1, 1]])
+        self.model_tester = NextFlowModelTester([[1, 1]], is_read=True)
         super().test_generate_compile_model_forward_fullgraph()
+
+    def test_generate_continue_from_past_key_values(self):
+        """The test generates from the inputs of training."""
+        self.model_tester = NextFlowModelTester(is_read=True)
+        super().test_generate_continue_from_past_key_values()
 
     def attention_mask_padding_matches_padding_free_with_position_ids(self, attn_implementation, fa_kwargs=False):
         """As Qwen2.5-VL, with its own way to say where rows without padding begin: `document_ids`."""
