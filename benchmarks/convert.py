@@ -20,9 +20,9 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from benchmarks.harness import machine, report
 from tests.tiny_tokenizer import tiny_text_tokenizer
 from transformers_nextflow import NextFlowVQConfig, NextFlowVQModel
-from transformers_nextflow.conversion.checkpoints import ShardedWriter
-from transformers_nextflow.conversion.decoder import TEXT_KEYS
-from transformers_nextflow.conversion.language_model import convert, parse_size
+from transformers_nextflow.conversion.checkpoints import write_shards
+from transformers_nextflow.conversion.decoder import hub_key
+from transformers_nextflow.conversion.language_model import convert
 
 VQ = {
     "semantic_config": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
@@ -33,7 +33,7 @@ VQ = {
 }
 
 
-def write_sources(folder: Path, layers: int, hidden_size: int, shard_size: int) -> None:
+def write_sources(folder: Path, layers: int, hidden_size: int, shard_size: str) -> None:
     """A Qwen2.5-VL of bfloat16 zeros in the Hub's key layout, and a small vision tokenizer."""
     tokenizer = tiny_text_tokenizer()
     text = {
@@ -51,15 +51,11 @@ def write_sources(folder: Path, layers: int, hidden_size: int, shard_size: int) 
     config.dtype = torch.bfloat16
     with torch.device("meta"):
         model = Qwen2_5_VLForConditionalGeneration(config)
-    shapes = {}
-    for name, tensor in model.state_dict().items():
-        hub = next((hub + name[len(own) :] for hub, own in TEXT_KEYS.items() if name.startswith(own)), None)
-        shapes[hub or name.removeprefix("model.")] = tuple(tensor.shape)
+    state = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
+    plan = {hub_key(name) or name.removeprefix("model."): tensor for name, tensor in state.items()}
     qwen = folder / "qwen"
     qwen.mkdir()
-    plan = {name: (shape, torch.bfloat16) for name, shape in shapes.items()}
-    zeros = ((name, torch.zeros(shape, dtype=torch.bfloat16)) for name, shape in shapes.items())
-    ShardedWriter(qwen, plan, shard_size).write(zeros)
+    write_shards(qwen, plan, lambda name: torch.zeros_like(plan[name], device="cpu"), shard_size)
     config.save_pretrained(qwen)
     tokenizer.save_pretrained(qwen)
     NextFlowVQModel(NextFlowVQConfig(**VQ)).save_pretrained(folder / "vq")
@@ -81,7 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--layers", type=int, default=18, help="default: %(default)s")
     parser.add_argument("--hidden-size", type=int, default=2048, help="default: %(default)s")
-    parser.add_argument("--shard-size", type=parse_size, default="1500MB", help="default: %(default)s")
+    parser.add_argument("--shard-size", default="1500MB", help="default: %(default)s")
     parser.add_argument("--folder", metavar="DIR", help="for the files, which are deleted (default: the system's)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="also write the JSON to a file")
     parser.add_argument("--json", action="store_true", help="print JSON")

@@ -2,7 +2,7 @@
 
 import sys
 
-from transformers_nextflow.conversion.language_model import main
+from transformers_nextflow.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["convert", "language-model", *sys.argv[1:]]))

@@ -2,7 +2,7 @@
 
 import sys
 
-from transformers_nextflow.conversion.tokenflow import main
+from transformers_nextflow.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["convert", "tokenflow", *sys.argv[1:]]))

@@ -135,4 +135,4 @@ def test_weights_that_are_something_else(console, folder, tmp_path):
     pytest.importorskip("torchmetrics", reason="torchmetrics is not installed")
     torch.save(Path("code"), tmp_path / "odd.pth")
     status, _, err = console("evaluate", "rfid", folder, "--weights", "odd.pth")
-    assert status == 2 and "odd.pth does not hold the weights" in err
+    assert status == 2 and "FID's InceptionV3 in odd.pth cannot be loaded" in err

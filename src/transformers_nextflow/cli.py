@@ -4,9 +4,10 @@ import random
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import entry_points, version
+from itertools import count, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -37,14 +38,8 @@ from .training.cli import train
 from .utils import export as exporting
 from .utils.commands import Json, Level, Model, command, print_figures
 from .utils.files import write_atomically
-from .utils.loading import (
-    DEFAULT_MODEL,
-    check_model_type,
-    load_config,
-    load_model,
-    load_vision_tokenizer,
-    model_name,
-)
+from .utils.lazy import needing_extra
+from .utils.loading import DEFAULT_MODEL, load_config, load_model, load_vision_tokenizer, model_name, same_weights
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -62,11 +57,6 @@ app.add_typer(training_app)
 Png = Annotated[str, Option(metavar="PNG", help="Picture to write.")]
 Seed = Annotated[int | None, Option(metavar="N", help="Default: a new one, which is printed.")]
 FixedSeed = Annotated[int, Option(metavar="N", help="Of everything drawn.")]
-AspectRatio = Annotated[
-    str | None, Option(metavar="W:H", help="Width:height; default: the first image's, else the model's.")
-]
-NegativePrompt = Annotated[str | None, Option(metavar="TEXT", help="What guidance leads away from.")]
-GuidanceScale = Annotated[float | None, Option(metavar="S", help="1 is off.")]
 MaxNewTokens = Annotated[int, Option(metavar="N", help="Of text.")]
 ImageFile = Annotated[str, Argument(metavar="IMAGE")]
 
@@ -75,10 +65,20 @@ ImageFile = Annotated[str, Argument(metavar="IMAGE")]
 class Size:
     """Size."""
 
-    aspect_ratio: AspectRatio = None
+    aspect_ratio: Annotated[
+        str | None, Option(metavar="W:H", help="Width:height; default: the first image's, else the model's.")
+    ] = None
     level: Level = None
     height: Annotated[int | None, Option(metavar="PIXELS", help="With --width, instead of ratio and level.")] = None
     width: Annotated[int | None, Option(metavar="PIXELS")] = None
+
+
+@dataclass
+class Guidance:
+    """Guidance; the defaults are the model's."""
+
+    guidance_scale: Annotated[float | None, Option(metavar="S", help="1 is off.")] = None
+    negative_prompt: Annotated[str | None, Option(metavar="TEXT", help="What guidance leads away from.")] = None
 
 
 @dataclass
@@ -111,21 +111,7 @@ class Drawing:
     output: Png = "picture.png"
     seed: Seed = None
     num_images: Annotated[int, Option(metavar="N", help="Files get -0, -1, ... from 2 on.")] = 1
-    guidance_scale: GuidanceScale = None
-    negative_prompt: NegativePrompt = None
     json: Json = False
-
-
-@dataclass
-class Pictures:
-    """Pictures; the defaults are the model's."""
-
-    max_images: Annotated[int, Option(metavar="N", help="Of the answer.")] = 16
-    aspect_ratio: AspectRatio = None
-    level: Level = None
-    guidance_scale: GuidanceScale = None
-    image_guidance_scale: Annotated[float | None, Option(metavar="S", help="Guidance by earlier pictures.")] = None
-    negative_prompt: NegativePrompt = None
 
 
 @command(app)
@@ -133,6 +119,7 @@ def generate(
     prompt: Annotated[str, Argument(metavar="PROMPT")],
     drawing: Drawing,
     size: Size,
+    guidance: Guidance,
     sampling: Sampling,
     decoder: Decoder,
     rewriting: Rewriting,
@@ -141,7 +128,7 @@ def generate(
     text = rewriting(prompt)
     if text != prompt:
         print(text, file=sys.stderr)
-    make_pictures([], text, drawing, size, sampling, decoder)
+    make_pictures([], text, drawing, size, guidance, sampling, decoder)
 
 
 @command(app)
@@ -150,22 +137,29 @@ def edit(
     instruction: Annotated[str, Argument(metavar="INSTRUCTION")],
     drawing: Drawing,
     size: Size,
+    guidance: Guidance,
     sampling: Sampling,
     decoder: Decoder,
 ) -> None:
     """A picture made of others by an instruction."""
-    make_pictures([open_picture(path) for path in images], instruction, drawing, size, sampling, decoder)
+    make_pictures([open_picture(path) for path in images], instruction, drawing, size, guidance, sampling, decoder)
 
 
 def make_pictures(
-    images: list[Image.Image], text: str, drawing: Drawing, size: Size, sampling: Sampling, decoder: Decoder
+    images: list[Image.Image],
+    text: str,
+    drawing: Drawing,
+    size: Size,
+    guidance: Guidance,
+    sampling: Sampling,
+    decoder: Decoder,
 ) -> None:
     """Generate from pictures and a text, write the files, say what was made."""
     paths = output_paths(drawing.output, drawing.num_images)
     model, processor = load_model(drawing.model)
     pipeline = load_decoder(decoder, drawing.model, model.model.vq_model)
     seed = new_seed(drawing.seed)
-    inputs = chat_inputs(processor, images, text, generation_mode="image", negative_prompt=drawing.negative_prompt)
+    inputs = chat_inputs(processor, images, text, generation_mode="image", negative_prompt=guidance.negative_prompt)
     start = time.perf_counter()
     output = model.generate(
         **inputs.to(model.device),
@@ -174,7 +168,7 @@ def make_pictures(
         generation_mode="image",
         seed=seed,
         num_images_per_prompt=drawing.num_images,
-        guidance_scale=drawing.guidance_scale,
+        guidance_scale=guidance.guidance_scale,
         return_dict_in_generate=True,
     )
     if pipeline is None:
@@ -185,8 +179,14 @@ def make_pictures(
     for picture, path in zip(pictures, paths, strict=True):
         save_picture(picture, path)
     width, height = pictures[0].size
-    figures = {"paths": list(map(str, paths)), "prompt": text, "width": width, "height": height}
-    figures |= {"seed": seed, "seconds": seconds}
+    figures = {
+        "paths": list(map(str, paths)),
+        "prompt": text,
+        "width": width,
+        "height": height,
+        "seed": seed,
+        "seconds": seconds,
+    }
     lines = [f"{path}  {width}x{height} pixels, seed {seed}" for path in paths]
     print_figures(figures, drawing.json, *lines, f"{seconds:.1f} s")
 
@@ -195,7 +195,8 @@ def load_decoder(decoder: Decoder, model: str | None, vq_model: NextFlowVQModel)
     """The diffusion decoder that the options name, or None for the vision tokenizer's.
 
     Raises:
-        ValueError: if the options contradict each other, or it is no decoder, or one for other codes.
+        ValueError: if the options contradict each other, or it is no decoder, or one for other codes, or nothing
+            installed loads it.
     """
     name = decoder.decoder_model
     if decoder.decoder == "vq":
@@ -208,33 +209,16 @@ def load_decoder(decoder: Decoder, model: str | None, vq_model: NextFlowVQModel)
         raise ValueError("--decoder diffusion needs --decoder-model, a folder or Hub id")
     if decoder.decoder_steps is not None and decoder.decoder_steps < 1:
         raise ValueError(f"--decoder-steps must be positive, got {decoder.decoder_steps}")
-    pipeline = decoder_loader(decoder.decoder)(model_name(name))
-    if pipeline.vq_model is not None:
-        ours, theirs = vq_model.quantizer.state_dict(), pipeline.vq_model.quantizer.state_dict()
-        if ours.keys() != theirs.keys() or not all(torch.equal(ours[key].cpu(), theirs[key]) for key in ours):
-            raise ValueError(f"{name} decodes another vision tokenizer's codes")
+    found = entry_points(group=DECODER_GROUP, name=decoder.decoder)
+    if not found:
+        raise ValueError("no installed package loads decoders: install transformers-nextflow anew")
+    with needing_extra("diffusers", f"--decoder {decoder.decoder}"):
+        load = found[decoder.decoder].load()
+    pipeline = load(model_name(name))
+    if pipeline.vq_model is not None and not same_weights(vq_model.quantizer, pipeline.vq_model.quantizer):
+        raise ValueError(f"{name} decodes another vision tokenizer's codes")
     pipeline.set_progress_bar_config(disable=None)
     return pipeline.to(vq_model.device)
-
-
-def decoder_loader(kind: str) -> "Callable[[str], DiffusionPipeline]":
-    """What an installed package loads such decoders by.
-
-    Raises:
-        ValueError: if none does, or it lacks a package.
-    """
-    found = list(entry_points(group=DECODER_GROUP, name=kind))
-    if not found:
-        raise ValueError(
-            f"no installed package loads decoders for --decoder {kind}: install transformers-nextflow anew"
-        )
-    try:
-        return found[0].load()
-    except ImportError as error:
-        raise ValueError(
-            f"--decoder {kind} needs a package that is not installed ({error}): "
-            f"pip install 'transformers-nextflow[diffusers]'"
-        ) from error
 
 
 def decode_by_diffusion(
@@ -285,13 +269,16 @@ def describe(
 @command(app)
 def interleave(
     prompt: Annotated[str, Argument(metavar="PROMPT")],
+    size: Size,
+    guidance: Guidance,
     sampling: Sampling,
-    pictures: Pictures,
     image: Annotated[list[str] | None, Option(metavar="IMAGE", help="One of the prompt; repeatable.")] = None,
     model: Model = None,
     output: Annotated[str, Option(metavar="FOLDER", help="Gets answer.md and its pictures.")] = "answer",
     seed: Seed = None,
     max_new_tokens: MaxNewTokens = 256,
+    max_images: Annotated[int, Option(metavar="N", help="Of the answer.")] = 16,
+    image_guidance_scale: Annotated[float | None, Option(metavar="S", help="Guidance by earlier pictures.")] = None,
     json: Json = False,
 ) -> None:
     """An answer of text and pictures in turn."""
@@ -301,8 +288,8 @@ def interleave(
     nextflow, processor = load_model(model)
     seed = new_seed(seed)
     mode: dict = {"generation_mode": "interleaved"}
-    inputs = chat_inputs(processor, images, prompt, negative_prompt=pictures.negative_prompt, **mode)
-    names = ("aspect_ratio", "level", "guidance_scale", "image_guidance_scale")
+    inputs = chat_inputs(processor, images, prompt, negative_prompt=guidance.negative_prompt, **mode)
+    scales = {"guidance_scale": guidance.guidance_scale, "image_guidance_scale": image_guidance_scale}
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     start = time.perf_counter()
     with tqdm(desc="scales", unit="scale", disable=None, leave=False) as progress:
@@ -310,8 +297,8 @@ def interleave(
             **inputs.to(nextflow.device),
             **text_sampling(nextflow, processor, max_new_tokens, **vars(sampling)),
             **mode,
-            image_generation={name: getattr(pictures, name) for name in names if getattr(pictures, name) is not None},
-            max_new_images=pictures.max_images,
+            image_generation={name: value for name, value in (vars(size) | scales).items() if value is not None},
+            max_new_images=max_images,
             seed=seed,
             streamer=None if json else streamer,
             on_scale_end=lambda *scale: progress.update(),
@@ -329,20 +316,18 @@ def interleave(
 def save_answer(parts: list[str | Image.Image], folder: Path) -> list[dict]:
     """Write answer.md and its pictures, in place of those of an earlier answer; returns what is in it."""
     listed: list[dict] = []
-    lines, paths = [], []
+    lines: list[str] = []
+    paths = (folder / f"picture-{number}.png" for number in count())
     for part in parts:
         if isinstance(part, str):
             listed.append({"text": part})
             lines.append(part)
-            continue
-        paths.append(folder / f"picture-{len(paths)}.png")
-        save_picture(part, paths[-1])
-        listed.append({"path": str(paths[-1]), "width": part.width, "height": part.height})
-        lines.append(f"![]({paths[-1].name})")
-    count = len(paths)
-    while (stale := folder / f"picture-{count}.png").is_file():  # of an earlier, longer answer
+        else:
+            save_picture(part, path := next(paths))
+            listed.append({"path": str(path), "width": part.width, "height": part.height})
+            lines.append(f"![]({path.name})")
+    for stale in takewhile(Path.is_file, paths):  # of an earlier, longer answer
         stale.unlink()
-        count += 1
     save_text("\n\n".join(lines), folder / "answer.md")
     return listed
 
@@ -461,19 +446,16 @@ def doctor(
     json: Json = False,
 ) -> None:
     """What is wrong with a checkpoint or its training shards; exits with 1 on alarms."""
-    try:
+    with needing_extra("train", "doctor"):
         from .doctor import examine, read_pictures, tables, write_report
-    except ImportError as error:
-        raise ValueError(f"doctor needs {error.name}: pip install 'transformers-nextflow[train]'") from error
 
     found: dict[bool, str] = {}  # whether a folder holds shards: which one
     for folder in data or []:
         if not Path(folder).is_dir():
             raise NotADirectoryError(f"there is no folder {folder}")
         is_shards = (Path(folder) / "manifest.json").is_file()
-        if is_shards in found:
+        if found.setdefault(is_shards, folder) != folder:
             raise ValueError(f"give one folder of shards and one of pictures, got {' and '.join(data)}")
-        found[is_shards] = folder
     model, processor = load_model(checkpoint)
     with tqdm(desc="checks", unit="check", disable=None, leave=False) as progress:
         diagnosis = examine(
@@ -501,9 +483,7 @@ def export(
     push: Annotated[bool, Option("--push", help="Create the repository on the Hub and upload.")] = False,
 ) -> None:
     """A checkpoint in the layout of the Hub, or on the Hub."""
-    name = model_name(folder)
-    check_model_type(name, "nextflow")
-    print(exporting.export(name, to, push))
+    print(exporting.export(model_name(folder), to, push))
 
 
 @command(app)
@@ -559,7 +539,7 @@ def serve(
     ] = None,
 ) -> None:
     """OpenAI's API over HTTP: pictures, edits, chats. Ends on SIGTERM, after what it has accepted."""
-    try:
+    with needing_extra("serve", "serve"):
         import uvicorn
 
         from .serving.app import create_app
@@ -567,14 +547,9 @@ def serve(
 
         if ray is not None:
             from .serving.replicas import run_replicas
-    except ImportError as error:
-        raise ValueError(
-            f"serve needs a package that is not installed ({error}): pip install 'transformers-nextflow[serve]'"
-        ) from error
-    name = model_name(model)
-    is_folder = Path(name).is_dir()
-    name = str(Path(name).resolve()) if is_folder else name  # replicas may run elsewhere
-    served_name = Path(name).name if is_folder else name
+    name = served_name = model_name(model)
+    if (folder := Path(name)).is_dir():
+        name, served_name = str(folder.resolve()), folder.resolve().name  # replicas may run elsewhere
 
     def build():
         loaded, processor = load_model(name)

@@ -20,7 +20,8 @@ from .modeling_nextflow_vq import NextFlowVQModel, unpatchify
 from .sampling import integer
 from .training import metrics
 from .utils.commands import Dtype, Json, Level, Model, command, print_figures
-from .utils.loading import load_model, load_vision_tokenizer
+from .utils.lazy import needing_extra
+from .utils.loading import load_model, load_vision_tokenizer, naming
 
 if TYPE_CHECKING:
     from torchmetrics.image.fid import FrechetInceptionDistance
@@ -97,15 +98,11 @@ def inception_distance(weights: str | None) -> "FrechetInceptionDistance":
         raise ValueError(f"rfid needs --weights, the file {WEIGHTS} from the releases of torch-fidelity")
     if not Path(weights).is_file():
         raise FileNotFoundError(f"there is no file {weights}")
-    try:
+    with naming(f"FID's InceptionV3 in {weights}"), needing_extra("evaluate", "rfid"):
         from torchmetrics.image.fid import FrechetInceptionDistance
 
         torch.load(weights, map_location="meta", weights_only=True)  # torch-fidelity would unpickle anything
         return FrechetInceptionDistance(feature_extractor_weights_path=weights)
-    except ImportError as error:
-        raise ValueError(f"rfid needs pip install 'transformers-nextflow[evaluate]': {error}") from error
-    except Exception as error:
-        raise ValueError(f"{weights} does not hold the weights of FID's InceptionV3: {error}") from error
 
 
 def distance_of(pairs: Rebuilt, distance: "FrechetInceptionDistance") -> tuple[int, float]:

@@ -4,14 +4,20 @@ import copy
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from .data.shards import vision_identity
 from .image_processing_nextflow import NextFlowImageProcessor
 from .modeling_nextflow import NextFlowForConditionalGeneration
 from .modeling_nextflow_vq import NextFlowVQModel
 from .utils.files import output_folder
-from .utils.loading import check_model_type, load_processor, load_vq_model, load_weights
+from .utils.loading import (
+    begin_anew,
+    check_model_type,
+    load_processor,
+    load_vq_model,
+    load_weights,
+    same_weights,
+)
 
 # parts of the transformer that depend on the vision tokenizer
 CODE_PARTS = ("model.code_embeddings", "model.connector", "model.scale_embedding", "code_head")
@@ -55,19 +61,19 @@ def put_in(model: NextFlowForConditionalGeneration, vq_model: NextFlowVQModel) -
     before = model.model.vq_model
     same_codes = _sizes(before) == _sizes(vq_model)
     same_codes = same_codes and vision_identity(before) == vision_identity(vq_model)
-    same_features = same_codes and _equal(before.semantic_decoder, vq_model.semantic_decoder)
+    same_features = same_codes and same_weights(before.semantic_decoder, vq_model.semantic_decoder)
     config = copy.deepcopy(model.config)
     config.vq_config = vq_model.config
     model.model.vq_model = vq_model.requires_grad_(False)
     model.model.schedules = vq_model.schedules
-    new = [] if same_codes else _begin_anew(model, config)
+    new = [] if same_codes else _begin_parts_anew(model, config)
     for part in (model, model.model):
         part.config = config
     train_again = [] if same_codes else [ALIGNMENT]
     return {"new": new, "train_again": train_again + ([] if same_features else [DECODERS])}
 
 
-def _begin_anew(model: NextFlowForConditionalGeneration, config) -> list[str]:
+def _begin_parts_anew(model: NextFlowForConditionalGeneration, config) -> list[str]:
     with torch.device("meta"):
         fresh = NextFlowForConditionalGeneration(config)
     new = []
@@ -76,10 +82,7 @@ def _begin_anew(model: NextFlowForConditionalGeneration, config) -> list[str]:
         if [p.shape for p in old.parameters()] == [p.shape for p in part.parameters()]:
             continue
         first = next(old.parameters())
-        part.to_empty(device=first.device)
-        for module in reversed(list(part.modules())):  # a part may overrule what it consists of
-            model._init_weights(module)
-        model.set_submodule(name, part.to(first.dtype))
+        model.set_submodule(name, begin_anew(fresh, name, first.device).to(first.dtype))
         new.append(name)
     codebook = model.model.vq_model.quantizer()
     embeddings = model.model.code_embeddings.weight
@@ -92,8 +95,3 @@ def _begin_anew(model: NextFlowForConditionalGeneration, config) -> list[str]:
 def _sizes(vq_model: NextFlowVQModel) -> list[tuple]:
     """Every schedule with the pictures it codes."""
     return [(schedule, vq_model.schedules.image_size(schedule)) for schedule in vq_model.schedules]
-
-
-def _equal(one: nn.Module, other: nn.Module) -> bool:
-    ours, others = one.state_dict(), other.state_dict()
-    return ours.keys() == others.keys() and all(torch.equal(value, others[name]) for name, value in ours.items())

@@ -63,8 +63,8 @@ def stored_tensors(model: str) -> Iterator[tuple[str, torch.Tensor]]:
         model = snapshot_download(model, allow_patterns=["*.json", "*.safetensors"])
     folder = SafetensorsFolder(model)
     for name in sorted(name for name in folder if name.startswith(PREFIX)):
-        for _, tensor in folder.tensors([name]):
-            yield name.removeprefix(PREFIX), tensor.float() if tensor.is_floating_point() else tensor
+        tensor = folder.tensor(name)
+        yield name.removeprefix(PREFIX), tensor.float() if tensor.is_floating_point() else tensor
 
 
 def refer_to(model: str, config: NextFlowConfig) -> NextFlowConfig:

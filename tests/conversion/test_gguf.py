@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conversion.text_models import LLAMA_TEMPLATE, llama, llama_tokenizer, qwen2, save
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor
-from transformers_nextflow.conversion.language_model import main
+from transformers_nextflow.cli import main as command
 
 gguf = pytest.importorskip("gguf", reason="GGUF files need the package gguf")
 pytest.importorskip("accelerate", reason="transformers reads GGUF files with accelerate alone")
@@ -22,6 +22,10 @@ NAMES = {
     **{f"mlp.{part}_proj": f"ffn_{part}" for part in ("gate", "up", "down")},
 }
 OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+
+
+def main(arguments: list[str]) -> int:
+    return command(["convert", "language-model", *arguments])
 
 
 def gguf_name(name: str) -> str:

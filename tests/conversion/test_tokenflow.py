@@ -24,11 +24,14 @@ from transformers_nextflow.conversion.tokenflow import (
     convert,
     entry_shape,
     key_table,
-    main,
 )
 
 FIXTURES = Path(__file__).parents[3] / "shared/fixtures"
 needs_fixtures = pytest.mark.skipif(not FIXTURES.exists(), reason="the fixtures are not beside the repository")
+
+
+def main(arguments: list[str]) -> int:
+    return command(["convert", "tokenflow", *arguments])
 
 
 def clip_model(decoder_channels: int = 32, decoder_blocks: int = 3, multipliers=(1, 1, 1, 1, 2)) -> NextFlowVQModel:

@@ -6,14 +6,15 @@ Everything wrong with a file is a `ValueError` that names the file and the tenso
 import json
 import os
 import pickle
-from collections.abc import Iterable, Mapping
-from math import prod
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from zipfile import is_zipfile
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from tqdm import tqdm
 
-from ..utils.safetensors_folder import DTYPES, INDEX, SINGLE, listing
+from ..utils.safetensors_folder import DTYPES, INDEX, listing
 
 WRAPPERS = ("ema", "model", "state_dict")  # in TokenFlow's own order
 
@@ -29,7 +30,7 @@ def load_torch_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} is refused, it holds more than tensors{_others_in(path)} or is damaged. If you trust its source, "
@@ -66,11 +67,6 @@ def _others_in(path: Path) -> str:
     return f" ({', '.join(sorted(names))})" if names else ""
 
 
-def _is_zip(path: Path) -> bool:
-    with open(path, "rb") as file:
-        return file.read(4) == b"PK\x03\x04"
-
-
 def check_keys(
     where: str | Path, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
 ) -> None:
@@ -84,64 +80,47 @@ def check_keys(
             raise ValueError(f"{name} in {where} must have the shape {tuple(shape)}, got {tuple(found[name])}")
 
 
-class ShardedWriter:
-    """Writes tensors as they come into safetensors files of at most `max_shard_size` bytes (a larger tensor alone).
+def write_shards(
+    folder: Path,
+    plan: Mapping[str, torch.Tensor],
+    tensor_of: Callable[[str], torch.Tensor],
+    max_shard_size: int | str,
+) -> None:
+    """Write safetensors files of at most `max_shard_size` (a larger tensor alone), and the index if there are several.
 
     Names, shapes and dtypes are known beforehand, so that headers come first and no tensor is kept.
 
     Args:
-        plan: name to (shape, dtype), in the order in which [`write`] gets them.
+        plan: meta tensors by name.
+        tensor_of: gives each once, on the CPU and of its shape, and is called in an order of its own.
+        max_shard_size: bytes, or a size such as `"5GB"`.
+
+    Raises:
+        ValueError: if it is no such size.
     """
-
-    def __init__(self, folder: Path, plan: Mapping[str, tuple[tuple[int, ...], torch.dtype]], max_shard_size: int):
-        self.folder = folder
-        self.plan = plan
-        sizes = {name: prod(shape) * dtype.itemsize for name, (shape, dtype) in plan.items()}
-        shards: list[list[str]] = [[]]
-        room = max_shard_size
-        for name, size in sizes.items():
-            if size > room and shards[-1]:
-                shards.append([])
-                room = max_shard_size
-            shards[-1].append(name)
-            room -= size
-        count = len(shards)
-        files = [SINGLE]
-        if count > 1:
-            files = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-        self.total_size = sum(sizes.values())
-        self.weight_map = {name: file for file, names in zip(files, shards) for name in names}
-
-    def write(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Take exactly the planned tensors, in the planned order; then the index, if there are several files."""
-        tensors = iter(tensors)
-        bar = tqdm(total=self.total_size, unit="B", unit_scale=True, desc="tensors", disable=None)
-        for file in dict.fromkeys(self.weight_map.values()):
-            names = [name for name, its_file in self.weight_map.items() if its_file == file]
-            with open(self.folder / file, "wb") as output:
-                output.write(self._header(names))
+    split = split_torch_state_dict_into_shards(dict(plan), max_shard_size=max_shard_size)
+    with tqdm(total=split.metadata["total_size"], unit="B", unit_scale=True, desc="tensors", disable=None) as bar:
+        for file, names in split.filename_to_tensors.items():
+            with open(folder / file, "wb") as output:
+                output.write(_header({name: plan[name] for name in names}))
                 for name in names:
-                    given, tensor = next(tensors)
-                    if (given, (tuple(tensor.shape), tensor.dtype)) != (name, self.plan[name]):
-                        raise RuntimeError(f"planned {name} {self.plan[name]}, got {given} {tensor.shape}")
-                    data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+                    data = tensor_of(name).to(plan[name].dtype).contiguous().reshape(-1).view(torch.uint8).numpy()
                     output.write(data)
                     bar.update(data.nbytes)
                 output.flush()
                 os.fsync(output.fileno())
-        bar.close()
-        if len(set(self.weight_map.values())) > 1:
-            index = {"metadata": {"total_size": self.total_size}, "weight_map": self.weight_map}
-            (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
-    def _header(self, names: list[str]) -> bytes:
-        header: dict = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        for name in names:
-            shape, dtype = self.plan[name]
-            end = offset + prod(shape) * dtype.itemsize
-            header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
-            offset = end
-        encoded = json.dumps(header, separators=(",", ":")).encode()
-        encoded += b" " * (-len(encoded) % 8)
-        return len(encoded).to_bytes(8, "little") + encoded
+
+def _header(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    header: dict = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, tensor in tensors.items():
+        end = offset + tensor.nbytes
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    return len(encoded).to_bytes(8, "little") + encoded

@@ -14,10 +14,12 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ..utils.files import read_json
+from ..utils.lazy import needing_extra
 from ..utils.loading import naming
 from ..utils.safetensors_folder import SINGLE, listing
 
 WEIGHTS = r"(token_embd|output_norm|output|blk\.\d+\.(attn_norm|ffn_norm|attn_[qkv]|attn_output|ffn_(gate|up|down)))"
+FIELDS = ("general.architecture", ".rope.scaling.type")
 TENSORS = {  # of each architecture
     "llama": re.compile(rf"{WEIGHTS}\.weight"),
     "qwen2": re.compile(rf"{WEIGHTS}\.weight|blk\.\d+\.attn_[qkv]\.bias"),
@@ -31,8 +33,7 @@ def safetensors_folder(path: str | Path) -> Iterator[Path]:
 
     Raises:
         ValueError: if the file is damaged, of another architecture than Llama or Qwen2, or holds what transformers
-            does not read: other tensors, or a scaled rotary embedding.
-        ImportError: without the package gguf.
+            does not read: other tensors, or a scaled rotary embedding; or without the package gguf.
     """
     path = Path(path)
     _check(path)
@@ -48,9 +49,7 @@ def safetensors_folder(path: str | Path) -> Iterator[Path]:
         tokenizer.save_pretrained(folder)
         _drop_tokens_from(config.vocab_size, Path(folder) / "tokenizer.json")
         config.save_pretrained(folder)
-        state = (
-            model.state_dict()
-        )  # the library refuses to save what came from blocks, though nothing is in blocks now
+        state = model.state_dict()  # the library does not save what came from blocks, though nothing is in blocks now
         if config.tie_word_embeddings:
             del state["lm_head.weight"]
         save_file(state, Path(folder) / SINGLE)
@@ -67,17 +66,16 @@ def _drop_tokens_from(rows: int, path: Path) -> None:
 
 
 def _check(path: Path) -> None:
-    try:
+    with needing_extra("gguf", str(path)):
         from gguf import GGUFReader
-    except ModuleNotFoundError as error:
-        raise ImportError(f"{path} needs the package gguf: pip install transformers-nextflow[gguf]") from error
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     with naming(str(path)):
         reader = GGUFReader(path)
-        architecture = _value(reader, "general.architecture")
-        scaling = _value(reader, f"{architecture}.rope.scaling.type")
         names = [tensor.name for tensor in reader.tensors]
+        fields = {name: field.contents() for name, field in reader.fields.items() if name.endswith(FIELDS)}
+    architecture = fields.get("general.architecture")
+    scaling = fields.get(f"{architecture}.rope.scaling.type")
     if architecture not in TENSORS:
         raise ValueError(f"{path} must hold one of {', '.join(TENSORS)}, got the architecture {architecture!r}")
     if scaling not in (None, "none"):
@@ -86,8 +84,3 @@ def _check(path: Path) -> None:
         )
     if unknown := [name for name in names if not TENSORS[architecture].fullmatch(name)]:
         raise ValueError(f"{path} holds {listing(unknown)}, which is not read from GGUF: take safetensors")
-
-
-def _value(reader, name: str):
-    field = reader.get_field(name)
-    return None if field is None else field.contents()

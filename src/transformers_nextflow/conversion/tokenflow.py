@@ -9,17 +9,18 @@ that no picture or code depends on (SigLIP's pooling head, usage counts) are lef
 SigLIP2-naflex checkpoint as its semantic encoder, everything else at its initialisation.
 """
 
-import argparse
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from operator import attrgetter
 from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig
+from transformers.models.siglip.modeling_siglip import SiglipMultiheadAttentionPoolingHead
 
 from .. import NextFlowImageProcessor, NextFlowVQConfig, NextFlowVQModel
+from ..modeling_nextflow_vq import AttnBlock, ResidualBlock
 from ..utils.files import output_folder
 from ..utils.safetensors_folder import SafetensorsFolder
 from .checkpoints import check_keys, load_torch_checkpoint
@@ -30,7 +31,59 @@ CLIP_EDGES = [1, 2, 4, 6, 8, 10, 12, 14, 16]
 CLIP_LEVELS = {"224": 8, "256": 9}
 SMALL_WIDTH, SMALL_HEADS = 256, 4
 USAGE_WINDOW = 131072
-HEAD = "encoder_vqkd.vision_model.head."
+SIGLIP_PREFIX = "encoder_vqkd.vision_model."
+CLIP_BLOCKS, BEIT_BLOCKS = "encoder_vqkd.transformer.resblocks.", "decoder_vqkd.blocks."
+
+# Names of the checkpoint, and the parts of a module of ours that are split from that tensor along the first dimension;
+# `{}` is weight and bias.
+PARTS = {
+    "encoder.conv_in.{}": "pixel_encoder.conv_in.{}",
+    "encoder.norm_out.{}": "pixel_encoder.norm_out.{}",
+    "encoder.conv_out.{}": "pixel_encoder.conv_out.{}",
+    "quant_conv.{}": "pixel_encoder.to_code.{}",
+    "decoder.conv_in.{}": "pixel_decoder.conv_in.{}",
+    "decoder.norm_out.{}": "pixel_decoder.norm_out.{}",
+    "decoder.conv_out.{}": "pixel_decoder.conv_out.{}",
+    "post_quant_conv.{}": "pixel_decoder.from_code.{}",
+    "encode_task_layer.0.{}": "semantic_to_code.0.{}",
+    "encode_task_layer.2.{}": "semantic_to_code.2.{}",
+    "decode_task_layer.0.{}": "semantic_decoder.to_features.0.{}",
+    "decode_task_layer.2.{}": "semantic_decoder.to_features.2.{}",
+    "quantize.embedding_vqkd.weight": "quantizer.semantic_codebook",
+    "quantize.embedding_vqgan.weight": "quantizer.pixel_codebook",
+}
+RESIDUAL_BLOCK = {f"{name}.{{}}": f"{name}.{{}}" for name in ("norm1", "conv1", "norm2", "conv2")}
+CLIP = {  # OpenAI's own names, not those of transformers
+    "class_embedding": "embeddings.class_embedding",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "conv1.weight": "embeddings.patch_embedding.weight",
+    "ln_pre.{}": "pre_layrnorm.{}",
+    "ln_post.{}": "post_layernorm.{}",
+}
+CLIP_BLOCK = {
+    "attn.in_proj_{}": "self_attn.q_proj.{} self_attn.k_proj.{} self_attn.v_proj.{}",
+    "attn.out_proj.{}": "self_attn.out_proj.{}",
+    "ln_1.{}": "layer_norm1.{}",
+    "ln_2.{}": "layer_norm2.{}",
+    "mlp.c_fc.{}": "mlp.fc1.{}",
+    "mlp.c_proj.{}": "mlp.fc2.{}",
+}
+BEIT = {
+    "cls_token": "embeddings.cls_token",
+    "pos_embed": "embeddings.position_embeddings",
+    "patch_embed.proj.{}": "embeddings.patch_embeddings.projection.{}",
+    "fc_norm.{}": "layernorm.{}",
+}
+BEIT_BLOCK = {  # no bias of the keys
+    "attn.qkv.weight": "attention.q_proj.weight attention.k_proj.weight attention.v_proj.weight",
+    "attn.q_bias": "attention.q_proj.bias",
+    "attn.v_bias": "attention.v_proj.bias",
+    "attn.proj.{}": "attention.o_proj.{}",
+    "norm1.{}": "layernorm_before.{}",
+    "norm2.{}": "layernorm_after.{}",
+    "mlp.fc1.{}": "mlp.fc1.{}",
+    "mlp.fc2.{}": "mlp.fc2.{}",
+}
 
 # Where a tensor of the checkpoint goes: parts of the model that it is split over along the first dimension, or the
 # shape of one that is left out.
@@ -46,9 +99,9 @@ class Shapes(dict[str, tuple[int, ...]]):
 
 
 def is_siglip(shapes: Shapes) -> bool:
-    if any(name.startswith("encoder_vqkd.vision_model.") for name in shapes):
+    if any(name.startswith(SIGLIP_PREFIX) for name in shapes):
         return True
-    if any(name.startswith("encoder_vqkd.transformer.resblocks.") for name in shapes):
+    if any(name.startswith(CLIP_BLOCKS) for name in shapes):
         return False
     raise ValueError(
         "the checkpoint is neither TokenFlow's SigLIP variant (encoder_vqkd.vision_model...) nor its CLIP variant "
@@ -77,16 +130,15 @@ def config_of(
     if multipliers != decoder_multipliers:
         raise ValueError(f"encoder and decoder widths must correspond, got {multipliers} and {decoder_multipliers}")
     codebook_size, semantic_dim = _shape(shapes, "quantize.embedding_vqkd.weight", 2)
-    _, pixel_dim = _shape(shapes, "quantize.embedding_vqgan.weight", 2)
-    patch_size = 2 ** (len(multipliers) - 1)
-    sizes = {
-        "semantic_config": _siglip_config(shapes, encoder_heads) if siglip else _clip_config(shapes, encoder_heads),
-        "semantic_decoder_config": _decoder_config(shapes, decoder_heads),
+    decoder = _transformer(shapes, "decoder_vqkd.patch_embed.proj.weight", BEIT_BLOCKS, "mlp.fc1", decoder_heads, 12)
+    decoder |= {"layer_norm_eps": 1e-6, "image_size": _edge(_shape(shapes, "decoder_vqkd.pos_embed", 3)[1])}
+    sizes: dict = {
+        "semantic_decoder_config": decoder,
         "teacher_dim": _shape(shapes, "decode_task_layer.2.weight", 2)[0],
         "semantic_dim": semantic_dim,
-        "pixel_dim": pixel_dim,
+        "pixel_dim": _shape(shapes, "quantize.embedding_vqgan.weight", 2)[1],
         "codebook_size": codebook_size,
-        "patch_size": patch_size,
+        "patch_size": 2 ** (len(multipliers) - 1),
         "base_channels": base,
         "decoder_base_channels": decoder_base,
         "channel_multipliers": multipliers,
@@ -95,72 +147,43 @@ def config_of(
         "attention": "dense",
         "encoder_blocks": _count(shapes, "encoder.conv_blocks.0.res."),
         "decoder_blocks": _count(shapes, "decoder.conv_blocks.0.res."),
+        "semantic_feature_layer": -2 if siglip else None,
+        "scale_schedules": [[[edge, edge] for edge in (SIGLIP_EDGES if siglip else CLIP_EDGES)]],
+        "levels": {str(SIGLIP_IMAGE_SIZE): len(SIGLIP_EDGES)} if siglip else CLIP_LEVELS,
     }
     if siglip:
-        mean, std = (_values(state, f"scaling_layer.{name}") for name in ("shift", "scale"))
-        sizes |= {
-            "semantic_feature_layer": -2,
-            "semantic_mean": mean,
-            "semantic_deviation": std,
-            "image_size": SIGLIP_IMAGE_SIZE,
-            "scale_schedules": [[[edge, edge] for edge in SIGLIP_EDGES]],
-            "levels": {str(SIGLIP_IMAGE_SIZE): len(SIGLIP_EDGES)},
-        }
+        patches, blocks = f"{SIGLIP_PREFIX}embeddings.patch_embedding.weight", f"{SIGLIP_PREFIX}encoder.layers."
+        encoder = _transformer(shapes, patches, blocks, "mlp.fc1", encoder_heads, 16)
+        own = {"model_type": "siglip_vision_model", "image_size": SIGLIP_IMAGE_SIZE, "vision_use_head": False}
+        sizes["image_size"] = SIGLIP_IMAGE_SIZE
+        for field, name in (("semantic_mean", "scaling_layer.shift"), ("semantic_deviation", "scaling_layer.scale")):
+            _shape(shapes, name, 4)
+            sizes[field] = state[name].flatten().tolist()
     else:
-        sizes |= {
-            "semantic_feature_layer": None,
-            "scale_schedules": [[[edge, edge] for edge in CLIP_EDGES]],
-            "levels": CLIP_LEVELS,
-        }
-    return NextFlowVQConfig(**sizes)
+        patches = "encoder_vqkd.conv1.weight"
+        heads = _shape(shapes, patches, 4)[0] // 64
+        encoder = _transformer(shapes, patches, CLIP_BLOCKS, "mlp.c_fc", encoder_heads, heads)
+        edge = _edge(_shape(shapes, "encoder_vqkd.positional_embedding", 2)[0])
+        own = {"model_type": "clip_vision_model", "image_size": edge * encoder["patch_size"]}
+    return NextFlowVQConfig(**sizes, semantic_config=encoder | own)
 
 
-def _siglip_config(shapes: Shapes, heads: int | None) -> dict:
-    prefix = "encoder_vqkd.vision_model."
-    width, _, patch_size, _ = _shape(shapes, prefix + "embeddings.patch_embedding.weight", 4)
-    return {
-        "model_type": "siglip_vision_model",
-        "hidden_size": width,
-        "intermediate_size": _shape(shapes, prefix + "encoder.layers.0.mlp.fc1.weight", 2)[0],
-        "num_hidden_layers": _count(shapes, prefix + "encoder.layers."),
-        "num_attention_heads": heads or _heads(width, 16),
-        "image_size": SIGLIP_IMAGE_SIZE,
-        "patch_size": patch_size,
-        "vision_use_head": False,
-    }
-
-
-def _clip_config(shapes: Shapes, heads: int | None) -> dict:
-    width, _, patch_size, _ = _shape(shapes, "encoder_vqkd.conv1.weight", 4)
-    positions, _ = _shape(shapes, "encoder_vqkd.positional_embedding", 2)
-    return {
-        "model_type": "clip_vision_model",
-        "hidden_size": width,
-        "intermediate_size": _shape(shapes, "encoder_vqkd.transformer.resblocks.0.mlp.c_fc.weight", 2)[0],
-        "num_hidden_layers": _count(shapes, "encoder_vqkd.transformer.resblocks."),
-        "num_attention_heads": heads or _heads(width, width // 64),
-        "image_size": round((positions - 1) ** 0.5) * patch_size,
-        "patch_size": patch_size,
-    }
-
-
-def _decoder_config(shapes: Shapes, heads: int | None) -> dict:
-    width, channels, _, _ = _shape(shapes, "decoder_vqkd.patch_embed.proj.weight", 4)
-    _, positions, _ = _shape(shapes, "decoder_vqkd.pos_embed", 3)
+def _transformer(shapes: Shapes, patches: str, blocks: str, mlp: str, heads: int | None, of_released: int) -> dict:
+    """Sizes of a vision transformer; `heads` by default those of the released one."""
+    width, channels, patch_size, _ = _shape(shapes, patches, 4)
     return {
         "hidden_size": width,
-        "intermediate_size": _shape(shapes, "decoder_vqkd.blocks.0.mlp.fc1.weight", 2)[0],
-        "num_hidden_layers": _count(shapes, "decoder_vqkd.blocks."),
-        "num_attention_heads": heads or _heads(width, 12),
-        "layer_norm_eps": 1e-6,
-        "image_size": round((positions - 1) ** 0.5),
-        "patch_size": 1,
         "num_channels": channels,
+        "patch_size": patch_size,
+        "intermediate_size": _shape(shapes, f"{blocks}0.{mlp}.weight", 2)[0],
+        "num_hidden_layers": _count(shapes, blocks),
+        "num_attention_heads": heads or (SMALL_HEADS if width < SMALL_WIDTH else of_released),
     }
 
 
-def _heads(width: int, of_released: int) -> int:
-    return SMALL_HEADS if width < SMALL_WIDTH else of_released
+def _edge(positions: int) -> int:
+    """Of the square grid of all positions but the class token's."""
+    return round((positions - 1) ** 0.5)
 
 
 def _shape(shapes: Shapes, name: str, dimensions: int) -> tuple[int, ...]:
@@ -170,12 +193,6 @@ def _shape(shapes: Shapes, name: str, dimensions: int) -> tuple[int, ...]:
     if len(shapes[name]) != dimensions or 0 in shapes[name]:
         raise ValueError(f"{name} must have {dimensions} dimensions, got the shape {shapes[name]}")
     return shapes[name]
-
-
-def _values(state: Mapping[str, torch.Tensor], name: str) -> list[float]:
-    if name not in state:
-        raise ValueError(f"the checkpoint lacks {name}")
-    return state[name].flatten().tolist()
 
 
 def _count(shapes: Shapes, prefix: str) -> int:
@@ -200,41 +217,38 @@ def _multipliers(shapes: Shapes, part: str, last_first: bool) -> tuple[int, list
 
 def key_table(model: NextFlowVQModel) -> Table:
     """Every tensor of the checkpoint of which `model` has the sizes."""
-    config = model.config
-    table: Table = {}
-    add = lambda source, *targets: table.update(_tensors(source, *targets))  # noqa: E731
-
-    for part, cnn in (("encoder", model.pixel_encoder), ("decoder", model.pixel_decoder)):
-        encoder = part == "encoder"
-        for name in ("conv_in", "norm_out", "conv_out"):
-            add(f"{part}.{name}", getattr(cnn, name))
-        middle = cnn.resolutions[-1][-3:] if encoder else cnn.resolutions[0][:3]
+    table: Table = _tensors("", model, PARTS)
+    cnns = {"encoder": model.pixel_encoder, "decoder": model.pixel_decoder}
+    levels = {part: [[*level] for level in cnn.resolutions] for part, cnn in cnns.items()}
+    middles = {"encoder": levels["encoder"][-1][-3:], "decoder": levels["decoder"][0][:3]}
+    del levels["encoder"][-1][-3:], levels["decoder"][0][:3]
+    for part, middle in middles.items():
         for index, layer in enumerate(middle):
             table |= _cnn_layer(f"{part}.mid.{index}", layer)
-        for level, resolution in enumerate(cnn.resolutions):
-            coarsest = level == (len(cnn.resolutions) - 1 if encoder else 0)
-            if coarsest:
-                resolution = resolution[:-3] if encoder else resolution[3:]
-            for index, layer in enumerate(resolution):
-                kind, number = (("res", "attn")[index % 2], index // 2) if coarsest else ("res", index)
-                table |= _cnn_layer(f"{part}.conv_blocks.{level}.{kind}.{number}", layer)
+        for level, layers in enumerate(levels[part]):
+            for kind, layer_class in (("res", ResidualBlock), ("attn", AttnBlock)):
+                for index, layer in enumerate(layer for layer in layers if isinstance(layer, layer_class)):
+                    table |= _cnn_layer(f"{part}.conv_blocks.{level}.{kind}.{index}", layer)
     for level, conv in enumerate(model.pixel_encoder.downsamples):
-        add(f"encoder.conv_blocks.{level}.downsample.conv", conv)
+        table |= _tensors(f"encoder.conv_blocks.{level}.downsample.", conv, {"conv.{}": "{}"})
     for level, conv in enumerate(model.pixel_decoder.upsamples):
-        add(f"decoder.conv_blocks.{level}.upsample.conv", conv)
-    add("quant_conv", model.pixel_encoder.to_code)
-    add("post_quant_conv", model.pixel_decoder.from_code)
+        table |= _tensors(f"decoder.conv_blocks.{level}.upsample.", conv, {"conv.{}": "{}"})
 
-    for layer in (0, 2):
-        add(f"encode_task_layer.{layer}", model.semantic_to_code[layer])
-        add(f"decode_task_layer.{layer}", model.semantic_decoder.to_features[layer])
-    table |= _siglip(model.semantic_encoder) if config.image_size else _clip(model.semantic_encoder)
-    table |= _semantic_decoder(model.semantic_decoder.layers)
-
-    table["quantize.embedding_vqkd.weight"] = [model.quantizer.semantic_codebook]
-    table["quantize.embedding_vqgan.weight"] = [model.quantizer.pixel_codebook]
-    table["quantize.codebook_used"] = (USAGE_WINDOW,)
-    return table
+    encoder, decoder = model.semantic_encoder, model.semantic_decoder.layers
+    if model.config.image_size:
+        table |= {SIGLIP_PREFIX + name: [parameter] for name, parameter in encoder.named_parameters()}
+        table |= {"scaling_layer.shift": (1, 3, 1, 1), "scaling_layer.scale": (1, 3, 1, 1)}  # in the configuration
+        with torch.device("meta"):
+            pooling_head = SiglipMultiheadAttentionPoolingHead(encoder.config).state_dict()
+        table |= {f"{SIGLIP_PREFIX}head.{name}": tuple(tensor.shape) for name, tensor in pooling_head.items()}
+    else:
+        table |= _tensors("encoder_vqkd.", encoder, CLIP)
+        for index, layer in enumerate(encoder.encoder.layers):
+            table |= _tensors(f"{CLIP_BLOCKS}{index}.", layer, CLIP_BLOCK)
+    table |= _tensors("decoder_vqkd.", decoder, BEIT)
+    for index, layer in enumerate(decoder.layers):
+        table |= _tensors(f"{BEIT_BLOCKS}{index}.", layer, BEIT_BLOCK)
+    return table | {"quantize.codebook_used": (USAGE_WINDOW,)}
 
 
 def entry_shape(entry: list[torch.Tensor] | tuple[int, ...]) -> tuple[int, ...]:
@@ -242,89 +256,24 @@ def entry_shape(entry: list[torch.Tensor] | tuple[int, ...]) -> tuple[int, ...]:
     return entry if isinstance(entry, tuple) else (sum(part.shape[0] for part in entry), *entry[0].shape[1:])
 
 
-def _tensors(source: str, *targets: nn.Module) -> Table:
-    """Weight and bias of one module, split over `targets`; a 1 x 1 convolution may become a linear layer."""
-    table: Table = {f"{source}.weight": [target.weight for target in targets]}
-    if targets[0].bias is not None:
-        table[f"{source}.bias"] = [target.bias for target in targets]
-    return table
+def _tensors(prefix: str, module: nn.Module, names: Mapping[str, str]) -> Table:
+    """The tensors that a table such as `PARTS` names, below `prefix` and in `module`."""
+    return {
+        prefix + name.format(kind): [attrgetter(path)(module) for path in parts.replace("{}", kind).split()]
+        for name, parts in names.items()
+        for kind in ("weight", "bias")
+    }
 
 
 def _cnn_layer(source: str, layer: nn.Module) -> Table:
     """A residual block, or attention, whose 1 x 1 convolutions are linear layers here."""
-    table: Table = {}
-    if hasattr(layer, "conv1"):
-        for name in ("norm1", "conv1", "norm2", "conv2"):
-            table |= _tensors(f"{source}.{name}", getattr(layer, name))
-        if isinstance(layer.shortcut, nn.Conv2d):
-            table |= _tensors(f"{source}.nin_shortcut", layer.shortcut)
-        return table
-    table |= _tensors(f"{source}.norm", layer.norm)
-    weights, biases = layer.qkv.weight.chunk(3), layer.qkv.bias.chunk(3)
-    for name, weight, bias in zip("qkv", weights, biases):
-        table |= {f"{source}.{name}.weight": [weight[..., None, None]], f"{source}.{name}.bias": [bias]}
-    table[f"{source}.proj_out.weight"] = [layer.proj_out.weight[..., None, None]]
-    table[f"{source}.proj_out.bias"] = [layer.proj_out.bias]
-    return table
-
-
-def _siglip(encoder: nn.Module) -> Table:
-    prefix = "encoder_vqkd.vision_model."
-    table: Table = {prefix + name: [parameter] for name, parameter in encoder.named_parameters()}
-    width, inner = encoder.config.hidden_size, encoder.config.intermediate_size
-    return table | {
-        HEAD + "probe": (1, 1, width),
-        HEAD + "attention.in_proj_weight": (3 * width, width),
-        HEAD + "attention.in_proj_bias": (3 * width,),
-        HEAD + "attention.out_proj.weight": (width, width),
-        HEAD + "attention.out_proj.bias": (width,),
-        HEAD + "layernorm.weight": (width,),
-        HEAD + "layernorm.bias": (width,),
-        HEAD + "mlp.fc1.weight": (inner, width),
-        HEAD + "mlp.fc1.bias": (inner,),
-        HEAD + "mlp.fc2.weight": (width, inner),
-        HEAD + "mlp.fc2.bias": (width,),
-        "scaling_layer.shift": (1, 3, 1, 1),  # in the configuration
-        "scaling_layer.scale": (1, 3, 1, 1),
-    }
-
-
-def _clip(encoder: nn.Module) -> Table:
-    """OpenAI's own names, not those of transformers."""
-    embeddings, prefix = encoder.embeddings, "encoder_vqkd."
-    table: Table = {
-        prefix + "class_embedding": [embeddings.class_embedding],
-        prefix + "positional_embedding": [embeddings.position_embedding.weight],
-        prefix + "conv1.weight": [embeddings.patch_embedding.weight],
-    }
-    table |= _tensors(prefix + "ln_pre", encoder.pre_layrnorm) | _tensors(prefix + "ln_post", encoder.post_layernorm)
-    for index, layer in enumerate(encoder.encoder.layers):
-        block = f"{prefix}transformer.resblocks.{index}."
-        parts = [getattr(layer.self_attn, f"{name}_proj") for name in "qkv"]
-        table[block + "attn.in_proj_weight"] = [part.weight for part in parts]
-        table[block + "attn.in_proj_bias"] = [part.bias for part in parts]
-        table |= _tensors(block + "attn.out_proj", layer.self_attn.out_proj)
-        table |= _tensors(block + "ln_1", layer.layer_norm1) | _tensors(block + "ln_2", layer.layer_norm2)
-        table |= _tensors(block + "mlp.c_fc", layer.mlp.fc1) | _tensors(block + "mlp.c_proj", layer.mlp.fc2)
-    return table
-
-
-def _semantic_decoder(vit: nn.Module) -> Table:
-    """BEiT's ViT, which has no bias of the keys."""
-    table: Table = {
-        "decoder_vqkd.cls_token": [vit.embeddings.cls_token],
-        "decoder_vqkd.pos_embed": [vit.embeddings.position_embeddings],
-    }
-    table |= _tensors("decoder_vqkd.patch_embed.proj", vit.embeddings.patch_embeddings.projection)
-    for index, layer in enumerate(vit.layers):
-        block, attention = f"decoder_vqkd.blocks.{index}.", layer.attention
-        table[block + "attn.qkv.weight"] = [getattr(attention, f"{name}_proj").weight for name in "qkv"]
-        table[block + "attn.q_bias"] = [attention.q_proj.bias]
-        table[block + "attn.v_bias"] = [attention.v_proj.bias]
-        table |= _tensors(block + "attn.proj", attention.o_proj)
-        table |= _tensors(block + "norm1", layer.layernorm_before) | _tensors(block + "norm2", layer.layernorm_after)
-        table |= _tensors(block + "mlp.fc1", layer.mlp.fc1) | _tensors(block + "mlp.fc2", layer.mlp.fc2)
-    return table | _tensors("decoder_vqkd.fc_norm", vit.layernorm)
+    if isinstance(layer, ResidualBlock):
+        shortcut = {"nin_shortcut.{}": "shortcut.{}"} if isinstance(layer.shortcut, nn.Conv2d) else {}
+        return _tensors(f"{source}.", layer, RESIDUAL_BLOCK | shortcut)
+    weights = zip(("q", "k", "v", "proj_out"), (*layer.qkv.weight.chunk(3), layer.proj_out.weight))
+    table = _tensors(f"{source}.", layer, {"norm.{}": "norm.{}", "proj_out.bias": "proj_out.bias"})
+    table |= {f"{source}.{name}.weight": [weight[..., None, None]] for name, weight in weights}
+    return table | {f"{source}.{name}.bias": [bias] for name, bias in zip("qkv", layer.qkv.bias.chunk(3))}
 
 
 def convert(
@@ -366,51 +315,21 @@ def from_siglip2(folder: str | Path) -> NextFlowVQModel:
     torch.manual_seed(0)
     model = NextFlowVQModel(NextFlowVQConfig(semantic_config=sizes, patch_size=config.patch_size)).eval()
     parameters = dict(model.semantic_encoder.named_parameters())
-    sources = {}
-    for name in source:
-        own = name.removeprefix("vision_model.")
-        if own.startswith("head.") or (own == name and own.startswith(("text_model.", "logit_"))):
-            continue
-        sources[own] = name
+    left_out = ("head.", "vision_model.head.", "text_model.", "logit_")
+    sources = {name.removeprefix("vision_model."): name for name in source if not name.startswith(left_out)}
     check_keys(
         folder,
         {own: source.shapes[name] for own, name in sources.items()},
-        {name: tuple(parameter.shape) for name, parameter in parameters.items()},
+        {own: tuple(parameter.shape) for own, parameter in parameters.items()},
     )
-    names = {name: own for own, name in sources.items()}
     with torch.no_grad():
-        for name, tensor in source.tensors(names):
-            parameters[names[name]].copy_(tensor)
+        for own, parameter in parameters.items():
+            parameter.copy_(source.tensor(sources[own]))
     return model
 
 
 def save(model: NextFlowVQModel, output: str | Path) -> None:
     """Model and image processor, in a new folder."""
-    image_processor = NextFlowImageProcessor.from_vq_config(model.config)
     with output_folder(output) as folder:
         model.save_pretrained(folder)
-        image_processor.save_pretrained(folder)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="transformers-nextflow convert tokenflow", description=__doc__.split("\n")[0]
-    )
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT.pt", help="of TokenFlow")
-    source.add_argument("--from-siglip2", metavar="DIR", help="SigLIP2-naflex checkpoint folder, instead")
-    parser.add_argument("--encoder-heads", type=int, metavar="N", help="of the semantic encoder, if not the released")
-    parser.add_argument("--decoder-heads", type=int, metavar="N", help="of the semantic decoder, if not the released")
-    parser.add_argument("output", metavar="OUT", help="new folder")
-    arguments = parser.parse_args(argv)
-    try:
-        if arguments.from_siglip2:
-            model = from_siglip2(arguments.from_siglip2)
-        else:
-            model = convert(arguments.checkpoint, arguments.encoder_heads, arguments.decoder_heads)
-        save(model, arguments.output)
-    except (ValueError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    print(f"{arguments.output}  {model.num_parameters():,} parameters")
-    return 0
+        NextFlowImageProcessor.from_vq_config(model.config).save_pretrained(folder)

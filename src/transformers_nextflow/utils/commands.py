@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 from typer import Context, Exit, Option, Typer
 
+from .lazy import needing_extra
+
 Model = Annotated[str | None, Option(metavar="NAME", help="Local folder or Hub id; default: the repository's.")]
 Level = Annotated[str | None, Option(help="Level of the scale schedules, e.g. 256, 512, 1024.")]
 Dtype = Annotated[
@@ -58,12 +60,8 @@ def forward(app: Typer, name: str, about: str, load: Callable[[], Callable[[Sequ
 
     @app.command(name, help=about, add_help_option=False, context_settings=words)
     def run(context: Context) -> None:
-        try:
+        with needing_extra("train", name):
             program = load()
-        except ImportError as error:
-            raise ValueError(
-                f"{name} needs a package that is not installed ({error}): pip install 'transformers-nextflow[train]'"
-            ) from error
         raise Exit(program(context.args) or 0)
 
 

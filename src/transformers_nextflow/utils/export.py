@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..remote_code import write_code
 from .files import output_folder, read_json
-from .loading import base_of, load_config, naming
+from .loading import base_of, load_config, load_generation_config, naming
 from .merging import merge, write_whole
 from .safetensors_folder import INDEX, SafetensorsFolder
 
@@ -77,16 +77,14 @@ def export(folder: str | Path, to: str, push: bool = False) -> str:
     """
     from huggingface_hub import HfApi, snapshot_download
 
-    if base_of(str(folder)) is not None:
+    name = str(folder)
+    is_adapter = base_of(name) is not None
+    if load_config(name).vision_tokenizer is not None or is_adapter:
         with tempfile.TemporaryDirectory() as partial:
-            whole = Path(partial, Path(folder).resolve().name)
-            merge(str(folder), whole)
+            whole = Path(partial, Path(name).resolve().name)
+            (merge if is_adapter else write_whole)(name, whole)
             return export(whole, to, push)
-    folder = Path(folder) if Path(folder).is_dir() else Path(snapshot_download(str(folder)))
-    if load_config(str(folder)).vision_tokenizer is not None:
-        with tempfile.TemporaryDirectory() as partial:
-            write_whole(str(folder), Path(partial, folder.resolve().name))
-            return export(Path(partial, folder.resolve().name), to, push)
+    folder = Path(folder) if Path(folder).is_dir() else Path(snapshot_download(name))
     if not push:
         with output_folder(to) as partial:
             _write(folder, partial, name=to)
@@ -101,8 +99,6 @@ def export(folder: str | Path, to: str, push: bool = False) -> str:
 
 
 def _write(folder: Path, output: Path, name: str) -> None:
-    from transformers import GenerationConfig
-
     from .. import NextFlowConfig, NextFlowProcessor
 
     weights = SafetensorsFolder(folder)
@@ -113,11 +109,7 @@ def _write(folder: Path, output: Path, name: str) -> None:
     beside = [file for file in (INDEX, "scores.json") if (folder / file).is_file()]
     for file in [*weights.files, *beside]:
         shutil.copyfile(folder / file, output / file)
-    if (folder / "generation_config.json").is_file():
-        GenerationConfig.from_pretrained(folder).save_pretrained(output)
-    else:
-        GenerationConfig.from_model_config(config).save_pretrained(output)
-
+    load_generation_config(folder, config).save_pretrained(output)
     values = read_json(folder / "config.json") | {"auto_map": config.auto_map}
     (output / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     write_code(output, config.auto_map)

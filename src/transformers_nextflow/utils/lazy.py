@@ -1,6 +1,7 @@
-"""Names of a package that are imported when they are first asked for."""
+"""What is imported when it is first asked for: names of this package, and packages that may be lacking."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -19,3 +20,14 @@ def lazy_names(package: str, module_of: Mapping[str, str]) -> Callable[[str], An
         return getattr(import_module(f".{module_of[name]}", package), name)
 
     return getattribute
+
+
+@contextmanager
+def needing_extra(extra: str, what: str) -> Iterator[None]:
+    """While this runs, a package that is lacking is a `ValueError` that says how `what` gets it."""
+    try:
+        yield
+    except ImportError as error:
+        raise ValueError(
+            f"{what} needs a package that is not installed ({error}): pip install 'transformers-nextflow[{extra}]'"
+        ) from error

@@ -6,18 +6,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
-from transformers import PreTrainedConfig
-from transformers.utils import find_adapter_config_file, logging
+from torch import nn
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import find_adapter_config_file
 
 from ..configuration_nextflow import NextFlowConfig, NextFlowVQConfig
 from ..image_processing_nextflow import NextFlowImageProcessor
 from ..modeling_nextflow import NextFlowForConditionalGeneration
 from ..modeling_nextflow_vq import NextFlowVQModel
 from ..processing_nextflow import NextFlowProcessor
-from ..stored_tokenizer import load_referred_to
+from ..stored_tokenizer import load_referred_to, stored_tensors
 from .files import read_json
+from .lazy import needing_extra
 from .safetensors_folder import INDEX, SINGLE, SafetensorsFolder
 
 DEFAULT_MODEL = Path(__file__).parents[3] / "checkpoints" / "nextflow-emoji"  # in a checkout of the repository
@@ -27,25 +27,21 @@ JSON_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", INDEX),
 )
 
-# a JSON file of other types than its reader expects ends in almost any of these
-ESCAPES = (
-    *(AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError, ImportError),
-    *(StrictDataclassError, SafetensorError),
-)
-
 
 @contextmanager
 def naming(what: str) -> Iterator[None]:
-    """Raise errors of the libraries as a `ValueError` that says `what` cannot be loaded; `OSError` passes."""
+    """Raise errors of the libraries as a `ValueError` that says `what` cannot be loaded; `OSError` passes.
+
+    A damaged file ends in almost any kind of them.
+    """
     try:
         yield
-    except ESCAPES as error:
-        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        raise ValueError(f"{what} cannot be loaded: {reason}") from error
+    except OSError:
+        raise
     except Exception as error:
-        if type(error) is not Exception:
-            raise
-        raise ValueError(f"{what} cannot be loaded: {error}") from error  # tokenizers raises no class of its own
+        plain = isinstance(error, ValueError) or type(error) is Exception  # tokenizers raises no class of its own
+        reason = str(error) if plain else f"{type(error).__name__}: {error}"
+        raise ValueError(f"{what} cannot be loaded: {reason}") from error
 
 
 def model_name(model: str | None) -> str:
@@ -115,10 +111,8 @@ def load_merged(name: str, dtype: torch.dtype | None = None) -> NextFlowForCondi
     if base is None:
         check_model_type(name, NextFlowConfig.model_type)
         return load_weights(NextFlowForConditionalGeneration, name, dtype)
-    try:
+    with needing_extra("train", f"{name}, which holds adapters,"):
         from peft import PeftConfig, PeftModel
-    except ImportError as error:
-        raise ValueError(f"{name} holds adapters, which need the package peft: pip install peft") from error
     model = load_merged(base, dtype)
     dtypes = {path: parameter.dtype for path, parameter in model.named_parameters()}
     with naming(f"the adapters in {name}"):
@@ -146,11 +140,11 @@ def load_processor(name: str) -> NextFlowProcessor:
         return NextFlowProcessor.from_pretrained(name)
 
 
-def check_json_files(folder: Path) -> None:
-    """Raise a `ValueError` that names the first JSON file of a model folder that is damaged."""
-    for name in JSON_FILES:
-        if (folder / name).is_file():
-            read_json(folder / name)
+def load_generation_config(folder: Path, config: PreTrainedConfig) -> GenerationConfig:
+    """A folder's own defaults of generation, or else those that follow from its configuration."""
+    if (folder / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(folder)
+    return GenerationConfig.from_model_config(config)
 
 
 def check_model_type(name: str, *known: str) -> str:
@@ -161,7 +155,8 @@ def check_model_type(name: str, *known: str) -> str:
         OSError: without a `config.json`.
     """
     name = root_of(name)
-    check_json_files(Path(name))
+    for path in filter(Path.is_file, (Path(name, file) for file in JSON_FILES)):
+        read_json(path)
     values, _ = PreTrainedConfig.get_config_dict(name)
     if not values:
         raise OSError(f"{name} holds no config.json")
@@ -186,25 +181,10 @@ def load_vq_model(name: str) -> NextFlowVQModel:
         return load_referred_to(whole)
     if "quantization_config" not in whole.to_dict():
         check_tensors(NextFlowForConditionalGeneration, whole, name)
-    config = whole.vq_config
-    prefix = f"{NextFlowForConditionalGeneration.base_model_prefix}.{NextFlowVQModel.base_model_prefix}"
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()  # the transformer's weights are left out on purpose
-    try:
-        with naming(f"the weights in {name}"):
-            loaded, report = NextFlowVQModel.from_pretrained(
-                name,
-                config=config,
-                key_mapping={rf"^{prefix}\.": ""},
-                dtype=torch.float32,
-                output_loading_info=True,
-            )
-    finally:
-        logging.set_verbosity(level)
-    _refuse_missing(name, report["missing_keys"])
-    alone = NextFlowVQModel(config)  # `loaded` would save its tensors under their names in the whole model
-    alone.load_state_dict(loaded.state_dict())
-    return alone.eval()
+    vq_model = NextFlowVQModel(whole.vq_config)
+    with naming(f"the weights in {name}"):
+        vq_model.load_state_dict(dict(stored_tensors(name)))
+    return vq_model.eval()
 
 
 def load_vision_tokenizer(model: str | None) -> tuple[NextFlowVQModel, NextFlowImageProcessor]:
@@ -214,6 +194,20 @@ def load_vision_tokenizer(model: str | None) -> tuple[NextFlowVQModel, NextFlowI
     if check_model_type(name, NextFlowConfig.model_type, NextFlowVQConfig.model_type) == NextFlowVQConfig.model_type:
         return vq_model, NextFlowImageProcessor.from_vq_config(vq_model.config)
     return vq_model, load_processor(name).image_processor
+
+
+def begin_anew(model: PreTrainedModel, name: str, device: torch.device | str = "cpu") -> nn.Module:
+    """A part of a model on the meta device, in memory and at its initialisation."""
+    part = model.get_submodule(name).to_empty(device=device)
+    for module in reversed(list(part.modules())):  # a part may overrule what it consists of
+        model._init_weights(module)
+    return part
+
+
+def same_weights(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two modules have the same tensors under the same names, wherever they are."""
+    ours, others = one.state_dict(), other.state_dict()
+    return ours.keys() == others.keys() and all(torch.equal(ours[key].cpu(), others[key].cpu()) for key in ours)
 
 
 def load_weights(model_class, name: str, dtype: torch.dtype | None = None):

@@ -3,7 +3,7 @@
 Everything wrong with a file is a `ValueError` that names the file and the tensor.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -53,12 +53,11 @@ class SafetensorsFolder:
         self.files = list(dict.fromkeys(weight_map.values())) or [SINGLE]
         for file in self.files:
             self._read_header(self.folder / file)
-        if weight_map:
-            for name, file in weight_map.items():
-                if name not in self._file_of or self._file_of[name].name != file:
-                    raise ValueError(f"{self.folder / INDEX} says that {file} holds {name}, which it does not")
-            if extra := [name for name in self._file_of if name not in weight_map]:
-                raise ValueError(f"{self.folder / INDEX} does not list {listing(extra)}, which its files hold")
+        for name, file in weight_map.items():
+            if self._file_of.get(name) != self.folder / file:
+                raise ValueError(f"{self.folder / INDEX} says that {file} holds {name}, which it does not")
+        if weight_map and (extra := [name for name in self._file_of if name not in weight_map]):
+            raise ValueError(f"{self.folder / INDEX} does not list {listing(extra)}, which its files hold")
 
     def _weight_map(self) -> dict[str, str]:
         path = self.folder / INDEX
@@ -90,18 +89,13 @@ class SafetensorsFolder:
                 self.dtypes[name] = TORCH_DTYPES[view.get_dtype()]
 
     def __iter__(self) -> Iterator[str]:
-        """Names in the order of the files, so that each is opened once."""
+        """Names in the order of the files."""
         return iter(self._file_of)
 
-    def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Name and tensor, one at a time; at most one file is open."""
-        by_file: dict[Path, list[str]] = {}
-        for name in names:
-            by_file.setdefault(self._file_of[name], []).append(name)
-        for path, members in by_file.items():
-            with _opened(path) as file:
-                for name in members:
-                    yield name, file.get_tensor(name)
+    def tensor(self, name: str) -> torch.Tensor:
+        """Mapped, so that it takes memory where it is read."""
+        with _opened(self._file_of[name]) as file:
+            return file.get_tensor(name)
 
 
 @contextmanager
