@@ -1,7 +1,7 @@
 """NextFlow as a model of lmms-eval, which finds it by the entry point `lmms_eval.models`.
 
-    python -m lmms_eval --model nextflow --model_args pretrained=FOLDER --tasks mmstar
-    python -m lmms_eval --model nextflow --model_args pretrained=FOLDER,mode=image,output_dir=OUT --tasks WISE
+python -m lmms_eval --model nextflow --model_args pretrained=FOLDER --tasks mmstar
+python -m lmms_eval --model nextflow --model_args pretrained=FOLDER,mode=image,output_dir=OUT --tasks WISE
 """
 
 import json
@@ -109,9 +109,7 @@ class NextFlow(lmms):
         for part in chat[-1]["content"]:
             if part["type"] == "text":
                 part["text"] = self.rewriting(part["text"])
-        codes = self.model.generate(
-            **self._inputs(chat, "image"), generation_mode="image", seed=self.seed + number
-        )
+        codes = self.model.generate(**self._inputs(chat, "image"), generation_mode="image", seed=self.seed + number)
         (picture,) = self.processor.post_process_image(self.model.decode_image_tokens(codes))
         path = Path(self.output_dir) / f"{task}-{split}-{number}.png"
         write_atomically(path, lambda partial: picture.save(partial, format="PNG"))

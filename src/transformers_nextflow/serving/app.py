@@ -1,13 +1,13 @@
 """The web application: OpenAI's paths over a [`Studio`] and a [`Batcher`]."""
 
 import asyncio
-import random
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Annotated
 
+from anyio import create_task_group
 from fastapi import FastAPI, Form, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
@@ -47,16 +47,14 @@ def create_app(
     """
     limits, rewriting = limits or Limits(), rewriting or Rewriting()
     studio, metrics = Studio(model, processor, limits), Metrics()
-    batcher = Batcher(studio.run, limits.max_queue, limits.max_batch, metrics.see_batch)
-    metrics.watch(batcher)
+    batcher = Batcher(studio.run, limits, metrics)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        worker = asyncio.create_task(batcher.work())
-        yield  # ends after the last answer
-        worker.cancel()
-        with suppress(asyncio.CancelledError):
-            await worker
+        async with create_task_group() as group:
+            group.start_soon(batcher.work)
+            yield  # ends after the last answer
+            group.cancel_scope.cancel()
 
     app = FastAPI(title="transformers-nextflow", lifespan=lifespan)
     app.add_middleware(Gate, api_key=api_key, max_bytes=limits.max_body * 2**20)
@@ -65,7 +63,7 @@ def create_app(
 
     def check_model(asked: str | None) -> None:
         if asked not in (None, name):
-            raise RequestError(f"model: this server has {name}, got {asked!r}", "model", 404, "model_not_found")
+            raise RequestError(f"this server has {name}, got {asked!r}", "model", 404, "model_not_found")
 
     async def drawn(request: Request, job: Job) -> dict:
         """OpenAI's response of pictures."""
@@ -73,7 +71,7 @@ def create_app(
         width, height = answer.parts[0].size
         return {
             "created": int(time.time()),
-            "data": [{"b64_json": each} for each in await run_in_threadpool(encoded, answer.parts)],
+            "data": await run_in_threadpool(lambda: [{"b64_json": to_base64(picture)} for picture in answer.parts]),
             "output_format": "png",
             "size": f"{width}x{height}",
             "seed": job.seed,
@@ -92,8 +90,7 @@ def create_app(
             prompt = await run_in_threadpool(rewriting, asked.prompt)
         except ConnectionError as error:
             raise RequestError(str(error), "prompt", 502) from error
-        job = studio.picture_job(asked, seed_of(asked.seed), [user_message(prompt)], "prompt", asked.n)
-        response = await drawn(request, job)
+        response = await drawn(request, studio.picture_job(asked, [user_message(prompt)], "prompt"))
         if prompt != asked.prompt:
             response["data"] = [each | {"revised_prompt": prompt} for each in response["data"]]
         return response
@@ -102,18 +99,17 @@ def create_app(
     async def edit(request: Request, asked: Annotated[EditRequest, Form(media_type="multipart/form-data")]) -> dict:
         """Pictures made of others by an instruction."""
         check_model(asked.model)
-        uploads = asked.all_images()
+        uploads = [*asked.image, *asked.images]
         if not uploads:
-            raise RequestError("image: give at least one file", "image")
+            raise RequestError("give at least one file", "image")
         check_pictures(len(uploads), limits, "image")
         files = [await upload.read() for upload in uploads]
         mask = None if asked.mask is None else await asked.mask.read()
 
         def read() -> Job:
             pictures = [read_picture(file, limits.max_pixels, "image") for file in files]
-            chat = [user_message(asked.prompt, pictures)]
             over = None if mask is None else read_picture(mask, limits.max_pixels, "mask")
-            return studio.picture_job(asked, seed_of(asked.seed), chat, "prompt", asked.n, over)
+            return studio.picture_job(asked, [user_message(asked.prompt, pictures)], "prompt", over)
 
         return await drawn(request, await run_in_threadpool(read))
 
@@ -122,13 +118,13 @@ def create_app(
         """An answer in text, a picture, or both in turn."""
         check_model(asked.model)
         if (idle := asked.without_effect()) is not None:
-            raise RequestError(f"{idle}: has no effect on answers of the modalities {asked.modalities}", idle)
+            raise RequestError(f"has no effect on answers of the modalities {asked.modalities}", idle)
 
         def read() -> Job:
-            messages, seed = read_chat(asked.messages, limits), seed_of(asked.seed)
+            messages = read_chat(asked.messages, limits)
             if set(asked.modalities) == {"image"}:
-                return studio.picture_job(asked, seed, messages, "messages")
-            return studio.answer_job(asked, seed, messages)
+                return studio.picture_job(asked, messages, "messages")
+            return studio.answer_job(asked, messages)
 
         job = await run_in_threadpool(read)
         answer = await answer_of(request, batcher, job)
@@ -182,12 +178,3 @@ async def client_is_gone(request: Request) -> None:
     """Returns when nobody reads the answer any more."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def seed_of(asked: int | None) -> int:
-    """As asked, or a new one, which the answer tells."""
-    return random.randrange(2**31) if asked is None else asked
-
-
-def encoded(pictures: Sequence) -> list[str]:
-    return [to_base64(picture) for picture in pictures]

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from .errors import RequestError
 from .jobs import Answer, Job
+from .limits import Limits
+from .metrics import Metrics
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,9 +28,8 @@ class Batcher:
 
     Args:
         run: gives the answers of jobs that fit together.
-        max_queue: tickets that wait.
-        max_batch: pictures that are drawn at once, unless one job has more.
-        on_batch: is told of each batch that begins.
+        limits: tickets that wait; pictures that are drawn at once, unless one job has more.
+        metrics: are told of each batch that begins, and see who waits.
 
     Attributes:
         waiting, running: the tickets, the oldest first.
@@ -37,19 +38,20 @@ class Batcher:
     def __init__(
         self,
         run: Callable[[Sequence[Job]], list[Answer]],
-        max_queue: int,
-        max_batch: int,
-        on_batch: Callable[[Sequence[Job]], None] = lambda jobs: None,
+        limits: Limits,
+        metrics: Metrics,
     ):
-        self.run, self.max_queue, self.max_batch, self.on_batch = run, max_queue, max_batch, on_batch
+        self.run, self.limits, self.metrics = run, limits, metrics
         self.waiting: list[Ticket] = []
         self.running: list[Ticket] = []
         self._some = asyncio.Event()
+        metrics.waiting.set_function(lambda: len(self.waiting))
+        metrics.running.set_function(lambda: len(self.running))
 
     def submit(self, job: Job) -> Ticket:
         """A place for a job; raises a [`RequestError`] of status 429 if there is none."""
-        if len(self.waiting) >= self.max_queue:
-            raise RequestError(f"{self.max_queue} requests wait already: try again later", None, 429, "queue_full")
+        if len(self.waiting) >= (most := self.limits.max_queue):
+            raise RequestError(f"{most} requests wait already: try again later", None, 429, "queue_full")
         ticket = Ticket(job, asyncio.get_running_loop().create_future())
         self.waiting.append(ticket)
         self._some.set()
@@ -71,19 +73,17 @@ class Batcher:
                     await self._some.wait()
                 self.running = self._next_batch()
                 jobs = [ticket.job for ticket in self.running]
-                self.on_batch(jobs)
+                self.metrics.batches.observe(len(jobs))
+                self.metrics.pictures.observe(sum(job.num_pictures for job in jobs))
                 outcomes = await loop.run_in_executor(model, self._outcomes, jobs)
                 for ticket, outcome in zip(self.running, outcomes):
-                    if ticket.answer.done():  # its client is gone
-                        continue
-                    if isinstance(outcome, Exception):
-                        ticket.answer.set_exception(outcome)
-                    else:
-                        ticket.answer.set_result(outcome)
+                    failed = isinstance(outcome, Exception)
+                    if not ticket.answer.done():  # its client may be gone
+                        (ticket.answer.set_exception if failed else ticket.answer.set_result)(outcome)
                 self.running = []
 
     def _next_batch(self) -> list[Ticket]:
-        batch, room = [], self.max_batch
+        batch, room = [], self.limits.max_batch
         for ticket in self.waiting:
             if not batch or (ticket.job.num_pictures <= room and ticket.job.fits(batch[0].job)):
                 batch.append(ticket)

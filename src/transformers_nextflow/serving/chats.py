@@ -1,15 +1,16 @@
 """Messages of chats: as clients write them in, as they get answers out."""
 
 import re
+from itertools import count
 
 from .errors import RequestError
 from .jobs import Answer, Chat
 from .limits import Limits
-from .pictures import check_pictures, read_data_url, to_base64
+from .pictures import check_pictures, read_picture, to_base64
 from .schemas import Message, Part
 
-PLACE = r"!\[\]\(picture-(\d+)\)"
-"""What stands for a picture in the text of an answer."""
+PLACE = "![](picture-{})"
+"""What stands for a picture, by its number, in the text of an answer."""
 
 
 def read_chat(messages: list[Message], limits: Limits) -> Chat:
@@ -31,35 +32,28 @@ def read_chat(messages: list[Message], limits: Limits) -> Chat:
 def read_part(part: Part, limits: Limits, param: str) -> dict:
     if part.type == "text":
         return {"type": "text", "text": part.text}
-    return {"type": "image", "image": read_data_url(part.image_url.url, limits.max_pixels, f"{param}.image_url.url")}
+    return {"type": "image", "image": read_picture(part.image_url.url, limits.max_pixels, f"{param}.image_url.url")}
 
 
 def with_images(content: list[dict], images: list[dict], param: str) -> list[dict]:
     """The content of an answer as [`message_of`] writes it, with the images in the places its texts name."""
-    pieces = [re.split(PLACE, item["text"]) if item["type"] == "text" else [item] for item in content]
-    named = [piece for split in pieces for piece in split[1::2]]
-    if named != [str(place) for place in range(len(images))]:
-        raise RequestError(f"{param}: the text names the pictures {named}, in a message of {len(images)}", param)
-    unread, ordered = iter(images), []
-    for split in pieces:
-        for place, piece in enumerate(split):
-            if place % 2:
-                ordered.append(next(unread))
-            elif not isinstance(piece, str):
-                ordered.append(piece)
-            elif piece.strip():
-                ordered.append({"type": "text", "text": piece.strip()})
-    return ordered
+    mark = re.escape(PLACE).replace(r"\{\}", r"\d+")
+    split = (re.split(f"({mark})", item["text"]) if item["type"] == "text" else [item] for item in content)
+    pieces = [piece for listed in split for piece in listed]
+    of_mark = {PLACE.format(number): image for number, image in enumerate(images)}
+    named = [piece for piece in pieces if isinstance(piece, str) and re.fullmatch(mark, piece)]
+    if named != list(of_mark):
+        raise RequestError(f"the text names the pictures {named}, in a message of {len(images)}", param)
+    texts = ({"type": "text", "text": piece.strip()} if isinstance(piece, str) else piece for piece in pieces)
+    ordered = (of_mark.get(item.get("text"), item) for item in texts)
+    return [item for item in ordered if item["type"] == "image" or item["text"]]
 
 
 def message_of(answer: Answer) -> dict:
     """An answer as a message: its text, in which `![](picture-0)` stands for the first of its `images`."""
-    texts, images = [], []
-    for part in answer.parts:
-        if isinstance(part, str):
-            texts.append(part)
-            continue
-        texts.append(f"![](picture-{len(images)})")  # as PLACE reads it
-        images.append({"type": "image_url", "image_url": {"url": f"data:image/png;base64,{to_base64(part)}"}})
+    numbers = count()  # of its pictures
+    texts = [part if isinstance(part, str) else PLACE.format(next(numbers)) for part in answer.parts]
+    urls = [f"data:image/png;base64,{to_base64(part)}" for part in answer.parts if not isinstance(part, str)]
+    images = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
     message = {"role": "assistant", "content": "\n\n".join(texts), "refusal": None}
     return message | ({"images": images} if images else {})

@@ -11,19 +11,20 @@ TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_e
 LONGEST_VALUE = 80  # characters
 
 
-class RequestError(Exception):
+class RequestError(HTTPException):
     """A request that is refused.
 
     Args:
-        message: what is wrong, and what would be right.
-        param: the field at fault, such as `messages[0].content[1].image_url.url`.
+        problem: what is wrong, and what would be right.
+        param: the field at fault, such as `messages[0].content[1].image_url.url`, which the message begins with.
         status: of HTTP.
         code: OpenAI's name of the case, where it has one.
     """
 
-    def __init__(self, message: str, param: str | None = None, status: int = 400, code: str | None = None):
-        super().__init__(message)
-        self.message, self.param, self.status, self.code = message, param, status, code
+    def __init__(self, problem: str, param: str | None = None, status: int = 400, code: str | None = None):
+        message = problem if param is None else f"{param}: {problem}"
+        super().__init__(status, message, headers={"Retry-After": "1"} if status == 429 else None)
+        self.param, self.code = param, code
 
 
 def error_response(
@@ -37,11 +38,6 @@ def error_response(
 def add_error_handlers(app: FastAPI) -> None:
     """Let every error of an application have OpenAI's form."""
 
-    @app.exception_handler(RequestError)
-    async def refused(request: Request, error: RequestError) -> JSONResponse:
-        headers = {"Retry-After": "1"} if error.status == 429 else None
-        return error_response(error.status, error.message, error.param, error.code, headers)
-
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
@@ -52,8 +48,9 @@ def add_error_handlers(app: FastAPI) -> None:
         return error_response(400, message, param)
 
     @app.exception_handler(HTTPException)
-    async def of_http(request: Request, error: HTTPException) -> JSONResponse:
-        return error_response(error.status_code, str(error.detail), headers=error.headers)
+    async def refused(request: Request, error: HTTPException) -> JSONResponse:
+        of_field = (error.param, error.code) if isinstance(error, RequestError) else ()
+        return error_response(error.status_code, str(error.detail), *of_field, headers=error.headers)
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> JSONResponse:

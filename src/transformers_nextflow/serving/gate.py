@@ -23,18 +23,14 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        headers, refusal = Headers(scope=scope), None
+        headers, num_bytes = Headers(scope=scope), 0
         too_large = f"a body has at most {self.max_bytes} bytes"
         length = headers.get("content-length", "0")
         if not self._knows(scope["path"], headers.get("authorization", "")):
-            refusal = error_response(
-                401, "give the server's API key: Authorization: Bearer KEY", code="invalid_api_key"
-            )
-        elif length.isdecimal() and int(length) > self.max_bytes:
-            refusal = error_response(413, f"{too_large}, got {length}")
-        if refusal is not None:
-            return await refusal(scope, receive, send)
-        num_bytes = 0
+            wanted = "give the server's API key: Authorization: Bearer KEY"
+            return await error_response(401, wanted, code="invalid_api_key")(scope, receive, send)
+        if length.isdecimal() and int(length) > self.max_bytes:
+            return await error_response(413, f"{too_large}, got {length}")(scope, receive, send)
 
         async def counted() -> Message:
             nonlocal num_bytes
@@ -47,6 +43,5 @@ class Gate:
         await self.app(scope, counted, send)
 
     def _knows(self, path: str, authorization: str) -> bool:
-        if self.api_key is None or not path.startswith("/v1"):
-            return True
-        return hmac.compare_digest(authorization.encode(), f"Bearer {self.api_key}".encode())
+        is_open = self.api_key is None or not path.startswith("/v1")
+        return is_open or hmac.compare_digest(authorization.encode(), f"Bearer {self.api_key}".encode())

@@ -18,11 +18,13 @@ from ..regions import codes_of_region
 from ..text_generation import text_sampling
 from .errors import RequestError
 from .limits import Limits
-from .pictures import check_pictures, read_mask
-from .schemas import ChatRequest, Controls
+from .pictures import check_pictures, read_mask, too_many_pixels
+from .schemas import ChatRequest, ImageRequest
 
 MAX_NEW_TOKENS = 256
 """Of text, where a request does not say."""
+
+SAMPLING = {"temperature", "top_k", "top_p"}
 
 Chat = list[dict[str, Any]]
 """Messages as the processor takes them, with pictures of Pillow."""
@@ -81,76 +83,70 @@ class Studio:
     limits: Limits
 
     def picture_job(
-        self, asked: Controls, seed: int, chat: Chat, param: str, count: int = 1, mask: Image.Image | None = None
+        self, asked: ImageRequest | ChatRequest, chat: Chat, param: str, mask: Image.Image | None = None
     ) -> Job:
-        """`count` pictures for a chat, by default of the size of its first picture.
+        """Pictures for a chat, by default of the size of its first picture.
 
         Args:
+            param: the field that holds the prompt.
             mask: of that picture, which stays where it is not transparent.
 
         Raises:
             RequestError: if the model draws no such size, or it is not that of a masked picture.
         """
-        check_pictures(count, self.limits, "n")
-        pictures = pictures_of(chat)
-        size = self._size(asked, pictures[0] if pictures else None)
-        kept = None
+        check_pictures(asked.n, self.limits, "n")
+        pictures, kept = pictures_of(chat), None
+        size = self._size(asked.size, *pictures[:1])
         if mask is not None:
-            own = self._size(Controls(), pictures[0])
+            own = self._size(None, pictures[0])
             if size != own:
-                message = "size: with a mask it is the picture's, {1}x{0}, got {3}x{2}".format(*own, *size)
-                raise RequestError(message, "size")
+                raise RequestError("with a mask it is the picture's, {1}x{0}, got {3}x{2}".format(*own, *size), "size")
             kept = read_mask(mask, pictures[0], size)
-        sampling = {name: getattr(asked, name) for name in ("temperature", "top_k", "top_p", "guidance_scale")}
-        arguments = {"height": size[0], "width": size[1], "num_images_per_prompt": count, **sampling}
-        return Job(chat, "image", arguments, seed, asked.negative_prompt or "", count, param, kept)
+        sampling = asked.model_dump(include={*SAMPLING, "guidance_scale"})
+        arguments = {"height": size[0], "width": size[1], "num_images_per_prompt": asked.n, **sampling}
+        return Job(chat, "image", arguments, asked.seed, asked.negative_prompt or "", asked.n, param, kept)
 
-    def answer_job(self, asked: ChatRequest, seed: int, chat: Chat) -> Job:
+    def answer_job(self, asked: ChatRequest, chat: Chat) -> Job:
         """An answer of text, or of text and pictures in turn.
 
         Raises:
             RequestError: if it may be longer than the server writes, or the model draws no such size.
         """
-        given = {"max_tokens": asked.max_tokens, "max_completion_tokens": asked.max_completion_tokens}
-        given = {name: value for name, value in given.items() if value is not None}
-        if len(set(given.values())) > 1:
-            message = "max_tokens: the same as max_completion_tokens, got {} and {}".format(*given.values())
-            raise RequestError(message, "max_tokens")
+        given = asked.model_dump(include={"max_tokens", "max_completion_tokens"}, exclude_none=True)
+        if len({*given.values()}) > 1:
+            values = " and ".join(map(str, given.values()))
+            raise RequestError(f"the same as max_completion_tokens, got {values}", "max_tokens")
         limit = self.limits.max_new_tokens
         for name, value in given.items():
             if value > limit:
-                raise RequestError(f"{name}: at most {limit}, got {value}", name)
+                raise RequestError(f"at most {limit}, got {value}", name)
         max_new_tokens = next(iter(given.values()), min(MAX_NEW_TOKENS, limit))
-        sampling = {name: getattr(asked, name) for name in ("temperature", "top_k", "top_p")}
-        arguments = text_sampling(self.model, self.processor, max_new_tokens, **sampling)
+        arguments = text_sampling(self.model, self.processor, max_new_tokens, **asked.model_dump(include=SAMPLING))
         if "image" in asked.modalities:
             check_pictures(asked.max_images, self.limits, "max_images")
-            height, width = self._size(asked, *pictures_of(chat)[:1])
-            drawn: dict = {"height": height, "width": width}
-            if asked.guidance_scale is not None:
-                drawn["guidance_scale"] = asked.guidance_scale
-            arguments |= {"max_new_images": asked.max_images, "image_generation": drawn}
+            height, width = self._size(asked.size, *pictures_of(chat)[:1])
+            guidance = asked.model_dump(include={"guidance_scale"}, exclude_none=True)
         else:
-            height, width = self._size(Controls())  # of nothing, but one for all chats
-            unguided = {"guidance_scale": 1.0, "image_guidance_scale": 1.0}
-            arguments |= {"max_new_images": 0, "image_generation": {"height": height, "width": width, **unguided}}
-        return Job(chat, "interleaved", arguments, seed, asked.negative_prompt or "", 1, "messages")
+            height, width = self._size(None)  # of nothing, but one for all chats
+            guidance = {"guidance_scale": 1.0, "image_guidance_scale": 1.0}
+        arguments["max_new_images"] = asked.max_images if "image" in asked.modalities else 0
+        arguments["image_generation"] = {"height": height, "width": width, **guidance}
+        return Job(chat, "interleaved", arguments, asked.seed, asked.negative_prompt or "", 1, "messages")
 
-    def _size(self, asked: Controls, picture: Image.Image | None = None) -> tuple[int, int]:
+    def _size(self, asked: tuple[int, int] | None, picture: Image.Image | None = None) -> tuple[int, int]:
         """(height, width) that is drawn: as asked, else of a picture, else the checkpoint's."""
         table, grid = self.model.model.schedules, None
         settings = ImageGenerationConfig.from_dict(self.model.config.image_generation)
-        if (size := asked.pixels()) is not None:
-            settings = settings.updated(height=size[0], width=size[1], exact_size=True)
+        if asked is not None:
+            settings = settings.updated(height=asked[0], width=asked[1], exact_size=True)
         elif picture is not None:
             grid = self.processor.image_processor.schedule_of(picture.height, picture.width).final_grid
         try:
             height, width = table.image_size(settings.schedule(table, [grid]))
         except ValueError as error:
-            raise RequestError(f"size: {error}", "size") from error
+            raise RequestError(str(error), "size") from error
         if height * width > self.limits.max_pixels:
-            message = f"size: a picture has at most {self.limits.max_pixels} pixels, got {width}x{height}"
-            raise RequestError(message, "size")
+            raise RequestError(too_many_pixels(self.limits.max_pixels, width, height), "size")
         return height, width
 
     def run(self, jobs: Sequence[Job]) -> list[Answer]:
@@ -174,7 +170,7 @@ class Studio:
                 return self._draw(inputs, first.num_pictures, arguments)
             return self._write(inputs, arguments)
         except ValueError as error:
-            raise RequestError(f"{first.param}: {error}", first.param) from error
+            raise RequestError(str(error), first.param) from error
 
     def _codes(self, jobs: Sequence[Job], inputs: dict) -> dict[str, torch.Tensor]:
         """The codes of the chats' pictures, and those that stay of each chat's first one; request by request, as the

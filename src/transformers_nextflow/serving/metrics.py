@@ -1,13 +1,9 @@
 """What a server tells of itself to Prometheus."""
 
 import time
-from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
-from .batching import Batcher
-from .jobs import Job
 
 
 class Metrics:
@@ -23,14 +19,6 @@ class Metrics:
         self.pictures = Histogram("batch_pictures", "Pictures that were drawn at once.", buckets=buckets, **of)
         self.waiting = Gauge("requests_waiting", "Requests in the queue.", **of)
         self.running = Gauge("requests_running", "Requests that are drawn.", **of)
-
-    def see_batch(self, jobs: Sequence[Job]) -> None:
-        self.batches.observe(len(jobs))
-        self.pictures.observe(sum(job.num_pictures for job in jobs))
-
-    def watch(self, batcher: Batcher) -> None:
-        self.waiting.set_function(lambda: len(batcher.waiting))
-        self.running.set_function(lambda: len(batcher.running))
 
 
 class Counted:

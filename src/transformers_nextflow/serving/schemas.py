@@ -4,16 +4,17 @@ Fields that are not here, or whose value would have no effect, are refused rathe
 nothing.
 """
 
+import random
 import re
+from base64 import b64decode
 from typing import Annotated, Any, Literal
 
 from fastapi import UploadFile
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 LONGEST_PROMPT = 32_000
 """Characters, as in OpenAI's API."""
 
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Prompt = Annotated[str, Field(min_length=1, max_length=LONGEST_PROMPT)]
 
 
@@ -30,35 +31,43 @@ class Schema(BaseModel):
         return {name: value for name, value in given.items() if value is not None}
 
 
+def read_data_url(url: Any) -> bytes:
+    """The file in a data URL of a picture, in base64."""
+    header = re.match(r"data:image/[\w.+-]+;base64,", str(url))
+    if header is None:
+        raise ValueError("pictures come as data URLs, data:image/png;base64,...; nothing is fetched")
+    try:
+        return b64decode(url[header.end() :], validate=True)
+    except ValueError as error:  # binascii.Error, and what is no ASCII
+        raise ValueError(f"the picture is no base64: {error}") from error
+
+
+def read_size(size: Any) -> tuple[int, int] | None:
+    """`"WIDTHxHEIGHT"` as (height, width); None for `"auto"`."""
+    if size == "auto":
+        return None
+    if not (found := re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", str(size))):
+        raise ValueError('a size is "auto" or WIDTHxHEIGHT in pixels')
+    return int(found[2]), int(found[1])
+
+
 class Controls(Schema):
     """How things are drawn: of OpenAI's API seed, temperature and top_p, and this model's own; default: the model's.
 
     Attributes:
+        seed: by default a new one, which the answer tells.
+        size: (height, width); None is `"auto"`.
         user: OpenAI's name for whose request it is; nothing is made of it.
     """
 
-    seed: Seed | None = None
-    size: str = "auto"
+    seed: int = Field(default_factory=lambda: random.randrange(2**31), ge=0, lt=2**63)
+    size: Annotated[Any, BeforeValidator(read_size)] = None  # a type of its own would be none of a form's fields
     guidance_scale: float | None = Field(default=None, ge=0, le=100)
     negative_prompt: str | None = Field(default=None, max_length=LONGEST_PROMPT)
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_k: int | None = Field(default=None, ge=0, lt=2**31)
     top_p: float | None = Field(default=None, ge=1e-6, le=1)
     user: str | None = None
-
-    @field_validator("size")
-    @classmethod
-    def is_a_size(cls, size: str) -> str:
-        if not re.fullmatch(r"auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4}", size):
-            raise ValueError('a size is "auto" or WIDTHxHEIGHT in pixels')
-        return size
-
-    def pixels(self) -> tuple[int, int] | None:
-        """(height, width); None for `"auto"`."""
-        if self.size == "auto":
-            return None
-        width, height = map(int, self.size.split("x"))
-        return height, width
 
 
 class ImageRequest(Controls):
@@ -87,20 +96,10 @@ class EditRequest(ImageRequest):
     images: list[UploadFile] = Field(default=[], alias="image[]")
     mask: UploadFile | None = None
 
-    def all_images(self) -> list[UploadFile]:
-        return [*self.image, *self.images]
-
 
 class ImageUrl(Schema):
-    url: str
+    url: Annotated[bytes, BeforeValidator(read_data_url)]
     detail: Literal["auto"] = "auto"
-
-    @field_validator("url")
-    @classmethod
-    def holds_its_picture(cls, url: str) -> str:
-        if not url.startswith("data:image/"):
-            raise ValueError("pictures come as data URLs, data:image/png;base64,...; nothing is fetched")
-        return url
 
 
 class Part(Schema):
