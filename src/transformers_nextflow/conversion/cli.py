@@ -35,8 +35,9 @@ def language_model(
     if back:
         text_decoders.convert_back(*folders, max_shard_size=size)
     else:
+        text, vq, output = folders
         image_tokens = ImageTokens(*tokens) if tokens else None
-        text_decoders.convert(*folders, image_tokens, dtype and getattr(torch, dtype), size)
+        text_decoders.convert(text, vq, output, image_tokens, dtype and getattr(torch, dtype), size)
     print(folders[-1])
 
 

@@ -218,8 +218,8 @@ def _multipliers(shapes: Shapes, part: str, last_first: bool) -> tuple[int, list
 def key_table(model: NextFlowVQModel) -> Table:
     """Every tensor of the checkpoint of which `model` has the sizes."""
     table: Table = _tensors("", model, PARTS)
-    cnns = {"encoder": model.pixel_encoder, "decoder": model.pixel_decoder}
-    levels = {part: [[*level] for level in cnn.resolutions] for part, cnn in cnns.items()}
+    resolutions = {"encoder": model.pixel_encoder.resolutions, "decoder": model.pixel_decoder.resolutions}
+    levels = {part: [[*level] for level in of_part] for part, of_part in resolutions.items()}
     middles = {"encoder": levels["encoder"][-1][-3:], "decoder": levels["decoder"][0][:3]}
     del levels["encoder"][-1][-3:], levels["decoder"][0][:3]
     for part, middle in middles.items():

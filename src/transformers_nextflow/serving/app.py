@@ -21,7 +21,7 @@ from .errors import RequestError, add_error_handlers
 from .gate import Gate
 from .jobs import Answer, Job, Studio
 from .limits import Limits
-from .metrics import Counted, Metrics
+from .metrics import Metrics
 from .pictures import check_pictures, read_picture, to_base64
 from .schemas import ChatRequest, EditRequest, ImageRequest
 
@@ -57,8 +57,7 @@ def create_app(
             group.cancel_scope.cancel()
 
     app = FastAPI(title="transformers-nextflow", lifespan=lifespan)
-    app.add_middleware(Gate, api_key=api_key, max_bytes=limits.max_body * 2**20)
-    app.add_middleware(Counted, metrics=metrics)
+    app.add_middleware(Gate, api_key=api_key, max_bytes=limits.max_body * 2**20, metrics=metrics)
     add_error_handlers(app)
 
     def check_model(asked: str | None) -> None:
@@ -71,7 +70,9 @@ def create_app(
         width, height = answer.parts[0].size
         return {
             "created": int(time.time()),
-            "data": await run_in_threadpool(lambda: [{"b64_json": to_base64(picture)} for picture in answer.parts]),
+            "data": await run_in_threadpool(
+                lambda: [{"b64_json": to_base64(part)} for part in answer.parts if not isinstance(part, str)]
+            ),
             "output_format": "png",
             "size": f"{width}x{height}",
             "seed": job.seed,

@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 from .errors import RequestError
 from .jobs import Answer, Job
@@ -77,9 +78,10 @@ class Batcher:
                 self.metrics.pictures.observe(sum(job.num_pictures for job in jobs))
                 outcomes = await loop.run_in_executor(model, self._outcomes, jobs)
                 for ticket, outcome in zip(self.running, outcomes):
-                    failed = isinstance(outcome, Exception)
-                    if not ticket.answer.done():  # its client may be gone
-                        (ticket.answer.set_exception if failed else ticket.answer.set_result)(outcome)
+                    answer, failed = ticket.answer, isinstance(outcome, Exception)
+                    settle: Callable[[Any], None] = answer.set_exception if failed else answer.set_result
+                    if not answer.done():  # its client may be gone
+                        settle(outcome)
                 self.running = []
 
     def _next_batch(self) -> list[Ticket]:
