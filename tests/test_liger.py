@@ -108,5 +108,5 @@ def test_the_trainers_own_call_replaces_them_once_registered(table):
 @pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is not None, reason="liger-kernel is installed")
 @pytest.mark.parametrize("call", [lambda: apply_liger_kernel(tiny_model()), register_liger_kernel])
 def test_without_liger_the_package_is_named(call):
-    with pytest.raises(ImportError, match="pip install liger-kernel"):
+    with pytest.raises(ImportError, match=r"pip install 'transformers-nextflow\[cuda\]'"):
         call()

@@ -197,6 +197,7 @@ def load_decoder(decoder: Decoder, model: str | None, vq_model: NextFlowVQModel)
     Raises:
         ValueError: if the options contradict each other, or it is no decoder, or one for other codes, or nothing
             installed loads it.
+        ImportError: without the packages of diffusion decoders.
     """
     name = decoder.decoder_model
     if decoder.decoder == "vq":
@@ -600,13 +601,13 @@ def options(version: Annotated[bool, Option("--version", callback=print_version,
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand and return its exit status; a user's error (bad value, missing file) is one line on stderr
-    and status 2."""
+    """Run one subcommand and return its exit status; a user's error (bad value, missing file or package) is one
+    line on stderr and status 2."""
     try:
         app(argv, prog_name="transformers-nextflow")
     except SystemExit as end:
         return int(end.code or 0)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     return 0

@@ -7,12 +7,11 @@ process, since Qwen2.5-VL's attention looks it up as a function of its module.
 `model.set_use_kernels(True)` of transformers replaces the RMSNorm layers alone, by a download from the Hub.
 """
 
-from importlib import import_module
-
 import torch
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm, Qwen2MLP
 
 from .configuration_nextflow import NextFlowConfig
+from .utils.lazy import needing_extra
 
 
 def apply_liger_kernel(model, rms_norm: bool = True, swiglu: bool = True) -> None:
@@ -25,14 +24,16 @@ def apply_liger_kernel(model, rms_norm: bool = True, swiglu: bool = True) -> Non
     Raises:
         ImportError: if liger-kernel is not installed.
     """
-    kernels = _liger("liger_kernel.transformers")
+    with needing_extra("cuda", "use_liger_kernel"):
+        from liger_kernel.transformers import LigerRMSNorm, LigerSwiGLUMLP
+
     decoder = model.base_model.language_model
     for name, module in list(decoder.named_modules()):
         with torch.device("meta"):
             if rms_norm and isinstance(module, Qwen2_5_VLRMSNorm):
-                replacement = kernels.LigerRMSNorm(len(module.weight), eps=module.variance_epsilon)
+                replacement = LigerRMSNorm(len(module.weight), eps=module.variance_epsilon)
             elif swiglu and isinstance(module, Qwen2MLP):
-                replacement = kernels.LigerSwiGLUMLP(module.config)
+                replacement = LigerSwiGLUMLP(module.config)
             else:
                 continue
         for part, _ in [*replacement.named_parameters(recurse=False), *replacement.named_children()]:
@@ -46,14 +47,7 @@ def register_liger_kernel() -> None:
     Raises:
         ImportError: if liger-kernel is not installed.
     """
-    table = _liger("liger_kernel.transformers.monkey_patch").MODEL_TYPE_TO_APPLY_LIGER_FN
-    table[NextFlowConfig.model_type] = apply_liger_kernel
+    with needing_extra("cuda", "use_liger_kernel"):
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
-
-def _liger(module: str):
-    try:
-        return import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name != "liger_kernel":
-            raise
-        raise ImportError("Liger's kernels need the package liger-kernel: pip install liger-kernel") from error
+    MODEL_TYPE_TO_APPLY_LIGER_FN[NextFlowConfig.model_type] = apply_liger_kernel

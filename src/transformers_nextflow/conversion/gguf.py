@@ -33,7 +33,8 @@ def safetensors_folder(path: str | Path) -> Iterator[Path]:
 
     Raises:
         ValueError: if the file is damaged, of another architecture than Llama or Qwen2, or holds what transformers
-            does not read: other tensors, or a scaled rotary embedding; or without the package gguf.
+            does not read: other tensors, or a scaled rotary embedding.
+        ImportError: without the package gguf.
     """
     path = Path(path)
     _check(path)

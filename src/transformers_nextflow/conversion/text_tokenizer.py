@@ -61,7 +61,8 @@ def load_text_tokenizer(folder: str | Path, chosen: ImageTokens | None = None) -
     absent = [token for token in tokens if token not in known]
     if len(set(tokens)) < 3:
         raise ValueError(f"<boi>, <eoi> and <image> must be three tokens, got {', '.join(tokens)}")
-    if used := [token for token in tokens if token in _used(tokenizer)]:
+    taken = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token, *CHATML_TOKENS}
+    if used := [token for token in tokens if token in taken]:
         raise ValueError(f"texts need {', '.join(used)}, choose other tokens for pictures")
     if chosen and absent:
         raise ValueError(
@@ -77,11 +78,6 @@ def load_text_tokenizer(folder: str | Path, chosen: ImageTokens | None = None) -
     return tokenizer, tokens, [tokenizer.convert_tokens_to_ids(token) for token in absent]
 
 
-def _used(tokenizer) -> set[str]:
-    named = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token}
-    return named | set(CHATML_TOKENS)
-
-
 def chat_template_of(tokenizer, tokens: ImageTokens) -> str | None:
     """The tokenizer's own chat template with pictures in it; `None`, the processor's ChatML, for a tokenizer without
     one that has ChatML's tokens.
@@ -89,16 +85,14 @@ def chat_template_of(tokenizer, tokens: ImageTokens) -> str | None:
     Raises:
         ValueError: if it has neither.
     """
-    template = tokenizer.chat_template
-    if isinstance(template, dict):
-        template = template.get("default")
-    if template is None:
+    if tokenizer.chat_template is None:
         if set(CHATML_TOKENS) <= tokenizer.get_added_vocab().keys():
             return None
         raise ValueError(
             f"the text tokenizer has neither a chat template nor the tokens {' and '.join(CHATML_TOKENS)} of the "
             f"default one: put a chat_template.jinja beside it"
         )
+    template = tokenizer.get_chat_template()
     around = [PICTURES, OPENING]
     for name, token in tokens._asdict().items():
         around = [part.replace(f"<{name}>", token) for part in around]

@@ -24,10 +24,10 @@ def lazy_names(package: str, module_of: Mapping[str, str]) -> Callable[[str], An
 
 @contextmanager
 def needing_extra(extra: str, what: str) -> Iterator[None]:
-    """While this runs, a package that is lacking is a `ValueError` that says how `what` gets it."""
+    """While this runs, errors of a package that is lacking say how `what` gets it."""
     try:
         yield
     except ImportError as error:
-        raise ValueError(
+        raise ImportError(
             f"{what} needs a package that is not installed ({error}): pip install 'transformers-nextflow[{extra}]'"
         ) from error
