@@ -210,11 +210,13 @@ def load_decoder(decoder: Decoder, model: str | None, vq_model: NextFlowVQModel)
         raise ValueError("--decoder diffusion needs --decoder-model, a folder or Hub id")
     if decoder.decoder_steps is not None and decoder.decoder_steps < 1:
         raise ValueError(f"--decoder-steps must be positive, got {decoder.decoder_steps}")
-    found = entry_points(group=DECODER_GROUP, name=decoder.decoder)
+    found = entry_points(group=DECODER_GROUP, name="diffusion")
     if not found:
-        raise ValueError("no installed package loads decoders: install transformers-nextflow anew")
-    with needing_extra("diffusers", f"--decoder {decoder.decoder}"):
-        load = found[decoder.decoder].load()
+        raise ValueError(
+            "no installed package loads decoders for --decoder diffusion: install transformers-nextflow anew"
+        )
+    with needing_extra("diffusers", "--decoder diffusion"):
+        load = found["diffusion"].load()
     pipeline = load(model_name(name))
     if pipeline.vq_model is not None and not same_weights(vq_model.quantizer, pipeline.vq_model.quantizer):
         raise ValueError(f"{name} decodes another vision tokenizer's codes")
