@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +146,30 @@ def test_reinforcement_goes_on_from_adapters(tuned):
     moved = [name for name in first if not torch.equal(first[name], second[name])]
     assert moved and all("lora_" in name or "modules_to_save" in name for name in moved)
     assert all((first[name] - second[name]).norm() < 0.5 * first[name].norm() for name in moved)
+
+
+def test_prompts_are_a_file_with_a_held_out_split(start, capsys):
+    """As every data set: no name of a file is one of a dataset on the Hub."""
+    Path("split").mkdir()
+    for split, text in (("train", "a box"), ("test", "a cat")):
+        Path(f"split/{split}.jsonl").write_text(json.dumps({"prompt": text}) + "\n")
+    Path("seen.py").write_text(
+        "seen = set()\n\ndef zero(prompts, **columns):\n"
+        "    seen.update(chat[-1]['content'][-1]['text'] for chat in prompts)\n    return [0.0] * len(prompts)\n"
+    )
+    options = ("--reward_funcs", "seen.zero", "--model", "start", "--output", "drawn", "--max_steps", 1)
+    options += ("--num_generations", 2, "--per_device_train_batch_size", 2, "--prefix_tokens", 5, *QUIET)
+    held_out = ("--eval_strategy", "steps", "--eval_steps", 1)
+    run("train", "grpo", "--dataset_name", "split/train.jsonl", *options)
+    seen = sys.modules["seen"].seen
+    assert seen == {"a box"}
+    run("train", "grpo", "--dataset_name", "split", *options, *held_out)
+    assert seen == {"a box", "a cat"}
+    message = "split/train.jsonl has no split test, but train"
+    assert message in fails(capsys, "train", "grpo", "--dataset_name", "split/train.jsonl", *options, *held_out)
+    assert "leave out --dataset_streaming" in fails(
+        capsys, "train", "grpo", "--dataset_name", "split", *options, "--dataset_streaming"
+    )
 
 
 def base_model():

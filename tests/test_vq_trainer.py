@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -754,4 +755,8 @@ def test_the_command_goes_through_the_stages(model, tmp_path, capsys):
     assert "eval_psnr" in capsys.readouterr().out
     (tmp_path / "empty").mkdir()
     run("joint", "decoder", "empty", status=2)
-    assert re.search("there are no pictures .* in .*empty", capsys.readouterr().err)
+    assert re.search("empty must hold images", capsys.readouterr().err)
+    files = [tmp_path / "photos" / name for name in ("a.png", "more/b.JPG")]
+    rows = [{"image": {"bytes": file.read_bytes(), "path": None}} for file in files]
+    datasets.Dataset.from_list(rows, datasets.Features({"image": datasets.Image()})).to_parquet(tmp_path / "a.parquet")
+    run("tokenizer", "pixel", "a.parquet")

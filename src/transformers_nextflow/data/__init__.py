@@ -27,6 +27,7 @@ _MODULE_OF = {
     "PackSampler": "loading",
     "PackedDataset": "loading",
     "RawDocuments": "raw",
+    "Pictures": "sources",
     "Source": "sources",
     "extract": "extraction",
     "open_shards": "shards",

@@ -183,16 +183,16 @@ class DocumentReader:
             return [Document(key, "text", (Message(None, (_text(get("text")),)),))]
         if self.task == "text-to-image":
             messages = (Message("user", (_text(get("text")),)), Message("assistant", (None,)))
-            return [Document(key, self.task, messages, (self._image(get("image")),))]
+            return [Document(key, self.task, messages, (self.image(get("image")),))]
         if self.task == "captioning":
             question = _string(get("question") or CAPTION_QUESTION)
-            return [_captioning(key, self._image(get("image")), question, _text(get("text")))]
+            return [_captioning(key, self.image(get("image")), question, _text(get("text")))]
         if self.task == "editing":
-            conditions = tuple(map(self._image, _as_list(get("image"))))
+            conditions = tuple(map(self.image, _as_list(get("image"))))
             if not conditions:
                 raise Skipped("no image")
             user = Message("user", (*[None] * len(conditions), _text(get("text"))))
-            target = self._image(get("target"))
+            target = self.image(get("target"))
             return [Document(key, self.task, (user, Message("assistant", (None,))), (*conditions, target))]
         if self.task == "interleaved":
             return self._interleaved(key, get("texts"), get("images"))
@@ -200,7 +200,7 @@ class DocumentReader:
             return [self._video(key, get("images"), get("text"))]
         return [self._chat(key, get("kind") or "chat", get("messages"), get("images"))]
 
-    def _image(self, cell: Any) -> bytes | str:
+    def image(self, cell: Any) -> bytes | str:
         """An image cell (encoded bytes, a path, or `datasets`' own of both) as bytes or a path.
 
         A path that a dataset of the Hub merely spells is refused; those of `datasets`' own lead into its cache.
@@ -224,7 +224,7 @@ class DocumentReader:
         parts: list[tuple[str | None, Any]] = []
         for text, image in zip(texts, images):
             parts += [(_string(text), None)] if text else []
-            parts += [(None, self._image(image))] if image is not None else []
+            parts += [(None, self.image(image))] if image is not None else []
         if not parts:
             raise Skipped("no text")
         pieces: list[list] = [[]]
@@ -251,7 +251,7 @@ class DocumentReader:
             last, count = len(frames) - 1, max(self.max_images - 1, 1)
             frames = [frames[place * last // count] for place in range(self.max_images)]
         content = (*((_string(text),) if text else ()), *[None] * len(frames))
-        return Document(key, self.task, (Message(None, content),), tuple(map(self._image, frames)))
+        return Document(key, self.task, (Message(None, content),), tuple(map(self.image, frames)))
 
     def _chat(self, key: str, kind: str, messages: Any, images: Any) -> Document:
         if not messages:
@@ -266,7 +266,7 @@ class DocumentReader:
         else:
             cells = list(apart)
         try:
-            return Document(key, _string(kind), read, tuple(map(self._image, cells)))
+            return Document(key, _string(kind), read, tuple(map(self.image, cells)))
         except ValueError as error:
             raise Skipped("malformed chat", str(error)) from error
 

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers.utils import logging
@@ -57,7 +56,6 @@ from .tokenizers import load_tokenizers
 
 logger = logging.get_logger(__name__)
 
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 ENGINES = ("local", "ray")
 
 
@@ -509,7 +507,7 @@ class PictureReader(Dataset):
     def __getitem__(self, index: int) -> torch.Tensor | str:
         try:
             return pixels_of(self.image_processor, *self.images[index])
-        except UNREADABLE as error:
+        except DAMAGED as error:
             return f"{type(error).__name__}: {error}"
 
 

@@ -6,7 +6,8 @@ import datasets
 import numpy as np
 from torch.utils.data import Dataset
 
-from .extraction import UNREADABLE, ExtractionSettings, Extractor
+from ..image_processing_nextflow import DAMAGED
+from .extraction import ExtractionSettings, Extractor
 from .loading import unfold
 from .sources import Source, as_source, task_of
 
@@ -71,7 +72,7 @@ class RawDocuments(Dataset):
         ):
             try:
                 pixels = self.extractor.pixels(image, schedule)
-            except UNREADABLE as error:
+            except DAMAGED as error:
                 raise ValueError(f"{document.key}: unreadable image: {error}") from error
             variants = [self.epoch] if supervised and corrected else []
             codes, inputs = self.extractor.code([pixels], schedule, [[f"{document.key}/{place}"]], variants)

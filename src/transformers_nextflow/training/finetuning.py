@@ -22,10 +22,11 @@ from ..data import BatchPadding, CostModel, Document, DocumentReader, Extraction
 from ..data import extract as extract_documents
 from ..data import pack as pack_documents
 from ..data.documents import Skipped, draw, open_image
-from ..data.extraction import UNREADABLE, check_plan
+from ..data.extraction import check_plan
 from ..data.inspection import draw_sheet
 from ..data.shards import write_json
 from ..data.sources import content_hash, find_columns
+from ..image_processing_nextflow import DAMAGED
 from ..lora import lora_config
 from ..processing_nextflow import NextFlowProcessor
 from ..quantizer import SelfCorrection
@@ -135,7 +136,7 @@ def _write_documents(
         try:
             (document,) = reader.read(row, index)
             _decode(document.images[0])
-        except (Skipped, *UNREADABLE) as error:
+        except (Skipped, *DAMAGED) as error:
             logger.warning(f"left out {reader.key_of(row, index)}: {error}")
             left_out += 1
             continue
@@ -160,7 +161,7 @@ def _check_enough(count: int) -> None:
 
 
 def _decode(image: bytes | str) -> None:
-    """Raise one of `UNREADABLE` for what is no whole picture."""
+    """Raise one of `DAMAGED` for what is no whole picture."""
     with open_image(image) as picture:
         picture.load()
 

@@ -9,6 +9,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from transformers.utils import logging
 
+from ..data.documents import PictureSource, open_image
 from ..image_processing_nextflow import DAMAGED, NextFlowImageProcessor, upright_size
 from ..modeling_nextflow_vq import unpatchify
 
@@ -22,7 +23,8 @@ class ImageBatches(Dataset):
     header is damaged, and else of each batch that it is a part of; a batch without any other is the next one instead.
 
     Args:
-        images: paths or PIL images, for instance the column of an image dataset.
+        images: paths, encoded or PIL pictures, for instance the column of an image dataset, or
+            [`~transformers_nextflow.data.Pictures`].
         image_processor: brings each to the size of the schedule nearest in aspect ratio, resized and cut, not bent.
         batch_size: pictures in an item; the last item of each size may hold fewer, no picture is left out.
         level: of the schedules (default: the highest).
@@ -36,7 +38,7 @@ class ImageBatches(Dataset):
 
     def __init__(
         self,
-        images: Sequence[str | Path | Image.Image],
+        images: Sequence[PictureSource | Path],
         image_processor: NextFlowImageProcessor,
         batch_size: int,
         level: str | None = None,
@@ -65,15 +67,20 @@ class ImageBatches(Dataset):
     def _leave_out(self, index: int, error: Exception) -> None:
         if index not in self.damaged:
             self.damaged[index] = str(error)
+            logger.warning(f"left out {self._name(index)}, damaged image number {len(self.damaged)}: {error}")
+
+    def _name(self, index: int) -> str:
+        try:
             image = self.images[index]
-            name = f"image {index}" if isinstance(image, Image.Image) else image
-            logger.warning(f"left out {name}, damaged image number {len(self.damaged)}: {error}")
+        except ValueError:
+            image = None
+        return str(image) if isinstance(image, (str, Path)) else f"image {index}"
 
     def _size(self, index: int) -> tuple[int, int]:
         image = self.images[index]
         if isinstance(image, Image.Image):
             return upright_size(image)
-        with Image.open(image) as picture:
+        with open_image(image) as picture:
             return upright_size(picture)
 
     def set_epoch(self, epoch: int) -> None:
@@ -104,7 +111,9 @@ class ImageBatches(Dataset):
 
     def _pixels(self, number: int) -> torch.Tensor:
         """(3, H, W)"""
-        data = self.image_processor(self.images[number], level=self.level, return_tensors="pt")
+        image = self.images[number]
+        picture = image if isinstance(image, Image.Image) else open_image(image)
+        data = self.image_processor(picture, level=self.level, return_tensors="pt")
         pixels = data["pixel_values"]
         if self.image_processor.image_size is not None:
             return pixels[0]

@@ -16,9 +16,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import datasets
 from trl import ScriptArguments, TrlParser
 
+from ...data.sources import Source
 from ..ema import EMACallback
 from ..grpo import NextFlowGRPOConfig, NextFlowGRPOTrainer
 from ..grpo.reward_models import ClipScore
@@ -27,7 +27,9 @@ from .options import ModelOptions
 
 @dataclass
 class GRPOOptions(ScriptArguments):
-    dataset_name: str | None = field(default=None, metadata={"help": "Hub or local dataset of prompts"})
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "prompts: file, folder, or id of a dataset on the Hub"}
+    )
     reward_funcs: list[str] = field(
         default_factory=list, metadata={"help": "clip:MODEL (also SigLIP, PickScore), or dotted paths of functions"}
     )
@@ -55,13 +57,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     script, arguments, of_model = parser.parse_args_and_config(argv)
     if script.dataset_name is None or not script.reward_funcs:
         parser.error("give --dataset_name and --reward_funcs")
+    if script.dataset_streaming:
+        parser.error("prompts are drawn by their numbers: leave out --dataset_streaming")
     model, processor, adapters = of_model.load()
-    prompts = datasets.load_dataset(script.dataset_name, script.dataset_config, split=script.dataset_train_split)
+
+    def prompts(split: str):
+        return Source(script.dataset_name, split, script.dataset_config).load(decode=True)
+
     trainer = NextFlowGRPOTrainer(
         model,
         [reward_function(reward) for reward in script.reward_funcs],
         arguments,
-        prompts,
+        prompts(script.dataset_train_split),
+        prompts(script.dataset_test_split) if arguments.eval_strategy != "no" else None,
         processing_class=processor,
         peft_config=adapters,
     )

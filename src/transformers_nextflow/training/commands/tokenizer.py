@@ -1,4 +1,4 @@
-"""Train a vision tokenizer on a folder of pictures, in one of the paper's three stages (sec. 3.1).
+"""Train a vision tokenizer on pictures, in one of the paper's three stages (sec. 3.1).
 
 A tokenizer to begin with comes from `transformers-nextflow convert tokenflow`, around a SigLIP2 or with TokenFlow's
 weights; a stage begins with what the stage before it wrote. On one device or under `accelerate launch -m`:
@@ -13,10 +13,10 @@ kept in the output folder, where another joint stage finds it; `--teacher` names
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from transformers import HfArgumentParser
 
+from ...data import Pictures, Source
 from ...image_processing_nextflow import NextFlowImageProcessor
 from ...utils.loading import load_vq_model, model_name
 from .. import (
@@ -28,12 +28,10 @@ from .. import (
     prepare_vq_stage,
 )
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-
 
 @dataclass
 class TokenizerOptions:
-    images: str = field(metadata={"help": "folder of pictures, searched to its depth"})
+    images: str = field(metadata={"help": "pictures: folder or file of rows, or id of a dataset on the Hub"})
     eval_images: str | None = field(default=None, metadata={"help": "the same, for PSNR, SSIM and a sheet"})
     model: str | None = field(
         default=None,
@@ -47,13 +45,6 @@ class TokenizerOptions:
     level: str | None = field(default=None, metadata={"help": "of the pictures; default: the highest"})
     images_per_batch: int = field(default=16, metadata={"help": "pictures of one size in a batch"})
     ema_decay: float | None = field(default=None, metadata={"help": "keep a moving average of the trained weights"})
-
-
-def pictures(folder: str) -> list[Path]:
-    found = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES)
-    if not found:
-        raise FileNotFoundError(f"there are no pictures ({', '.join(SUFFIXES)}) in {folder}")
-    return found
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -70,8 +61,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = prepare_vq_stage(model, arguments.stage)
     image_processor = NextFlowImageProcessor.from_vq_config(model.config)
 
-    def batches(folder: str) -> ImageBatches:
-        return ImageBatches(pictures(folder), image_processor, script.images_per_batch, script.level, arguments.seed)
+    def batches(name: str) -> ImageBatches:
+        return ImageBatches(
+            Pictures(Source(name)), image_processor, script.images_per_batch, script.level, arguments.seed
+        )
 
     trainer = NextFlowVQTrainer(
         model,

@@ -1,0 +1,126 @@
+"""Which rows a source has: splits by names, tars of every kind, folders with anything in them."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import datasets
+import pytest
+from data_samples import picture
+from PIL import Image
+
+from transformers_nextflow.data import ExtractionSettings, Pictures, Source, extract
+
+
+def write_rows(path: Path, *texts: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    datasets.Dataset.from_dict({"text": list(texts)}).to_parquet(str(path))
+
+
+def write_photos(folder: Path, *names: str) -> None:
+    """Pictures whose captions are their names."""
+    folder.mkdir(parents=True)
+    for number, name in enumerate(names):
+        (folder / name).write_bytes(picture(number))
+    lines = [json.dumps({"file_name": name, "text": name}) + "\n" for name in names]
+    (folder / "metadata.jsonl").write_text("".join(lines))
+
+
+def write_tar(path: Path, **members: bytes) -> None:
+    """`0_png` is the file 0.png."""
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            entry = tarfile.TarInfo(name.replace("_", "."))
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+
+
+def texts(path: Path, split: str = "train") -> list[str]:
+    return Source(str(path), split).load()["text"][:]
+
+
+def test_no_picture_is_left_out_for_its_name(tmp_path):
+    names = ["cat.png", "test.png", "train-ride.png", "x[1].png"]
+    write_photos(tmp_path / "photos [2] * 3", *names)
+    assert sorted(texts(tmp_path / "photos [2] * 3")) == names
+
+
+def test_splits_are_what_names_of_files_and_folders_say(tmp_path):
+    rows, photos = tmp_path / "rows", tmp_path / "photos"
+    write_rows(rows / "train-00000-of-00001.parquet", "a", "b", "c")
+    write_rows(rows / "more" / "dev.parquet", "d")
+    assert (texts(rows), texts(rows, "validation")) == (["a", "b", "c"], ["d"])
+    assert texts(rows, "train[:2]") == ["a", "b"] and texts(rows, "train[2:]+dev") == ["c", "d"]
+    write_photos(photos / "train", "a.png", "b.png")
+    write_photos(photos / "val2017", "c.png")
+    assert (texts(photos), texts(photos, "validation")) == (["a.png", "b.png"], ["c.png"])
+    assert [Path(path).name for path in Pictures(Source(str(photos), "validation"))] == ["c.png"]
+
+
+def test_a_saved_dict_of_datasets_has_its_own_splits(tmp_path):
+    kinds = {name: datasets.Dataset.from_dict({"text": [name]}) for name in ("sft", "preferences")}
+    datasets.DatasetDict(kinds).save_to_disk(str(tmp_path / "saved"))
+    assert texts(tmp_path / "saved", "preferences") == ["preferences"]
+    with pytest.raises(ValueError, match="saved has no split train, but preferences, sft"):
+        texts(tmp_path / "saved")
+
+
+def test_a_split_that_is_not_there_is_refused(tmp_path):
+    write_rows(tmp_path / "a.parquet", "a")
+    write_rows(tmp_path / "mixed" / "test.parquet", "b")
+    for name in ("a.parquet", "mixed"):
+        with pytest.raises(ValueError, match=f"{name} has no split validation, but t"):
+            texts(tmp_path / name, "validation")
+    write_rows(tmp_path / "mixed" / "notes.parquet", "c")
+    with pytest.raises(ValueError, match="mixed has files of the splits test, and of none, such as .*notes.parquet"):
+        texts(tmp_path / "mixed", "test")
+    with pytest.raises(ValueError, match="config names a part of a dataset on the Hub, .*a.parquet is here: got 'en'"):
+        Source(str(tmp_path / "a.parquet"), config="en").load()
+
+
+def test_a_tar_may_lack_members_and_hold_what_is_no_text(tmp_path, data_checkpoint):
+    """Each key by itself: what a row lacks costs this row, which is counted."""
+    members = {"0_png": picture(0), "1_png": picture(1), "2_png": picture(2), "0_txt": b"a star"}
+    write_tar(tmp_path / "a.tar", **members, **{"1_txt": b"caf\xe9", "3_txt": b"no picture", "notes": b"no key"})
+    settings = ExtractionSettings("text-to-image", {"text": "txt", "image": "png"})
+    counts = extract(Source(str(tmp_path / "a.tar")), data_checkpoint, tmp_path / "out", settings)["statistics"]
+    assert counts["documents"] == 1
+    skipped = {name.removeprefix("skipped: "): n for name, n in counts.items() if name.startswith("skipped")}
+    assert skipped == {"no text": 1, "no Unicode text": 1, "no image": 1}
+    write_tar(tmp_path / "a.tar", **members)  # the same name is not the same source
+    assert Source(str(tmp_path / "a.tar"), "train[1:]").load()["__key__"][:] == ["1", "2"]
+
+
+def test_links_are_followed_once_and_lead_nowhere(tmp_path):
+    write_photos(tmp_path / "elsewhere", "a.png")
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    (folder / "in").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "round").symlink_to(folder)
+    (folder / "gone.png").symlink_to(tmp_path / "nothing.png")
+    assert texts(folder) == ["a.png"]
+
+
+def test_pictures_without_a_caption_are_counted(tmp_path, caplog):
+    write_photos(tmp_path / "photos", "a.png", "b.png")
+    (tmp_path / "photos" / "c.png").write_bytes(picture(2))
+    assert texts(tmp_path / "photos") == ["a.png", "b.png"]
+    assert "1 of 3 pictures of" in caplog.text
+
+
+def test_pictures_of_rows_are_their_bytes(tmp_path):
+    rows = [{"photo": {"bytes": data, "path": None}} for data in (picture(0), picture(1))] + [{"photo": None}]
+    table = datasets.Dataset.from_list(rows, datasets.Features({"photo": datasets.Image()}))
+    table.to_parquet(str(tmp_path / "a.parquet"))
+    pictures = Pictures(Source(str(tmp_path / "a.parquet")))
+    assert len(pictures) == 3 and list(map(pictures.__getitem__, range(2))) == [picture(0), picture(1)]
+    with pytest.raises(ValueError, match="no image"):
+        pictures[2]
+    assert isinstance(Source(str(tmp_path / "a.parquet")).load(decode=True)[0]["photo"], Image.Image)
+
+
+def test_an_empty_file_is_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"")
+    with pytest.raises(ValueError, match="a.jsonl cannot be read as a dataset: it has no rows"):
+        Source(str(tmp_path / "a.jsonl")).load()
