@@ -1,5 +1,6 @@
 """Scores of a vision tokenizer over a folder of pictures: those of its reconstructions, asked for one by one."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -43,6 +44,29 @@ def test_psnr_and_ssim_are_means_over_the_pictures(console, folder, pictures):
     window = {"gaussian_weights": True, "use_sample_covariance": False, "channel_axis": 2}
     expected = np.mean([metrics.structural_similarity(*pair, **window) for pair in pairs])
     assert figures["ssim"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_pictures_that_come_back_equal_have_no_psnr(console, folder, tiny_model, tiny_processor, tmp_path):
+    """Of a tokenizer that rebuilds everything grey: JSON knows no infinity."""
+    model = copy.deepcopy(tiny_model)
+    with torch.no_grad():
+        for parameter in model.model.vq_model.pixel_decoder.conv_out.parameters():
+            parameter.zero_()
+    for part in (model, tiny_processor):
+        part.save_pretrained(tmp_path / "grey")
+    (tmp_path / "more").mkdir()
+    Image.new("RGB", (24, 24), (127, 127, 127)).save(tmp_path / "more" / "grey.png")
+
+    def scores(*words) -> dict:
+        return json.loads(console(*words, "--json", model=tmp_path / "grey")[1], parse_constant=pytest.fail)
+
+    assert scores("evaluate", "psnr", "more") == {"pictures": 1, "equal": 1, "psnr": None, "ssim": 1.0}
+    assert "PSNR none, all are equal" in console("evaluate", "psnr", "more", model=tmp_path / "grey")[1]
+    assert scores("reconstruct", "more/grey.png")["psnr"] is None
+    Image.new("RGB", (24, 24), (127, 127, 137)).save(tmp_path / "more" / "other.png")
+    both = scores("evaluate", "psnr", "more")
+    assert (both["pictures"], both["equal"]) == (2, 1)
+    assert both["psnr"] == pytest.approx(10 * np.log10(255**2 / (10**2 / 3)))
 
 
 def test_pictures_of_one_size_are_rebuilt_together(tiny_model, tiny_processor, pictures):

@@ -347,11 +347,13 @@ def reconstruct(
     ((originals, rebuilt),) = reconstructions(vq_model, image_processor, [picture], level)
     original, reconstruction = (each[0].permute(1, 2, 0).cpu().numpy() for each in (originals, rebuilt))
     seconds = time.perf_counter() - start
-    psnr = float(10 * np.log10(255**2 / np.square(original - 1.0 * reconstruction).mean().clip(1e-10)))
+    error = np.square(original - 1.0 * reconstruction).mean()
+    psnr = float(10 * np.log10(255**2 / error)) if error else None
     save_picture(Image.fromarray(np.concatenate([original, reconstruction], axis=1)), path)
     height, width, _ = original.shape
     figures = {"path": str(path), "width": width, "height": height, "psnr": psnr, "seconds": seconds}
-    line = f"{path}  original and reconstruction, {width}x{height} pixels each, PSNR {psnr:.2f} dB"
+    shown = "equal" if psnr is None else f"PSNR {psnr:.2f} dB"
+    line = f"{path}  original and reconstruction, {width}x{height} pixels each, {shown}"
     print_figures(figures, json, line)
 
 

@@ -62,15 +62,17 @@ def loss(
 def psnr(
     pictures: Pictures, model: Model = None, level: Level = None, batch_size: BatchSize = 16, json: Json = False
 ) -> None:
-    """PSNR in dB and SSIM of reconstructions, means over the pictures."""
+    """PSNR in dB and SSIM of reconstructions, means over the pictures; those that come back equal have no PSNR."""
     measured = []
     for originals, rebuilt in reconstructions_of(pictures, model, level, batch_size):
         a, b = (each.double() / 127.5 - 1 for each in (rebuilt, originals))
         measured.append(torch.stack([metrics.psnr(a, b), metrics.ssim(a, b)]))
     means = torch.cat(measured, dim=1)
-    mean_psnr, mean_ssim = means.mean(1).tolist()
-    figures = {"pictures": means.shape[1], "psnr": mean_psnr, "ssim": mean_ssim}
-    print_figures(figures, json, f"{means.shape[1]} pictures  PSNR {mean_psnr:.2f} dB  SSIM {mean_ssim:.4f}")
+    differ = means[0].isfinite()
+    mean_psnr, mean_ssim = means[0, differ].mean().item() if differ.any() else None, means[1].mean().item()
+    figures = {"pictures": means.shape[1], "equal": int((~differ).sum()), "psnr": mean_psnr, "ssim": mean_ssim}
+    shown = "none, all are equal" if mean_psnr is None else f"{mean_psnr:.2f} dB"
+    print_figures(figures, json, f"{means.shape[1]} pictures  PSNR {shown}  SSIM {mean_ssim:.4f}")
 
 
 @command(app)

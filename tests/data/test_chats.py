@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import math
 import re
 from pathlib import Path
 
@@ -237,7 +238,8 @@ def test_what_trl_reads_is_of_the_distributions_of_the_whole_forward(model, tiny
 
 def test_what_pictures_cannot_be_trained_with_is_refused(model, tiny_processor, tmp_path):
     data = {"train_dataset": Dataset.from_list(CHATS), "processing_class": tiny_processor}
-    for option in ({"loss_type": "dft"}, {"completion_only_loss": False}):
+    unheeded = ({"label_smoothing_factor": 0.1}, {"train_sampling_strategy": "group_by_length"})
+    for option in ({"loss_type": "dft"}, {"completion_only_loss": False}, *unheeded):
         with pytest.raises(ValueError, match=next(iter(option))):
             NextFlowSFTTrainer(copy.deepcopy(model), SFTConfig(**options(tmp_path, **option)), **data)
     pairs = {"train_dataset": Dataset.from_list(PAIRS), "processing_class": tiny_processor}
@@ -263,10 +265,23 @@ def test_held_out_answers_count_by_their_targets(model, tiny_processor, tmp_path
 def test_weights_in_16_bits_are_named(model, tiny_processor, tmp_path, caplog):
     model.to(torch.bfloat16)
     answers = {"train_dataset": Dataset.from_list(CHATS), "processing_class": tiny_processor}
-    NextFlowSFTTrainer(copy.deepcopy(model), SFTConfig(**options(tmp_path)), **answers)
+    NextFlowSFTTrainer(copy.deepcopy(model), SFTConfig(**options(tmp_path)), **answers).train()
     pairs = {"train_dataset": Dataset.from_list(PAIRS), "processing_class": tiny_processor}
-    NextFlowDPOTrainer(copy.deepcopy(model), args=DPOConfig(**options(tmp_path)), **pairs)
+    NextFlowDPOTrainer(copy.deepcopy(model), args=DPOConfig(**options(tmp_path)), **pairs).train()
     assert caplog.text.count("trained tensors are bfloat16") == 2
+
+
+def test_the_reference_is_the_model_as_it_is_handed_over(model, tiny_processor, tmp_path):
+    """Not as its folder has it; so the first loss is that of no preference."""
+    model.save_pretrained(tmp_path / "model")
+    trained = type(model).from_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        trained.code_head.weight.neg_()
+    data = {"train_dataset": Dataset.from_list(PAIRS), "processing_class": tiny_processor}
+    trainer = NextFlowDPOTrainer(trained, args=DPOConfig(**options(tmp_path)), **data)
+    trainer.train()
+    first = next(row["loss"] for row in trainer.state.log_history if "loss" in row)
+    assert first == pytest.approx(math.log(2), abs=1e-5)
 
 
 def answer_logps(model, batch: dict, num_scales: int | None) -> torch.Tensor:

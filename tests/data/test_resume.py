@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from trainings import with_dropout
 
 from transformers_nextflow.training.checkpoints import checkpoint_to_resume
@@ -116,3 +116,22 @@ def test_the_checkpoint_to_go_on_from_is_the_newest_whole_one(tmp_path):
         checkpoint_to_resume(str(tmp_path / "checkpoint-12"), str(tmp_path))
     with pytest.raises(ValueError, match="checkpoint-11/trainer_state.json is no JSON file"):
         checkpoint_to_resume(str(tmp_path / "checkpoint-11"), str(tmp_path))
+
+
+def test_a_checkpoint_with_a_damaged_file_is_none(tmp_path):
+    """As a copy that was broken off leaves it."""
+    for step in (1, 2):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        save_file({"a": torch.zeros(99)}, folder / "model.safetensors")
+        torch.save({"a": torch.zeros(99)}, folder / "optimizer.pt")
+        (folder / "trainer_state.json").write_text("{}")
+    for name in ("model.safetensors", "optimizer.pt"):
+        path = tmp_path / "checkpoint-2" / name
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+        assert checkpoint_to_resume(True, str(tmp_path)) == str(tmp_path / "checkpoint-1")
+        with pytest.raises(ValueError, match=f"checkpoint-2 is no whole checkpoint, {name} is damaged"):
+            checkpoint_to_resume(str(tmp_path / "checkpoint-2"), str(tmp_path))
+        path.write_bytes(whole)
+    assert checkpoint_to_resume(True, str(tmp_path)) == str(tmp_path / "checkpoint-2")

@@ -268,6 +268,41 @@ def test_metrics_of_logits_are_refused(dataset, data_model, tmp_path):
         NextFlowTrainer(data_model, NextFlowTrainingArguments(str(tmp_path)), compute_metrics=lambda prediction: {})
 
 
+def test_the_best_by_any_loss_is_the_lowest(dataset, data_model, tmp_path):
+    """The Trainer takes a name that does not end in `loss` for one whose greatest is best."""
+    run = {"max_steps": 3, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    run |= {"load_best_model_at_end": True, "metric_for_best_model": "loss_vision", "learning_rate": 0.03}
+    arguments = NextFlowTrainingArguments(str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True, **run)
+    trainer = NextFlowTrainer(copy.deepcopy(data_model), arguments, train_dataset=dataset, eval_dataset=dataset)
+    trainer.train()
+    evaluated = [row["eval_loss_vision"] for row in trainer.state.log_history if "eval_loss_vision" in row]
+    assert trainer.state.best_metric == min(evaluated) < max(evaluated)
+    assert trainer.evaluate()["eval_loss_vision"] == pytest.approx(min(evaluated), rel=1e-6)
+
+
+def test_held_out_packs_alone_are_evaluated(dataset, data_model, tmp_path):
+    arguments = NextFlowTrainingArguments(str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True)
+    alone = NextFlowTrainer(data_model, arguments, eval_dataset={"a": dataset}).evaluate()
+    both = NextFlowTrainer(data_model, arguments, train_dataset=dataset, eval_dataset=dataset).evaluate()
+    assert alone["eval_a_loss"] == both["eval_loss"]
+
+
+def test_other_datasets_than_packs_are_named(dataset, data_model, tmp_path):
+    for other, message in (
+        ([{"text": "a"}], "datasets must be packs or raw documents, .* got list"),
+        (iter(dataset), "datasets must be packs or raw documents, .* got iterator"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(data_model, other, tmp_path)
+    with pytest.raises(ValueError, match="train_dataset must have a length and items by number, got generator"):
+        train(data_model, (each for each in dataset), tmp_path, collator=PackCollator(dataset))
+
+
+def test_batches_are_not_cut_for_the_devices(tmp_path):
+    with pytest.raises(ValueError, match="dispatch_batches is not for this trainer"):
+        NextFlowTrainingArguments(str(tmp_path), accelerator_config={"dispatch_batches": True})
+
+
 @pytest.mark.parametrize("option", [{"label_smoothing_factor": 0.5}, {"train_sampling_strategy": "group_by_length"}])
 def test_options_that_would_not_be_heeded_are_refused(option, tmp_path):
     ((name, value),) = option.items()
@@ -285,6 +320,28 @@ def test_a_resumed_run_continues_the_undisturbed_one(dataset, data_model, tmp_pa
     assert losses(resumed) == losses(whole)
     assert largest_difference(parameters(whole.model), parameters(resumed.model)) == 0
     assert len({row["loss"] for row in losses(whole)}) == 10
+
+
+def test_a_run_resumed_at_its_end_makes_no_step(dataset, data_model, tmp_path):
+    run = {"max_steps": 3, "save_strategy": "steps", "save_steps": 3, "per_device_train_batch_size": 2}
+    whole = train(copy.deepcopy(data_model), dataset, tmp_path, **run)
+    again = train(copy.deepcopy(data_model), dataset, tmp_path, resume=True, **run)
+    assert again.state.global_step == 3 and losses(again) == losses(whole)
+    assert largest_difference(parameters(whole.model), parameters(again.model)) == 0
+
+
+def test_a_run_is_not_resumed_on_data_in_another_order(dataset, data_model, tmp_path):
+    run = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1}
+    whole = train(copy.deepcopy(data_model), dataset, tmp_path, **run, gradient_accumulation_steps=2)
+    resume = {"resume": str(tmp_path / "checkpoint-1"), **run}
+    split = train(copy.deepcopy(data_model), dataset, tmp_path, per_device_train_batch_size=2, **resume)
+    assert losses(split)[-1]["loss"] == pytest.approx(losses(whole)[-1]["loss"], rel=1e-5)
+    with pytest.raises(ValueError, match="checkpoint-1 was trained with items per step 2, with 4 its epoch"):
+        train(copy.deepcopy(data_model), dataset, tmp_path, per_device_train_batch_size=4, **resume)
+    other = resume | {"gradient_accumulation_steps": 2, "data_seed": 6}
+    with pytest.raises(ValueError, match="checkpoint-1 was trained with seed 5, with 6 its epoch"):
+        train(copy.deepcopy(data_model), dataset, tmp_path, **other)
+    assert train(copy.deepcopy(data_model), dataset, tmp_path, **other, ignore_data_skip=True).state.global_step == 4
 
 
 def test_every_epoch_sees_all_packs_in_an_order_of_its_own(dataset, data_model, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from datasets import Dataset
 from grpo_samples import policy_of
 from peft import PeftModel, get_peft_model
 from test_grpo_trainer import moved, redness, rows, state, trainer
@@ -174,6 +175,22 @@ def test_pictures_without_any_reward_are_warned_of(policy, tiny_processor, tmp_p
         ({"reward": "clip:model"}, "reward_funcs must be functions of pictures.*got 'clip:model'"),
         ({"dataset": iter(())}, "train_dataset must be one dataset with a length"),
         ({"dataset": [{"text": "a"}]}, "rows of train_dataset must have a prompt, got text"),
+        (
+            {"dataset": Dataset.from_list([{"prompt": "a"}, {"prompt": None}])},
+            "prompt 1 of train_dataset must be a text or messages, got None",
+        ),
+        (
+            {"dataset": Dataset.from_list([{"prompt": [{"role": "assistant", "content": "a"}]}])},
+            "prompt 0 of train_dataset must end with what is to be answered",
+        ),
+        (
+            {"dataset": [{"prompt": "a", "completions": "b", "trainer_state": 1}]},
+            "train_dataset must not have the columns completions, trainer_state",
+        ),
+        ({"reward_weights": [float("nan")]}, "reward_weights must be finite numbers"),
+        ({"beta": -0.1}, "beta must not be negative, got -0.1"),
+        ({"epsilon_high": -0.1}, "epsilon_high must not be negative, got -0.1"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches is not for this trainer"),
         ({"temperature": [1.0, 0.0, 1.0]}, "temperature must be positive"),
         ({"top_k": [1, 2]}, "top_k must have one value for each of the 3 scales, got 2"),
         ({"loss_type": "dapo"}, "loss_type must be 'grpo'"),

@@ -401,6 +401,8 @@ def faulty(kind: str):
         if kind == "hangs":
             time.sleep(60)
         short, nan, words = [1.0], [float("nan")] * len(images), ["good"] * len(images)
+        if kind in ("huge", "too long"):
+            return [{"huge": 1e30, "too long": 10**400}[kind]] * len(images)
         return {"short": short, "nan": nan, "text": "good", "words": words}[kind]
 
     return reward
@@ -415,6 +417,8 @@ def faulty(kind: str):
         ("raises", "reward function reward raised KeyError: 'score'"),
         ("short", "reward function reward returned 1 rewards for 8 pictures"),
         ("nan", "reward function reward returned nan for picture 0"),
+        ("huge", "reward function reward returned 1e[+]30 for picture 0"),
+        ("too long", "reward function reward returned 1000"),
         ("text", "reward function reward must return a list of numbers, got str"),
         ("hangs", "reward function reward has not returned after 0.2 seconds"),
     ],

@@ -7,8 +7,11 @@ import os
 import re
 from dataclasses import field
 from pathlib import Path
+from zipfile import is_zipfile
 
-from transformers import Trainer
+from safetensors import SafetensorError, safe_open
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from ..lora import below_adapters
 from ..stored_tokenizer import PREFIX, tensors_referred_to
@@ -52,10 +55,41 @@ def checkpoint_to_resume(resume_from_checkpoint: str | bool | None, output_dir: 
 
 
 def _check_whole(checkpoint: Path) -> None:
-    """Raise a `ValueError` for anything but a checkpoint that was written to its end."""
+    """Raise a `ValueError` for anything but a checkpoint that was written to its end, and whose files have theirs."""
     if not (checkpoint / STATE).is_file():
         raise ValueError(f"{checkpoint} is no whole checkpoint: it has no {STATE}")
-    read_json(checkpoint / STATE)
+    for path in sorted(checkpoint.iterdir()):
+        try:
+            if path.suffix == ".json":
+                read_json(path)
+            elif path.suffix == ".safetensors":
+                with safe_open(path, framework="pt"):
+                    pass
+            elif path.suffix in (".pt", ".pth", ".bin") and not is_zipfile(path):
+                raise ValueError("it ends too soon")
+        except (ValueError, SafetensorError) as error:
+            raise ValueError(f"{checkpoint} is no whole checkpoint, {path.name} is damaged: {error}") from error
+
+
+class DataOrder(TrainerCallback, ExportableState):
+    """Notes in checkpoints what it follows from which data comes next."""
+
+    def __init__(self, seed: int, items_per_step: int):
+        self.seed, self.items_per_step = seed, items_per_step
+
+    def state(self) -> dict:
+        return {"args": {"seed": self.seed, "items_per_step": self.items_per_step}, "attributes": {}}
+
+    def check(self, checkpoint: str) -> None:
+        """Raise a `ValueError` for a checkpoint whose data came in another order."""
+        noted = read_json(Path(checkpoint, STATE)).get("stateful_callbacks", {}).get(type(self).__name__)
+        for name, before in (noted["args"] if noted else {}).items():
+            if before != getattr(self, name):
+                raise ValueError(
+                    f"{checkpoint} was trained with {name.replace('_', ' ')} {before}, with {getattr(self, name)} its "
+                    "epoch would show some items again and others not at all: resume with the same, or begin an epoch "
+                    "by ignore_data_skip"
+                )
 
 
 class SavingTrainer(Trainer):
@@ -66,15 +100,31 @@ class SavingTrainer(Trainer):
 
     _brings_tokenizer = False
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        own = self.args
+        seed = own.seed if own.data_seed is None else own.data_seed
+        per_step = own.train_batch_size * own.world_size * own.gradient_accumulation_steps
+        self._data_order = DataOrder(seed, per_step)
+        self.add_callback(self._data_order)
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """See `Trainer.train`. `True` goes on from the newest whole checkpoint in `output_dir`, whatever a killed run
-        left beside it.
+        left beside it; one that has made all its steps is loaded and makes none.
 
         Raises:
-            ValueError: if what should be resumed is no whole checkpoint.
+            ValueError: if what should be resumed is no whole checkpoint, or was trained on data in another order.
         """
         self.args.resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+        if self.args.resume_from_checkpoint and not (self.args.ignore_data_skip or self.args.auto_find_batch_size):
+            self._data_order.check(self.args.resume_from_checkpoint)
         return super().train(self.args.resume_from_checkpoint, *args, **kwargs)
+
+    def _run_epoch(self, *args, **kwargs) -> None:
+        if self.state.global_step >= self.state.max_steps:  # resumed at its end, where the Trainer would go on
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """See `Trainer.save_model`. The average of an [`EMACallback`] is saved too, in the folder `ema` beside."""

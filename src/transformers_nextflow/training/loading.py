@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from transformers import Trainer
 from transformers.utils import logging
 
 from ..configuration_nextflow import NextFlowConfig
@@ -10,6 +11,8 @@ from ..modeling_nextflow import NextFlowForConditionalGeneration
 from ..processing_nextflow import NextFlowProcessor
 from ..stored_tokenizer import refer_to
 from ..utils.loading import base_of
+from ..utils.precision import AtLeastFloat32
+from .fsdp import keep_losses_float32
 
 logger = logging.get_logger(__name__)
 
@@ -41,6 +44,18 @@ def load_to_train(
         kwargs["config"] = refer_to(name, NextFlowConfig.from_pretrained(name, **revision))
     model = NextFlowForConditionalGeneration.from_pretrained(name, vision_tokenizer=vision_tokenizer, **kwargs)
     return model, processor
+
+
+def keep_precision(trainer: Trainer) -> None:
+    """To be called as a training begins, before devices wrap the model: warn as [`check_trained`] does, and let what
+    stays float32 follow the precision of DeepSpeed, which lays all weights in one buffer."""
+    check_trained(trainer.model)
+    keep_losses_float32(trainer.accelerator)
+    if trainer.is_deepspeed_enabled and (trainer.args.bf16 or trainer.args.fp16):
+        for model in filter(None, (trainer.model, getattr(trainer, "ref_model", None))):
+            for module in model.modules():
+                if isinstance(module, AtLeastFloat32):
+                    module.follows_casts = True
 
 
 def check_trained(model: torch.nn.Module) -> None:

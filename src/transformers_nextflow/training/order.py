@@ -1,5 +1,6 @@
 """[`OrderedTrainer`]: a resumed training sees what an undisturbed one sees, an evaluation each of its items once."""
 
+import re
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -83,6 +84,20 @@ def check_heeded(arguments: TrainingArguments) -> None:
     for name, heeded in (("label_smoothing_factor", 0.0), ("train_sampling_strategy", "random")):
         if getattr(arguments, name) != heeded:
             raise ValueError(f"{name} is not for this trainer: leave {heeded!r}, got {getattr(arguments, name)!r}")
+    if arguments.accelerator_config.dispatch_batches:
+        raise ValueError(
+            "dispatch_batches is not for this trainer: it cuts tensors by rows, which pictures of a batch have others "
+            "than texts; leave it out, every device loads its own"
+        )
+
+
+def judge_by_losses(arguments: TrainingArguments) -> None:
+    """Let the best model be the one with the lowest of a metric that is a loss or a KL, as `eval_loss_text`, unless
+    `greater_is_better` says otherwise; `TrainingArguments` know a loss by the end of its name alone. To be called
+    before their own `__post_init__`."""
+    words = re.split("[_/]", arguments.metric_for_best_model or "")
+    if arguments.greater_is_better is None and {"loss", "kl"} & set(words):
+        arguments.greater_is_better = False
 
 
 class OrderedTrainer(SavingTrainer):

@@ -1,5 +1,6 @@
 """[`NextFlowDPOTrainer`]: TRL's trainer of preferences, between pictures."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,9 +9,11 @@ from trl import DPOConfig, DPOTrainer
 
 from ..losses import IGNORE
 from ..processing_nextflow import NextFlowProcessor
+from ..sampling import integer
 from .chats import ChatCollator, as_messages, has_pictures, with_images
 from .joint_head import add_joint_head
-from .loading import check_trained
+from .loading import keep_precision
+from .order import check_heeded
 
 
 class NextFlowDPOTrainer(DPOTrainer):
@@ -18,7 +21,8 @@ class NextFlowDPOTrainer(DPOTrainer):
     `num_scales` scales, which hold what a picture is of (VARGPT-v1.1, arXiv 2504.02949, prefers pictures by DPO too;
     NextFlow's paper has no such stage). Text in an answer counts whole.
 
-    Everything else is TRL's, its `loss_type`s, references and adapters.
+    Everything else is TRL's, its `loss_type`s and adapters. The reference is the model as it is handed over, where
+    TRL's trainer loads it anew from where it came from.
 
     Args:
         train_dataset: rows with `prompt`, `chosen` and `rejected`, texts or messages, and `images`, which fill the
@@ -27,7 +31,8 @@ class NextFlowDPOTrainer(DPOTrainer):
         num_scales: of a picture count; default all.
 
     Raises:
-        ValueError: for a `num_scales` below 1, or an `ld_alpha`, which is for texts.
+        ValueError: for a `num_scales` below 1; on pictures for an `ld_alpha`, which is for texts, or an option that is
+            not heeded ([`~order.check_heeded`]).
     """
 
     def __init__(
@@ -41,12 +46,16 @@ class NextFlowDPOTrainer(DPOTrainer):
         num_scales: int | None = None,
         **kwargs,
     ):
-        if num_scales is not None and num_scales < 1:
-            raise ValueError(f"num_scales must be at least 1, got {num_scales}")
+        if num_scales is not None:
+            integer("num_scales", num_scales, 1)
+        adapted = hasattr(model, "peft_config") or kwargs.get("peft_config") is not None
+        if ref_model is None and not isinstance(model, str) and not adapted:
+            ref_model = copy.deepcopy(model)
         super().__init__(model, ref_model, args, data_collator, train_dataset, *positional, **kwargs)
-        check_trained(self.model)
         if not has_pictures(train_dataset):
             return
+        check_heeded(self.args)
+        self.accelerator.dataloader_config.dispatch_batches = False  # nor by default, as of streams
         if self.ld_alpha is not None:
             raise ValueError(f"ld_alpha is for texts of different lengths, got {self.ld_alpha}")
         if data_collator is None:
@@ -54,6 +63,12 @@ class NextFlowDPOTrainer(DPOTrainer):
             self.data_collator = PreferenceCollator(self.processing_class, num_scales, **lengths)
         for model in [self.model] if self.ref_model is None else [self.model, self.ref_model]:
             add_joint_head(model, self.accelerator)
+
+
+    def train(self, *args, **kwargs):
+        """See `Trainer.train`."""
+        keep_precision(self)
+        return super().train(*args, **kwargs)
 
 
 class PreferenceCollator(ChatCollator):

@@ -6,7 +6,8 @@ from trl import SFTConfig, SFTTrainer
 from ..losses import IGNORE
 from .chats import ChatCollator, has_pictures
 from .joint_head import add_joint_head
-from .loading import check_trained
+from .loading import keep_precision
+from .order import check_heeded
 
 
 class NextFlowSFTTrainer(SFTTrainer):
@@ -23,16 +24,18 @@ class NextFlowSFTTrainer(SFTTrainer):
             level.
 
     Raises:
-        ValueError: on pictures, for a `loss_type` other than `"nll"`, or `completion_only_loss=False`.
+        ValueError: on pictures, for a `loss_type` other than `"nll"`, `completion_only_loss=False`, or an option that
+            is not heeded ([`~order.check_heeded`]).
     """
 
     _held_out = None  # weighted losses and targets of an evaluation so far
 
     def __init__(self, model, args: SFTConfig | None = None, data_collator=None, train_dataset=None, **kwargs):
         super().__init__(model, args, data_collator, train_dataset, **kwargs)
-        check_trained(self.model)
         if not has_pictures(train_dataset):
             return
+        check_heeded(self.args)
+        self.accelerator.dataloader_config.dispatch_batches = False  # nor by default, as of streams
         if self.args.loss_type != "nll":
             raise ValueError(f'loss_type must be "nll" where there are pictures, got {self.args.loss_type!r}')
         if self.args.completion_only_loss is False:
@@ -41,6 +44,11 @@ class NextFlowSFTTrainer(SFTTrainer):
             lengths = {"max_length": self.args.max_length, "pad_to_multiple_of": self.args.pad_to_multiple_of}
             self.data_collator = ChatCollator(self.processing_class, **lengths)
         add_joint_head(self.model, self.accelerator)
+
+    def train(self, *args, **kwargs):
+        """See `Trainer.train`."""
+        keep_precision(self)
+        return super().train(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)

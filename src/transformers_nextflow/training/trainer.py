@@ -17,12 +17,11 @@ from ..liger import register_liger_kernel
 from ..lora import below_adapters
 from ..losses import IGNORE
 from ..modeling_nextflow import NextFlowOutput
-from ..utils.precision import AtLeastFloat32
 from .attention_logits import LargestAttentionLogit
 from .checkpoints import output_field
-from .fsdp import WholeHeadsCallback, keep_losses_float32
-from .loading import check_trained
-from .order import OrderedTrainer, check_heeded
+from .fsdp import WholeHeadsCallback
+from .loading import keep_precision
+from .order import OrderedTrainer, check_heeded, judge_by_losses
 
 
 @dataclass
@@ -53,6 +52,7 @@ class NextFlowTrainingArguments(TrainingArguments):
     def __post_init__(self):
         if not (self.bf16 or self.fp16):  # what `accelerate launch` says, which DeepSpeed compares with these
             self.bf16, self.fp16 = (os.environ.get("ACCELERATE_MIXED_PRECISION") == name for name in ("bf16", "fp16"))
+        judge_by_losses(self)
         super().__post_init__()
         check_heeded(self)
         if not 0 <= self.z_loss < inf:
@@ -81,17 +81,25 @@ class NextFlowTrainer(OrderedTrainer):
         data_collator: by default [`~transformers_nextflow.data.PackCollator`] of the dataset.
 
     Raises:
-        ValueError: if the packs do not divide evenly over an optimizer step's devices and accumulation; for a
-            `compute_metrics`, since logits of whole packs are never made.
+        ValueError: for streams, or other datasets without a `data_collator`; if the packs do not divide evenly over an
+            optimizer step's devices and accumulation; for a `compute_metrics`, since logits of whole packs are never
+            made.
     """
 
     def __init__(self, model=None, args=None, data_collator=None, train_dataset=None, **kwargs):
         if kwargs.get("compute_metrics") is not None:
             raise ValueError("compute_metrics needs logits, which this trainer never makes: `evaluate` has all losses")
-        if data_collator is None and train_dataset is not None:
-            data_collator = PackCollator(train_dataset)
+        held_out = kwargs.get("eval_dataset")
+        held_out = list(held_out.values()) if isinstance(held_out, dict) else [held_out]
+        known = [dataset for dataset in (train_dataset, *held_out) if dataset is not None]
+        if data_collator is None and known:
+            _check_packs(known)
+            data_collator = PackCollator(known[0])
         if args is not None and args.use_liger_kernel:
             register_liger_kernel()
+        if train_dataset is not None and not hasattr(train_dataset, "__len__"):
+            kind = type(train_dataset).__name__
+            raise ValueError(f"train_dataset must have a length and items by number, got {kind}")
         super().__init__(model, args, data_collator, train_dataset, **kwargs)
         per_step = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
         if train_dataset is not None and len(train_dataset) % per_step:
@@ -111,13 +119,7 @@ class NextFlowTrainer(OrderedTrainer):
         return below_adapters(self.accelerator.unwrap_model(self.model))
 
     def train(self, *args, **kwargs):
-        check_trained(self.model)
-        keep_losses_float32(self.accelerator)
-        if self.is_deepspeed_enabled and (self.args.bf16 or self.args.fp16):
-            # which lays weights in one buffer, so that none can stay in float32
-            for module in self.model.modules():
-                if isinstance(module, AtLeastFloat32):
-                    module.follows_casts = True
+        keep_precision(self)
         return super().train(*args, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
@@ -175,6 +177,15 @@ class NextFlowTrainer(OrderedTrainer):
         if "loss" in logs and self.model.training:
             logs = logs | self._measured.pop(self.accelerator, self._costs, self.args)
         super().log(logs, start_time)
+
+
+def _check_packs(known: list) -> None:
+    for dataset in known:
+        if not all(hasattr(dataset, name) for name in ("spec", "padded")):
+            raise ValueError(
+                "datasets must be packs or raw documents, see PackedDataset and RawDocuments, or come with a "
+                f"data_collator; got {type(dataset).__name__}"
+            )
 
 
 class Measured:

@@ -7,6 +7,7 @@ from trl import GRPOConfig
 
 from ...sampling import SAMPLING_LIMITS, per_scale
 from ..checkpoints import output_field
+from ..order import check_heeded, judge_by_losses
 
 LOGPROB_MODES = ("conditional", "behaviour")
 LEVELS = ("token", "scale")
@@ -22,7 +23,6 @@ NOT_APPLICABLE = (
     *("chat_template_kwargs", "log_multimodal", "transformers_continuous_batching_config", "delta"),
     *("top_entropy_quantile", "entropy_coef", "use_adaptive_entropy"),
     *("off_policy_mask_threshold", "log_completions_hub_repo", "log_unique_prompts"),
-    *("label_smoothing_factor", "train_sampling_strategy"),
 )
 
 
@@ -108,7 +108,12 @@ class NextFlowGRPOConfig(GRPOConfig):
                 setattr(self, name, value[0])
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model = "reward"
+        judge_by_losses(self)
         super().__post_init__()
+        check_heeded(self)
+        for name in ("beta", "epsilon", "epsilon_high"):
+            if (getattr(self, name) or 0.0) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         defaults = {entry.name: entry for entry in fields(GRPOConfig)}
         for name in NOT_APPLICABLE:
             value, default = getattr(self, name), defaults[name].default

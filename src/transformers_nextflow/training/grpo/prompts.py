@@ -4,12 +4,14 @@ import hashlib
 from collections.abc import Iterator
 from itertools import groupby
 
+import datasets
 import torch
 from torch.utils.data import Dataset, Sampler
 
 from ..chats import with_images
 
 PROMPT_COLUMNS = ("prompt", "images", "image")
+OF_REWARDS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 
 
 def seed_of(*parts: int) -> int:
@@ -21,8 +23,23 @@ def check_prompts(name: str, dataset) -> None:
     """Raise a `ValueError` for what is no dataset of prompts."""
     if isinstance(dataset, dict) or not hasattr(dataset, "__len__"):
         raise ValueError(f"{name} must be one dataset with a length and rows by number, got {type(dataset).__name__}")
-    if len(dataset) and "prompt" not in dataset[0]:
+    if not len(dataset):
+        return
+    if "prompt" not in dataset[0]:
         raise ValueError(f"rows of {name} must have a prompt, got {', '.join(dataset[0])}")
+    if taken := sorted(set(dataset[0]) & set(OF_REWARDS)):
+        raise ValueError(f"{name} must not have the columns {', '.join(taken)}, which reward functions get otherwise")
+    if isinstance(dataset, datasets.Dataset):  # whose columns are read alone
+        for place, prompt in enumerate(dataset["prompt"]):
+            check_prompt(prompt, f"prompt {place} of {name}")
+
+
+def check_prompt(prompt, where: str) -> None:
+    """Raise a `ValueError` for what is nothing to answer."""
+    if not isinstance(prompt, str) and not (isinstance(prompt, list) and prompt):
+        raise ValueError(f"{where} must be a text or messages, got {prompt!r}")
+    if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
+        raise ValueError(f"{where} must end with what is to be answered, its last message is the assistant's")
 
 
 class PromptOrder(Sampler[int]):
@@ -80,6 +97,7 @@ def conversations(rows: Rows) -> tuple[list[list[dict]], int]:
     chats = []
     for run in runs:
         index, row = run[0]
+        check_prompt(row["prompt"], f"prompt {index}")
         chat = with_images(row["prompt"], row.get("images", row.get("image")), f"prompt {index}")
         chats += [chat] * (len(run) // repeats)
     return chats, repeats

@@ -22,6 +22,8 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
+LARGEST = 1e18  # of a reward, whose square is to be finite in float32
+
 RewardFunction = Callable[..., Sequence[float | None]]
 
 
@@ -52,7 +54,7 @@ class Rewards:
         timeout: seconds that each may take.
 
     Raises:
-        ValueError: for no functions, something else than functions, or another number of weights.
+        ValueError: for no functions, something else than functions, or another number of weights, or no finite ones.
     """
 
     def __init__(
@@ -71,6 +73,8 @@ class Rewards:
         weights = [1.0] * len(self.functions) if weights is None else weights
         if len(weights) != len(self.functions):
             raise ValueError(f"reward_weights must have {len(self.functions)} entries, got {len(weights)}")
+        if not all(map(isfinite, weights)):
+            raise ValueError(f"reward_weights must be finite numbers, got {list(weights)}")
         self.weights, self.timeout = torch.tensor(weights), timeout
 
     @property
@@ -167,9 +171,9 @@ def _checked(name: str, rewards, num_pictures: int) -> list[float]:
     for place, reward in enumerate(rewards):
         try:
             value = float("nan") if reward is None else float(reward)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             value = float("nan")
-        if reward is not None and not isfinite(value):
+        if reward is not None and not abs(value) <= LARGEST:
             raise RewardError(
                 f"the reward function {name} returned {reward!r} for picture {place}: a reward is a finite number, or "
                 "None for no reward"
