@@ -64,7 +64,6 @@ class NextFlowDPOTrainer(DPOTrainer):
         for model in [self.model] if self.ref_model is None else [self.model, self.ref_model]:
             add_joint_head(model, self.accelerator)
 
-
     def train(self, *args, **kwargs):
         """See `Trainer.train`."""
         keep_precision(self)
