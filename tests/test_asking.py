@@ -439,6 +439,17 @@ def test_defaults_are_merged(tmp_path, model):
     by_config = GenerationConfig(image_generation={"guidance_scale": 1.0, "top_k": 1})
     drawn = model.generate(**batch_of(model, *PROMPTS), generation_mode="image", seed=0, generation_config=by_config)
     assert torch.equal(drawn, greedy)
+    other = type(model)(model.config)
+    other.load_state_dict(model.state_dict())
+    other.generation_config.image_generation = {"guidance_scale": 1.0, "top_k": 1}
+    other.save_pretrained(tmp_path / "by_file")
+    by_file = type(model).from_pretrained(tmp_path / "by_file")
+    assert torch.equal(by_file.generate(**batch_of(model, *PROMPTS), generation_mode="image", seed=0), greedy)
+
+
+def test_defaults_that_are_none(model):
+    with pytest.raises(ValueError, match="image_generation must be an ImageGenerationConfig or a dict"):
+        model.generate(**batch_of(model, *PROMPTS), generation_mode="image", image_generation=["top_k"])
 
 
 RAMP, INTERVAL = LinearRamp(1.0, 3.0), ScaleInterval(2.0, 1, 2)
@@ -659,3 +670,21 @@ def test_folders_are_made_and_the_version_is_told(console, tmp_path, capsys):
     status, _, err = console("describe", "a.png", "--output", "new")
     assert status == 2 and "--output must be a file, got the folder new" in err
     assert main(["--version"]) == 0 and "0.1.0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mode", ["text", "image", "interleaved"])
+def test_caches_that_are_dropped_are_not_read(mode):
+    """Under gradient checkpointing the library's layers keep none in training mode."""
+    model = tiny_model()
+    inputs = batch_of(model, [10, shown(SQUARE, 1), 11])
+    options = {"do_sample": False, "max_new_tokens": 3} if mode == "text" else {"seed": 0}
+    output = {} if mode == "interleaved" else {"return_dict_in_generate": True}
+    expected = model.generate(**inputs, generation_mode=mode, **output, **options).sequences
+    model.train().gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match=r"drops the caches that generation reads: call eval\(\)"):
+        model.generate(**inputs, generation_mode=mode, **options)
+    if mode == "text":
+        assert torch.equal(model.generate(**inputs, **options, use_cache=False), expected)
+    model.eval()
+    again = model.generate(**inputs, generation_mode=mode, **output, **options).sequences
+    assert torch.equal(again, expected)

@@ -426,6 +426,35 @@ def test_a_learned_prefix_of_texts(training):
     assert weight.grad.abs().max() > 0
 
 
+@pytest.mark.parametrize("kind", [peft.PromptTuningConfig, peft.PrefixTuningConfig])
+def test_a_learned_prompt_is_of_text_alone(kind):
+    """Where pictures are drawn or read it would count for nothing, or shift what follows them."""
+    model = peft.get_peft_model(tiny_model(), kind(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+    text = batch_of(model.get_base_model(), [10, 11, 12], [13])
+    greedy = {"max_new_tokens": 2, "do_sample": False, "eos_token_id": None}
+    assert model.generate(**text, **greedy).shape == (2, 5)
+    shown = batch_of(model.get_base_model(), [10, Picture(SQUARE, 1, last_scale=True), 11])
+    for inputs, mode in ((text, "image"), (text, "interleaved"), (shown, "image"), (shown, "text")):
+        with pytest.raises(ValueError, match="has learned goes before text alone"):
+            model.generate(**inputs, generation_mode=mode)
+    assert model.generate(**text, **greedy).shape == (2, 5)
+    assert model.get_base_model().generate(**shown, **greedy).shape == (1, shown["input_ids"].shape[1] + 2)
+
+
+@BY_DOOR
+def test_parameters_of_the_vision_tokenizer_are_no_targets(add):
+    with pytest.raises(ValueError, match="adapters of default would all sit on the frozen vision tokenizer"):
+        add(tiny_model(), peft.LoraConfig(target_parameters=["quantizer.semantic_codebook"], r=2))
+
+
+def test_adapters_on_parameters(tmp_path):
+    config = peft.LoraConfig(target_parameters=["code_head.weight"], r=2, init_lora_weights=False)
+    model = peft.get_peft_model(tiny_model(), config).eval()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(peft.PeftModel.from_pretrained(tiny_model(), tmp_path).eval()), logits(model))
+    assert not torch.equal(logits(model), logits(tiny_model()))
+
+
 @pytest.mark.parametrize("name", ["connector", "scale_embedding", "lm_head"])
 def test_any_part_is_trained_and_saved_whole(name, tmp_path):
     """PEFT's wrapper stands where the part stood."""

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
+from transformers import GenerationConfig
 
 PACKAGES = ("transformers_nextflow", "diffusers_nextflow")
 SOURCES = Path(__file__).parents[1] / "src"
@@ -50,9 +51,9 @@ READ = {
     "torch.distributed.fsdp.FSDPModule": {"_get_fsdp_state"},
 }
 UNWRITTEN = ("_abc_impl", "_backward_cls", "_is_protocol", "_cached_value")  # ends of what libraries put on classes
-OF_INSTANCES = {  # torch's modules, nodes of its graphs, states of its sharding; named tuples', which are documented
+OF_INSTANCES = {  # settings of generation; torch's modules, nodes of its graphs, states of its sharding; named tuples
     *("_forward_hooks", "_forward_pre_hooks", "_saved_self", "_auto_reshard_after_forward", "_fsdp_param_groups"),
-    *("_lazy_init", "_asdict", "_replace", "_fields"),
+    *("_from_model_config", "_lazy_init", "_asdict", "_replace", "_fields"),
 }
 
 
@@ -128,4 +129,4 @@ def test_the_libraries_have_what_is_named_here(owner):
 def test_instances_have_what_is_named_here():
     product = torch.ones(1, 1, requires_grad=True) @ torch.ones(1, 1)
     of_torch = {*vars(torch.nn.Module()), *dir(product.grad_fn), *vars(FSDPState()), *dir(FSDPState)}
-    assert OF_INSTANCES <= {*of_torch, *dir(namedtuple("Pair", "a b"))}
+    assert OF_INSTANCES <= {*vars(GenerationConfig()), *of_torch, *dir(namedtuple("Pair", "a b"))}

@@ -113,7 +113,7 @@ class NextFlowPipeline(StableNames, DiffusionPipeline):
                 pipeline give them, the seed counts.
             num_inference_steps: of the decoder; the steps of the model are its scales, whatever this is.
             callback_on_step_end: called after each scale of a picture with (pipeline, scale from 0 on, scale,
-                tensors).
+                tensors); what it returns is not read, codes are forced by `generate` of the model.
             callback_on_step_end_tensor_inputs: names of these tensors: `"codes"` alone, the picture's so far.
             output_type: `"pil"`, `"np"` (B, H, W, 3) in [0, 1], `"pt"` (B, 3, H, W) in [0, 1], or `"latent"`, the
                 codes (B, L).
@@ -132,6 +132,8 @@ class NextFlowPipeline(StableNames, DiffusionPipeline):
         if unknown := sorted(set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)):
             known = ", ".join(self._callback_tensor_inputs)
             raise ValueError(f"callback_on_step_end_tensor_inputs must be of {known}, got {', '.join(unknown)}")
+        if not isinstance(prompt, (str, list, tuple)) or prompt in ([], ()):
+            raise ValueError(f"prompt must be a text or a list of texts, got {prompt!r}")
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         pictures = _pictures(image, len(prompts))

@@ -16,6 +16,7 @@ from .image_codes import ImageCodesMixin
 from .image_generation import ImageControls, ImageGenerationConfig, ImageGenerationKwargs
 from .interleaved import NextFlowInterleavedOutput, answer, next_turn
 from .layout import final_grids
+from .lora import check_no_learned_prompt
 from .prefill import read_prompts
 from .prompts import Picture, Prompts
 from .sampling import RowGenerators
@@ -101,10 +102,13 @@ class NextFlowGenerationMixin(ImageCodesMixin, TextGenerationMixin):
             kwargs["input_ids"] = inputs
         for name in ("token_type_ids", "mm_token_type_ids"):  # of processors; ids alone say what they are
             kwargs.pop(name, None)
+        if generation_mode != "text" or kwargs.get("image_grid_hw") is not None:
+            check_no_learned_prompt(self)
         if generation_mode == "text":
             return self.write_text(*args, **kwargs)
         if generation_mode not in ("image", "interleaved"):
             raise ValueError(f'generation_mode must be "text", "image" or "interleaved", got {generation_mode!r}')
+        self.check_keeps_caches()
         names = Prompts.__dataclass_fields__.keys() & kwargs.keys()
         if kwargs.get("input_ids") is None:
             raise ValueError(f'generation_mode="{generation_mode}" reads prompts as input_ids, got none')
@@ -202,6 +206,8 @@ def _schedule(
 def _said(controls: Mapping | ImageGenerationConfig | None) -> dict:
     """What controls of pictures say; `None` says nothing."""
     values = controls.to_dict() if isinstance(controls, ImageGenerationConfig) else controls or {}
+    if not isinstance(values, Mapping):
+        raise ValueError(f"image_generation must be an ImageGenerationConfig or a dict of its fields, got {values!r}")
     return {name: value for name, value in values.items() if value is not None}
 
 

@@ -79,7 +79,7 @@ def place_adapters(model: "NextFlowPreTrainedModel", configs: dict[str, "PeftCon
             places = [path for path in layers if path.split(".")[-1] == part]
             if places and all(re.fullmatch(FROZEN, path) for path in places):
                 raise ValueError(f"modules_to_save of {name} must not train the frozen vision tokenizer, got {part}")
-        targets = getattr(config, "target_modules", None)
+        targets = getattr(config, "target_modules", None) or getattr(config, "target_parameters", None)
         if not targets:
             continue
         adapted = {path for path, module in model.named_modules() if name in _adapters_on(module)}
@@ -100,6 +100,13 @@ def place_adapters(model: "NextFlowPreTrainedModel", configs: dict[str, "PeftCon
 def are_placed(configs: dict[str, "PeftConfig"]) -> bool:
     """Whether [`place_adapters`] has seen all of them, or their users have said themselves what is left out."""
     return all(getattr(config, "exclude_modules", LEFT_OUT) for config in configs.values())
+
+
+def check_no_learned_prompt(model: "NextFlowPreTrainedModel") -> None:
+    """Raise a `ValueError` inside PEFT's `generate` of a learned prompt, which takes part in the loop over text alone,
+    and there does not know the positions after pictures."""
+    if getattr(model.prepare_inputs_for_generation, "__self__", model) is not model:
+        raise ValueError("a prompt that PEFT has learned goes before text alone: it cannot guide or follow pictures")
 
 
 def _adapters_on(module: nn.Module) -> set[str]:

@@ -526,6 +526,7 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
         self.lm_head = nn.Linear(width, config.text_vocab_size, bias=False)
         self.code_head = nn.Linear(width, config.vq_config.codebook_size, bias=False)
         self.post_init()
+        self.generation_config._from_model_config = False  # of such a file, `image_generation` would not be read
 
     def get_input_embeddings(self):
         return self.model.get_input_embeddings()

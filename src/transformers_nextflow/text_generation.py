@@ -58,12 +58,23 @@ class TextGenerationMixin(GenerationMixin):
         """`generate` of transformers."""
         for name in ("negative_input_ids", "negative_attention_mask"):
             kwargs.pop(name, None)  # what the processor gives for guidance
+        settings = kwargs.get("generation_config") or self.generation_config
+        if kwargs.get("use_cache", settings.use_cache) is not False:
+            self.check_keeps_caches()
         if input_ids is not None and kwargs.get("inputs_embeds") is None:
             cache = kwargs.get(CACHE, kwargs.get("past_key_values"))
             mask = kwargs.get("attention_mask") if cache is None else None
             mask = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
             check_prompt(input_ids, mask, self.config.text_vocab_size)
         return super().generate(input_ids, *args, **kwargs)
+
+    def check_keeps_caches(self) -> None:
+        """Raise a `ValueError` where layers drop what they have just read, as they do for a backward."""
+        if self.training and self.model.language_model.layers[0].gradient_checkpointing:
+            raise ValueError(
+                "gradient checkpointing in training mode drops the caches that generation reads: call eval() or "
+                "gradient_checkpointing_disable() before it"
+            )
 
     def check_reach(self, positions: torch.Tensor, further: int = 0) -> None:
         """Raise a `ValueError` where positions, and `further` ones after them, go beyond those the decoder knows."""

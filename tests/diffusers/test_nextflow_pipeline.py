@@ -162,6 +162,12 @@ def conditioner_of(pipe):
     return decoder("unet", vq_model=pipe.model.model.vq_model).conditioner
 
 
+@pytest.mark.parametrize("prompt", [None, 3, []])
+def test_prompts_that_are_no_texts(pipe, prompt):
+    with pytest.raises(ValueError, match="prompt must be a text or a list of texts, got"):
+        pipe(prompt)
+
+
 def test_arguments_of_a_decoder_that_is_not_there(pipe):
     with pytest.raises(ValueError, match=r"decoder_kwargs \(upscale\) need a decoder, and the pipeline has none"):
         pipe(PROMPTS[0], decoder_kwargs={"upscale": 2})
