@@ -24,7 +24,7 @@ from typing import Any
 
 from PIL import Image
 
-PictureSource = bytes | str | Image.Image
+PictureSource = bytes | str | Path | Image.Image
 """A picture as documents have it: encoded, by its path, or opened by Pillow."""
 
 CAPTION_QUESTION = "describe the picture"

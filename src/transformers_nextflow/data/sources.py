@@ -299,7 +299,7 @@ class Pictures(Sequence):
     def __len__(self) -> int:
         return len(self._table if self._paths is None else self._paths)
 
-    def __getitem__(self, index: int) -> PictureSource:
+    def __getitem__(self, index: int) -> PictureSource:  # type: ignore[override]  # no slices
         """
         Raises:
             ValueError: where there is no picture.

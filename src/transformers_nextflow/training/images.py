@@ -38,7 +38,7 @@ class ImageBatches(Dataset):
 
     def __init__(
         self,
-        images: Sequence[PictureSource | Path],
+        images: Sequence[PictureSource],
         image_processor: NextFlowImageProcessor,
         batch_size: int,
         level: str | None = None,
