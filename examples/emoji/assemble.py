@@ -88,6 +88,10 @@ def stored(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return tensor if depend and not torch.equal(rounded.float(), tensor) else rounded
 
 
+def _is_tokenizer(name: str) -> bool:
+    return name.startswith("model.vq_model.")
+
+
 @torch.no_grad()
 def save(
     model: NextFlowForConditionalGeneration,
@@ -114,7 +118,11 @@ def save(
     for config in (model.config, model.config.text_config, model.config.vq_config):
         config._name_or_path = ""
     with output_folder(output) as partial:
-        model.save_pretrained(partial)
+        # files of their own: training the transformer further leaves the tokenizer's as they are
+        parts = model.state_dict()
+        parts = {name: parts[name] for name in sorted(parts, key=_is_tokenizer)}
+        transformer = sum(each.nbytes for name, each in model.named_parameters() if not _is_tokenizer(name))
+        model.save_pretrained(partial, state_dict=parts, max_shard_size=transformer)
         for config in (model.config, model.config.text_config, model.config.vq_config):
             config.dtype = torch.float32  # what it loads as
         model.config.save_pretrained(partial)
