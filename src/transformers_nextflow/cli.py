@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import entry_points, version
 from itertools import count, takewhile
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -23,7 +24,7 @@ from .configuration_nextflow import NextFlowConfig
 from .conversion.cli import app as conversion_app
 from .data.cli import app as data_app
 from .evaluate import app as evaluate_app
-from .evaluate import reconstructions
+from .evaluate import reconstructions, signed
 from .flops import PAPER_WIDTHS, cache_size, image_passes, mmdit_passes, model_cost, null_passes, paper_layer_cost
 from .image_processing_nextflow import open_picture
 from .modeling_nextflow import NextFlowForConditionalGeneration
@@ -33,6 +34,7 @@ from .rewriting import Rewriting
 from .sampling import RowGenerators, check_seed, integer
 from .serving.limits import Limits
 from .text_generation import text_sampling
+from .training import metrics
 from .training.cli import app as training_app
 from .training.cli import train
 from .utils import export as exporting
@@ -347,12 +349,11 @@ def reconstruct(
     ((originals, rebuilt),) = reconstructions(vq_model, image_processor, [picture], level)
     original, reconstruction = (each[0].permute(1, 2, 0).cpu().numpy() for each in (originals, rebuilt))
     seconds = time.perf_counter() - start
-    error = np.square(original - 1.0 * reconstruction).mean()
-    psnr = float(10 * np.log10(255**2 / error)) if error else None
+    psnr = metrics.psnr(signed(rebuilt), signed(originals)).item()
     save_picture(Image.fromarray(np.concatenate([original, reconstruction], axis=1)), path)
     height, width, _ = original.shape
     figures = {"path": str(path), "width": width, "height": height, "psnr": psnr, "seconds": seconds}
-    shown = "equal" if psnr is None else f"PSNR {psnr:.2f} dB"
+    shown = f"PSNR {psnr:.2f} dB" if isfinite(psnr) else "equal"
     line = f"{path}  original and reconstruction, {width}x{height} pixels each, {shown}"
     print_figures(figures, json, line)
 

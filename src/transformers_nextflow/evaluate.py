@@ -65,7 +65,7 @@ def psnr(
     """PSNR in dB and SSIM of reconstructions, means over the pictures; those that come back equal have no PSNR."""
     measured = []
     for originals, rebuilt in reconstructions_of(pictures, model, level, batch_size):
-        a, b = (each.double() / 127.5 - 1 for each in (rebuilt, originals))
+        a, b = signed(rebuilt), signed(originals)
         measured.append(torch.stack([metrics.psnr(a, b), metrics.ssim(a, b)]))
     means = torch.cat(measured, dim=1)
     differ = means[0].isfinite()
@@ -122,6 +122,11 @@ def distance_of(pairs: Rebuilt, distance: "FrechetInceptionDistance") -> tuple[i
     if count < 2:
         raise ValueError(f"rfid needs two pictures or more, got {count}")
     return count, float(distance.compute())
+
+
+def signed(pictures: torch.Tensor) -> torch.Tensor:
+    """uint8 pictures as float64 in [-1, 1]."""
+    return pictures.double() / 127.5 - 1
 
 
 def reconstructions_of(folder: str, model: str | None, level: str | None, batch_size: int) -> Rebuilt:

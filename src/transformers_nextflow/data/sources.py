@@ -221,7 +221,8 @@ def _of_tars(files: dict[str, list[Path]], split: str) -> datasets.Dataset:
     for path in dict.fromkeys(path for paths in files.values() for path in paths):
         with tarfile.open(path) as tar:
             fields.update(*_members(tar).values())
-    pictures = [field for field in fields if f".{field.rsplit('.', 1)[-1]}" in _picture_extensions()]
+    extensions = _picture_extensions()
+    pictures = [field for field in fields if f".{field.rsplit('.', 1)[-1]}" in extensions]
     features = {name: datasets.Value("string") for name in ("__key__", "__url__")}
     features |= {field: datasets.Value("binary") for field in sorted(fields)}
     features |= {field: datasets.Image(decode=False) for field in pictures}

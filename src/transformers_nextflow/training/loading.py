@@ -46,16 +46,20 @@ def load_to_train(
     return model, processor
 
 
-def keep_precision(trainer: Trainer) -> None:
-    """To be called as a training begins, before devices wrap the model: warn as [`check_trained`] does, and let what
-    stays float32 follow the precision of DeepSpeed, which lays all weights in one buffer."""
-    check_trained(trainer.model)
-    keep_losses_float32(trainer.accelerator)
-    if trainer.is_deepspeed_enabled and (trainer.args.bf16 or trainer.args.fp16):
-        for model in filter(None, (trainer.model, getattr(trainer, "ref_model", None))):
-            for module in model.modules():
-                if isinstance(module, AtLeastFloat32):
-                    module.follows_casts = True
+class PrecisionTrainer(Trainer):
+    """Trainer of models that keep some of their parts in float32."""
+
+    def train(self, *args, **kwargs):
+        """See `Trainer.train`. As it begins, before devices wrap the model, it warns as [`check_trained`] does; and
+        what stays float32 follows the precision of DeepSpeed, which lays all weights in one buffer."""
+        check_trained(self.model)
+        keep_losses_float32(self.accelerator)
+        if self.is_deepspeed_enabled and (self.args.bf16 or self.args.fp16):
+            for model in filter(None, (self.model, getattr(self, "ref_model", None))):
+                for module in model.modules():
+                    if isinstance(module, AtLeastFloat32):
+                        module.follows_casts = True
+        return super().train(*args, **kwargs)
 
 
 def check_trained(model: torch.nn.Module) -> None:

@@ -12,11 +12,11 @@ from ..processing_nextflow import NextFlowProcessor
 from ..sampling import integer
 from .chats import ChatCollator, as_messages, has_pictures, with_images
 from .joint_head import add_joint_head
-from .loading import keep_precision
+from .loading import PrecisionTrainer
 from .order import check_heeded
 
 
-class NextFlowDPOTrainer(DPOTrainer):
+class NextFlowDPOTrainer(PrecisionTrainer, DPOTrainer):
     """TRL's `DPOTrainer`, where answers may be pictures: the log-probability of one is that of its codes of the first
     `num_scales` scales, which hold what a picture is of (VARGPT-v1.1, arXiv 2504.02949, prefers pictures by DPO too;
     NextFlow's paper has no such stage). Text in an answer counts whole.
@@ -63,11 +63,6 @@ class NextFlowDPOTrainer(DPOTrainer):
             self.data_collator = PreferenceCollator(self.processing_class, num_scales, **lengths)
         for model in [self.model] if self.ref_model is None else [self.model, self.ref_model]:
             add_joint_head(model, self.accelerator)
-
-    def train(self, *args, **kwargs):
-        """See `Trainer.train`."""
-        keep_precision(self)
-        return super().train(*args, **kwargs)
 
 
 class PreferenceCollator(ChatCollator):

@@ -6,11 +6,11 @@ from trl import SFTConfig, SFTTrainer
 from ..losses import IGNORE
 from .chats import ChatCollator, has_pictures
 from .joint_head import add_joint_head
-from .loading import keep_precision
+from .loading import PrecisionTrainer
 from .order import check_heeded
 
 
-class NextFlowSFTTrainer(SFTTrainer):
+class NextFlowSFTTrainer(PrecisionTrainer, SFTTrainer):
     """TRL's `SFTTrainer`, whose loss of datasets with pictures is the model's own: text and codes under one softmax,
     scales weighted by eq. 2, pictures of the assistant targets like its texts.
 
@@ -44,11 +44,6 @@ class NextFlowSFTTrainer(SFTTrainer):
             lengths = {"max_length": self.args.max_length, "pad_to_multiple_of": self.args.pad_to_multiple_of}
             self.data_collator = ChatCollator(self.processing_class, **lengths)
         add_joint_head(self.model, self.accelerator)
-
-    def train(self, *args, **kwargs):
-        """See `Trainer.train`."""
-        keep_precision(self)
-        return super().train(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)

@@ -20,7 +20,7 @@ from ..modeling_nextflow import NextFlowOutput
 from .attention_logits import LargestAttentionLogit
 from .checkpoints import output_field
 from .fsdp import WholeHeadsCallback
-from .loading import keep_precision
+from .loading import PrecisionTrainer
 from .order import OrderedTrainer, check_heeded, judge_by_losses
 
 
@@ -59,7 +59,7 @@ class NextFlowTrainingArguments(TrainingArguments):
             raise ValueError(f"z_loss must be a finite number of at least 0, got {self.z_loss}")
 
 
-class NextFlowTrainer(OrderedTrainer):
+class NextFlowTrainer(PrecisionTrainer, OrderedTrainer):
     """Trains [`NextFlowForConditionalGeneration`], or adapters on it, on packs.
 
     Differs from `Trainer`, beside what [`~order.OrderedTrainer`] does:
@@ -101,7 +101,7 @@ class NextFlowTrainer(OrderedTrainer):
             kind = type(train_dataset).__name__
             raise ValueError(f"train_dataset must have a length and items by number, got {kind}")
         super().__init__(model, args, data_collator, train_dataset, **kwargs)
-        per_step = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
+        per_step = self._data_order.items_per_step
         if train_dataset is not None and len(train_dataset) % per_step:
             raise ValueError(
                 f"{len(train_dataset)} packs or documents do not divide by the {per_step} of an optimizer step (batch "
@@ -117,10 +117,6 @@ class NextFlowTrainer(OrderedTrainer):
     def _nextflow(self):
         """The model below the wrappers of devices and adapters."""
         return below_adapters(self.accelerator.unwrap_model(self.model))
-
-    def train(self, *args, **kwargs):
-        keep_precision(self)
-        return super().train(*args, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
         if not batch_samples:
