@@ -11,7 +11,7 @@ from .findings import ENOUGH, SIGNIFICANT, Check, Finding, alignment
 
 COMPARE = "compare weights and config.json with the training's own checkpoint"
 COMPARED = 256  # entries of the table whose likenesses are compared
-SMALLEST, LARGEST = 48, 512  # rows and columns of a matrix from which on it has a spectrum, and that are looked at
+SMALLEST, LARGEST = 48, 256  # rows and columns of a matrix from which on it has a spectrum, and that are looked at
 FEWEST_VALUES = 16  # of a row: what 4 bits hold
 LOOKED_AT, SAME = 4096, 0.999  # entries of two tensors, and their correlation if one is a copy
 
@@ -45,7 +45,8 @@ def values(check: Check, case: Case) -> Finding:
 
 
 def spectra(check: Check, case: Case) -> Finding:
-    """Singular values of a trained matrix are spread wider than those of the same entries in random order."""
+    """Singular values of a trained matrix are others than those of the same entries in random order: AdamW spreads them
+    wider, Muon may spread them less."""
     kinds: dict[str, dict[str, float]] = defaultdict(dict)
     generator = torch.Generator().manual_seed(case.seed)
     for name, weight in matrices(case.model).items():
@@ -56,7 +57,7 @@ def spectra(check: Check, case: Case) -> Finding:
     usual = {kind: float(torch.tensor(list(each.values())).median()) for kind, each in kinds.items()}
     scores = {name: score for each in kinds.values() for name, score in each.items()}
     random = [name for name, score in scores.items() if score < SIGNIFICANT]
-    measured = f"they are {min(scores.values()):.0f} to {max(scores.values()):.0f} deviations of chance wider"
+    measured = f"they are {min(scores.values()):.0f} to {max(scores.values()):.0f} deviations of chance apart"
     if all(value < SIGNIFICANT for value in usual.values()):
         cause = "the transformer's weights are as random numbers leave them"
         step = "train it, or load the trained weights: look for warnings of newly initialised ones"
@@ -68,13 +69,15 @@ def spectra(check: Check, case: Case) -> Finding:
     return check.warned(measured, "re-initialised weights", cause, COMPARE, deviations=scores)
 
 
-def _structure(weight: torch.Tensor, generator: torch.Generator, draws: int = 24) -> float:
-    """How many standard deviations the fourth moment of the singular values lies above that of shuffled entries."""
+def _structure(weight: torch.Tensor, generator: torch.Generator, draws: int = 16) -> float:
+    """How many standard deviations the singular values lie further than those of shuffled entries from the mean of
+    these."""
     flat = weight.flatten()
     orders = (torch.randperm(len(flat), generator=generator) for _ in range(draws))
-    moment, *chance = ((w.T @ w).square().sum().double() for w in (weight, *(flat[o].view_as(weight) for o in orders)))
-    chance = torch.stack(chance)
-    return float((moment - chance.mean()) / chance.std().clamp(min=1e-30))
+    chance = torch.linalg.svdvals(torch.stack([flat[order].view_as(weight) for order in orders]))
+    mean = chance.mean(dim=0)
+    usual = (chance - mean).norm(dim=1) * (draws / (draws - 1)) ** 0.5  # each has its share in the mean
+    return float(((torch.linalg.svdvals(weight) - mean).norm() - usual.mean()) / usual.std().clamp(min=1e-30))
 
 
 def copies(check: Check, case: Case) -> Finding:
