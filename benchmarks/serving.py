@@ -4,6 +4,7 @@ The command `serve` runs in a process of its own and is asked over HTTP for pict
 descriptions of it, in turn:
 
 - `throughput`: answers a second of one client, then of `--clients`, each of which asks for its next when it has one;
+- `processor`: the server's own seconds of processor for each of these answers, whatever else the machine does;
 - `batches`: how many requests were answered together, as `/metrics` tells, meanwhile;
 - `same`: how many answers are, to the last pixel, those of the same request alone;
 - `memory`: the server's resident memory in MiB after each tenth of `--further` requests;
@@ -12,6 +13,7 @@ descriptions of it, in turn:
 """
 
 import argparse
+import os
 import re
 import subprocess
 import sys
@@ -76,6 +78,11 @@ class Server:
         found = re.findall(pattern, text, re.MULTILINE)
         return Counter({names.get(other, f"at most {size}"): int(number) for size, other, number in found})
 
+    def processor(self) -> float:
+        """Seconds of processor so far, of all threads."""
+        user, system = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
     def memory(self) -> float:
         (line,) = re.findall(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{self.process.pid}/status").read_text())
         return round(int(line) / 1024, 1)
@@ -116,9 +123,11 @@ def terminated(server: Server, count: int, clients: int) -> dict[str, int]:
 
 def measure(server: Server, clients: int, num_requests: int, num_further: int) -> dict:
     asked(server, range(5), 1)  # warm
+    start = server.processor()
     alone, one = asked(server, range(num_requests), 1)
-    before = server.batches()
+    before, middle = server.batches(), server.processor()
     together, many = asked(server, range(num_requests), clients)
+    end = server.processor()
     batches = dict(server.batches() - before)
     memory = [server.memory()]
     for tenth in range(10):
@@ -129,6 +138,11 @@ def measure(server: Server, clients: int, num_requests: int, num_further: int) -
         "requests": num_requests,
         "throughput": {"one": round(num_requests / one, 2), "many": round(num_requests / many, 2)},
         "many_over_one": round(one / many, 2),
+        "processor": {
+            "one": round((middle - start) / num_requests, 4),
+            "many": round((end - middle) / num_requests, 4),
+            "one_over_many": round((middle - start) / (end - middle), 2),
+        },
         "batches": batches,
         "same": sum(a == b for a, b in zip(alone, together)),
         "further_requests": num_further,
