@@ -32,13 +32,13 @@ def launch(settings: str, *words, processes: int = 2, precision: tuple = ()) -> 
     accelerate(settings, *precision, "--num_processes", processes, "-m", "transformers_nextflow", *RUN, *words)
 
 
-def accelerate(settings: str, *words) -> None:
+def accelerate(settings: str, *words, error: str | None = None) -> None:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
     command += ["--config_file", str(ROOT / "examples" / "accelerate" / f"{settings}.yaml"), *map(str, words)]
     path = os.pathsep.join(map(str, (ROOT / "src", ROOT, ROOT / "tests")))
     on_cpu = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(command, env=os.environ | on_cpu, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert (done.returncode == 0) if error is None else (error in done.stderr), done.stderr[-4000:]
 
 
 def logged(output: Path) -> list[list[float]]:
@@ -104,3 +104,10 @@ def test_answers_with_pictures_in_bfloat16(kind, data_checkpoint, tmp_path):
     assert {name for name in before if name.startswith("model.vq_model.")} <= kept
     computing = {name for name in before if name.endswith(("_proj.weight", "code_head.weight", "embed_tokens.weight"))}
     assert not kept & {name for name in computing if "vq_model" not in name}
+
+
+def test_a_tokenizer_that_would_be_rounded_is_refused(data_checkpoint, tmp_path):
+    pytest.importorskip("trl", reason="the trainers are TRL's")
+    words = (Path(__file__).with_name("answers_under_deepspeed.py"), "supervised", data_checkpoint, tmp_path)
+    error = "ValueError: ZeRO-3 in 16 bits would round the vision tokenizer"
+    accelerate("deepspeed_zero3", "--num_processes", 1, *words, error=error)
