@@ -29,12 +29,16 @@ pytestmark = [
 
 
 def launch(settings: str, *words, processes: int = 2, precision: tuple = ()) -> None:
+    accelerate(settings, *precision, "--num_processes", processes, "-m", "transformers_nextflow", *RUN, *words)
+
+
+def accelerate(settings: str, *words, error: str | None = None) -> None:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
-    command += ["--config_file", str(ROOT / "examples" / "accelerate" / f"{settings}.yaml"), *precision]
-    command += ["--num_processes", str(processes), "-m", "transformers_nextflow", *RUN]
-    on_cpu = {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run([*command, *map(str, words)], env=os.environ | on_cpu, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
+    command += ["--config_file", str(ROOT / "examples" / "accelerate" / f"{settings}.yaml"), *map(str, words)]
+    path = os.pathsep.join(map(str, (ROOT / "src", ROOT, ROOT / "tests")))
+    on_cpu = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(command, env=os.environ | on_cpu, capture_output=True, text=True)
+    assert (done.returncode == 0) if error is None else (error in done.stderr), done.stderr[-4000:]
 
 
 def logged(output: Path) -> list[list[float]]:
@@ -80,3 +84,30 @@ def test_in_bfloat16_a_stage_follows_a_stage(settings, words, alone, document_so
     tokenizers = (NextFlowForConditionalGeneration.from_pretrained(name).model.vq_model for name in (words[3], third))
     before, after = (tokenizer.state_dict() for tokenizer in tokenizers)
     assert all(torch.equal(before[name].float(), after[name].float()) for name in before)
+
+
+@pytest.mark.parametrize("kind", ["supervised", "preferences"])
+def test_answers_with_pictures_in_bfloat16(kind, data_checkpoint, tmp_path):
+    """What gives codes stays as it was, in the training and in its result; all that computes learns."""
+    pytest.importorskip("trl", reason="the trainers are TRL's")
+    script = Path(__file__).with_name("answers_under_deepspeed.py")
+    accelerate("deepspeed_zero2", "--num_processes", 2, script, kind, data_checkpoint, tmp_path)
+    history = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
+    losses = [row["loss"] for row in history if "loss" in row]
+    assert losses[-1] < losses[0]
+    assert kind == "supervised" or losses[0] == pytest.approx(np.log(2), abs=1e-6)  # model and reference agree
+    before, after = (
+        NextFlowForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).state_dict()
+        for folder in (data_checkpoint, tmp_path / "checkpoint-4")
+    )
+    kept = {name for name in before if torch.equal(before[name], after[name])}
+    assert {name for name in before if name.startswith("model.vq_model.")} <= kept
+    computing = {name for name in before if name.endswith(("_proj.weight", "code_head.weight", "embed_tokens.weight"))}
+    assert not kept & {name for name in computing if "vq_model" not in name}
+
+
+def test_a_tokenizer_that_would_be_rounded_is_refused(data_checkpoint, tmp_path):
+    pytest.importorskip("trl", reason="the trainers are TRL's")
+    words = (Path(__file__).with_name("answers_under_deepspeed.py"), "supervised", data_checkpoint, tmp_path)
+    error = "ValueError: ZeRO-3 in 16 bits would round the vision tokenizer"
+    accelerate("deepspeed_zero3", "--num_processes", 1, *words, error=error)

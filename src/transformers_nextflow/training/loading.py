@@ -3,11 +3,12 @@
 from pathlib import Path
 
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
 from ..configuration_nextflow import NextFlowConfig
 from ..modeling_nextflow import NextFlowForConditionalGeneration
+from ..modeling_nextflow_vq import NextFlowVQModel
 from ..processing_nextflow import NextFlowProcessor
 from ..stored_tokenizer import refer_to
 from ..utils.loading import base_of
@@ -50,16 +51,41 @@ class PrecisionTrainer(Trainer):
     """Trainer of models that keep some of their parts in float32."""
 
     def train(self, *args, **kwargs):
-        """See `Trainer.train`. As it begins, before devices wrap the model, it warns as [`check_trained`] does; and
-        what stays float32 follows the precision of DeepSpeed, which lays all weights in one buffer."""
+        """See `Trainer.train`. As it begins, before devices wrap the model, it warns as [`check_trained`] does. Under
+        DeepSpeed in 16 bits what stays float32 is rounded where it is trained, since all that is trained lies in one
+        buffer; what is frozen, as a tokenizer that gives codes, stays as it is.
+
+        Raises:
+            ValueError: for a frozen vision tokenizer under ZeRO-3 in 16 bits, which would round it.
+        """
         check_trained(self.model)
         keep_losses_float32(self.accelerator)
         if self.is_deepspeed_enabled and (self.args.bf16 or self.args.fp16):
-            for model in filter(None, (self.model, getattr(self, "ref_model", None))):
-                for module in model.modules():
-                    if isinstance(module, AtLeastFloat32):
-                        module.follows_casts = True
+            all_rounded = self.accelerator.state.deepspeed_plugin.zero_stage == 3
+            for module in self.model.modules():
+                if isinstance(module, AtLeastFloat32):
+                    trained = any(weight.requires_grad for weight in module.parameters())
+                    if all_rounded and not trained and isinstance(module, NextFlowVQModel) and [*module.parameters()]:
+                        raise ValueError(
+                            "ZeRO-3 in 16 bits would round the vision tokenizer, and pictures get other codes: use "
+                            "ZeRO-2 or FSDP2, or train on packs with a model loaded by vision_tokenizer=False"
+                        )
+                    module.follows_casts = trained or all_rounded
+            self.add_callback(_Unrounded(self.model))
         return super().train(*args, **kwargs)
+
+
+class _Unrounded(TrainerCallback):
+    """Undoes what DeepSpeed did to the weights that follow no casts: it puts rounded ones into their place."""
+
+    def __init__(self, model: torch.nn.Module):
+        fine = [each for each in model.modules() if isinstance(each, AtLeastFloat32) and not each.follows_casts]
+        self.weights = [(weight, weight.data) for each in fine for weight in each.parameters()]
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        while self.weights:
+            weight, data = self.weights.pop()
+            weight.data = data.to(weight.device)
 
 
 def check_trained(model: torch.nn.Module) -> None:

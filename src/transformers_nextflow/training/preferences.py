@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from trl import DPOConfig, DPOTrainer
 
+from ..lora import below_adapters
 from ..losses import IGNORE
 from ..processing_nextflow import NextFlowProcessor
 from ..sampling import integer
@@ -61,8 +62,15 @@ class NextFlowDPOTrainer(PrecisionTrainer, DPOTrainer):
         if data_collator is None:
             lengths = {"max_length": self.args.max_length, "pad_to_multiple_of": self.args.pad_to_multiple_of}
             self.data_collator = PreferenceCollator(self.processing_class, num_scales, **lengths)
-        for model in [self.model] if self.ref_model is None else [self.model, self.ref_model]:
-            add_joint_head(model, self.accelerator)
+        add_joint_head(self.model, self.accelerator)
+        if self.ref_model is not None:
+            add_joint_head(self.ref_model, self.accelerator)
+            if self.is_deepspeed_enabled:  # which has rounded the reference's tokenizer; both score the same codes
+                models = [below_adapters(self.accelerator.unwrap_model(m)).model for m in (self.ref_model, self.model)]
+                for weight, exact in zip(*(model.vq_model.parameters() for model in models)):
+                    weight.data = exact.data.to(weight.device)
+                models[0].code_embeddings.follows_casts = True
+                models[0].code_embeddings.to(models[0].language_model.dtype)
 
 
 class PreferenceCollator(ChatCollator):
