@@ -16,6 +16,7 @@ from transformers_nextflow.utils.loading import load_model
 pytest.importorskip("peft")
 
 COLOURS = {"red": (200, 30, 30), "blue": (30, 30, 200), "green": (30, 160, 30), "grey": (120, 120, 120)}
+PRIOR = ("a cat", "a dog", "a house", "a car", "a tree")
 OPTIONS = ("--steps", 8, "--batch-size", 2, "--evaluations", 2, "--samples", 2, "--held-out", 0.25, "--json")
 
 
@@ -105,17 +106,21 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(capsys, monkeypatch
 
 
 def test_a_prior_is_what_the_model_drew_before(capsys):
-    Path("prompts.txt").write_text("a cat\n\na dog\na house\na car\na tree\n")
-    figures = tune(capsys, "photos", "with-prior", "--prior", "prompts.txt", "--steps", 2, "--evaluations", 1)
+    Path("prompts.txt").write_text("\n\n".join(PRIOR) + "\n")
+    options = ("--prior", "prompts.txt", "--steps", 2, "--evaluations", 1, "--seed", 5)
+    figures = tune(capsys, "photos", "with-prior", *options)
     assert figures["pictures"] == 8
     rows = datasets.load_dataset("parquet", data_files="with-prior/data/training.parquet", split="train")
     keys = rows["key"]
     assert len(keys) == 12 and len(set(keys)) == 12 and sum(key.startswith("prior/") for key in keys) == 5
     model, processor = load_model("start")
-    inputs = processor.apply_chat_template([{"role": "user", "content": "a cat"}], generation_mode="image")
-    drawn = model.generate(**inputs, generation_mode="image", seed=0)
-    (picture,) = processor.post_process_image(model.decode_image_tokens(drawn, (3, 3)))
-    assert Image.open("with-prior/data/prior/0000.png").tobytes() == picture.tobytes()
+    for first in (0, 2, 4):  # two prompts at once, each batch by a seed of its own
+        chats = [[{"role": "user", "content": prompt}] for prompt in PRIOR[first : first + 2]]
+        inputs = processor.apply_chat_template(chats, generation_mode="image")
+        drawn = model.generate(**inputs, generation_mode="image", seed=5 + first)
+        pictures = processor.post_process_image(model.decode_image_tokens(drawn, (3, 3)))
+        for place, picture in enumerate(pictures, first):
+            assert Image.open(f"with-prior/data/prior/{place:04}.png").tobytes() == picture.tobytes()
 
 
 @pytest.mark.parametrize("form", ["parquet", "webdataset"])
