@@ -114,7 +114,7 @@ def attention_logits(model, batch) -> tuple[float, float]:
     return max(seen), max(all_of_them)
 
 
-@pytest.mark.parametrize("implementation, at_once", [("sdpa", 1000), ("eager", 10_000), ("blocks", 2**26)])
+@pytest.mark.parametrize("implementation, at_once", [("sdpa", 1), ("eager", 10_000), ("blocks", 2**26)])
 def test_largest_attention_logit_of_the_batch_before_a_log(
     implementation, at_once, dataset, data_model, tmp_path, monkeypatch
 ):
