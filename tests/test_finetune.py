@@ -80,7 +80,7 @@ def test_a_folder_becomes_a_model_that_draws(capsys, options):
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(capsys, monkeypatch):
-    """Stopped before its result is written, and again in the midst of training."""
+    """Stopped before it begins to train, and again before its result is written."""
     from transformers_nextflow.training import SamplesCallback, finetuning
 
     expected = tune(capsys, "photos", "whole", "--learning-rate", 1e-2)
@@ -103,6 +103,46 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(capsys, monkeypatch
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert main(list(map(str, (*arguments, *OPTIONS, "--steps", 9)))) == 2
     assert "was begun with another steps" in capsys.readouterr().err
+
+
+def test_a_run_that_is_killed_between_two_checkpoints_goes_on_from_the_first(capsys, monkeypatch):
+    from transformers_nextflow.training import NextFlowTrainer
+
+    options = ("--learning-rate", 1e-2, "--steps", 4, "--evaluations", 2)
+    expected, step = tune(capsys, "photos", "in-one-go", *options), NextFlowTrainer.training_step
+
+    def stop_at_the_fourth(trainer, *args, **kwargs):
+        if trainer.state.global_step == 3:
+            raise OSError("no space left")
+        return step(trainer, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(NextFlowTrainer, "training_step", stop_at_the_fourth)
+        arguments = ("finetune", "photos", "--model", "start", "--output", "in-two", *OPTIONS, *options)
+        assert main(list(map(str, arguments))) == 2
+    assert [path.name for path in Path("in-two").glob("checkpoint-*")] == ["checkpoint-2"]
+    capsys.readouterr()
+    assert tune(capsys, "photos", "in-two", *options) == expected
+
+
+def test_a_run_that_had_enough_is_not_trained_on(capsys, monkeypatch):
+    """At a rate that moves nothing, stopped before the best step's weights are loaded."""
+    from transformers_nextflow.training import NextFlowTrainer
+
+    options = ("--learning-rate", 1e-30, "--steps", 8, "--evaluations", 4, "--patience", 1)
+    expected = tune(capsys, "photos", "enough", *options)
+    assert (expected["best step"], expected["steps"]) == (2, 4)
+
+    def stop(*args, **kwargs):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(NextFlowTrainer, "_load_best_model", stop)
+        arguments = ("finetune", "photos", "--model", "start", "--output", "enough-in-two", *OPTIONS, *options)
+        assert main(list(map(str, arguments))) == 2
+        capsys.readouterr()
+        patch.setattr(NextFlowTrainer, "training_step", stop)
+        assert tune(capsys, "photos", "enough-in-two", *options) == expected
 
 
 def test_a_prior_is_what_the_model_drew_before(capsys):

@@ -238,6 +238,18 @@ def test_changed_heads(monkeypatch, change, at_once):
             assert relative(weight.grad, other.grad) < 1e-5, name
 
 
+def test_hooks_on_gradients_while_the_hidden_states_are_frozen():
+    (hidden, *rows), targets, weights = example(torch.float32)
+    heads, gradients = [with_hook_on_gradients(head_of(weight)) for weight in rows], []
+    for loss in (
+        losses.joint_cross_entropy(hidden.detach(), heads, sum(ROWS), targets, weights)[0],
+        of_heads(hidden.detach(), heads, targets, weights)[0],
+    ):
+        gradients.append(torch.autograd.grad(loss, rows))
+    for ours, theirs in zip(*gradients):
+        assert relative(ours, theirs) < 1e-5
+
+
 def test_one_weight_in_both_heads_and_in_the_hidden_states():
     _, targets, weights = example(torch.float64)
     table = nn.Parameter(torch.randn(10, WIDTH, dtype=torch.float64))
