@@ -76,6 +76,22 @@ def test_teacher_forced_log_probabilities_are_those_of_sampling(policy, tiny_pro
     assert (entropies >= 0).all() and (entropies <= math.log(64) + 1e-5).all()
 
 
+@pytest.mark.parametrize(
+    ("controls", "m", "filtered", "guided"),
+    [
+        ({}, 3, False, False),
+        ({"top_k": 3}, 3, True, False),
+        ({"top_p": 0.6}, 3, True, False),
+        ({"guidance_scale": 3.0}, 3, False, True),
+        ({"top_k": [0, 5, 9], "guidance_scale": [1.0, 4.0, 2.0]}, 1, False, False),  # later than the prefix
+        ({"top_k": [0, 5, 9], "guidance_scale": [1.0, 4.0, 2.0]}, 2, True, True),
+    ],
+)
+def test_kept_is_only_what_log_probabilities_depend_on(policy, tiny_processor, controls, m, filtered, guided):
+    rollouts, *_ = sampled(policy, tiny_processor, settings(**controls), m=m)
+    assert (rollouts.support is not None, rollouts.null_input_ids is not None) == (filtered, guided)
+
+
 def test_conditional_log_probabilities_forget_guidance_and_filters(policy, tiny_processor):
     plain, guided = (
         settings(logprob_mode="conditional"),
