@@ -299,6 +299,7 @@ def test_an_evaluation_is_of_all_pictures_and_the_same_each_time(tmp_path, bf16)
 
 def test_every_epoch_draws_noise_of_its_own():
     batches, numbers = Numbered(Batches(count=3)), []
+    assert batches[2]["number"] == 2
     for epoch in range(3):
         batches.set_epoch(epoch)
         numbers += [batches[place]["number"] for place in range(3)]
