@@ -18,6 +18,7 @@ def test_every_file_of_training_names_the_tests_that_must_notice_its_faults():
     root = house.SOURCE.parent
     table = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["mutants"]["tests"]
     files = [house.PACKAGE / "losses.py", *(house.PACKAGE / "training").rglob("*.py")]
+    files += (root / "src" / "diffusers_nextflow").glob("training*.py")
     assert table.keys() == {str(path.relative_to(root)) for path in files if path.name != "__init__.py"}
     named = {argument for arguments in table.values() for argument in arguments if argument.endswith(".py")}
     assert all((root / name).is_file() for name in named)
