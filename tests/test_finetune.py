@@ -16,6 +16,7 @@ from transformers_nextflow.utils.loading import load_model
 pytest.importorskip("peft")
 
 COLOURS = {"red": (200, 30, 30), "blue": (30, 30, 200), "green": (30, 160, 30), "grey": (120, 120, 120)}
+PRIOR = ("a cat", "a dog", "a house", "a car", "a tree")
 OPTIONS = ("--steps", 8, "--batch-size", 2, "--evaluations", 2, "--samples", 2, "--held-out", 0.25, "--json")
 
 
@@ -79,7 +80,7 @@ def test_a_folder_becomes_a_model_that_draws(capsys, options):
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(capsys, monkeypatch):
-    """Stopped before its result is written, and again in the midst of training."""
+    """Stopped before it begins to train, and again before its result is written."""
     from transformers_nextflow.training import SamplesCallback, finetuning
 
     expected = tune(capsys, "photos", "whole", "--learning-rate", 1e-2)
@@ -104,18 +105,62 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(capsys, monkeypatch
     assert "was begun with another steps" in capsys.readouterr().err
 
 
+def test_a_run_that_is_killed_between_two_checkpoints_goes_on_from_the_first(capsys, monkeypatch):
+    from transformers_nextflow.training import NextFlowTrainer
+
+    options = ("--learning-rate", 1e-2, "--steps", 4, "--evaluations", 2)
+    expected, step = tune(capsys, "photos", "in-one-go", *options), NextFlowTrainer.training_step
+
+    def stop_at_the_fourth(trainer, *args, **kwargs):
+        if trainer.state.global_step == 3:
+            raise OSError("no space left")
+        return step(trainer, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(NextFlowTrainer, "training_step", stop_at_the_fourth)
+        arguments = ("finetune", "photos", "--model", "start", "--output", "in-two", *OPTIONS, *options)
+        assert main(list(map(str, arguments))) == 2
+    assert [path.name for path in Path("in-two").glob("checkpoint-*")] == ["checkpoint-2"]
+    capsys.readouterr()
+    assert tune(capsys, "photos", "in-two", *options) == expected
+
+
+def test_a_run_that_had_enough_is_not_trained_on(capsys, monkeypatch):
+    """At a rate that moves nothing, stopped before the best step's weights are loaded."""
+    from transformers_nextflow.training import NextFlowTrainer
+
+    options = ("--learning-rate", 1e-30, "--steps", 8, "--evaluations", 4, "--patience", 1)
+    expected = tune(capsys, "photos", "enough", *options)
+    assert (expected["best step"], expected["steps"]) == (2, 4)
+
+    def stop(*args, **kwargs):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(NextFlowTrainer, "_load_best_model", stop)
+        arguments = ("finetune", "photos", "--model", "start", "--output", "enough-in-two", *OPTIONS, *options)
+        assert main(list(map(str, arguments))) == 2
+        capsys.readouterr()
+        patch.setattr(NextFlowTrainer, "training_step", stop)
+        assert tune(capsys, "photos", "enough-in-two", *options) == expected
+
+
 def test_a_prior_is_what_the_model_drew_before(capsys):
-    Path("prompts.txt").write_text("a cat\n\na dog\na house\na car\na tree\n")
-    figures = tune(capsys, "photos", "with-prior", "--prior", "prompts.txt", "--steps", 2, "--evaluations", 1)
+    Path("prompts.txt").write_text("\n\n".join(PRIOR) + "\n")
+    options = ("--prior", "prompts.txt", "--steps", 2, "--evaluations", 1, "--seed", 5)
+    figures = tune(capsys, "photos", "with-prior", *options)
     assert figures["pictures"] == 8
     rows = datasets.load_dataset("parquet", data_files="with-prior/data/training.parquet", split="train")
     keys = rows["key"]
     assert len(keys) == 12 and len(set(keys)) == 12 and sum(key.startswith("prior/") for key in keys) == 5
     model, processor = load_model("start")
-    inputs = processor.apply_chat_template([{"role": "user", "content": "a cat"}], generation_mode="image")
-    drawn = model.generate(**inputs, generation_mode="image", seed=0)
-    (picture,) = processor.post_process_image(model.decode_image_tokens(drawn, (3, 3)))
-    assert Image.open("with-prior/data/prior/0000.png").tobytes() == picture.tobytes()
+    for first in (0, 2, 4):  # two prompts at once, each batch by a seed of its own
+        chats = [[{"role": "user", "content": prompt}] for prompt in PRIOR[first : first + 2]]
+        inputs = processor.apply_chat_template(chats, generation_mode="image")
+        drawn = model.generate(**inputs, generation_mode="image", seed=5 + first)
+        pictures = processor.post_process_image(model.decode_image_tokens(drawn, (3, 3)))
+        for place, picture in enumerate(pictures, first):
+            assert Image.open(f"with-prior/data/prior/{place:04}.png").tobytes() == picture.tobytes()
 
 
 @pytest.mark.parametrize("form", ["parquet", "webdataset"])

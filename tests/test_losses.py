@@ -238,6 +238,18 @@ def test_changed_heads(monkeypatch, change, at_once):
             assert relative(weight.grad, other.grad) < 1e-5, name
 
 
+def test_hooks_on_gradients_while_the_hidden_states_are_frozen():
+    (hidden, *rows), targets, weights = example(torch.float32)
+    heads, gradients = [with_hook_on_gradients(head_of(weight)) for weight in rows], []
+    for loss in (
+        losses.joint_cross_entropy(hidden.detach(), heads, sum(ROWS), targets, weights)[0],
+        of_heads(hidden.detach(), heads, targets, weights)[0],
+    ):
+        gradients.append(torch.autograd.grad(loss, rows))
+    for ours, theirs in zip(*gradients):
+        assert relative(ours, theirs) < 1e-5
+
+
 def test_one_weight_in_both_heads_and_in_the_hidden_states():
     _, targets, weights = example(torch.float64)
     table = nn.Parameter(torch.randn(10, WIDTH, dtype=torch.float64))
@@ -272,14 +284,15 @@ def test_compiled_without_a_break(monkeypatch):
 
 
 class Largest(TorchDispatchMode):
-    """Elements of the largest tensor, and how many matrix products there were."""
+    """Elements of the largest tensor, and how many matrix products there were, of them such as add in place."""
 
     def __init__(self):
         super().__init__()
-        self.elements = self.products = 0
+        self.elements = self.products = self.added = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
+        self.added += function.overloadpacket is torch.ops.aten.addmm_
         self.products += function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_)
         for tensor in result if isinstance(result, (tuple, list)) else [result]:
             if isinstance(tensor, torch.Tensor):
@@ -295,6 +308,7 @@ def test_the_logits_of_all_positions_never_exist_at_once(monkeypatch):
     with Largest() as largest:
         value_and_gradients(joint_cross_entropy, [hidden, text_rows, code_rows], targets, weights)
     assert largest.elements == 120 and largest.products == 30 * 6
+    assert largest.added == 30 * 4  # a product on its own would be as large as the head
     with Largest() as largest:
         value_and_gradients(plain, [hidden, text_rows, code_rows], targets, weights)
     assert largest.elements == 60 * 50

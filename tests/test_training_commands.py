@@ -127,9 +127,10 @@ def test_adapters_are_trained_on(tuned, further, start):
 
 
 def test_reinforcement_goes_on_from_adapters(tuned):
-    """By a reward of the folder that the command runs in."""
+    """By a reward of the folder that the command runs in, from prompts with pictures."""
     Path("prompts").mkdir()
-    Path("prompts/rows.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("a box", "a cat")))
+    prompts = [{"prompt": text, "image": Image.open("photos/0.png")} for text in ("make it a box", "make it a cat")]
+    datasets.Dataset.from_list(prompts).to_parquet("prompts/rows.parquet")
     reward = (
         "def redness(images, **columns):\n    return [image.resize((1, 1)).getpixel((0, 0))[0] for image in images]\n"
     )

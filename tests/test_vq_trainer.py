@@ -302,6 +302,9 @@ def test_adaptive_weight_makes_both_losses_move_the_last_layer_equally():
     weight = adaptive_weight(one, two, layer.weight)
     norms = [torch.autograd.grad(loss, layer.weight, retain_graph=True)[0].norm() for loss in (one, weight * two)]
     torch.testing.assert_close(norms[0], norms[1], rtol=1e-3, atol=0)
+    for factor, expected in ((0.5, 5e3), (2.0, 1e4)):  # an adversary that moves nothing
+        steady = factor * layer.weight.sum() / layer.weight.numel() ** 0.5  # its gradient has the norm `factor`
+        assert adaptive_weight(steady, 0 * layer.weight.sum(), layer.weight).item() == pytest.approx(expected)
 
 
 def test_enlarged_decoder_is_the_same_function_of_twice_the_blocks(model):

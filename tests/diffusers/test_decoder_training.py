@@ -1,10 +1,13 @@
 """Training of decoders: the loss, what it changes, the batches, and resuming."""
 
 import copy
+import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,7 @@ import torch.nn.functional as F
 pytest.importorskip("diffusers", reason="the diffusion decoder needs diffusers")
 pytest.importorskip("accelerate")
 
+import datasets
 from accelerate.state import AcceleratorState
 from diffusers import DDIMScheduler, DDPMScheduler, FluxTransformer2DModel
 from PIL import Image
@@ -36,6 +40,7 @@ from diffusers_nextflow.training_data import (
     shard_pictures,
     source_pictures,
 )
+from tests.data.data_samples import documents
 from tests.diffusers.tiny_decoders import (
     FAMILIES,
     WIDE,
@@ -47,7 +52,7 @@ from tests.diffusers.tiny_decoders import (
 )
 from tests.diffusers.tiny_trainings import Batches, arguments, picture, train
 from tests.pretended_devices import DEVICES, PretendedDevices
-from transformers_nextflow import NextFlowImageProcessor
+from transformers_nextflow import NextFlowConfig, NextFlowImageProcessor
 from transformers_nextflow.data import (
     ComputeBudget,
     CostModel,
@@ -275,23 +280,26 @@ def test_the_average_begins_on_the_device_that_the_model_was_brought_to(tmp_path
     assert events[0] == "moved" and events[-1] == "began"
 
 
-def test_an_evaluation_is_of_all_pictures_and_the_same_each_time(tmp_path):
+@pytest.mark.parametrize("bf16", [False, True])
+def test_an_evaluation_is_of_all_pictures_and_the_same_each_time(tmp_path, bf16):
+    """Under the precision of training, but for the latents and the condition."""
     pipe, evaluated = decoder("unet", vq_model=tiny_vq_model()), []
-    trainer = NextFlowDecoderTrainer(pipe, arguments(tmp_path, seed=3), eval_dataset=Batches(count=5))
+    trainer = NextFlowDecoderTrainer(pipe, arguments(tmp_path, seed=3, bf16=bf16), eval_dataset=Batches(count=5))
     for count in (1, 1, 2):
         trainer.args.per_device_eval_batch_size = count
         evaluated.append(trainer.evaluate()["eval_loss"])
     losses, loss_of = [], DecoderLoss(pipe).eval()
     for number in range(5):
         batch, draws = Batches()[number], seeded(draw_seed(3, number))
-        latents = encode_pixels(pipe, batch["pixel_values"], draws)
-        with torch.no_grad():
-            losses.append(loss_of(latents, condition_of(pipe.vq_model, batch), batch["captions"], draws).item())
+        latents, condition = encode_pixels(pipe, batch["pixel_values"], draws), condition_of(pipe.vq_model, batch)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            losses.append(loss_of(latents, condition, batch["captions"], draws).item())
     assert evaluated == pytest.approx([np.mean(losses)] * 3, rel=1e-6)
 
 
 def test_every_epoch_draws_noise_of_its_own():
     batches, numbers = Numbered(Batches(count=3)), []
+    assert batches[2]["number"] == 2
     for epoch in range(3):
         batches.set_epoch(epoch)
         numbers += [batches[place]["number"] for place in range(3)]
@@ -478,8 +486,6 @@ def test_codes_of_shards_are_those_of_the_pictures(source, vq_model, model_folde
     settings = ExtractionSettings("text-to-image", drop_text=0.5, self_correction=None, seed=1, documents_per_shard=2)
     extract(source, model_folder, tmp_path / "documents", settings)
     if packed:
-        from transformers_nextflow import NextFlowConfig
-
         cost_model = CostModel.from_config(NextFlowConfig.from_pretrained(model_folder))
         pack([tmp_path / "documents"], tmp_path / "packs", ComputeBudget(96), cost_model)
     table = source.load()
@@ -497,6 +503,28 @@ def test_codes_of_shards_are_those_of_the_pictures(source, vq_model, model_folde
         assert torch.equal(condition_of(vq_model, {"coded_pixels": batch["pixel_values"]}), expected)
         captions += batch["captions"]
     assert 0 < captions.count("") < 5 and len(captions) == 5  # dropped as in the transformer's training
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_codes_of_every_kind_of_document_are_those_of_its_answers_pictures(vq_model, model_folder, tmp_path, packed):
+    """Of documents with several pictures, some of them only read."""
+    rows = datasets.Dataset.from_list([document.to_row() for document in documents()])
+    rows.to_parquet(str(tmp_path / "rows.parquet"))
+    source = Source(str(tmp_path / "rows.parquet"))
+    extract(source, model_folder, tmp_path / "documents", ExtractionSettings(self_correction=None))
+    if packed:
+        costs = CostModel.from_config(NextFlowConfig.from_pretrained(model_folder))
+        pack([tmp_path / "documents"], tmp_path / "packs", ComputeBudget(300), costs)
+    table = source.load()
+    pictures, read = shard_pictures(tmp_path / ("packs" if packed else "documents"), source, table, vq_model)
+    shown = Counter((picture.key, picture.place) for picture in pictures)
+    drawn = {"text-to-image": [0], "editing": [2], "interleaved": [0, 1], "video": [0, 1, 2], "reasoning": [0]}
+    assert shown == Counter(
+        (f"{kind}-{n}", place) for kind, places in drawn.items() for place in places for n in (0, 1)
+    )
+    batches = PictureBatches(table, read, pictures, NextFlowImageProcessor.from_vq_config(vq_model.config), 3)
+    for number in range(len(batches)):
+        assert torch.equal(batches[number]["codes"], vq_model.encode(batches[number]["pixel_values"]))
 
 
 def test_codes_of_self_corrected_shards_sum_up_to_the_picture(source, vq_model, model_folder, tmp_path):
@@ -519,6 +547,28 @@ def test_shards_of_another_tokenizer_or_source(source, vq_model, model_folder, t
         shard_pictures(tmp_path, source, source.load(), tiny_vq_model())
     with pytest.raises(ValueError, match="the source has no document key 0"):
         shard_pictures(tmp_path, source, source.load().select([1, 2, 3, 4]), vq_model)
+
+
+def test_packs_of_sources_that_are_read_differently(source, vq_model, model_folder, tmp_path):
+    costs = CostModel.from_config(NextFlowConfig.from_pretrained(model_folder))
+    shards = [tmp_path / name for name in ("one", "other", "all")]
+    for folder, share in zip(shards, (0.0, 0.5)):
+        extract(source, model_folder, folder, ExtractionSettings("text-to-image", drop_text=share))
+    pack(shards[:2], shards[2], ComputeBudget(96), costs)
+    with pytest.raises(ValueError, match="all are of several sources that are read differently; give one of them"):
+        shard_pictures(shards[2], source, source.load(), vq_model)
+
+
+def test_a_picture_of_another_size_than_was_coded(source, vq_model):
+    table, reader = source.load(), DocumentReader("text-to-image", root=source.root)
+    processor = NextFlowImageProcessor.from_vq_config(vq_model.config)
+    pictures = source_pictures(table, reader, processor)
+    grids = {each.grid for each in pictures}
+    for each in pictures:
+        for other in grids - {each.grid}:
+            batches = PictureBatches(table, reader.read, [dataclasses.replace(each, grid=other)], processor, 1)
+            with pytest.raises(ValueError, match=re.escape(f"a picture of the grid {other} was coded, the source's")):
+                batches[0]
 
 
 def test_no_pictures_and_bad_numbers():

@@ -174,6 +174,7 @@ def test_pictures_without_any_reward_are_warned_of(policy, tiny_processor, tmp_p
         ({"reward": []}, "reward_funcs must hold at least one function"),
         ({"reward": "clip:model"}, "reward_funcs must be functions of pictures.*got 'clip:model'"),
         ({"dataset": iter(())}, "train_dataset must be one dataset with a length"),
+        ({"dataset": {"train": [{"prompt": "a"}]}}, "train_dataset must be one dataset with .*, got dict"),
         ({"dataset": [{"text": "a"}]}, "rows of train_dataset must have a prompt, got text"),
         (
             {"dataset": Dataset.from_list([{"prompt": "a"}, {"prompt": None}])},

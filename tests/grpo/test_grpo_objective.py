@@ -15,6 +15,7 @@ from transformers_nextflow.training.grpo.objective import (
     group_advantages,
     kl_to_reference,
     log_ratios,
+    normalized_sum_advantages,
     num_prefix_scales,
     prefix_values,
     sampling_support,
@@ -73,6 +74,22 @@ def test_teacher_forced_log_probabilities_are_those_of_sampling(policy, tiny_pro
     torch.testing.assert_close(logps, rollouts.sampling_logps, rtol=1e-5, atol=1e-5)
     assert (logps <= 1e-6).all() and logps.min() < -0.01
     assert (entropies >= 0).all() and (entropies <= math.log(64) + 1e-5).all()
+
+
+@pytest.mark.parametrize(
+    ("controls", "m", "filtered", "guided"),
+    [
+        ({}, 3, False, False),
+        ({"top_k": 3}, 3, True, False),
+        ({"top_p": 0.6}, 3, True, False),
+        ({"guidance_scale": 3.0}, 3, False, True),
+        ({"top_k": [0, 5, 9], "guidance_scale": [1.0, 4.0, 2.0]}, 1, False, False),  # later than the prefix
+        ({"top_k": [0, 5, 9], "guidance_scale": [1.0, 4.0, 2.0]}, 2, True, True),
+    ],
+)
+def test_kept_is_only_what_log_probabilities_depend_on(policy, tiny_processor, controls, m, filtered, guided):
+    rollouts, *_ = sampled(policy, tiny_processor, settings(**controls), m=m)
+    assert (rollouts.support is not None, rollouts.null_input_ids is not None) == (filtered, guided)
 
 
 def test_conditional_log_probabilities_forget_guidance_and_filters(policy, tiny_processor):
@@ -183,6 +200,18 @@ def test_advantages_are_eq_4_and_silent_rewards_do_not_count():
     silent = group_advantages(torch.tensor([1.0, math.nan, 3.0, math.nan, math.nan, math.nan]), 3)[0]
     torch.testing.assert_close(silent[:3], torch.tensor([-1.0, 0.0, 1.0]) / (2**0.5 + 1e-4))
     assert not silent[3:].any()
+
+
+def test_each_functions_rewards_are_normalised_in_their_groups():
+    rewards_NF = torch.tensor([[1.0, 9], [2, 9], [6, 0], [0, 4], [math.nan, 2], [3, math.nan]])  # two groups
+    advantages, deviation = normalized_sum_advantages(rewards_NF, torch.tensor([1.0, 0.5]), 3)
+    sums = torch.zeros(6)
+    for weight, rewards in zip((1.0, 0.5), rewards_NF.T):
+        for group in (slice(0, 3), slice(3, 6)):
+            there = rewards[group][~rewards[group].isnan()]
+            sums[group] += (weight * (rewards[group] - there.mean()) / (there.std() + 1e-4)).nan_to_num(0.0)
+    torch.testing.assert_close(deviation, sums.std()[None, None])
+    torch.testing.assert_close(advantages, (sums - sums.mean()) / (sums.std() + 1e-4))
 
 
 def test_kl_is_zero_at_the_reference_and_its_mean_is_the_kl():

@@ -622,10 +622,11 @@ def test_evaluation_is_the_mean_reward_of_held_out_prompts(policy, tiny_processo
 def test_what_rewards_log_in_evaluation_is_not_trainings(policy, tiny_processor, tmp_path):
     def reward(images, log_metric, trainer_state, **kwargs):
         log_metric("pictures", len(images))
+        log_metric("pictures", len(images) + 1)
         return redness(images)
 
     values = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 2, "per_device_eval_batch_size": 4}
     run = trainer(policy, tiny_processor, tmp_path, reward=reward, eval_dataset=rows(3), **values)
     run.train()
-    assert [row["pictures"] for row in run.state.log_history if "pictures" in row] == [8, 8]
-    assert [row["eval_pictures"] for row in run.state.log_history if "eval_pictures" in row] == [4, 4]
+    assert [row["pictures"] for row in run.state.log_history if "pictures" in row] == [8.5, 8.5]
+    assert [row["eval_pictures"] for row in run.state.log_history if "eval_pictures" in row] == [4.5, 4.5]

@@ -107,7 +107,7 @@ def finetune(
     state = _newest_state(output)
     if state is None or not _has_ended(state, settings):
         trainer.train(resume_from_checkpoint=state is not None)
-        state = _newest_state(output)
+        state = trainer.state
     _publish(output / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}", output)
     _write_sheet(output, written["prompts"], before, samples.draw(load_model(str(output))[0]))
     report = {
