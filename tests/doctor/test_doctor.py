@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from transformers_nextflow import cli
 from transformers_nextflow.doctor import DoctorCallback, examine, read_pictures, to_html, to_text
 from transformers_nextflow.doctor.alterations import exchanged, hooked, judge, levelled, setting, shuffled
 from transformers_nextflow.doctor.findings import Check, Finding
+from transformers_nextflow.doctor.weights import spectra
 from transformers_nextflow.utils import loading
 
 UNTRAINED = "scale embedding ignored"  # zero before training
@@ -197,6 +199,26 @@ def test_what_can_be_in_any_order_is_named():
     permute(toy.layers[2].weight)
     finding = toy.finding()
     assert finding.fault == "weights without effect" and "layers.2" in finding.measured
+
+
+@pytest.mark.parametrize(
+    "train, alarmed",
+    [
+        (lambda weight: weight.copy_(torch.linalg.qr(weight).Q), False),  # as Muon leaves it: narrower than chance
+        (lambda weight: weight[:, 0].mul_(20), False),
+        (lambda weight: weight.normal_(), True),
+    ],
+    ids=["narrower", "wider", "chance"],
+)
+def test_a_spectrum_unlike_chance_on_either_side_is_a_trained_one(train, alarmed):
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(3)))
+    with torch.no_grad():
+        for layer in model:
+            layer.weight[:, 0].mul_(20)
+        train(model[1].weight)
+    found = spectra(Check("spectra", "weights", ""), SimpleNamespace(model=model, seed=0))
+    assert (found.fault == "re-initialised weights") is alarmed, found.measured
 
 
 @pytest.mark.parametrize("kind, fault", [(nn.Embedding, "rows in disorder"), (nn.RMSNorm, "weights in disorder")])

@@ -45,8 +45,7 @@ def values(check: Check, case: Case) -> Finding:
 
 
 def spectra(check: Check, case: Case) -> Finding:
-    """Singular values of a trained matrix are others than those of the same entries in random order: AdamW spreads them
-    wider, Muon may spread them less."""
+    """Singular values of a trained matrix are others than those of the same entries in random order."""
     kinds: dict[str, dict[str, float]] = defaultdict(dict)
     generator = torch.Generator().manual_seed(case.seed)
     for name, weight in matrices(case.model).items():
@@ -70,12 +69,10 @@ def spectra(check: Check, case: Case) -> Finding:
 
 
 def _structure(weight: torch.Tensor, generator: torch.Generator, draws: int = 16) -> float:
-    """How many standard deviations the singular values lie further than those of shuffled entries from the mean of
-    these."""
-    flat = weight.flatten()
-    orders = (torch.randperm(len(flat), generator=generator) for _ in range(draws))
-    chance = torch.linalg.svdvals(torch.stack([flat[order].view_as(weight) for order in orders]))
-    mean = chance.mean(dim=0)
+    """By how many deviations the singular values lie further from those of shuffled entries than these do."""
+    shuffled = [weight.flatten()[torch.randperm(weight.numel(), generator=generator)] for _ in range(draws)]
+    chance = torch.linalg.svdvals(torch.stack(shuffled).view(draws, *weight.shape))
+    mean = chance.mean(dim=0)  # AdamW spreads them wider, Muon may spread them less
     usual = (chance - mean).norm(dim=1) * (draws / (draws - 1)) ** 0.5  # each has its share in the mean
     return float(((torch.linalg.svdvals(weight) - mean).norm() - usual.mean()) / usual.std().clamp(min=1e-30))
 
