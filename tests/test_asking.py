@@ -1,6 +1,8 @@
 """How drawing is asked for: as users of transformers, pipelines and servers ask, from any thread, at any size."""
 
+import copy
 import json
+import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -44,6 +46,7 @@ from transformers_nextflow.layout import build_layout
 
 PROMPTS = [[10, 11, 12, BOI], [13, BOI], [14, 15, BOI]]
 NULLS = [[20, BOI], [20, 21, 22, BOI], [23, 20, BOI]]
+CHUNKED = {"prefill_chunk_size": 2}
 PLAIN = {"generation_mode": "image", "guidance_scale": 1.0, "seed": 0}
 
 
@@ -530,6 +533,41 @@ def test_text_holds_no_marks_of_images(model, strategy, chat):
     assert not {BOI, IMAGE, EOI} & set(written.tolist())
     ended = model.generate(**batch_of(model, chat), **options, eos_token_id=[EOS, BOI])
     assert ended[0, -1] == BOI  # where it ends the text it may be written
+
+
+def test_prompts_with_pictures_are_not_read_in_chunks(model):
+    options = {"max_new_tokens": 3, "do_sample": False}
+    chunked, whole = (model.generate(**batch_of(model, [10, 11, 12]), **options, **more) for more in (CHUNKED, {}))
+    assert torch.equal(chunked, whole)
+    said = GenerationConfig(**CHUNKED, **options)
+    for more in (options | CHUNKED, {"generation_config": said}):
+        with pytest.raises(ValueError, match="read in one go, got prefill_chunk_size=2"):
+            model.generate(**batch_of(model, [10, shown(SQUARE), 11]), **more)
+
+
+@pytest.mark.parametrize("mode", ["text", "image", "interleaved"])
+def test_what_is_asked_is_named_where_it_is_none(model, mode):
+    inputs = batch_of(model, [10, shown(SQUARE), 11])
+    del inputs["image_grid_hw"]
+    with pytest.raises(ValueError, match="image_codes came without image_grid_hw"):
+        model.generate(**inputs, generation_mode=mode, max_new_tokens=2)
+    for said in ({"max_new_tokens": 2}, "folder"):
+        with pytest.raises(ValueError, match="generation_config must be a GenerationConfig, got"):
+            model.generate(**batch_of(model, [10, 11]), generation_mode=mode, generation_config=said)
+
+
+@pytest.mark.parametrize("mode", ["image", "interleaved"])
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda output: pickle.loads(pickle.dumps(output))])
+def test_outputs_are_copied_without_their_model(model, mode, duplicate):
+    options = {"guidance_scale": 1.0, "seed": 0, "return_dict_in_generate": True} if mode == "image" else {"seed": 0}
+    output = model.generate(**batch_of(model, [10, shown(SQUARE), 11]), generation_mode=mode, **options)
+    copied = duplicate(output)
+    assert torch.equal(copied.sequences, output.sequences)
+    assert torch.equal(copied.image_grid_hw, output.image_grid_hw)
+    assert getattr(copied, "contexts", None) is None
+    assert output.decode()
+    with pytest.raises(ValueError, match="a copy without its model: call `model.decode_images`"):
+        copied.decode()
 
 
 def test_text_takes_no_guidance(model):

@@ -9,6 +9,7 @@ from tiny_models import (
     EOS,
     IMAGE,
     PAD,
+    PATCH,
     SQUARE,
     TEXT_ROWS,
     WIDE,
@@ -110,6 +111,13 @@ def test_the_text_decoder_may_have_an_attention_of_its_own(model):
 
 
 # Compilers
+
+
+def test_ids_are_a_batch(model):
+    inputs = batch_of(model, [10, Picture(SQUARE), 11])
+    ids, grids = inputs["input_ids"][0], inputs["image_grid_hw"]
+    with pytest.raises(ValueError, match="input_ids must hold int64 in 2 dimensions"):
+        model(ids, pixel_values=torch.zeros(9, 3 * PATCH**2), image_grid_hw=grids)
 
 
 def test_pictures_of_several_sizes_under_a_compiler(model):

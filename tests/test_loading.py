@@ -1,6 +1,8 @@
 """What users of transformers expect of any model: loading, dtypes, caches, compilation, pipelines, adapters."""
 
 import copy
+import io
+import pickle
 
 import numpy as np
 import pytest
@@ -77,7 +79,7 @@ def test_device_map_changes_nothing(model, folder, device_map):
 
 
 @pytest.mark.parametrize("how", ["loaded", "cast", "loaded alone", "built"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_pictures_have_their_codes_in_any_precision(model, folder, how, dtype, tmp_path):
     """Those that shards hold, and the name that shards know their tokenizer by; decoded pictures are the same too."""
     vq_model = model.model.vq_model
@@ -94,8 +96,52 @@ def test_pictures_have_their_codes_in_any_precision(model, folder, how, dtype, t
     pixels = torch.rand(8, 3, 12, 12, generator=torch.Generator().manual_seed(0)) * 2 - 1
     codes = vq_model.encode(pixels)
     assert len(codes.unique()) > 10 and torch.equal(other.encode(pixels), codes)
+    assert torch.equal(other.encode(pixels.double()), codes)
     assert torch.equal(other.decode(codes, SQUARE), vq_model.decode(codes, SQUARE))
     assert vision_identity(other) == vision_identity(vq_model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_assigned_tensors_take_the_place_of_their_values(model, dtype):
+    """`assign=True` keeps tensors as they are given, but for those that are always float32."""
+    state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+    copied, assigned = (tiny_model(seed=1) for _ in range(2))
+    for other, assign in ((copied, False), (assigned, True)):
+        other.load_state_dict(state, assign=assign)
+    assert assigned.lm_head.weight.dtype == dtype
+    vq_models = [other.model.vq_model for other in (copied, assigned)]
+    pixels = torch.rand(8, 3, 12, 12, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    codes, others = (each.encode(pixels) for each in vq_models)
+    assert torch.equal(codes, others)
+    pictures, others = (each.decode(codes, SQUARE) for each in vq_models)
+    assert torch.equal(pictures, others)
+    embeddings, others = (other.model.code_embeddings.weight for other in (copied, assigned))
+    assert torch.equal(embeddings, others.float()) and others.dtype.itemsize >= 4
+    assert logits_of(assigned, batch_of(model, *ROWS)).dtype == dtype
+
+
+def by_pickle(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+def by_torch(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, by_pickle, by_torch])
+def test_a_model_that_was_used_is_copied(duplicate):
+    used = tiny_model()
+    pixels = torch.rand(2, 3, 12, 12, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    options = {"generation_mode": "image", "guidance_scale": 1.0, "seed": 0}
+    codes, drawn = used.model.vq_model.encode(pixels), used.generate(**batch_of(used, [10, BOI]), **options)
+    used.train()(**batch_of(used, *ROWS), use_cache=False).logits.sum().backward()
+    copied = duplicate(used.eval())
+    assert torch.equal(copied.model.vq_model.encode(pixels), codes)
+    assert torch.equal(copied.generate(**batch_of(copied, [10, BOI]), **options), drawn)
+    assert torch.equal(logits_of(copied, batch_of(copied, *ROWS)), logits_of(used, batch_of(used, *ROWS)))
 
 
 def test_rounded_encoders_are_another_vision_tokenizer(model):

@@ -32,7 +32,7 @@ OVERRIDDEN = {
         *("_load_from_checkpoint", "_prepare_inputs", "_run_epoch", "_save", "_save_rng_state"),
     },
     "diffusers.DiffusionPipeline": {"_exclude_from_cpu_offload", "_optional_components"},
-    "torch.nn.Module": {"_apply"},
+    "torch.nn.Module": {"_apply", "_load_from_state_dict"},
 }
 READ = {
     "transformers.GenerationMixin": {

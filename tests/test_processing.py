@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, pipeline
 
-from transformers_nextflow import NextFlowProcessor
+from transformers_nextflow import NextFlowImageProcessor, NextFlowProcessor
 from transformers_nextflow.cli import main
 from transformers_nextflow.layout import find_images
 
@@ -286,6 +286,20 @@ def test_a_models_settings_are_the_processors(tiny_processor, tiny_model):
     other = NextFlowProcessor(tiny_processor.image_processor, tiny_processor.tokenizer, condition_last_scale=False)
     with pytest.raises(ValueError, match="condition_last_scale must be the model's, True, got False of the processor"):
         other.check_fits(tiny_model.config)
+
+
+@pytest.mark.parametrize("change", ["patch_size", "scale_schedules", "levels"])
+def test_an_image_processor_of_another_model_is_refused(tiny_processor, tiny_model, change):
+    own = tiny_processor.image_processor
+    settings = {"patch_size": own.patch_size, "scale_schedules": own.scale_schedules, "levels": own.levels}
+    others = {
+        "patch_size": 2 * own.patch_size,
+        "scale_schedules": own.scale_schedules[:1],
+        "levels": {f"{name}0": count for name, count in own.levels.items()},
+    }
+    image_processor = NextFlowImageProcessor(**settings | {change: others[change]})
+    with pytest.raises(ValueError, match="patch_size, scale_schedules and levels .* must be the model's"):
+        NextFlowProcessor(image_processor, tiny_processor.tokenizer).check_fits(tiny_model.config)
 
 
 def test_the_console_refuses_a_processor_of_another_model(tiny_checkpoint, tmp_path, capsys):

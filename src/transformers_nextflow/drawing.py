@@ -29,11 +29,20 @@ memory beside it, and reading the weights again for the next ones costs little b
 
 @dataclass
 class NextFlowOutputWithPictures(ModelOutput):
-    """What came of a call that draws; see its subclasses."""
+    """What came of a call that draws; see its subclasses. A copy, or one that was pickled, is without the model and
+    what it has read."""
+
+    _decode = None  # type: Callable[[], list[torch.Tensor]] | None  # annotated, it would be a field
 
     def decode(self) -> list[torch.Tensor]:
-        """Its pictures, (3, H, W) float32 in [-1, 1]."""
+        """Its pictures, (3, H, W) float32 in [-1, 1]; raises `ValueError` for a copy."""
+        if self._decode is None:
+            raise ValueError("this output is a copy without its model: call `model.decode_images` with its codes")
         return self._decode()
+
+    def __reduce__(self):
+        make, values, *_ = super().__reduce__()
+        return make, tuple(None if isinstance(value, Contexts) else value for value in values)
 
 
 @dataclass(frozen=True)

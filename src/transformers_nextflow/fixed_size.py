@@ -5,7 +5,7 @@ transformers' own models. CLIP and the ViT can read a larger grid than their own
 
 import torch
 import torch.nn.functional as F
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.clip.configuration_clip import CLIPVisionConfig
 from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings, CLIPVisionModel
 from transformers.models.siglip.configuration_siglip import SiglipVisionConfig
@@ -56,15 +56,23 @@ def fixed_size_encoder(config: PreTrainedConfig) -> SiglipVisionModel | CLIPVisi
 def fixed_size_features(
     model: SiglipVisionModel | CLIPVisionModel, pixel_values: torch.Tensor, layer: int | None
 ) -> torch.Tensor:
-    """(B, 3, H, W) -> (B, h*w, D): hidden states of layer `layer`, or, for `None`, those after the last norm."""
-    with_class_token = isinstance(model.config, CLIPVisionConfig)
-    output = model(pixel_values, interpolate_pos_encoding=with_class_token, output_hidden_states=layer is not None)
-    features = output.last_hidden_state if layer is None else output.hidden_states[layer]
-    if with_class_token:
-        features = features[:, 1:]
-        if layer is None:  # transformers norms CLIP's class token alone
-            features = model.post_layernorm(features)
-    return features
+    """(B, 3, H, W) -> (B, h*w, D), see [`features_at`]."""
+    has_class_token = isinstance(model.config, CLIPVisionConfig)
+    hidden = model.embeddings(pixel_values, interpolate_pos_encoding=has_class_token)
+    if has_class_token:
+        hidden = model.pre_layrnorm(hidden)
+    features = features_at(layer, model, hidden)
+    return features[:, 1:] if has_class_token else features
+
+
+def features_at(layer: int | None, model: PreTrainedModel, hidden_BLD: torch.Tensor) -> torch.Tensor:
+    """What transformers' vision models make of embedded patches that all see each other: the hidden states of `layer`,
+    or, for `None`, those after the last norm. To record them, the library leaves hooks on a model that no pickle
+    takes."""
+    layers = list(model.encoder.layers)
+    for each in layers if layer is None else layers[: range(len(layers) + 1)[layer]]:
+        hidden_BLD = each(hidden_BLD, None)
+    return model.post_layernorm(hidden_BLD) if layer is None else hidden_BLD
 
 
 def fixed_size_decoder(config: ViTConfig) -> ViTModel:

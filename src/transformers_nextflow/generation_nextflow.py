@@ -100,6 +100,8 @@ class NextFlowGenerationMixin(ImageCodesMixin, TextGenerationMixin):
         """
         if inputs is not None:
             kwargs["input_ids"] = inputs
+        if not isinstance(given := kwargs.get("generation_config"), GenerationConfig | None):
+            raise ValueError(f"generation_config must be a GenerationConfig, got {given!r}")
         for name in ("token_type_ids", "mm_token_type_ids"):  # of processors; ids alone say what they are
             kwargs.pop(name, None)
         if generation_mode != "text" or kwargs.get("image_grid_hw") is not None:

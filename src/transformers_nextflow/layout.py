@@ -166,6 +166,13 @@ def check_codes(config: NextFlowConfig, images: Sequence[ImageSpan], image_codes
         raise ValueError(f"image_codes must lie in [0, {limit}), got {low} to {high}")
 
 
+def check_text(pixel_values: torch.Tensor | None, image_codes: torch.Tensor | None) -> None:
+    """Raise a `ValueError` for pictures that came without their grids."""
+    if pixel_values is not None or image_codes is not None:
+        name = "image_codes" if pixel_values is None else "pixel_values"
+        raise ValueError(f"{name} came without image_grid_hw, the final grid of each image")
+
+
 def final_grids(image_grid_hw: torch.Tensor | Sequence) -> list[Grid]:
     """The pairs of an (N, 2) `image_grid_hw`; raises `ValueError` for anything else."""
     rows = image_grid_hw.tolist() if isinstance(image_grid_hw, torch.Tensor) else image_grid_hw
@@ -187,6 +194,7 @@ def find_images(
     """
     if image_grid_hw is None:
         return []
+    check_integers("input_ids", input_ids, 2)
     ids, grids = input_ids.detach().cpu(), final_grids(image_grid_hw)
     starts = (ids == config.boi_token_id).nonzero().tolist()
     if len(starts) != len(grids):

@@ -37,7 +37,16 @@ from .cache_name import CACHE, takes_cache
 from .configuration_nextflow import NextFlowConfig
 from .features import scale_taps
 from .generation_nextflow import NextFlowGenerationMixin
-from .layout import ImageSpan, SequenceLayout, build_layout, check_codes, check_rows, find_images, text_positions
+from .layout import (
+    ImageSpan,
+    SequenceLayout,
+    build_layout,
+    check_codes,
+    check_rows,
+    check_text,
+    find_images,
+    text_positions,
+)
 from .lora import adapter_names, are_placed, each_by_its_adapter, place_adapters
 from .losses import joint_cross_entropy
 from .modeling_nextflow_vq import LibraryModel, NextFlowVQModel, unpatchify
@@ -400,7 +409,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
         is_continued = prepared or dense
         is_text = image_grid_hw is None and document_ids is None and layout is None
         if is_text:
-            _check_text(pixel_values, image_codes)
+            check_text(pixel_values, image_codes)
         needs_positions = position_ids is None and attention_mask is not None  # without padding the decoder knows them
         if needs_positions or not is_text or self.training:  # a compiled step must not ask for the cache's length
             is_continued = is_continued or _is_filled(past_key_values)
@@ -579,7 +588,7 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
             if (input_ids is None) == (inputs_embeds is None):
                 raise ValueError("give exactly one of input_ids and inputs_embeds")
             if image_grid_hw is None:
-                _check_text(pixel_values, image_codes)
+                check_text(pixel_values, image_codes)
             ids = self.model.marker_ids(inputs_embeds) if input_ids is None else input_ids
             mask = attention_mask
             if mask is not None and mask.ndim == 4:  # who says of every pair says by the labels what is padding
@@ -670,9 +679,3 @@ def _common_runs(block_ids: torch.Tensor, attention_mask: torch.Tensor | None) -
 def _is_filled(cache: Cache | None) -> bool:
     """Pages of a server's cache, which is no `Cache`, lay the text out by themselves."""
     return isinstance(cache, Cache) and cache.get_seq_length() > 0
-
-
-def _check_text(pixel_values: torch.Tensor | None, image_codes: torch.Tensor | None) -> None:
-    if pixel_values is not None or image_codes is not None:
-        name = "image_codes" if pixel_values is None else "pixel_values"
-        raise ValueError(f"{name} came without image_grid_hw, the final grid of each image")

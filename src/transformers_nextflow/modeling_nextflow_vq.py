@@ -23,11 +23,11 @@ from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionEmbeddings
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_nextflow import NextFlowVQConfig
-from .fixed_size import fixed_size_decoder, fixed_size_encoder, fixed_size_features
+from .fixed_size import features_at, fixed_size_decoder, fixed_size_encoder, fixed_size_features
 from .quantizer import DualCodebookQuantizer, QuantizerOutput, SelfCorrection, resize_features, to_map, to_sequence
 from .remote_code import HasCode
 from .scales import Grid, ScaleSchedule
-from .utils.precision import AtLeastFloat32, without_autocast
+from .utils.precision import Float32, without_autocast
 
 PIXELS_AT_ONCE = 2**21  # that are encoded or decoded at once: two pictures of 1024 x 1024
 
@@ -229,12 +229,12 @@ class SemanticDecoder(nn.Module):
         return self.to_features(output.last_hidden_state[:, 1:])  # the first is the class token
 
 
-def run_siglip(model: Siglip2VisionModel, patches: torch.Tensor, grid: Grid, **kwargs):
+def run_siglip(model: Siglip2VisionModel, patches: torch.Tensor, grid: Grid):
     """SigLIP2-naflex on a batch of equal grids: no padding, so the attention mask is all ones."""
     batch, length, _ = patches.shape
     mask = torch.ones(batch, length, dtype=torch.long, device=patches.device)
     shapes = torch.tensor(grid, device=patches.device).expand(batch, 2)
-    return model(pixel_values=patches, pixel_attention_mask=mask, spatial_shapes=shapes, **kwargs)
+    return model(pixel_values=patches, pixel_attention_mask=mask, spatial_shapes=shapes)
 
 
 @dataclass
@@ -269,7 +269,7 @@ class LibraryModel(HasCode, PreTrainedModel):
         return False
 
 
-class NextFlowVQModel(AtLeastFloat32, LibraryModel):
+class NextFlowVQModel(Float32, LibraryModel):
     """Images to multi-scale codes and back. Works on batches of one grid; callers group by grid.
 
     What comes out is on the device of what goes in, wherever the parts are.
@@ -332,13 +332,12 @@ class NextFlowVQModel(AtLeastFloat32, LibraryModel):
                 torch.tensor(values, device=pixel_values.device)[:, None, None]
                 for values in (self.config.semantic_mean, self.config.semantic_deviation)
             )
-            unit = ((pixel_values + 1) * 127.5).clamp(0, 255) / 255
-            pixel_values = ((unit - shift) / scale).to(pixel_values.dtype)
+            pixel_values = (((pixel_values + 1) * 127.5).clamp(0, 255) / 255 - shift) / scale
+        pixel_values = pixel_values.to(self.dtype)
         if not isinstance(encoder, Siglip2VisionModel):
             return fixed_size_features(encoder, pixel_values, layer)
         patches = patchify(pixel_values, self.config.patch_size)
-        output = run_siglip(encoder, patches, grid, output_hidden_states=layer is not None)
-        return output.last_hidden_state if layer is None else output.hidden_states[layer]
+        return features_at(layer, encoder, encoder.embeddings(patches, torch.tensor([grid])))
 
     def features(self, pixel_values: torch.Tensor, pixel_only: bool = False) -> torch.Tensor:
         """(B, 3, H, W) in [-1, 1] -> (B, C, h, w) float32, semantic channels first: what is quantised.
@@ -347,7 +346,7 @@ class NextFlowVQModel(AtLeastFloat32, LibraryModel):
         """
         grid = self._schedule_of(pixel_values).final_grid
         height, width = (length * self.config.patch_size for length in grid)
-        pixel = self.pixel_encoder(resize_features(pixel_values, (height, width)))
+        pixel = self.pixel_encoder(resize_features(pixel_values.to(self.dtype), (height, width)))
         pixel = pixel.to(pixel_values.device, torch.float32)
         if pixel_only:
             return F.pad(pixel, (0, 0, 0, 0, self.config.semantic_dim, 0))
@@ -377,7 +376,7 @@ class NextFlowVQModel(AtLeastFloat32, LibraryModel):
         for number, part in enumerate(pixel_values.split(count)):
             own_keys = keys if keys is None else keys[number * count : (number + 1) * count]
             with without_autocast(part.device):
-                output = self.quantizer.quantize(self.features(part.float()), schedule, correction, seed, own_keys)
+                output = self.quantizer.quantize(self.features(part), schedule, correction, seed, own_keys)
             inputs.append(output.input_codes)
             targets.append(output.target_codes)
         return torch.cat(targets) if correction is None else (torch.cat(inputs), torch.cat(targets))

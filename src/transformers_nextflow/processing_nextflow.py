@@ -98,6 +98,9 @@ class NextFlowProcessor(ProcessorBringsCode, ProcessorMixin):
             own, of_model = getattr(self, name), getattr(config, name)
             if own != of_model:
                 raise ValueError(f"{name} must be the model's, {of_model}, got {own} of the processor")
+        table, of_model = self.image_processor.schedule_table(), config.vq_config.schedule_table()
+        if table.patch_size != of_model.patch_size or table.levels != of_model.levels or [*table] != [*of_model]:
+            raise ValueError("patch_size, scale_schedules and levels of the image processor must be the model's")
 
     @property
     def image_placeholder(self) -> str:

@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import logging
 
 from .configuration_nextflow import NextFlowConfig
-from .layout import MARKS, ImageSpan, check_integers, final_grids, find_images
+from .layout import MARKS, ImageSpan, check_integers, check_text, final_grids, find_images
 from .scales import Grid
 
 if TYPE_CHECKING:
@@ -98,6 +98,8 @@ class Prompts:
         grids = [] if self.image_grid_hw is None else final_grids(self.image_grid_hw)
         held = sum(len(images_of(ids, config)) for ids in rows)
         if held != len(grids):
+            if self.image_grid_hw is None:
+                check_text(self.pixel_values, self.image_codes)
             raise ValueError(f"the prompts hold {held} finished images, image_grid_hw has {len(grids)}; {MARKS}")
         ids, _ = padded(rows, config.eoi_token_id, self.input_ids.device)
         images = find_images(config, ids, grids)

@@ -61,6 +61,9 @@ class TextGenerationMixin(GenerationMixin):
         settings = kwargs.get("generation_config") or self.generation_config
         if kwargs.get("use_cache", settings.use_cache) is not False:
             self.check_keeps_caches()
+        chunk_size = kwargs.get("prefill_chunk_size", settings.prefill_chunk_size)
+        if chunk_size is not None and kwargs.get("image_grid_hw") is not None:
+            raise ValueError(f"prompts with pictures are read in one go, got prefill_chunk_size={chunk_size}")
         if input_ids is not None and kwargs.get("inputs_embeds") is None:
             cache = kwargs.get(CACHE, kwargs.get("past_key_values"))
             mask = kwargs.get("attention_mask") if cache is None else None
