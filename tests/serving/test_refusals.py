@@ -89,6 +89,7 @@ PICTURES = [
     ({"size": ["24x24"]}, "size"),
     ({"size": "99999x99999"}, "size"),
     ({"stream": True}, "stream"),
+    ({"moderation": "low"}, "moderation"),
     ({"user": 5}, "user"),
     ({"ｓeed": 5}, "ｓeed"),
 ]
@@ -232,13 +233,19 @@ def test_a_text_where_a_file_is_due(address):
 
 
 def test_odd_but_right(address):
-    """Of several frames the first; files are what they hold, whatever they are called; any language."""
+    """Of several frames the first; files are what they hold, whatever they are called and whatever EXIF they bring;
+    any language; options at their defaults."""
     frames = BytesIO()
     Image.new("P", (24, 24), 1).save(frames, format="GIF", save_all=True, append_images=[Image.new("P", (24, 24), 2)])
     named = ("bild \u00e4.png", frames.getvalue(), "text/plain")
     ask = client(address).images
     for prompt in ("\u82f9\u679c \U0001f34e", " ", "a\x00b"):
         assert ask.edit(image=named, prompt=prompt, extra_body={"seed": 1}).size == "24x24"
+    torn = BytesIO()
+    Image.new("RGB", (24, 24)).save(torn, format="JPEG", exif=b"Exif\0\0nonsense")
+    as_default = {"stream": False, "moderation": "auto"}
+    assert ask.edit(image=("torn.jpg", torn.getvalue()), prompt="a", extra_body=as_default).size == "24x24"
+    assert ask.generate(prompt="a", extra_body=as_default | {"size": "24x24"}).size == "24x24"
 
 
 @pytest.mark.parametrize("path", ["images/generations", "chat/completions"])

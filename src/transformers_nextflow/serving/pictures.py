@@ -32,7 +32,10 @@ def read_picture(data: bytes, max_pixels: int, param: str) -> Image.Image:
         with Image.open(BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > max_pixels:  # known before anything is decoded
                 raise RequestError(too_many_pixels(max_pixels, *image.size), param)
-            return ImageOps.exif_transpose(image)
+            upright = ImageOps.exif_transpose(image)
+            # torn EXIF, which Pillow passes over here, must not stop those that ask for it again
+            upright.info = {name: value for name, value in upright.info.items() if name == "transparency"}
+            return upright
     except UnidentifiedImageError as error:
         raise RequestError(f"no picture of the formats {', '.join(FORMATS)}", param) from error
     except DAMAGED as error:

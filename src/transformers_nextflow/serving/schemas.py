@@ -80,10 +80,12 @@ class ImageRequest(Controls):
     output_format: Literal["png"] = "png"
     quality: Literal["auto"] = "auto"
     background: Literal["auto", "opaque"] = "auto"
+    moderation: Literal["auto"] = "auto"
+    stream: Literal[False] = False
 
 
 class EditRequest(ImageRequest):
-    """`/v1/images/edits`, a form with files, whose numbers are texts.
+    """`/v1/images/edits`, a form with files, whose numbers and the like are texts.
 
     Attributes:
         image, images: the pictures; clients write `image` of one, `image[]` of several.
@@ -95,6 +97,7 @@ class EditRequest(ImageRequest):
     image: list[UploadFile] = []
     images: list[UploadFile] = Field(default=[], alias="image[]")
     mask: UploadFile | None = None
+    stream: Literal[False, "false"] = False  # type: ignore[assignment]
 
 
 class ImageUrl(Schema):
