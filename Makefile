@@ -3,7 +3,7 @@
 PYTHON := .venv/bin/python
 INSTALLED := .venv/.installed
 
-.PHONY: demo test slow-tests lint smollm2 common-tests pipeline-tests diffusers-tests compat doors doors-app doors-lmms docs
+.PHONY: demo test slow-tests lint smollm2 common-tests pipeline-tests diffusers-tests compat doors doors-clients doors-lmms docs
 
 demo: $(INSTALLED)
 	$(PYTHON) -m examples.demo --output demo
@@ -49,14 +49,14 @@ compat: $(INSTALLED)
 	PYTHONPATH=src:. $(PYTHON) -m tests.compat.run
 
 # doors by their real clients, which are downloaded; Chromium by the system's package manager (Debian: chromium)
-doors: doors-app doors-lmms
+doors: doors-clients doors-lmms
 
-doors-app:
+doors-clients:
 	test -x .venv-doors/bin/python || python3 -m venv .venv-doors
 	.venv-doors/bin/python -m pip install "$$(grep '^torch==' constraints.txt)"
 	grep -v '^pillow==' constraints.txt > .venv-doors/constraints.txt  # of which gradio wants an older one
-	.venv-doors/bin/python -m pip install -c .venv-doors/constraints.txt -e '.[app]' pytest playwright
-	PYTHONPATH=src:. .venv-doors/bin/python -m pytest $(LOGGED) tests/test_app.py > docs/doors.txt || (tail docs/doors.txt; false)
+	.venv-doors/bin/python -m pip install -c .venv-doors/constraints.txt -e '.[app,test]' playwright 'ray[serve]' 'transformers[serving]'
+	PYTHONPATH=src:. .venv-doors/bin/python -m pytest $(LOGGED) $(CLIENTS) > docs/doors.txt || (tail docs/doors.txt; false)
 
 # lmms-eval and torch-fidelity need torchvision, which has its own torch; both bring a folder `tests` that hides ours
 doors-lmms:
@@ -67,6 +67,8 @@ doors-lmms:
 	rm -rf .venv-lmms/lib/python*/site-packages/tests
 	PYTHONPATH=src:. .venv-lmms/bin/python -m pytest $(LOGGED) -k 'lmms_eval or tokenizer_scores' tests/field tests/test_tokenizer_scores.py tests/test_tables.py > docs/doors-lmms.txt || (tail docs/doors-lmms.txt; false)
 
+CLIENTS := tests/test_app.py tests/test_serve.py tests/serving tests/comfyui tests/test_export.py \
+	tests/diffusers/test_nextflow_pipeline.py tests/diffusers/test_remote_code.py
 LOGGED := -v --no-header -rs -W ignore
 
 # a sample of small faults in training and losses, which the tests should notice: make mutants SEED=1 NUMBER=30
