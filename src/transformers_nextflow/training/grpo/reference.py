@@ -39,7 +39,6 @@ class Reference:
         finally:
             self._exchange()
 
-    @torch.no_grad()
     def _exchange(self) -> None:
         let_go(self.model)
         for name, parameter in self.trained.items():
@@ -48,7 +47,6 @@ class Reference:
             policy.copy_(reference)
             reference.copy_(kept)
 
-    @torch.no_grad()
     def follow(self, share: float) -> None:
         """Go the share of the way to the policy."""
         for name, parameter in self.trained.items():
