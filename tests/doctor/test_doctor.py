@@ -221,6 +221,17 @@ def test_a_spectrum_unlike_chance_on_either_side_is_a_trained_one(train, alarmed
     assert (found.fault == "re-initialised weights") is alarmed, found.measured
 
 
+def test_of_the_vision_tokenizer_kernels_have_spectra_and_matrices_need_not():
+    torch.manual_seed(0)
+    model, parts = nn.Module(), nn.Sequential(*(nn.Conv2d(64, 64, 3) for _ in range(3)), nn.Linear(64, 64))
+    model.model = nn.ModuleDict({"vq_model": parts})
+    with torch.no_grad():
+        for kernel in parts[:2]:
+            kernel.weight[:, 0].mul_(20)
+    found = spectra(Check("spectra", "weights", ""), SimpleNamespace(model=model, seed=0))
+    assert found.fault == "re-initialised weights" and found.measured.startswith("model.vq_model.2.weight of 3")
+
+
 @pytest.mark.parametrize("kind, fault", [(nn.Embedding, "rows in disorder"), (nn.RMSNorm, "weights in disorder")])
 @torch.no_grad()
 def test_what_does_better_at_its_mean_is_named(kind, fault):

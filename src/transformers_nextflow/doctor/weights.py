@@ -45,11 +45,11 @@ def values(check: Check, case: Case) -> Finding:
 
 
 def spectra(check: Check, case: Case) -> Finding:
-    """Singular values of a trained matrix are others than those of the same entries in random order."""
+    """Singular values of a trained matrix or kernel are others than those of the same entries in random order."""
     kinds: dict[str, dict[str, float]] = defaultdict(dict)
     generator = torch.Generator().manual_seed(case.seed)
     for name, weight in matrices(case.model).items():
-        if ".vq_model." not in name and min(weight.shape) >= SMALLEST:
+        if min(weight.shape) >= SMALLEST and (".vq_model." not in name or case.model.get_parameter(name).ndim > 2):
             kinds[kind_of(name)][name] = _structure(weight[:LARGEST, :LARGEST].cpu(), generator)
     if not kinds:
         return check.unchecked(f"no matrix has {SMALLEST} rows and columns to tell training from chance")
