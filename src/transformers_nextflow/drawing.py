@@ -6,7 +6,7 @@ l codes of one scale, D hidden, V codebook size.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from transformers.utils import ModelOutput
@@ -32,7 +32,7 @@ class NextFlowOutputWithPictures(ModelOutput):
     """What came of a call that draws; see its subclasses. A copy, or one that was pickled, is without the model and
     what it has read."""
 
-    _decode = None  # type: Callable[[], list[torch.Tensor]] | None  # annotated, it would be a field
+    _decode: ClassVar[Callable[[], list[torch.Tensor]] | None] = None  # set on each output, but no field of it
 
     def decode(self) -> list[torch.Tensor]:
         """Its pictures, (3, H, W) float32 in [-1, 1]; raises `ValueError` for a copy."""

@@ -61,18 +61,23 @@ class PrecisionTrainer(Trainer):
         check_trained(self.model)
         keep_losses_float32(self.accelerator)
         if self.is_deepspeed_enabled and (self.args.bf16 or self.args.fp16):
-            all_rounded = self.accelerator.state.deepspeed_plugin.zero_stage == 3
-            for module in self.model.modules():
-                if isinstance(module, AtLeastFloat32):
-                    trained = any(weight.requires_grad for weight in module.parameters())
-                    if all_rounded and not trained and isinstance(module, NextFlowVQModel) and [*module.parameters()]:
-                        raise ValueError(
-                            "ZeRO-3 in 16 bits would round the vision tokenizer, and pictures get other codes: use "
-                            "ZeRO-2 or FSDP2, or train on packs with a model loaded by vision_tokenizer=False"
-                        )
-                    module.follows_casts = trained or all_rounded
+            round_trained(self.model, also_frozen=self.accelerator.state.deepspeed_plugin.zero_stage == 3)
             self.add_callback(_Unrounded(self.model))
         return super().train(*args, **kwargs)
+
+
+def round_trained(model: torch.nn.Module, also_frozen: bool) -> None:
+    """Let what stays float32 follow casts where it is trained, or everywhere; see [`PrecisionTrainer.train`]."""
+    for module in model.modules():
+        if isinstance(module, AtLeastFloat32):
+            weights = list(module.parameters())
+            is_trained = any(weight.requires_grad for weight in weights)
+            if also_frozen and weights and not is_trained and isinstance(module, NextFlowVQModel):
+                raise ValueError(
+                    "ZeRO-3 in 16 bits would round the vision tokenizer, and pictures get other codes: use "
+                    "ZeRO-2 or FSDP2, or train on packs with a model loaded by vision_tokenizer=False"
+                )
+            module.follows_casts = is_trained or also_frozen
 
 
 class _Unrounded(TrainerCallback):
