@@ -98,3 +98,4 @@ if __name__ == "__main__":
         save_file(results, folder / f"{mode}-{WORLD}.safetensors")
     if WORLD > 1:
         torch.distributed.destroy_process_group()
+        os._exit(0)  # all is done; now and then the library's threads abort a process that ends after Python has
