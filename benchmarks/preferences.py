@@ -24,6 +24,7 @@ from examples.emoji.evaluate import load_artist
 from examples.emoji.intervals import paired_difference, proportion
 from examples.emoji.scoring import DRAWING, Exam, judged
 from examples.emoji.splits import PAIR
+from examples.emoji.stages import bfloat16_is_fast
 from examples.emoji.tasks import Tasks
 from examples.emoji.world import World
 from transformers_nextflow.lora import lora_config
@@ -53,7 +54,7 @@ def train(arm: str, artist: Artist, rows: list[dict], args: argparse.Namespace) 
     """Train adapters of the artist's model, and leave them in its weights."""
     options = {"learning_rate": args.learning_rate, "num_train_epochs": args.epochs, "seed": args.seed}
     options |= {"per_device_train_batch_size": 8, "save_strategy": "no", "report_to": "none", "logging_steps": 5}
-    options |= {"output_dir": "runs/preferences", "use_cpu": not torch.cuda.is_available(), "bf16": True}
+    options |= {"output_dir": "runs/preferences", "use_cpu": not torch.cuda.is_available(), "bf16": bfloat16_is_fast()}
     shared = {"processing_class": artist.processor, "peft_config": lora_config(r=8)}
     if arm == "preferred":
         trainer = NextFlowDPOTrainer(

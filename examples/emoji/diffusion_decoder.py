@@ -31,6 +31,7 @@ from transformers_nextflow.utils.files import output_folder
 from transformers_nextflow.utils.loading import load_vq_model, model_name
 
 from .sizes import PATCH_SIZE, SCHEDULES
+from .stages import bfloat16_is_fast
 from .wordings import CAPTION
 from .world import World, in_a_row, to_pixel_values
 
@@ -161,7 +162,7 @@ def settings(output: Path, steps: int) -> DecoderTrainingArguments:
         learning_rate=1e-3,
         lr_scheduler_type="cosine",
         warmup_steps=min(100, steps // 10),
-        bf16=True,
+        bf16=bfloat16_is_fast(),
         use_cpu=not torch.cuda.is_available(),  # where bf16 has to be asked for so
         use_ema=True,
         ema_decay=0.995,

@@ -25,6 +25,7 @@ from examples.emoji.panels import stacked
 from examples.emoji.scoring import Exam, figures, single_pictures
 from examples.emoji.sheet import prompts
 from examples.emoji.splits import PAIR, SEEN
+from examples.emoji.stages import bfloat16_is_fast
 from examples.emoji.tasks import Tasks
 from examples.emoji.world import World
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor
@@ -87,7 +88,8 @@ def main() -> None:
     result["machine"] = machine(DEVICE)
     result["questions"] = talk(text, converted, trained, arguments.max_new_tokens)
     started = time.perf_counter()
-    model = NextFlowForConditionalGeneration.from_pretrained(trained, dtype=torch.bfloat16).to(DEVICE).eval()
+    dtype = torch.bfloat16 if bfloat16_is_fast() else torch.float32
+    model = NextFlowForConditionalGeneration.from_pretrained(trained, dtype=dtype).to(DEVICE).eval()
     artist = Artist(model, NextFlowProcessor.from_pretrained(trained), World(arguments.data))
     exam = Exam(artist, Tasks.of(artist.world), prompts=arguments.prompts)
     result["drawings"] = scores(exam)

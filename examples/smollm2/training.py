@@ -97,7 +97,7 @@ def new_optimizer(model: PeftModel, arguments: NextFlowTrainingArguments) -> tor
 def train(output: Path, start: Path, packs: Path, steps: int) -> None:
     """Train for `steps`, or go on from the last checkpoint, unless it is finished; `output` holds the adapter.
 
-    bfloat16 on a GPU if there is one. Losses go to `log.jsonl` beside the output.
+    Losses go to `log.jsonl` beside the output.
     """
     if is_finished(output):
         return
