@@ -190,7 +190,12 @@ def run_arm(arm: str, seed: int, rate: float, options, seconds: float = math.inf
 def common_arguments(name: str, seed: int, options) -> dict:
     work = options.folder / "work" / f"{name}-{seed}"
     common = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "seed": seed, "use_cpu": True}
-    return common | {"bf16": bfloat16_is_fast(), "output_dir": str(work), "weight_decay": WEIGHT_DECAY, "adam_beta2": 0.95}
+    return common | {
+        "bf16": bfloat16_is_fast(),
+        "output_dir": str(work),
+        "weight_decay": WEIGHT_DECAY,
+        "adam_beta2": 0.95,
+    }
 
 
 def policy_trainer(arm: str, seed: int, rate: float, model, processor, watch: Watch, options) -> NextFlowGRPOTrainer:
