@@ -1,4 +1,4 @@
-"""The paper's claims: intervals and verdicts, resuming, held-out losses, the heads' loss, the single codebook."""
+"""The paper's claims: intervals and verdicts, resuming, held-out losses, the heads' loss."""
 
 import argparse
 import json
@@ -10,12 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.harness import interval
-from benchmarks.paper import arms, codebook
+from benchmarks.paper import arms
 from benchmarks.paper.arms import Claim, HeldOut, compare, run_arms, summary
 from benchmarks.paper.heads import separate_cross_entropy, separate_heads
-from examples.emoji.sizes import vq_config
 from tests.tiny_models import BOI, IMAGE, SQUARE, WIDE, Picture, batch_of, tiny_model
-from transformers_nextflow import NextFlowVQModel
 from transformers_nextflow.layout import find_images, shift_labels_of
 from transformers_nextflow.losses import IGNORE
 
@@ -159,7 +157,7 @@ def test_held_out_losses_pool_the_targets_of_all_batches(monkeypatch):
     losses = HeldOut({}).losses(model, batches)
     by_scale: dict[int, list[torch.Tensor]] = {}
     for inputs in batches:
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad():
             token_losses = model(**inputs, use_cache=False).token_losses.double()
         vision = (inputs["input_ids"] == BOI) | (inputs["input_ids"] == IMAGE)
         text = ~vision & (inputs["shift_labels"] != IGNORE)
@@ -204,16 +202,3 @@ def test_separate_heads_end_with_their_block():
     at = inputs["shift_labels"] != IGNORE
     assert (separate[at] < joint[at]).all()
     assert torch.equal(model(**inputs).token_losses, joint)
-
-
-def test_the_single_codebook_is_the_pixel_half_alone(tmp_path):
-    torch.manual_seed(0)
-    model = NextFlowVQModel(vq_config()).eval()
-    model.save_pretrained(tmp_path / "pixel")
-    pixels = torch.rand(2, 3, 64, 64) * 2 - 1
-    with torch.no_grad():
-        expected = model(pixels, pixel_only=True).quantization.target_codes
-    single = codebook.tokenizer_of(tmp_path, "single").eval()
-    assert torch.equal(single.encode(pixels), expected)
-    assert not torch.equal(model.encode(pixels), expected)
-    assert not single.condition_features(expected, (8, 8))[0].any()

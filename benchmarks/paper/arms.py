@@ -24,7 +24,7 @@ from examples.emoji.documents import EXTRACTION, Stage, build_packs
 from examples.emoji.judge import Judge
 from examples.emoji.sizes import LEVELS
 from examples.emoji.splits import PAIR
-from examples.emoji.stages import bfloat16_is_fast, settings
+from examples.emoji.stages import settings
 from examples.emoji.tasks import Item
 from examples.emoji.transformer import TRAININGS, WEIGHT_DECAY, new_model, new_optimizer, new_processor
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor, NextFlowVQModel
@@ -270,8 +270,7 @@ class HeldOut(TrainerCallback):
     def losses(self, model: NextFlowForConditionalGeneration, batches: list[dict]) -> dict[str, float]:
         sums, counts = torch.zeros(2, 1 + model.model.schedules.max_scales, dtype=torch.float64)
         for batch in batches:
-            with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16_is_fast()):
-                output = model(**batch, logits_over="none", use_cache=False)
+            output = model(**batch, logits_over="none", use_cache=False)
             at = batch["shift_labels"] != IGNORE
             losses, scales = output.token_losses[at].double(), output.scale_ids[at]
             sums.index_add_(0, scales, losses)

@@ -57,10 +57,17 @@ def round_to_bfloat16(model: NextFlowVQModel) -> None:
         parameter.copy_(parameter.bfloat16())
 
 
-def train_stage(folder: Path, stage: str, model: NextFlowVQModel, world: World, **kwargs) -> NextFlowVQModel:
-    """Train a prepared model through one stage, unless it is finished; returns the model as it was saved."""
+def train_stage(
+    folder: Path, stage: str, model: NextFlowVQModel, world: World, like: str | None = None, **kwargs
+) -> NextFlowVQModel:
+    """Train a prepared model through one stage, unless it is finished; returns the model as it was saved.
+
+    Args:
+        like: the stage whose steps, rate and pictures it has, by default its own.
+    """
+    like = like or stage
     if not is_finished(folder / stage):
-        values = settings(STEPS[stage], PEAK[stage], DECAY_SHARE)
+        values = settings(STEPS[like], PEAK[like], DECAY_SHARE)
         arguments = NextFlowVQTrainingArguments(
             folder / stage,
             stage=stage,
@@ -74,7 +81,7 @@ def train_stage(folder: Path, stage: str, model: NextFlowVQModel, world: World, 
             pixels = draw_pictures(world, rng, BATCH // processes())
             return {"pixel_values": pixels.contiguous(memory_format=torch.channels_last)}
 
-        batches = Drawn(stage, STEPS[stage] * processes(), draw)
+        batches = Drawn(like, STEPS[like] * processes(), draw)
         model = model.to(memory_format=torch.channels_last)
         finish(EmojiVQTrainer(model, arguments, batches, **kwargs), before_saving=lambda: round_to_bfloat16(model))
     return NextFlowVQModel.from_pretrained(folder / stage).to(memory_format=torch.channels_last)
