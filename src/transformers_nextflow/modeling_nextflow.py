@@ -158,8 +158,9 @@ class NextFlowPreTrainedModel(LibraryModel):
             init.zeros_(module.index.weight)
             init.zeros_(module.length.weight)
         elif isinstance(module, NextFlowModel):
-            if self.config.vision_tokenizer is None:
-                init.copy_(module.code_embeddings.weight, module.vq_model.quantizer())
+            entries = module.code_embeddings.weight
+            if self.config.vision_tokenizer is None and not getattr(entries, "_is_hf_initialized", False):
+                init.copy_(entries, module.vq_model.quantizer())  # which ZeRO-3, that loads a model in shards, cannot
 
 
 class NextFlowAttention(Qwen2_5_VLAttention):

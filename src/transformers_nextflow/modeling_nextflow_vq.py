@@ -311,8 +311,9 @@ class NextFlowVQModel(Float32, LibraryModel):
     @torch.no_grad()
     def _init_weights(self, module):
         if isinstance(module, DualCodebookQuantizer):
-            for entries in (module.semantic_codebook, module.pixel_codebook):
-                init.normal_(entries, std=entries.shape[-1] ** -0.5)  # of about unit length, as they are looked up
+            # of about unit length, as they are looked up; what ZeRO-3 shards has no shape of its own
+            init.normal_(module.semantic_codebook, std=self.config.semantic_dim**-0.5)
+            init.normal_(module.pixel_codebook, std=self.config.pixel_dim**-0.5)
         elif isinstance(module, nn.Conv2d):
             init.kaiming_uniform_(module.weight, a=5**0.5)
             init.zeros_(module.bias)

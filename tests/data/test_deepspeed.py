@@ -35,7 +35,7 @@ def launch(settings: str, *words, processes: int = 2, precision: tuple = ()) -> 
 def accelerate(settings: str, *words, error: str | None = None) -> None:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
     command += ["--config_file", str(ROOT / "examples" / "accelerate" / f"{settings}.yaml"), *map(str, words)]
-    path = os.pathsep.join(map(str, (ROOT / "src", ROOT, ROOT / "tests")))
+    path = os.pathsep.join(map(str, (ROOT / "src", ROOT, ROOT / "tests", ROOT / "tests" / "grpo")))
     on_cpu = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(command, env=os.environ | on_cpu, capture_output=True, text=True)
     assert (done.returncode == 0) if error is None else (error in done.stderr), done.stderr[-4000:]
@@ -104,6 +104,40 @@ def test_answers_with_pictures_in_bfloat16(kind, data_checkpoint, tmp_path):
     assert {name for name in before if name.startswith("model.vq_model.")} <= kept
     computing = {name for name in before if name.endswith(("_proj.weight", "code_head.weight", "embed_tokens.weight"))}
     assert not kept & {name for name in computing if "vq_model" not in name}
+
+
+GRPO = ("train", "grpo", "--reward_funcs", "test_grpo_trainer.redness", "--num_generations", "4", "--save_steps", "2")
+GRPO += ("--max_steps", "2", "--learning_rate", "1e-3", "--lr_scheduler_type", "constant", "--logging_steps", "1")
+GRPO += ("--report_to", "none", "--use_cpu", "--disable_tqdm", "True")
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_rollouts_of_two_processes_train_as_those_of_one(precision, data_checkpoint, tmp_path, monkeypatch):
+    (tmp_path / "prompts").mkdir()
+    rows = [json.dumps({"prompt": f"a cat, {number}"}) for number in range(8)]
+    (tmp_path / "prompts" / "train.jsonl").write_text("\n".join(rows))
+    words = (*GRPO, "--model", str(data_checkpoint), "--dataset_name", str(tmp_path / "prompts"))
+    words += ("--bf16", str(precision == "bf16"))
+    monkeypatch.syspath_prepend(ROOT / "tests" / "grpo")
+    assert main([*words, "--per_device_train_batch_size", "8", "--output", str(tmp_path / "alone")]) == 0
+    launch = ("--num_processes", 2, "--mixed_precision", precision, "-m", "transformers_nextflow", *words)
+    accelerate("deepspeed_zero2", *launch, "--per_device_train_batch_size", 4, "--output", tmp_path / "two")
+    before, alone, two = (
+        NextFlowForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).state_dict()
+        for folder in (data_checkpoint, tmp_path / "alone", tmp_path / "two")
+    )
+    assert all(torch.equal(before[name], two[name]) for name in before if "vq_model" in name)
+    moved = {name for name in before if not torch.equal(before[name], alone[name])}
+    assert moved and all(not torch.equal(before[name], two[name]) for name in moved)
+    if precision == "no":
+        assert max(float((alone[name] - two[name]).abs().max()) for name in before) < 1e-5
+
+
+def test_rollouts_of_weights_in_shards_are_refused(data_checkpoint, tmp_path):
+    (tmp_path / "train.jsonl").write_text(json.dumps({"prompt": "a cat"}))
+    words = (*GRPO, "--model", data_checkpoint, "--dataset_name", tmp_path, "--output", tmp_path / "out", "--bf16")
+    error = "rollouts need whole weights, which FSDP2 gathers for them: not FSDP1 or ZeRO-3"
+    accelerate("deepspeed_zero3", "--num_processes", 2, "-m", "transformers_nextflow", *words, error=error)
 
 
 def test_a_tokenizer_that_would_be_rounded_is_refused(data_checkpoint, tmp_path):

@@ -1,6 +1,7 @@
 """What policies come from and go to: 16-bit checkpoints, folders of adapters, references, checkpoints."""
 
 import asyncio
+import copy
 import signal
 import threading
 
@@ -58,8 +59,7 @@ def test_a_checkpoint_in_16_bits_is_trained_in_32(adapted, tmp_path):
 
 
 def test_what_is_trained_in_16_bits_is_named(policy, tiny_processor, tmp_path, caplog):
-    trainer(policy.to(torch.bfloat16), tiny_processor, tmp_path)
-    policy.to(torch.float32)
+    trainer(copy.deepcopy(policy).to(torch.bfloat16), tiny_processor, tmp_path, max_steps=1).train()
     assert "trained tensors are bfloat16, such as" in caplog.text and "dtype=torch.float32" in caplog.text
 
 

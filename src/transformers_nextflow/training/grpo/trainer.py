@@ -22,7 +22,7 @@ from ...processing_nextflow import NextFlowProcessor
 from ...utils.files import write_atomically
 from ..checkpoints import SavingTrainer
 from ..fsdp import whole_weights
-from ..loading import check_trained, load_to_train
+from ..loading import PrecisionTrainer, load_to_train
 from ..samples import PictureReports
 from .config import NextFlowGRPOConfig
 from .metrics import Metrics
@@ -66,7 +66,7 @@ class Part:
     share: float
 
 
-class NextFlowGRPOTrainer(SavingTrainer):
+class NextFlowGRPOTrainer(PrecisionTrainer, SavingTrainer):
     """GRPO on the coarse scales of pictures.
 
     One step: every prompt of the batch draws a group of pictures over one reading of the prompt, reward functions
@@ -87,7 +87,7 @@ class NextFlowGRPOTrainer(SavingTrainer):
     Differs from TRL's trainer, which it does not subclass: rollouts depend on seed, prompt and step alone, and a
     checkpoint between two steps of one generation holds its rollouts, so that resuming is exact. The KL's reference is
     the model as it is handed over, see [`~reference.Reference`]. FSDP2 gathers whole weights for rollouts, and takes
-    prompts of an evaluation that divide by the processes.
+    prompts of an evaluation that divide by the processes; DeepSpeed's ZeRO-3 is refused.
 
     Args:
         model: a [`NextFlowForConditionalGeneration`], adapters on one, or the name of either, see
@@ -137,7 +137,6 @@ class NextFlowGRPOTrainer(SavingTrainer):
             base.model.vq_model.requires_grad_(False)
         elif args.gradient_checkpointing:
             model.enable_input_require_grads()
-        check_trained(model)
         defaults = base.config.image_generation
         aspect_ratio, schedules = args.aspect_ratio or defaults["aspect_ratio"] or "1:1", base.model.schedules
         self.schedule = schedules.by_aspect_ratio(aspect_ratio, args.rollout_level or defaults["level"], exact=False)
@@ -169,8 +168,9 @@ class NextFlowGRPOTrainer(SavingTrainer):
 
     def _check_devices(self) -> None:
         """Raise a `ValueError` for what rollouts and evaluations cannot run on."""
-        if self.is_deepspeed_enabled or (self.is_fsdp_enabled and not self.accelerator.is_fsdp2):
-            raise ValueError("rollouts need whole weights, which FSDP2 gathers for them: not FSDP1 or DeepSpeed")
+        shards = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
+        if shards or (self.is_fsdp_enabled and not self.accelerator.is_fsdp2):
+            raise ValueError("rollouts need whole weights, which FSDP2 gathers for them: not FSDP1 or ZeRO-3")
         sharing = self.accelerator.num_processes if self.is_fsdp_enabled else 1
         for dataset in self._evaluations(self.eval_dataset).values():
             if dataset is not None and len(dataset) % sharing:
