@@ -1,13 +1,19 @@
 """A vision tokenizer of one picture size, which its grid does not divide, inside of the whole model."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from PIL import Image
 from test_hooks import weights_only_while_running
 from tiny_models import BOI, EOI, EOS, IMAGE, PAD, tiny_model
 from tiny_models import tiny_config as tiny_nextflow_config
+from transformers import AutoModel
 
 from transformers_nextflow import NextFlowImageProcessor, NextFlowVQConfig
+
+accelerate = pytest.importorskip("accelerate")
 
 EDGE, SLOTS = 40, 13 + 9  # pixels; 2x2 and 3x3 cells, and the last ones once more
 FIXED_SIZE = {
@@ -63,6 +69,31 @@ def test_weights_are_there_only_while_their_module_runs(kind, pixels):
     expected = model.encode(pixels)
     with weights_only_while_running(model):
         assert torch.equal(model.encode(pixels), expected) and len(expected.unique()) > 4
+
+
+@pytest.mark.parametrize("kind", ["siglip2_vision_model", "siglip_vision_model", "clip_vision_model"])
+@pytest.mark.parametrize("layer", [-2, None])
+def test_the_semantic_encoder_runs_as_a_whole(kind, layer):
+    """Whoever hooks it takes part, and finds it as it was: in a pickle and in a copy, which read the same."""
+    vq = FIXED_SIZE | {"semantic_config": FIXED_SIZE["semantic_config"] | {"model_type": kind}}
+    vq = {} if kind == "siglip2_vision_model" else vq
+    model = tiny_model(tiny_nextflow_config(vq=vq | {"semantic_feature_layer": layer})).model.vq_model
+    pixels = torch.rand(2, 3, *[EDGE if vq else 12] * 2, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    seen: list[torch.Size] = []
+    hook = model.semantic_encoder.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    expected = model.semantic_features(pixels)
+    hook.remove()
+    assert seen == [expected.shape] and expected.shape[:2] == (2, 9)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other.semantic_features(pixels), expected)
+        accelerate.cpu_offload(other.semantic_encoder, torch.device("cpu"))
+        assert {weight.device.type for weight in other.semantic_encoder.parameters()} == {"meta"}
+        assert torch.equal(other.semantic_features(pixels), expected)
+    teacher = AutoModel.from_config(model.config.semantic_config).eval()
+    teacher.load_state_dict(model.semantic_encoder.state_dict())
+    kind_of_teacher = type(teacher)
+    torch.testing.assert_close(model.semantic_features(pixels, teacher), expected)
+    assert type(teacher) is kind_of_teacher
 
 
 def test_whole_pictures_are_their_codes(model, inputs, pixels):

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedTokenizerFast, Siglip2Config, Siglip2Model, Trainer, TrainingArguments
 
-from transformers_nextflow.modeling_nextflow_vq import OneGridEmbeddings, patchify, run_siglip
+from transformers_nextflow.modeling_nextflow_vq import OneGridEmbeddings, patchify
 
 from .sizes import PATCH_SIZE, TEACHER_TEXT, TEACHER_VISION, TEACHER_VOCABULARY
 from .stages import Drawn, finish, is_finished, processes, settings
@@ -47,7 +47,10 @@ def image_embeddings(teacher: Siglip2Model, pixel_values: torch.Tensor) -> torch
     """(B, 3, H, W) in [-1, 1] -> (B, D) of length 1."""
     grid = tuple(length // PATCH_SIZE for length in pixel_values.shape[-2:])
     patches = patchify(pixel_values, PATCH_SIZE)
-    return F.normalize(run_siglip(teacher.vision_model, patches, grid).pooler_output.float(), dim=-1)
+    mask = torch.ones(patches.shape[:2], dtype=torch.long, device=patches.device)
+    shapes = torch.tensor(grid, device=patches.device).expand(len(patches), 2)
+    output = teacher.vision_model(pixel_values=patches, pixel_attention_mask=mask, spatial_shapes=shapes)
+    return F.normalize(output.pooler_output.float(), dim=-1)
 
 
 def text_embeddings(teacher: Siglip2Model, input_ids: torch.Tensor) -> torch.Tensor:

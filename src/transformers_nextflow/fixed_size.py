@@ -5,10 +5,9 @@ transformers' own models. CLIP and the ViT can read a larger grid than their own
 
 import torch
 import torch.nn.functional as F
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.models.clip.configuration_clip import CLIPVisionConfig
 from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings, CLIPVisionModel
-from transformers.models.siglip.configuration_siglip import SiglipVisionConfig
 from transformers.models.siglip.modeling_siglip import SiglipVisionModel
 from transformers.models.vit.configuration_vit import ViTConfig
 from transformers.models.vit.modeling_vit import ViTEmbeddings, ViTModel
@@ -42,41 +41,49 @@ class StretchedViTEmbeddings(ViTEmbeddings):
         return stretch_positions(self.position_embeddings, (height, width))
 
 
-def fixed_size_encoder(config: PreTrainedConfig) -> SiglipVisionModel | CLIPVisionModel:
-    """transformers' own vision model of a `SiglipVisionConfig` or `CLIPVisionConfig`."""
-    if isinstance(config, SiglipVisionConfig):
-        model = SiglipVisionModel(config)
-        model.use_head = False  # pooled features are not read, but their weights are kept
-        return model
-    model = CLIPVisionModel(config)
-    model.embeddings = StretchedCLIPEmbeddings(config)
-    return model
+class HiddenStates(PreTrainedModel):
+    """Of a vision model of transformers: a call that gives the hidden states of one layer. To record them, the library
+    leaves hooks on a model that no pickle takes."""
+
+    num_class_tokens = 0
+
+    def embed(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.embeddings(pixel_values)
+
+    def forward(self, pixel_values: torch.Tensor, layer: int | None = None) -> torch.Tensor:
+        """(B, C, H, W) -> (B, h*w, D): the hidden states of `layer`, as the library counts them, or, for `None`, those
+        after the last norm."""
+        hidden_BLD, layers = self.embed(pixel_values), list(self.encoder.layers)
+        for each in layers if layer is None else layers[: range(len(layers) + 1)[layer]]:
+            hidden_BLD = each(hidden_BLD, None)
+        hidden_BLD = self.post_layernorm(hidden_BLD) if layer is None else hidden_BLD
+        return hidden_BLD[:, self.num_class_tokens :]
 
 
-def fixed_size_features(
-    model: SiglipVisionModel | CLIPVisionModel, pixel_values: torch.Tensor, layer: int | None
-) -> torch.Tensor:
-    """(B, 3, H, W) -> (B, h*w, D), see [`features_at`]."""
-    has_class_token = isinstance(model.config, CLIPVisionConfig)
-    hidden = model.embeddings(pixel_values, interpolate_pos_encoding=has_class_token)
-    if has_class_token:
-        hidden = model.pre_layrnorm(hidden)
-    features = features_at(layer, model, hidden)
-    return features[:, 1:] if has_class_token else features
+class SiglipEncoder(HiddenStates, SiglipVisionModel):
+    """transformers' SigLIP."""
 
 
-def features_at(layer: int | None, model: PreTrainedModel, hidden_BLD: torch.Tensor) -> torch.Tensor:
-    """What transformers' vision models make of embedded patches that all see each other: the hidden states of `layer`,
-    or, for `None`, those after the last norm. To record them, the library leaves hooks on a model that no pickle
-    takes."""
-    layers = list(model.encoder.layers)
-    for each in layers if layer is None else layers[: range(len(layers) + 1)[layer]]:
-        hidden_BLD = each(hidden_BLD, None)
-    return model.post_layernorm(hidden_BLD) if layer is None else hidden_BLD
+class CLIPEncoder(HiddenStates, CLIPVisionModel):
+    """transformers' CLIP, on stretched positions."""
+
+    num_class_tokens = 1
+
+    def __init__(self, config: CLIPVisionConfig):
+        super().__init__(config)
+        self.embeddings = StretchedCLIPEmbeddings(config)
+
+    def embed(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.pre_layrnorm(self.embeddings(pixel_values, interpolate_pos_encoding=True))
 
 
-def fixed_size_decoder(config: ViTConfig) -> ViTModel:
-    """transformers' own ViT, for maps of quantised semantic entries, one patch for each cell."""
-    model = ViTModel(config, add_pooling_layer=False)
-    model.embeddings = StretchedViTEmbeddings(config)
-    return model
+class ViTDecoder(ViTModel):
+    """transformers' ViT, for (B, C, h, w) quantised semantic entries, one patch for each cell -> (B, h*w, D)."""
+
+    def __init__(self, config: ViTConfig):
+        super().__init__(config, add_pooling_layer=False)
+        self.embeddings = StretchedViTEmbeddings(config)
+
+    def forward(self, quantized: torch.Tensor) -> torch.Tensor:
+        output = super().forward(quantized, interpolate_pos_encoding=True)
+        return output.last_hidden_state[:, 1:]  # the first is the class token

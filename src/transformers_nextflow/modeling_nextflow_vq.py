@@ -10,6 +10,7 @@ Shape suffixes: B batch, C channels, L codes of an image, h w final grid, H W pi
 """
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +24,7 @@ from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionEmbeddings
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_nextflow import NextFlowVQConfig
-from .fixed_size import features_at, fixed_size_decoder, fixed_size_encoder, fixed_size_features
+from .fixed_size import CLIPEncoder, HiddenStates, SiglipEncoder, ViTDecoder
 from .quantizer import DualCodebookQuantizer, QuantizerOutput, SelfCorrection, resize_features, to_map, to_sequence
 from .remote_code import HasCode
 from .scales import Grid, ScaleSchedule
@@ -182,12 +183,24 @@ class OneGridEmbeddings(Siglip2VisionEmbeddings):
         return patches_BLD + to_sequence(resized_1Dhw).to(patches_BLD.dtype)
 
 
-def one_grid_siglip(config: Siglip2VisionConfig) -> Siglip2VisionModel:
-    """transformers' SigLIP2-naflex vision model, for batches of one grid."""
-    model = Siglip2VisionModel(config)
-    model.embeddings = OneGridEmbeddings(config)
-    model.use_head = False  # pooled features are not read, but their weights are kept
-    return model
+class NaflexEncoder(HiddenStates, Siglip2VisionModel):
+    """transformers' SigLIP2-naflex, for batches of one grid."""
+
+    def __init__(self, config: Siglip2VisionConfig):
+        super().__init__(config)
+        self.embeddings = OneGridEmbeddings(config)
+
+    def embed(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        size = self.config.patch_size
+        grid = torch.tensor([[length // size for length in pixel_values.shape[-2:]]])
+        return self.embeddings(patchify(pixel_values, size), grid)
+
+
+ENCODERS = {
+    "siglip2_vision_model": NaflexEncoder,
+    "siglip_vision_model": SiglipEncoder,
+    "clip_vision_model": CLIPEncoder,
+}
 
 
 class SemanticDecoder(nn.Module):
@@ -201,7 +214,7 @@ class SemanticDecoder(nn.Module):
         super().__init__()
         teacher = config.semantic_config
         if config.semantic_decoder_config is None:
-            self.layers = one_grid_siglip(
+            self.layers = NaflexEncoder(
                 Siglip2VisionConfig(
                     hidden_size=teacher.hidden_size,
                     intermediate_size=teacher.intermediate_size,
@@ -215,26 +228,14 @@ class SemanticDecoder(nn.Module):
                 )
             )
         else:
-            self.layers = fixed_size_decoder(config.semantic_decoder_config)
+            self.layers = ViTDecoder(config.semantic_decoder_config)
         width = self.layers.config.hidden_size
         self.to_features = nn.Sequential(
             nn.Linear(width, width), nn.Tanh(), nn.Linear(width, config.teacher_dim or teacher.hidden_size)
         )
 
     def forward(self, quantized: torch.Tensor) -> torch.Tensor:
-        if isinstance(self.layers, Siglip2VisionModel):
-            output = run_siglip(self.layers, to_sequence(quantized), tuple(quantized.shape[-2:]))
-            return self.to_features(output.last_hidden_state)
-        output = self.layers(quantized, interpolate_pos_encoding=True)
-        return self.to_features(output.last_hidden_state[:, 1:])  # the first is the class token
-
-
-def run_siglip(model: Siglip2VisionModel, patches: torch.Tensor, grid: Grid):
-    """SigLIP2-naflex on a batch of equal grids: no padding, so the attention mask is all ones."""
-    batch, length, _ = patches.shape
-    mask = torch.ones(batch, length, dtype=torch.long, device=patches.device)
-    shapes = torch.tensor(grid, device=patches.device).expand(batch, 2)
-    return model(pixel_values=patches, pixel_attention_mask=mask, spatial_shapes=shapes)
+        return self.to_features(self.layers(quantized))
 
 
 @dataclass
@@ -296,8 +297,7 @@ class NextFlowVQModel(Float32, LibraryModel):
         super().__init__(config)
         self.schedules = config.schedule_table()
         width = config.semantic_config.hidden_size
-        naflex = isinstance(config.semantic_config, Siglip2VisionConfig)
-        self.semantic_encoder = (one_grid_siglip if naflex else fixed_size_encoder)(config.semantic_config)
+        self.semantic_encoder = ENCODERS[config.semantic_config.model_type](config.semantic_config)
         self.semantic_to_code = nn.Sequential(
             nn.Linear(width, width), nn.Tanh(), nn.Linear(width, config.semantic_dim)
         )
@@ -326,19 +326,18 @@ class NextFlowVQModel(Float32, LibraryModel):
         Args:
             encoder: another model of the semantic encoder's kind, as the teacher it is distilled from.
         """
-        encoder = self.semantic_encoder if encoder is None else encoder
-        grid, layer = self._schedule_of(pixel_values).final_grid, self.config.semantic_feature_layer
+        self._schedule_of(pixel_values)
         if self.config.semantic_mean is not None:
             shift, scale = (
                 torch.tensor(values, device=pixel_values.device)[:, None, None]
                 for values in (self.config.semantic_mean, self.config.semantic_deviation)
             )
             pixel_values = (((pixel_values + 1) * 127.5).clamp(0, 255) / 255 - shift) / scale
-        pixel_values = pixel_values.to(self.dtype)
-        if not isinstance(encoder, Siglip2VisionModel):
-            return fixed_size_features(encoder, pixel_values, layer)
-        patches = patchify(pixel_values, self.config.patch_size)
-        return features_at(layer, encoder, encoder.embeddings(patches, torch.tensor([grid])))
+        encoder = self.semantic_encoder if encoder is None else encoder
+        if not isinstance(encoder, HiddenStates):  # the library's own, seen as ours
+            encoder = copy(encoder)
+            encoder.__class__ = type(self.semantic_encoder)
+        return encoder(pixel_values.to(self.dtype), self.config.semantic_feature_layer)
 
     def features(self, pixel_values: torch.Tensor, pixel_only: bool = False) -> torch.Tensor:
         """(B, 3, H, W) in [-1, 1] -> (B, C, h, w) float32, semantic channels first: what is quantised.
