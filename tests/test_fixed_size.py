@@ -84,6 +84,7 @@ def test_the_semantic_encoder_runs_as_a_whole(kind, layer):
     expected = model.semantic_features(pixels)
     hook.remove()
     assert seen == [expected.shape] and expected.shape[:2] == (2, 9)
+    assert not model.semantic_encoder.is_custom_code(), "its attention has to be initialised"
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(other.semantic_features(pixels), expected)
         accelerate.cpu_offload(other.semantic_encoder, torch.device("cpu"))

@@ -66,10 +66,12 @@ def test_places_count_through_the_batch():
     assert layout.image_places.tolist() == [*range(1, 15), *range(21, 32)]
     assert layout.slot_places.tolist() == [*range(2, 15), *range(22, 32)]
     assert layout.coarse_places.tolist() == [*range(5), *range(14, 17)]
-    used = layout.tap_places[layout.tap_weights != 0].unique()
+    used = layout.taps.places[layout.taps.weights != 0].unique()
     assert used.tolist() == layout.coarse_places.tolist(), "all but the last scales are read"
     per_slot = torch.zeros(23).index_add_(
-        0, torch.bucketize(torch.arange(len(layout.tap_places)), layout.tap_starts, right=True) - 1, layout.tap_weights
+        0,
+        torch.bucketize(torch.arange(len(layout.taps.places)), layout.taps.starts, right=True) - 1,
+        layout.taps.weights,
     )
     torch.testing.assert_close(per_slot, torch.ones(23))
     assert layout.supervised is layout.targets is layout.target_codes is layout.weights is None
@@ -77,7 +79,8 @@ def test_places_count_through_the_batch():
 
 def test_a_layout_goes_to_a_device_as_a_whole():
     layout = lay_out(EXAMPLE, [SQUARE], labels=torch.tensor([EXAMPLE])).to("meta")
-    assert {tensor.device.type for tensor in vars(layout).values()} == {"meta"}
+    tensors = [*layout.taps, *(each for each in vars(layout).values() if isinstance(each, torch.Tensor))]
+    assert {tensor.device.type for tensor in tensors} == {"meta"} and len(tensors) == 14
     assert layout.position_ids.dtype == torch.float32
     assert lay_out(EXAMPLE, [SQUARE]).to("meta").targets is None
 
@@ -120,7 +123,7 @@ def test_a_condition_image_may_carry_its_last_scale():
     ids = [A, *image(13 + 9), OK]
     layout = lay_out(ids, [SQUARE])
     assert spans(ids, [SQUARE])[0].has_last_scale
-    assert layout.tap_places[layout.tap_starts[13:]].tolist() == list(range(5, 14))
+    assert layout.taps.places[layout.taps.starts[13:]].tolist() == list(range(5, 14))
     assert layout.scale_ids[0, 15:24].tolist() == [4] * 9
     assert layout.position_ids[0, 0, 15:].tolist() == [4] * 9 + [5, 6]
     assert torch.equal(layout.position_ids[1:, 0, 15:24], layout.position_ids[1:, 0, 6:15])
@@ -345,4 +348,5 @@ def test_accelerate_moves_a_layout_with_its_batch():
     batch = batch_of(tiny_model(), [A, Picture(SQUARE), OK])
     batch["layout"] = build_layout(CONFIG, **batch)
     moved = send_to_device(batch, "meta")["layout"]
-    assert {tensor.device.type for tensor in vars(moved).values() if tensor is not None} == {"meta"}
+    tensors = [*moved.taps, *(each for each in vars(moved).values() if isinstance(each, torch.Tensor))]
+    assert {tensor.device.type for tensor in tensors} == {"meta"} and len(tensors) == 10

@@ -5,7 +5,6 @@ transformers' own models. CLIP and the ViT can read a larger grid than their own
 
 import torch
 import torch.nn.functional as F
-from transformers import PreTrainedModel
 from transformers.models.clip.configuration_clip import CLIPVisionConfig
 from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings, CLIPVisionModel
 from transformers.models.siglip.modeling_siglip import SiglipVisionModel
@@ -13,6 +12,7 @@ from transformers.models.vit.configuration_vit import ViTConfig
 from transformers.models.vit.modeling_vit import ViTEmbeddings, ViTModel
 
 from .quantizer import to_map, to_sequence
+from .remote_code import LibraryModel
 from .scales import Grid
 
 
@@ -41,7 +41,7 @@ class StretchedViTEmbeddings(ViTEmbeddings):
         return stretch_positions(self.position_embeddings, (height, width))
 
 
-class HiddenStates(PreTrainedModel):
+class HiddenStates(LibraryModel):
     """Of a vision model of transformers: a call that gives the hidden states of one layer. To record them, the library
     leaves hooks on a model that no pickle takes."""
 
@@ -77,7 +77,7 @@ class CLIPEncoder(HiddenStates, CLIPVisionModel):
         return self.pre_layrnorm(self.embeddings(pixel_values, interpolate_pos_encoding=True))
 
 
-class ViTDecoder(ViTModel):
+class ViTDecoder(LibraryModel, ViTModel):
     """transformers' ViT, for (B, C, h, w) quantised semantic entries, one patch for each cell -> (B, h*w, D)."""
 
     def __init__(self, config: ViTConfig):

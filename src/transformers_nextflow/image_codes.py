@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .layout import check_integers, final_grids
+from .layout import check_integers, each_by_grid, final_grids, joined
 from .scales import ScaleSchedule
 
 
@@ -50,8 +50,7 @@ class ImageCodesMixin:
     @torch.no_grad()
     def encode_images(self, pixel_values: torch.FloatTensor, image_grid_hw: torch.LongTensor) -> torch.LongTensor:
         """Flat patches of pictures, as the image processor gives them, to their flat codes; see [`decode_images`]."""
-        codes = self.model.encode_images(pixel_values, final_grids(image_grid_hw))
-        return torch.cat([torch.empty(0, dtype=torch.long, device=pixel_values.device), *codes])
+        return joined(self.model.encode_images(pixel_values, final_grids(image_grid_hw)), pixel_values.device)
 
     @torch.no_grad()
     def decode_images(self, image_codes: torch.LongTensor, image_grid_hw: torch.LongTensor) -> list[torch.Tensor]:
@@ -62,13 +61,10 @@ class ImageCodesMixin:
         lengths = [self.model.schedules.by_grid(grid).num_codes for grid in grids]
         if len(image_codes) != sum(lengths):
             raise ValueError(f"image_codes must hold {sum(lengths)} codes for {grids}, got {len(image_codes)}")
-        codes = image_codes.split(lengths)
-        pictures: dict[int, torch.Tensor] = {}
-        for grid in dict.fromkeys(grids):
-            members = [index for index, other in enumerate(grids) if other == grid]
-            decoded = self.model.vq_model.decode(torch.stack([codes[index] for index in members]), grid)
-            pictures |= dict(zip(members, decoded))
-        return [pictures[index] for index in range(len(grids))]
+        codes, decode = image_codes.split(lengths), self.model.vq_model.decode
+        return each_by_grid(
+            grids, lambda grid, members: decode(torch.stack([codes[index] for index in members]), grid)
+        )
 
     @torch.no_grad()
     def decode_preview(self, codes: torch.LongTensor, image_grid_hw: Sequence[int]) -> torch.Tensor:
@@ -89,10 +85,9 @@ class ImageCodesMixin:
 
 def num_scales_of(codes: torch.Tensor, schedule: ScaleSchedule) -> int:
     """How many scales (..., n) codes are."""
-    ends = [offset + length for offset, length in zip(schedule.offsets, schedule.lengths)]
-    if codes.shape[-1] not in ends:
+    if codes.shape[-1] not in schedule.ends:
         raise ValueError(
-            f"the first scales of the final grid {schedule.final_grid} have {', '.join(map(str, ends))} codes, got "
-            f"{codes.shape[-1]}"
+            f"the first scales of the final grid {schedule.final_grid} have "
+            f"{', '.join(map(str, schedule.ends))} codes, got {codes.shape[-1]}"
         )
-    return ends.index(codes.shape[-1]) + 1
+    return schedule.ends.index(codes.shape[-1]) + 1

@@ -14,9 +14,11 @@ Shape suffixes: B batch, L sequence, N supervised positions.
 """
 
 import operator
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -24,12 +26,17 @@ import torch.nn.functional as F
 from .configuration_nextflow import NextFlowConfig
 from .features import Taps, join, scale_taps
 from .losses import IGNORE
+from .quantizer import check_range
 from .scales import Grid, ScaleSchedule
 
 MARKS = (
     "if a user's text holds the marks of images, `apply_chat_template(..., sanitize_control_tokens=True)` makes them "
     "plain text"
 )
+
+
+IMAGE = re.compile(b"b(i*)(e?)")
+"""A picture among the marks of a row, see [`marks_of`]."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,7 @@ class ImageSpan:
     @property
     def num_codes(self) -> int:
         """Codes that are known: of its `num_scales` scales, none of an open image."""
-        return 0 if self.is_open else self.schedule.prefix(self.num_scales).num_codes
+        return 0 if self.is_open else self.schedule.ends[self.num_scales - 1]
 
     @property
     def num_coarse_codes(self) -> int:
@@ -85,7 +92,7 @@ class SequenceLayout:
         block_ids: (B, L) int64; -1 where attention is causal, else one id per block, unique in the batch.
         image_places: (I,) int64, tokens with `scale_ids` > 0.
         slot_places: (M,) int64, `<image>` tokens.
-        tap_places, tap_weights, tap_starts: the [`Taps`] of every slot, from the codes.
+        taps: of every slot, from the codes.
         coarse_places: (C,) int64, which codes `image_input_codes` replace: each image's, without its last scale.
         supervised: (N,) int64, tokens whose outputs have a target; absent where there are no labels, as are the next.
         targets: (N,) int64 ids; at outputs that predict codes any value.
@@ -99,18 +106,12 @@ class SequenceLayout:
     block_ids: torch.Tensor
     image_places: torch.Tensor
     slot_places: torch.Tensor
-    tap_places: torch.Tensor
-    tap_weights: torch.Tensor
-    tap_starts: torch.Tensor
+    taps: Taps
     coarse_places: torch.Tensor
     supervised: torch.Tensor | None = None
     targets: torch.Tensor | None = None
     target_codes: torch.Tensor | None = None
     weights: torch.Tensor | None = None
-
-    @property
-    def taps(self) -> Taps:
-        return Taps(self.tap_places, self.tap_weights, self.tap_starts)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "SequenceLayout":
         """Its tensors on a device; their dtypes stay, whatever the model's."""
@@ -122,15 +123,14 @@ class SequenceLayout:
 
     def _each(self, change) -> "SequenceLayout":
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        return replace(self, **{name: change(value) for name, value in values.items() if value is not None})
+        changed = {name: change(value) for name, value in values.items() if isinstance(value, torch.Tensor)}
+        return replace(self, taps=Taps(*map(change, self.taps)), **changed)
 
 
 def scale_coordinates(grid: tuple[int, int], finest_edge: float) -> torch.Tensor:
     """(2, h*w) float32 coordinates (i, j) of a grid's cells, row-major (NextFlow eq. 1)."""
     h, w = grid
-    step = finest_edge / (h * w) ** 0.5
-    rows = (torch.arange(h, dtype=torch.float64) + 0.5) * step
-    columns = (torch.arange(w, dtype=torch.float64) + 0.5) * step
+    rows, columns = ((torch.arange(n, dtype=torch.float64) + 0.5) * (finest_edge / (h * w) ** 0.5) for n in grid)
     return torch.stack([rows.repeat_interleave(w), columns.repeat(h)]).float()
 
 
@@ -150,6 +150,13 @@ def check_integers(name: str, tensor: torch.Tensor, *ndims: int) -> None:
         )
 
 
+def check_shape(inputs: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+    """Raise a `ValueError` for anything but (B, L) ids or (B, L, D) embeddings, and a mask of (B, L)."""
+    if inputs.ndim < 2 or (attention_mask is not None and attention_mask.shape != inputs.shape[:2]):
+        shapes = " and ".join(str(tuple(x.shape)) for x in (inputs, attention_mask) if x is not None)
+        raise ValueError(f"input_ids, and attention_mask beside them, must have the shape (B, L), got {shapes}")
+
+
 def check_rows(name: str, got: int, expected: int) -> None:
     """Raise a `ValueError` where a flat tensor does not fit the images."""
     if got != expected:
@@ -160,10 +167,7 @@ def check_codes(config: NextFlowConfig, images: Sequence[ImageSpan], image_codes
     """Raise a `ValueError` for anything but the flat codes of these images."""
     check_integers("image_codes", image_codes, 1)
     check_rows("image_codes", len(image_codes), sum(image.num_codes for image in images))
-    limit = config.vq_config.codebook_size
-    if image_codes.numel() and not (0 <= image_codes.min() and image_codes.max() < limit):
-        low, high = int(image_codes.min()), int(image_codes.max())
-        raise ValueError(f"image_codes must lie in [0, {limit}), got {low} to {high}")
+    check_range("image_codes", image_codes, config.vq_config.codebook_size)
 
 
 def check_text(pixel_values: torch.Tensor | None, image_codes: torch.Tensor | None) -> None:
@@ -184,6 +188,22 @@ def final_grids(image_grid_hw: torch.Tensor | Sequence) -> list[Grid]:
         ) from None
 
 
+def each_by_grid(
+    grids: Sequence[Grid], run: Callable[[Grid, list[int]], Iterable[torch.Tensor]]
+) -> list[torch.Tensor]:
+    """Of each image, what `run` gives of the images of one grid, by the grid and their indices."""
+    found: dict[int, torch.Tensor] = {}
+    for grid in dict.fromkeys(grids):
+        members = [index for index, other in enumerate(grids) if other == grid]
+        found |= dict(zip(members, run(grid, members)))
+    return [found[index] for index in range(len(grids))]
+
+
+def joined(codes: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """The flat codes of images, of none too."""
+    return torch.cat([torch.empty(0, dtype=torch.long, device=device), *codes])
+
+
 def find_images(
     config: NextFlowConfig, input_ids: torch.Tensor, image_grid_hw: torch.Tensor | Sequence | None
 ) -> list[ImageSpan]:
@@ -195,26 +215,30 @@ def find_images(
     if image_grid_hw is None:
         return []
     check_integers("input_ids", input_ids, 2)
-    ids, grids = input_ids.detach().cpu(), final_grids(image_grid_hw)
-    starts = (ids == config.boi_token_id).nonzero().tolist()
-    if len(starts) != len(grids):
-        counts = f"input_ids hold {len(starts)} images (<boi> tokens), image_grid_hw has {len(grids)}"
+    rows, grids = marks_of(config, input_ids), final_grids(image_grid_hw)
+    found = [(row, match) for row, marks in enumerate(rows) for match in IMAGE.finditer(marks)]
+    if len(found) != len(grids):
+        counts = f"input_ids hold {len(found)} images (<boi> tokens), image_grid_hw has {len(grids)}"
         raise ValueError(f"{counts}; {MARKS}")
-    placeholders, schedules = ids == config.image_token_id, config.vq_config.schedule_table()
-    images = [
-        _read_span(ids, placeholders, row, start, schedules.by_grid(grid), config.eoi_token_id)
-        for (row, start), grid in zip(starts, grids)
-    ]
-    if int(placeholders.sum()) != sum(image.num_inputs for image in images):
+    schedules = map(config.vq_config.schedule_table().by_grid, grids)
+    images = [_span(row, match, schedule, input_ids) for (row, match), schedule in zip(found, schedules)]
+    if sum(marks.count(b"i") for marks in rows) != sum(image.num_inputs for image in images):
         raise ValueError("input_ids hold <image> tokens that do not follow a <boi>")
     return images
 
 
-def _read_span(ids, placeholders, row: int, start: int, schedule: ScaleSchedule, eoi_token_id: int) -> ImageSpan:
-    after = placeholders[row, start + 1 :]
-    num_inputs = int(after.long().cumprod(0).sum())
-    end = start + 1 + num_inputs
-    at_end = end == ids.shape[1]
+def marks_of(config: NextFlowConfig, input_ids: torch.Tensor) -> list[bytes]:
+    """The rows of (B, L) ids, a byte for each token: `b` for `<boi>`, `i` for `<image>`, `e` for `<eoi>`; see
+    [`IMAGE`]."""
+    marks = torch.zeros_like(input_ids, dtype=torch.uint8)
+    for mark, token_id in zip(b"bie", (config.boi_token_id, config.image_token_id, config.eoi_token_id)):
+        marks[input_ids == token_id] = mark
+    return [row.tobytes() for row in marks.cpu().numpy()]
+
+
+def _span(row: int, match: re.Match[bytes], schedule: ScaleSchedule, input_ids: torch.Tensor) -> ImageSpan:
+    start, end, num_inputs = match.start(), match.end(1), len(match[1])
+    at_end = end == input_ids.shape[1]
     if at_end and num_inputs == 0:
         return ImageSpan(row, start, schedule, num_inputs, num_scales=1, is_open=True)
     if at_end and num_inputs + 1 in schedule.offsets:
@@ -225,8 +249,9 @@ def _read_span(ids, placeholders, row: int, start: int, schedule: ScaleSchedule,
             f"an image of the final grid {schedule.final_grid} takes {allowed[0]} <image> tokens "
             f"({allowed[1]} with its last scale), got {num_inputs} in row {row}"
         )
-    if not at_end and int(ids[row, end]) != eoi_token_id:
-        raise ValueError(f"the <image> tokens of row {row} must be followed by <eoi>, got id {int(ids[row, end])}")
+    if not at_end and not match[2]:
+        found = int(input_ids[row, end])
+        raise ValueError(f"the <image> tokens of row {row} must be followed by <eoi>, got id {found}")
     return ImageSpan(row, start, schedule, num_inputs, len(schedule))
 
 
@@ -275,73 +300,62 @@ def build_layout(
     Raises:
         ValueError: if ids, grids and codes do not fit each other, or an image is supervised in part.
     """
-    if input_ids.ndim != 2 or (attention_mask is not None and attention_mask.shape != input_ids.shape):
-        shapes = " and ".join(str(tuple(x.shape)) for x in (input_ids, attention_mask) if x is not None)
-        raise ValueError(f"input_ids, and attention_mask beside them, must have the shape (B, L), got {shapes}")
+    check_shape(input_ids, attention_mask)
     images = find_images(config, input_ids, image_grid_hw)
     if image_codes is not None:
         check_codes(config, images, image_codes)
     if image_input_codes is not None:
         check_rows("image_input_codes", len(image_input_codes), sum(image.num_coarse_codes for image in images))
 
-    batch, length = input_ids.shape
-    step_BL = torch.ones(batch, length, dtype=torch.long)  # how far the counter moves on arriving here
-    scale_BL = torch.zeros(batch, length, dtype=torch.long)
-    scales_BL = torch.zeros(batch, length, dtype=torch.long)
-    block_BL = torch.full((batch, length), -1)
-    cells_2BL = torch.zeros(2, batch, length)
-    nothing = torch.empty(0, dtype=torch.long)
-    slots, taps, coarse, code_starts, num_codes = [nothing], [], [nothing], [], 0
-    accumulate, max_scales = config.feature_mode == "accumulated", config.vq_config.schedule_table().max_scales
-    for number, image in enumerate(images, start=1):
-        row, at = image.row, slice(image.start + 1, image.outputs.stop)
+    shape = input_ids.shape
+    scale_BL, scales_BL = torch.zeros(2, *shape, dtype=torch.long)
+    block_BL = torch.full(shape, -1)
+    cells_2BL = torch.zeros(2, *shape)
+    table, accumulates = config.vq_config.schedule_table(), config.feature_mode == "accumulated"
+    code_starts = [0, *accumulate(image.num_codes for image in images)]
+    taps, coarse = [], [torch.empty(0, dtype=torch.long)]
+    for number, (image, first) in enumerate(zip(images, code_starts)):
+        row, slots = image.row, slice(image.start + 1, image.outputs.stop)
         scale_ids, cells, own_taps = _blocks(
-            image.schedule, image.num_scales, image.has_last_scale, config.finest_edge, accumulate
+            image.schedule, image.num_scales, image.has_last_scale, config.finest_edge, accumulates
         )
         scale_BL[row, image.start] = 1
+        scale_BL[row, slots] = scale_ids
         scales_BL[row, image.outputs] = len(image.schedule)
-        scale_BL[row, at] = scale_ids
-        step_BL[row, at] = torch.diff(scale_ids, prepend=scale_ids.new_ones(1))
-        block_BL[row, at] = scale_ids + number * (max_scales + 2)
-        cells_2BL[:, row, at] = cells
-        slots.append(row * length + torch.arange(at.start, at.stop))
+        block_BL[row, slots] = scale_ids + number * (table.max_scales + 2)
+        cells_2BL[:, row, slots] = cells
         taps.append(own_taps)
-        coarse.append(num_codes + torch.arange(image.num_coarse_codes))
-        code_starts.append(num_codes)
-        num_codes += image.num_codes
+        coarse.append(torch.arange(first, first + image.num_coarse_codes))
 
-    starts_BL = torch.zeros(batch, length, dtype=torch.bool)  # where the counter is at 0
-    starts_BL[:, :1] = True
-    valid = None if attention_mask is None else attention_mask.cpu().bool()
+    valid_BL = torch.ones(shape, dtype=torch.bool) if attention_mask is None else attention_mask.cpu().bool()
     if document_ids is not None:
         document_ids = document_ids.cpu()
-        valid = document_ids >= 0
-        starts_BL[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-    elif valid is not None:
-        step_BL = step_BL * valid
-        starts_BL[:, 1:] = (valid.cumsum(1) == 1)[:, 1:] & valid[:, 1:]
-    total_BL = step_BL.cumsum(1)
-    base_BL = torch.where(starts_BL, total_BL, 0).cummax(1).values
-    counter_BL = (total_BL - base_BL).float()
-    if valid is not None:
-        counter_BL = counter_BL.masked_fill(~valid, 0.0)
+        valid_BL = document_ids >= 0
     in_block_BL = block_BL >= 0
-    rows = [counter_BL, *(torch.where(in_block_BL, cells, counter_BL) for cells in cells_2BL)]
+    # how far the counter moves on arriving here, and where it is then at 0
+    step_BL = torch.where(in_block_BL, F.pad(scale_BL.diff(dim=1), (1, 0)), 1) * valid_BL
+    total_BL, base_BL = step_BL.cumsum(1), torch.ones(shape, dtype=torch.long)
+    if document_ids is not None:
+        starts_BL = F.pad(document_ids.diff(dim=1) != 0, (1, 0), value=True)
+        base_BL = torch.where(starts_BL, total_BL, 0).cummax(1).values
+    counter_BL = (total_BL - base_BL).masked_fill(~valid_BL, 0).float()
+    targets = {}
+    if labels is not None and shift_labels is None:
+        mask = None if attention_mask is None else valid_BL
+        shift_labels = shift_labels_of(labels.cpu(), images, config.boi_token_id, mask, document_ids)
+    if shift_labels is not None:
+        targets = _targets(shift_labels.cpu(), images, code_starts, config.scale_loss_alpha)
     layout = SequenceLayout(
-        torch.stack(rows),
+        torch.stack([counter_BL, *torch.where(in_block_BL, cells_2BL, counter_BL)]),
         scale_BL,
         scales_BL,
         block_BL,
         image_places=scale_BL.flatten().nonzero().flatten(),
-        slot_places=torch.cat(slots),
-        **dict(zip(("tap_places", "tap_weights", "tap_starts"), join(taps, code_starts))),
+        slot_places=in_block_BL.flatten().nonzero().flatten(),
+        taps=join(taps, code_starts),
         coarse_places=torch.cat(coarse),
+        **targets,
     )
-    if labels is not None and shift_labels is None:
-        mask = None if attention_mask is None else attention_mask.cpu()
-        shift_labels = shift_labels_of(labels.cpu(), images, config.boi_token_id, mask, document_ids)
-    if shift_labels is not None:
-        layout = replace(layout, **_targets(shift_labels.cpu(), images, code_starts, config.scale_loss_alpha))
     return layout.to(input_ids.device)
 
 
@@ -411,9 +425,6 @@ def text_positions(inputs: torch.Tensor, valid: torch.Tensor | None) -> torch.Te
     Args:
         valid: (B, L), 0 at padding.
     """
-    shape = inputs.shape[:2]
-    if inputs.ndim < 2 or (valid is not None and valid.shape != shape):
-        shapes = " and ".join(str(tuple(x.shape)) for x in (inputs, valid) if x is not None)
-        raise ValueError(f"input_ids, and attention_mask beside them, must have the shape (B, L), got {shapes}")
-    valid = torch.ones(shape, dtype=torch.bool, device=inputs.device) if valid is None else valid.bool()
+    check_shape(inputs, valid)
+    valid = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device) if valid is None else valid.bool()
     return (valid.cumsum(1) - 1).masked_fill(~valid, 0).float().expand(3, -1, -1)

@@ -44,13 +44,16 @@ from .layout import (
     check_codes,
     check_rows,
     check_text,
+    each_by_grid,
     find_images,
+    joined,
     text_positions,
 )
 from .lora import adapter_names, are_placed, each_by_its_adapter, place_adapters
 from .losses import joint_cross_entropy
-from .modeling_nextflow_vq import LibraryModel, NextFlowVQModel, unpatchify
-from .scales import ScaleSchedule
+from .modeling_nextflow_vq import NextFlowVQModel, unpatchify
+from .remote_code import LibraryModel
+from .scales import Grid, ScaleSchedule
 from .stored_tokenizer import AbsentVisionTokenizer, load_referred_to
 from .utils.precision import AtLeastFloat32
 
@@ -68,13 +71,6 @@ class LinearInItsPrecision(nn.Linear):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         return super().forward(inputs.to(self.weight.dtype))
-
-
-class Connector(nn.Sequential):
-    """(..., C) features of codes -> (..., D), in the connector's own precision."""
-
-    def __init__(self, code_dim: int, width: int):
-        super().__init__(LinearInItsPrecision(code_dim, width), nn.GELU(), nn.Linear(width, width))
 
 
 class ScaleEmbedding(nn.Module):
@@ -207,6 +203,18 @@ class NextFlowTextModel(Qwen2_5_VLTextModel):
             layer.self_attn.__class__ = NextFlowAttention  # has the same weights
 
 
+@dataclass
+class NextFlowModelOutput(BaseModelOutputWithPast):
+    """Output of [`NextFlowModel`] where labels came.
+
+    Attributes:
+        layout, image_codes: what was made of the inputs, unless a layout came with them.
+    """
+
+    layout: SequenceLayout | None = None
+    image_codes: torch.LongTensor | None = None
+
+
 class NextFlowModel(NextFlowPreTrainedModel):
     """The decoder with its visual inputs, without heads.
 
@@ -223,7 +231,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
         vq_class = NextFlowVQModel if config.vision_tokenizer is None else AbsentVisionTokenizer
         self.vq_model = vq_class(config.vq_config).requires_grad_(False)
         self.code_embeddings = CodeEmbeddings(config.vq_config.codebook_size, code_dim, dtype=torch.float32)
-        self.connector = Connector(code_dim, width)
+        self.connector = nn.Sequential(LinearInItsPrecision(code_dim, width), nn.GELU(), nn.Linear(width, width))
         self.schedules = self.vq_model.schedules
         self.scale_embedding = ScaleEmbedding(self.schedules.max_scales, width)
         self.post_init()
@@ -248,12 +256,6 @@ class NextFlowModel(NextFlowPreTrainedModel):
         finally:
             self.vq_model, self.config.vision_tokenizer = absent, reference
 
-    def get_input_embeddings(self):
-        return self.language_model.embed_tokens
-
-    def set_input_embeddings(self, value):
-        self.language_model.embed_tokens = value
-
     def marker_ids(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
         """(B, L, D) -> (B, L): the ids of `<boi>`, `<image>` and `<eoi>` where their embeddings stand, else -1."""
         ids = inputs_embeds.new_full(inputs_embeds.shape[:2], -1, dtype=torch.long)
@@ -277,23 +279,23 @@ class NextFlowModel(NextFlowPreTrainedModel):
         self, images: Sequence[ImageSpan], pixel_values: torch.Tensor | None, image_codes: torch.Tensor | None
     ) -> torch.Tensor:
         """The images' flat codes, as given or by encoding flat patches; open images have none."""
-        closed = [image for image in images if not image.is_open]
         if pixel_values is not None and image_codes is not None:
             raise ValueError("give either pixel_values or image_codes, not both")
         if image_codes is not None:
             check_codes(self.config, images, image_codes)
             return image_codes
+        closed = [image for image in images if not image.is_open]
+        if pixel_values is None and closed:
+            raise ValueError(f"input_ids hold {len(closed)} images, but neither pixel_values nor image_codes came")
         if pixel_values is None:
-            if closed:
-                raise ValueError(f"input_ids hold {len(closed)} images, but neither pixel_values nor image_codes came")
-            return torch.empty(0, dtype=torch.long, device=self.device)
+            return joined([], self.device)
         for image in closed:
             if image.num_scales < len(image.schedule):
                 raise ValueError(
                     f"row {image.row} ends after scale {image.num_scales} of an image: give its codes as image_codes"
                 )
         codes = self.encode_images(pixel_values, [image.schedule.final_grid for image in closed])
-        return torch.cat([torch.empty(0, dtype=torch.long, device=pixel_values.device), *codes])
+        return joined(codes, pixel_values.device)
 
     def encode_images(self, pixel_values: torch.Tensor, image_grid_hw: Sequence) -> list[torch.Tensor]:
         """Flat patches of images of any final grids, as the processor gives them -> each image's (L_i,) codes."""
@@ -307,19 +309,13 @@ class NextFlowModel(NextFlowPreTrainedModel):
         if not pixel_values.isfinite().all():
             raise ValueError("pixel_values are not finite")
         patches = pixel_values.split(cells)
-        codes: list[torch.Tensor | None] = [None] * len(schedules)
-        groups: dict[ScaleSchedule, list[int]] = {}
-        for index, schedule in enumerate(schedules):
-            groups.setdefault(schedule, []).append(index)
-        for schedule, members in groups.items():
-            if whole:
-                pixels = torch.cat([patches[index] for index in members])
-            else:
-                batch = torch.stack([patches[index] for index in members])
-                pixels = unpatchify(batch, schedule.final_grid, self.config.vq_config.patch_size)
-            for index, row in zip(members, self.vq_model.encode(pixels)):
-                codes[index] = row
-        return codes
+
+        def encode(grid: Grid, members: list[int]) -> torch.Tensor:
+            parts = [patches[index] for index in members]
+            size = self.config.vq_config.patch_size
+            return self.vq_model.encode(torch.cat(parts) if whole else unpatchify(torch.stack(parts), grid, size))
+
+        return each_by_grid([schedule.final_grid for schedule in schedules], encode)
 
     @torch.compiler.disable  # what is laid out depends on values, and is cached
     def lay_out(
@@ -400,30 +396,83 @@ class NextFlowModel(NextFlowPreTrainedModel):
             document_ids: (B, L) for packed rows, -1 at padding.
             layout: what [`build_layout`] makes of the other inputs, where a loader has made it already; ids, grids
                 and codes are then not looked at again, and nothing waits for the device.
+            kwargs: `labels` and `shift_labels` go into the layout, see [`NextFlowModelOutput`].
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        targets = {name: kwargs.pop(name, None) for name in ("labels", "shift_labels")}
+        has_targets = any(each is not None for each in targets.values())
+        is_text = image_grid_hw is None and document_ids is None and layout is None and not has_targets
+        if image_grid_hw is None and layout is None:
+            check_text(pixel_values, image_codes)
         # masks come prepared for steps over a static cache
         prepared = isinstance(attention_mask, dict)
         # who says of every pair whether it is seen, as a server of many requests does, lays the text out too
-        dense = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4
-        is_continued = prepared or dense
-        is_text = image_grid_hw is None and document_ids is None and layout is None
-        if is_text:
-            check_text(pixel_values, image_codes)
-        needs_positions = position_ids is None and attention_mask is not None  # without padding the decoder knows them
+        is_continued = prepared or (isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4)
+        valid = None if is_continued else attention_mask
+        needs_positions = position_ids is None and valid is not None  # without padding the decoder knows them
         if needs_positions or not is_text or self.training:  # a compiled step must not ask for the cache's length
             is_continued = is_continued or _is_filled(past_key_values)
-        if is_continued or (is_text and not self.training):  # in training every weight has a gradient
-            if is_text and not is_continued and needs_positions:
-                position_ids = text_positions(input_ids if inputs_embeds is None else inputs_embeds, attention_mask)
-            if image_grid_hw is not None:
-                raise ValueError("images cannot be given with a filled cache, or a mask of (B, heads, L, keys)")
-            if document_ids is not None:
-                raise ValueError("document_ids cannot be given with a filled cache")
-            mask = attention_mask["full_attention"] if prepared else attention_mask
-            refuse_dense_mask(self.config.text_config, mask)
-            return self.language_model(
+        if is_continued and image_grid_hw is not None:
+            raise ValueError("images cannot be given with a filled cache, or a mask of (B, heads, L, keys)")
+        if is_continued and document_ids is not None:
+            raise ValueError("document_ids cannot be given with a filled cache")
+        reads_text = is_continued or (is_text and not self.training)  # in training every weight has a gradient
+        if layout is not None and pixel_values is not None:
+            raise ValueError("a layout goes with image_codes, got pixel_values")
+        laid_out = {}
+        if layout is None and (has_targets or not reads_text):
+            ids = self.marker_ids(inputs_embeds) if input_ids is None else input_ids
+            layout, image_codes = self.lay_out(
+                ids,
+                image_grid_hw,
+                pixel_values,
+                image_codes,
+                attention_mask=valid[:, -ids.shape[1] :] if is_continued and valid is not None else valid,
+                document_ids=document_ids,
+                image_input_codes=image_input_codes,
+                **targets,
+            )
+            laid_out = {"layout": layout, "image_codes": image_codes}
+        runs = None
+        if reads_text:
+            if needs_positions and not is_continued:
+                position_ids = text_positions(input_ids if inputs_embeds is None else inputs_embeds, valid)
+            refuse_dense_mask(
+                self.config.text_config, attention_mask["full_attention"] if prepared else attention_mask
+            )
+        else:
+            if inputs_embeds is None:
+                inputs_embeds = self.language_model.embed_tokens(input_ids).to(input_ids.device)
+                input_ids = None
+            if image_codes is None:
+                if len(layout.slot_places):
+                    raise ValueError(
+                        f"the layout has {len(layout.slot_places)} <image> tokens, but no image_codes came"
+                    )
+                image_codes = layout.slot_places.new_empty(0)
+            if image_input_codes is not None:
+                image_codes = image_codes.index_copy(0, layout.coarse_places, image_input_codes)
+            names = adapter_names(self.connector) or adapter_names(self.code_embeddings)
+            embed = partial(self.embed_images, inputs_embeds, layout, image_codes)
+            inputs_embeds = each_by_its_adapter(self, names, embed)  # images of all rows are embedded as one
+            block_ids = layout.block_ids if len(layout.slot_places) else None
+            position_ids = layout.position_ids if position_ids is None else position_ids
+            if (
+                is_flash(self.config.text_config)
+                and block_ids is not None
+                and document_ids is None
+                and not self.training
+            ):
+                runs = _common_runs(block_ids, valid)
+            if not runs:
+                attention_mask = sequence_mask(
+                    self.config.text_config, inputs_embeds, valid, block_ids, document_ids, past_key_values
+                )
+        if runs:
+            outputs = self._read_runs(inputs_embeds, position_ids, runs, past_key_values, use_cache, **kwargs)
+        else:
+            outputs = self.language_model(
                 input_ids=input_ids,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
@@ -432,61 +481,19 @@ class NextFlowModel(NextFlowPreTrainedModel):
                 **{CACHE: past_key_values},
                 **kwargs,
             )
-        if inputs_embeds is None:
-            inputs_embeds = self.language_model.embed_tokens(input_ids).to(input_ids.device)
-        elif layout is None:
-            input_ids = self.marker_ids(inputs_embeds)
-        if layout is None:
-            layout, image_codes = self.lay_out(
-                input_ids,
-                image_grid_hw,
-                pixel_values,
-                image_codes,
-                attention_mask=attention_mask,
-                document_ids=document_ids,
-                image_input_codes=image_input_codes,
-            )
-        elif pixel_values is not None:
-            raise ValueError("a layout goes with image_codes, got pixel_values")
-        if image_codes is None:
-            if len(layout.slot_places):
-                raise ValueError(f"the layout has {len(layout.slot_places)} <image> tokens, but no image_codes came")
-            image_codes = layout.slot_places.new_empty(0)
-        if image_input_codes is not None:
-            image_codes = image_codes.index_copy(0, layout.coarse_places, image_input_codes)
-        names = adapter_names(self.connector) or adapter_names(self.code_embeddings)
-        embed = partial(self.embed_images, inputs_embeds, layout, image_codes)
-        inputs_embeds = each_by_its_adapter(self, names, embed)  # images of all rows are embedded as one
-        block_ids = layout.block_ids if len(layout.slot_places) else None
-        position_ids = layout.position_ids if position_ids is None else position_ids
-        if is_flash(self.config.text_config) and block_ids is not None and document_ids is None and not self.training:
-            if runs := _common_runs(block_ids, attention_mask):
-                cache = DynamicCache(config=self.config.text_config) if past_key_values is None else past_key_values
-                outputs = self._read_runs(inputs_embeds, position_ids, runs, cache, **kwargs)
-                if use_cache is not False:
-                    outputs[CACHE] = cache
-                return outputs
-        mask = sequence_mask(
-            self.config.text_config, inputs_embeds, attention_mask, block_ids, document_ids, past_key_values
-        )
-        return self.language_model(
-            inputs_embeds=inputs_embeds,
-            attention_mask=mask,
-            position_ids=position_ids,
-            use_cache=use_cache,
-            **{CACHE: past_key_values},
-            **kwargs,
-        )
+        return NextFlowModelOutput(**outputs, **laid_out) if has_targets and laid_out else outputs
 
     def _read_runs(
         self,
         inputs_embeds: torch.Tensor,
         position_ids: torch.Tensor,
         runs: Sequence[tuple[int, bool]],
-        cache: Cache,
+        cache: Cache | None,
+        use_cache: bool | None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         """Text and scale blocks in turn, for attention that has no masks."""
+        cache = DynamicCache(config=self.config.text_config) if cache is None else cache
         lengths = [length for length, _ in runs]
         parts = zip(inputs_embeds.split(lengths, dim=1), position_ids.split(lengths, dim=-1), runs)
         outputs = [
@@ -504,6 +511,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
         return BaseModelOutputWithPast(
             last_hidden_state=torch.cat([output.last_hidden_state for output in outputs], dim=1),
             hidden_states=tuple(torch.cat(parts, dim=1) for parts in zip(*layers)) or None,
+            **{CACHE: None if use_cache is False else cache},
         )
 
 
@@ -537,12 +545,6 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
         self.code_head = nn.Linear(width, config.vq_config.codebook_size, bias=False)
         self.post_init()
         self.generation_config._from_model_config = False  # of such a file, `image_generation` would not be read
-
-    def get_input_embeddings(self):
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value):
-        self.model.set_input_embeddings(value)
 
     @takes_cache
     @can_return_tuple
@@ -584,31 +586,6 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
         """
         if logits_over not in ("all", "text", "codes", "none"):
             raise ValueError(f'logits_over must be "all", "text", "codes" or "none", got {logits_over!r}')
-        shift_labels = kwargs.pop("shift_labels", None)
-        if layout is None and (labels is not None or shift_labels is not None):
-            if (input_ids is None) == (inputs_embeds is None):
-                raise ValueError("give exactly one of input_ids and inputs_embeds")
-            if image_grid_hw is None:
-                check_text(pixel_values, image_codes)
-            ids = self.model.marker_ids(inputs_embeds) if input_ids is None else input_ids
-            mask = attention_mask
-            if mask is not None and mask.ndim == 4:  # who says of every pair says by the labels what is padding
-                mask = None
-            elif mask is not None and _is_filled(past_key_values):
-                mask = mask[:, -ids.shape[1] :]
-            layout, image_codes = self.model.lay_out(
-                ids,
-                image_grid_hw,
-                pixel_values,
-                image_codes,
-                attention_mask=mask,
-                document_ids=document_ids,
-                labels=labels,
-                shift_labels=shift_labels,
-                image_input_codes=image_input_codes,
-            )
-            pixel_values = None
-        supervised = layout is not None and layout.supervised is not None
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -620,10 +597,14 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
             image_input_codes=image_input_codes,
             image_grid_hw=image_grid_hw,
             document_ids=document_ids,
+            labels=labels,
             layout=layout,
             use_cache=use_cache,
             **kwargs,
         )
+        if layout is None and isinstance(outputs, NextFlowModelOutput):
+            layout, image_codes = outputs.layout, outputs.image_codes
+        supervised = layout is not None and layout.supervised is not None
         hidden_BLD = outputs.last_hidden_state.to((input_ids if inputs_embeds is None else inputs_embeds).device)
 
         loss = token_losses_BL = None
@@ -641,8 +622,8 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
                 z_loss,
             )
             loss = total / (weights_N.sum() if num_items_in_batch is None else num_items_in_batch)
-            token_losses_BL = losses_N.new_zeros(hidden_BLD.shape[:2]).flatten().index_copy(0, places_N, losses_N)
-            token_losses_BL = token_losses_BL.view(hidden_BLD.shape[:2])
+            token_losses_BL = losses_N.new_zeros(hidden_BLD.shape[:2])
+            token_losses_BL.view(-1)[places_N] = losses_N
 
         logits = None
         if logits_over != "none":

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.siglip2.configuration_siglip2 import Siglip2VisionConfig
@@ -25,8 +24,16 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_nextflow import NextFlowVQConfig
 from .fixed_size import CLIPEncoder, HiddenStates, SiglipEncoder, ViTDecoder
-from .quantizer import DualCodebookQuantizer, QuantizerOutput, SelfCorrection, resize_features, to_map, to_sequence
-from .remote_code import HasCode
+from .quantizer import (
+    DualCodebookQuantizer,
+    QuantizerOutput,
+    SelfCorrection,
+    check_range,
+    resize_features,
+    to_map,
+    to_sequence,
+)
+from .remote_code import LibraryModel
 from .scales import Grid, ScaleSchedule
 from .utils.precision import Float32, without_autocast
 
@@ -92,17 +99,17 @@ def _conv(in_channels: int, out_channels: int) -> nn.Conv2d:
     return nn.Conv2d(in_channels, out_channels, 3, padding=1)
 
 
-def _resolution(
-    config: NextFlowVQConfig, in_channels: int, channels: int, blocks: int, coarsest: bool
-) -> list[nn.Module]:
-    """Residual blocks of one resolution, with attention at the coarsest."""
-    widths = [in_channels] + [channels] * (blocks - 1)
-    layers = [ResidualBlock(config, width, channels) for width in widths]
-    if coarsest and config.attention == "dense":
-        return [layer for block in layers for layer in (block, AttnBlock(config, channels))]
-    if coarsest:
-        layers.insert(1, AttnBlock(config, channels))
-    return layers
+def _resolutions(config: NextFlowVQConfig, widths: list[int], blocks: int, coarsest: int) -> list[list[nn.Module]]:
+    """Residual blocks of each resolution, with attention at the coarsest: after each, or after the first alone."""
+    resolutions = []
+    for resolution, (before, width) in enumerate(zip([widths[0], *widths], widths)):
+        layers: list[nn.Module] = []
+        for block in range(blocks):
+            layers.append(ResidualBlock(config, width if block else before, width))
+            if resolution == coarsest and (config.attention == "dense" or block == 0):
+                layers.append(AttnBlock(config, width))
+        resolutions.append(layers)
+    return resolutions
 
 
 def _middle(config: NextFlowVQConfig, channels: int) -> list[nn.Module]:
@@ -121,10 +128,7 @@ class PixelEncoder(nn.Module):
         widths = [config.base_channels * m for m in config.channel_multipliers]
         self.stem_stride = config.stem_stride
         self.conv_in = _conv(3 * config.stem_stride**2, widths[0])
-        resolutions = [
-            _resolution(config, widths[max(i - 1, 0)], width, config.encoder_blocks, i == len(widths) - 1)
-            for i, width in enumerate(widths)
-        ]
+        resolutions = _resolutions(config, widths, config.encoder_blocks, coarsest=len(widths) - 1)
         resolutions[-1] += _middle(config, widths[-1])
         self.resolutions = nn.ModuleList(nn.Sequential(*layers) for layers in resolutions)
         self.downsamples = nn.ModuleList(nn.Conv2d(width, width, 3, stride=2) for width in widths[:-1])
@@ -150,10 +154,7 @@ class PixelDecoder(nn.Module):
         widths = [base_channels * m for m in reversed(config.channel_multipliers)]
         self.from_code = nn.Conv2d(config.pixel_dim, config.latent_channels, 1)
         self.conv_in = _conv(config.latent_channels, widths[0])
-        resolutions = [
-            _resolution(config, widths[max(i - 1, 0)], width, config.decoder_blocks, i == 0)
-            for i, width in enumerate(widths)
-        ]
+        resolutions = _resolutions(config, widths, config.decoder_blocks, coarsest=0)
         resolutions[0] = _middle(config, widths[0]) + resolutions[0]
         self.resolutions = nn.ModuleList(nn.Sequential(*layers) for layers in resolutions)
         self.upsamples = nn.ModuleList(_conv(width, width) for width in widths[:-1])
@@ -253,21 +254,6 @@ class NextFlowVQOutput(ModelOutput):
     semantic_features: torch.Tensor | None = None
     features: torch.Tensor | None = None
     quantization: QuantizerOutput | None = None
-
-
-class LibraryModel(HasCode, PreTrainedModel):
-    """What transformers is to know of this package's models."""
-
-    def post_init(self):
-        super().post_init()
-        # parts bring names of classes that stand elsewhere in their library; wrapping policies look each one up
-        self._no_split_modules &= {type(module).__name__ for module in self.modules()}
-
-    @classmethod
-    def is_custom_code(cls) -> bool:
-        # for custom code that writes parameters in place, loading leaves out `_init_weights` of modules without
-        # parameters of their own, such as SigLIP2's attention; here all goes through `transformers.initialization`
-        return False
 
 
 class NextFlowVQModel(Float32, LibraryModel):
@@ -462,9 +448,5 @@ class NextFlowVQModel(Float32, LibraryModel):
                 f"codes of the grid {schedule.final_grid} must have the shape (B, {schedule.num_codes}), "
                 f"got {tuple(codes.shape)}"
             )
-        if torch.compiler.is_exporting():  # a graph knows no values
-            return
-        if codes.numel() and not (0 <= codes.min() and codes.max() < self.config.codebook_size):
-            raise ValueError(
-                f"codes must lie in [0, {self.config.codebook_size}), got {int(codes.min())} to {int(codes.max())}"
-            )
+        if not torch.compiler.is_exporting():  # a graph knows no values
+            check_range("codes", codes, self.config.codebook_size)

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
+from transformers import PreTrainedModel
+
 from .utils.files import write_atomically
 
 CODE = '"""Loads the class of the installed package `transformers-nextflow`."""\n\nfrom {} import {}\n'
@@ -30,6 +32,21 @@ class HasCode:
     @classmethod
     def register_for_auto_class(cls, auto_class: str | None = None) -> None:
         """Nothing: with this, loading by `trust_remote_code` lets a later save copy the package's own files."""
+
+
+class LibraryModel(HasCode, PreTrainedModel):
+    """What transformers is to know of this package's models."""
+
+    def post_init(self):
+        super().post_init()
+        # parts bring names of classes that stand elsewhere in their library; wrapping policies look each one up
+        self._no_split_modules &= {type(module).__name__ for module in self.modules()}
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # for custom code that writes parameters in place, loading leaves out `_init_weights` of modules without
+        # parameters of their own, such as SigLIP2's attention; here all goes through `transformers.initialization`
+        return False
 
 
 class BringsCode(HasCode):

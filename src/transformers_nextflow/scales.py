@@ -60,17 +60,22 @@ class ScaleSchedule:
         return tuple(h * w for h, w in self.grids)
 
     @cached_property
+    def ends(self) -> tuple[int, ...]:
+        """Codes of the scales up to each one."""
+        return tuple(accumulate(self.lengths))
+
+    @property
     def offsets(self) -> tuple[int, ...]:
         """Index of each scale's first code among all codes of the image."""
-        return (0, *accumulate(self.lengths))[:-1]
+        return (0, *self.ends[:-1])
 
     @property
     def num_codes(self) -> int:
-        return sum(self.lengths)
+        return self.ends[-1]
 
     def slice(self, scale: int) -> slice:
         """Where the codes of `scale` (0-based) stand among all codes of the image."""
-        return slice(self.offsets[scale], self.offsets[scale] + self.lengths[scale])
+        return slice(self.offsets[scale], self.ends[scale])
 
     def prefix(self, num_scales: int) -> "ScaleSchedule":
         """The first `num_scales` scales."""
@@ -105,15 +110,13 @@ class ScheduleTable:
         self.patch_size = patch_size
         self.levels = dict(sorted(levels.items(), key=lambda item: item[1]))
         self._by_grid: dict[Grid, ScaleSchedule] = {}
-        self._level_of: dict[Grid, str] = {}
         for row in rows:
             full = ScaleSchedule(tuple((height, width) for height, width in row))
-            for level, num_scales in self.levels.items():
+            for num_scales in self.levels.values():
                 schedule = full.prefix(num_scales)
                 if schedule.final_grid in self._by_grid:
                     raise ValueError(f"two schedules share the final grid {schedule.final_grid}")
                 self._by_grid[schedule.final_grid] = schedule
-                self._level_of[schedule.final_grid] = level
 
     def __len__(self) -> int:
         return len(self._by_grid)
@@ -177,11 +180,11 @@ class ScheduleTable:
         level = list(self.levels)[-1] if level is None else str(level)
         if level not in self.levels:
             raise ValueError(f"level must be one of {', '.join(self.levels)}, got {level}")
-        return [schedule for grid, schedule in self._by_grid.items() if self._level_of[grid] == level]
+        return [schedule for schedule in self if len(schedule) == self.levels[level]]
 
     def level_of(self, grid: Grid) -> str:
         """Name of the level whose schedules include the final grid `grid`."""
-        return self._level_of[self.by_grid(grid).final_grid]
+        return {num_scales: level for level, num_scales in self.levels.items()}[len(self.by_grid(grid))]
 
     def nearest_to_image(self, height: int, width: int, level: str | int | None = None) -> ScaleSchedule:
         """The schedule of `level` whose aspect ratio is nearest to that of an image to be resized and cropped."""
