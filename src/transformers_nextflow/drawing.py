@@ -5,8 +5,8 @@ l codes of one scale, D hidden, V codebook size.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from transformers.utils import ModelOutput
@@ -16,6 +16,7 @@ from .image_codes import num_scales_of
 from .image_generation import ImageControls
 from .layout import check_integers
 from .lora import using_adapters
+from .quantizer import check_range
 from .sampling import RowGenerators, guide, sample
 from .scales import ScaleSchedule
 
@@ -45,8 +46,7 @@ class NextFlowOutputWithPictures(ModelOutput):
         return make, tuple(None if isinstance(value, Contexts) else value for value in values)
 
 
-@dataclass(frozen=True)
-class Forced:
+class Forced(NamedTuple):
     """Codes that pictures must have.
 
     Attributes:
@@ -57,7 +57,9 @@ class Forced:
     mask: torch.Tensor
 
     @classmethod
-    def of_call(cls, codes, mask, num_prompts: int, schedule: ScaleSchedule, codebook_size: int) -> "Forced":
+    def of_call(
+        cls, codes, mask, num_prompts: int, schedule: ScaleSchedule, codebook_size: int, device: torch.device
+    ) -> "Forced":
         """From what a user gives.
 
         Raises:
@@ -73,24 +75,17 @@ class Forced:
                 f"forced_mask must be bool of the shape {tuple(codes.shape)}, got {mask.dtype} {tuple(mask.shape)}"
             )
         mask = mask.to(codes.device).expand_as(codes)
-        if mask.any() and not (0 <= codes[mask].min() and codes[mask].max() < codebook_size):
-            low, high = int(codes[mask].min()), int(codes[mask].max())
-            raise ValueError(
-                f"forced_codes must lie in [0, {codebook_size}), without the text rows, got {low} to {high}"
-            )
-        return cls(codes, mask)
-
-    def to(self, device: torch.device) -> "Forced":
-        return replace(self, codes=self.codes.to(device), mask=self.mask.to(device))
+        check_range("forced_codes", codes[mask], codebook_size, "; they are codes, without the text rows")
+        return cls(codes.to(device), mask.to(device))
 
     def repeat(self, count: int) -> "Forced":
-        return Forced(*(tensor.repeat_interleave(count, dim=0) for tensor in (self.codes, self.mask)))
+        return Forced(*(tensor.repeat_interleave(count, dim=0) for tensor in self))
 
     def num_scales(self, schedule: ScaleSchedule) -> int:
         """How many of the first scales are forced as a whole."""
         free = (~self.mask).any(dim=0).nonzero().flatten().tolist()
         reach = min([*free, self.codes.shape[1]])
-        return sum(offset + length <= reach for offset, length in zip(schedule.offsets, schedule.lengths))
+        return sum(end <= reach for end in schedule.ends)
 
 
 @dataclass
@@ -111,9 +106,7 @@ class Sampler:
     generators: RowGenerators
     forced: Forced | None = None
     num_logits: int = 0
-
-    def __post_init__(self):
-        self.logits: list[torch.Tensor] = []
+    logits: list[torch.Tensor] = field(default_factory=list, init=False)
 
     def __call__(self, contexts: Contexts, codes_BL: torch.Tensor, scale: int) -> torch.Tensor:
         """(B, l) codes of a scale, after those of the scales before it."""

@@ -14,11 +14,11 @@ from .cache_name import CACHE
 from .drawing import Forced, NextFlowOutputWithPictures, Sampler, draw_pictures
 from .image_codes import ImageCodesMixin
 from .image_generation import ImageControls, ImageGenerationConfig, ImageGenerationKwargs
-from .interleaved import NextFlowInterleavedOutput, answer, next_turn
+from .interleaved import NextFlowInterleavedOutput, answer
 from .layout import final_grids
 from .lora import check_no_learned_prompt
 from .prefill import read_prompts
-from .prompts import Picture, Prompts
+from .prompts import Picture, Prompts, flat_images
 from .sampling import RowGenerators
 from .scales import Grid, ScaleSchedule, ScheduleTable
 from .text_generation import TextGenerationMixin
@@ -166,7 +166,7 @@ class NextFlowGenerationMixin(ImageCodesMixin, TextGenerationMixin):
         forced = None
         if forced_codes is not None:
             codebook_size = self.config.vq_config.codebook_size
-            forced = Forced.of_call(forced_codes, forced_mask, num_prompts, schedule, codebook_size).to(device)
+            forced = Forced.of_call(forced_codes, forced_mask, num_prompts, schedule, codebook_size, device)
         elif forced_mask is not None:
             raise ValueError("forced_mask needs forced_codes")
         rows = [ids if ids[-1] == boi else [*ids, boi] for ids in rows]
@@ -181,6 +181,7 @@ class NextFlowGenerationMixin(ImageCodesMixin, TextGenerationMixin):
         output._decode = lambda: self.decode_images(codes.flatten(), grids)
         return output
 
+    @torch.no_grad()
     def next_turn(self, output: NextFlowInterleavedOutput, input_ids: torch.LongTensor, **new: torch.Tensor) -> dict:
         """Inputs of the next interleaved call: an output, followed by new messages.
 
@@ -192,9 +193,26 @@ class NextFlowGenerationMixin(ImageCodesMixin, TextGenerationMixin):
             `input_ids`, `attention_mask`, the null prompts, `image_grid_hw`, `image_codes` of both, and
             `contexts`, without which everything is run again with the same result.
         """
-        prompts = Prompts(input_ids, **new).checked(self.config, self.generation_config.pad_token_id)
-        with torch.no_grad():
-            return next_turn(self, output, prompts)
+        added = Prompts(input_ids, **new).checked(self.config, self.generation_config.pad_token_id)
+        if len(input_ids) != len(output.sequences):
+            raise ValueError(f"the new messages must have {len(output.sequences)} rows, got {len(input_ids)}")
+        old = Prompts(
+            output.sequences,
+            output.attention_mask,
+            output.negative_sequences,
+            output.negative_attention_mask,
+            image_codes=output.image_codes,
+            image_grid_hw=output.image_grid_hw,
+        )
+        inputs = {"contexts": output.contexts}
+        for prefix in ("", "negative_") if old.negative_input_ids is not None else ("",):
+            if getattr(added, prefix + "input_ids") is None:
+                raise ValueError("the turn before was guided: the new messages need negative_input_ids")
+            for name in (prefix + "input_ids", prefix + "attention_mask"):
+                before, after = getattr(old, name), getattr(added, name)
+                inputs[name] = torch.cat([before, after.to(before)], dim=1)
+        both = [before + after for before, after in zip(old.pictures(self), added.pictures(self))]
+        return inputs | flat_images(both, input_ids.device)
 
 
 def _schedule(

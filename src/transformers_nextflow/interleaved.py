@@ -14,6 +14,7 @@ from transformers.generation import GenerationMixin
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
+from .configuration_nextflow import NextFlowConfig
 from .contexts import Contexts
 from .drawing import NextFlowOutputWithPictures, Sampler, draw_scales, telling
 from .image_generation import ImageControls
@@ -61,7 +62,7 @@ class Answer:
     """One row's answer as it grows.
 
     Attributes:
-        text_ids: the prompt without padding and the sampled tokens: what processors and criteria see.
+        text_1L: the prompt without padding and the sampled tokens: what processors and criteria see.
         processors, criteria: transformers', for this row.
         token_ids: the answer as the model reads it, with `<image>` slots and `<eoi>`.
         image_codes: each picture's (codes,) codes.
@@ -70,7 +71,7 @@ class Answer:
         is_done: no token follows.
     """
 
-    text_ids: list[int]
+    text_1L: torch.Tensor
     processors: LogitsProcessorList
     criteria: StoppingCriteriaList
     token_ids: list[int] = field(default_factory=list)
@@ -78,6 +79,10 @@ class Answer:
     logits: list[torch.Tensor] = field(default_factory=list)
     is_open: bool = False
     is_done: bool = False
+
+    @property
+    def writes(self) -> bool:
+        return not self.is_open and not self.is_done
 
 
 def interleave(
@@ -102,18 +107,19 @@ def interleave(
     """
     model = contexts.model
     config, schedule = model.config, controls.schedule
-    num_prompt_ids = [len(answer.text_ids) for answer in answers]
+    num_prompt_ids = [answer.text_1L.shape[1] for answer in answers]
     limit = config.text_config.max_position_embeddings
     num_roles = len(contexts) // len(answers)
 
     def write_text(contexts: Contexts) -> Contexts:
-        rows = [row for row, answer in enumerate(answers) if not answer.is_open and not answer.is_done]
+        rows = [row for row, answer in enumerate(answers) if answer.writes]
         writing = contexts.take(rows)
         with using_adapters(model, writing.adapters):
             logits_rV = model.lm_head(writing.hidden_RlD[:, -1]).to(writing.counters.device, torch.float32)
-        uniform_r1 = generators.take(rows).uniform(1, logits_rV.device) if do_sample else None
-        for index, (row, counter) in enumerate(zip(rows, writing.counters.tolist())):
-            answer, logits_1V = answers[row], logits_rV[index : index + 1]
+        uniform_r1 = generators.take(rows).uniform(1, logits_rV.device) if do_sample else logits_rV[:, :1]
+        steps = zip(rows, writing.counters.tolist(), logits_rV.split(1), uniform_r1.split(1))
+        for row, counter, logits_1V, uniform_11 in steps:
+            answer = answers[row]
             room = limit - counter
             if output_logits:
                 answer.logits.append(logits_1V)
@@ -122,24 +128,19 @@ def interleave(
                 unwritten.append(config.boi_token_id)
             scores_1V = logits_1V.clone()
             scores_1V[:, unwritten] = -torch.inf
-            text_1L = torch.tensor([answer.text_ids], device=logits_rV.device)
-            scores_1V = answer.processors(text_1L, scores_1V)
-            if do_sample:
-                token = sample(scores_1V[:, None], 1.0, 0, 1.0, uniform_r1[index : index + 1]).item()
-            else:
-                token = scores_1V.argmax(dim=-1).item()
-            answer.text_ids.append(token)
-            answer.token_ids.append(token)
+            scores_1V = answer.processors(answer.text_1L, scores_1V)
+            token_11 = sample(scores_1V[:, None], float(do_sample), 0, 1.0, uniform_11)
+            answer.text_1L = torch.cat([answer.text_1L, token_11], dim=1)
+            answer.token_ids.append(token := token_11.item())
             answer.is_open = token == config.boi_token_id
-            text_1L = torch.tensor([answer.text_ids], device=logits_rV.device)
-            num_tokens = len(answer.text_ids) - num_prompt_ids[row]
+            num_tokens = answer.text_1L.shape[1] - num_prompt_ids[row]
             if room <= 1 and num_tokens < max_new_tokens:
                 logger.warning(f"an answer ends after {num_tokens} tokens: the model has {limit} positions")
             is_over = num_tokens >= max_new_tokens or room <= 1
-            answer.is_done = is_over or bool(answer.criteria(text_1L, scores_1V).all())
+            answer.is_done = is_over or bool(answer.criteria(answer.text_1L, scores_1V).all())
             if streamer is not None:
                 streamer.put(torch.tensor([token]))
-        going_on = [row for row in rows if not answers[row].is_open and not answers[row].is_done]
+        going_on = [row for row in rows if answers[row].writes]
         if not going_on:
             return contexts
         writing = contexts.take(going_on)
@@ -164,10 +165,8 @@ def interleave(
         if config.condition_last_scale:
             drawn.read_scale(codes_BL, schedule, len(schedule))
         drawn.read_tokens([config.eoi_token_id] * len(with_images))
-        slots = num_image_slots(schedule, config.condition_last_scale)
-        for index, row in enumerate(rows):
-            answer = answers[row]
-            answer.token_ids += [config.image_token_id] * slots + [config.eoi_token_id]
+        for index, answer in enumerate(answers[row] for row in rows):
+            answer.token_ids += picture_ids(config, schedule)[1:]
             answer.image_codes.append(codes_BL[index])
             answer.logits += [logits_BlV[index] for logits_BlV in sampler.logits]
             answer.is_open = False
@@ -175,9 +174,8 @@ def interleave(
                 streamer.put(torch.tensor([config.eoi_token_id]))
         return contexts.put(with_images, drawn)
 
-    while not all(answer.is_done and not answer.is_open for answer in answers):
-        is_writing = any(not answer.is_open and not answer.is_done for answer in answers)
-        contexts = write_text(contexts) if is_writing else draw(contexts)
+    while any(answer.is_open or not answer.is_done for answer in answers):
+        contexts = (write_text if any(answer.writes for answer in answers) else draw)(contexts)
     if streamer is not None:
         streamer.end()
     return contexts
@@ -237,7 +235,7 @@ def answer(
     pad_id = model.config.eoi_token_id if generation_config.pad_token_id is None else generation_config.pad_token_id
     answers = [
         Answer(
-            text_ids,
+            torch.tensor([text_ids], device=ids.device),
             GenerationMixin._get_logits_processor(
                 model,
                 generation_config,
@@ -265,29 +263,27 @@ def answer(
     return _output(model, prompts, pictures, answers, schedule, contexts, pad_id)
 
 
+def picture_ids(config: NextFlowConfig, schedule: ScaleSchedule) -> list[int]:
+    """A picture in the model's inputs, from `<boi>` to `<eoi>`."""
+    slots = [config.image_token_id] * num_image_slots(schedule, config.condition_last_scale)
+    return [config.boi_token_id, *slots, config.eoi_token_id]
+
+
 def _output(
     model, prompts: Prompts, pictures, answers: list[Answer], schedule: ScaleSchedule, contexts, pad_id: int
 ) -> NextFlowInterleavedOutput:
-    config = model.config
-    picture_ids = [
-        config.boi_token_id,
-        *[config.image_token_id] * num_image_slots(schedule, config.condition_last_scale),
-        config.eoi_token_id,
-    ]
-
     def follow(ids, mask, new: list[list[int]]):
         new = [torch.tensor(row, dtype=ids.dtype, device=ids.device) for row in new]
         kept = [torch.ones_like(row) for row in new]
-        mask = mask.to(ids)
-        ids = torch.cat([ids, pad_sequence(new, batch_first=True, padding_value=pad_id)], dim=1)
-        return ids, torch.cat([mask, pad_sequence(kept, batch_first=True)], dim=1)
+        mask = torch.cat([mask.to(ids), pad_sequence(kept, batch_first=True)], dim=1)
+        return torch.cat([ids, pad_sequence(new, batch_first=True, padding_value=pad_id)], dim=1), mask
 
     sequences, attention_mask = follow(
         prompts.input_ids, prompts.attention_mask, [answer.token_ids for answer in answers]
     )
     negative = (None, None)
     if len(contexts) > len(answers):
-        drawn = [picture_ids * len(answer.image_codes) for answer in answers]
+        drawn = [picture_ids(model.config, schedule) * len(answer.image_codes) for answer in answers]
         negative = follow(prompts.negative_input_ids, prompts.negative_attention_mask, drawn)
     for row, answer in zip(pictures, answers):
         row += [(schedule.final_grid, codes) for codes in answer.image_codes]
@@ -303,35 +299,3 @@ def _output(
     )
     output._decode = lambda: model.decode_images(output.image_codes, output.image_grid_hw)
     return output
-
-
-def next_turn(model, output: NextFlowInterleavedOutput, new: Prompts) -> dict:
-    """Inputs of the next interleaved call: an output, followed by new messages.
-
-    Args:
-        output: of the turn before.
-        new: the new messages alone.
-
-    Returns:
-        `input_ids`, `attention_mask`, the null prompts, `image_grid_hw`, `image_codes` of both, and
-        `contexts`, without which everything is run again with the same result.
-    """
-    if len(new.input_ids) != len(output.sequences):
-        raise ValueError(f"the new messages must have {len(output.sequences)} rows, got {len(new.input_ids)}")
-    old = Prompts(
-        output.sequences,
-        output.attention_mask,
-        output.negative_sequences,
-        output.negative_attention_mask,
-        image_codes=output.image_codes,
-        image_grid_hw=output.image_grid_hw,
-    )
-    inputs = {"contexts": output.contexts}
-    for prefix in ("", "negative_") if old.negative_input_ids is not None else ("",):
-        if getattr(new, prefix + "input_ids") is None:
-            raise ValueError("the turn before was guided: the new messages need negative_input_ids")
-        for name in (prefix + "input_ids", prefix + "attention_mask"):
-            before, after = getattr(old, name), getattr(new, name)
-            inputs[name] = torch.cat([before, after.to(before)], dim=1)
-    both = [before + after for before, after in zip(old.pictures(model), new.pictures(model))]
-    return inputs | flat_images(both, new.input_ids.device)

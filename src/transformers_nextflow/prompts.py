@@ -9,7 +9,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import logging
 
 from .configuration_nextflow import NextFlowConfig
-from .layout import MARKS, ImageSpan, check_integers, check_text, final_grids, find_images
+from .layout import IMAGE, MARKS, ImageSpan, check_integers, check_text, final_grids, find_images, joined, marks_of
+from .quantizer import check_range
 from .scales import Grid
 
 if TYPE_CHECKING:
@@ -124,9 +125,8 @@ def check_last_scale(images: Sequence[ImageSpan], config: NextFlowConfig) -> Non
 def flat_images(rows: Sequence[Sequence[Picture]], device: torch.device) -> dict[str, torch.Tensor]:
     """Each row's images as the flat tensors of the model's inputs."""
     images = [image for row in rows for image in row]
-    codes = [torch.empty(0, dtype=torch.long, device=device), *(codes for _, codes in images)]
     grids = torch.tensor([grid for grid, _ in images], dtype=torch.long, device=device).reshape(-1, 2)
-    return {"image_grid_hw": grids, "image_codes": torch.cat(codes)}
+    return {"image_grid_hw": grids, "image_codes": joined([codes for _, codes in images], device)}
 
 
 def check_prompt(
@@ -136,9 +136,7 @@ def check_prompt(
     check_integers(name, input_ids, 2)
     if input_ids.numel() == 0:
         raise ValueError(f"{name} must hold at least one prompt of one token, got {tuple(input_ids.shape)}")
-    low, high = int(input_ids.min()), int(input_ids.max())
-    if low < 0 or high >= limit:
-        raise ValueError(f"{name} must lie in [0, {limit}), got {low} to {high}; codes go into image_codes")
+    check_range(name, input_ids, limit, "; codes go into image_codes")
     if attention_mask is None:
         return
     if attention_mask.shape != input_ids.shape:
@@ -179,21 +177,14 @@ def padded(rows: Sequence[list[int]], value: int, device: torch.device) -> tuple
 
 def images_of(ids: list[int], config: NextFlowConfig) -> list[slice]:
     """Where finished images stand, from `<boi>` to `<eoi>`; a last `<boi>` is still open."""
-    spans = []
-    for start, token in enumerate(ids[:-1]):
-        if token == config.boi_token_id:
-            end = start + 1
-            while end < len(ids) and ids[end] == config.image_token_id:
-                end += 1
-            spans.append(slice(start, end + (end < len(ids) and ids[end] == config.eoi_token_id)))
-    return spans
+    (marks,) = marks_of(config, torch.tensor([ids]))
+    return [slice(*match.span()) for match in IMAGE.finditer(marks) if match.start() + 1 < len(ids)]
 
 
 def texts_of(ids: list[int], config: NextFlowConfig) -> list[slice]:
     """What is not an image."""
-    images = images_of(ids, config)
-    starts, ends = [0, *(span.stop for span in images)], [*(span.start for span in images), len(ids)]
-    return [slice(start, end) for start, end in zip(starts, ends)]
+    edges = [0, *(edge for span in images_of(ids, config) for edge in (span.start, span.stop)), len(ids)]
+    return [slice(*pair) for pair in zip(edges[::2], edges[1::2])]
 
 
 def null_prompt(ids: list[int], config: NextFlowConfig) -> list[int]:
