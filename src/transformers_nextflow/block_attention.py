@@ -101,7 +101,8 @@ def _attend(module, query, key, value, segments: Segments, **kwargs):
     if sum(lengths) != batch * length:
         raise ValueError(f"the segments have {sum(lengths)} positions, the queries {batch} x {length}")
     # splits rather than slices: the backward of a slice fills zeros of the whole length
-    per_document = zip(*(_as_one_row(states[:, :, :length]).split(lengths, dim=2) for states in (query, key, value)))
+    rows = (states[:, :, :length].transpose(0, 1).flatten(1, 2)[None] for states in (query, key, value))
+    per_document = zip(*(row.split(lengths, dim=2) for row in rows))
     outputs = []
     for document, (queries, keys, values) in zip(segments.documents, per_document):
         stop = 0
@@ -115,11 +116,6 @@ def _attend(module, query, key, value, segments: Segments, **kwargs):
             )
             outputs.append(output)
     return torch.cat(outputs, dim=1).view(batch, length, *outputs[0].shape[2:]), None
-
-
-def _as_one_row(states: torch.Tensor) -> torch.Tensor:
-    """(B, heads, L, head size) -> (1, heads, B * L, head size)."""
-    return states.transpose(0, 1).flatten(1, 2)[None]
 
 
 AttentionInterface.register(BLOCKS, block_attention)

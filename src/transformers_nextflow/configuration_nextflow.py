@@ -261,12 +261,9 @@ class NextFlowConfig(ConfigBringsCode, PreTrainedConfig):
             self.text_config = dict(QWEN2_5_7B_TEXT)
         super().__post_init__(**kwargs)
         rope = self.text_config.rope_parameters
-        if "mrope_section" not in rope:
-            rope["mrope_section"] = [1] * (self._head_dim // 2)
-        if sum(rope["mrope_section"]) != self._head_dim // 2:
-            raise ValueError(
-                f"mrope_section must sum to half the head size, {self._head_dim // 2}, got {rope['mrope_section']}"
-            )
+        half = self.text_config.hidden_size // self.text_config.num_attention_heads // 2
+        if sum(rope.setdefault("mrope_section", [1] * half)) != half:
+            raise ValueError(f"mrope_section must sum to half the head size, {half}, got {rope['mrope_section']}")
         if self.feature_mode not in ("residual", "accumulated"):
             raise ValueError(f'feature_mode must be "residual" or "accumulated", got {self.feature_mode!r}')
         for name in ("boi_token_id", "eoi_token_id", "image_token_id"):
@@ -282,10 +279,6 @@ class NextFlowConfig(ConfigBringsCode, PreTrainedConfig):
                 value = from_dict(before).updated(**value or {}) if before else from_dict(value or {})
             value = value.to_dict()
         super().__setattr__(key, value)
-
-    @property
-    def _head_dim(self) -> int:
-        return self.text_config.hidden_size // self.text_config.num_attention_heads
 
     @property
     def text_vocab_size(self) -> int:

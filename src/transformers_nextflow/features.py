@@ -11,6 +11,7 @@ Shape suffixes: N codes, l positions, T taps, C code channels.
 """
 
 from functools import lru_cache
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -41,14 +42,13 @@ class Taps(NamedTuple):
 
 def join(parts: list[Taps], row_offsets: list[int]) -> Taps:
     """Taps one after the other, the rows of each part beginning at its offset."""
-    places, weights, starts = [torch.empty(0, dtype=torch.long)], [torch.empty(0)], [torch.empty(0, dtype=torch.long)]
-    count = 0
-    for part, offset in zip(parts, row_offsets):
-        places.append(part.places + offset)
-        weights.append(part.weights)
-        starts.append(part.starts + count)
-        count += len(part.places)
-    return Taps(torch.cat(places), torch.cat(weights), torch.cat(starts))
+    taps_before = accumulate((len(part.places) for part in parts), initial=0)
+    moved = [
+        Taps(part.places + offset, part.weights, part.starts + before)
+        for part, offset, before in zip(parts, row_offsets, taps_before)
+    ]
+    nothing = Taps(torch.empty(0, dtype=torch.long), torch.empty(0), torch.empty(0, dtype=torch.long))
+    return Taps(*map(torch.cat, zip(nothing, *moved)))
 
 
 @lru_cache(maxsize=4096)

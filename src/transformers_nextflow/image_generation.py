@@ -111,10 +111,8 @@ class ImageGenerationConfig:
         integer("num_images_per_prompt", self.num_images_per_prompt, 1)
         for name in LIMITS:
             value = getattr(self, name)
-            if isinstance(value, list):
-                per_scale(name, value, len(value), *LIMITS[name])
-            elif not isinstance(value, LinearRamp | ScaleInterval):
-                per_scale(name, value, 1, *LIMITS[name])
+            if not isinstance(value, LinearRamp | ScaleInterval):
+                per_scale(name, value, len(value) if isinstance(value, list) else 1, *LIMITS[name])
         if (self.height is None) != (self.width is None):
             raise ValueError(f"give height and width both, got {self.height} and {self.width}")
         if self.height is not None:

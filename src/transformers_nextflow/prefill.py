@@ -42,10 +42,6 @@ class Embedded:
     columns: list[torch.Tensor]
     embeds_RLD: torch.Tensor
 
-    def runs_from(self, row: int, start: int) -> list[tuple[int, bool]]:
-        """See [`runs_of`]."""
-        return runs_of(self.layout.block_ids[row, self.columns[row][start:]].tolist())
-
     def places(self, members: Sequence[int], start: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Indices (r, 1) and (r, l) of some positions of some rows."""
         columns = torch.stack([self.columns[row][start : start + length] for row in members])
@@ -140,7 +136,7 @@ def _alike(contexts: Contexts, embedded: Embedded) -> list[tuple[list[int], list
                     f"row {row} must begin with the {length} tokens that contexts hold of it and go on, got "
                     f"{len(ids)} tokens"
                 )
-            runs = embedded.runs_from(row, length)
+            runs = runs_of(embedded.layout.block_ids[row, embedded.columns[row][length:]].tolist())
             # behind a cache, or where there are no masks, runs are read one by one
             if not length and not is_flash(contexts.model.config.text_config):
                 runs = [(len(ids), any(is_block for _, is_block in runs))]

@@ -200,11 +200,11 @@ def _check_finite(largest_Bl: torch.Tensor) -> None:
         )
 
 
+@dataclass(frozen=True)
 class RowGenerators:
     """One random stream for each row, so that a row draws the same in any batch."""
 
-    def __init__(self, generators: list[torch.Generator]):
-        self.generators = generators
+    generators: list[torch.Generator]
 
     @classmethod
     def create(

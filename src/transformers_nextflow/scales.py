@@ -64,7 +64,7 @@ class ScaleSchedule:
         """Codes of the scales up to each one."""
         return tuple(accumulate(self.lengths))
 
-    @property
+    @cached_property
     def offsets(self) -> tuple[int, ...]:
         """Index of each scale's first code among all codes of the image."""
         return (0, *self.ends[:-1])
