@@ -36,7 +36,7 @@ MARKS = (
 
 
 IMAGE = re.compile(b"b(i*)(e?)")
-"""A picture among the marks of a row, see [`marks_of`]."""
+"""A picture in a row of tokens, each one byte, see [`marks_of`]."""
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,10 @@ def find_images(
     if image_grid_hw is None:
         return []
     check_integers("input_ids", input_ids, 2)
-    rows, grids = marks_of(config, input_ids), final_grids(image_grid_hw)
+    marks_BL = torch.zeros_like(input_ids, dtype=torch.uint8)
+    for token_id, mark in marks_of(config).items():
+        marks_BL.masked_fill_(input_ids == token_id, mark)
+    rows, grids = [marks.tobytes() for marks in marks_BL.cpu().numpy()], final_grids(image_grid_hw)
     found = [(row, match) for row, marks in enumerate(rows) for match in IMAGE.finditer(marks)]
     if len(found) != len(grids):
         counts = f"input_ids hold {len(found)} images (<boi> tokens), image_grid_hw has {len(grids)}"
@@ -227,13 +230,9 @@ def find_images(
     return images
 
 
-def marks_of(config: NextFlowConfig, input_ids: torch.Tensor) -> list[bytes]:
-    """The rows of (B, L) ids, a byte for each token: `b` for `<boi>`, `i` for `<image>`, `e` for `<eoi>`; see
-    [`IMAGE`]."""
-    marks = torch.zeros_like(input_ids, dtype=torch.uint8)
-    for mark, token_id in zip(b"bie", (config.boi_token_id, config.image_token_id, config.eoi_token_id)):
-        marks[input_ids == token_id] = mark
-    return [row.tobytes() for row in marks.cpu().numpy()]
+def marks_of(config: NextFlowConfig) -> dict[int, int]:
+    """The bytes that stand for `<boi>`, `<image>` and `<eoi>` in [`IMAGE`], by their ids; for text it is 0."""
+    return dict(zip((config.boi_token_id, config.image_token_id, config.eoi_token_id), b"bie"))
 
 
 def _span(row: int, match: re.Match[bytes], schedule: ScaleSchedule, input_ids: torch.Tensor) -> ImageSpan:

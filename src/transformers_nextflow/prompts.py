@@ -177,8 +177,9 @@ def padded(rows: Sequence[list[int]], value: int, device: torch.device) -> tuple
 
 def images_of(ids: list[int], config: NextFlowConfig) -> list[slice]:
     """Where finished images stand, from `<boi>` to `<eoi>`; a last `<boi>` is still open."""
-    (marks,) = marks_of(config, torch.tensor([ids]))
-    return [slice(*match.span()) for match in IMAGE.finditer(marks) if match.start() + 1 < len(ids)]
+    marks = marks_of(config)
+    row = bytes(marks.get(token, 0) for token in ids)
+    return [slice(*match.span()) for match in IMAGE.finditer(row) if match.start() + 1 < len(ids)]
 
 
 def texts_of(ids: list[int], config: NextFlowConfig) -> list[slice]:
