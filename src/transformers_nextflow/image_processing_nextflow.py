@@ -147,12 +147,9 @@ class NextFlowImageProcessor(ProcessorBringsCode, PilBackend):
         # what the library checks of a call's arguments, here of those of a file
         names = ("do_resize", "do_convert_rgb", "do_rescale", "do_normalize", "resample", "rescale_factor", "level")
         validate_typed_dict(self.valid_kwargs, {name: getattr(self, name) for name in names})
-        for name in ("image_mean", "image_std"):
-            values = getattr(self, name)
-            if np.shape(values) not in ((), (1,), (3,)) or np.asarray(values).dtype.kind not in "iuf":
-                raise ValueError(f"{name} must be a number or three, got {values!r}")
-        if not 0 < abs(self.rescale_factor) < inf:
-            raise ValueError(f"rescale_factor must be a number other than 0, got {self.rescale_factor!r}")
+        self._validate_preprocess_kwargs(
+            rescale_factor=self.rescale_factor, image_mean=self.image_mean, image_std=self.image_std
+        )
 
     @classmethod
     def from_vq_config(cls, config: NextFlowVQConfig) -> "NextFlowImageProcessor":
@@ -251,6 +248,13 @@ class NextFlowImageProcessor(ProcessorBringsCode, PilBackend):
             if value and name in ("size", "do_center_crop", "crop_size", "do_pad", "pad_size"):
                 own = "pictures are brought to their schedule's size alone"
                 raise ValueError(f"{own}, got {name}={value}: choose a level instead of a size")
+            if name in ("image_mean", "image_std") and (
+                np.shape(value) not in ((), (1,), (3,)) or np.asarray(value).dtype.kind not in "iuf"
+            ):
+                raise ValueError(f"{name} must be a number or three, got {value!r}")
+        factor = kwargs["rescale_factor"]
+        if not isinstance(factor, (int, float)) or not 0 < abs(factor) < inf:
+            raise ValueError(f"rescale_factor must be a number other than 0, got {factor!r}")
         super()._validate_preprocess_kwargs(**kwargs)  # resizing needs no `size`, it follows from the schedules
 
     def _preprocess(
