@@ -554,9 +554,9 @@ def serve(
 
         if ray is not None:
             from .serving.replicas import run_replicas
-    name = served_name = model_name(model)
-    if (folder := Path(name)).is_dir():
-        name, served_name = str(folder.resolve()), folder.resolve().name  # replicas may run elsewhere
+    name = model_name(model)
+    path = Path(name).resolve()
+    served_name, name = (path.name, str(path)) if path.is_dir() else (name, name)  # replicas may run elsewhere
 
     def build():
         loaded, processor = load_model(name)

@@ -169,5 +169,4 @@ def reconstructions(
         waiting[grid].append(pixels)
         if len(waiting[grid]) == batch_size:
             yield rebuild(grid)
-    for grid in list(waiting):
-        yield rebuild(grid)
+    yield from map(rebuild, list(waiting))
