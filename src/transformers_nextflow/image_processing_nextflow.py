@@ -165,10 +165,12 @@ class NextFlowImageProcessor(ProcessorBringsCode, PilBackend):
         table = self.schedule_table()
         if level is not None:
             return table.nearest_to_image(height, width, level)
-        own = [schedule for schedule in table if table.image_size(schedule) == (height, width)]
+        for schedule in table:
+            if table.image_size(schedule) == (height, width):
+                return schedule
         nearest = [table.nearest_to_image(height, width, name) for name in table.levels]
         fitting = [schedule for schedule in nearest if np.all(table.image_size(schedule) <= np.array([height, width]))]
-        return (own or fitting[-1:] or nearest)[0]
+        return (fitting[-1:] or nearest)[0]
 
     def fetch_images(self, image_url_or_urls):
         """Open paths, give grey (H, W) arrays their channel; other pictures pass, nested as they come."""
