@@ -450,6 +450,18 @@ def test_defaults_are_merged(tmp_path, model):
     assert torch.equal(by_file.generate(**batch_of(model, *PROMPTS), generation_mode="image", seed=0), greedy)
 
 
+def test_guidance_of_a_generation_config_is_that_of_the_keyword(model):
+    """Which, like `image_generation`, goes before it."""
+    inputs = batch_of(model, *PROMPTS) | {"generation_mode": "image", "seed": 0}
+    said = GenerationConfig(guidance_scale=9.0)
+    drawn = model.generate(**inputs, generation_config=said)
+    assert torch.equal(drawn, model.generate(**inputs, guidance_scale=9.0))
+    plain = model.generate(**inputs, guidance_scale=1.0)
+    assert not torch.equal(drawn, plain)
+    for over in ({"guidance_scale": 1.0}, {"image_generation": {"guidance_scale": 1.0}}):
+        assert torch.equal(model.generate(**inputs, generation_config=said, **over), plain)
+
+
 def test_defaults_that_are_none(model):
     with pytest.raises(ValueError, match="image_generation must be an ImageGenerationConfig or a dict"):
         model.generate(**batch_of(model, *PROMPTS), generation_mode="image", image_generation=["top_k"])

@@ -233,6 +233,9 @@ def test_a_pixel_in_an_array(tiny_processor):
 def test_settings_of_the_image_processor(settings, message):
     with pytest.raises(ValueError, match=message):
         NextFlowImageProcessor(**settings)
+    if not {"patch_size", "image_mean"} & settings.keys():  # the library checks types of a call
+        with pytest.raises(ValueError, match=message):
+            NextFlowImageProcessor()(np.full((24, 24, 3), 7.0), **settings)
 
 
 def test_a_deviation_of_zero(tiny_processor):
@@ -343,10 +346,10 @@ def test_negative_prompts_that_are_none(tiny_processor, prompt):
 
 def test_placeholders_of_no_picture(tiny_processor):
     chat = user([{"type": "image", "image": Image.new("RGB", (24, 24))}, {"type": "text", "text": "make it blue"}])
-    with pytest.raises(ValueError, match="negative_text 0 must have the 1 images of its text, got 2"):
+    with pytest.raises(ValueError, match=r"negative_text must have .* its images, \[1\] .*, got \[2\]"):
         tiny_processor.apply_chat_template(chat, generation_mode="image", negative_prompt="<|image_pad|>")
     for change, given in ((chat, "<|vision_start|><|image_pad|><|vision_end|>"), (user("<|image_pad|>"), None)):
-        with pytest.raises(ValueError, match="image_pad|must have the 1 images of its text, got 2"):
+        with pytest.raises(ValueError, match="image_pad"):
             tiny_processor.apply_chat_template(change, generation_mode="image", negative_prompt=given)
 
 

@@ -5,6 +5,8 @@ import pytest
 import torch
 from PIL import Image
 from transformers import AutoImageProcessor
+from transformers.testing_utils import CaptureLogger
+from transformers.utils import logging
 
 from transformers_nextflow import NextFlowImageProcessor
 from transformers_nextflow.modeling_nextflow_vq import patchify, unpatchify
@@ -195,6 +197,22 @@ def test_errors_name_the_value(processor):
         processor(noise(24, 24), level=99)
     with pytest.raises(ValueError, match="level must be one of 24, got 99"):
         NextFlowImageProcessor(patch_size=8, scale_schedules=[[[1, 1]]], levels={"24": 1}, level="99")
+
+
+def test_integers_are_rescaled_either_way_and_arrays_of_them_with_a_warning(processor):
+    picture = noise(24, 24)
+    expected = pixels_of(processor, picture)
+    arrays = {name: picture.astype(name) for name in ("uint8", "int64")} | {"torch": torch.from_numpy(picture)}
+    for name, array in arrays.items():
+        logging.warning_once.cache_clear()
+        with CaptureLogger(logging.get_logger("transformers_nextflow.image_processing_nextflow")) as logs:
+            assert torch.equal(pixels_of(processor, array, do_rescale=False), expected)
+        assert "hold 0 to 255: do_rescale=False is for floats alone" in logs.out, name
+    with CaptureLogger(logging.get_logger("transformers_nextflow.image_processing_nextflow")) as logs:
+        assert torch.equal(pixels_of(processor, Image.fromarray(picture), do_rescale=False), expected)
+        pixels_of(processor, picture)
+        pixels_of(processor, picture / 255, do_rescale=False)
+    assert logs.out == "", "a picture of PIL says what it holds"
 
 
 def test_levels(tmp_path):

@@ -108,9 +108,9 @@ def test_mismatches_name_both_numbers(tiny_processor):
         tiny_processor(text=[PICTURE, PICTURE], images=[[], [picture(), picture()]])
     with pytest.raises(ValueError, match=r"outside .* in text 1"):
         tiny_processor(text=["a", "<|vision_start|><|image_pad|>"], images=[picture()])
-    with pytest.raises(ValueError, match="negative_text 0 must have the 1 images of its text, got 0"):
+    with pytest.raises(ValueError, match=r"one entry for each of 1 texts with its images, \[1\] .*, got \[0\]"):
         tiny_processor(text=PICTURE, images=picture(), negative_text="bad")
-    with pytest.raises(ValueError, match="one entry for each of 2 texts, got 1"):
+    with pytest.raises(ValueError, match=r"one entry for each of 2 texts with its images, \[0, 0\] .*, got \[0\]"):
         tiny_processor(text=["a", "b"], negative_text=["bad"])
 
 
@@ -299,6 +299,17 @@ def test_an_image_processor_of_another_model_is_refused(tiny_processor, tiny_mod
     }
     image_processor = NextFlowImageProcessor(**settings | {change: others[change]})
     with pytest.raises(ValueError, match="patch_size, scale_schedules and levels .* must be the model's"):
+        NextFlowProcessor(image_processor, tiny_processor.tokenizer).check_fits(tiny_model.config)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"image_mean": [0.48, 0.46, 0.41]}, {"image_std": 0.26}, {"rescale_factor": 1.0}, {"do_normalize": False}],
+)
+def test_an_image_processor_that_brings_pixels_to_another_range_is_refused(tiny_processor, tiny_model, change):
+    own = tiny_processor.image_processor
+    image_processor = NextFlowImageProcessor(own.patch_size, own.scale_schedules, own.levels, **change)
+    with pytest.raises(ValueError, match=r"must bring pictures to \[-1, 1\], .* got .* image_mean "):
         NextFlowProcessor(image_processor, tiny_processor.tokenizer).check_fits(tiny_model.config)
 
 

@@ -30,15 +30,13 @@ from .scales import ScaleSchedule, ScheduleTable
 
 __version__ = "0.1.0"
 
-AutoConfig.register("nextflow", NextFlowConfig, exist_ok=True)
-AutoConfig.register("nextflow_vq", NextFlowVQConfig, exist_ok=True)
+for config in (NextFlowConfig, NextFlowVQConfig):
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    AutoImageProcessor.register(config, image_processor_classes={"pil": NextFlowImageProcessor}, exist_ok=True)
+for auto in (AutoModelForCausalLM, AutoModelForMultimodalLM, AutoModelForImageTextToText):
+    auto.register(NextFlowConfig, NextFlowForConditionalGeneration, exist_ok=True)
 AutoModel.register(NextFlowConfig, NextFlowModel, exist_ok=True)
 AutoModel.register(NextFlowVQConfig, NextFlowVQModel, exist_ok=True)
-AutoModelForCausalLM.register(NextFlowConfig, NextFlowForConditionalGeneration, exist_ok=True)
-AutoModelForMultimodalLM.register(NextFlowConfig, NextFlowForConditionalGeneration, exist_ok=True)
-AutoModelForImageTextToText.register(NextFlowConfig, NextFlowForConditionalGeneration, exist_ok=True)
-AutoImageProcessor.register(NextFlowConfig, image_processor_classes={"pil": NextFlowImageProcessor}, exist_ok=True)
-AutoImageProcessor.register(NextFlowVQConfig, image_processor_classes={"pil": NextFlowImageProcessor}, exist_ok=True)
 AutoProcessor.register(NextFlowConfig, NextFlowProcessor, exist_ok=True)
 # `transformers serve` asks the tables of names, which `register` leaves alone
 for names in (

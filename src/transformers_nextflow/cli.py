@@ -12,7 +12,6 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import numpy as np
 import torch
 from PIL import Image
 from rich.console import Console
@@ -24,7 +23,7 @@ from .configuration_nextflow import NextFlowConfig
 from .conversion.cli import app as conversion_app
 from .data.cli import app as data_app
 from .evaluate import app as evaluate_app
-from .evaluate import reconstructions, signed
+from .evaluate import reconstructions, scores
 from .flops import PAPER_WIDTHS, cache_size, image_passes, mmdit_passes, model_cost, null_passes, paper_layer_cost
 from .image_processing_nextflow import open_picture
 from .modeling_nextflow import NextFlowForConditionalGeneration
@@ -34,7 +33,6 @@ from .rewriting import Rewriting
 from .sampling import RowGenerators, check_seed, integer
 from .serving.limits import Limits
 from .text_generation import text_sampling
-from .training import metrics
 from .training.cli import app as training_app
 from .training.cli import train
 from .utils import export as exporting
@@ -181,16 +179,19 @@ def make_pictures(
     for picture, path in zip(pictures, paths, strict=True):
         save_picture(picture, path)
     width, height = pictures[0].size
-    figures = {
-        "paths": list(map(str, paths)),
-        "prompt": text,
-        "width": width,
-        "height": height,
-        "seed": seed,
-        "seconds": seconds,
-    }
-    lines = [f"{path}  {width}x{height} pixels, seed {seed}" for path in paths]
-    print_figures(figures, drawing.json, *lines, f"{seconds:.1f} s")
+    print_figures(
+        {
+            "paths": list(map(str, paths)),
+            "prompt": text,
+            "width": width,
+            "height": height,
+            "seed": seed,
+            "seconds": seconds,
+        },
+        drawing.json,
+        *(f"{path}  {width}x{height} pixels, seed {seed}" for path in paths),
+        f"{seconds:.1f} s",
+    )
 
 
 def load_decoder(decoder: Decoder, model: str | None, vq_model: NextFlowVQModel) -> "DiffusionPipeline | None":
@@ -201,17 +202,17 @@ def load_decoder(decoder: Decoder, model: str | None, vq_model: NextFlowVQModel)
             installed loads it.
         ImportError: without the packages of diffusion decoders.
     """
-    name = decoder.decoder_model
+    name, steps = decoder.decoder_model, decoder.decoder_steps
     if decoder.decoder == "vq":
-        if name is not None or decoder.decoder_steps is not None:
+        if name is not None or steps is not None:
             raise ValueError("--decoder-model and --decoder-steps belong to --decoder diffusion")
         return None
     if name is None and model is None and DEFAULT_DECODER.is_dir():
         name = str(DEFAULT_DECODER)
     if name is None:
         raise ValueError("--decoder diffusion needs --decoder-model, a folder or Hub id")
-    if decoder.decoder_steps is not None and decoder.decoder_steps < 1:
-        raise ValueError(f"--decoder-steps must be positive, got {decoder.decoder_steps}")
+    if steps is not None:
+        integer("--decoder-steps", steps, 1)
     found = entry_points(group=DECODER_GROUP, name="diffusion")
     if not found:
         raise ValueError(
@@ -264,8 +265,7 @@ def describe(
     start = time.perf_counter()
     ids = nextflow.generate(**inputs, **text_sampling(nextflow, processor, max_new_tokens, **vars(sampling)))
     seconds = time.perf_counter() - start
-    (text,) = processor.post_process_multimodal_output(ids[:, inputs["input_ids"].shape[1] :])
-    text = text.strip()
+    text = processor.post_process_multimodal_output(ids[:, inputs["input_ids"].shape[1] :])[0].strip()
     if output:
         save_text(text, Path(output))
     print_figures({"text": text, "seconds": seconds}, json, text)
@@ -294,7 +294,7 @@ def interleave(
     seed = new_seed(seed)
     mode: dict = {"generation_mode": "interleaved"}
     inputs = chat_inputs(processor, images, prompt, negative_prompt=guidance.negative_prompt, **mode)
-    scales = {"guidance_scale": guidance.guidance_scale, "image_guidance_scale": image_guidance_scale}
+    drawing = vars(size) | {"guidance_scale": guidance.guidance_scale, "image_guidance_scale": image_guidance_scale}
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     start = time.perf_counter()
     with tqdm(desc="scales", unit="scale", disable=None, leave=False) as progress:
@@ -302,7 +302,7 @@ def interleave(
             **inputs.to(nextflow.device),
             **text_sampling(nextflow, processor, max_new_tokens, **vars(sampling)),
             **mode,
-            image_generation={name: value for name, value in (vars(size) | scales).items() if value is not None},
+            image_generation={name: value for name, value in drawing.items() if value is not None},
             max_new_images=max_images,
             seed=seed,
             streamer=None if json else streamer,
@@ -312,27 +312,27 @@ def interleave(
     (parts,) = processor.post_process_multimodal_output(answer, pictures=drawn, **mode)
     seconds = time.perf_counter() - start
     listed = save_answer(parts, folder)
-    shown = [entry for entry in listed if "path" in entry]
-    lines = [f"{entry['path']}  {entry['width']}x{entry['height']} pixels" for entry in shown]
-    lines.append(f"{folder / 'answer.md'}, seed {seed}, {seconds:.1f} s")
-    print_figures({"parts": listed, "seed": seed, "seconds": seconds}, json, *lines)
+    print_figures(
+        {"parts": listed, "seed": seed, "seconds": seconds},
+        json,
+        *("{path}  {width}x{height} pixels".format(**entry) for entry in listed if "path" in entry),
+        f"{folder / 'answer.md'}, seed {seed}, {seconds:.1f} s",
+    )
 
 
 def save_answer(parts: list[str | Image.Image], folder: Path) -> list[dict]:
     """Write answer.md and its pictures, in place of those of an earlier answer; returns what is in it."""
     listed: list[dict] = []
-    lines: list[str] = []
     paths = (folder / f"picture-{number}.png" for number in count())
     for part in parts:
         if isinstance(part, str):
             listed.append({"text": part})
-            lines.append(part)
         else:
             save_picture(part, path := next(paths))
             listed.append({"path": str(path), "width": part.width, "height": part.height})
-            lines.append(f"![]({path.name})")
     for stale in takewhile(Path.is_file, paths):  # of an earlier, longer answer
         stale.unlink()
+    lines = (f"![]({Path(entry['path']).name})" if "path" in entry else entry["text"] for entry in listed)
     save_text("\n\n".join(lines), folder / "answer.md")
     return listed
 
@@ -347,15 +347,17 @@ def reconstruct(
     vq_model, image_processor = load_vision_tokenizer(model)
     start = time.perf_counter()
     ((originals, rebuilt),) = reconstructions(vq_model, image_processor, [picture], level)
-    original, reconstruction = (each[0].permute(1, 2, 0).cpu().numpy() for each in (originals, rebuilt))
     seconds = time.perf_counter() - start
-    psnr = metrics.psnr(signed(rebuilt), signed(originals)).item()
-    save_picture(Image.fromarray(np.concatenate([original, reconstruction], axis=1)), path)
-    height, width, _ = original.shape
-    figures = {"path": str(path), "width": width, "height": height, "psnr": psnr, "seconds": seconds}
+    psnr = scores(originals, rebuilt)[0].item()
+    pair = torch.cat([originals[0], rebuilt[0]], dim=2).permute(1, 2, 0)
+    save_picture(Image.fromarray(pair.cpu().numpy()), path)
+    height, width = rebuilt.shape[-2:]
     shown = f"PSNR {psnr:.2f} dB" if isfinite(psnr) else "equal"
-    line = f"{path}  original and reconstruction, {width}x{height} pixels each, {shown}"
-    print_figures(figures, json, line)
+    print_figures(
+        {"path": str(path), "width": width, "height": height, "psnr": psnr, "seconds": seconds},
+        json,
+        f"{path}  original and reconstruction, {width}x{height} pixels each, {shown}",
+    )
 
 
 @command(app)
@@ -389,7 +391,7 @@ def flops(
     cache = num_images * cache_size(config.text_config, schedule, prompt_tokens, guided_scales)
     memory = {"weights": weights * bytes_each, "cache": cache * bytes_each}
     ratios = {str(h): mmdit.flops(h) / nextflow.flops(h) for h in PAPER_WIDTHS}
-    parts = {**asdict(cost), "total": cost.total}
+    parts = asdict(cost) | {"total": cost.total}
     height, width = table.image_size(schedule)
     figures = {
         "height": height,
@@ -455,20 +457,19 @@ def doctor(
     with needing_extra("train", "doctor"):
         from .doctor import examine, read_pictures, tables, write_report
 
-    found: dict[bool, str] = {}  # whether a folder holds shards: which one
-    for folder in data or []:
-        if not Path(folder).is_dir():
-            raise NotADirectoryError(f"there is no folder {folder}")
-        is_shards = (Path(folder) / "manifest.json").is_file()
-        if found.setdefault(is_shards, folder) != folder:
-            raise ValueError(f"give one folder of shards and one of pictures, got {' and '.join(data)}")
+    if absent := [folder for folder in data or [] if not Path(folder).is_dir()]:
+        raise NotADirectoryError(f"there is no folder {absent[0]}")
+    holds_shards = {folder: (Path(folder) / "manifest.json").is_file() for folder in data or []}
+    packs, pictures = ([name for name, holds in holds_shards.items() if holds == is_shards] for is_shards in (1, 0))
+    if len(packs) > 1 or len(pictures) > 1:
+        raise ValueError(f"give one folder of shards and one of pictures, got {' and '.join(holds_shards)}")
     model, processor = load_model(checkpoint)
     with tqdm(desc="checks", unit="check", disable=None, leave=False) as progress:
         diagnosis = examine(
             model,
             processor,
-            packs=found.get(True),
-            pictures=read_pictures(found[False]) if False in found else None,
+            packs=packs[0] if packs else None,
+            pictures=read_pictures(pictures[0]) if pictures else None,
             seed=seed,
             on_check=lambda finding: progress.update(),
         )
@@ -553,9 +554,9 @@ def serve(
 
         if ray is not None:
             from .serving.replicas import run_replicas
-    name = served_name = model_name(model)
-    if (folder := Path(name)).is_dir():
-        name, served_name = str(folder.resolve()), folder.resolve().name  # replicas may run elsewhere
+    name = model_name(model)
+    path = Path(name).resolve()
+    served_name, name = (path.name, str(path)) if path.is_dir() else (name, name)  # replicas may run elsewhere
 
     def build():
         loaded, processor = load_model(name)

@@ -54,8 +54,7 @@ def loss(
         arguments = NextFlowTrainingArguments(folder, per_device_eval_batch_size=batch_size, report_to="none")
         trainer = NextFlowTrainer(loaded, arguments, PackCollator(dataset), eval_dataset=dataset)
         measured = trainer.evaluate()
-    losses = {name: value for name, value in measured.items() if name.startswith("eval_loss")}
-    print_figures({name.removeprefix("eval_"): value for name, value in losses.items()}, json)
+    print_figures({name[5:]: value for name, value in measured.items() if name.startswith("eval_loss")}, json)
 
 
 @command(app)
@@ -63,16 +62,13 @@ def psnr(
     pictures: Pictures, model: Model = None, level: Level = None, batch_size: BatchSize = 16, json: Json = False
 ) -> None:
     """PSNR in dB and SSIM of reconstructions, means over the pictures; those that come back equal have no PSNR."""
-    measured = []
-    for originals, rebuilt in reconstructions_of(pictures, model, level, batch_size):
-        a, b = signed(rebuilt), signed(originals)
-        measured.append(torch.stack([metrics.psnr(a, b), metrics.ssim(a, b)]))
-    means = torch.cat(measured, dim=1)
-    differ = means[0].isfinite()
-    mean_psnr, mean_ssim = means[0, differ].mean().item() if differ.any() else None, means[1].mean().item()
-    figures = {"pictures": means.shape[1], "equal": int((~differ).sum()), "psnr": mean_psnr, "ssim": mean_ssim}
+    pairs = reconstructions_of(pictures, model, level, batch_size)
+    psnrs, ssims = torch.cat([scores(*pair) for pair in pairs], dim=1)
+    psnrs = psnrs[psnrs.isfinite()]
+    count, mean_ssim, mean_psnr = len(ssims), ssims.mean().item(), psnrs.mean().item() if len(psnrs) else None
+    figures = {"pictures": count, "equal": count - len(psnrs), "psnr": mean_psnr, "ssim": mean_ssim}
     shown = "none, all are equal" if mean_psnr is None else f"{mean_psnr:.2f} dB"
-    print_figures(figures, json, f"{means.shape[1]} pictures  PSNR {shown}  SSIM {mean_ssim:.4f}")
+    print_figures(figures, json, f"{count} pictures  PSNR {shown}  SSIM {mean_ssim:.4f}")
 
 
 @command(app)
@@ -124,9 +120,10 @@ def distance_of(pairs: Rebuilt, distance: "FrechetInceptionDistance") -> tuple[i
     return count, float(distance.compute())
 
 
-def signed(pictures: torch.Tensor) -> torch.Tensor:
-    """uint8 pictures as float64 in [-1, 1]."""
-    return pictures.double() / 127.5 - 1
+def scores(originals: torch.Tensor, rebuilt: torch.Tensor) -> torch.Tensor:
+    """(B, 3, H, W) uint8 pictures -> (2, B) float64, PSNR in dB and SSIM."""
+    signed = [pictures.double() / 127.5 - 1 for pictures in (rebuilt, originals)]
+    return torch.stack([metrics.psnr(*signed), metrics.ssim(*signed)])
 
 
 def reconstructions_of(folder: str, model: str | None, level: str | None, batch_size: int) -> Rebuilt:
@@ -172,5 +169,4 @@ def reconstructions(
         waiting[grid].append(pixels)
         if len(waiting[grid]) == batch_size:
             yield rebuild(grid)
-    for grid in list(waiting):
-        yield rebuild(grid)
+    yield from map(rebuild, list(waiting))

@@ -15,6 +15,7 @@ Guidance runs the null prompt beside the prompt, through the last scale that is 
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
 
@@ -45,12 +46,9 @@ def image_passes(schedule: ScaleSchedule, prompt_tokens: int) -> list[Pass]:
     computed."""
     if prompt_tokens < 0:
         raise ValueError(f"prompt_tokens must not be negative, got {prompt_tokens}")
-    passes = [Pass(prompt_tokens, prompt_tokens)] if prompt_tokens else []
-    keys = prompt_tokens
-    for length in schedule.lengths:
-        keys += length
-        passes.append(Pass(length, keys, code_logits=length))
-    return passes
+    prefill = [Pass(prompt_tokens, prompt_tokens)] if prompt_tokens else []
+    ends = zip(schedule.lengths, accumulate(schedule.lengths))
+    return prefill + [Pass(length, prompt_tokens + end, code_logits=length) for length, end in ends]
 
 
 def null_passes(schedule: ScaleSchedule, prompt_tokens: int, guided_scales: int) -> list[Pass]:

@@ -238,6 +238,8 @@ def _with_text_names(of_call: dict, of_text: dict, generation_config: Generation
         raise ValueError(f"num_return_sequences and {name} are the same, got {count} and {of_call[name]}")
     if (generation_config.num_return_sequences or 1) > 1:
         of_call.setdefault(name, generation_config.num_return_sequences)
+    if generation_config.guidance_scale is not None:
+        of_call.setdefault("guidance_scale", generation_config.guidance_scale)
     if of_text.pop("do_sample", None) is False:
         of_call.setdefault("temperature", 0.0)
     return of_call

@@ -1,5 +1,6 @@
 """Pictures of any size, mode and orientation to patches of a scale schedule's size, and pixels back to pictures."""
 
+import os
 import struct
 import zlib
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from transformers import BatchFeature
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import ImageInput, infer_channel_dimension_format, is_valid_image
 from transformers.processing_utils import ImagesKwargs, Unpack
+from transformers.utils import logging
 
 from .configuration_nextflow import NextFlowVQConfig
 from .modeling_nextflow_vq import patchify
@@ -23,7 +25,8 @@ from .scales import ScaleSchedule, ScheduleTable, schedule_table
 
 SIXTEEN_BIT_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 CHANNELS = (1, 3, 4)
-PNG_TEXTS, PNG_EXIF_TEXT = (b"tEXt", b"zTXt", b"iTXt"), b"Raw profile type exif"
+WHITE = {np.dtype(bool): 1, np.dtype(np.uint16): 65535}  # of other integers 255
+PNG_EXIF = (b"eXIf", b"Raw profile type exif")  # a chunk's name, and the keyword of one of text
 ORIENTATION = 0x0112  # EXIF; from 5 on a picture lies on its side
 
 # What Pillow's decoders raise of damaged files; `DecompressionBombError` is beyond twice `Image.MAX_IMAGE_PIXELS`.
@@ -31,6 +34,8 @@ DAMAGED = (
     *(OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, OverflowError),
     *(struct.error, zlib.error, Image.DecompressionBombError),
 )
+
+logger = logging.get_logger(__name__)
 
 
 def open_picture(path: str | Path) -> Image.Image:
@@ -40,7 +45,7 @@ def open_picture(path: str | Path) -> Image.Image:
         FileNotFoundError: if there is no such file.
         ValueError: if it is no picture, is damaged or cut short, or has more pixels than Pillow takes for safe.
     """
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise FileNotFoundError(f"there is no image file {path}")
     try:
         with Image.open(path) as image:
@@ -63,23 +68,16 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 
 
 def _may_have_exif(image: Image.Image) -> bool:
-    """False only where there is none. Pillow decodes a PNG to find out, since EXIF may follow the pixels; names of
-    chunks tell it too."""
+    """False only where there is none. Pillow decodes a PNG to find out, since EXIF may follow the pixels; its bytes
+    tell it too."""
     file = getattr(image, "fp", None)
     if image.format != "PNG" or "exif" in image.info or file is None:
         return True
     place = file.tell()
-    try:
-        file.seek(8)  # the signature
-        while len(head := file.read(8)) == 8:
-            length, name = int.from_bytes(head[:4], "big"), head[4:]
-            start = file.tell()
-            if name == b"eXIf" or (name in PNG_TEXTS and file.read(len(PNG_EXIF_TEXT)) == PNG_EXIF_TEXT):
-                return True
-            file.seek(start + length + 4)  # a checksum ends each
-        return False
-    finally:
-        file.seek(place)
+    file.seek(0)
+    data = file.read()
+    file.seek(place)
+    return any(name in data for name in PNG_EXIF)
 
 
 class NextFlowImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
@@ -113,7 +111,8 @@ class NextFlowImageProcessor(ProcessorBringsCode, PilBackend):
         resample (`PIL.Image.Resampling`, defaults to bicubic).
         do_rescale, rescale_factor, do_normalize, image_mean, image_std:
             `(pixel * rescale_factor - image_mean) / image_std`; the defaults take [0, 255] to the model's [-1, 1].
-            `do_rescale=False` says that float arrays hold [0, 1] already; integers are rescaled either way.
+            `do_rescale=False` says that float arrays hold [0, 1] already; integers are rescaled either way, arrays of
+            them with a warning.
     """
 
     do_convert_rgb = True
@@ -145,18 +144,12 @@ class NextFlowImageProcessor(ProcessorBringsCode, PilBackend):
         self.image_size = image_size
         integer("patch_size", patch_size, 1)
         self.schedule_table().of_level(self.level)  # raises where there is none
-        self._check_settings()
-
-    def _check_settings(self) -> None:
-        """What the library checks of a call's arguments, here of those of a file."""
+        # what the library checks of a call's arguments, here of those of a file
         names = ("do_resize", "do_convert_rgb", "do_rescale", "do_normalize", "resample", "rescale_factor", "level")
         validate_typed_dict(self.valid_kwargs, {name: getattr(self, name) for name in names})
-        for name in ("image_mean", "image_std"):
-            values = getattr(self, name)
-            if np.shape(values) not in ((), (1,), (3,)) or np.asarray(values).dtype.kind not in "iuf":
-                raise ValueError(f"{name} must be a number or three, got {values!r}")
-        if not isinstance(self.rescale_factor, (int, float)) or not 0 < abs(self.rescale_factor) < inf:
-            raise ValueError(f"rescale_factor must be a number other than 0, got {self.rescale_factor!r}")
+        self._validate_preprocess_kwargs(
+            rescale_factor=self.rescale_factor, image_mean=self.image_mean, image_std=self.image_std
+        )
 
     @classmethod
     def from_vq_config(cls, config: NextFlowVQConfig) -> "NextFlowImageProcessor":
@@ -176,21 +169,19 @@ class NextFlowImageProcessor(ProcessorBringsCode, PilBackend):
             if table.image_size(schedule) == (height, width):
                 return schedule
         nearest = [table.nearest_to_image(height, width, name) for name in table.levels]
-        sizes = map(table.image_size, nearest)
-        fitting = [schedule for schedule, (h, w) in zip(nearest, sizes) if h <= height and w <= width]
-        return (fitting or nearest[:1])[-1]
+        fitting = [schedule for schedule in nearest if np.all(table.image_size(schedule) <= np.array([height, width]))]
+        return (fitting[-1:] or nearest)[0]
 
     def fetch_images(self, image_url_or_urls):
         """Open paths, give grey (H, W) arrays their channel; other pictures pass, nested as they come."""
         if isinstance(image_url_or_urls, (list, tuple)):
             return [self.fetch_images(entry) for entry in image_url_or_urls]
-        if isinstance(image_url_or_urls, Path) or (isinstance(image_url_or_urls, str) and _is_file(image_url_or_urls)):
-            return open_picture(image_url_or_urls)
-        if isinstance(image_url_or_urls, (np.ndarray, torch.Tensor)) and image_url_or_urls.ndim == 2:
-            first = image_url_or_urls.shape[1] not in CHANNELS  # the channel goes where it cannot be mistaken
-            return image_url_or_urls[None] if first else image_url_or_urls[..., None]
-        if not isinstance(image_url_or_urls, str) and not is_valid_image(image_url_or_urls):
-            kind = type(image_url_or_urls).__name__
+        image, kind = image_url_or_urls, type(image_url_or_urls).__name__
+        if isinstance(image, Path) or (isinstance(image, str) and os.path.isfile(image)):
+            return open_picture(image)
+        if isinstance(image, (np.ndarray, torch.Tensor)) and image.ndim == 2:  # the channel where none mistakes it
+            return image[..., None] if image.shape[1] in CHANNELS else image[None]
+        if not isinstance(image, str) and not is_valid_image(image):
             raise TypeError(f"a picture is a PIL image, an array, a tensor, a path or a URL, got {kind}")
         return super().fetch_images(image_url_or_urls)
 
@@ -212,48 +203,60 @@ class NextFlowImageProcessor(ProcessorBringsCode, PilBackend):
             ValueError: if a picture is damaged or has no pixels, or an array holds other values than these, or might
                 have its channels first as well as last.
         """
+        white = 255.0
         if isinstance(image, Image.Image):
             try:
                 image = _upright(image)
             except DAMAGED as error:
                 kind = f"{image.format or image.mode}, {image.width}x{image.height} pixels"
                 raise ValueError(f"cannot decode the picture ({kind}): {error}") from error
-            if image.mode in SIXTEEN_BIT_MODES:
-                image = _sixteen_bits(image)
-            elif do_convert_rgb:
-                return _to_rgb(image)
-            elif image.mode != "RGB":
-                raise ValueError(f"do_convert_rgb=False takes RGB pictures, got mode {image.mode}")
-            else:
-                return image
-        if isinstance(image, torch.Tensor):
+            if image.mode not in SIXTEEN_BIT_MODES:
+                return _to_rgb(image, do_convert_rgb)
+            image, white, do_rescale = np.asarray(image)[..., None], 65535, True
+        elif isinstance(image, torch.Tensor):
             image = image.detach().cpu()
             image = (image.float() if image.is_floating_point() else image).numpy()
         if image.dtype.kind not in "buif" or image.size == 0:
             raise ValueError(f"a picture has bools, integers or floats as pixels, got {image.dtype} {image.shape}")
         image = _channels_last(image, input_data_format)
-        if image.shape[-1] not in CHANNELS:
-            raise ValueError(f"a picture has 1, 3 or 4 channels, got {image.shape[-1]} as {input_data_format}")
-        if image.shape[-1] != 3 and not do_convert_rgb:
-            raise ValueError(f"do_convert_rgb=False takes 3 channels, got {image.shape[-1]}")
-        if image.dtype == np.uint16:
-            pixels = image.astype(np.float32)
-            pixels /= 65535
-        elif np.issubdtype(image.dtype, np.floating):
-            pixels = _unit_floats(image, rescale_factor if do_rescale else None)
+        channels, is_float = image.shape[-1], image.dtype.kind == "f"
+        if channels not in CHANNELS or (channels != 3 and not do_convert_rgb):
+            expected = "1, 3 or 4 channels, with do_convert_rgb=False 3"
+            raise ValueError(f"a picture has {expected}, got {channels} as {input_data_format}")
+        if is_float:
+            white = 1 / rescale_factor if do_rescale else 1
         else:
-            return _to_rgb(_eight_bits(image))
-        if pixels.shape[-1] == 4:
+            white = WHITE.get(image.dtype, white)
+            if not do_rescale:
+                logger.warning_once(
+                    f"pixels of {image.dtype} hold 0 to {white:g}: do_rescale=False is for floats alone"
+                )
+        low, high = image.min(), image.max()
+        if is_float and do_rescale and 0 < high <= 1:
+            raise ValueError(f"float pixels in [{low}, {high}] look rescaled already; pass do_rescale=False")
+        if not (low >= 0 and np.float32(high) <= np.float32(white)):  # NaN too
+            raise ValueError(f"pixels of {image.dtype} must lie in [0, {white:g}], got {low} to {high}")
+        if not is_float and white < 65535:
+            image = image.astype(np.uint8) * np.uint8(255 // white)
+            return _to_rgb(Image.fromarray(image[..., 0] if channels == 1 else image))
+        pixels = image.astype(np.float32) / np.float32(white)
+        if channels == 4:
             alpha = pixels[..., 3:]
             pixels = pixels[..., :3] * alpha + (1 - alpha)
         return np.broadcast_to(pixels, (*pixels.shape[:2], 3)).transpose(2, 0, 1)
 
     def _validate_preprocess_kwargs(self, do_resize=None, size=None, **kwargs):
-        if size is not None:
-            raise ValueError(f"sizes follow from the scale schedules: choose a level instead of a size, got {size}")
-        for name in ("do_center_crop", "crop_size", "do_pad", "pad_size"):
-            if kwargs.get(name):
-                raise ValueError(f"pictures are brought to their schedule's size alone, got {name}={kwargs[name]}")
+        for name, value in {"size": size, **kwargs}.items():
+            if value and name in ("size", "do_center_crop", "crop_size", "do_pad", "pad_size"):
+                own = "pictures are brought to their schedule's size alone"
+                raise ValueError(f"{own}, got {name}={value}: choose a level instead of a size")
+            if name in ("image_mean", "image_std") and (
+                np.shape(value) not in ((), (1,), (3,)) or np.asarray(value).dtype.kind not in "iuf"
+            ):
+                raise ValueError(f"{name} must be a number or three, got {value!r}")
+        factor = kwargs["rescale_factor"]
+        if not isinstance(factor, (int, float)) or not 0 < abs(factor) < inf:
+            raise ValueError(f"rescale_factor must be a number other than 0, got {factor!r}")
         super()._validate_preprocess_kwargs(**kwargs)  # resizing needs no `size`, it follows from the schedules
 
     def _preprocess(
@@ -281,28 +284,26 @@ class NextFlowImageProcessor(ProcessorBringsCode, PilBackend):
         if resample not in list(Image.Resampling):
             raise ValueError(f"resample must be one of Pillow's filters, 0 to 5, got {resample!r}")
         table = self.schedule_table()
+        mean, std = (
+            np.broadcast_to(v, 3)[:, None, None] for v in ((image_mean, image_std) if do_normalize else (0, 1))
+        )
+        of_bytes = (np.arange(256) * rescale_factor - mean) / std  # (3, 1, 256), all values that 8 bits can have
+        if not np.isfinite(of_bytes).all():
+            raise ValueError(f"pixels are not finite: {rescale_factor=}, {image_mean=}, {image_std=}")
         patches, grids = [], []
         for image in images:
             height, width = (image.height, image.width) if isinstance(image, Image.Image) else image.shape[1:]
             schedule = self.schedule_of(height, width, level) if do_resize else table.by_size(height, width)
             image = _fit(image, table.image_size(schedule), resample)
-            # of 8 bits: the 256 values that there are, of every colour
-            eight_bits = isinstance(image, Image.Image)
-            values = np.broadcast_to(np.arange(256.0) * rescale_factor, (3, 1, 256)) if eight_bits else image
-            values = values.astype(np.float64)
-            if do_normalize:
-                mean, std = (np.broadcast_to(v, 3)[:, None, None] for v in (image_mean, image_std))
-                values = (values - mean) / std
-            if not np.isfinite(values).all():
-                raise ValueError(f"pixels are not finite: {rescale_factor=}, {image_mean=}, {image_std=}")
-            values = np.ascontiguousarray(values, dtype=np.float32)
-            if eight_bits:
-                values = np.stack([of_colour[0][np.asarray(image)[..., c]] for c, of_colour in enumerate(values)])
-            pixels = torch.from_numpy(values)
-            pixels = pixels[None] if self.image_size else patchify(pixels[None], self.patch_size)[0]
-            patches.append(pixels.numpy())
+            if isinstance(image, Image.Image):
+                planes = np.moveaxis(np.asarray(image), -1, 0)
+                values = np.stack([np.float32(row[0])[plane] for row, plane in zip(of_bytes, planes)])
+            else:
+                values = np.float32((image.astype(np.float64) - mean) / std)
+            pixels = torch.from_numpy(values)[None]
+            patches.append(pixels if self.image_size else patchify(pixels, self.patch_size)[0])
             grids.append(schedule.final_grid)
-        data = {"pixel_values": np.concatenate(patches), "image_grid_hw": np.array(grids, dtype=np.int64)}
+        data = {"pixel_values": torch.cat(patches).numpy(), "image_grid_hw": np.array(grids, dtype=np.int64)}
         return BatchFeature(data, tensor_type=return_tensors)
 
     def postprocess(self, pixel_values: torch.Tensor) -> list[Image.Image]:
@@ -321,51 +322,18 @@ class NextFlowImageProcessor(ProcessorBringsCode, PilBackend):
         return self.schedule_of(height, width, (images_kwargs or {}).get("level", self.level)).lengths[-1]
 
 
-def _is_file(name: str) -> bool:
-    try:
-        return Path(name).is_file()
-    except OSError:  # base64 is too long for a name
-        return False
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, do_convert_rgb: bool | None = True) -> Image.Image:
     """Any mode of 8 bits a channel to RGB; what is transparent shows white."""
+    if image.mode != "RGB" and not do_convert_rgb:
+        raise ValueError(f"do_convert_rgb=False takes RGB pictures, got mode {image.mode}")
     if image.mode == "F":
         raise ValueError("a picture of mode F has no known range; give a float array in [0, 1] with do_rescale=False")
     if not image.has_transparency_data:
         return image.convert("RGB")
-    image = image if image.mode == "RGBA" else image.convert("RGBA")
+    image = image.convert("RGBA")
     white = Image.new("RGB", image.size, "white")
     white.paste(image, mask=image)
     return white
-
-
-def _sixteen_bits(image: Image.Image) -> np.ndarray:
-    pixels = np.asarray(image)
-    if pixels.min() < 0 or pixels.max() > 65535:
-        raise ValueError(f"a picture of mode I must hold 16 bits, got {pixels.min()} to {pixels.max()}")
-    return pixels[..., None].astype(np.uint16)
-
-
-def _eight_bits(image: np.ndarray) -> Image.Image:
-    """(H, W, 1, 3 or 4) integers or bools as a picture."""
-    if image.dtype == np.bool_:
-        image = image.astype(np.uint8) * 255
-    if image.min() < 0 or image.max() > 255:
-        raise ValueError(f"pixels of {image.dtype} must lie in [0, 255], got {image.min()} to {image.max()}")
-    image = np.ascontiguousarray(image, dtype=np.uint8)
-    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-
-
-def _unit_floats(image: np.ndarray, rescale_factor: float | None) -> np.ndarray:
-    """Float pixels as float32 in [0, 1]."""
-    low, high = float(image.min()), float(image.max())
-    if rescale_factor is not None and 0 < high <= 1:
-        raise ValueError(f"float pixels in [{low}, {high}] look rescaled already; pass do_rescale=False")
-    pixels = image.astype(np.float32) * np.float32(1 if rescale_factor is None else rescale_factor)
-    if not (pixels.min() >= 0 and pixels.max() <= 1):  # NaN too
-        raise ValueError(f"float pixels must lie in [0, {1 if rescale_factor is None else 255}], got {low} to {high}")
-    return pixels
 
 
 def _channels_last(image: np.ndarray, input_data_format) -> np.ndarray:
@@ -381,8 +349,6 @@ def _fit(image: Image.Image | np.ndarray, size: tuple[int, int], resample: int) 
     """Scale until (height, width) is covered, aspect ratio kept, and crop around the centre."""
     height, width = size
     if isinstance(image, Image.Image):
-        return image if image.size == (width, height) else ImageOps.fit(image, (width, height), resample)
-    if image.shape[1:] == size:
-        return image
+        return ImageOps.fit(image, (width, height), resample)
     channels = [ImageOps.fit(Image.fromarray(channel), (width, height), resample) for channel in image]
     return np.stack([np.asarray(channel) for channel in channels]).clip(0, 1)

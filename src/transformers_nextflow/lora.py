@@ -72,8 +72,11 @@ def place_adapters(model: "NextFlowPreTrainedModel", configs: dict[str, "PeftCon
             model.set_submodule(path, module.base_layer)
     layers = {path: getattr(module, "base_layer", module) for path, module in model.named_modules()}
     inside = tuple(f"{path}." for path, module in model.named_modules() if hasattr(module, "base_layer"))
-    linears = {path for path, layer in layers.items() if isinstance(layer, nn.Linear) and not path.startswith(inside)}
-    linears = {path for path in linears if not re.fullmatch(LEFT_OUT, path)}
+    linears = {
+        path
+        for path, layer in layers.items()
+        if isinstance(layer, nn.Linear) and not path.startswith(inside) and not re.fullmatch(LEFT_OUT, path)
+    }
     for name, config in configs.items():
         for part in getattr(config, "modules_to_save", None) or []:
             places = [path for path in layers if path.split(".")[-1] == part]

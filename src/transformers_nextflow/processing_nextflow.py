@@ -2,7 +2,9 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 
+import numpy as np
 import torch
 from jinja2 import TemplateError
 from PIL import Image
@@ -17,6 +19,7 @@ from .interleaved import NextFlowInterleavedOutput
 from .layout import MARKS, num_image_slots
 from .remote_code import ProcessorBringsCode
 
+QWEN_TOKENS = {"boi": "<|vision_start|>", "image": "<|image_pad|>", "eoi": "<|vision_end|>"}
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {{- '<|im_start|>' + message['role'] + '\\n' -}}
@@ -70,16 +73,12 @@ class NextFlowProcessor(ProcessorBringsCode, ProcessorMixin):
     text_kwargs = {"padding": True, "return_token_type_ids": False}
 
     def __init__(self, image_processor, tokenizer, chat_template=None, condition_last_scale=True):
-        self.boi_token = getattr(tokenizer, "boi_token", None) or "<|vision_start|>"
-        self.image_token = getattr(tokenizer, "image_token", None) or "<|image_pad|>"
-        self.eoi_token = getattr(tokenizer, "eoi_token", None) or "<|vision_end|>"
+        tokens = [getattr(tokenizer, f"{name}_token", None) or default for name, default in QWEN_TOKENS.items()]
         vocabulary = tokenizer.get_vocab()
-        for token in (self.boi_token, self.image_token, self.eoi_token):
-            if token not in vocabulary:
-                raise ValueError(f"the text tokenizer must have the token {token}")
-        self.boi_token_id, self.image_token_id, self.eoi_token_id = (
-            vocabulary[token] for token in (self.boi_token, self.image_token, self.eoi_token)
-        )
+        if absent := [token for token in tokens if token not in vocabulary]:
+            raise ValueError(f"the text tokenizer must have the token {absent[0]}")
+        self.boi_token, self.image_token, self.eoi_token = tokens
+        self.boi_token_id, self.image_token_id, self.eoi_token_id = (vocabulary[token] for token in tokens)
         if not isinstance(tokenizer.model_max_length, int | float):
             raise ValueError(f"model_max_length of the tokenizer must be a number, got {tokenizer.model_max_length!r}")
         if not isinstance(chat_template, str | dict | None):
@@ -87,9 +86,9 @@ class NextFlowProcessor(ProcessorBringsCode, ProcessorMixin):
         self.condition_last_scale = condition_last_scale
         tokenizer.padding_side = "left"  # what generation reads, whatever the text tokenizer was saved with
         if chat_template is None:
-            chat_template = CHAT_TEMPLATE.replace("<|vision_start|>", self.boi_token)
-            chat_template = chat_template.replace("<|image_pad|>", self.image_token)
-            chat_template = chat_template.replace("<|vision_end|>", self.eoi_token)
+            chat_template = CHAT_TEMPLATE
+            for default, token in zip(QWEN_TOKENS.values(), tokens):
+                chat_template = chat_template.replace(default, token)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     def check_fits(self, config: NextFlowConfig) -> None:
@@ -98,9 +97,16 @@ class NextFlowProcessor(ProcessorBringsCode, ProcessorMixin):
             own, of_model = getattr(self, name), getattr(config, name)
             if own != of_model:
                 raise ValueError(f"{name} must be the model's, {of_model}, got {own} of the processor")
-        table, of_model = self.image_processor.schedule_table(), config.vq_config.schedule_table()
+        images = self.image_processor
+        table, of_model = images.schedule_table(), config.vq_config.schedule_table()
         if table.patch_size != of_model.patch_size or table.levels != of_model.levels or [*table] != [*of_model]:
             raise ValueError("patch_size, scale_schedules and levels of the image processor must be the model's")
+        factor = images.rescale_factor
+        mean, std = (images.image_mean, images.image_std) if images.do_normalize else (0.0, 1.0)
+        black, white = ((value - np.asarray(mean)) / std for value in (0, 255 * factor))
+        if not (np.allclose(black, -1) and np.allclose(white, 1)):
+            got = f"rescale_factor {factor}, image_mean {mean} and image_std {std}"
+            raise ValueError(f"the image processor must bring pictures to [-1, 1], as the model reads them, got {got}")
 
     @property
     def image_placeholder(self) -> str:
@@ -136,71 +142,44 @@ class NextFlowProcessor(ProcessorBringsCode, ProcessorMixin):
         for name in ("videos", "audio"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"the processor reads texts and pictures, got {name}")
-        if not kwargs.get("sanitize_control_tokens"):  # marked tokens are no placeholders
-            text, negative_text = self._with_placeholders(text), self._with_placeholders(negative_text)
-        if _is_empty(images):
-            images = None
+        is_empty = images is None or _is_empty(images)
+        images = None if is_empty else self.image_processor.fetch_images(images)  # once for both texts
         inputs = super().__call__(images=images, text=text, **kwargs)
         if negative_text is not None:
-            texts = [text] if isinstance(text, str) else list(text)
-            negatives = [negative_text] * len(texts) if isinstance(negative_text, str) else list(negative_text)
-            if not kwargs.get("sanitize_control_tokens"):  # marked tokens are no placeholders; chats match anyway
-                self._check_negatives(texts, negatives)
-            negative_inputs = self._tokenize_negatives(negatives, inputs, **kwargs)
+            texts = [text] if isinstance(text, str) else text
+            negatives = [negative_text] * len(texts) if isinstance(negative_text, str) else negative_text
+            marks, of_negatives = ([each.count(self.image_token) for each in some] for some in (texts, negatives))
+            # marked tokens are no placeholders, and chats match anyway
+            if marks != of_negatives and not kwargs.get("sanitize_control_tokens"):
+                expected = f"one entry for each of {len(texts)} texts with its images, {marks}"
+                raise ValueError(f"negative_text must have {expected} {self.image_token}, got {of_negatives}")
+            negative_inputs = super().__call__(images=images, text=negatives, **kwargs)
             inputs |= {f"negative_{name}": negative_inputs[name] for name in ("input_ids", "attention_mask")}
         return inputs
 
-    def _with_placeholders(self, texts):
-        """Where `<image>` stands alone, as transformers' pipelines write it, the whole placeholder."""
-        if texts is None or isinstance(texts, str):
-            alone = rf"(?<!{re.escape(self.boi_token)}){re.escape(self.image_token)}(?!{re.escape(self.eoi_token)})"
-            return texts and re.sub(alone, lambda match: self.image_placeholder, texts)
-        return [self._with_placeholders(text) for text in texts]
+    def prepare_inputs_layout(self, images=None, text=None, **kwargs):
+        """As of the library; where `<image>` stands alone, as transformers' pipelines write it, the placeholder."""
+        images, text, *others = super().prepare_inputs_layout(images=images, text=text, **kwargs)
+        if text is not None and not kwargs.get("sanitize_control_tokens"):  # marked tokens are no placeholders
+            boi, image, eoi = map(re.escape, (self.boi_token, self.image_token, self.eoi_token))
+            alone = re.compile(f"(?<!{boi}){image}(?!{eoi})")
+            text = [alone.sub(lambda match: self.image_placeholder, sample) for sample in text]
+        return images, text, *others
 
     def validate_inputs(self, images=None, text=None, **kwargs):
         super().validate_inputs(images=images, text=text, **kwargs)
-        if text is None:
-            return
-        texts = [text] if isinstance(text, str) else text
-        counts = [self._count_placeholders(sample, f"text {row}") for row, sample in enumerate(texts)]
-        if isinstance(images, (list, tuple)) and all(isinstance(entry, (list, tuple)) for entry in images):
-            given = [len(entry) for entry in images]
-            if given != counts:
-                raise ValueError(f"the texts hold {counts} placeholders {self.image_placeholder}, images {given}")
-
-    def _count_placeholders(self, text: str, where: str) -> int:
-        count = text.count(self.image_placeholder)
-        if text.count(self.image_token) != count:
-            raise ValueError(f"{self.image_token} stands outside {self.image_placeholder} in {where}")
-        return count
+        counts = [sample.count(self.image_placeholder) for sample in text or ()]
+        for row, count in enumerate(counts):
+            if text[row].count(self.image_token) != count:
+                raise ValueError(f"{self.image_token} stands outside {self.image_placeholder} in text {row}")
+        is_nested = isinstance(images, (list, tuple)) and all(isinstance(entry, (list, tuple)) for entry in images)
+        if counts and is_nested and counts != (given := [len(entry) for entry in images]):
+            raise ValueError(f"the texts hold {counts} placeholders {self.image_placeholder}, images {given}")
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         grid = image_inputs["image_grid_hw"][image_idx].tolist()
         schedule = self.image_processor.schedule_table().by_grid(grid)
         return self.image_token * num_image_slots(schedule, self.condition_last_scale)
-
-    def _check_negatives(self, texts: list[str], negatives: list[str]) -> None:
-        if len(negatives) != len(texts):
-            raise ValueError(f"negative_text must have one entry for each of {len(texts)} texts, got {len(negatives)}")
-        for row, (text, negative) in enumerate(zip(texts, negatives)):
-            expected = text.count(self.image_placeholder)
-            got = self._count_placeholders(negative, f"negative_text {row}")
-            if expected != got:
-                marks = f"{got} {self.image_token}"
-                raise ValueError(f"negative_text {row} must have the {expected} images of its text, got {marks}")
-
-    def _tokenize_negatives(self, negatives: list[str], inputs: BatchFeature, **kwargs) -> BatchFeature:
-        """Null prompts with the placeholders of the pictures in `inputs`."""
-        pictures = range(len(inputs.get("image_grid_hw", ())))
-        negatives, _ = self.get_text_with_replacements(
-            negatives, [self.replace_image_token(inputs, picture) for picture in pictures]
-        )
-        text_kwargs = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)["text_kwargs"]
-        for name in ("return_mm_token_type_ids", "return_text_replacement_offsets"):  # of the processor's own
-            text_kwargs.pop(name, None)
-        negative_inputs = self.tokenizer(negatives, **text_kwargs)
-        self._check_special_mm_tokens(negatives, negative_inputs, modalities=["image"])
-        return negative_inputs
 
     def apply_chat_template(
         self,
@@ -283,9 +262,8 @@ class NextFlowProcessor(ProcessorBringsCode, ProcessorMixin):
         Returns:
             The inputs of the new messages, which begin by ending the answer where it was cut short.
         """
-        inputs = self.apply_chat_template(conversation, generation_mode="interleaved", **kwargs)
         device, eos = output.sequences.device, self.tokenizer.eos_token_id
-        inputs = inputs.to(device)
+        inputs = self.apply_chat_template(conversation, generation_mode="interleaved", **kwargs).to(device)
         if len(inputs["input_ids"]) != len(output.sequences):
             raise ValueError(f"the output has {len(output.sequences)} rows, got {len(inputs['input_ids'])} chats")
         last = [ids[mask][-1] for ids, mask in zip(output.sequences, output.attention_mask.bool())]
@@ -295,8 +273,8 @@ class NextFlowProcessor(ProcessorBringsCode, ProcessorMixin):
         # a null prompt lacks the answer's text, and so its end too
         for prefix, masked in (("", is_cut), ("negative_", torch.ones_like(is_cut))):
             inputs[prefix + "input_ids"] = torch.cat([end, inputs[prefix + "input_ids"]], dim=1)
-            mask = torch.cat([masked, torch.ones_like(end[:, 1:])], dim=1)
-            inputs[prefix + "attention_mask"] = torch.cat([mask, inputs[prefix + "attention_mask"]], dim=1)
+            masks = [masked, torch.ones_like(end[:, 1:]), inputs[prefix + "attention_mask"]]
+            inputs[prefix + "attention_mask"] = torch.cat(masks, dim=1)
         return inputs
 
     def _render_null_prompts(
@@ -344,20 +322,18 @@ class NextFlowProcessor(ProcessorBringsCode, ProcessorMixin):
             raise ValueError(f"the output holds {expected} pictures, got {len(pictures)}")
         unread, answers = iter(pictures), []
         for ids, mask in zip(output.sequences.tolist(), output.attention_mask.tolist()):
-            parts: list = []
-            text: list[int] = []
-            for column, (token, kept) in enumerate(zip(ids, mask)):
-                picture = next(unread) if token == self.boi_token_id else None
-                if column < output.prompt_length or not kept:
-                    continue
-                if picture is not None:
-                    parts += [text, *self.post_process_image(picture[None])]
-                    text = []
-                elif token not in (self.image_token_id, self.eoi_token_id):
-                    text.append(token)
-            decode = lambda ids: self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)  # noqa: E731
-            decoded = [decode(part) if isinstance(part, list) else part for part in (*parts, text)]
-            answers.append([part for part in decoded if part != ""])
+            start = output.prompt_length
+            for _ in range(ids[:start].count(self.boi_token_id)):
+                next(unread)
+            kept = [token for token, is_kept in zip(ids[start:], mask[start:]) if is_kept]
+            kept = [token for token in kept if token not in (self.image_token_id, self.eoi_token_id)]
+            parts: list[str | Image.Image] = []
+            for is_picture, run in groupby(kept, lambda token: token == self.boi_token_id):
+                if is_picture:
+                    parts += [self.post_process_image(next(unread)[None])[0] for _ in run]
+                else:
+                    parts.append(self.tokenizer.decode(list(run), skip_special_tokens=skip_special_tokens))
+            answers.append([part for part in parts if part != ""])
         return answers
 
     def post_process_image(self, pixel_values: torch.Tensor) -> list[Image.Image]:
@@ -386,33 +362,31 @@ def user_message(text: str, images: Sequence[ImageInput] = ()) -> dict:
 def _check_texts(name: str, texts: str | Sequence[str]) -> None:
     """Raise a `ValueError` for anything but a text or some texts."""
     listed = [texts] if isinstance(texts, str) else texts
-    is_list = isinstance(listed, (list, tuple)) and len(listed) > 0
-    if not is_list or not all(isinstance(text, str) for text in listed):
+    if not isinstance(listed, (list, tuple)) or not listed or not all(isinstance(text, str) for text in listed):
         raise ValueError(f"{name} must be a string or a list of strings, got {texts!r}")
-    for text in listed:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"{name} must be Unicode text, got {text!r}: {error}") from None
+    try:
+        "".join(listed).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} must be Unicode text, got {texts!r}: {error}") from None
 
 
 def _check_chats(conversation: list[dict] | list[list[dict]]) -> None:
     """Raise a `ValueError` for anything but messages of texts and pictures."""
-    if not isinstance(conversation, (list, tuple)) or not conversation:
-        raise ValueError(f"a chat must be a list of messages, got {conversation!r}")
-    is_batch = isinstance(conversation[0], (list, tuple))
+    is_batch = isinstance(conversation, (list, tuple)) and isinstance(next(iter(conversation), None), (list, tuple))
     for chat in conversation if is_batch else [conversation]:
         if not isinstance(chat, (list, tuple)) or not chat:
             raise ValueError(f"a chat must be a list of messages, got {chat!r}")
         for message in chat:
             if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
                 raise ValueError(f"a message must have a role and a content, got {message!r}")
-            content = message.get("content")
-            if isinstance(content, (list, tuple)):
-                for item in content:
-                    _check_item(item)
-            elif content is not None and not isinstance(content, str):  # tool calls have none
+            if not isinstance(content := message.get("content"), str | list | tuple | None):  # tool calls have none
                 raise ValueError(f"the content of a message must be a text or a list of items, got {content!r}")
+            for item in _items(message):
+                kind = item.get("type") if isinstance(item, Mapping) else None
+                is_known = kind in ("text", "image", "image_url")
+                if not is_known or (kind == "text" and not isinstance(item.get("text"), str)):
+                    expected = '{"type": "text", "text": ...} or of the type "image"'
+                    raise ValueError(f"content items are {expected}, got {item!r}")
 
 
 def _asks(conversation: list[dict] | list[list[dict]]) -> bool:
@@ -422,12 +396,6 @@ def _asks(conversation: list[dict] | list[list[dict]]) -> bool:
     if len(asks) > 1:
         raise ValueError("some chats end in a message of the assistant and some do not: say add_generation_prompt")
     return asks.pop()
-
-
-def _check_item(item) -> None:
-    kind = item.get("type") if isinstance(item, Mapping) else None
-    if kind not in ("text", "image", "image_url") or (kind == "text" and not isinstance(item.get("text"), str)):
-        raise ValueError(f'content items are {{"type": "text", "text": ...}} or of the type "image", got {item!r}')
 
 
 def _items(message: dict) -> list[dict]:

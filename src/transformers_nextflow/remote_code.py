@@ -5,6 +5,7 @@ installed package: so `trust_remote_code=True` works, from a folder and from the
 """
 
 from collections.abc import Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import ClassVar
 
@@ -17,12 +18,8 @@ CODE = '"""Loads the class of the installed package `transformers-nextflow`."""\
 
 def write_code(folder: str | Path, auto_map: Mapping[str, str]) -> None:
     """Write the files that `auto_map`, of names of Auto classes to `"module.class"`, names."""
-    classes: dict[str, set[str]] = {}
-    for reference in auto_map.values():
-        module, name = reference.split(".")
-        classes.setdefault(module, set()).add(name)
-    for module, names in classes.items():
-        text = CODE.format(__package__, ", ".join(sorted(names)))
+    for module, references in groupby(sorted(set(auto_map.values())), lambda reference: reference.split(".")[0]):
+        text = CODE.format(__package__, ", ".join(reference.split(".")[1] for reference in references))
         write_atomically(Path(folder, f"{module}.py"), lambda partial, text=text: partial.write_text(text))
 
 

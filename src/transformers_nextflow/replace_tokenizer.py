@@ -10,14 +10,7 @@ from .image_processing_nextflow import NextFlowImageProcessor
 from .modeling_nextflow import NextFlowForConditionalGeneration
 from .modeling_nextflow_vq import NextFlowVQModel
 from .utils.files import output_folder
-from .utils.loading import (
-    begin_anew,
-    check_model_type,
-    load_processor,
-    load_vq_model,
-    load_weights,
-    same_weights,
-)
+from .utils.loading import begin_anew, check_model_type, load_processor, load_vq_model, load_weights, same_weights
 
 # parts of the transformer that depend on the vision tokenizer
 CODE_PARTS = ("model.code_embeddings", "model.connector", "model.scale_embedding", "code_head")
@@ -59,8 +52,7 @@ def replace_vision_tokenizer(model: str, tokenizer: str, output: str | Path) -> 
 def put_in(model: NextFlowForConditionalGeneration, vq_model: NextFlowVQModel) -> dict[str, list[str]]:
     """Exchange the vision tokenizer of a model in memory; see [`replace_vision_tokenizer`]."""
     before = model.model.vq_model
-    same_codes = _sizes(before) == _sizes(vq_model)
-    same_codes = same_codes and vision_identity(before) == vision_identity(vq_model)
+    same_codes = _sizes(before) == _sizes(vq_model) and vision_identity(before) == vision_identity(vq_model)
     same_features = same_codes and same_weights(before.semantic_decoder, vq_model.semantic_decoder)
     config = copy.deepcopy(model.config)
     config.vq_config = vq_model.config
@@ -79,11 +71,10 @@ def _begin_parts_anew(model: NextFlowForConditionalGeneration, config) -> list[s
     new = []
     for name in CODE_PARTS:
         old, part = model.get_submodule(name), fresh.get_submodule(name)
-        if [p.shape for p in old.parameters()] == [p.shape for p in part.parameters()]:
-            continue
-        first = next(old.parameters())
-        model.set_submodule(name, begin_anew(fresh, name, first.device).to(first.dtype))
-        new.append(name)
+        if [p.shape for p in old.parameters()] != [p.shape for p in part.parameters()]:
+            first = next(old.parameters())
+            model.set_submodule(name, begin_anew(fresh, name, first.device).to(first.dtype))
+            new.append(name)
     codebook = model.model.vq_model.quantizer()
     embeddings = model.model.code_embeddings.weight
     if "model.code_embeddings" not in new and not torch.equal(embeddings, codebook.to(embeddings)):

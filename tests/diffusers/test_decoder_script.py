@@ -144,7 +144,7 @@ def test_the_default_model_has_a_decoder_of_its_own(console, folder, tiny_checkp
         (["--decoder", "diffusion"], "needs --decoder-model"),
         (["--decoder-model", "x/y"], "belong to --decoder diffusion"),
         (["--decoder", "diffusion", "--decoder-model", "missing"], "there is no model directory missing"),
-        (["--decoder", "diffusion", "--decoder-model", "x/y", "--decoder-steps", "0"], "must be positive, got 0"),
+        (["--decoder", "diffusion", "--decoder-model", "x/y", "--decoder-steps", "0"], "must be at least 1, got 0"),
     ],
 )
 def test_decoder_options_that_contradict_each_other(console, options, message):

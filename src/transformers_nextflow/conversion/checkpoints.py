@@ -4,9 +4,9 @@ Everything wrong with a file is a `ValueError` that names the file and the tenso
 """
 
 import json
-import os
 import pickle
 from collections.abc import Callable, Mapping
+from itertools import accumulate
 from pathlib import Path
 from zipfile import is_zipfile
 
@@ -40,17 +40,14 @@ def load_torch_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
     except (RuntimeError, EOFError, OSError, KeyError, ValueError, AttributeError, TypeError, IndexError) as error:
         reason = (str(error) or type(error).__name__).split("\n")[0]
         raise ValueError(f"{path} is damaged or no PyTorch checkpoint: {reason}") from error
-    for wrapper in WRAPPERS:
-        if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):
-            loaded = loaded[wrapper]
-            break
+    inner = [loaded.get(wrapper) for wrapper in WRAPPERS] if isinstance(loaded, dict) else []
+    loaded = next((state for state in inner if isinstance(state, dict)), loaded)
     if not isinstance(loaded, dict) or not loaded:
         raise ValueError(f"{path} must hold a state dict, bare or under {', '.join(WRAPPERS)}")
     for name, tensor in loaded.items():
-        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise ValueError(f"{path} must hold tensors by name, {name!r} is a {type(tensor).__name__}")
-        if tensor.layout != torch.strided or tensor.is_meta:
-            raise ValueError(f"{name} in {path} must be a dense tensor")
+        is_dense = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and not tensor.is_meta
+        if not isinstance(name, str) or not is_dense:
+            raise ValueError(f"{path} must hold dense tensors by name, {name!r} is a {type(tensor).__name__}")
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise ValueError(
                 f"{name} in {path} declares the shape {tuple(tensor.shape)}, more values than the file stores"
@@ -107,20 +104,18 @@ def write_shards(
                     data = tensor_of(name).to(plan[name].dtype).contiguous().reshape(-1).view(torch.uint8).numpy()
                     output.write(data)
                     bar.update(data.nbytes)
-                output.flush()
-                os.fsync(output.fileno())
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _header(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    ends = accumulate(tensor.nbytes for tensor in tensors.values())
     header: dict = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, tensor in tensors.items():
-        end = offset + tensor.nbytes
-        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
+    header |= {
+        name: {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [end - tensor.nbytes, end]}
+        for (name, tensor), end in zip(tensors.items(), ends)
+    }
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     return len(encoded).to_bytes(8, "little") + encoded

@@ -5,7 +5,7 @@ Qwen2.5-VL's decoder cannot express is refused by name, so that logits are equal
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from math import prod
 
 import torch
@@ -46,24 +46,21 @@ def text_config_of(config: PreTrainedConfig) -> dict:
     if config.model_type not in ("llama", "qwen2", "qwen2_5_vl"):
         raise ValueError(f"the text model must be a llama, qwen2 or qwen2_5_vl, got the type {config.model_type!r}")
     text = config.get_text_config()
-    if text.hidden_act != "silu":
-        raise ValueError(f"the text model's hidden_act must be 'silu', got {text.hidden_act!r}")
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    if head_dim * text.num_attention_heads != text.hidden_size:
-        raise ValueError(
-            f"the text model's head_dim must be hidden_size / num_attention_heads, "
-            f"{text.hidden_size} / {text.num_attention_heads}, got {head_dim}"
-        )
-    if others := set(getattr(text, "layer_types", None) or ()) - {"full_attention"}:
-        raise ValueError(f"the text model's layers must have full attention, got {', '.join(sorted(others))}")
-    fields = shared_fields(text)
+    fields, heads = shared_fields(text), text.num_attention_heads
     rope = fields["rope_parameters"]
-    if rope["rope_type"] not in ROPE_TYPES:
-        raise ValueError(
-            f"the text model's rope_type must be one of {', '.join(ROPE_TYPES)}, got {rope['rope_type']!r}"
-        )
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"the text model must rotate whole heads, got {rope['partial_rotary_factor']} of them")
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    others = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
+    rope_type, turned = rope["rope_type"], rope.get("partial_rotary_factor", 1.0)
+    expected_head_dim = f"hidden_size / num_attention_heads, {text.hidden_size} / {heads}"
+    for holds, must, got in (
+        (text.hidden_act == "silu", "hidden_act must be 'silu'", repr(text.hidden_act)),
+        (head_dim * heads == text.hidden_size, f"head_dim must be {expected_head_dim}", head_dim),
+        (not others, "layers must have full attention", ", ".join(sorted(others))),
+        (rope_type in ROPE_TYPES, f"rope_type must be one of {', '.join(ROPE_TYPES)}", repr(rope_type)),
+        (turned == 1.0, "attention must rotate whole heads", f"{turned} of them"),
+    ):
+        if not holds:
+            raise ValueError(f"the text model's {must}, got {got}")
     return fields
 
 
@@ -108,9 +105,14 @@ class TextDecoder:
             {name: source.shapes[name] for name in self.names.values()},
             {self.names.get(own, hub_key(own)): shape for own, shape in expected.items()},
         )
-        self._leave_out_zeros(expected.keys() - shapes.keys())
+        # a Llama's biases that Qwen2.5-VL has no place for
+        biases = [self.names.pop(own) for own in expected.keys() - shapes.keys()]
+        if nonzero := [name for name in biases if source.tensor(name).any()]:
+            raise ValueError(f"{source.folder} has biases that Qwen2.5-VL's decoder lacks: {listing(nonzero)}")
         if config.tie_word_embeddings and HEAD in self.names:
-            self._leave_out_tied_head()
+            embedding, head = self.names[EMBEDDING], self.names.pop(HEAD)
+            if not torch.equal(source.tensor(embedding), source.tensor(head)):
+                raise ValueError(f"config.json ties {head} to the embeddings, but their tensors differ")
             del shapes[HEAD]
         self.plan = {own: torch.empty(shape, dtype=self._dtype(own), device="meta") for own, shape in shapes.items()}
 
@@ -139,17 +141,6 @@ class TextDecoder:
                 raise ValueError(f"{self.source.folder} holds both {names[own]} and {name}")
             names[own] = name
         return names
-
-    def _leave_out_zeros(self, biases: Iterable[str]) -> None:
-        """Drop biases of a Llama that Qwen2.5-VL has no place for, which must be zero."""
-        names = [self.names.pop(own) for own in biases]
-        if nonzero := [name for name in names if self.source.tensor(name).any()]:
-            raise ValueError(f"{self.source.folder} has biases that Qwen2.5-VL's decoder lacks: {listing(nonzero)}")
-
-    def _leave_out_tied_head(self) -> None:
-        embedding, head = self.names[EMBEDDING], self.names.pop(HEAD)
-        if not torch.equal(self.source.tensor(embedding), self.source.tensor(head)):
-            raise ValueError(f"config.json ties {head} to the embeddings, but their tensors differ")
 
 
 def _text_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:

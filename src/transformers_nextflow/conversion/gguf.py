@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..utils.files import read_json
 from ..utils.lazy import needing_extra
@@ -46,7 +46,7 @@ def safetensors_folder(path: str | Path) -> Iterator[Path]:
             )
             if missing := sorted(report["missing_keys"]):
                 raise ValueError(f"it lacks {listing(missing)}")
-            config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        config = model.config
         tokenizer.save_pretrained(folder)
         _drop_tokens_from(config.vocab_size, Path(folder) / "tokenizer.json")
         config.save_pretrained(folder)

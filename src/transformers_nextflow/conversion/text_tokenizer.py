@@ -92,8 +92,7 @@ def chat_template_of(tokenizer, tokens: ImageTokens) -> str | None:
             f"the text tokenizer has neither a chat template nor the tokens {' and '.join(CHATML_TOKENS)} of the "
             f"default one: put a chat_template.jinja beside it"
         )
-    template = tokenizer.get_chat_template()
-    around = [PICTURES, OPENING]
+    before, after = PICTURES, OPENING
     for name, token in tokens._asdict().items():
-        around = [part.replace(f"<{name}>", token) for part in around]
-    return around[0] + template.removesuffix("\n") + around[1]
+        before, after = (part.replace(f"<{name}>", token) for part in (before, after))
+    return before + tokenizer.get_chat_template().removesuffix("\n") + after

@@ -98,17 +98,6 @@ class Shapes(dict[str, tuple[int, ...]]):
         self.read: list[str] = []
 
 
-def is_siglip(shapes: Shapes) -> bool:
-    if any(name.startswith(SIGLIP_PREFIX) for name in shapes):
-        return True
-    if any(name.startswith(CLIP_BLOCKS) for name in shapes):
-        return False
-    raise ValueError(
-        "the checkpoint is neither TokenFlow's SigLIP variant (encoder_vqkd.vision_model...) nor its CLIP variant "
-        "(encoder_vqkd.transformer.resblocks...)"
-    )
-
-
 def config_of(
     state: Mapping[str, torch.Tensor],
     shapes: Shapes,
@@ -124,11 +113,20 @@ def config_of(
     Raises:
         ValueError: if a tensor that tells a size is missing or cannot be.
     """
-    siglip = is_siglip(shapes)
-    base, multipliers = _multipliers(shapes, "encoder", last_first=False)
-    decoder_base, decoder_multipliers = _multipliers(shapes, "decoder", last_first=True)
-    if multipliers != decoder_multipliers:
-        raise ValueError(f"encoder and decoder widths must correspond, got {multipliers} and {decoder_multipliers}")
+    siglip = any(name.startswith(SIGLIP_PREFIX) for name in shapes)
+    if not siglip and not any(name.startswith(CLIP_BLOCKS) for name in shapes):
+        raise ValueError(
+            "the checkpoint is neither TokenFlow's SigLIP variant (encoder_vqkd.vision_model...) nor its CLIP variant "
+            "(encoder_vqkd.transformer.resblocks...)"
+        )
+    widths, decoder_widths = _widths(shapes, "encoder"), _widths(shapes, "decoder")[::-1]
+    multipliers = [width // widths[0] for width in widths]
+    if [[each * of_part[0] for each in multipliers] for of_part in (widths, decoder_widths)] != [
+        widths,
+        decoder_widths,
+    ]:
+        got = f"got {widths} of the encoder and {decoder_widths} of the decoder"
+        raise ValueError(f"widths must be the same multiples of the finest's in encoder and decoder, {got}")
     codebook_size, semantic_dim = _shape(shapes, "quantize.embedding_vqkd.weight", 2)
     decoder = _transformer(shapes, "decoder_vqkd.patch_embed.proj.weight", BEIT_BLOCKS, "mlp.fc1", decoder_heads, 12)
     decoder |= {"layer_norm_eps": 1e-6, "image_size": _edge(_shape(shapes, "decoder_vqkd.pos_embed", 3)[1])}
@@ -139,8 +137,8 @@ def config_of(
         "pixel_dim": _shape(shapes, "quantize.embedding_vqgan.weight", 2)[1],
         "codebook_size": codebook_size,
         "patch_size": 2 ** (len(multipliers) - 1),
-        "base_channels": base,
-        "decoder_base_channels": decoder_base,
+        "base_channels": widths[0],
+        "decoder_base_channels": decoder_widths[0],
         "channel_multipliers": multipliers,
         "latent_channels": _shape(shapes, "encoder.conv_out.weight", 4)[0],
         "norm_groups": 32,
@@ -187,12 +185,11 @@ def _edge(positions: int) -> int:
 
 
 def _shape(shapes: Shapes, name: str, dimensions: int) -> tuple[int, ...]:
-    if name not in shapes:
-        raise ValueError(f"the checkpoint lacks {name}")
+    shape = shapes.get(name, ())
     shapes.read.append(name)
-    if len(shapes[name]) != dimensions or 0 in shapes[name]:
-        raise ValueError(f"{name} must have {dimensions} dimensions, got the shape {shapes[name]}")
-    return shapes[name]
+    if len(shape) != dimensions or 0 in shape:
+        raise ValueError(f"the checkpoint lacks {name} of {dimensions} dimensions, got the shape {shape}")
+    return shape
 
 
 def _count(shapes: Shapes, prefix: str) -> int:
@@ -204,15 +201,10 @@ def _count(shapes: Shapes, prefix: str) -> int:
     return len(numbers)
 
 
-def _multipliers(shapes: Shapes, part: str, last_first: bool) -> tuple[int, list[int]]:
-    """Channels of the finest resolution, and the multiples of them at each, finest first."""
+def _widths(shapes: Shapes, part: str) -> list[int]:
+    """Channels of each resolution."""
     levels = range(_count(shapes, f"{part}.conv_blocks."))
-    widths = [_shape(shapes, f"{part}.conv_blocks.{level}.res.0.conv1.weight", 4)[0] for level in levels]
-    if last_first:
-        widths.reverse()
-    if any(width % widths[0] for width in widths):
-        raise ValueError(f"the widths of {part}.conv_blocks must be multiples of the finest, got {widths}")
-    return widths[0], [width // widths[0] for width in widths]
+    return [_shape(shapes, f"{part}.conv_blocks.{level}.res.0.conv1.weight", 4)[0] for level in levels]
 
 
 def key_table(model: NextFlowVQModel) -> Table:
@@ -229,10 +221,13 @@ def key_table(model: NextFlowVQModel) -> Table:
             for kind, layer_class in (("res", ResidualBlock), ("attn", AttnBlock)):
                 for index, layer in enumerate(layer for layer in layers if isinstance(layer, layer_class)):
                     table |= _cnn_layer(f"{part}.conv_blocks.{level}.{kind}.{index}", layer)
-    for level, conv in enumerate(model.pixel_encoder.downsamples):
-        table |= _tensors(f"encoder.conv_blocks.{level}.downsample.", conv, {"conv.{}": "{}"})
-    for level, conv in enumerate(model.pixel_decoder.upsamples):
-        table |= _tensors(f"decoder.conv_blocks.{level}.upsample.", conv, {"conv.{}": "{}"})
+    resamplings = {
+        "encoder.{}.downsample": model.pixel_encoder.downsamples,
+        "decoder.{}.upsample": model.pixel_decoder.upsamples,
+    }
+    for name, convs in resamplings.items():
+        for level, conv in enumerate(convs):
+            table |= _tensors(name.format(f"conv_blocks.{level}") + ".conv.", conv, {"{}": "{}"})
 
     encoder, decoder = model.semantic_encoder, model.semantic_decoder.layers
     if model.config.image_size:
@@ -314,17 +309,15 @@ def from_siglip2(folder: str | Path) -> NextFlowVQModel:
     sizes = config.to_dict() | {"vision_use_head": False}
     torch.manual_seed(0)
     model = NextFlowVQModel(NextFlowVQConfig(semantic_config=sizes, patch_size=config.patch_size)).eval()
-    parameters = dict(model.semantic_encoder.named_parameters())
+    encoder = model.semantic_encoder
     left_out = ("head.", "vision_model.head.", "text_model.", "logit_")
     sources = {name.removeprefix("vision_model."): name for name in source if not name.startswith(left_out)}
     check_keys(
         folder,
         {own: source.shapes[name] for own, name in sources.items()},
-        {own: tuple(parameter.shape) for own, parameter in parameters.items()},
+        {own: tuple(tensor.shape) for own, tensor in encoder.state_dict().items()},
     )
-    with torch.no_grad():
-        for own, parameter in parameters.items():
-            parameter.copy_(source.tensor(sources[own]))
+    encoder.load_state_dict({own: source.tensor(name) for own, name in sources.items()})
     return model
 
 

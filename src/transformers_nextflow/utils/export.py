@@ -7,9 +7,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from ..remote_code import write_code
-from .files import output_folder, read_json
-from .loading import base_of, load_config, load_generation_config, naming
+from .files import output_folder
+from .loading import base_of, load_config, load_generation_config, load_processor
 from .merging import merge, write_whole
 from .safetensors_folder import INDEX, SafetensorsFolder
 
@@ -85,34 +84,25 @@ def export(folder: str | Path, to: str, push: bool = False) -> str:
             (merge if is_adapter else write_whole)(name, whole)
             return export(whole, to, push)
     folder = Path(folder) if Path(folder).is_dir() else Path(snapshot_download(name))
-    if not push:
-        with output_folder(to) as partial:
-            _write(folder, partial, name=to)
-        return to
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", to):
+    if push and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", to):
         raise ValueError(f'a repository reads "owner/name", got {to!r}')
-    with tempfile.TemporaryDirectory() as partial:
+    with tempfile.TemporaryDirectory() if push else output_folder(to) as partial:
         _write(folder, Path(partial), name=to)
+        if not push:
+            return to
         api = HfApi()
         api.create_repo(to, exist_ok=True)
         return str(api.upload_folder(repo_id=to, folder_path=partial, commit_message="Export").commit_url)
 
 
 def _write(folder: Path, output: Path, name: str) -> None:
-    from .. import NextFlowConfig, NextFlowProcessor
-
     weights = SafetensorsFolder(folder)
-    with naming(str(folder)):
-        config = NextFlowConfig.from_pretrained(folder)
-        processor = NextFlowProcessor.from_pretrained(folder)
-    processor.save_pretrained(output)
+    config, processor = load_config(str(folder)), load_processor(str(folder))
+    for part in (config, processor, load_generation_config(folder, config)):
+        part.save_pretrained(output)
     beside = [file for file in (INDEX, "scores.json") if (folder / file).is_file()]
     for file in [*weights.files, *beside]:
         shutil.copyfile(folder / file, output / file)
-    load_generation_config(folder, config).save_pretrained(output)
-    values = read_json(folder / "config.json") | {"auto_map": config.auto_map}
-    (output / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    write_code(output, config.auto_map)
     (output / "model_index.json").write_text(json.dumps(PIPELINE, indent=2) + "\n", encoding="utf-8")
     (output / "pipeline.py").write_text(PIPELINE_CODE, encoding="utf-8")
     (output / "README.md").write_text(model_card(folder, config, weights, name), encoding="utf-8")

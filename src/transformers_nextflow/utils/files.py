@@ -48,13 +48,10 @@ def output_folder(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{path} exists already; name a new folder")
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{uuid4().hex}.partial")
-    partial.mkdir()
+    partial.mkdir(parents=True)
     try:
         yield partial
-        if path.is_dir():
-            path.rmdir()
-        partial.rename(path)
+        partial.rename(path)  # also onto an empty folder
     finally:
         shutil.rmtree(partial, ignore_errors=True)
