@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from .configuration_nextflow import NextFlowConfig
 from .features import Taps, join, scale_taps
 from .losses import IGNORE
+from .sampling import plain
 from .scales import Grid, ScaleSchedule
 
 MARKS = (
@@ -175,7 +176,7 @@ def check_text(pixel_values: torch.Tensor | None, image_codes: torch.Tensor | No
 
 def final_grids(image_grid_hw: torch.Tensor | Sequence) -> list[Grid]:
     """The pairs of an (N, 2) `image_grid_hw`; raises `ValueError` for anything else."""
-    rows = image_grid_hw.tolist() if isinstance(image_grid_hw, torch.Tensor) else image_grid_hw
+    rows = plain(image_grid_hw)
     try:
         return [(operator.index(height), operator.index(width)) for height, width in rows]
     except (TypeError, ValueError):
@@ -275,9 +276,12 @@ def build_layout(
     Raises:
         ValueError: if ids, grids and codes do not fit each other, or an image is supervised in part.
     """
-    if input_ids.ndim != 2 or (attention_mask is not None and attention_mask.shape != input_ids.shape):
-        shapes = " and ".join(str(tuple(x.shape)) for x in (input_ids, attention_mask) if x is not None)
-        raise ValueError(f"input_ids, and attention_mask beside them, must have the shape (B, L), got {shapes}")
+    beside = {"attention_mask": attention_mask, "document_ids": document_ids}
+    beside |= {"labels": labels, "shift_labels": shift_labels}
+    for name, each in beside.items():
+        if input_ids.ndim != 2 or (each is not None and each.shape != input_ids.shape):
+            shapes = " and ".join(str(tuple(x.shape)) for x in (input_ids, each) if x is not None)
+            raise ValueError(f"input_ids, and {name} beside them, must have the shape (B, L), got {shapes}")
     images = find_images(config, input_ids, image_grid_hw)
     if image_codes is not None:
         check_codes(config, images, image_codes)
@@ -341,7 +345,7 @@ def build_layout(
         mask = None if attention_mask is None else attention_mask.cpu()
         shift_labels = shift_labels_of(labels.cpu(), images, config.boi_token_id, mask, document_ids)
     if shift_labels is not None:
-        layout = replace(layout, **_targets(shift_labels.cpu(), images, code_starts, config.scale_loss_alpha))
+        layout = replace(layout, **_targets(shift_labels.cpu().long(), images, code_starts, config))
     return layout.to(input_ids.device)
 
 
@@ -372,13 +376,12 @@ def shift_labels_of(
 
 
 def _targets(
-    shift_BL: torch.Tensor, images: Sequence[ImageSpan], code_starts: Sequence[int], alpha: float
+    shift_BL: torch.Tensor, images: Sequence[ImageSpan], code_starts: Sequence[int], config: NextFlowConfig
 ) -> dict[str, torch.Tensor]:
     """What a [`SequenceLayout`] says of targets.
 
     Args:
         code_starts: each image's first code among all.
-        alpha: exponent of the scale weights `1 / (h * w) ** alpha`, normalised per image; text weighs 1.
     """
     codes_BL = torch.full_like(shift_BL, -1)
     weights_BL = torch.ones(shift_BL.shape)
@@ -398,8 +401,16 @@ def _targets(
             )
         codes_BL[image.row, image.outputs] = torch.arange(first, first + image.num_codes)
         predicted = image.schedule.prefix(image.num_scales)
-        weights = torch.tensor(predicted.weights(alpha)).repeat_interleave(torch.tensor(predicted.lengths))
+        weights = torch.tensor(predicted.weights(config.scale_loss_alpha)).repeat_interleave(
+            torch.tensor(predicted.lengths)
+        )
         weights_BL[image.row, image.outputs] = weights
+    text = shift_BL[(shift_BL != IGNORE) & (codes_BL < 0)]
+    if text.numel() and not 0 <= text.min() <= text.max() < config.text_vocab_size:
+        raise ValueError(
+            f"labels of text must be {IGNORE} or lie in [0, {config.text_vocab_size}), got {int(text.min())} to "
+            f"{int(text.max())}"
+        )
     supervised_N = (shift_BL != IGNORE).flatten().nonzero().flatten()
     tensors = {"targets": shift_BL, "target_codes": codes_BL, "weights": weights_BL}
     return {"supervised": supervised_N} | {name: each.flatten()[supervised_N] for name, each in tensors.items()}
