@@ -28,7 +28,7 @@ from tiny_models import (
     tiny_config,
     tiny_model,
 )
-from transformers import AttentionInterface, AttentionMaskInterface, GenerationConfig
+from transformers import AttentionInterface, AttentionMaskInterface, GenerationConfig, TextIteratorStreamer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.testing_utils import CaptureLogger
 from transformers.utils import logging
@@ -362,6 +362,19 @@ def test_what_was_drawn_is_decoded():
         assert pictures.shape == (3, 3, *size)
         assert torch.equal(pictures, model.decode_image_tokens(ids, output.image_grid_hw))
         assert torch.equal(pictures, torch.stack(output.decode()))
+        grid = output.image_grid_hw[0].numpy()
+        for named in (grid, tuple(grid), grid[None], [tuple(grid)]):  # NumPy's integers are integers
+            assert torch.equal(pictures, model.decode_image_tokens(ids, named))
+
+
+def test_whoever_waits_for_a_text_is_told_that_none_comes(model):
+    streamer = TextIteratorStreamer(None, timeout=60)
+    thread = threading.Thread(
+        target=partial(model.generate, **batch_of(model, PROMPTS[0]), **PLAIN, streamer=streamer)
+    )
+    thread.start()
+    assert "".join(streamer) == ""
+    thread.join()
 
 
 # Sizes

@@ -402,6 +402,11 @@ def request(model, **change) -> dict:
         ({"image_grid_hw": torch.tensor([[3.0, 3.0]])}, "image_grid_hw must hold two integers"),
         ({"image_grid_hw": torch.tensor([[3, 3, 3]])}, "image_grid_hw must hold two integers"),
         ({"image_grid_hw": 3}, "image_grid_hw must hold two integers"),
+        (
+            {"generator": np.random.default_rng()},
+            "must be a torch.Generator or a list of them, got Generator",
+        ),
+        ({"generator": [0]}, r"generator must be a torch.Generator or a list of them, got \[0\]"),
     ],
 )
 def test_wrong_requests(tiny_model, change, message):
@@ -419,6 +424,7 @@ def test_wrong_requests(tiny_model, change, message):
         ({"pixel_values": torch.zeros(9, 48)}, r"patches of 192 numbers, got \(9, 48\)"),
         ({"pixel_values": torch.zeros(9)}, r"patches of 192 numbers, got \(9,\)"),
         ({"pixel_values": torch.full((9, 192), NAN)}, "pixel_values are not finite"),
+        ({"pixel_values": torch.zeros(9, 192, dtype=torch.uint8)}, r"must be floats in \[-1, 1\], got torch.uint8"),
         ({"image_grid_hw": torch.tensor([[2, 4]])}, r"final grid \(2, 4\) takes 12 <image> tokens .* got 22"),
         ({"image_grid_hw": torch.tensor([[5, 5]])}, r"no scale schedule ends in the grid \(5, 5\)"),
     ],

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from examples.emoji.tasks import WORDINGS
+from examples.emoji.wordings import INSTRUCTIONS
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor
 
 CHECKPOINT = Path(__file__).parents[1] / "checkpoints" / "nextflow-emoji"
@@ -54,3 +56,11 @@ def test_sizes_and_uses_that_the_card_claims_have_scores():
     rows = [f"drawing, {width if width == height else f'{width} x {height}'} px, seen" for width, height in sizes]
     for row in [*rows, "caption, seen", "question, all kinds, seen", "edit, all kinds, seen"]:
         assert f"\n| {row}" in card
+
+
+def test_the_card_has_every_wording_and_its_share_at_both_sizes():
+    card = (CHECKPOINT / "README.md").read_text()
+    for wordings in WORDINGS.values():
+        for wording in wordings:
+            assert re.search(rf"\| `{re.escape(wording)}` \| \d\.\d\d \(.*?\) \| \d\.\d\d \(.*?\) \| \d+ \|", card)
+    assert all(f"`{wording.format('...')}`" in card for wordings in INSTRUCTIONS.values() for wording in wordings)

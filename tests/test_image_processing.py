@@ -62,6 +62,16 @@ def test_postprocess_clamps_and_rejects_other_shapes(processor):
         processor.postprocess(torch.zeros(3, 8, 8))
 
 
+def test_pictures_of_several_sizes_and_arrays_are_postprocessed_each(processor):
+    pixels = [torch.rand(3, 8, 16) * 2 - 1, torch.rand(3, 16, 8) * 2 - 1]
+    alone = [processor.postprocess(each[None])[0] for each in pixels]
+    for given in (pixels, [each.numpy() for each in pixels]):
+        assert [picture.size for picture in processor.postprocess(given)] == [(16, 8), (8, 16)]
+        assert all(map(np.array_equal, processor.postprocess(given), alone))
+    with pytest.raises(ValueError, match=r"\(B, 3, H, W\), got \(1, 8, 8\)"):
+        processor.postprocess([pixels[0], torch.zeros(1, 8, 8)])
+
+
 def test_sides_are_cropped_not_squeezed(processor):
     wide, tall = noise(24, 30), noise(30, 24)
     assert np.array_equal(eight_bits(pixels_of(processor, wide)), wide[:, 3:27])

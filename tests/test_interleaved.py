@@ -310,6 +310,13 @@ def test_streamed_is_plain(model):
         assert torch.equal(so_far, codes[index // 3][: (1, 3, 11)[scale]])
 
 
+def test_a_last_token_can_be_forced(model):
+    output = answer(model, batch_of(model, *PROMPTS), forced_eos_token_id=EOS)
+    for row in range(len(PROMPTS)):
+        *_, before, last = output.sequences[row][output.attention_mask[row].bool()].tolist()
+        assert last == EOS and before != EOS
+
+
 def test_scales_of_a_batch_name_their_rows(model):
     scales = {}
     output = answer(

@@ -11,7 +11,7 @@ from transformers import BitsAndBytesConfig
 
 from tests.adapters import added_by_transformers
 from transformers_nextflow import NextFlowForConditionalGeneration
-from transformers_nextflow.lora import lora_config
+from transformers_nextflow.lora import DECODER_LINEARS, LEFT_OUT, lora_config
 from transformers_nextflow.training import load_stages
 
 peft = pytest.importorskip("peft")
@@ -121,6 +121,7 @@ def add_by_transformers(model, config):
     return model
 
 
+ADAPTER = {add_by_peft: "peft_config", add_by_transformers: "adapter_config"}
 BY_DOOR = pytest.mark.parametrize("add", [add_by_peft, pytest.param(add_by_transformers, marks=added_by_transformers)])
 
 
@@ -155,8 +156,24 @@ def test_names_of_layers_mean_the_decoders(add):
 
 @BY_DOOR
 def test_adapters_of_the_vision_tokenizer_alone_are_refused(add):
-    with pytest.raises(ValueError, match="frozen vision tokenizer, got {'fc1'}"):
+    with pytest.raises(ValueError, match="frozen vision tokenizer or the scale embedding, got {'fc1'}"):
         add(tiny_model(), peft.LoraConfig(target_modules=["fc1"]))
+
+
+@BY_DOOR
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_adapters_that_begin_by_changing_weights_leave_the_vision_tokenizer_alone(add, start):
+    config = partial(peft.LoraConfig, r=2, init_lora_weights=start)
+    with pytest.raises(ValueError, match=f"init_lora_weights='{start}' changes weights.*load the model again"):
+        add(tiny_model(), config(target_modules=["q_proj"]))
+    before = tiny_model()
+    for targets in ({"target_modules": ["q_proj"], "exclude_modules": LEFT_OUT}, {"target_modules": DECODER_LINEARS}):
+        adapted = add(tiny_model(), config(**targets))
+        after = adapted.get_base_model() if hasattr(adapted, "get_base_model") else adapted
+        for name, tensor in before.model.vq_model.state_dict().items():
+            assert torch.equal(after.model.vq_model.get_parameter(name), tensor), name
+        assert relative(logits(adapted), logits(before)) < 1e-5
+    adapted.add_adapter(adapter_name="plain", **{ADAPTER[add]: peft.LoraConfig(target_modules=["q_proj"], r=2)})
 
 
 @added_by_transformers

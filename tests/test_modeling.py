@@ -490,6 +490,20 @@ def test_an_image_is_supervised_whole_or_not_at_all(model, index):
         model(**inputs, labels=labels)
 
 
+@pytest.mark.parametrize("name", ["labels", "shift_labels"])
+def test_labels_are_text_rows_of_the_shape_of_the_ids(model, name):
+    inputs = batch_of(model, [10, Picture(WIDE), 11, 12])
+    ids = inputs["input_ids"]
+    assert model(**inputs, **{name: ids.int()}).loss == model(**inputs, **{name: ids}).loss
+    with pytest.raises(ValueError, match=rf"{name} beside them, must have the shape \(B, L\), got \(1, 15\) and"):
+        model(**inputs, **{name: ids[:, 1:]})
+    for wrong in (TEXT_ROWS, -1):
+        labels = ids.clone()
+        labels[0, -2] = wrong
+        with pytest.raises(ValueError, match=rf"must be -100 or lie in \[0, {TEXT_ROWS}\), got"):
+            model(**inputs, **{name: labels})
+
+
 def test_an_image_with_its_last_scale_cannot_be_supervised(model):
     inputs = batch_of(model, [10, Picture(WIDE, last_scale=True), 11])
     with pytest.raises(ValueError, match="carries its last scale as input cannot be supervised"):

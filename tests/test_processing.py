@@ -224,6 +224,13 @@ def test_save_and_load(tiny_processor, tmp_path):
         assert all(torch.equal(inputs[name], expected[name]) for name in expected)
 
 
+def test_a_padding_side_may_be_loaded(tiny_processor, tmp_path):
+    tiny_processor.save_pretrained(tmp_path)
+    for side, mask in {"right": [1, 0, 0], "left": [0, 0, 1]}.items():
+        loaded = AutoProcessor.from_pretrained(tmp_path, padding_side=side)
+        assert loaded(text=["a", "a red circle"], return_tensors="pt")["attention_mask"][0].tolist() == mask
+
+
 def test_tokenizer_without_the_tokens_is_an_error(tiny_processor, text_tokenizer):
     bare = type(text_tokenizer)(tokenizer_object=text_tokenizer.backend_tokenizer)
     bare.image_token = "<|my_image|>"

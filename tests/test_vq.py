@@ -233,10 +233,17 @@ def test_the_pixel_decoder_reads_the_pixel_half_alone(model):
         table.copy_(kept)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 32, 32), (3, 32, 32)])
+@pytest.mark.parametrize("shape", [(1, 1, 32, 32), (3, 32, 32), (0, 3, 32, 32)])
 def test_wrong_channels_are_refused(model, shape):
     with pytest.raises(ValueError, match=r"must have the shape \(B, 3, H, W\), got"):
         model.encode(torch.zeros(shape))
+
+
+def test_pixels_that_are_no_numbers_of_the_range_are_refused(model):
+    with pytest.raises(ValueError, match=r"must be floats in \[-1, 1\], got torch.uint8"):
+        model.encode(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="not finite"):
+        model.encode(torch.full((1, 3, 32, 32), torch.nan))
 
 
 @pytest.mark.parametrize("size", [(32, 40), (33, 32)])
@@ -256,6 +263,8 @@ def test_wrong_codes_are_refused(model):
             call(torch.where(codes == codes.max(), 64, codes), SQUARE)
         with pytest.raises(ValueError, match=r"ends in the grid \(4, 5\); nearest: \(4, 4\)"):
             call(codes, (4, 5))
+        with pytest.raises(ValueError, match="codes must hold int64 in 2 dimensions, got torch.uint8"):
+            call(codes.byte(), SQUARE)
     with pytest.raises(ValueError, match="between 1 and 3, got 4"):
         model.decode_prefix(codes, SQUARE, 4)
 

@@ -18,6 +18,7 @@ from .scoring import FREQUENT, MEAN, MODEL, OTHER, SOURCE, TOKENIZER
 from .teacher import BATCH as PAIRS
 from .tokenizer import BATCH as PICTURES
 from .transformer import TRAININGS
+from .wordings import INSTRUCTIONS
 
 ROOT = Path(__file__).parents[2]
 PAPER_AND_HERE = ROOT / "docs" / "paper_and_here.md"
@@ -85,6 +86,21 @@ def score_rows(scores: dict) -> list[list[str]]:
 def score_table(scores: dict) -> str:
     head = ["test split", "model (95% interval)", "truth through the tokenizer", "best baseline", "n"]
     return table(head, score_rows(scores))
+
+
+def wording_table(scores: dict) -> str:
+    """What can be said to the model, and how often it is then right."""
+    rows = []
+    for asked, wordings in scores.get("wordings", {}).items():
+        for wording, levels in wordings.items():
+            shares = [share(levels.get(level)) for level in ("64", "32")]
+            rows.append([asked, f"`{wording}`", *shares, str(levels["64"]["n"])])
+    return table(["asked for", "by", "right at 64 px", "right at 32 px", "n"], rows)
+
+
+def edit_wordings() -> str:
+    listed = {kind: [f"`{wording.format('...')}`" for wording in wordings] for kind, wordings in INSTRUCTIONS.items()}
+    return ";\n".join(f"{kind}: {' or '.join(wordings)}" for kind, wordings in listed.items())
 
 
 def untouched_table(scores: dict) -> str:
@@ -162,6 +178,7 @@ def blocks(scores: dict, tokenizer: dict | None, sampling: dict | None, log: lis
     """Every generated block by its name."""
     found = {
         "scores": score_table(scores),
+        "wordings": wording_table(scores),
         "untouched": untouched_table(scores),
         "training": training_table(log),
         "curve": curve_table(log),
@@ -220,9 +237,23 @@ picture = processor.post_process_image(model.decode_image_tokens(tokens, (8, 8))
 ## Intended use and limits
 
 To see the paper's mechanisms at work, to try the library on, and as a start for experiments of minutes. It knows the
-emoji of its five styles and the wordings of `examples/emoji/wordings.py`, nothing else: other sentences mean nothing
-to it, and fine detail, such as text in pictures, blurs. Emoji of people are drawn as their sets draw them, stereotypes
-included. For artwork go to the sets themselves.
+emoji of its five styles and the wordings below, nothing else: other sentences mean nothing to it, and fine detail,
+such as text in pictures, blurs. Emoji of people are drawn as their sets draw them, stereotypes included. For artwork
+go to the sets themselves.
+
+## What to say to it
+
+Names such as `red apple` or `woman: dark skin tone`, without capitals or a full stop, in the styles
+{", ".join(f"`{style}`" for style in STYLES)}.
+How often a seen picture of the test split is then drawn, described or answered about to the letter, by every wording
+and at both sizes (what is smaller than 64 x 64 pixels is read at 32 x 32):
+
+{part("wordings")}
+
+Questions about pictures of other shapes were not trained. Edits are told by these, `...` being what it becomes:
+{edit_wordings()}.
+Analogies, sequences, rows and reasoning have their wordings in `examples/emoji/wordings.py`. All figures of the next
+section are by the first wording of each.
 
 ## Scores
 

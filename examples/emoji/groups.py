@@ -22,7 +22,7 @@ from .scoring import (
     single_pictures,
 )
 from .splits import COMBINATION, NAME, PAIR, SEEN
-from .tasks import FRAMES
+from .tasks import FRAMES, WORDINGS
 
 
 def drawings(exam: Exam) -> dict:
@@ -90,6 +90,26 @@ def reasoning(exam: Exam) -> dict:
     return result
 
 
+def by_wording(exam: Exam) -> dict:
+    """Seen pictures, asked for and asked about by each wording; at the lower level too, as every picture of less than
+    64 pixels is read there."""
+    result: dict[str, dict] = {}
+    for (task, kind), wordings in WORDINGS.items():
+        for number, wording in enumerate(wordings):
+            if not (items := exam.items(task, kind, (SEEN,), number)):
+                continue
+            scores = result.setdefault(f"{task} {kind}".strip(), {})[wording] = {}
+            for level in ("64", "32"):
+                artist = exam.artist.at_level(level)
+                if task == "text-to-image":
+                    rows = [item.targets[0] for item in items]
+                    right = judged(exam, artist.draw(items), rows, ("picture",))["picture"]
+                else:
+                    right = answers(exam, items, artist.answer(items))[MODEL]["exact"]
+                scores[level] = proportion(right)
+    return result
+
+
 GROUPS: dict[str, Callable[[Exam], dict]] = {
     "drawings": drawings,
     "drawings-32": drawings_32,
@@ -100,4 +120,5 @@ GROUPS: dict[str, Callable[[Exam], dict]] = {
     "reasoning": reasoning,
     "sequences": sequences,
     "arrangements": canvases,
+    "wordings": by_wording,
 }

@@ -68,13 +68,16 @@ class Exam:
     def means(self) -> dict[str, np.ndarray]:
         return mean_pictures(self.world)
 
-    def items(self, task: str, kind: str, parts: Sequence[str]) -> list[Item]:
-        """One item for each target of the parts, or for `prompts` of them drawn by the group's name."""
+    def items(self, task: str, kind: str, parts: Sequence[str], wording: int = 0) -> list[Item]:
+        """One item for each target of the parts, or for `prompts` of them drawn by the group's name; of any wording
+        the same."""
         counts = {part: len(self.tasks.targets(task, kind, self.split, part)) for part in parts}
         places = [(part, number) for part, count in counts.items() for number in range(count)]
         if len(places) > self.prompts:
             places = random.Random(f"{task} {kind} {parts}").sample(places, self.prompts)
-        return [self.tasks.draw(task, self.split, number, part=part, kind=kind) for part, number in places]
+        return [
+            self.tasks.draw(task, self.split, number, part=part, kind=kind, wording=wording) for part, number in places
+        ]
 
     def truths(self, items: Sequence[Item]) -> list[np.ndarray]:
         """The one picture that each item asks for."""

@@ -61,6 +61,11 @@ KINDS = {
     "sequence": tuple(SEQUENCES),
     "arrangement": tuple(ARRANGEMENTS),
 }
+WORDINGS = {
+    ("text-to-image", ""): PICTURES,
+    ("captioning", ""): QUESTIONS["caption"],
+    **{("question", kind): QUESTIONS[kind] for kind in KINDS["question"]},
+}
 FRAMES = (3, 4, 5)  # of a sequence
 HELD_OUT_ARRANGEMENTS = 0.1  # share of the combinations of several seen pictures
 MAX_TAGS = 6
@@ -160,7 +165,14 @@ class Tasks:
         return cls(world.names, world.styles, world.tags, world.parts, world.splits, twins)
 
     def draw(
-        self, task: str, split: str, number: int, seed: int = 0, part: str = SEEN, kind: str | None = None
+        self,
+        task: str,
+        split: str,
+        number: int,
+        seed: int = 0,
+        part: str = SEEN,
+        kind: str | None = None,
+        wording: int = 0,
     ) -> Item:
         """Item `number` of a task.
 
@@ -169,6 +181,7 @@ class Tasks:
             part: of the targets; only "seen" is trained on.
             kind: one of [`KINDS`] of the task, whose targets dev and test take once each before any comes again; by
                 default a drawn one, by the root of its number of targets.
+            wording: of [`WORDINGS`], in dev and test; training draws any.
 
         Raises:
             ValueError: if there is no such task, kind, split or part, or it has no item.
@@ -186,7 +199,7 @@ class Tasks:
         else:
             order = random.Random(name).sample(range(len(targets)), len(targets))
             target = targets[order[number % len(targets)]]
-        return self._builders[task](_Draw(rng, split, part, kind), target)
+        return self._builders[task](_Draw(rng, split, part, kind, wording), target)
 
     def targets(self, task: str, kind: str, split: str, part: str = SEEN) -> list[int] | list[tuple[int, ...]]:
         """Rows that items may be about; runs of rows where a kind has sequences or several of one thing."""
@@ -434,10 +447,11 @@ class _Draw:
     split: str
     part: str
     kind: str
+    wording: int
 
     def word(self, wordings: Sequence[str]) -> str:
-        """The canonical wording, or in training any."""
-        return self.rng.choice(wordings) if self.split == "train" else wordings[0]
+        """The wording asked for, the canonical one being the first, or in training any."""
+        return self.rng.choice(wordings) if self.split == "train" else wordings[self.wording]
 
 
 def _one_of(what: str, value: str, known):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from transformers import GenerationConfig
+from transformers.generation.streamers import BaseStreamer
 from transformers.processing_utils import Unpack
 
 from .cache_name import CACHE
@@ -27,7 +28,7 @@ IMAGE_KEYWORDS = ImageGenerationKwargs.__annotations__.keys()
 
 ABOUT_TEXT = {
     *vars(GenerationConfig()),
-    *("generation_config", "logits_processor", "stopping_criteria", "streamer", "tokenizer", "assistant_model"),
+    *("generation_config", "logits_processor", "stopping_criteria", "tokenizer", "assistant_model"),
     *("assistant_tokenizer", "synced_gpus", "prefix_allowed_tokens_fn", "past_key_values", CACHE),
 }
 """Arguments of `generate` that pipelines pass whatever the mode, and that say nothing about pictures."""
@@ -155,6 +156,7 @@ class NextFlowGenerationMixin(ImageCodesMixin, TextGenerationMixin):
         on_scale_end: Callable[[int, int, torch.Tensor], None] | None = None,
         output_logits: bool | int = False,
         return_dict_in_generate: bool = False,
+        streamer: BaseStreamer | None = None,
         **of_text,
     ) -> torch.LongTensor | NextFlowImageOutput:
         if unknown := sorted({name for name, value in of_text.items() if value is not None} - ABOUT_TEXT):
@@ -174,6 +176,8 @@ class NextFlowGenerationMixin(ImageCodesMixin, TextGenerationMixin):
         num_logits = len(schedule) if output_logits is True else int(output_logits)
         sampler = Sampler(self, controls, generators, forced, num_logits)
         codes, logits = draw_pictures(sampler, contexts, num_images, on_scale_end)
+        if streamer is not None:  # of text, which whoever reads it need not wait for
+            streamer.end()
         if not return_dict_in_generate:
             return codes + self.config.text_vocab_size + self.id_shift(schedule)
         grids = torch.tensor(schedule.final_grid, device=codes.device).expand(len(codes), 2)

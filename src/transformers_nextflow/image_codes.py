@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from .layout import check_integers, each_by_grid, final_grids, joined
+from .sampling import plain
 from .scales import ScaleSchedule
 
 
@@ -37,7 +38,7 @@ class ImageCodesMixin:
                 raise ValueError(f"{image_tokens.shape[1]} codes fit {found}; name one by image_grid_hw")
             (schedule,) = fitting if len(fitting) == 1 else named
         else:
-            rows = image_grid_hw.tolist() if isinstance(image_grid_hw, torch.Tensor) else image_grid_hw
+            rows = plain(image_grid_hw)
             is_pair = isinstance(rows, Sequence) and len(rows) == 2 and isinstance(rows[0], int)
             grids = sorted(set(final_grids([rows] if is_pair else rows)))
             if len(grids) != 1:

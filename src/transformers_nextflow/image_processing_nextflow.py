@@ -306,16 +306,20 @@ class NextFlowImageProcessor(ProcessorBringsCode, PilBackend):
         data = {"pixel_values": torch.cat(patches).numpy(), "image_grid_hw": np.array(grids, dtype=np.int64)}
         return BatchFeature(data, tensor_type=return_tensors)
 
-    def postprocess(self, pixel_values: torch.Tensor) -> list[Image.Image]:
-        """(B, 3, H, W) pixels as the model has them, in [-1, 1] -> pictures."""
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
-            raise ValueError(f"pixel_values must be (B, 3, H, W), got {tuple(pixel_values.shape)}")
-        if not pixel_values.isfinite().all():
-            raise ValueError("pixel_values are not finite: the weights of the vision tokenizer are damaged")
+    def postprocess(self, pixel_values: torch.Tensor | Sequence[torch.Tensor]) -> list[Image.Image]:
+        """(B, 3, H, W) pixels as the model has them, in [-1, 1], or (3, H, W) ones of any sizes -> pictures."""
         mean, std = (torch.as_tensor(v).expand(3)[:, None, None] for v in (self.image_mean, self.image_std))
-        pixels = (pixel_values.detach().float().cpu() * std + mean) / self.rescale_factor
-        pixels = pixels.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
-        return [Image.fromarray(picture.numpy()) for picture in pixels]
+        pictures = []
+        for pixels in map(torch.as_tensor, pixel_values):
+            if pixels.ndim != 3 or len(pixels) != 3:
+                got = tuple(getattr(pixel_values, "shape", pixels.shape))
+                raise ValueError(f"pixel_values must be (B, 3, H, W), got {got}")
+            if not pixels.isfinite().all():
+                raise ValueError("pixel_values are not finite: the weights of the vision tokenizer are damaged")
+            values = (pixels.detach().float().cpu() * std + mean) / self.rescale_factor
+            eight_bits = values.round().clamp(0, 255).to(torch.uint8)
+            pictures.append(Image.fromarray(eight_bits.permute(1, 2, 0).numpy()))
+        return pictures
 
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
         """Patches of a picture of `height` x `width` pixels: cells of its final grid."""

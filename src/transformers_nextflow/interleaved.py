@@ -220,7 +220,6 @@ def answer(
     if streamer is not None and len(ids) > 1:
         raise ValueError(f"a streamer follows one prompt, got {len(ids)}")
     max_new_images = integer("max_new_images", max_new_images, 0)
-    generation_config.max_length = None
     if generation_config.max_new_tokens is None:
         generation_config.max_new_tokens = 512
     check_unguided(generation_config)
@@ -233,21 +232,19 @@ def answer(
         streamer.put(ids.cpu())
     contexts = read_prompts(model, rows, pictures, schedule, ids.device, contexts)
     pad_id = model.config.eoi_token_id if generation_config.pad_token_id is None else generation_config.pad_token_id
-    answers = [
-        Answer(
-            torch.tensor([text_ids], device=ids.device),
-            GenerationMixin._get_logits_processor(
-                model,
-                generation_config,
-                input_ids_seq_length=len(text_ids),
-                logits_processor=processors,
-                device=ids.device,
-                model_kwargs={},
-            ),
-            model._get_stopping_criteria(generation_config, criteria, tokenizer=tokenizer),
+    answers = []
+    for text_ids in rows[: len(ids)]:
+        generation_config.max_length = len(text_ids) + generation_config.max_new_tokens
+        of_row = GenerationMixin._get_logits_processor(
+            model,
+            generation_config,
+            input_ids_seq_length=len(text_ids),
+            logits_processor=processors,
+            device=ids.device,
+            model_kwargs={},
         )
-        for text_ids in rows[: len(ids)]
-    ]
+        ends = model._get_stopping_criteria(generation_config, criteria, tokenizer=tokenizer)
+        answers.append(Answer(torch.tensor([text_ids], device=ids.device), of_row, ends))
     contexts = interleave(
         contexts,
         answers,

@@ -27,6 +27,7 @@ from .configuration_nextflow import NextFlowConfig
 from .features import Taps, join, scale_taps
 from .losses import IGNORE
 from .quantizer import check_range
+from .sampling import plain
 from .scales import Grid, ScaleSchedule
 
 MARKS = (
@@ -150,11 +151,12 @@ def check_integers(name: str, tensor: torch.Tensor, *ndims: int) -> None:
         )
 
 
-def check_shape(inputs: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
-    """Raise a `ValueError` for anything but (B, L) ids or (B, L, D) embeddings, and a mask of (B, L)."""
-    if inputs.ndim < 2 or (attention_mask is not None and attention_mask.shape != inputs.shape[:2]):
-        shapes = " and ".join(str(tuple(x.shape)) for x in (inputs, attention_mask) if x is not None)
-        raise ValueError(f"input_ids, and attention_mask beside them, must have the shape (B, L), got {shapes}")
+def check_shape(inputs: torch.Tensor, **beside: torch.Tensor | None) -> None:
+    """Raise a `ValueError` for anything but (B, L) ids or (B, L, D) embeddings, and (B, L) of all beside them."""
+    for name, each in beside.items():
+        if inputs.ndim < 2 or (each is not None and each.shape != inputs.shape[:2]):
+            shapes = " and ".join(str(tuple(x.shape)) for x in (inputs, each) if x is not None)
+            raise ValueError(f"input_ids, and {name} beside them, must have the shape (B, L), got {shapes}")
 
 
 def check_rows(name: str, got: int, expected: int) -> None:
@@ -179,7 +181,7 @@ def check_text(pixel_values: torch.Tensor | None, image_codes: torch.Tensor | No
 
 def final_grids(image_grid_hw: torch.Tensor | Sequence) -> list[Grid]:
     """The pairs of an (N, 2) `image_grid_hw`; raises `ValueError` for anything else."""
-    rows = image_grid_hw.tolist() if isinstance(image_grid_hw, torch.Tensor) else image_grid_hw
+    rows = plain(image_grid_hw)
     try:
         return [(operator.index(height), operator.index(width)) for height, width in rows]
     except (TypeError, ValueError):
@@ -299,7 +301,8 @@ def build_layout(
     Raises:
         ValueError: if ids, grids and codes do not fit each other, or an image is supervised in part.
     """
-    check_shape(input_ids, attention_mask)
+    beside = {"document_ids": document_ids, "labels": labels, "shift_labels": shift_labels}
+    check_shape(input_ids, attention_mask=attention_mask, **beside)
     images = find_images(config, input_ids, image_grid_hw)
     if image_codes is not None:
         check_codes(config, images, image_codes)
@@ -343,7 +346,7 @@ def build_layout(
         mask = None if attention_mask is None else valid_BL
         shift_labels = shift_labels_of(labels.cpu(), images, config.boi_token_id, mask, document_ids)
     if shift_labels is not None:
-        targets = _targets(shift_labels.cpu(), images, code_starts, config.scale_loss_alpha)
+        targets = _targets(shift_labels.cpu().long(), images, code_starts, config)
     layout = SequenceLayout(
         torch.stack([counter_BL, *torch.where(in_block_BL, cells_2BL, counter_BL)]),
         scale_BL,
@@ -385,13 +388,12 @@ def shift_labels_of(
 
 
 def _targets(
-    shift_BL: torch.Tensor, images: Sequence[ImageSpan], code_starts: Sequence[int], alpha: float
+    shift_BL: torch.Tensor, images: Sequence[ImageSpan], code_starts: Sequence[int], config: NextFlowConfig
 ) -> dict[str, torch.Tensor]:
     """What a [`SequenceLayout`] says of targets.
 
     Args:
         code_starts: each image's first code among all.
-        alpha: exponent of the scale weights `1 / (h * w) ** alpha`, normalised per image; text weighs 1.
     """
     codes_BL = torch.full_like(shift_BL, -1)
     weights_BL = torch.ones(shift_BL.shape)
@@ -411,8 +413,16 @@ def _targets(
             )
         codes_BL[image.row, image.outputs] = torch.arange(first, first + image.num_codes)
         predicted = image.schedule.prefix(image.num_scales)
-        weights = torch.tensor(predicted.weights(alpha)).repeat_interleave(torch.tensor(predicted.lengths))
+        weights = torch.tensor(predicted.weights(config.scale_loss_alpha)).repeat_interleave(
+            torch.tensor(predicted.lengths)
+        )
         weights_BL[image.row, image.outputs] = weights
+    text = shift_BL[(shift_BL != IGNORE) & (codes_BL < 0)]
+    if text.numel() and not 0 <= text.min() <= text.max() < config.text_vocab_size:
+        raise ValueError(
+            f"labels of text must be {IGNORE} or lie in [0, {config.text_vocab_size}), got {int(text.min())} to "
+            f"{int(text.max())}"
+        )
     supervised_N = (shift_BL != IGNORE).flatten().nonzero().flatten()
     tensors = {"targets": shift_BL, "target_codes": codes_BL, "weights": weights_BL}
     return {"supervised": supervised_N} | {name: each.flatten()[supervised_N] for name, each in tensors.items()}
@@ -424,6 +434,6 @@ def text_positions(inputs: torch.Tensor, valid: torch.Tensor | None) -> torch.Te
     Args:
         valid: (B, L), 0 at padding.
     """
-    check_shape(inputs, valid)
+    check_shape(inputs, attention_mask=valid)
     valid = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device) if valid is None else valid.bool()
     return (valid.cumsum(1) - 1).masked_fill(~valid, 0).float().expand(3, -1, -1)

@@ -55,6 +55,7 @@ def lora_config(**kwargs) -> "LoraConfig":
 # What adapters have no place on, though it has linear layers: the frozen vision tokenizer, and a table of embeddings.
 LEFT_OUT = r"(.*\.)?(vq_model|scale_embedding)\..*"
 FROZEN = r"(.*\.)?vq_model(\..*)?"
+KEEPING_WEIGHTS = (True, False, None, "gaussian", "orthogonal", "eva")  # of `init_lora_weights`; others change them
 
 
 def place_adapters(model: "NextFlowPreTrainedModel", configs: dict[str, "PeftConfig"]) -> None:
@@ -64,11 +65,14 @@ def place_adapters(model: "NextFlowPreTrainedModel", configs: dict[str, "PeftCon
     as well, unless it is the embedding too, because it shares a softmax with `code_head`.
 
     Raises:
-        ValueError: if no adapter is left, or a part to be saved whole is the vision tokenizer's alone.
+        ValueError: if no adapter is left, or a part to be saved whole is the vision tokenizer's alone, or adapters on
+            it have changed its own weights where they began.
     """
     model.base_model.vq_model.requires_grad_(False)  # `bias="all"` thaws some of it
+    misplaced = set()
     for path, module in list(model.named_modules()):
         if hasattr(module, "base_layer") and re.fullmatch(LEFT_OUT, path):
+            misplaced |= _adapters_on(module)
             model.set_submodule(path, module.base_layer)
     layers = {path: getattr(module, "base_layer", module) for path, module in model.named_modules()}
     inside = tuple(f"{path}." for path, module in model.named_modules() if hasattr(module, "base_layer"))
@@ -87,7 +91,16 @@ def place_adapters(model: "NextFlowPreTrainedModel", configs: dict[str, "PeftCon
             continue
         adapted = {path for path, module in model.named_modules() if name in _adapters_on(module)}
         if not adapted:
-            raise ValueError(f"adapters of {name} would all sit on the frozen vision tokenizer, got {targets}")
+            raise ValueError(
+                f"adapters of {name} would all sit on the frozen vision tokenizer or the scale embedding, got "
+                f"{targets}"
+            )
+        start = getattr(config, "init_lora_weights", True)
+        if name in misplaced and start not in KEEPING_WEIGHTS:
+            raise ValueError(
+                f"init_lora_weights={start!r} changes weights, and has changed the frozen vision tokenizer's: load "
+                f"the model again, and leave it out by exclude_modules=r{LEFT_OUT!r}, or take lora_config()"
+            )
         if getattr(config, "exclude_modules", LEFT_OUT):  # users say themselves what is left out, or the method cannot
             continue
         config.exclude_modules = LEFT_OUT

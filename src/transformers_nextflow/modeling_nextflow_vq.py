@@ -24,6 +24,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_nextflow import NextFlowVQConfig
 from .fixed_size import CLIPEncoder, HiddenStates, SiglipEncoder, ViTDecoder
+from .layout import check_integers
 from .quantizer import (
     DualCodebookQuantizer,
     QuantizerOutput,
@@ -358,6 +359,8 @@ class NextFlowVQModel(Float32, LibraryModel):
             (B, L) int64 codes, scale by scale; with `correction` the pair (input codes, target codes).
         """
         schedule = self._schedule_of(pixel_values)
+        if not pixel_values.isfinite().all():
+            raise ValueError("pixel_values are not finite")
         inputs, targets, count = [], [], pictures_at_once(pixel_values.shape[-2:])
         for number, part in enumerate(pixel_values.split(count)):
             own_keys = keys if keys is None else keys[number * count : (number + 1) * count]
@@ -438,12 +441,15 @@ class NextFlowVQModel(Float32, LibraryModel):
         return picture.to(quantized.device)
 
     def _schedule_of(self, pixel_values: torch.Tensor) -> ScaleSchedule:
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != 3 or not len(pixel_values):
             raise ValueError(f"pixel_values must have the shape (B, 3, H, W), got {tuple(pixel_values.shape)}")
+        if not pixel_values.is_floating_point():
+            raise ValueError(f"pixel_values must be floats in [-1, 1], got {pixel_values.dtype}")
         return self.schedules.by_size(*pixel_values.shape[-2:])
 
     def _check_codes(self, codes: torch.Tensor, schedule: ScaleSchedule) -> None:
-        if codes.ndim != 2 or codes.shape[1] != schedule.num_codes:
+        check_integers("codes", codes, 2)
+        if codes.shape[1] != schedule.num_codes:
             raise ValueError(
                 f"codes of the grid {schedule.final_grid} must have the shape (B, {schedule.num_codes}), "
                 f"got {tuple(codes.shape)}"

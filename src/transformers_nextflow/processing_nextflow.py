@@ -91,6 +91,13 @@ class NextFlowProcessor(ProcessorBringsCode, ProcessorMixin):
                 chat_template = chat_template.replace(default, token)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As of the library's processors; texts are padded on the left unless the call says `padding_side`."""
+        processor = super().from_pretrained(*args, **kwargs)
+        processor.tokenizer.padding_side = kwargs.get("padding_side", "left")
+        return processor
+
     def check_fits(self, config: NextFlowConfig) -> None:
         """Raise a `ValueError` if a model of this configuration reads what the processor writes as something else."""
         for name in ("boi_token_id", "eoi_token_id", "image_token_id", "condition_last_scale"):
@@ -336,8 +343,8 @@ class NextFlowProcessor(ProcessorBringsCode, ProcessorMixin):
             answers.append([part for part in parts if part != ""])
         return answers
 
-    def post_process_image(self, pixel_values: torch.Tensor) -> list[Image.Image]:
-        """(B, 3, H, W) pixels in [-1, 1] -> pictures."""
+    def post_process_image(self, pixel_values: torch.Tensor | Sequence[torch.Tensor]) -> list[Image.Image]:
+        """(B, 3, H, W) pixels in [-1, 1], or (3, H, W) ones of any sizes -> pictures."""
         return self.image_processor.postprocess(pixel_values)
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:

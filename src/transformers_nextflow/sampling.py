@@ -221,6 +221,9 @@ class RowGenerators:
         one is that of the first row and gives the others their seeds, as torch's global one does without either.
         """
         seeds, rows = plain(seed), num_prompts * images_per_prompt
+        given = generator if isinstance(generator, Sequence) else [generator]
+        if generator is not None and not all(isinstance(each, torch.Generator) for each in given):
+            raise ValueError(f"generator must be a torch.Generator or a list of them, got {generator!r}")
         if seed is not None and generator is not None:
             raise ValueError("give either seed or generator, not both")
         if isinstance(generator, Sequence):

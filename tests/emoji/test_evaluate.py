@@ -140,6 +140,14 @@ def test_answers_are_compared_to_the_letter(exam):
     assert right[FREQUENT]["exact"].tolist() == [truth == frequent for truth in truths]
 
 
+def test_items_of_another_wording_are_the_same(exam):
+    few = Exam(exam.artist, exam.tasks, prompts=3)
+    first, second = (few.items("question", "style", (SEEN,), wording) for wording in (0, 1))
+    assert [item.targets for item in first] == [item.targets for item in second]
+    assert {item.user[1] for item in first} == {"which style is it?"} and first[0].assistant == second[0].assistant
+    assert {item.user[1] for item in second} == {"what is the style?"}
+
+
 def test_items_of_a_group_are_its_targets_once_each_or_as_many_as_asked_for(exam):
     few = Exam(exam.artist, exam.tasks, prompts=5)
     everything = exam.items("text-to-image", "", (SEEN, PAIR))
@@ -224,7 +232,7 @@ def scores(world_folder, emoji_checkpoint, tmp_path_factory):
     return json.loads(path.read_text())
 
 
-GROUPS_SCORED = ("drawings", "captions", "edits", "reasoning", "sequences")
+GROUPS_SCORED = ("drawings", "captions", "edits", "reasoning", "sequences", "wordings")
 
 
 def test_the_command_scores_the_groups_that_it_is_asked_for(scores):
@@ -234,6 +242,8 @@ def test_the_command_scores_the_groups_that_it_is_asked_for(scores):
     assert scores["drawings"][PAIR][MODEL]["picture"]["n"] == 2
     assert set(scores["captions"]) == {SEEN, PAIR, COMBINATION, NAME}
     assert scores["edits"]["all kinds"]["held out"][MODEL]["picture"]["n"] >= 3  # style, colour, gender, ...
+    assert list(scores["wordings"]["question style"]) == ["which style is it?", "what is the style?"]
+    assert all(set(levels) == {"64", "32"} for asked in scores["wordings"].values() for levels in asked.values())
     assert "hour" in scores["sequences"] and scores["reasoning"][PAIR]["difference"]["picture"]["n"] == 2
 
 
