@@ -8,6 +8,9 @@ checkpoint, with equal adapters, steps and rates:
 
 Scored are drawings of `--prompts` held-out pairs of name and style, before and after: the share of right pictures,
 names and styles, and the differences to before with their 95% intervals. `--split dev` is for choosing settings.
+
+Whether a training did its work at all say the pairs it saw: `trained pairs`, the share whose chosen picture is the
+likelier one by its first scales, and as a difference by how many nats its lead grew.
 """
 
 import argparse
@@ -29,6 +32,7 @@ from examples.emoji.tasks import Tasks
 from examples.emoji.world import World
 from transformers_nextflow.lora import lora_config
 from transformers_nextflow.training import NextFlowDPOTrainer, NextFlowSFTTrainer
+from transformers_nextflow.training.preferences import PreferenceCollator
 
 OUTPUT = Path(__file__).parent / "results" / "preferences.json"
 ANSWER = [{"role": "assistant", "content": [{"type": "image"}]}]
@@ -73,6 +77,21 @@ def train(arm: str, artist: Artist, rows: list[dict], args: argparse.Namespace) 
     artist.model = trainer.model.merge_and_unload().eval()
 
 
+@torch.no_grad()
+def leads(artist: Artist, rows: list[dict], num_scales: int) -> list[float]:
+    """By how many nats the chosen picture of each pair is likelier than the rejected one, in its first scales."""
+    collator, found = PreferenceCollator(artist.processor, num_scales), []
+    for start in range(0, len(rows), 8):
+        batch = collator(rows[start : start + 8])
+        weights = batch.pop("loss_weights")
+        del batch["completion_mask"]
+        inputs = {name: tensor.to(artist.model.device) for name, tensor in batch.items()}
+        losses = artist.model(**inputs, logits_over="none").token_losses.cpu()
+        chosen, rejected = (losses * weights).sum(dim=1).chunk(2)
+        found += (rejected - chosen).tolist()
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
@@ -89,20 +108,24 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=OUTPUT)
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    verdicts = {}
+    verdicts, of_trained = {}, {}
     for arm in ("before", "preferred", "supervised"):
         artist = load_artist(args.model, args.data, device)
         tasks = Tasks.of(artist.world)
+        rows = pairs(tasks, artist.world, args.pairs, args.seed)
         if arm != "before":
-            train(arm, artist, pairs(tasks, artist.world, args.pairs, args.seed), args)
+            train(arm, artist, rows, args)
+        of_trained[arm] = leads(artist, rows, args.num_scales)
         exam = Exam(artist, tasks, args.split, args.prompts)
         items = exam.items("text-to-image", "", (PAIR,))
         verdicts[arm] = judged(exam, artist.draw(items), [item.targets[0] for item in items], DRAWING)
     result = {"machine": machine(device), "settings": {name: str(value) for name, value in vars(args).items()}}
     for arm, values in verdicts.items():
         result[arm] = {measure: proportion(right) for measure, right in values.items()}
+        result[arm]["trained pairs"] = proportion([lead > 0 for lead in of_trained[arm]])
         if arm != "before":
             difference = {name: paired_difference(right, verdicts["before"][name]) for name, right in values.items()}
+            difference["trained pairs"] = paired_difference(of_trained[arm], of_trained["before"])
             result[f"{arm} - before"] = difference
     report(result, args.json, args.output)
 

@@ -106,6 +106,14 @@ def test_checkpoints_of_epochs_and_of_the_best(tmp_path, strategy):
         torch.testing.assert_close(saved, average_of(weights[: step + 1], 0.9), rtol=1e-6, atol=0)
 
 
+def test_the_average_at_the_end_is_that_of_the_best_checkpoint(tmp_path):
+    """As the weights are; here at a rate that makes them ever worse."""
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2}
+    model, callback, weights = train(tmp_path, learning_rate=2.0, **best)
+    assert torch.equal(model.slope.detach(), weights[2]) and not torch.equal(weights[2], weights[-1])
+    torch.testing.assert_close(callback.averages["slope"].double(), average_of(weights[:3], 0.9), rtol=1e-6, atol=0)
+
+
 def test_a_resumed_average_is_the_undisturbed_one(tmp_path):
     _, whole, _ = train(tmp_path)
     for place in ("here", "elsewhere"):

@@ -137,17 +137,31 @@ def tuned(aligned) -> str:
 
 
 @pytest.fixture(scope="module")
-def reinforced(tuned) -> str:
-    """At the rate of the documentation."""
+def untuned(tuned) -> str:
+    """The adapters that tuning begins with."""
+    words = ("--stage", "sft", "--use_lora", "--max_steps", 1, "--learning_rate", 0)
+    arguments = ("--packs", "training-1024-packs", "--model", "aligned", "--per_device_train_batch_size", 4)
+    run("train", "transformer", "--output", "untuned", *arguments, *QUIET, *words)
+    return "untuned"
+
+
+def reinforce(model: str, output: str, *words) -> str:
     Path("own_rewards.py").write_text(REWARD)
-    Path("prompts").mkdir()
+    Path("prompts").mkdir(exist_ok=True)
     Path("prompts/rows.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in CAPTIONS))
     run(
-        *("train", "grpo", "--dataset_name", "prompts", "--reward_funcs", "own_rewards.redness", "--model", tuned),
-        *("--output", "reinforced", "--max_steps", 60, "--num_generations", 8, "--per_device_train_batch_size", 24),
-        *("--learning_rate", "1e-4", "--lr_scheduler_type", "constant", "--ema_decay", "0.5", *QUIET),
+        *("train", "grpo", "--dataset_name", "prompts", "--reward_funcs", "own_rewards.redness", "--model", model),
+        *("--output", output, "--num_generations", 8, "--per_device_train_batch_size", 24, "--ema_decay", "0.5"),
+        *(*QUIET, *words),
     )
-    return "reinforced"
+    return output
+
+
+@pytest.fixture(scope="module")
+def reinforced(tuned) -> str:
+    """At the rate of the documentation."""
+    rate = ("--learning_rate", "1e-4", "--lr_scheduler_type", "constant")
+    return reinforce(tuned, "reinforced", "--max_steps", 60, *rate)
 
 
 def loss(model: str, level: str, capsys) -> float:
@@ -183,11 +197,10 @@ def test_alignment_trains_connector_and_heads(start, aligned, average, capsys):
 
 
 @pytest.mark.parametrize("average", ["", "/ema"], ids=["weights", "average"])
-def test_tuning_trains_adapters(aligned, tuned, average, capsys):
-    halfway = load_file(f"{tuned}/checkpoint-10/adapter_model.safetensors")
-    after = load_file(f"{tuned}{average}/adapter_model.safetensors")
-    assert len(after) > 2 * 7 * 2
-    assert share_moved(halfway, after, after) >= 0.99
+def test_tuning_trains_adapters(aligned, untuned, tuned, average, capsys):
+    before, after = (load_file(f"{name}/adapter_model.safetensors") for name in (untuned, tuned + average))
+    assert len(after) > 2 * 7 * 2 and all(not before[name].any() for name in before if "lora_B" in name)
+    assert share_moved(before, after, after) >= 0.99
     assert loss(tuned + average, "1024", capsys) < loss(aligned, "1024", capsys)
 
 
@@ -196,6 +209,13 @@ def test_reinforcement_goes_on_from_the_adapters(tuned, reinforced, average):
     before, after = (load_file(f"{name}/adapter_model.safetensors") for name in (tuned, reinforced + average))
     assert share_moved(before, after, after) >= 0.99
     assert reward(reinforced + average) > reward(tuned)
+
+
+@pytest.mark.parametrize("average", ["", "/ema"], ids=["weights", "average"])
+def test_reinforcement_moves_adapters_at_its_default_rate_too(tuned, average):
+    little = reinforce(tuned, f"little{len(average)}", "--max_steps", 2)
+    before, after = (load_file(f"{name}/adapter_model.safetensors") for name in (tuned, little + average))
+    assert share_moved(before, after, after) >= 0.99
 
 
 @pytest.mark.parametrize("average", ["", "/ema"], ids=["weights", "average"])

@@ -76,12 +76,12 @@ class Large(torch.utils.data.Dataset):
         return {"pixel_values": torch.rand(2, 3, 24, 24, generator=generator) * 2 - 1}
 
 
-def trainer(model, output, dataset=None, teacher=None, **arguments) -> NextFlowVQTrainer:
+def trainer(model, output, dataset=None, teacher=None, eval_dataset=None, **arguments) -> NextFlowVQTrainer:
     values = {"max_steps": 3, "logging_steps": 1, "learning_rate": 1e-3, "save_strategy": "no", "seed": 5}
     values |= {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "perceptual_weight": 0.0}
     values |= {"discriminator_weight": 0.0}
     arguments = NextFlowVQTrainingArguments(output_dir=str(output), **(values | arguments))
-    return NextFlowVQTrainer(model, arguments, dataset or Pictures(), teacher=teacher)
+    return NextFlowVQTrainer(model, arguments, dataset or Pictures(), eval_dataset, teacher)
 
 
 def moved(before: dict, after: dict) -> set[str]:
@@ -499,6 +499,28 @@ def test_evaluation_measures_whole_pictures_and_draws_a_sheet(model, tmp_path):
             expected[12 * row : 12 * row + height, 16 * column : 16 * column + width] = np.round(levels)
     assert np.abs(drawn.astype(int) - expected).max() <= 1  # of 255, where rounding may go either way
     assert (expected[:12] == drawn[:12]).mean() > 0.99
+
+
+def test_pictures_of_several_kinds_are_evaluated_apart(model, tmp_path):
+    kinds = {name: torch.utils.data.Subset(Pictures(), range(at, 6, 2)) for at, name in enumerate(("square", "wide"))}
+    run = trainer(prepare_vq_stage(model, "pixel"), tmp_path, eval_dataset=kinds)
+    metrics = run.evaluate()
+    for name, pictures in kinds.items():
+        assert metrics[f"eval_{name}_psnr"] == run.evaluate(pictures)["eval_psnr"] == run.evaluate(name)["eval_psnr"]
+        assert (tmp_path / "reconstructions" / f"step-0_{name}.png").is_file()
+
+
+def test_the_best_tokenizer_is_the_one_of_the_highest_psnr(model, tmp_path):
+    """Or of the lowest LPIPS; here at a rate that makes it worse."""
+    each_step = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    values = each_step | {"load_best_model_at_end": True, "learning_rate": 0.05}
+    run = trainer(prepare_vq_stage(model, "pixel"), tmp_path, eval_dataset=Pictures(), **values)
+    run.train()
+    measured = [row["eval_psnr"] for row in run.state.log_history if "eval_psnr" in row]
+    assert run.state.best_metric == max(measured) > measured[-1]
+    assert run.evaluate()["eval_psnr"] == pytest.approx(max(measured), rel=1e-6)
+    arguments = NextFlowVQTrainingArguments(str(tmp_path), metric_for_best_model="lpips", use_cpu=True)
+    assert not arguments.greater_is_better
 
 
 def test_items_of_a_batch_count_by_their_pictures(model, tmp_path):

@@ -10,7 +10,11 @@ import venv
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+
+from tests.conversion.text_models import qwen2_5_vl, save
+from tests.tiny_tokenizer import tiny_text_tokenizer
 
 pytest.importorskip("peft")
 pytest.importorskip("trl")
@@ -31,6 +35,7 @@ for command in sys.argv[1:]:
     print(command)
     assert main([*command.split(), "--help"]) == 0
 """
+ONE = ("--max_steps", 1, "--use_cpu", "--report_to", "none", "--save_strategy", "no")
 
 
 @pytest.fixture(scope="module")
@@ -75,23 +80,25 @@ def test_every_command_is_in_it(environment, tmp_path):
         assert f"transformers-nextflow {command}" in out
 
 
-def test_pictures_become_a_model_that_is_exported(environment, tiny_checkpoint, tmp_path):
-    (tmp_path / "photos").mkdir()
+def photos(folder: Path) -> None:
+    """Four with captions, of the size that the tiny tokenizer has."""
+    folder.mkdir()
     lines = []
     for number in range(4):
-        Image.new("RGB", (24, 24), (60 * number, 0, 0)).save(tmp_path / "photos" / f"{number}.png")
+        Image.new("RGB", (24, 24), (60 * number, 0, 0)).save(folder / f"{number}.png")
         lines.append(json.dumps({"file_name": f"{number}.png", "text": f"red {number}"}))
-    (tmp_path / "photos" / "metadata.jsonl").write_text("\n".join(lines))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+
+
+def test_pictures_become_a_model_that_is_exported(environment, tiny_checkpoint, tmp_path):
+    photos(tmp_path / "photos")
 
     def command(*words) -> str:
         return run(environment, tmp_path, "transformers-nextflow", *words)
 
     model = ("--model", tiny_checkpoint)
     command("finetune", "photos", "--output", "tuned", "--steps", 2, "--batch-size", 2, "--evaluations", 1, *model)
-    quiet = ("--max_steps", 1, "--use_cpu", "--report_to", "none", "--save_strategy", "no")
-    command(
-        "train", "transformer", "--packs", "tuned/data/training-packs", "--model", "tuned", "--output", "on", *quiet
-    )
+    command("train", "transformer", "--packs", "tuned/data/training-packs", "--model", "tuned", "--output", "on", *ONE)
     command("merge", "on", "--output", "whole")
     losses = [
         json.loads(command("evaluate", "loss", "tuned/data/held-out-packs", "--model", name, "--json"))
@@ -101,3 +108,31 @@ def test_pictures_become_a_model_that_is_exported(environment, tiny_checkpoint, 
     command("export", "whole", "--to", "exported")
     command("generate", "red", "--model", "exported", "--seed", 0)
     assert Image.open(tmp_path / "picture.png").size == (24, 24)
+
+
+def test_every_training_and_the_conversion_run(environment, tiny_model, tiny_checkpoint, tmp_path):
+    """A text model gets a vision tokenizer, which is trained, as are what it draws and its decoder."""
+    pytest.importorskip("diffusers")
+    from tests.diffusers.tiny_decoders import decoder
+
+    photos(tmp_path / "photos")
+    tokenizer = tiny_text_tokenizer()
+    save(qwen2_5_vl(tokenizer), tokenizer, tmp_path / "qwen", torch.bfloat16, "hub")
+    vq_model = tiny_model.model.vq_model
+    vq_model.save_pretrained(tmp_path / "vq")
+    decoder("unet", vq_model=vq_model).save_pretrained(tmp_path / "new")
+    (tmp_path / "rewards.py").write_text("def size(images, **columns):\n    return [i.width for i in images]\n")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "red"}\n')
+
+    def train(name: str, *words) -> None:
+        run(environment, tmp_path, "transformers-nextflow", "train", name, "--output", name, *words, *ONE)
+
+    run(environment, tmp_path, "transformers-nextflow", "convert", "language-model", "qwen", "vq", "converted")
+    without = ("--perceptual_weight", 0, "--discriminator_weight", 0)
+    train("tokenizer", "--model", "vq", "--images", "photos", "--stage", "pixel", *without)
+    rewards = ("--dataset_name", "prompts.jsonl", "--reward_funcs", "rewards.size", "--model", "converted")
+    train("grpo", *rewards, "--num_generations", 2, "--per_device_train_batch_size", 2)
+    train("decoder", "--model", "new", "--dataset_name", "photos", "--train_batch_size", 2, "--num_samples", 0)
+    for name in ("converted", "tokenizer", "grpo"):
+        assert (tmp_path / name / "model.safetensors").is_file()
+    assert (tmp_path / "decoder" / "model_index.json").is_file()

@@ -249,14 +249,14 @@ class NextFlowDecoderTrainer(OrderedTrainer):
         **kwargs,
     ):
         pipe.conditioner.cells(pipe.stride)  # raises where a cell is no whole number of latents
-        examples = [dataset[0] for dataset in (train_dataset, eval_dataset) if dataset is not None]
+        held_out = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
+        examples = [dataset[0] for dataset in (train_dataset, *held_out.values()) if dataset is not None]
         coded = bool(examples) and all("codes" in example for example in examples)
         _place(pipe, args.device, args.weight_dtype, args.rank, coded)
         prepare(pipe, args.rank)
         self.pipe = pipe
         loss_of = DecoderLoss(pipe, args.guidance_scale)
-        datasets = [dataset and Numbered(dataset) for dataset in (train_dataset, eval_dataset)]
-        super().__init__(loss_of, args, _listed, *datasets, **kwargs)
+        super().__init__(loss_of, args, _listed, train_dataset and Numbered(train_dataset), eval_dataset, **kwargs)
         self._trained = {name: parameter for name, parameter in loss_of.named_parameters() if parameter.requires_grad}
         self._average = EMACallback(args.ema_decay, warmup=True) if args.use_ema else None
         if self._average is not None:
@@ -290,12 +290,14 @@ class NextFlowDecoderTrainer(OrderedTrainer):
 
     @torch.no_grad()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Mean loss over the pictures of all batches."""
-        if eval_dataset is not None and not isinstance(eval_dataset, (str, Numbered)):
-            eval_dataset = Numbered(eval_dataset)
+        """Mean loss over the pictures of all batches, of each dataset where there are several by name."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        dataset = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
+        if isinstance(dataset, dict):
+            return self.evaluate_each(dataset, ignore_keys, metric_key_prefix)
         self.model.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        for inputs in self.get_eval_dataloader(eval_dataset):
+        for inputs in self.get_eval_dataloader(dataset and Numbered(dataset)):
             for batch in inputs["batches"]:
                 count = len(batch["captions"])
                 with self._autocast():
@@ -318,18 +320,20 @@ class NextFlowDecoderTrainer(OrderedTrainer):
         return torch.autocast(self.args.device.type, self.args.weight_dtype) if mixed else nullcontext()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """See the class; `_internal_call` is the Trainer's, of checkpoints."""
+        """See the class; `_internal_call` is the Trainer's, of checkpoints and, without a folder, for the Hub."""
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
         if not self.args.should_save:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        if _internal_call:
+        if _internal_call and output_dir is not None:
             tensors = {name: parameter.detach().contiguous() for name, parameter in self._trained.items()}
             save_file(tensors, folder / TRAINED)
             return
         is_averaged = self._average is not None and self._average.averages
         with self._average.in_place() if is_averaged else nullcontext():
             save(self.pipe, folder, self.args.rank)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save")
 
     @torch.no_grad()
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:

@@ -2,8 +2,12 @@
 
 import copy
 import inspect
+import json
 import math
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,11 +24,12 @@ from tiny_models import enlarge_
 from transformers import Trainer, TrainingArguments
 from trl import DPOConfig, SFTConfig
 
-from transformers_nextflow import NextFlowForConditionalGeneration
+from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor
 from transformers_nextflow.data import ExtractionSettings, RawDocuments, Source
 from transformers_nextflow.lora import lora_config
 from transformers_nextflow.training import (
     ChatCollator,
+    EMACallback,
     NextFlowDPOTrainer,
     NextFlowSFTTrainer,
     NextFlowTrainer,
@@ -32,6 +37,8 @@ from transformers_nextflow.training import (
 )
 from transformers_nextflow.training.joint_head import add_joint_head
 from transformers_nextflow.training.preferences import PreferenceCollator
+
+ROOT = Path(__file__).parents[2]
 
 
 def picture(color: str, width: int = 24) -> Image.Image:
@@ -262,6 +269,49 @@ def test_held_out_answers_count_by_their_targets(model, tiny_processor, tmp_path
     assert losses == pytest.approx([expected] * 3, rel=1e-5)
 
 
+def test_two_processes_judge_held_out_answers_as_one(model, tiny_processor, tmp_path):
+    """Three rows, of which one fills the second process's share and is not to count again."""
+    model.save_pretrained(tmp_path)
+    tiny_processor.save_pretrained(tmp_path)
+    for processes in (1, 2):
+        run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+        run += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "tests.data.test_chats"]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [*run, str(tmp_path)], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+    one, two = (json.loads((tmp_path / f"{processes}.json").read_text()) for processes in (1, 2))
+    assert two == pytest.approx(one, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["answers", "preferences"])
+def test_averages_are_saved_and_torn_checkpoints_passed_over(kind, model, tiny_processor, tmp_path):
+    """As of this package's other trainers."""
+
+    average = EMACallback(0.5)
+
+    def trainer(output):
+        saves = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
+        shared = {"processing_class": tiny_processor, "callbacks": [average]}
+        if kind == "answers":
+            args = SFTConfig(**options(output, **saves))
+            return NextFlowSFTTrainer(copy.deepcopy(model), args, train_dataset=Dataset.from_list(CHATS), **shared)
+        args = DPOConfig(**options(output, **saves))
+        return NextFlowDPOTrainer(copy.deepcopy(model), args=args, train_dataset=Dataset.from_list(PAIRS), **shared)
+
+    whole = trainer(tmp_path)
+    whole.train()
+    whole.save_model()
+    saved = dict(NextFlowForConditionalGeneration.from_pretrained(tmp_path / "ema").named_parameters())
+    assert average.averages and all(torch.equal(saved[name], each) for name, each in average.averages.items())
+    (tmp_path / "checkpoint-4" / "trainer_state.json").unlink()
+    resumed = trainer(tmp_path)
+    resumed.train(resume_from_checkpoint=True)
+    assert logged(resumed) == logged(whole)
+    assert torch.equal(resumed.model.code_head.weight, whole.model.code_head.weight)
+
+
 def test_weights_in_16_bits_are_named(model, tiny_processor, tmp_path, caplog):
     model.to(torch.bfloat16)
     answers = {"train_dataset": Dataset.from_list(CHATS), "processing_class": tiny_processor}
@@ -333,11 +383,27 @@ def test_scored_are_answers_alone(tiny_processor):
 
 
 def test_the_page_of_trainings_runs(tmp_path, monkeypatch):
-    root = Path(__file__).parents[2]
-    blocks = re.findall(r"```python\n(.*?)```", (root / "docs" / "training.md").read_text(), flags=re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "training.md").read_text(), flags=re.DOTALL)
     (block,) = [each for each in blocks if "NextFlowDPOTrainer" in each]
-    (tmp_path / "checkpoints").symlink_to(root / "checkpoints")
+    (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(compile(block, "training.md", "exec"), names)
     assert names["trainer"].state.global_step == 2
+
+
+def main(folder: Path) -> None:
+    """Evaluate a row at a time, in one of several processes."""
+    model, processor = (each.from_pretrained(folder) for each in (NextFlowForConditionalGeneration, NextFlowProcessor))
+    data = {"train_dataset": Dataset.from_list(CHATS), "eval_dataset": Dataset.from_list(CHATS)}
+    args = SFTConfig(**options(folder / "run", per_device_eval_batch_size=1))
+    trainer = NextFlowSFTTrainer(model, args, processing_class=processor, **data)
+    loss = trainer.evaluate()["eval_loss"]
+    if trainer.is_world_process_zero():
+        (folder / f"{trainer.args.world_size}.json").write_text(json.dumps(loss))
+    trainer.accelerator.wait_for_everyone()
+    os._exit(0)  # all is done; now and then the library's threads abort a process that ends after Python has
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -51,6 +51,7 @@ from tests.diffusers.tiny_decoders import (
     tiny_vq_model,
 )
 from tests.diffusers.tiny_trainings import Batches, arguments, picture, train
+from tests.hub_stand_in import hub_stand_in, run_fresh
 from tests.pretended_devices import DEVICES, PretendedDevices
 from transformers_nextflow import NextFlowConfig, NextFlowImageProcessor
 from transformers_nextflow.data import (
@@ -295,6 +296,35 @@ def test_an_evaluation_is_of_all_pictures_and_the_same_each_time(tmp_path, bf16)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             losses.append(loss_of(latents, condition, batch["captions"], draws).item())
     assert evaluated == pytest.approx([np.mean(losses)] * 3, rel=1e-6)
+
+
+def test_datasets_by_name_are_evaluated_apart(tmp_path):
+    """With the noise that each has alone."""
+    pipe, kinds = decoder("unet", vq_model=tiny_vq_model()), {"few": Batches(count=1), "many": Batches(count=3)}
+    trainer = NextFlowDecoderTrainer(pipe, arguments(tmp_path), eval_dataset=kinds)
+    metrics = trainer.evaluate()
+    for name, batches in kinds.items():
+        loss = metrics[f"eval_{name}_loss"]
+        assert loss == trainer.evaluate(batches)["eval_loss"] == trainer.evaluate(name)["eval_loss"]
+
+
+PUSHED = """
+from tests.diffusers.tiny_trainings import Batches, arguments, decoder, tiny_vq_model, train
+
+options = {"max_steps": 1, "push_to_hub": True, "hub_model_id": "someone/decoder"}
+train(decoder("unet", vq_model=tiny_vq_model()), Batches(), arguments("decoder", **options))
+"""
+
+
+def test_what_is_pushed_is_the_decoder(tmp_path):
+    """Not what a checkpoint has of it."""
+    path = f"{ROOT / 'src'}{os.pathsep}{ROOT}"
+    with hub_stand_in() as hub:
+        run_fresh(PUSHED, tmp_path, PYTHONPATH=path, **hub.environment)
+    saved = {str(path.relative_to(tmp_path / "decoder")) for path in (tmp_path / "decoder").glob("*/*.safetensors")}
+    saved = {name for name in saved if not name.startswith("checkpoint-")} | {"model_index.json"}
+    assert len(saved) > 4 and saved <= hub.repositories["someone/decoder"].keys()
+    assert "trained.safetensors" not in hub.repositories["someone/decoder"]
 
 
 def test_every_epoch_draws_noise_of_its_own():

@@ -446,6 +446,15 @@ def test_rewards_may_be_arrays_tensors_and_flags(policy, tiny_processor, tmp_pat
         assert run.state.log_history[0]["reward"] == pytest.approx(sum(map(float, rewards)) / 8)
 
 
+def test_rewards_of_one_name_are_logged_apart(policy, tiny_processor, tmp_path):
+    """As two CLIP scores are, of different models."""
+    rewards = [lambda images, value=value, **kwargs: [value] * len(images) for value in (1.0, 3.0)]
+    run = trainer(policy, tiny_processor, tmp_path, reward=rewards)
+    run.train()
+    row = run.state.log_history[0]
+    assert row["rewards/<lambda>/mean"] == 1.0 and row["rewards/<lambda>_1/mean"] == 3.0
+
+
 @pytest.mark.parametrize(("values", "call"), [({}, 4), (CROSSING, 2)], ids=["between updates", "in an update"])
 def test_a_reward_that_dies_in_mid_run_loses_no_step(policy, tiny_processor, tmp_path, values, call):
     calls = []

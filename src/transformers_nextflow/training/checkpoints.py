@@ -95,7 +95,8 @@ class DataOrder(TrainerCallback, ExportableState):
 class SavingTrainer(Trainer):
     """Trainer that goes on from whole checkpoints alone, and saves the average of an [`EMACallback`] beside the model.
 
-    Of a model without its vision tokenizer, `save_model` brings it into the folder, while checkpoints refer to it.
+    Of a model without its vision tokenizer, `save_model` brings it into the folder, and so do checkpoints that go to
+    the Hub, while others refer to it.
     """
 
     _brings_tokenizer = False
@@ -128,12 +129,23 @@ class SavingTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """See `Trainer.save_model`. The average of an [`EMACallback`] is saved too, in the folder `ema` beside."""
-        self._brings_tokenizer = not _internal_call
+        # the Trainer's own calls without a folder, and checkpoints it copies from, are for the Hub
+        self._brings_tokenizer = not _internal_call or output_dir is None or self.args.push_to_hub
         super().save_model(output_dir, _internal_call)
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, EMACallback) and callback.averages:
                 with callback.in_place():
                     super().save_model(os.path.join(output_dir or self.args.output_dir, FOLDER), _internal_call=True)
+
+    def evaluate_each(self, datasets: dict, ignore_keys, metric_key_prefix: str) -> dict[str, float]:
+        """`evaluate` of several datasets, whose metrics have their names after the prefix, as the Trainer's have."""
+        results = [self.evaluate(each, ignore_keys, f"{metric_key_prefix}_{name}") for name, each in datasets.items()]
+        return {name: value for result in results for name, value in result.items()}
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """See `Trainer.create_model_card`, whose cards are of models with a config."""
+        if hasattr(self.model, "config"):
+            super().create_model_card(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         model = self.accelerator.unwrap_model(self.model)

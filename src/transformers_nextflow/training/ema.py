@@ -32,7 +32,8 @@ class EMACallback(TrainerCallback):
     ```
 
     The checkpoint that a training resumes from is `args.resume_from_checkpoint` where that is set, as this package's
-    Trainers do, or else the one of its step in `args.output_dir`.
+    Trainers do, or else the one of its step in `args.output_dir`. With `load_best_model_at_end` the average at the end
+    is that of the best checkpoint.
 
     Args:
         decay: in [0, 1).
@@ -105,6 +106,10 @@ class EMACallback(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         if self._saved != state.global_step:  # an evaluation decided on this checkpoint
             self._save(args, state)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._load(Path(state.best_model_checkpoint) / FILE)
 
     def _save(self, args, state) -> None:
         whole = {}

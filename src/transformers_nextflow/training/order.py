@@ -92,11 +92,11 @@ def check_heeded(arguments: TrainingArguments) -> None:
 
 
 def judge_by_losses(arguments: TrainingArguments) -> None:
-    """Let the best model be the one with the lowest of a metric that is a loss or a KL, as `eval_loss_text`, unless
-    `greater_is_better` says otherwise; `TrainingArguments` know a loss by the end of its name alone. To be called
-    before their own `__post_init__`."""
+    """Let the best model be the one with the lowest of a metric that is a loss, a KL or LPIPS, as `eval_loss_text`,
+    unless `greater_is_better` says otherwise; `TrainingArguments` know a loss by the end of its name alone. To be
+    called before their own `__post_init__`."""
     words = re.split("[_/]", arguments.metric_for_best_model or "")
-    if arguments.greater_is_better is None and {"loss", "kl"} & set(words):
+    if arguments.greater_is_better is None and {"loss", "kl", "lpips"} & set(words):
         arguments.greater_is_better = False
 
 
@@ -115,7 +115,8 @@ class OrderedTrainer(SavingTrainer):
         raise NotImplementedError
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None):
-        """See `Trainer.get_eval_dataloader`."""
+        """See `Trainer.get_eval_dataloader`, which would keep the loaders of several datasets under one name."""
+        self._eval_dataloaders = {}
         if eval_dataset is None or isinstance(eval_dataset, str):
             eval_dataset = self.eval_dataset if eval_dataset is None else self.eval_dataset[eval_dataset]
         if eval_dataset is not None and self.args.world_size > 1:

@@ -12,12 +12,13 @@ from ..losses import IGNORE
 from ..processing_nextflow import NextFlowProcessor
 from ..sampling import integer
 from .chats import ChatCollator, as_messages, has_pictures, with_images
+from .checkpoints import SavingTrainer
 from .joint_head import add_joint_head
 from .loading import PrecisionTrainer
 from .order import check_heeded
 
 
-class NextFlowDPOTrainer(PrecisionTrainer, DPOTrainer):
+class NextFlowDPOTrainer(PrecisionTrainer, SavingTrainer, DPOTrainer):
     """TRL's `DPOTrainer`, where answers may be pictures: the log-probability of one is that of its codes of the first
     `num_scales` scales, which hold what a picture is of (VARGPT-v1.1, arXiv 2504.02949, prefers pictures by DPO too;
     NextFlow's paper has no such stage). Text in an answer counts whole.

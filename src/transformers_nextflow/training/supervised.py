@@ -3,14 +3,14 @@
 import torch
 from trl import SFTConfig, SFTTrainer
 
-from ..losses import IGNORE
 from .chats import ChatCollator, has_pictures
+from .checkpoints import SavingTrainer
 from .joint_head import add_joint_head
 from .loading import PrecisionTrainer
 from .order import check_heeded
 
 
-class NextFlowSFTTrainer(PrecisionTrainer, SFTTrainer):
+class NextFlowSFTTrainer(PrecisionTrainer, SavingTrainer, SFTTrainer):
     """TRL's `SFTTrainer`, whose loss of datasets with pictures is the model's own: text and codes under one softmax,
     scales weighted by eq. 2, pictures of the assistant targets like its texts.
 
@@ -28,8 +28,6 @@ class NextFlowSFTTrainer(PrecisionTrainer, SFTTrainer):
             is not heeded ([`~order.check_heeded`]).
     """
 
-    _held_out = None  # weighted losses and targets of an evaluation so far
-
     def __init__(self, model, args: SFTConfig | None = None, data_collator=None, train_dataset=None, **kwargs):
         super().__init__(model, args, data_collator, train_dataset, **kwargs)
         if not has_pictures(train_dataset):
@@ -45,13 +43,6 @@ class NextFlowSFTTrainer(PrecisionTrainer, SFTTrainer):
             self.data_collator = ChatCollator(self.processing_class, **lengths)
         add_joint_head(self.model, self.accelerator)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if self._held_out is not None:
-            loss, targets = result[0] if return_outputs else result, (inputs["shift_labels"] != IGNORE).sum()
-            self._held_out += torch.stack([loss.detach() * targets, targets])
-        return result
-
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
@@ -59,8 +50,17 @@ class NextFlowSFTTrainer(PrecisionTrainer, SFTTrainer):
         arguments = dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         if not isinstance(self.data_collator, ChatCollator):
             return super().evaluation_loop(*arguments)
-        self._held_out = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        output = super().evaluation_loop(*arguments)
-        total, count = self.accelerator.reduce(self._held_out, reduction="sum").tolist()
-        self._held_out = None
-        return output._replace(metrics=output.metrics | {f"{metric_key_prefix}_loss": total / count})
+        counted = []
+
+        def count(module, args, outputs):
+            if "log_probs" in outputs:  # no forward for the logits
+                rows = torch.stack([-outputs.log_probs, outputs.label_mask], dim=-1).double().sum(dim=1)
+                counted.append(self.accelerator.gather_for_metrics(rows))  # each once, however processes share them
+
+        handle = self.model.register_forward_hook(count)
+        try:
+            output = super().evaluation_loop(*arguments)
+        finally:
+            handle.remove()
+        loss, targets = torch.cat(counted).sum(dim=0).tolist()
+        return output._replace(metrics=output.metrics | {f"{metric_key_prefix}_loss": loss / targets})

@@ -20,7 +20,7 @@ from ..quantizer import CODEBOOK_LOSSES, QuantizerOutput
 from ..utils.files import output_folder, write_atomically
 from .checkpoints import output_field
 from .metrics import lpips, psnr, ssim
-from .order import OrderedTrainer, check_heeded
+from .order import OrderedTrainer, check_heeded, judge_by_losses
 from .teacher import FOLDER as TEACHER
 from .vq_losses import (
     PatchDiscriminator,
@@ -40,7 +40,8 @@ SHEET_PICTURES = 8
 @dataclass
 class NextFlowVQTrainingArguments(TrainingArguments):
     """`TrainingArguments` and the losses' weights. Defaults are what TokenFlow's training script sets for its SigLIP
-    tokenizer (commit 9812da0 of its repository): the optimizer's, and those of all losses.
+    tokenizer (commit 9812da0 of its repository): the optimizer's, and those of all losses. With
+    `load_best_model_at_end` the best is the highest `eval_psnr`, unless `metric_for_best_model` says otherwise.
 
     Args:
         stage (`str`): `"pixel"`, `"joint"` or `"decoder"`, see [`prepare_vq_stage`].
@@ -94,6 +95,9 @@ class NextFlowVQTrainingArguments(TrainingArguments):
     restart_steps: int = field(default=0, metadata={"help": "steps between restarts of unused entries; 0: never"})
 
     def __post_init__(self):
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            self.metric_for_best_model = "psnr"
+        judge_by_losses(self)
         super().__post_init__()
         if self.stage not in STAGES:
             raise ValueError(f"stage must be one of {', '.join(STAGES)}, got {self.stage!r}")
@@ -192,8 +196,9 @@ class NextFlowVQTrainer(OrderedTrainer):
     Logged beside `loss`: each loss by its name (`loss_reconstruction`, `loss_codebook`, ..), `psnr` in dB, and for
     every scale `usage_scale_1` .. (share of its entries chosen since the last log), `perplexity_scale_1` .. and
     `residual_scale_1` .. (root mean square of what is left to quantise before it). `evaluate` gives PSNR, SSIM
-    and LPIPS without dropped scales, and writes a sheet of pictures above their reconstructions to
-    `output_dir/reconstructions`. A checkpoint is a folder for `NextFlowVQModel.from_pretrained`.
+    and LPIPS without dropped scales, of each dataset where there are several by name, and writes a sheet of pictures
+    above their reconstructions to `output_dir/reconstructions`. A checkpoint is a folder for
+    `NextFlowVQModel.from_pretrained`.
 
     Differs from TokenFlow's training: discriminator and tokenizer share one optimizer, which moves each by its own
     loss alone, and one bound on the gradient's norm; the perceptual network runs without dropout, as it was made to
@@ -209,7 +214,7 @@ class NextFlowVQTrainer(OrderedTrainer):
 
     Raises:
         ImportError: if the perceptual loss has a weight, and neither `perceptual` nor the package `lpips` is there.
-        ValueError: for a joint stage without a teacher, or for `load_best_model_at_end`.
+        ValueError: for a joint stage without a teacher.
     """
 
     def __init__(
@@ -224,8 +229,6 @@ class NextFlowVQTrainer(OrderedTrainer):
     ):
         if args.stage == "joint" and teacher is None:
             raise ValueError("the joint stage distils a teacher's features: give `teacher`, a frozen vision model")
-        if args.load_best_model_at_end:
-            raise ValueError("load_best_model_at_end is not for this trainer; checkpoints load by `from_pretrained`")
         if args.perceptual_weight and perceptual is None:
             perceptual = lpips()
         with torch.random.fork_rng():
@@ -316,6 +319,9 @@ class NextFlowVQTrainer(OrderedTrainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Mean `psnr` (dB), `ssim` and, with a perceptual network, `lpips` of reconstructions over all pictures."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, dict):
+            return self.evaluate_each(dataset, ignore_keys, metric_key_prefix)
         model = self.vq_model.eval()
         pixel_only, shown = self.args.stage == "pixel", []
         measures = {"psnr": psnr, "ssim": ssim} | ({} if self.perceptual is None else {"lpips": self.perceptual})
@@ -331,7 +337,8 @@ class NextFlowVQTrainer(OrderedTrainer):
         metrics = {f"{metric_key_prefix}_{name}": value / count for name, value in zip(measures, sums)}
         if self.is_world_process_zero():
             sheet = _sheet(shown)
-            path = Path(self.args.output_dir) / "reconstructions" / f"step-{self.state.global_step}.png"
+            name = f"step-{self.state.global_step}{metric_key_prefix.removeprefix('eval')}.png"
+            path = Path(self.args.output_dir) / "reconstructions" / name
             write_atomically(path, lambda partial: sheet.save(partial, format="PNG"))
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -339,7 +346,8 @@ class NextFlowVQTrainer(OrderedTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
-        if _internal_call and self._restarts is not None:  # a checkpoint, of which the Trainer writes its state last
+        is_checkpoint = _internal_call and output_dir is not None  # of which the Trainer writes its state last
+        if is_checkpoint and self._restarts is not None:
             self._restarts.save(Path(output_dir))
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
@@ -358,6 +366,9 @@ class NextFlowVQTrainer(OrderedTrainer):
             module.discriminator.load_state_dict(load_file(folder / DISCRIMINATOR))
         if self._restarts is not None:
             self._restarts.load(folder)
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
 class MeasuredCodes:

@@ -79,7 +79,9 @@ class Rewards:
 
     @property
     def names(self) -> list[str]:
-        return [reward_name(function) for function in self.functions]
+        """Of each function; one that has another's name, as two CLIP scores have, gets its number after it."""
+        names = [reward_name(function) for function in self.functions]
+        return [f"{name}_{place}" if name in names[:place] else name for place, name in enumerate(names)]
 
     @cached_property
     def _loop(self) -> asyncio.AbstractEventLoop:

@@ -492,10 +492,7 @@ class NextFlowGRPOTrainer(PrecisionTrainer, SavingTrainer):
         if dataset is None:
             raise ValueError("evaluation needs an eval_dataset")
         if isinstance(dataset, dict):
-            results = (
-                self.evaluate(each, ignore_keys, f"{metric_key_prefix}_{name}") for name, each in dataset.items()
-            )
-            return {name: value for result in results for name, value in result.items()}
+            return self.evaluate_each(dataset, ignore_keys, metric_key_prefix)
         count = self.args.num_generations_eval or self.args.num_generations
         at_once = max(self.args.per_device_eval_batch_size // count, 1)
         own = range(self.accelerator.process_index, len(dataset), self.accelerator.num_processes)
