@@ -317,6 +317,16 @@ def test_a_last_token_can_be_forced(model):
         assert last == EOS and before != EOS
 
 
+def test_a_batch_has_a_streamer_for_each_row(model):
+    inputs = batch_of(model, *PROMPTS)
+    first, last = Recorder(), Recorder()
+    output = answer(model, inputs, streamer=[first, None, last])
+    for row, streamer in ((0, first), (2, last)):
+        text = output.sequences[row, output.prompt_length :][output.attention_mask[row, output.prompt_length :].bool()]
+        assert [token for put in streamer.ids[1:] for token in put] == text[text != IMAGE].tolist()
+        assert streamer.ids[0] == inputs["input_ids"][row].tolist() and streamer.ended
+
+
 def test_scales_of_a_batch_name_their_rows(model):
     scales = {}
     output = answer(
@@ -362,7 +372,10 @@ def test_decoded_pictures_are_in_order(model):
         ({"image_generation": {"colour": "red"}}, "controls of pictures do not include colour"),
         ({"max_new_images": -1}, "max_new_images must be at least 0, got -1"),
         ({"input_ids": torch.tensor([[10, BOI]])}, "must not end in <boi>"),
-        ({"input_ids": torch.tensor([[10], [11]]), "streamer": Recorder()}, "a streamer follows one prompt, got 2"),
+        (
+            {"input_ids": torch.tensor([[10], [11]]), "streamer": Recorder()},
+            "a streamer follows one prompt, got 1 for 2",
+        ),
         ({"image_grid_hw": torch.tensor([SQUARE])}, "hold 0 finished images, image_grid_hw has 1"),
     ],
 )

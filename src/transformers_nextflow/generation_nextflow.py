@@ -89,7 +89,7 @@ class NextFlowGenerationMixin(ImageCodesMixin, TextGenerationMixin):
                 an answer, after which `<boi>` is not sampled (default: 16); `max_new_tokens`
                 of text (default: 512), and other arguments of transformers' `generate` for the text. Processors and
                 criteria see each row alone, (1, n) ids without padding, `<image>` slots and `<eoi>`. A `streamer`, of
-                one prompt, gets `<boi>` and `<eoi>` of a picture.
+                one prompt, or a list of one or None for each, gets `<boi>` and `<eoi>` of a picture.
 
         Returns:
             in text mode what transformers returns; in image mode (B * num_images_per_prompt, codes) ids, which

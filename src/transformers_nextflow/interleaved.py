@@ -64,6 +64,7 @@ class Answer:
     Attributes:
         text_1L: the prompt without padding and the sampled tokens: what processors and criteria see.
         processors, criteria: transformers', for this row.
+        streamer: gets its tokens, but for `<image>` slots.
         token_ids: the answer as the model reads it, with `<image>` slots and `<eoi>`.
         image_codes: each picture's (codes,) codes.
         logits: see [`NextFlowInterleavedOutput`].
@@ -74,6 +75,7 @@ class Answer:
     text_1L: torch.Tensor
     processors: LogitsProcessorList
     criteria: StoppingCriteriaList
+    streamer: BaseStreamer | None
     token_ids: list[int] = field(default_factory=list)
     image_codes: list[torch.Tensor] = field(default_factory=list)
     logits: list[torch.Tensor] = field(default_factory=list)
@@ -93,7 +95,6 @@ def interleave(
     do_sample: bool,
     max_new_tokens: int,
     max_new_images: int,
-    streamer: BaseStreamer | None = None,
     output_logits: bool = False,
     on_scale_end: Callable[[int, int, torch.Tensor], None] | None = None,
 ) -> Contexts:
@@ -138,8 +139,8 @@ def interleave(
                 logger.warning(f"an answer ends after {num_tokens} tokens: the model has {limit} positions")
             is_over = num_tokens >= max_new_tokens or room <= 1
             answer.is_done = is_over or bool(answer.criteria(answer.text_1L, scores_1V).all())
-            if streamer is not None:
-                streamer.put(torch.tensor([token]))
+            if answer.streamer is not None:
+                answer.streamer.put(torch.tensor([token]))
         going_on = [row for row in rows if answers[row].writes]
         if not going_on:
             return contexts
@@ -170,14 +171,15 @@ def interleave(
             answer.image_codes.append(codes_BL[index])
             answer.logits += [logits_BlV[index] for logits_BlV in sampler.logits]
             answer.is_open = False
-            if streamer is not None:
-                streamer.put(torch.tensor([config.eoi_token_id]))
+            if answer.streamer is not None:
+                answer.streamer.put(torch.tensor([config.eoi_token_id]))
         return contexts.put(with_images, drawn)
 
     while any(answer.is_open or not answer.is_done for answer in answers):
         contexts = (write_text if any(answer.writes for answer in answers) else draw)(contexts)
-    if streamer is not None:
-        streamer.end()
+    for answer in answers:
+        if answer.streamer is not None:
+            answer.streamer.end()
     return contexts
 
 
@@ -191,7 +193,7 @@ def answer(
     max_new_images: int = 16,
     seed: int | Sequence[int] | None = None,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
-    streamer: BaseStreamer | None = None,
+    streamer: BaseStreamer | Sequence[BaseStreamer | None] | None = None,
     on_scale_end: Callable[[int, int, torch.Tensor], None] | None = None,
     output_logits: bool = False,
     generation_config=None,
@@ -217,8 +219,10 @@ def answer(
             f"{generation_config.num_beams}, num_return_sequences={generation_config.num_return_sequences}"
         )
     ids = prompts.input_ids
-    if streamer is not None and len(ids) > 1:
-        raise ValueError(f"a streamer follows one prompt, got {len(ids)}")
+    streamer = [None] * len(ids) if streamer is None else streamer
+    streamers = streamer if isinstance(streamer, Sequence) else [streamer]
+    if len(streamers) != len(ids):
+        raise ValueError(f"a streamer follows one prompt, got {len(streamers)} for {len(ids)}")
     max_new_images = integer("max_new_images", max_new_images, 0)
     if generation_config.max_new_tokens is None:
         generation_config.max_new_tokens = 512
@@ -228,12 +232,13 @@ def answer(
     if any(row[-1] == model.config.boi_token_id for row in rows[: len(ids)]):
         raise ValueError("a prompt of interleaved generation must not end in <boi>")
     model._prepare_special_tokens(generation_config, True, device=ids.device, batch_size=len(ids))
-    if streamer is not None:
-        streamer.put(ids.cpu())
+    for own, prompt in zip(streamers, ids.cpu().split(1)):
+        if own is not None:
+            own.put(prompt)
     contexts = read_prompts(model, rows, pictures, schedule, ids.device, contexts)
     pad_id = model.config.eoi_token_id if generation_config.pad_token_id is None else generation_config.pad_token_id
     answers = []
-    for text_ids in rows[: len(ids)]:
+    for text_ids, own in zip(rows, streamers):
         generation_config.max_length = len(text_ids) + generation_config.max_new_tokens
         of_row = GenerationMixin._get_logits_processor(
             model,
@@ -244,7 +249,7 @@ def answer(
             model_kwargs={},
         )
         ends = model._get_stopping_criteria(generation_config, criteria, tokenizer=tokenizer)
-        answers.append(Answer(torch.tensor([text_ids], device=ids.device), of_row, ends))
+        answers.append(Answer(torch.tensor([text_ids], device=ids.device), of_row, ends, own))
     contexts = interleave(
         contexts,
         answers,
@@ -253,7 +258,6 @@ def answer(
         do_sample=bool(generation_config.do_sample),
         max_new_tokens=generation_config.max_new_tokens,
         max_new_images=max_new_images,
-        streamer=streamer,
         output_logits=output_logits,
         on_scale_end=on_scale_end,
     )

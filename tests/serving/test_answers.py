@@ -1,6 +1,7 @@
 """What a server answers is what the model itself gives, whoever else asks."""
 
 import re
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -154,6 +155,80 @@ def test_a_chat_answers_in_text_and_pictures(address, tiny_model, tiny_processor
     content, pictures = parts_of(response)
     assert pictures == [part.tobytes() for part in parts[:2]] and len(parts) == 3
     assert content == f"![](picture-0)\n\n![](picture-1)\n\n{parts[2].strip()}"
+
+
+SETTINGS = {"model": "tiny", "messages": sent("a star"), "max_completion_tokens": 9, "temperature": 1.0, "seed": 3}
+
+
+def streamed(address: str, **body) -> tuple[list, str, list]:
+    """The chunks of an answer, its text and its images."""
+    usage = {"include_usage": True}
+    chunks = list(client(address).chat.completions.create(**SETTINGS | body, stream=True, stream_options=usage))
+    deltas = [choice.delta for chunk in chunks for choice in chunk.choices]
+    images = [image for delta in deltas for image in getattr(delta, "images", [])]
+    return chunks, "".join(delta.content for delta in deltas), images
+
+
+@pytest.mark.parametrize("modalities", [["text"], ["text", "image"], ["image"]])
+def test_a_streamed_answer_is_the_whole_one(address, tiny_model, modalities):
+    boi, number = tiny_model.config.boi_token_id, 0
+
+    def third_is_a_picture(module, args, logits):
+        nonlocal number
+        number += 1
+        return likely(logits, boi) if number == 3 and "image" in modalities else logits
+
+    body = {"extra_body": {"modalities": modalities}}
+    if modalities == ["image"]:
+        body["max_completion_tokens"] = None
+    handle = tiny_model.lm_head.register_forward_hook(third_is_a_picture)
+    whole = client(address).chat.completions.create(**SETTINGS | body)
+    number = 0
+    chunks, content, images = streamed(address, **body)
+    handle.remove()
+    message = whole.choices[0].message
+    assert content == message.content and images == getattr(message, "images", [])
+    assert len(images) == ("image" in modalities)
+    first, *between, last, usage = chunks
+    assert first.choices[0].delta.role == "assistant"
+    assert all(chunk.choices[0].finish_reason is None for chunk in (first, *between))
+    assert last.choices[0].finish_reason == whole.choices[0].finish_reason
+    assert usage.choices == [] and usage.usage == whole.usage
+    assert len({chunk.id for chunk in chunks}) == 1 and {chunk.object for chunk in chunks} == {"chat.completion.chunk"}
+    if "text" in modalities:
+        assert len(between) > 1
+
+
+def test_a_stream_comes_while_it_is_written(tiny_model, tiny_processor):
+    """And who leaves it leaves the queue."""
+    written, let_go = 0, threading.Event()
+
+    def wait_at_the_fourth(module, args) -> None:
+        nonlocal written
+        written += 1
+        if written == 4:
+            let_go.wait()
+
+    with running(tiny_model, tiny_processor) as address:
+        handle = tiny_model.lm_head.register_forward_pre_hook(wait_at_the_fourth)
+        ask = client(address).chat.completions.create
+        stream = ask(**SETTINGS, stream=True)
+        text = ""
+        while not text:
+            text += next(stream).choices[0].delta.content
+        waiting = ask(**SETTINGS, stream=True)
+        until(lambda: accepted(address) == 2)
+        waiting.close()
+        let_go.set()
+        handle.remove()
+        text += "".join(chunk.choices[0].delta.content for chunk in stream)
+        assert text == ask(**SETTINGS).choices[0].message.content
+
+
+def test_a_stream_that_is_refused_has_the_status(address):
+    with pytest.raises(openai.BadRequestError, match="positions") as refused:
+        client(address).chat.completions.create(**SETTINGS | {"messages": sent("a " * 5000)}, stream=True)
+    assert refused.value.param == "messages"
 
 
 def test_an_answer_goes_back_as_it_came(address, tiny_model, tiny_processor):

@@ -66,6 +66,7 @@ PICTURES = [
     ({"top_k": -1}, "top_k"),
     ({"top_p": 0}, "top_p"),
     ({"negative_prompt": ["a"]}, "negative_prompt"),
+    ({"negative_prompt": "a" + " a" * 5000}, "negative_prompt"),
     ({"response_format": "url"}, "response_format"),
     ({"output_format": "webp"}, "output_format"),
     ({"quality": "high"}, "quality"),
@@ -137,6 +138,7 @@ CHATS = [
     ({"messages": [message("assistant", part(data_url(PHOTO))), message("user")]}, "messages[0].images"),
     ({"modalities": ["audio"]}, "modalities[0]"),
     ({"modalities": []}, "modalities"),
+    ({"modalities": ["text", "text"]}, "modalities"),
     ({"max_tokens": 0}, "max_tokens"),
     ({"max_completion_tokens": 1025}, "max_completion_tokens"),
     ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens"),
@@ -146,7 +148,7 @@ CHATS = [
     ({"guidance_scale": 2.0}, "guidance_scale"),
     ({"modalities": ["image"], "max_tokens": 5}, "max_tokens"),
     ({"modalities": ["image"], "max_images": 2}, "max_images"),
-    ({"stream": True}, "stream"),
+    ({"stream": True, "modalities": ["image"], "max_images": 2}, "max_images"),
     ({"n": 2}, "n"),
     ({"tools": []}, "tools"),
     ({"messages": [None]}, "messages[0]"),
@@ -163,6 +165,7 @@ CHATS = [
     ({"max_images": 1.5, "modalities": ["text", "image"]}, "max_images"),
     ({"stream": "false"}, "stream"),
     ({"stream_options": {"include_usage": True}}, "stream_options"),
+    ({"stream": True, "stream_options": {"include_obfuscation": 1}}, "stream_options.include_obfuscation"),
     ({"temperature": True}, "temperature"),
 ]
 
@@ -204,11 +207,29 @@ def test_edits(address, given, param):
     assert refused.value.param == param and refused.value.body["message"].startswith(f"{param}: ")
 
 
+def form(address: str, *fields: tuple[str, str | bytes]) -> Request:
+    """An edit whose fields are texts or files."""
+    body = b""
+    for name, value in fields:
+        is_file = isinstance(value, bytes)
+        head = f'Content-Disposition: form-data; name="{name}"' + '; filename="a.png"' * is_file
+        body += f"--x\r\n{head}\r\n\r\n".encode() + (value if is_file else value.encode()) + b"\r\n"
+    kind = {"Content-Type": "multipart/form-data; boundary=x"}
+    return Request(f"{address}/v1/images/edits", body + b"--x--\r\n", kind)
+
+
 def test_an_edit_needs_a_picture(address):
-    form = b"--x\r\nContent-Disposition: form-data; name=prompt\r\n\r\na\r\n--x--\r\n"
-    request = Request(f"{address}/v1/images/edits", form, {"Content-Type": "multipart/form-data; boundary=x"})
-    status, error = refusal(request)
+    status, error = refusal(form(address, ("prompt", "a")))
     assert (status, error["param"]) == (400, "image")
+
+
+TWICE = [("prompt", "a star"), ("seed", "5"), ("mask", png(mask(24, 24)))]
+
+
+@pytest.mark.parametrize("field", TWICE)
+def test_a_field_of_a_form_comes_once(address, field):
+    status, error = refusal(form(address, ("image", png(PHOTO)), ("prompt", "a"), field, field))
+    assert (status, error["param"]) == (400, field[0]) and "times" in error["message"]
 
 
 @pytest.mark.parametrize("body", [b"{", b"", b"[]", b"\xff", b'{"prompt": "a", "prompt', b"[" * 100_000, b"null"])
@@ -224,11 +245,7 @@ def test_a_form_where_json_is_due(address):
 
 
 def test_a_text_where_a_file_is_due(address):
-    fields = ((b"prompt", b"a"), (b"image", b"hello"))
-    parts = [b"--x\r\nContent-Disposition: form-data; name=%s\r\n\r\n%s\r\n" % field for field in fields]
-    form = b"".join(parts) + b"--x--\r\n"
-    request = Request(f"{address}/v1/images/edits", form, {"Content-Type": "multipart/form-data; boundary=x"})
-    status, error = refusal(request)
+    status, error = refusal(form(address, ("prompt", "a"), ("image", "hello")))
     assert status == 400 and error["param"].startswith("image")
 
 

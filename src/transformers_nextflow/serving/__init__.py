@@ -3,7 +3,7 @@
 - `limits.py`: what a server takes.
 - `schemas.py`, `pictures.py`, `chats.py`: what requests say, and their pictures and messages.
 - `jobs.py`: requests as calls of `generate`, several at once.
-- `batching.py`: who waits, and who is drawn together.
+- `batching.py`, `streams.py`: who waits, and who is drawn together; answers as they are written.
 - `app.py`, `gate.py`, `errors.py`, `metrics.py`: the web application.
 - `replicas.py`: the same on Ray Serve.
 """

@@ -1,14 +1,17 @@
 """The web application: OpenAI's paths over a [`Studio`] and a [`Batcher`]."""
 
 import asyncio
+import json
 import time
 import uuid
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from typing import Annotated
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import aclosing, asynccontextmanager
+from typing import Annotated, TypeVar
 
 from anyio import create_task_group
 from fastapi import FastAPI, Form, Request, Response
+from fastapi.responses import StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
 
@@ -24,6 +27,9 @@ from .limits import Limits
 from .metrics import Metrics
 from .pictures import check_pictures, read_picture, to_base64
 from .schemas import ChatRequest, EditRequest, ImageRequest
+from .streams import deltas_of
+
+T = TypeVar("T")
 
 CLIENT_IS_GONE = 499
 """nginx's status; nobody reads it but the metrics."""
@@ -52,7 +58,8 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with create_task_group() as group:
-            group.start_soon(batcher.work)
+            for _ in range(limits.max_batches):
+                group.start_soon(batcher.work)
             yield  # ends after the last answer
             group.cancel_scope.cancel()
 
@@ -66,7 +73,7 @@ def create_app(
 
     async def drawn(request: Request, job: Job) -> dict:
         """OpenAI's response of pictures."""
-        answer = await answer_of(request, batcher, job)
+        answer = await while_there(request, batcher.answer(job))
         width, height = answer.parts[0].size
         return {
             "created": int(time.time()),
@@ -76,11 +83,7 @@ def create_app(
             "output_format": "png",
             "size": f"{width}x{height}",
             "seed": job.seed,
-            "usage": {
-                "input_tokens": answer.prompt_tokens,
-                "output_tokens": answer.completion_tokens,
-                "total_tokens": answer.prompt_tokens + answer.completion_tokens,
-            },
+            "usage": usage_of(answer, "input_tokens", "output_tokens"),
         }
 
     @app.post("/v1/images/generations")
@@ -100,6 +103,9 @@ def create_app(
     async def edit(request: Request, asked: Annotated[EditRequest, Form(media_type="multipart/form-data")]) -> dict:
         """Pictures made of others by an instruction."""
         check_model(asked.model)
+        for field, times in Counter(name for name, _ in (await request.form()).multi_items()).items():
+            if times > 1 and field not in ("image", "image[]"):
+                raise RequestError(f"give it once, got it {times} times", field)
         uploads = [*asked.image, *asked.images]
         if not uploads:
             raise RequestError("give at least one file", "image")
@@ -115,8 +121,8 @@ def create_app(
         return await drawn(request, await run_in_threadpool(read))
 
     @app.post("/v1/chat/completions")
-    async def chat(request: Request, asked: ChatRequest) -> dict:
-        """An answer in text, a picture, or both in turn."""
+    async def chat(request: Request, asked: ChatRequest):
+        """An answer in text, a picture, or both in turn; in one piece, or as server-sent events."""
         check_model(asked.model)
         if (idle := asked.without_effect()) is not None:
             raise RequestError(f"has no effect on answers of the modalities {asked.modalities}", idle)
@@ -128,21 +134,34 @@ def create_app(
             return studio.answer_job(asked, messages)
 
         job = await run_in_threadpool(read)
-        answer = await answer_of(request, batcher, job)
-        choice = {"index": 0, "finish_reason": "stop" if answer.is_whole else "length", "logprobs": None}
-        return {
-            "id": f"chatcmpl-{uuid.uuid4().hex}",
-            "object": "chat.completion",
-            "created": int(time.time()),
-            "model": name,
-            "choices": [choice | {"message": await run_in_threadpool(message_of, answer)}],
-            "seed": job.seed,
-            "usage": {
-                "prompt_tokens": answer.prompt_tokens,
-                "completion_tokens": answer.completion_tokens,
-                "total_tokens": answer.prompt_tokens + answer.completion_tokens,
-            },
-        }
+        head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name, "seed": job.seed}
+
+        def choices(answer: Answer | None, **said: dict) -> dict:
+            reason = None if answer is None else "stop" if answer.is_whole else "length"
+            return {"choices": [{"index": 0, **said, "finish_reason": reason, "logprobs": None}]}
+
+        def usage(answer: Answer) -> dict:
+            return {"usage": usage_of(answer, "prompt_tokens", "completion_tokens")}
+
+        if not asked.stream:
+            answer = await while_there(request, batcher.answer(job))
+            message = await run_in_threadpool(message_of, answer)
+            return head | {"object": "chat.completion"} | choices(answer, message=message) | usage(answer)
+
+        head |= {"object": "chat.completion.chunk"}
+        deltas = deltas_of(batcher, job)
+        opening, _ = await while_there(request, anext(deltas))  # what is refused has a status of its own
+
+        async def events() -> AsyncIterator[str]:
+            yield event(head | choices(None, delta=opening))
+            async with aclosing(deltas):
+                async for delta, answer in deltas:
+                    yield event(head | choices(answer, delta=delta))
+            if asked.stream_options is not None and asked.stream_options.include_usage:
+                yield event(head | {"choices": []} | usage(answer))
+            yield "data: [DONE]\n\n"
+
+        return StreamingResponse(events(), media_type="text/event-stream")
 
     started = int(time.time())
 
@@ -162,17 +181,25 @@ def create_app(
     return app
 
 
-async def answer_of(request: Request, batcher: Batcher, job: Job) -> Answer:
-    """Wait for a job's answer as long as its client does."""
-    ticket = batcher.submit(job)
-    gone = asyncio.create_task(client_is_gone(request))
-    waited: list[asyncio.Future] = [ticket.answer, gone]
-    await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+def event(chunk: dict) -> str:
+    return f"data: {json.dumps(chunk)}\n\n"
+
+
+def usage_of(answer: Answer, prompt: str, written: str) -> dict[str, int]:
+    """What an answer cost, by OpenAI's two pairs of names."""
+    counts = {prompt: answer.prompt_tokens, written: answer.completion_tokens}
+    return counts | {"total_tokens": sum(counts.values())}
+
+
+async def while_there(request: Request, awaited: Awaitable[T]) -> T:
+    """What is waited for, as long as its client waits."""
+    result, gone = asyncio.ensure_future(awaited), asyncio.create_task(client_is_gone(request))
+    await asyncio.wait([result, gone], return_when=asyncio.FIRST_COMPLETED)
     gone.cancel()
-    if not ticket.answer.done():
-        batcher.leave(ticket)
+    if not result.done():
+        result.cancel()
         raise RequestError("the client is gone", status=CLIENT_IS_GONE)
-    return ticket.answer.result()
+    return result.result()
 
 
 async def client_is_gone(request: Request) -> None:

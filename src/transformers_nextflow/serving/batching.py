@@ -1,6 +1,6 @@
 """Who waits, and who is drawn together.
 
-There is no time to wait for company: whoever comes while a batch is drawn waits, and the next batch is the longest
+There is no time to wait for company: whoever comes while batches are drawn waits, and the next batch is the longest
 waiting and all that fit to it.
 """
 
@@ -25,11 +25,11 @@ class Ticket:
 
 
 class Batcher:
-    """A queue before a model that does one thing at a time. All but `run` is of one event loop.
+    """A queue before a model. All but `run` is of one event loop.
 
     Args:
         run: gives the answers of jobs that fit together.
-        limits: tickets that wait; pictures that are drawn at once, unless one job has more.
+        limits: tickets that wait; pictures of a batch, unless one job has more.
         metrics: are told of each batch that begins, and see who waits.
 
     Attributes:
@@ -49,40 +49,40 @@ class Batcher:
         metrics.waiting.set_function(lambda: len(self.waiting))
         metrics.running.set_function(lambda: len(self.running))
 
-    def submit(self, job: Job) -> Ticket:
-        """A place for a job; raises a [`RequestError`] of status 429 if there is none."""
+    async def answer(self, job: Job) -> Answer:
+        """A job's answer; who is cancelled before it leaves the queue. Raises a [`RequestError`] of status 429 if that
+        is full."""
         if len(self.waiting) >= (most := self.limits.max_queue):
             raise RequestError(f"{most} requests wait already: try again later", None, 429, "queue_full")
         ticket = Ticket(job, asyncio.get_running_loop().create_future())
         self.waiting.append(ticket)
         self._some.set()
-        return ticket
-
-    def leave(self, ticket: Ticket) -> None:
-        """Nobody waits for the answer any more: the place is free."""
-        ticket.answer.cancel()
-        if ticket in self.waiting:
-            self.waiting.remove(ticket)
+        try:
+            return await ticket.answer
+        finally:
+            if ticket in self.waiting:
+                self.waiting.remove(ticket)
 
     async def work(self) -> None:
-        """Draw batch after batch, until this is cancelled."""
+        """Draw batch after batch in a thread, until this is cancelled. Several of these draw as many at a time."""
         loop = asyncio.get_running_loop()
         with ThreadPoolExecutor(1, "model") as model:
             while True:
                 while not self.waiting:
                     self._some.clear()
                     await self._some.wait()
-                self.running = self._next_batch()
-                jobs = [ticket.job for ticket in self.running]
+                batch = self._next_batch()
+                self.running += batch
+                jobs = [ticket.job for ticket in batch]
                 self.metrics.batches.observe(len(jobs))
                 self.metrics.pictures.observe(sum(job.num_pictures for job in jobs))
                 outcomes = await loop.run_in_executor(model, self._outcomes, jobs)
-                for ticket, outcome in zip(self.running, outcomes):
+                for ticket, outcome in zip(batch, outcomes):
                     answer, failed = ticket.answer, isinstance(outcome, Exception)
                     settle: Callable[[Any], None] = answer.set_exception if failed else answer.set_result
                     if not answer.done():  # its client may be gone
                         settle(outcome)
-                self.running = []
+                self.running = [ticket for ticket in self.running if ticket not in batch]
 
     def _next_batch(self) -> list[Ticket]:
         batch, room = [], self.limits.max_batch

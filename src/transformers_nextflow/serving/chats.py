@@ -4,7 +4,7 @@ import re
 from itertools import count
 
 from .errors import RequestError
-from .jobs import Answer, Chat
+from .jobs import Answer, Chat, Parts
 from .limits import Limits
 from .pictures import check_pictures, read_picture, to_base64
 from .schemas import Message, Part
@@ -36,7 +36,7 @@ def read_part(part: Part, limits: Limits, param: str) -> dict:
 
 
 def with_images(content: list[dict], images: list[dict], param: str) -> list[dict]:
-    """The content of an answer as [`message_of`] writes it, with the images in the places its texts name."""
+    """The content of an answer as [`text_of`] writes it, with the images in the places its texts name."""
     mark = re.escape(PLACE).replace(r"\{\}", r"\d+")
     split = (re.split(f"({mark})", item["text"]) if item["type"] == "text" else [item] for item in content)
     pieces = [piece for listed in split for piece in listed]
@@ -50,10 +50,18 @@ def with_images(content: list[dict], images: list[dict], param: str) -> list[dic
 
 
 def message_of(answer: Answer) -> dict:
-    """An answer as a message: its text, in which `![](picture-0)` stands for the first of its `images`."""
-    numbers = count()  # of its pictures
-    texts = [part if isinstance(part, str) else PLACE.format(next(numbers)) for part in answer.parts]
+    """An answer as a message."""
+    return {"role": "assistant", "content": text_of(answer.parts), "refusal": None, **images_of(answer)}
+
+
+def text_of(parts: Parts) -> str:
+    """The text of an answer, in which `![](picture-0)` stands for the first of its pictures."""
+    numbers = count()
+    return "\n\n".join(part if isinstance(part, str) else PLACE.format(next(numbers)) for part in parts)
+
+
+def images_of(answer: Answer) -> dict[str, list]:
+    """The `images` of an answer's message, if it has any."""
     urls = [f"data:image/png;base64,{to_base64(part)}" for part in answer.parts if not isinstance(part, str)]
     images = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
-    message = {"role": "assistant", "content": "\n\n".join(texts), "refusal": None}
-    return message | ({"images": images} if images else {})
+    return {"images": images} if images else {}

@@ -4,13 +4,15 @@ Every row has a seed of its own, and every request's pictures are encoded and de
 gets what it would get alone, up to what the rounding of a batch's logits changes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from PIL import Image
+from transformers.generation.streamers import BaseStreamer
 
+from ..configuration_nextflow import NextFlowConfig
 from ..image_generation import ImageGenerationConfig
 from ..modeling_nextflow import NextFlowForConditionalGeneration
 from ..processing_nextflow import NextFlowProcessor
@@ -29,6 +31,9 @@ SAMPLING = {"temperature", "top_k", "top_p"}
 Chat = list[dict[str, Any]]
 """Messages as the processor takes them, with pictures of Pillow."""
 
+Parts = Sequence[str | Image.Image | None]
+"""Texts and pictures of an answer in order, with None for a picture that is not there yet."""
+
 
 @dataclass(frozen=True, eq=False)
 class Job:
@@ -40,8 +45,9 @@ class Job:
         arguments: of `generate`; requests that are drawn together have the same.
         seed, negative_prompt: its own.
         num_pictures: that are drawn of it at once.
-        kept: (H, W) bool, where the first picture of the chat stays; None = nowhere.
         param: the field that holds the prompt.
+        kept: (H, W) bool, where the first picture of the chat stays; None = nowhere.
+        tell: gets the parts of an answer so far after each token, see [`Growing`].
     """
 
     chat: Chat
@@ -52,6 +58,7 @@ class Job:
     num_pictures: int
     param: str
     kept: torch.Tensor | None = None
+    tell: Callable[[Parts], object] | None = None
 
     def fits(self, other: "Job") -> bool:
         """Whether both can be one call of `generate`."""
@@ -156,21 +163,22 @@ class Studio:
             RequestError: if the model does not take one of the prompts.
         """
         first = jobs[0]
+        inputs = self.processor.apply_chat_template(
+            [job.chat for job in jobs],
+            sanitize_control_tokens=True,
+            generation_mode=first.mode,
+            negative_prompt=[job.negative_prompt for job in jobs],
+        ).to(self.model.device)
+        if "pixel_values" in inputs:
+            inputs |= self._codes(jobs, inputs)
+        arguments = {"seed": [job.seed for job in jobs], "generation_mode": first.mode, **first.arguments}
         try:
-            inputs = self.processor.apply_chat_template(
-                [job.chat for job in jobs],
-                sanitize_control_tokens=True,
-                generation_mode=first.mode,
-                negative_prompt=[job.negative_prompt for job in jobs],
-            ).to(self.model.device)
-            if "pixel_values" in inputs:
-                inputs |= self._codes(jobs, inputs)
-            arguments = {"seed": [job.seed for job in jobs], "generation_mode": first.mode, **first.arguments}
             if first.mode == "image":
                 return self._draw(inputs, first.num_pictures, arguments)
-            return self._write(inputs, arguments)
-        except ValueError as error:
-            raise RequestError(str(error), first.param) from error
+            return self._write(inputs, arguments, [job.tell for job in jobs])
+        except ValueError as error:  # a prompt is too long
+            prompt, null = (inputs[f"{of}attention_mask"].sum() for of in ("", "negative_"))
+            raise RequestError(str(error), "negative_prompt" if null > prompt else first.param) from error
 
     def _codes(self, jobs: Sequence[Job], inputs: dict) -> dict[str, torch.Tensor]:
         """The codes of the chats' pictures, and those that stay of each chat's first one; request by request, as the
@@ -198,8 +206,9 @@ class Studio:
             answers.append(Answer(pictures, True, int(mask.sum()), output.sequences[own].numel()))
         return answers
 
-    def _write(self, inputs: dict, arguments: dict) -> list[Answer]:
-        output = self.model.generate(**inputs, **arguments)
+    def _write(self, inputs: dict, arguments: dict, tell: Sequence[Callable | None]) -> list[Answer]:
+        streamers = [each and Growing(self.model.config, self.processor.tokenizer, each) for each in tell]
+        output = self.model.generate(**inputs, **arguments, streamer=streamers)
         schedules = map(self.model.model.schedules.by_grid, output.image_grid_hw.tolist())
         codes = output.image_codes.split([schedule.num_codes for schedule in schedules])
         pictures = [self.model.decode_images(*one)[0] for one in zip(codes, output.image_grid_hw.split(1))]
@@ -210,8 +219,35 @@ class Studio:
         for parts, ids, mask in zip(split, output.sequences, output.attention_mask.bool()):
             written = ids[start:][mask[start:]].tolist()
             parts = [part.strip() if isinstance(part, str) else part for part in parts]
+            parts = [part for part in parts if part != ""]
             answers.append(Answer(parts, written[-1] in ends, int(mask[:start].sum()), len(written)))
         return answers
+
+
+class Growing(BaseStreamer):
+    """Tells the parts of an answer after each of its tokens, with None in the place of a picture."""
+
+    def __init__(self, config: NextFlowConfig, tokenizer, tell: Callable[[Parts], object]):
+        self.config, self.tokenizer, self.tell = config, tokenizer, tell
+        self.texts: list[list[int]] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self.texts:  # the prompt
+            self.texts.append([])
+            return
+        if (token := int(value)) == self.config.boi_token_id:
+            self.texts.append([])
+        elif token != self.config.eoi_token_id:
+            self.texts[-1].append(token)
+        # half a character shows as U+FFFD
+        first, *others = (
+            self.tokenizer.decode(text, skip_special_tokens=True).strip().rstrip("\ufffd") for text in self.texts
+        )
+        parts = [first, *(part for text in others for part in (None, text))]
+        self.tell([part for part in parts if part != ""])
+
+    def end(self) -> None:
+        """The answer itself follows."""
 
 
 def make_exact(model: NextFlowForConditionalGeneration) -> None:

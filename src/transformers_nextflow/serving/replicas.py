@@ -33,11 +33,15 @@ def run_replicas(build: Callable[[], FastAPI], replicas: str, limits: Limits, ho
         limits: of one replica, whose own queue answers 429 before Ray's holds anybody back.
     """
     least, most = read_replicas(replicas)
-    scaling = {"min_replicas": least, "max_replicas": most, "target_ongoing_requests": limits.max_batch}
+    scaling = {
+        "min_replicas": least,
+        "max_replicas": most,
+        "target_ongoing_requests": limits.max_batch * limits.max_batches,
+    }
     deployment = serve.deployment(
         serve.ingress(build)(),
         name="transformers-nextflow",
-        max_ongoing_requests=2 * (limits.max_queue + limits.max_batch),
+        max_ongoing_requests=2 * (limits.max_queue + limits.max_batch * limits.max_batches),
         ray_actor_options={"num_gpus": int(torch.cuda.is_available())},
         autoscaling_config=scaling,
     )

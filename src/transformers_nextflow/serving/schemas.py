@@ -151,6 +151,10 @@ OF_MODALITIES = {
 """Fields of a chat that are about answers with these modalities alone."""
 
 
+class StreamOptions(Schema):
+    include_usage: bool = False
+
+
 class ChatRequest(Controls):
     """`/v1/chat/completions`.
 
@@ -158,6 +162,7 @@ class ChatRequest(Controls):
         modalities: what the answer is made of: text (the default), a picture, or both in turn.
         max_tokens, max_completion_tokens: of text, two names of one thing.
         max_images: of an answer of both.
+        stream, stream_options: the answer as events, a last one with the usage.
     """
 
     model: str
@@ -167,12 +172,21 @@ class ChatRequest(Controls):
     max_completion_tokens: int | None = Field(default=None, ge=1)
     max_images: int = Field(default=1, ge=1)
     n: Literal[1] = 1
-    stream: Literal[False] = False
+    stream: bool = False
+    stream_options: StreamOptions | None = None
 
     def without_effect(self) -> str | None:
         """A field that was given and says nothing about an answer of these modalities."""
-        found = (name for name, needed in OF_MODALITIES.items() if not needed <= {*self.modalities})
+        found = [name for name, needed in OF_MODALITIES.items() if not needed <= {*self.modalities}]
+        found += [] if self.stream else ["stream_options"]
         return next((name for name in found if name in self.model_fields_set), None)
+
+    @field_validator("modalities")
+    @classmethod
+    def each_once(cls, modalities: list[str]) -> list[str]:
+        if len({*modalities}) < len(modalities):
+            raise ValueError("name each modality once")
+        return modalities
 
     @field_validator("messages")
     @classmethod
