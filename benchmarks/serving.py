@@ -39,8 +39,9 @@ PROMPTS = ("red apple, noto", "grinning face, fluent", "blue heart, twemoji", "d
 class Server:
     """The command `serve` on a free port."""
 
-    def __init__(self, model: str | None, exact: bool):
+    def __init__(self, model: str | None, exact: bool, max_batches: int):
         named = [*(() if model is None else ("--model", model)), *(("--exact",) if exact else ())]
+        named += ["--max-batches", str(max_batches)]
         command = [sys.executable, "-m", "transformers_nextflow", "serve", "--port", "0", *named]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
         found = (re.search(r"http://127\.0\.0\.1:\d+", line) for line in self.process.stderr)
@@ -155,16 +156,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", metavar="NAME", help="default: the repository's checkpoint")
     parser.add_argument("--exact", action="store_true", help="as of the server")
+    parser.add_argument(
+        "--max-batches", type=int, default=1, metavar="N", help="as of the server; with OMP_NUM_THREADS=1"
+    )
     parser.add_argument("--clients", type=int, default=16, metavar="N", help="default: %(default)s")
     parser.add_argument("--requests", type=int, default=200, metavar="N", help="default: %(default)s")
     parser.add_argument("--further", type=int, default=1000, metavar="N", help="default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--output", type=Path, metavar="JSON", help="also write it")
     args = parser.parse_args()
-    with Server(args.model, args.exact) as server:
+    with Server(args.model, args.exact, args.max_batches) as server:
         result = measure(server, args.clients, args.requests, args.further)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    settings = {"model": Path(args.model or DEFAULT_MODEL).name, "exact": args.exact}
+    settings = {"model": Path(args.model or DEFAULT_MODEL).name, "exact": args.exact, "max_batches": args.max_batches}
     report({"machine": machine(device), **settings, **result}, args.json, args.output)
 
 

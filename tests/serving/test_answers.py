@@ -250,11 +250,11 @@ def test_an_answer_goes_back_as_it_came(address, tiny_model, tiny_processor):
     assert parts_of(second)[1] == [expected[0].tobytes()]
 
 
-def test_the_pages_example(address, tmp_path, monkeypatch):
+def test_the_pages_examples(address, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     SQUARE.save("picture.png")
     page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
-    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    block = "\n".join(re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL))
     for there, here in (("http://127.0.0.1:8000", address), ("64x64", "24x24"), ("nextflow-emoji", "tiny")):
         assert there in block
         block = block.replace(there, here)
@@ -262,6 +262,7 @@ def test_the_pages_example(address, tmp_path, monkeypatch):
     exec(compile(block, "serving.md", "exec"), names)
     assert len(names["drawn"].data) == 2 and names["edited"].size == "24x24"
     assert names["answer"].choices[0].finish_reason in ("stop", "length")
+    assert capsys.readouterr().out
 
 
 def ask(address: str, number: int) -> tuple:
