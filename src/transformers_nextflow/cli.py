@@ -457,12 +457,14 @@ def doctor(
     with needing_extra("train", "doctor"):
         from .doctor import examine, read_pictures, tables, write_report
 
-    if absent := [folder for folder in data or [] if not Path(folder).is_dir()]:
-        raise NotADirectoryError(f"there is no folder {absent[0]}")
-    holds_shards = {folder: (Path(folder) / "manifest.json").is_file() for folder in data or []}
-    packs, pictures = ([name for name, holds in holds_shards.items() if holds == is_shards] for is_shards in (1, 0))
+    data = data or []
+    for folder in data:
+        if not Path(folder).is_dir():
+            raise NotADirectoryError(f"there is no folder {folder}")
+    packs = [folder for folder in data if (Path(folder) / "manifest.json").is_file()]
+    pictures = [folder for folder in data if folder not in packs]
     if len(packs) > 1 or len(pictures) > 1:
-        raise ValueError(f"give one folder of shards and one of pictures, got {' and '.join(holds_shards)}")
+        raise ValueError(f"give one folder of shards and one of pictures, got {' and '.join(data)}")
     model, processor = load_model(checkpoint)
     with tqdm(desc="checks", unit="check", disable=None, leave=False) as progress:
         diagnosis = examine(

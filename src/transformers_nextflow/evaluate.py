@@ -54,7 +54,8 @@ def loss(
         arguments = NextFlowTrainingArguments(folder, per_device_eval_batch_size=batch_size, report_to="none")
         trainer = NextFlowTrainer(loaded, arguments, PackCollator(dataset), eval_dataset=dataset)
         measured = trainer.evaluate()
-    print_figures({name[5:]: value for name, value in measured.items() if name.startswith("eval_loss")}, json)
+    losses = {name: value for name, value in measured.items() if name.startswith("eval_loss")}
+    print_figures({name.removeprefix("eval_"): value for name, value in losses.items()}, json)
 
 
 @command(app)
