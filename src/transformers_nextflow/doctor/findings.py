@@ -52,9 +52,7 @@ class Check:
     expected: str
 
     def _found(self, severity: str, measured: str, fault: str | None = None, cause="", next_step="", **figures):
-        return Finding(
-            self.name, self.part, severity, measured, self.expected, fault, cause, next_step, figures=figures
-        )
+        return Finding(self.name, self.part, severity, measured, self.expected, fault, cause, next_step, figures)
 
     passed = partialmethod(_found, OK)
     unchecked = partialmethod(_found, UNCHECKED)

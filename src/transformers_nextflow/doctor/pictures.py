@@ -11,6 +11,7 @@ from ..scales import ScaleSchedule, ScheduleTable
 
 COLOURS = {"red": (214, 40, 40), "green": (40, 160, 70), "blue": (40, 80, 210)}
 COLOURS |= {"yellow": (240, 200, 40), "purple": (140, 60, 170), "orange": (240, 140, 30)}
+SIDES = {"circle": 64, "square": 4, "triangle": 3}
 BACKGROUNDS = ((255, 255, 255), (20, 20, 20), (150, 150, 150), (225, 210, 180))
 FILES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -32,19 +33,11 @@ def sizes(table: ScheduleTable) -> list[ScaleSchedule]:
 
 def draw(rng: random.Random, height: int, width: int) -> Picture:
     """One shape in a colour, on a plain ground."""
-    kind, colour = rng.choice(("circle", "square", "triangle")), rng.choice(list(COLOURS))
-    size, scale = min(height, width), 4
-    edge = scale * size * rng.uniform(0.35, 0.6)
-    left, top = (rng.uniform(0, scale * length - edge) for length in (width, height))
-    box = (left, top, left + edge, top + edge)
+    kind, colour, scale = rng.choice(list(SIDES)), rng.choice(list(COLOURS)), 4
+    radius = scale * min(height, width) * rng.uniform(0.2, 0.35)
+    centre = [rng.uniform(radius, scale * length - radius) for length in (width, height)]
     canvas = Image.new("RGB", (scale * width, scale * height), rng.choice(BACKGROUNDS))
-    pen = ImageDraw.Draw(canvas)
-    if kind == "circle":
-        pen.ellipse(box, COLOURS[colour])
-    elif kind == "square":
-        pen.rectangle(box, COLOURS[colour])
-    else:
-        pen.polygon([(left, top + edge), (left + edge, top + edge), (left + edge / 2, top)], COLOURS[colour])
+    ImageDraw.Draw(canvas).regular_polygon((*centre, radius), SIDES[kind], fill=COLOURS[colour])
     return Picture(canvas.resize((width, height), Image.Resampling.BOX), f"a {colour} {kind}")
 
 

@@ -57,12 +57,11 @@ def to_html(diagnosis: Diagnosis, title: str) -> str:
         figure.savefig(buffer := io.BytesIO(), format="png", dpi=100)
         data = base64.b64encode(buffer.getvalue()).decode()
         figures += f'<p><img alt="{html.escape(name)}" src="data:image/png;base64,{data}">'
-    style = "body{font-family:sans-serif;max-width:75em;margin:2em auto}"
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{style}</style><h1>{html.escape(title)}</h1><p>Read the first alarm first: what must hold exactly is "
-        f"checked before what is told from means, so a later alarm may follow from an earlier one. "
-        f"{diagnosis.seconds:.0f} seconds.</p>{page}<h2>Curves and pictures</h2>{figures}</html>\n"
+        f"<style>body{{font-family:sans-serif;max-width:75em;margin:2em auto}}</style><h1>{html.escape(title)}</h1><p>"
+        "Read the first alarm first: what must hold exactly is checked before means, so a later one may follow from "
+        f"an earlier one. {diagnosis.seconds:.0f} seconds.</p>{page}<h2>Curves and pictures</h2>{figures}</html>\n"
     )
 
 

@@ -12,7 +12,7 @@ from .findings import ENOUGH, SIGNIFICANT, Check, Finding, alignment
 COMPARE = "compare weights and config.json with the training's own checkpoint"
 COMPARED = 256  # entries of the table whose likenesses are compared
 SMALLEST, LARGEST = 48, 256  # rows and columns of a matrix from which on it has a spectrum, and that are looked at
-FEWEST_VALUES = 16  # of a row: what 4 bits hold
+FEWEST, CLIPPED = 16, 0.01  # of a row: what 4 bits hold; share of entries that may be at the largest
 LOOKED_AT, SAME = 4096, 0.999  # entries of two tensors, and their correlation if one is a copy
 
 
@@ -28,36 +28,45 @@ def finite(check: Check, case: Case) -> Finding:
 
 
 def values(check: Check, case: Case) -> Finding:
-    """No tensor holds one number throughout, since biases begin at 0 and norms at 1, and the first step of training
-    moves every entry by itself; rows of matrices hold more values than 4 bits have."""
+    """No tensor, and no row or column of a matrix that is always read, holds one number throughout: biases begin at 0
+    and norms at 1, and the first step moves every entry by itself. Few entries are the largest, as they are after
+    clipping, and rows of matrices hold more values than 4 bits have."""
     tensors = {name: tensor for name, tensor in case.model.named_parameters() if tensor.numel() > 1}
-    constant = [name for name, tensor in tensors.items() if bool((tensor == tensor.flatten()[0]).all())]
-    if constant:
-        cause = "they were never trained, or were reset or left out when weights were loaded, merged or converted"
-        measured = f"{_some(constant)} of {len(tensors)} are one number throughout"
-        return check.warned(measured, "untrained weights", cause, COMPARE)
-    wide = {name: weight for name, weight in matrices(case.model).items() if weight.shape[1] > 4 * FEWEST_VALUES}
-    coarse = [name for name, weight in wide.items() if all(len(row.unique()) <= FEWEST_VALUES for row in weight[:8])]
-    if not coarse:
-        return check.passed(f"so do all of {len(tensors)} tensors")
-    measured, step = f"{_some(coarse)} of {len(wide)} are of 4 bits or less", "quantise the original weights to 8 bits"
-    return check.warned(measured, "weights too coarse", "they were rounded to few values", step)
+    wide = {name: weight for name, weight in matrices(case.model).items() if weight.shape[1] > 4 * FEWEST}
+    read = {name: weight for name, weight in wide.items() if not re.search("embed|head", name)}
+    cut = lambda x: (x == x[:1]).all(0).any() or (x == x[:, :1]).all(1).any()  # noqa: E731
+    kinds = (
+        ("untrained weights", "one number throughout", tensors, lambda x: (x == x.flatten()[0]).all()),
+        ("weights cut off", "one number in a row or column", read, cut),
+        ("weights clipped", "often at one bound", wide, lambda x: (x.abs() == x.abs().max()).float().mean() > CLIPPED),
+        ("weights too coarse", "of 4 bits or less", wide, lambda x: all(len(y.unique()) <= FEWEST for y in x[:8])),
+    )
+    for fault, what, members, is_so in kinds:
+        if found := [name for name, weight in members.items() if is_so(weight)]:
+            cause = "they were never trained, or reset, cut, rounded or left out in loading, merging or conversion"
+            return check.warned(f"{_some(found)} of {len(members)} are {what}", fault, cause, COMPARE)
+    return check.passed(f"so do all of {len(tensors)} tensors")
 
 
 def spectra(check: Check, case: Case) -> Finding:
-    """Singular values of a trained matrix or kernel are others than those of the same entries in random order."""
-    kinds: dict[str, dict[str, float]] = defaultdict(dict)
+    """Singular values of a trained matrix or kernel are others than those of the same entries in random order, and its
+    small ones are no tenth of its kind's."""
+    kinds: dict[str, dict[str, tuple[float, float]]] = defaultdict(dict)
     generator = torch.Generator().manual_seed(case.seed)
     for name, weight in matrices(case.model).items():
         if min(weight.shape) >= SMALLEST and (".vq_model." not in name or case.model.get_parameter(name).ndim > 2):
             kinds[kind_of(name)][name] = _structure(weight[:LARGEST, :LARGEST].cpu(), generator)
     if not kinds:
         return check.unchecked(f"no matrix has {SMALLEST} rows and columns to tell training from chance")
-    usual = {kind: float(torch.tensor(list(each.values())).median()) for kind, each in kinds.items()}
-    scores = {name: score for each in kinds.values() for name, score in each.items()}
+    usual = {kind: torch.tensor([*each.values()]).median(dim=0).values.tolist() for kind, each in kinds.items()}
+    every = {name: found for each in kinds.values() for name, found in each.items()}
+    if low := [name for name, (_, small) in every.items() if small < usual[kind_of(name)][1] / 10]:
+        cause = "they were compressed, cut, or replaced by a product of small matrices"
+        return check.warned(f"{_some(low)} of {len(every)} matrices are", "weights of low rank", cause, COMPARE)
+    scores = {name: score for name, (score, _) in every.items()}
     random = [name for name, score in scores.items() if score < SIGNIFICANT]
     measured = f"they are {min(scores.values()):.0f} to {max(scores.values()):.0f} deviations of chance apart"
-    if all(value < SIGNIFICANT for value in usual.values()):
+    if all(score < SIGNIFICANT for score, _ in usual.values()):
         cause = "the transformer's weights are as random numbers leave them"
         step = "train it, or load the trained weights: look for warnings of newly initialised ones"
         return check.warned(measured, "never trained", cause, step, deviations=scores)
@@ -68,13 +77,14 @@ def spectra(check: Check, case: Case) -> Finding:
     return check.warned(measured, "re-initialised weights", cause, COMPARE, deviations=scores)
 
 
-def _structure(weight: torch.Tensor, generator: torch.Generator, draws: int = 16) -> float:
-    """By how many deviations the singular values lie further from those of shuffled entries than these do."""
+def _structure(weight: torch.Tensor, generator: torch.Generator, draws: int = 16) -> tuple[float, float]:
+    """By how many deviations singular values lie further from shuffled entries' than these do; a small one's share."""
     shuffled = [weight.flatten()[torch.randperm(weight.numel(), generator=generator)] for _ in range(draws)]
-    chance = torch.linalg.svdvals(torch.stack(shuffled).view(draws, *weight.shape))
+    chance, own = torch.linalg.svdvals(torch.stack(shuffled).view(draws, *weight.shape)), torch.linalg.svdvals(weight)
     mean = chance.mean(dim=0)  # AdamW spreads them wider, Muon may spread them less
     usual = (chance - mean).norm(dim=1) * (draws / (draws - 1)) ** 0.5  # each has its share in the mean
-    return float(((torch.linalg.svdvals(weight) - mean).norm() - usual.mean()) / usual.std().clamp(min=1e-30))
+    score, small = ((own - mean).norm() - usual.mean()) / usual.std().clamp(min=1e-30), int(0.9 * len(mean))
+    return float(score), float(own[small] / mean[small].clamp(min=1e-30))
 
 
 def copies(check: Check, case: Case) -> Finding:
