@@ -3,7 +3,8 @@
 The command `serve` runs in a process of its own and is asked over HTTP for pictures, edits of one picture, and
 descriptions of it, in turn:
 
-- `throughput`: answers a second of one client, then of `--clients`, each of which asks for its next when it has one;
+- `throughput`: answers a second of one client, and of `--clients`, each of which asks for its next when it has one;
+  the two in turn, fifty requests at a time;
 - `processor`: the server's own seconds of processor for each of these answers, whatever else the machine does;
 - `batches`: how many requests were answered together, as `/metrics` tells, meanwhile;
 - `same`: how many answers are, to the last pixel, those of the same request alone;
@@ -32,6 +33,9 @@ from PIL import Image
 from transformers_nextflow.utils.loading import DEFAULT_MODEL
 
 from .harness import machine, report
+
+ROUND = 50
+"""Requests of one client, then of all: in turn, so that what else the machine does slows both."""
 
 PROMPTS = ("red apple, noto", "grinning face, fluent", "blue heart, twemoji", "dog, noto")
 
@@ -124,12 +128,17 @@ def terminated(server: Server, count: int, clients: int) -> dict[str, int]:
 
 def measure(server: Server, clients: int, num_requests: int, num_further: int) -> dict:
     asked(server, range(5), 1)  # warm
-    start = server.processor()
-    alone, one = asked(server, range(num_requests), 1)
-    before, middle = server.batches(), server.processor()
-    together, many = asked(server, range(num_requests), clients)
-    end = server.processor()
-    batches = dict(server.batches() - before)
+    answers, seconds, processor, batches = ({1: [], clients: []}, Counter(), Counter(), Counter())
+    for start in range(0, num_requests, ROUND):
+        for count in answers:
+            before, spent = server.batches(), server.processor()
+            some, took = asked(server, range(start, min(start + ROUND, num_requests)), count)
+            answers[count] += some
+            seconds[count] += took
+            processor[count] += server.processor() - spent
+            batches += server.batches() - before if count == clients else Counter()
+    alone, together = answers.values()
+    one, many = seconds.values()
     memory = [server.memory()]
     for tenth in range(10):
         asked(server, range(tenth * num_further // 10, (tenth + 1) * num_further // 10), clients)
@@ -140,11 +149,11 @@ def measure(server: Server, clients: int, num_requests: int, num_further: int) -
         "throughput": {"one": round(num_requests / one, 2), "many": round(num_requests / many, 2)},
         "many_over_one": round(one / many, 2),
         "processor": {
-            "one": round((middle - start) / num_requests, 4),
-            "many": round((end - middle) / num_requests, 4),
-            "one_over_many": round((middle - start) / (end - middle), 2),
+            "one": round(processor[1] / num_requests, 4),
+            "many": round(processor[clients] / num_requests, 4),
+            "one_over_many": round(processor[1] / processor[clients], 2),
         },
-        "batches": batches,
+        "batches": dict(batches),
         "same": sum(a == b for a, b in zip(alone, together)),
         "further_requests": num_further,
         "memory": memory,

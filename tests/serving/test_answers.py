@@ -1,5 +1,7 @@
 """What a server answers is what the model itself gives, whoever else asks."""
 
+import http.client
+import json
 import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -216,9 +218,12 @@ def test_a_stream_comes_while_it_is_written(tiny_model, tiny_processor):
         text = ""
         while not text:
             text += next(stream).choices[0].delta.content
-        waiting = ask(**SETTINGS, stream=True)
+        leaving = http.client.HTTPConnection(address.removeprefix("http://"))
+        body = json.dumps(SETTINGS | {"stream": True})
+        leaving.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
         until(lambda: accepted(address) == 2)
-        waiting.close()
+        leaving.close()
+        until(lambda: accepted(address) == 1)
         let_go.set()
         handle.remove()
         text += "".join(chunk.choices[0].delta.content for chunk in stream)

@@ -125,7 +125,7 @@ def create_app(
         """An answer in text, a picture, or both in turn; in one piece, or as server-sent events."""
         check_model(asked.model)
         if (idle := asked.without_effect()) is not None:
-            raise RequestError(f"has no effect on answers of the modalities {asked.modalities}", idle)
+            raise RequestError(f"has no effect with modalities {asked.modalities} and stream {asked.stream}", idle)
 
         def read() -> Job:
             messages = read_chat(asked.messages, limits)
