@@ -120,8 +120,9 @@ def test_ids_are_a_batch(model):
         model(ids, pixel_values=torch.zeros(9, 3 * PATCH**2), image_grid_hw=grids)
 
 
-def test_pictures_of_several_sizes_under_a_compiler(model):
-    compiled = torch.compile(model)
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_pictures_of_several_sizes_under_a_compiler(model, backend):
+    compiled = torch.compile(model, backend=backend)
     for number, grid in enumerate((SQUARE, WIDE)):
         inputs = batch_of(model, [10, Picture(grid, 1), 11])
         del inputs["image_codes"]

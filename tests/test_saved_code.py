@@ -56,9 +56,8 @@ AutoProcessor.from_pretrained(NAME, **TRUST).save_pretrained("again")
 """
     with hub_stand_in() as hub:
         run_fresh(script, tmp_path, **hub.environment)
-        for name in ("someone/pushed", "someone/saved"):
-            script = f"{LOADED}\nNAME = {name!r}\n{WHOLE}\n{load}"
-            assert run_fresh(script, tmp_path, **hub.environment).strip() == NAMES
+        whole = "".join(f"\nNAME = {name!r}\n{WHOLE}" for name in ("someone/pushed", "someone/saved"))
+        assert run_fresh(LOADED + whole + load, tmp_path, **hub.environment).splitlines() == [NAMES, NAMES]
     assert run_fresh(f"{LOADED}\nNAME = 'again'\n{WHOLE}", tmp_path).strip() == NAMES
 
 

@@ -617,9 +617,8 @@ def test_two_processes_evaluate_as_one(model, tmp_path):
     model.save_pretrained(tmp_path / "model")
     script = tmp_path / "two.py"
     script.write_text(TWO_PROCESSES)
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29735"]
     environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "OMP_NUM_THREADS": "1"}
-    run += [str(script), str(tmp_path)]
+    run = [sys.executable, str(script), str(tmp_path)]
     done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     together = json.loads((tmp_path / "two.json").read_text())
@@ -630,18 +629,23 @@ def test_two_processes_evaluate_as_one(model, tmp_path):
 TWO_PROCESSES = """
 import json, sys, torch
 from pathlib import Path
+from tests.ranks import on_ranks
 from tests.test_vq_trainer import Pictures, trainer
 from transformers_nextflow import NextFlowVQModel
 from transformers_nextflow.training import prepare_vq_stage
 
-folder = Path(sys.argv[1])
-model = prepare_vq_stage(NextFlowVQModel.from_pretrained(folder / "model"), "pixel")
-run = trainer(model, folder)
-metrics = run.evaluate(torch.utils.data.Subset(Pictures(), range(5)))
-if run.is_world_process_zero():
-    (folder / "two.json").write_text(json.dumps(metrics))
-run.accelerator.wait_for_everyone()
-torch.distributed.destroy_process_group()
+
+def work():
+    folder = Path(sys.argv[1])
+    model = prepare_vq_stage(NextFlowVQModel.from_pretrained(folder / "model"), "pixel")
+    run = trainer(model, folder)
+    metrics = run.evaluate(torch.utils.data.Subset(Pictures(), range(5)))
+    if run.is_world_process_zero():
+        (folder / "two.json").write_text(json.dumps(metrics))
+    run.accelerator.wait_for_everyone()
+    torch.distributed.destroy_process_group()
+
+on_ranks(work)
 """
 
 

@@ -35,6 +35,13 @@ for command in sys.argv[1:]:
     print(command)
     assert main([*command.split(), "--help"]) == 0
 """
+IN_TURN = r"""
+import json, sys
+from transformers_nextflow.cli import main
+for words in json.loads(sys.argv[1]):
+    assert main(list(map(str, words))) == 0
+    print(end="\f", flush=True)
+"""
 ONE = ("--max_steps", 1, "--use_cpu", "--report_to", "none", "--save_strategy", "no")
 
 
@@ -92,21 +99,16 @@ def photos(folder: Path) -> None:
 
 def test_pictures_become_a_model_that_is_exported(environment, tiny_checkpoint, tmp_path):
     photos(tmp_path / "photos")
-
-    def command(*words) -> str:
-        return run(environment, tmp_path, "transformers-nextflow", *words)
-
-    model = ("--model", tiny_checkpoint)
-    command("finetune", "photos", "--output", "tuned", "--steps", 2, "--batch-size", 2, "--evaluations", 1, *model)
-    command("train", "transformer", "--packs", "tuned/data/training-packs", "--model", "tuned", "--output", "on", *ONE)
-    command("merge", "on", "--output", "whole")
-    losses = [
-        json.loads(command("evaluate", "loss", "tuned/data/held-out-packs", "--model", name, "--json"))
-        for name in ("on", "whole")
-    ]
+    finetune = ("finetune", "photos", "--output", "tuned", "--steps", 2, "--batch-size", 2, "--evaluations", 1)
+    run(environment, tmp_path, "transformers-nextflow", *finetune, "--model", tiny_checkpoint)
+    train = ("train", "transformer", "--packs", "tuned/data/training-packs", "--model", "tuned", "--output", "on")
+    loss = ("evaluate", "loss", "tuned/data/held-out-packs", "--json", "--model")
+    lines = [(*train, *ONE), ("merge", "on", "--output", "whole"), (*loss, "on"), (*loss, "whole")]
+    lines.append(("export", "whole", "--to", "exported"))
+    out = run(environment, tmp_path, "python", "-c", IN_TURN, json.dumps(lines)).split("\f")
+    losses = [json.loads(part) for part in out[2:4]]
     assert losses[0] == losses[1] and losses[0]["loss_vision"] > 0
-    command("export", "whole", "--to", "exported")
-    command("generate", "red", "--model", "exported", "--seed", 0)
+    run(environment, tmp_path, "transformers-nextflow", "generate", "red", "--model", "exported", "--seed", 0)
     assert Image.open(tmp_path / "picture.png").size == (24, 24)
 
 
@@ -124,15 +126,20 @@ def test_every_training_and_the_conversion_run(environment, tiny_model, tiny_che
     (tmp_path / "rewards.py").write_text("def size(images, **columns):\n    return [i.width for i in images]\n")
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "red"}\n')
 
-    def train(name: str, *words) -> None:
-        run(environment, tmp_path, "transformers-nextflow", "train", name, "--output", name, *words, *ONE)
+    def train(name: str, *words) -> tuple:
+        return "train", name, "--output", name, *words, *ONE
 
-    run(environment, tmp_path, "transformers-nextflow", "convert", "language-model", "qwen", "vq", "converted")
     without = ("--perceptual_weight", 0, "--discriminator_weight", 0)
-    train("tokenizer", "--model", "vq", "--images", "photos", "--stage", "pixel", *without)
+    small = ("--train_batch_size", 2, "--num_samples", 0)
+    lines = [
+        ("convert", "language-model", "qwen", "vq", "converted"),
+        train("tokenizer", "--model", "vq", "--images", "photos", "--stage", "pixel", *without),
+        train("decoder", "--model", "new", "--dataset_name", "photos", *small),
+    ]
+    run(environment, tmp_path, "python", "-c", IN_TURN, json.dumps(lines))
     rewards = ("--dataset_name", "prompts.jsonl", "--reward_funcs", "rewards.size", "--model", "converted")
-    train("grpo", *rewards, "--num_generations", 2, "--per_device_train_batch_size", 2)
-    train("decoder", "--model", "new", "--dataset_name", "photos", "--train_batch_size", 2, "--num_samples", 0)
+    groups = ("--num_generations", 2, "--per_device_train_batch_size", 2)
+    run(environment, tmp_path, "transformers-nextflow", *train("grpo", *rewards, *groups))
     for name in ("converted", "tokenizer", "grpo"):
         assert (tmp_path / name / "model.safetensors").is_file()
     assert (tmp_path / "decoder" / "model_index.json").is_file()

@@ -208,9 +208,8 @@ def test_a_step_does_not_depend_on_how_it_is_split(dataset, data_model, tmp_path
     data_model.save_pretrained(tmp_path / "model")
     script = tmp_path / "two.py"
     script.write_text(TWO_PROCESSES)
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29731"]
-    run += [str(script), str(dataset.folder), str(tmp_path)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    run = [sys.executable, str(script), str(dataset.folder), str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     evaluated = json.loads((tmp_path / "evaluated.json").read_text())
@@ -230,36 +229,41 @@ TWO_PROCESSES = """
 import json, sys, torch
 from pathlib import Path
 from torch.utils.data import Subset
+from tests.ranks import on_ranks
 from transformers_nextflow import NextFlowForConditionalGeneration
 from transformers_nextflow.data import PackCollator
 from transformers_nextflow.data.loading import PackReader
 from transformers_nextflow.data.shards import open_shards, sequence_spec
 from transformers_nextflow.training import NextFlowTrainer, NextFlowTrainingArguments
 
-folder, output = map(Path, sys.argv[1:])
-model = NextFlowForConditionalGeneration.from_pretrained(output / "model")
-folder, manifest = open_shards(folder, "packs")
-dataset = PackReader(folder, manifest, sequence_spec(manifest["identity"]))
-dataset.padded, dataset.config = False, model.config
-arguments = NextFlowTrainingArguments(
-    output_dir=str(output), max_steps=1, logging_steps=1, learning_rate=0.03, save_strategy="no", seed=5, optim="sgd",
-    report_to="none", disable_tqdm=True, use_cpu=True, lr_scheduler_type="constant", gradient_accumulation_steps=4,
-    ddp_find_unused_parameters=True, z_loss=0.01,
-)
-trainer = NextFlowTrainer(model, arguments, train_dataset=dataset)
-trainer.train()
-weights = {name: value.detach() for name, value in model.named_parameters()}
-model, evaluated = NextFlowForConditionalGeneration.from_pretrained(output / "model"), []
-for batch_size in (1, 2, 3):
-    arguments.per_device_eval_batch_size = batch_size
-    seven = Subset(dataset, range(7))
-    evaluated.append(NextFlowTrainer(model, arguments, PackCollator(dataset), eval_dataset=seven).evaluate())
-if trainer.is_world_process_zero():
-    (output / "two.json").write_text(json.dumps(trainer.state.log_history[0]))
-    (output / "evaluated.json").write_text(json.dumps(evaluated))
-    torch.save(weights, output / "two.pt")
-trainer.accelerator.wait_for_everyone()
-torch.distributed.destroy_process_group()
+
+def work():
+    folder, output = map(Path, sys.argv[1:])
+    model = NextFlowForConditionalGeneration.from_pretrained(output / "model")
+    folder, manifest = open_shards(folder, "packs")
+    dataset = PackReader(folder, manifest, sequence_spec(manifest["identity"]))
+    dataset.padded, dataset.config = False, model.config
+    arguments = NextFlowTrainingArguments(
+        output_dir=str(output), max_steps=1, logging_steps=1, learning_rate=0.03, save_strategy="no", seed=5,
+        report_to="none", disable_tqdm=True, use_cpu=True, lr_scheduler_type="constant", gradient_accumulation_steps=4,
+        ddp_find_unused_parameters=True, z_loss=0.01, optim="sgd",
+    )
+    trainer = NextFlowTrainer(model, arguments, train_dataset=dataset)
+    trainer.train()
+    weights = {name: value.detach() for name, value in model.named_parameters()}
+    model, evaluated = NextFlowForConditionalGeneration.from_pretrained(output / "model"), []
+    for batch_size in (1, 2, 3):
+        arguments.per_device_eval_batch_size = batch_size
+        seven = Subset(dataset, range(7))
+        evaluated.append(NextFlowTrainer(model, arguments, PackCollator(dataset), eval_dataset=seven).evaluate())
+    if trainer.is_world_process_zero():
+        (output / "two.json").write_text(json.dumps(trainer.state.log_history[0]))
+        (output / "evaluated.json").write_text(json.dumps(evaluated))
+        torch.save(weights, output / "two.pt")
+    trainer.accelerator.wait_for_everyone()
+    torch.distributed.destroy_process_group()
+
+on_ranks(work)
 """
 
 

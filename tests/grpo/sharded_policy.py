@@ -1,9 +1,8 @@
-"""GRPO by processes of `accelerate launch` that share a model by FSDP2 on a CPU.
+"""GRPO by processes, with the environment that `accelerate launch` makes, that share a model by FSDP2 on a CPU.
 
 `sharded_policy.py POLICY FOLDER` writes what two processes come to.
 """
 
-import gc
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from test_grpo_trainer import rows, trainer
 from torch.distributed.tensor import DTensor
 from two_processes import PICTURES, ROWS, SETTINGS, TIMES
 
+from tests.ranks import on_ranks
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor
 from transformers_nextflow.training.grpo import NextFlowGRPOTrainer
 
@@ -57,7 +57,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
-    gc.collect()  # gloo's threads end with the last tensor that knows their group, which is not to be at exit
-    torch.distributed.barrier()
-    PartialState().destroy_process_group()
+    on_ranks(main)

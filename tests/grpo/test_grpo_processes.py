@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,8 @@ import torch
 from grpo_samples import policy_of
 from safetensors.torch import load_file
 from two_processes import ACCUMULATED, BUGS, ONE, PICTURES, differences, train
+
+from tests.ranks import launched
 
 ROOT = Path(__file__).parents[2]
 PATHS = [ROOT / "src", ROOT, ROOT / "tests", ROOT / "tests" / "grpo"]
@@ -37,11 +38,7 @@ def by_two(policy, tiny_processor, folder) -> dict[str | None, dict]:
     """What two processes come to, by the bug that is planted."""
     policy.save_pretrained(folder / "policy")
     tiny_processor.save_pretrained(folder / "policy")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
-    command += [str(ROOT / "tests" / "grpo" / "two_processes.py"), str(folder / "policy"), str(folder)]
+    command = [sys.executable, str(ROOT / "tests" / "grpo" / "two_processes.py"), str(folder / "policy"), str(folder)]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(folder / "results.pt")
@@ -84,10 +81,9 @@ def test_two_processes_under_fsdp2_train_as_one(policy, tiny_processor, tmp_path
     """Rollouts, evaluations, reference, checkpoints and the result."""
     policy.save_pretrained(folder / "policy")
     tiny_processor.save_pretrained(folder / "policy")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
-    launch += ["--config_file", str(ROOT / "examples" / "accelerate" / "fsdp2.yaml"), "--mixed_precision", "no"]
-    launch += [str(ROOT / "tests" / "grpo" / "sharded_policy.py"), str(folder / "policy"), str(folder)]
-    done = subprocess.run(launch, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
+    command = [sys.executable, str(ROOT / "tests" / "grpo" / "sharded_policy.py"), str(folder / "policy"), str(folder)]
+    environment = launched("fsdp2", "--mixed_precision", "no")[1] | ENVIRONMENT
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     two = torch.load(folder / "sharded.pt")
     one = sharded_policy.train(policy, tiny_processor, tmp_path, ONE)

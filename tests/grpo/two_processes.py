@@ -1,4 +1,4 @@
-"""One training in several layouts, and bugs of layouts planted: `torchrun two_processes.py POLICY FOLDER` writes what
+"""One training in several layouts, and bugs of layouts planted: `two_processes.py POLICY FOLDER` writes what
 two processes come to, without a bug and with each of `BUGS`, with `PICTURES` alone, and where one's reward dies."""
 
 import os
@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_grpo_trainer import redness, state, trainer
 
+from tests.ranks import on_ranks
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor
 from transformers_nextflow.training.grpo import NextFlowGRPOTrainer, RewardError, metrics
 from transformers_nextflow.training.grpo import trainer as module
@@ -29,7 +30,6 @@ ONE = {"per_device_train_batch_size": 2 * ROWS}
 ACCUMULATED = {"per_device_train_batch_size": ROWS, "gradient_accumulation_steps": 2}
 TWO = {"per_device_train_batch_size": ROWS, "ddp_backend": "gloo"}
 TIMES = ("step_time", "rollout_share")
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def train(policy, processor, folder: Path, layout: dict, bug: str | None = None, resume=None, **values) -> dict:
@@ -64,10 +64,16 @@ def differences(one: dict, two: dict) -> set[str]:
     return found
 
 
+def place() -> tuple[int, int]:
+    """This process's rank, and of how many."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 def own(values: torch.Tensor) -> torch.Tensor:
     """This process's rows, the others' without reward."""
     mask = torch.full_like(values, torch.nan)
-    mask[RANK * len(values) // WORLD : (RANK + 1) * len(values) // WORLD] = 0.0
+    rank, world = place()
+    mask[rank * len(values) // world : (rank + 1) * len(values) // world] = 0.0
     return values + mask
 
 
@@ -81,14 +87,15 @@ def advantages_of_the_first_process(patch):
 
     def first(*arguments):
         advantages, deviations = group_advantages(*arguments)
-        return advantages.chunk(WORLD)[0].repeat(WORLD), deviations
+        _, world = place()
+        return advantages.chunk(world)[0].repeat(world), deviations
 
     patch.setattr(module, "group_advantages", first)
 
 
 def seeds_by_process(patch):
     seed_of = module.seed_of
-    patch.setattr(module, "seed_of", lambda *parts: seed_of(*parts, RANK))
+    patch.setattr(module, "seed_of", lambda *parts: seed_of(*parts, place()[0]))
 
 
 def texts_weighed_by_their_batch(patch):
@@ -142,7 +149,7 @@ def dies_on_the_second_process():
 
     def reward(images, **kwargs):
         calls.append(images)
-        if RANK == 1 and len(calls) == 2:
+        if place()[0] == 1 and len(calls) == 2:
             raise ConnectionError("server gone")
         return redness(images)
 
@@ -160,9 +167,9 @@ def main() -> None:
         train(policy, processor, folder / "died", TWO, reward=dies_on_the_second_process())
     except RewardError as error:
         results["fault"] = str(error)
-    if RANK == 0:
+    if place()[0] == 0:
         torch.save(results, folder / "results.pt")
 
 
 if __name__ == "__main__":
-    main()
+    on_ranks(main)
