@@ -34,7 +34,7 @@ def sizes(table: ScheduleTable) -> list[ScaleSchedule]:
 def draw(rng: random.Random, height: int, width: int) -> Picture:
     """One shape in a colour, on a plain ground."""
     kind, colour, scale = rng.choice(list(SIDES)), rng.choice(list(COLOURS)), 4
-    radius = scale * min(height, width) * rng.uniform(0.2, 0.35)
+    radius = scale * min(height, width) * rng.uniform(0.25, 0.42)
     centre = [rng.uniform(radius, scale * length - radius) for length in (width, height)]
     canvas = Image.new("RGB", (scale * width, scale * height), rng.choice(BACKGROUNDS))
     ImageDraw.Draw(canvas).regular_polygon((*centre, radius), SIDES[kind], fill=COLOURS[colour])
