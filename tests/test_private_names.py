@@ -40,7 +40,9 @@ READ = {
     },
     "transformers.PreTrainedConfig": {"_attn_implementation"},
     "transformers.PreTrainedTokenizerBase": {"_mark_chat_inputs"},
-    "transformers.ProcessorMixin": {"_merge_kwargs", "_normalize_conversations", "_resolve_chat_template"},
+    "transformers.ProcessorMixin": {
+        *("_check_special_mm_tokens", "_merge_kwargs", "_normalize_conversations", "_resolve_chat_template"),
+    },
     "transformers.Trainer": {"_save_checkpoint"},
     "diffusers.DiffusionPipeline": {"_execution_device"},
     "diffusers.FluxImg2ImgPipeline": {"_encode_vae_image", "_pack_latents", "_prepare_latent_image_ids"},

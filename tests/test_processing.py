@@ -224,6 +224,18 @@ def test_save_and_load(tiny_processor, tmp_path):
         assert all(torch.equal(inputs[name], expected[name]) for name in expected)
 
 
+def test_pictures_of_a_prompt_and_its_null_prompt_are_processed_once(tiny_processor, monkeypatch):
+    sizes = []
+    once = type(tiny_processor.image_processor).preprocess
+    monkeypatch.setattr(
+        type(tiny_processor.image_processor),
+        "preprocess",
+        lambda self, images, **kwargs: sizes.append(len(images)) or once(self, images, **kwargs),
+    )
+    inputs = tiny_processor(text=PICTURE, images=[picture()], negative_text=PICTURE)
+    assert sizes == [1] and inputs["negative_input_ids"] == inputs["input_ids"]
+
+
 def test_a_padding_side_may_be_loaded(tiny_processor, tmp_path):
     tiny_processor.save_pretrained(tmp_path)
     for side, mask in {"right": [1, 0, 0], "left": [0, 0, 1]}.items():

@@ -149,8 +149,8 @@ class NextFlowProcessor(ProcessorBringsCode, ProcessorMixin):
         for name in ("videos", "audio"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"the processor reads texts and pictures, got {name}")
-        is_empty = images is None or _is_empty(images)
-        images = None if is_empty else self.image_processor.fetch_images(images)  # once for both texts
+        if images is not None and _is_empty(images):
+            images = None
         inputs = super().__call__(images=images, text=text, **kwargs)
         if negative_text is not None:
             texts = [text] if isinstance(text, str) else text
@@ -160,9 +160,25 @@ class NextFlowProcessor(ProcessorBringsCode, ProcessorMixin):
             if marks != of_negatives and not kwargs.get("sanitize_control_tokens"):
                 expected = f"one entry for each of {len(texts)} texts with its images, {marks}"
                 raise ValueError(f"negative_text must have {expected} {self.image_token}, got {of_negatives}")
-            negative_inputs = super().__call__(images=images, text=negatives, **kwargs)
+            negative_inputs = self._tokenize_negatives(negatives, inputs, **kwargs)
             inputs |= {f"negative_{name}": negative_inputs[name] for name in ("input_ids", "attention_mask")}
         return inputs
+
+    def _tokenize_negatives(self, negatives: Sequence[str], inputs: BatchFeature, **kwargs) -> BatchFeature:
+        """Null prompts with the placeholders of the pictures in `inputs`, which are not processed once more."""
+        _, negatives, *_ = self.prepare_inputs_layout(text=negatives, **kwargs)
+        if not kwargs.get("sanitize_control_tokens"):  # marked tokens are no placeholders
+            self._count_placeholders(negatives)
+        pictures = range(len(inputs.get("image_grid_hw", ())))
+        negatives, _ = self.get_text_with_replacements(
+            negatives, [self.replace_image_token(inputs, picture) for picture in pictures]
+        )
+        text_kwargs = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)["text_kwargs"]
+        for name in ("return_mm_token_type_ids", "return_text_replacement_offsets"):  # of the processor's own
+            text_kwargs.pop(name, None)
+        negative_inputs = self.tokenizer(negatives, **text_kwargs)
+        self._check_special_mm_tokens(negatives, negative_inputs, modalities=["image"])
+        return negative_inputs
 
     def prepare_inputs_layout(self, images=None, text=None, **kwargs):
         """As of the library; where `<image>` stands alone, as transformers' pipelines write it, the placeholder."""
@@ -175,13 +191,17 @@ class NextFlowProcessor(ProcessorBringsCode, ProcessorMixin):
 
     def validate_inputs(self, images=None, text=None, **kwargs):
         super().validate_inputs(images=images, text=text, **kwargs)
-        counts = [sample.count(self.image_placeholder) for sample in text or ()]
-        for row, count in enumerate(counts):
-            if text[row].count(self.image_token) != count:
-                raise ValueError(f"{self.image_token} stands outside {self.image_placeholder} in text {row}")
+        counts = self._count_placeholders(text or ())
         is_nested = isinstance(images, (list, tuple)) and all(isinstance(entry, (list, tuple)) for entry in images)
         if counts and is_nested and counts != (given := [len(entry) for entry in images]):
             raise ValueError(f"the texts hold {counts} placeholders {self.image_placeholder}, images {given}")
+
+    def _count_placeholders(self, texts: Sequence[str]) -> list[int]:
+        counts = [text.count(self.image_placeholder) for text in texts]
+        for row, count in enumerate(counts):
+            if texts[row].count(self.image_token) != count:
+                raise ValueError(f"{self.image_token} stands outside {self.image_placeholder} in text {row}")
+        return counts
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         grid = image_inputs["image_grid_hw"][image_idx].tolist()
