@@ -19,7 +19,7 @@ from transformers_nextflow import cli
 from transformers_nextflow.doctor import DoctorCallback, examine, read_pictures, to_html, to_text
 from transformers_nextflow.doctor.alterations import exchanged, hooked, judge, levelled, setting, shuffled
 from transformers_nextflow.doctor.findings import Check, Finding
-from transformers_nextflow.doctor.weights import spectra
+from transformers_nextflow.doctor.weights import spectra, values
 from transformers_nextflow.utils import loading
 
 UNTRAINED = "scale embedding ignored"  # zero before training
@@ -230,6 +230,48 @@ def test_of_the_vision_tokenizer_kernels_have_spectra_and_matrices_need_not():
             kernel.weight[:, 0].mul_(20)
     found = spectra(Check("spectra", "weights", ""), SimpleNamespace(model=model, seed=0))
     assert found.fault == "re-initialised weights" and found.measured.startswith("model.vq_model.2.weight of 3")
+
+
+def cut(weight):
+    weight[:, :8] = 0
+
+
+def clipped(weight):
+    weight.clamp_(-0.05, 0.05)
+
+
+def in_four_bits(weight):
+    step = weight.abs().amax(dim=1, keepdim=True) / 7
+    weight.copy_((weight / step).round() * step)
+
+
+def of_low_rank(weight):
+    left, sizes, right = torch.linalg.svd(weight)
+    weight.copy_(left[:, :16] * sizes[:16] @ right[:16])
+
+
+@pytest.mark.parametrize(
+    "do, check, fault",
+    [
+        (cut, values, "weights cut off"),
+        (lambda weight: cut(weight.T), values, "weights cut off"),
+        (clipped, values, "weights clipped"),
+        (in_four_bits, values, "weights too coarse"),
+        (of_low_rank, spectra, "weights of low rank"),
+        (lambda weight: weight, values, None),
+        (lambda weight: weight, spectra, None),
+    ],
+)
+def test_a_matrix_that_is_not_whole_is_named(do, check, fault):
+    """Among others of its kind, with columns of several sizes as training leaves them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(96, 96) for _ in range(4)))
+    with torch.no_grad():
+        for layer in model:
+            layer.weight[:, ::12].mul_(4)
+        do(model[2].weight)
+    found = check(Check(check.__name__, "weights", ""), SimpleNamespace(model=model, seed=0))
+    assert found.fault == fault and (fault is None or found.measured.startswith("2.weight of 4")), found.measured
 
 
 @pytest.mark.parametrize("kind, fault", [(nn.Embedding, "rows in disorder"), (nn.RMSNorm, "weights in disorder")])
