@@ -14,9 +14,8 @@ from transformers.utils import ModelOutput
 from .contexts import Contexts
 from .image_codes import num_scales_of
 from .image_generation import ImageControls
-from .layout import check_integers
+from .layout import check_integers, check_range
 from .lora import using_adapters
-from .quantizer import check_range
 from .sampling import RowGenerators, guide, sample
 from .scales import ScaleSchedule
 

@@ -26,7 +26,6 @@ import torch.nn.functional as F
 from .configuration_nextflow import NextFlowConfig
 from .features import Taps, join, scale_taps
 from .losses import IGNORE
-from .quantizer import check_range
 from .sampling import plain
 from .scales import Grid, ScaleSchedule
 
@@ -149,6 +148,13 @@ def check_integers(name: str, tensor: torch.Tensor, *ndims: int) -> None:
         raise ValueError(
             f"{name} must hold int64 in {expected} dimensions, got {tensor.dtype} of the shape {tuple(tensor.shape)}"
         )
+
+
+def check_range(name: str, numbers: torch.Tensor, limit: int, hint: str = "") -> None:
+    """Raise a `ValueError` for codes, or ids, outside of [0, limit)."""
+    if numbers.numel() and not (0 <= numbers.min() and numbers.max() < limit):
+        low, high = int(numbers.min()), int(numbers.max())
+        raise ValueError(f"{name} must lie in [0, {limit}), got {low} to {high}{hint}")
 
 
 def check_shape(inputs: torch.Tensor, **beside: torch.Tensor | None) -> None:

@@ -24,12 +24,11 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_nextflow import NextFlowVQConfig
 from .fixed_size import CLIPEncoder, HiddenStates, SiglipEncoder, ViTDecoder
-from .layout import check_integers
+from .layout import check_integers, check_range
 from .quantizer import (
     DualCodebookQuantizer,
     QuantizerOutput,
     SelfCorrection,
-    check_range,
     resize_features,
     to_map,
     to_sequence,

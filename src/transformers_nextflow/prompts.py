@@ -9,8 +9,18 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import logging
 
 from .configuration_nextflow import NextFlowConfig
-from .layout import IMAGE, MARKS, ImageSpan, check_integers, check_text, final_grids, find_images, joined, marks_of
-from .quantizer import check_range
+from .layout import (
+    IMAGE,
+    MARKS,
+    ImageSpan,
+    check_integers,
+    check_range,
+    check_text,
+    final_grids,
+    find_images,
+    joined,
+    marks_of,
+)
 from .scales import Grid
 
 if TYPE_CHECKING:

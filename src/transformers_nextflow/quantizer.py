@@ -27,13 +27,6 @@ def resize_features(features_BChw: torch.Tensor, grid: Grid) -> torch.Tensor:
     return F.interpolate(features_BChw, size=grid, mode="bicubic")
 
 
-def check_range(name: str, numbers: torch.Tensor, limit: int, hint: str = "") -> None:
-    """Raise a `ValueError` for codes, or ids, outside of [0, limit)."""
-    if numbers.numel() and not (0 <= numbers.min() and numbers.max() < limit):
-        low, high = int(numbers.min()), int(numbers.max())
-        raise ValueError(f"{name} must lie in [0, {limit}), got {low} to {high}{hint}")
-
-
 def to_map(entries_BlC: torch.Tensor, grid: Grid) -> torch.Tensor:
     """(B, h*w, C) -> (B, C, h, w)."""
     return entries_BlC.transpose(1, 2).unflatten(2, grid)
