@@ -260,6 +260,14 @@ def test_who_sees_whom_with_the_last_scale(one_layer):
     assert torch.equal(influence(one_layer, **inputs)[0].T, rule([0] * 26, blocks))
 
 
+@pytest.mark.parametrize(
+    "ids", [torch.zeros(4, dtype=torch.long), torch.zeros(1, 2, 3, dtype=torch.long), torch.zeros(1, 4)]
+)
+def test_other_ids_than_rows_of_integers_are_refused(ids):
+    with pytest.raises(ValueError, match=r"input_ids must hold int64 in 2 dimensions, got .* of the shape \("):
+        build_layout(tiny_config(), ids)
+
+
 def test_scale_blocks_refuse_flash_attention(one_layer):
     implementation = one_layer.config._attn_implementation
     one_layer.config.text_config._attn_implementation = "flash_attention_2"

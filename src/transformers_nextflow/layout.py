@@ -307,6 +307,7 @@ def build_layout(
     Raises:
         ValueError: if ids, grids and codes do not fit each other, or an image is supervised in part.
     """
+    check_integers("input_ids", input_ids, 2)
     beside = {"document_ids": document_ids, "labels": labels, "shift_labels": shift_labels}
     check_shape(input_ids, attention_mask=attention_mask, **beside)
     images = find_images(config, input_ids, image_grid_hw)
