@@ -5,6 +5,7 @@ import re
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import entry_points, version
 from itertools import count, takewhile
@@ -549,9 +550,8 @@ def serve(
 ) -> None:
     """OpenAI's API over HTTP: pictures, edits, chats. Ends on SIGTERM, after what it has accepted."""
     with needing_extra("serve", "serve"):
-        import uvicorn
-
         from .serving.app import create_app
+        from .serving.ending import GracefulServer
         from .serving.jobs import make_exact
 
         if ray is not None:
@@ -567,7 +567,8 @@ def serve(
         return create_app(loaded, processor, served_name, limits, address.api_key, rewriting)
 
     if ray is None:
-        uvicorn.run(build(), host=address.host, port=address.port)
+        with suppress(KeyboardInterrupt):  # which uvicorn raises again after a good end
+            GracefulServer(build(), address.host, address.port).run()
     else:
         run_replicas(build, ray, limits, address.host, address.port)
 

@@ -8,7 +8,9 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -73,6 +75,7 @@ def test_what_was_accepted_is_answered_after_sigterm(tiny_checkpoint, tiny_model
     with (
         subprocess.Popen(command, env=environment, text=True, **pipes) as server,
         ThreadPoolExecutor(len(seeds)) as threads,
+        closing(server.stdin),
     ):
         port = next(
             int(found[1]) for line in server.stderr if (found := re.search(r"http://127\.0\.0\.1:(\d+)", line))
@@ -83,13 +86,26 @@ def test_what_was_accepted_is_answered_after_sigterm(tiny_checkpoint, tiny_model
             for seed in seeds
         ]
         until(lambda: accepted(address) == len(seeds))
+        kept = http.client.HTTPConnection("127.0.0.1", port)
+        assert "connection" not in health(kept)
         server.send_signal(signal.SIGTERM)
+        time.sleep(0.3)  # the signal is seen
+        assert health(kept)["connection"] == "close"  # one connection is still answered, for the last time
+        assert health(http.client.HTTPConnection("127.0.0.1", port))["connection"] == "close"  # and who comes anew
         until(lambda: not is_open(port))
         server.stdin.close()
         for seed, future in zip(seeds, asked):
             assert pictures_of(future.result()) == draw(tiny_model, tiny_processor, "a star", seed=seed)
         server.stderr.read()
     assert server.returncode in (0, -signal.SIGTERM)
+
+
+def health(connection: http.client.HTTPConnection) -> dict[str, str]:
+    """The headers of an answer."""
+    connection.request("GET", "/health")
+    response = connection.getresponse()
+    assert response.status == 200 and response.read()
+    return dict(response.getheaders())
 
 
 def is_open(port: int) -> bool:
