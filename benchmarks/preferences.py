@@ -6,11 +6,12 @@ checkpoint, with equal adapters, steps and rates:
 - `preferred`: `NextFlowDPOTrainer` on the codes of the first scales;
 - `supervised`: the control, `NextFlowSFTTrainer` on the chosen pictures alone.
 
-Scored are drawings of `--prompts` held-out pairs of name and style, before and after: the share of right pictures,
-names and styles, and the differences to before with their 95% intervals. `--split dev` is for choosing settings.
+Scored are drawings of the prompts of those pairs, and of `--prompts` held-out pairs of name and style, before and
+after: the share of right pictures, names and styles, and the differences to before with their 95% intervals.
+`--split dev` is for choosing settings.
 
-Whether a training did its work at all say the pairs it saw: `trained pairs`, the share whose chosen picture is the
-likelier one by its first scales, and as a difference by how many nats its lead grew.
+Whether a training did its work at all says `lead`: the share of its pairs whose chosen picture is the likelier one by
+its first scales, and as a difference by how many nats that lead grew.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from examples.emoji.intervals import paired_difference, proportion
 from examples.emoji.scoring import DRAWING, Exam, judged
 from examples.emoji.splits import PAIR
 from examples.emoji.stages import bfloat16_is_fast
-from examples.emoji.tasks import Tasks
+from examples.emoji.tasks import Item, Tasks
 from examples.emoji.world import World
 from transformers_nextflow.lora import lora_config
 from transformers_nextflow.training import NextFlowDPOTrainer, NextFlowSFTTrainer
@@ -38,20 +39,21 @@ OUTPUT = Path(__file__).parent / "results" / "preferences.json"
 ANSWER = [{"role": "assistant", "content": [{"type": "image"}]}]
 
 
-def pairs(tasks: Tasks, world: World, count: int, seed: int) -> list[dict]:
-    """Rows for TRL: prompts of training, the picture asked for, and one of the name in another style."""
+def pairs(tasks: Tasks, world: World, count: int, seed: int) -> tuple[list[Item], list[dict]]:
+    """Items of training, and rows of them for TRL: the picture asked for, and one of the name in another style."""
     others: dict[str, list[int]] = {}
     for row in world.seen:
         others.setdefault(world.names[row], []).append(row)
-    rows, number = [], 0
+    items, rows, number = [], [], 0
     while len(rows) < count:
         item = tasks.draw("text-to-image", "train", number, seed)
         target, number = item.targets[0], number + 1
         different = [row for row in others[world.names[target]] if world.twins[row] != world.twins[target]]
         if different:
+            items.append(item)
             pictures = [Image.fromarray(world.pictures[row]) for row in (target, different[number % len(different)])]
             rows.append({"prompt": " ".join(item.user), "chosen": ANSWER, "rejected": ANSWER, "images": pictures})
-    return rows
+    return items, rows
 
 
 def train(arm: str, artist: Artist, rows: list[dict], args: argparse.Namespace) -> None:
@@ -63,7 +65,12 @@ def train(arm: str, artist: Artist, rows: list[dict], args: argparse.Namespace) 
     if arm == "preferred":
         trainer = NextFlowDPOTrainer(
             artist.model,
-            args=DPOConfig(**options, beta=args.beta),
+            args=DPOConfig(
+                **options,
+                beta=args.beta,
+                loss_type=["sigmoid", "sft"],
+                loss_weights=[1.0, args.sft_weight],
+            ),
             train_dataset=Dataset.from_list(rows),
             num_scales=args.num_scales,
             **shared,
@@ -101,6 +108,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=200)
     parser.add_argument("--num-scales", type=int, default=4)
     parser.add_argument("--beta", type=float, default=0.1)
+    parser.add_argument("--sft-weight", type=float, default=1.0, help="of the chosen pictures' own likelihood")
     parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -108,24 +116,30 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=OUTPUT)
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    verdicts, of_trained = {}, {}
+    verdicts, of_pairs = {}, {}
     for arm in ("before", "preferred", "supervised"):
         artist = load_artist(args.model, args.data, device)
         tasks = Tasks.of(artist.world)
-        rows = pairs(tasks, artist.world, args.pairs, args.seed)
+        trained, rows = pairs(tasks, artist.world, args.pairs, args.seed)
         if arm != "before":
             train(arm, artist, rows, args)
-        of_trained[arm] = leads(artist, rows, args.num_scales)
+        of_pairs[arm] = leads(artist, rows, args.num_scales)
         exam = Exam(artist, tasks, args.split, args.prompts)
-        items = exam.items("text-to-image", "", (PAIR,))
-        verdicts[arm] = judged(exam, artist.draw(items), [item.targets[0] for item in items], DRAWING)
+        asked = {"trained": trained, "held out": exam.items("text-to-image", "", (PAIR,))}
+        verdicts[arm] = {
+            f"{measure}, {kind}": right
+            for kind, items in asked.items()
+            for measure, right in judged(
+                exam, artist.draw(items), [item.targets[0] for item in items], DRAWING
+            ).items()
+        }
     result = {"machine": machine(device), "settings": {name: str(value) for name, value in vars(args).items()}}
     for arm, values in verdicts.items():
         result[arm] = {measure: proportion(right) for measure, right in values.items()}
-        result[arm]["trained pairs"] = proportion([lead > 0 for lead in of_trained[arm]])
+        result[arm]["lead"] = proportion([lead > 0 for lead in of_pairs[arm]])
         if arm != "before":
             difference = {name: paired_difference(right, verdicts["before"][name]) for name, right in values.items()}
-            difference["trained pairs"] = paired_difference(of_trained[arm], of_trained["before"])
+            difference["lead"] = paired_difference(of_pairs[arm], of_pairs["before"])
             result[f"{arm} - before"] = difference
     report(result, args.json, args.output)
 

@@ -160,7 +160,7 @@ def test_a_prompt_fills_a_cache(pair, static):
         model.eval()
         text = model.config.text_config
         cache = StaticCache(config=text, max_cache_len=64) if static else None
-        with torch.no_grad():
+        with torch.set_grad_enabled(model is pair[0]):  # with its mask
             prompt = model(**batch, past_key_values=cache, use_cache=True)
             positions = torch.full((3, 3, 1), 40.0)
             step = model(
@@ -177,9 +177,11 @@ def test_a_prompt_fills_a_cache(pair, static):
 def test_generation_is_the_same(model, tmp_path):
     """Text and pictures; the vision tokenizer shares the implementation and has no segments."""
     model.save_pretrained(tmp_path)
+    model = tiny_model()
+    model.set_attn_implementation("eager")  # with a mask
     blocks = NextFlowForConditionalGeneration.from_pretrained(tmp_path, attn_implementation="blocks")
     parts = [part.config._attn_implementation for part in (blocks, blocks.model.language_model)]
-    assert parts == ["blocks", "blocks"] and model.config._attn_implementation == "sdpa"
+    assert parts == ["blocks", "blocks"]
     prompts = batch_of(model, [10, shown(SQUARE, 1), 11, BOI], [12, 13, BOI])
     options = {"generation_mode": "image", "aspect_ratio": "1:1", "guidance_scale": 1.0, "seed": 0}
     pictures = [each.generate(**prompts, **options) for each in (model, blocks)]
@@ -191,13 +193,36 @@ def test_generation_is_the_same(model, tmp_path):
     assert torch.equal(model.model.vq_model.encode(pixels), blocks.model.vq_model.encode(pixels))
 
 
-def test_a_compiled_layer_takes_any_layout(pair):
-    for layer in pair[1].model.language_model.layers:
+@pytest.mark.parametrize("implementation", ["blocks", "sdpa"])
+def test_a_compiled_layer_takes_any_layout(implementation):
+    model = tiny_model().double()
+    batches = padded_left(model), packed(model)
+    expected = [model(**batch, use_cache=False).logits[real(batch)] for batch in batches]
+    model.set_attn_implementation(implementation)
+    for layer in model.model.language_model.layers:
         layer.compile(backend="eager", dynamic=True)
     with torch.no_grad():
-        for batch in (padded_left(pair[0]), packed(pair[0])):
-            dense, blocks = (model(**batch, use_cache=False).logits[real(batch)] for model in pair)
-            assert relative(blocks, dense) < 1e-6
+        for batch, dense in zip(batches, expected):
+            assert relative(model(**batch, use_cache=False).logits[real(batch)], dense) < 1e-6
+
+
+@BATCHES
+def test_sdpa_needs_no_mask_where_nothing_is_trained(batch_for):
+    model = tiny_model().double()
+    batch = batch_for(model)
+    dense = model(**batch).logits[real(batch)]
+    with torch.no_grad():
+        assert relative(model(**batch).logits[real(batch)], dense) < 1e-6
+    if "attention_mask" in batch:  # one with a hole
+        batch["attention_mask"][:, 3] = 0
+        dense = model(**batch).logits[real(batch)]
+        with torch.no_grad():
+            assert relative(model(**batch).logits[real(batch)], dense) < 1e-6
+    (trained, _), config = masks(model, batch), model.config.text_config
+    assert isinstance(trained, torch.Tensor) and trained.ndim == 4
+    blocks = torch.zeros_like(batch["input_ids"])
+    with torch.no_grad():
+        assert isinstance(sequence_mask(config, dense, None, blocks, None, None)["full_attention"], Segments)
 
 
 # Segments

@@ -33,6 +33,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .attention import FLEX, Apart, Part, is_flash, refuse_dense_mask, runs_of, sequence_mask
+from .block_attention import Segments, block_attention
 from .cache_name import CACHE, takes_cache
 from .configuration_nextflow import NextFlowConfig
 from .features import scale_taps
@@ -167,9 +168,12 @@ class NextFlowAttention(Qwen2_5_VLAttention):
     """
 
     def forward(self, hidden_states: torch.Tensor, *args, **kwargs):
-        if isinstance(kwargs.get(CACHE), Apart):
-            parts, masks = kwargs[CACHE].parts, kwargs["attention_mask"]
-            return self._attend_apart(hidden_states, parts, masks, kwargs["position_embeddings"]), None
+        cache, mask, rotary = (kwargs.get(name) for name in (CACHE, "attention_mask", "position_embeddings"))
+        if isinstance(cache, Apart):
+            return self._attend_apart(hidden_states, cache.parts, mask, rotary), None
+        if isinstance(mask, Segments):
+            whole = Part(cache, hidden_states.shape[:2], in_block=False)
+            return self._attend_apart(hidden_states, [whole], [mask], rotary), None
         return super().forward(hidden_states, *args, **kwargs)
 
     def _attend_apart(
@@ -180,13 +184,15 @@ class NextFlowAttention(Qwen2_5_VLAttention):
         states[:2] = apply_rotary_pos_emb(*states[:2], *rotary)
         sizes = [rows * length for rows, length in (part.shape for part in parts)]
         of_parts = zip(*(each.transpose(1, 2).flatten(0, 1).split(sizes) for each in states))
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        own = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        options = {"scaling": self.scaling, "dropout": self.attention_dropout if self.training else 0.0}
         outputs = []
         for part, mask, of_part in zip(parts, masks, of_parts):
             query, key, value = (each.unflatten(0, part.shape).transpose(1, 2) for each in of_part)
             key, value = part.read(key, value, self.layer_idx)
             causality = {"is_causal": False} if part.in_block else {}
-            output, _ = attend(self, query, key, value, mask, scaling=self.scaling, **causality)
+            attend = block_attention if isinstance(mask, Segments) else own
+            output, _ = attend(self, query, key, value, mask, **options, **causality)
             outputs.append(output.flatten(0, 1))
         return self.o_proj(torch.cat(outputs).flatten(1).view(*hidden_states.shape[:2], -1))
 
