@@ -8,6 +8,7 @@ an ordinary mask (text alone, steps that follow a cache, the vision tokenizer) g
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -47,11 +48,10 @@ def segments_of(block_ids: torch.Tensor, document_ids: torch.Tensor) -> Segments
         ValueError: if a document is in pieces.
     """
     rows, length = block_ids.shape
-    edge = torch.ones(rows, 1, dtype=torch.bool, device=block_ids.device)
-    opens = torch.cat([edge, document_ids.diff(dim=1) != 0], dim=1)
-    changes = opens | torch.cat([edge, block_ids.diff(dim=1) != 0], dim=1)
+    opens, begins = (F.pad(ids.diff(dim=1) != 0, (1, 0), value=True) for ids in (document_ids, block_ids))
+    changes = opens | begins
     starts = changes.flatten().nonzero()[:, 0]
-    ends = torch.cat([starts[1:], starts.new_tensor([rows * length])])
+    ends = F.pad(starts[1:], (0, 1), value=rows * length)
     columns = [values.flatten()[starts].long() for values in (document_ids, opens, block_ids)]
 
     documents: list[list[Segment]] = []
