@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFile
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file
 from transformers import TrainerState
 
@@ -698,14 +699,14 @@ def test_sizes_are_read_from_headers_and_a_damaged_picture_costs_itself(tmp_path
     for pixels in (shown, torch.cat(seen)):
         sums = {round(picture.sum().item(), 1) for picture in pixels}
         assert sums == {round(value, 1) for value in whole}
-    with pytest.raises(ValueError, match="none of 2 images can be read, the first: "):
+    with pytest.raises(ValueError, match="none of 2 pictures can be read, the first: "):
         ImageBatches(paths[2:4], processor, 1)
-    with pytest.raises(ValueError, match="none of 2 images can be read"):
+    with pytest.raises(ValueError, match="none of 2 pictures can be read"):
         ImageBatches(paths[:2], processor, 1)[0]
 
 
 def test_a_png_lies_on_its_side_wherever_its_file_says_so(tmp_path, model):
-    """EXIF before the pixels, as Pillow writes it, and after them."""
+    """EXIF before the pixels, as Pillow writes it, and after them; XMP, as other programs do."""
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (20, 40)).save(tmp_path / "before.png", exif=exif)
@@ -715,13 +716,30 @@ def test_a_png_lies_on_its_side_wherever_its_file_says_so(tmp_path, model):
     end = len(data) - 12
     (tmp_path / "after.png").write_bytes(data[:at] + data[at + len(chunk) : end] + chunk + data[end:])
     Image.new("RGB", (20, 40)).save(tmp_path / "none.png")
+    xmp = PngInfo()
+    xmp.add_itxt("XML:com.adobe.xmp", '<rdf:Description tiff:Orientation="6"/>')
+    Image.new("RGB", (20, 40)).save(tmp_path / "xmp.png", pnginfo=xmp)
     sizes = {}
     for path in tmp_path.iterdir():
         with Image.open(path) as image:
             sizes[path.stem] = upright_size(image)
             assert image.getexif().get(0x0112) == (None if path.stem == "none" else 6)
             image.load()
-    assert sizes == {"before": (20, 40), "after": (20, 40), "none": (40, 20)}
+    assert sizes == {"before": (20, 40), "after": (20, 40), "xmp": (20, 40), "none": (40, 20)}
+
+
+def test_a_picture_of_another_size_than_its_header_promised_costs_itself_alone(tmp_path, model):
+    """Orientations that mean nothing turn nothing; a file may be replaced by another."""
+    exif = Image.Exif()
+    for orientation in (0, 9):
+        exif[0x0112] = orientation
+        Image.new("RGB", (32, 16)).save(tmp_path / f"{orientation}.jpg", exif=exif)
+    Image.new("RGB", (32, 16)).save(tmp_path / "replaced.jpg")
+    batches = ImageBatches(sorted(tmp_path.iterdir()), NextFlowImageProcessor.from_vq_config(model.config), 3)
+    assert batches.grids == dict.fromkeys(range(3), (2, 4))
+    Image.new("RGB", (32, 32)).save(tmp_path / "replaced.jpg")
+    assert batches[0]["pixel_values"].shape == (2, 3, 8, 16)
+    assert batches.damaged == {2: "its header promised the grid (2, 4), it has (3, 3)"}
 
 
 @pytest.mark.parametrize(
@@ -732,6 +750,10 @@ def test_a_png_lies_on_its_side_wherever_its_file_says_so(tmp_path, model):
         ({"scale_drop": 1.5}, "scale_drop must lie in \\[0, 1\\], got 1.5"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is not for this trainer: leave 0.0, got 0.1"),
         ({"train_sampling_strategy": "sequential"}, "train_sampling_strategy"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha is not for this trainer: leave None, got 5.0"),
+        ({"remove_unused_columns": True}, "remove_unused_columns is not for this trainer: leave False, got True"),
+        ({"bf16_full_eval": True}, "bf16_full_eval is not for this trainer: leave False, got True"),
+        ({"fp16": True}, "fp16 is for GPUs, this device is cpu: take bf16, or float32"),
         ({"codebook_weight": -1.0}, "codebook_weight must not be negative, got -1.0"),
         ({"stage": "joint"}, "give `teacher`"),
     ],
@@ -751,7 +773,7 @@ def test_a_missing_perceptual_network_is_named(model, tmp_path):
 
 def test_no_pictures_is_an_error(model):
     processor = NextFlowImageProcessor.from_vq_config(model.config)
-    with pytest.raises(ValueError, match="no images"):
+    with pytest.raises(ValueError, match="no pictures"):
         ImageBatches([], processor, 2)
     with pytest.raises(ValueError, match="batch_size must be positive, got 0"):
         ImageBatches([Image.new("RGB", (8, 8))], processor, 0)

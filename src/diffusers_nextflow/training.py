@@ -25,7 +25,7 @@ from transformers import TrainingArguments
 from transformers_nextflow import NextFlowVQModel
 from transformers_nextflow.training.checkpoints import output_field
 from transformers_nextflow.training.ema import EMACallback
-from transformers_nextflow.training.order import OrderedTrainer, check_heeded
+from transformers_nextflow.training.order import OF_BATCHES, OrderedTrainer, check_heeded
 from transformers_nextflow.training.samples import DrawingCallback
 from transformers_nextflow.utils.precision import without_autocast
 
@@ -97,7 +97,7 @@ class DecoderTrainingArguments(TrainingArguments):
             raise ValueError(f"rank must be positive, got {self.rank}")
         if self.rank is not None and self.use_ema:
             raise ValueError("use_ema averages a UNet trained as a whole, not adapters: leave out use_ema or rank")
-        check_heeded(self)
+        check_heeded(self, **OF_BATCHES)
 
     @property
     def weight_dtype(self) -> torch.dtype:

@@ -436,6 +436,9 @@ def test_wrong_combinations(tmp_path):
         DecoderTrainingArguments("out", rank=0)
     with pytest.raises(ValueError, match="label_smoothing_factor is not for this trainer: leave 0.0, got 0.1"):
         DecoderTrainingArguments("out", label_smoothing_factor=0.1)
+    for name, value in (("neftune_noise_alpha", 5.0), ("remove_unused_columns", True), ("fp16_full_eval", True)):
+        with pytest.raises(ValueError, match=f"{name} is not for this trainer: leave (None|False), got {value}"):
+            DecoderTrainingArguments("out", **{name: value})
     with pytest.raises(ValueError, match="the flux transformer is trained by adapters: give their rank"):
         train(decoder("flux"), Batches(), arguments(tmp_path))
     with pytest.raises(ValueError, match="there is no whole checkpoint in"):
@@ -599,6 +602,36 @@ def test_a_picture_of_another_size_than_was_coded(source, vq_model):
             batches = PictureBatches(table, reader.read, [dataclasses.replace(each, grid=other)], processor, 1)
             with pytest.raises(ValueError, match=re.escape(f"a picture of the grid {other} was coded, the source's")):
                 batches[0]
+
+
+@pytest.mark.parametrize("in_training", [True, False])
+def test_a_picture_that_cannot_be_read_costs_itself_and_is_named(
+    in_training, vq_model, model_folder, tmp_path, caplog
+):
+    """Torn in the middle, without a byte, without a caption; and one torn after its codes were extracted."""
+    lines = []
+    for number in range(6):
+        pixels = np.random.default_rng(number).integers(0, 256, (48, 48, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.jpg")
+        caption = None if number == 2 else f"caption {number}"
+        lines.append(json.dumps({"key": f"key {number}", "text": caption, "image": f"{number}.jpg"}))
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    (tmp_path / "1.jpg").write_bytes(b"")
+    source = Source(str(tmp_path / "rows.jsonl"))
+    table, processor = source.load(), NextFlowImageProcessor.from_vq_config(vq_model.config)
+    if not in_training:
+        extract(source, model_folder, tmp_path / "shards", ExtractionSettings("text-to-image"))
+    (tmp_path / "0.jpg").write_bytes((tmp_path / "0.jpg").read_bytes()[:-500])
+    if in_training:
+        reader = DocumentReader("text-to-image", root=source.root)
+        pictures, read = source_pictures(table, reader, processor), reader.read
+        assert [f"left out key {n}: " in caplog.text for n in range(6)] == [False, True, True, False, False, False]
+    else:
+        pictures, read = shard_pictures(tmp_path / "shards", source, table, vq_model)
+    batches = PictureBatches(table, read, pictures, processor, 1)
+    seen = {caption for place in range(len(batches)) for caption in batches[place]["captions"]}
+    assert len(batches) == 4 and seen == {"caption 3", "caption 4", "caption 5"}
+    assert "left out key 0, damaged image number 1: cannot decode the picture (JPEG, 48x48 pixels)" in caplog.text
 
 
 def test_no_pictures_and_bad_numbers():

@@ -33,6 +33,7 @@ from .documents import (
     Transformations,
     is_supervised,
     open_image,
+    skipping_damaged,
 )
 from .sequences import DocumentTokenizer
 from .shards import (
@@ -342,11 +343,8 @@ class Extractor:
             raise Skipped("text too long", f"{length} characters")
 
     def _schedule_of(self, image: PictureSource) -> ScaleSchedule:
-        try:
-            with open_image(image) as picture:
-                height, width = upright_size(picture)
-        except DAMAGED as error:
-            raise Skipped("unreadable image", str(error)) from error
+        with skipping_damaged(), open_image(image) as picture:
+            height, width = upright_size(picture)
         if min(width, height) < self.settings.min_size:
             raise Skipped("image too small", f"{width}x{height}")
         limit = self.settings.max_aspect_ratio

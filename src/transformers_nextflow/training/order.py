@@ -79,9 +79,20 @@ class EvenShares(Dataset):
         return self.dataset[index] if index < count else self.blank(self.dataset[index % count])
 
 
-def check_heeded(arguments: TrainingArguments) -> None:
-    """Raise a `ValueError` for options that the trainers of this package would not heed."""
-    for name, heeded in (("label_smoothing_factor", 0.0), ("train_sampling_strategy", "random")):
+OF_BATCHES = {"remove_unused_columns": False, "neftune_noise_alpha": None}
+OF_BATCHES |= {"bf16_full_eval": False, "fp16_full_eval": False}
+"""What trainers of batches of pictures heed of options beside those of all trainers."""
+
+
+def check_heeded(arguments: TrainingArguments, **others) -> None:
+    """Raise a `ValueError` for options that the trainers of this package would not heed.
+
+    Args:
+        others: the only values of further options that this trainer heeds.
+    """
+    if arguments.fp16 and arguments.device.type == "cpu":
+        raise ValueError("fp16 is for GPUs, this device is cpu: take bf16, or float32")
+    for name, heeded in ({"label_smoothing_factor": 0.0, "train_sampling_strategy": "random"} | others).items():
         if getattr(arguments, name) != heeded:
             raise ValueError(f"{name} is not for this trainer: leave {heeded!r}, got {getattr(arguments, name)!r}")
     if arguments.accelerator_config.dispatch_batches:

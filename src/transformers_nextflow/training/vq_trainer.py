@@ -20,7 +20,7 @@ from ..quantizer import CODEBOOK_LOSSES, QuantizerOutput
 from ..utils.files import output_folder, write_atomically
 from .checkpoints import output_field
 from .metrics import lpips, psnr, ssim
-from .order import OrderedTrainer, check_heeded, judge_by_losses
+from .order import OF_BATCHES, OrderedTrainer, check_heeded, judge_by_losses
 from .teacher import FOLDER as TEACHER
 from .vq_losses import (
     PatchDiscriminator,
@@ -106,7 +106,7 @@ class NextFlowVQTrainingArguments(TrainingArguments):
         for name in ("l2", "perceptual", "codebook", "commitment", "distillation", "discriminator"):
             if (weight := getattr(self, f"{name}_weight")) < 0:
                 raise ValueError(f"{name}_weight must not be negative, got {weight}")
-        check_heeded(self)
+        check_heeded(self, **OF_BATCHES)
         if not 0 <= self.scale_drop <= 1:
             raise ValueError(f"scale_drop must lie in [0, 1], got {self.scale_drop}")
 
