@@ -539,10 +539,10 @@ def test_items_of_a_batch_count_by_their_pictures(model, tmp_path):
     torch.testing.assert_close(joined, sum(alone) / 6)
     run.train()
     metrics = []
-    for count in (1, 4):
-        run.args.per_device_eval_batch_size = count
+    for count, drop_last in ((1, False), (4, False), (4, True), (9, True)):
+        run.args.per_device_eval_batch_size, run.args.dataloader_drop_last = count, drop_last
         metrics.append(run.evaluate(Pictures()))
-    assert metrics[0] == pytest.approx(metrics[1], rel=1e-5)
+    assert all(metrics[0] == pytest.approx(other, rel=1e-5) for other in metrics[1:])
 
 
 def test_checkpointing_gives_the_same_gradients(model, tmp_path):

@@ -61,7 +61,7 @@ class ToldEpochs(Dataset):
 
 class EvenShares(Dataset):
     """A dataset whose first items come again, blank, until it divides by `multiple`: devices get as many batches each,
-    none waits for another, and no item counts twice.
+    none waits for another, none is dropped, and no item counts twice.
 
     Args:
         blank: makes an item into one of its kind that does not count.
@@ -130,7 +130,7 @@ class OrderedTrainer(SavingTrainer):
         self._eval_dataloaders = {}
         if eval_dataset is None or isinstance(eval_dataset, str):
             eval_dataset = self.eval_dataset if eval_dataset is None else self.eval_dataset[eval_dataset]
-        if eval_dataset is not None and self.args.world_size > 1:
+        if eval_dataset is not None and (self.args.world_size > 1 or self.args.dataloader_drop_last):
             eval_dataset = EvenShares(eval_dataset, self.args.eval_batch_size * self.args.world_size, self.blank)
         return super().get_eval_dataloader(eval_dataset)
 
