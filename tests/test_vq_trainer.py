@@ -379,6 +379,23 @@ def test_resuming_continues_as_if_nothing_had_happened(coarse_model, tmp_path):
     assert kept[0] == kept[1]
 
 
+def test_a_checkpoint_of_another_training_is_not_resumed(model, tmp_path):
+    """Of another stage, another size, or without what an option needs."""
+    saved = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    trainer(prepare_vq_stage(copy.deepcopy(model), "pixel"), tmp_path, **saved).train()
+    small = NextFlowVQModel(tiny_config(vq={"codebook_size": 8}).vq_config)
+    for other, stage, values in (
+        (model, "joint", {"teacher": load_teacher(model, "")}),
+        (model, "decoder", {}),
+        (small, "pixel", {}),
+        (model, "pixel", {"restart_steps": 1}),
+        (model, "pixel", {"discriminator_weight": 0.5}),
+    ):
+        run = trainer(prepare_vq_stage(copy.deepcopy(other), stage), tmp_path, stage=stage, **values)
+        with pytest.raises(ValueError, match="checkpoint-1 is of another training than this: resume with the model"):
+            run.train(resume_from_checkpoint=True)
+
+
 def test_a_checkpoint_that_counts_as_whole_has_what_restarts_need(model, tmp_path, monkeypatch):
     def die(state, path):
         raise KeyboardInterrupt(path)

@@ -336,12 +336,10 @@ class NextFlowDecoderTrainer(OrderedTrainer):
             self.push_to_hub(commit_message="Model save")
 
     @torch.no_grad()
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        stored = load_file(Path(resume_from_checkpoint, TRAINED))
+    def _load_weights(self, checkpoint: str, model=None) -> None:
+        stored = load_file(Path(checkpoint, TRAINED))
         if stored.keys() != self._trained.keys():
-            raise ValueError(
-                f"the checkpoint {resume_from_checkpoint} holds other weights than those that are trained"
-            )
+            raise ValueError(f"the checkpoint {checkpoint} holds other weights than those that are trained")
         for name, parameter in self._trained.items():
             parameter.copy_(stored[name])
 

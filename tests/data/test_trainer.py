@@ -362,6 +362,17 @@ def test_a_run_is_not_resumed_on_data_in_another_order(dataset, data_model, tmp_
     assert train(copy.deepcopy(data_model), dataset, tmp_path, **other, ignore_data_skip=True).state.global_step == 4
 
 
+def test_a_checkpoint_of_another_training_is_not_resumed(dataset, data_model, tmp_path):
+    """Of other parameters, or of a model of another size."""
+    train(copy.deepcopy(data_model), dataset, tmp_path, save_strategy="steps", save_steps=1)
+    frozen, larger = copy.deepcopy(data_model), copy.deepcopy(data_model)
+    load_stages()["alignment"].prepare(frozen)
+    larger.lm_head = torch.nn.Linear(larger.lm_head.in_features, larger.lm_head.out_features + 1, bias=False)
+    for model in (frozen, larger):
+        with pytest.raises(ValueError, match="checkpoint-1 is of another training than this: resume with the model"):
+            train(model, dataset, tmp_path, resume=True, max_steps=2)
+
+
 def test_every_epoch_sees_all_packs_in_an_order_of_its_own(dataset, data_model, tmp_path, monkeypatch):
     seen, read = [], PackedDataset.__getitem__
     monkeypatch.setattr(PackedDataset, "__getitem__", lambda self, index: (seen.append(index), read(self, index))[1])

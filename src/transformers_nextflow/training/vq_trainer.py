@@ -359,8 +359,8 @@ class NextFlowVQTrainer(OrderedTrainer):
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        module, folder = self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint)
+    def _load_weights(self, checkpoint: str, model=None) -> None:
+        module, folder = self.accelerator.unwrap_model(self.model), Path(checkpoint)
         module.vq_model.load_state_dict(NextFlowVQModel.from_pretrained(folder).state_dict())
         if module.discriminator is not None:
             module.discriminator.load_state_dict(load_file(folder / DISCRIMINATOR))
