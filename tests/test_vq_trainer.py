@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from PIL import Image, ImageFile
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file
-from transformers import TrainerState
+from transformers import EarlyStoppingCallback, TrainerState
 
 from tests.tiny_models import tiny_config
 from transformers_nextflow import NextFlowImageProcessor, NextFlowVQModel, cli
 from transformers_nextflow.image_processing_nextflow import upright_size
 from transformers_nextflow.training import (
+    EMACallback,
     ImageBatches,
     NextFlowVQTrainer,
     NextFlowVQTrainingArguments,
@@ -64,6 +65,13 @@ class Pictures(torch.utils.data.Dataset):
         generator = torch.Generator().manual_seed(index)
         size = (12, 12) if index % 2 else (8, 16)
         return {"pixel_values": torch.rand(3, 3, *size, generator=generator) * 2 - 1}
+
+
+class OneSize(Pictures):
+    """As many batches of one size, so that however they are split a step's loss is their mean."""
+
+    def __getitem__(self, index):
+        return super().__getitem__(2 * index + 1)
 
 
 class Large(torch.utils.data.Dataset):
@@ -628,10 +636,11 @@ def test_ssim_of_small_pictures_has_the_largest_window_that_fits():
         torch.testing.assert_close(got, torch.stack(values).mean()[None], rtol=1e-5, atol=1e-6)
 
 
-def test_two_processes_evaluate_as_one(model, tmp_path):
-    """Five batches, which do not divide evenly."""
+def test_two_processes_train_and_evaluate_as_one(model, tmp_path):
+    """Five batches, which do not divide evenly; an average, the best checkpoint, a resume."""
     five = torch.utils.data.Subset(Pictures(), range(5))
     alone = trainer(prepare_vq_stage(model, "pixel"), tmp_path).evaluate(five)
+    train_twice(model, tmp_path / "alone", gradient_accumulation_steps=2)
     model.save_pretrained(tmp_path / "model")
     script = tmp_path / "two.py"
     script.write_text(TWO_PROCESSES)
@@ -642,13 +651,50 @@ def test_two_processes_evaluate_as_one(model, tmp_path):
     together = json.loads((tmp_path / "two.json").read_text())
     for name in ("eval_psnr", "eval_ssim"):
         assert together[name] == pytest.approx(alone[name], rel=1e-6)
+    for part in ("", "ema"):
+        expected, got = (state(NextFlowVQModel.from_pretrained(tmp_path / run / part)) for run in ("alone", "two"))
+        assert moved(state(model), got)
+        assert max(float((expected[name] - got[name]).abs().max()) for name in expected) < 1e-5
+
+
+def train_twice(model, output, **arguments) -> None:
+    """Three steps, the last of them after a resume."""
+    values = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "optim": "sgd"}
+    values |= {"load_best_model_at_end": True, "scale_drop": 0.0, "learning_rate": 0.02} | arguments
+    for steps in (2, 3):
+        run = trainer(
+            prepare_vq_stage(copy.deepcopy(model), "pixel"),
+            output,
+            OneSize(),
+            eval_dataset=Pictures(),
+            max_steps=steps,
+            **values,
+        )
+        run.add_callback(EMACallback(0.5))
+        run.add_callback(EarlyStoppingCallback(2))
+        run.train(resume_from_checkpoint=steps == 3)
+    assert run.state.global_step == 3
+    run.save_model()
+
+
+def test_weights_that_devices_share_are_refused(model, tmp_path):
+    class Sharing(NextFlowVQTrainer):
+        """accelerate turns FSDP on for accelerators alone."""
+
+        def create_accelerator_and_postprocess(self):
+            super().create_accelerator_and_postprocess()
+            self.is_fsdp_enabled = True
+
+    arguments = NextFlowVQTrainingArguments(str(tmp_path), perceptual_weight=0, use_cpu=True, report_to="none")
+    with pytest.raises(ValueError, match="Sharing takes whole weights on every device: use DDP, not FSDP or ZeRO-3"):
+        Sharing(prepare_vq_stage(model, "pixel"), arguments, Pictures())
 
 
 TWO_PROCESSES = """
 import json, sys, torch
 from pathlib import Path
 from tests.ranks import on_ranks
-from tests.test_vq_trainer import Pictures, trainer
+from tests.test_vq_trainer import Pictures, train_twice, trainer
 from transformers_nextflow import NextFlowVQModel
 from transformers_nextflow.training import prepare_vq_stage
 
@@ -660,6 +706,7 @@ def work():
     metrics = run.evaluate(torch.utils.data.Subset(Pictures(), range(5)))
     if run.is_world_process_zero():
         (folder / "two.json").write_text(json.dumps(metrics))
+    train_twice(NextFlowVQModel.from_pretrained(folder / "model"), folder / "two", ddp_find_unused_parameters=True)
     run.accelerator.wait_for_everyone()
     torch.distributed.destroy_process_group()
 

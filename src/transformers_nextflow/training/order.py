@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 from torch.utils.data import Dataset, Sampler
-from transformers import TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from .checkpoints import SavingTrainer
 
@@ -100,6 +100,13 @@ def check_heeded(arguments: TrainingArguments, **others) -> None:
             "dispatch_batches is not for this trainer: it cuts tensors by rows, which pictures of a batch have others "
             "than texts; leave it out, every device loads its own"
         )
+
+
+def check_whole(trainer: Trainer) -> None:
+    """Raise a `ValueError` where devices share the weights of a trainer that takes them whole."""
+    shared = trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3
+    if trainer.is_fsdp_enabled or shared:
+        raise ValueError(f"{type(trainer).__name__} takes whole weights on every device: use DDP, not FSDP or ZeRO-3")
 
 
 def judge_by_losses(arguments: TrainingArguments) -> None:

@@ -20,7 +20,7 @@ from ..quantizer import CODEBOOK_LOSSES, QuantizerOutput
 from ..utils.files import output_folder, write_atomically
 from .checkpoints import output_field
 from .metrics import lpips, psnr, ssim
-from .order import OF_BATCHES, OrderedTrainer, check_heeded, judge_by_losses
+from .order import OF_BATCHES, OrderedTrainer, check_heeded, check_whole, judge_by_losses
 from .teacher import FOLDER as TEACHER
 from .vq_losses import (
     PatchDiscriminator,
@@ -214,7 +214,7 @@ class NextFlowVQTrainer(OrderedTrainer):
 
     Raises:
         ImportError: if the perceptual loss has a weight, and neither `perceptual` nor the package `lpips` is there.
-        ValueError: for a joint stage without a teacher.
+        ValueError: for a joint stage without a teacher, or weights that devices share.
     """
 
     def __init__(
@@ -236,6 +236,7 @@ class NextFlowVQTrainer(OrderedTrainer):
             discriminator = PatchDiscriminator() if args.discriminator_weight else None
         module = VQTraining(model, discriminator)
         super().__init__(module, args, _by_size, train_dataset, eval_dataset, **kwargs)
+        check_whole(self)
         frozen = {"teacher": teacher, "perceptual": perceptual}
         for name, network in frozen.items():
             setattr(self, name, network and network.requires_grad_(False).eval().to(args.device))
