@@ -50,7 +50,7 @@ from tests.diffusers.tiny_decoders import (
     stock_pipeline,
     tiny_vq_model,
 )
-from tests.diffusers.tiny_trainings import Batches, arguments, picture, train
+from tests.diffusers.tiny_trainings import Batches, arguments, picture, run_with_everything, train
 from tests.hub_stand_in import hub_stand_in, run_fresh
 from tests.pretended_devices import DEVICES, PretendedDevices
 from transformers_nextflow import NextFlowConfig, NextFlowImageProcessor
@@ -231,6 +231,24 @@ def test_killed_training_resumes_as_if_nothing_had_happened_and_loads_in_a_fresh
             whole, resumed = ((tmp_path / (run + kind) / name).read_bytes() for run in ("whole", "killed"))
             assert resumed == whole, name
     assert torch.equal(load_file(tmp_path / "picture.safetensors")["picture"], picture(pipe))
+
+
+def test_two_processes_train_as_one(tmp_path):
+    """With all that a training may have, over a resume."""
+    script = [sys.executable, "-m", "tests.diffusers.tiny_trainings", str(tmp_path / "two"), "2"]
+    environment = os.environ | {"PYTHONPATH": "src:.", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(script, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    run_with_everything(tmp_path / "one", gradient_accumulation_steps=2)
+    logs = [json.loads((tmp_path / name / "log.json").read_text()) for name in ("one", "two")]
+    for name in ("loss", "grad_norm", "eval_loss"):
+        expected, got = ([row[name] for row in log if name in row] for log in logs)
+        assert len(expected) == 3 and got == pytest.approx(expected, rel=1e-5)
+    one, two = (modules(NextFlowDecoderPipeline.from_pretrained(tmp_path / name)) for name in ("one", "two"))
+    for name, part in one.items():
+        torch.testing.assert_close(part.state_dict(), two[name].state_dict(), rtol=0, atol=1e-6)
+    drawn = [np.asarray(Image.open(tmp_path / name / "samples" / "step-3" / "00.png")) for name in ("one", "two")]
+    assert np.abs(drawn[0].astype(int) - drawn[1]).max() <= 1
 
 
 def test_a_steps_gradient_is_the_mean_of_its_batches(tmp_path, monkeypatch):
@@ -427,6 +445,18 @@ def test_second_stage_of_adapters_starts_from_the_first(tmp_path):
     dtypes = {"lora_" in name: parameter.dtype for name, parameter in large.transformer.named_parameters()}
     assert dtypes == {True: torch.float32, False: torch.bfloat16}
     assert NextFlowConditioner.from_pretrained(tmp_path / "x2", subfolder="conditioner").config.upscale == 2
+
+
+def test_weights_that_devices_share_are_refused(tmp_path):
+    class Sharing(NextFlowDecoderTrainer):
+        """accelerate turns FSDP on for accelerators alone."""
+
+        def create_accelerator_and_postprocess(self):
+            super().create_accelerator_and_postprocess()
+            self.is_fsdp_enabled = True
+
+    with pytest.raises(ValueError, match="Sharing takes whole weights on every device: use DDP, not FSDP or ZeRO-3"):
+        Sharing(decoder("unet"), arguments(tmp_path), Batches())
 
 
 def test_wrong_combinations(tmp_path):
