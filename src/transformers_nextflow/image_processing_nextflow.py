@@ -298,9 +298,9 @@ class NextFlowImageProcessor(ProcessorBringsCode, PilBackend):
             image = _fit(image, table.image_size(schedule), resample)
             if isinstance(image, Image.Image):
                 planes = np.moveaxis(np.asarray(image), -1, 0)
-                values = np.stack([np.float32(row[0])[plane] for row, plane in zip(of_bytes, planes)])
+                values = np.stack([row[0].astype(np.float32)[plane] for row, plane in zip(of_bytes, planes)])
             else:
-                values = np.float32((image.astype(np.float64) - mean) / std)
+                values = ((image.astype(np.float64) - mean) / std).astype(np.float32)
             pixels = torch.from_numpy(values)[None]
             patches.append(pixels if self.image_size else patchify(pixels, self.patch_size)[0])
             grids.append(schedule.final_grid)
