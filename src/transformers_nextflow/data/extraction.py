@@ -22,6 +22,7 @@ from transformers.utils import logging
 from ..image_processing_nextflow import DAMAGED, NextFlowImageProcessor, upright_size
 from ..modeling_nextflow_vq import unpatchify
 from ..quantizer import SelfCorrection
+from ..sampling import integer
 from ..scales import ScaleSchedule
 from ..utils.files import read_json, write_atomically
 from .documents import (
@@ -135,10 +136,14 @@ def extract(
             `"ray"` has.
 
     Raises:
-        ValueError: if `output` was begun with other settings, another source or another model.
+        ValueError: if `output` was begun with other settings, another source or another model; for no devices or
+            processes.
     """
     if engine not in ENGINES:
         raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
+    integer("num_proc", num_proc, 1), integer("num_workers", num_workers, 0)
+    if not devices:
+        raise ValueError("devices must name one or more, got none")
     output = Path(output)
     extractor = Extractor(source, str(model), settings, devices[0], num_workers)
     plan = extractor.plan()
