@@ -69,7 +69,7 @@ class PictureBatches(SizedBatches):
         pictures: of those documents, see [`source_pictures`] and [`shard_pictures`].
         image_processor: of the vision tokenizer.
         batch_size: B.
-        upscale: edge of the pictures to draw as a multiple of the coded ones.
+        upscale: edge of the pictures to draw as a multiple of the coded ones; smaller ones are left out.
         empty_share: share of captions replaced by `""`.
         seed: of the order and of that share.
 
@@ -90,9 +90,37 @@ class PictureBatches(SizedBatches):
     ):
         if not 0 <= empty_share <= 1:
             raise ValueError(f"empty_share must lie in [0, 1], got {empty_share}")
-        self.table, self.read, self.pictures, self.image_processor = table, read, pictures, image_processor
+        self.table, self.read, self.image_processor = table, read, image_processor
         self.upscale, self.empty_share = upscale, empty_share
-        super().__init__(len(pictures), batch_size, seed)
+        self.pictures = pictures if upscale == 1 else self._large_enough(pictures)
+        super().__init__(len(self.pictures), batch_size, seed)
+
+    def _large_enough(self, pictures: Sequence[Picture]) -> list[Picture]:
+        """Those that need not be enlarged, by their headers; the others are counted in a warning."""
+        schedules, large = self.image_processor.schedule_table(), []
+        for picture in pictures:
+            wanted = schedules.image_size(schedules.by_grid(picture.grid))
+            try:
+                size = _size(self._document(picture).images[picture.place])
+            except Skipped:
+                large.append(picture)  # it is named when it is read
+                continue
+            if all(length >= self.upscale * edge for length, edge in zip(size, wanted)):
+                large.append(picture)
+        if small := len(pictures) - len(large):
+            logger.warning(
+                f"{small} pictures are smaller than {self.upscale} times the size they are coded at: left out"
+            )
+        return large
+
+    def _document(self, picture: Picture) -> Document:
+        document = next(d for d in self.read(self.table[picture.row], picture.row) if d.key == picture.key)
+        if picture.images not in (None, len(document.images)):
+            raise ValueError(
+                f"the shards hold codes of {picture.images} pictures of {picture.key}, but the source's row has "
+                f"{len(document.images)}: it is not what the shards were made of"
+            )
+        return document
 
     def name_of(self, number: int) -> str:
         return self.pictures[number].key
@@ -103,12 +131,7 @@ class PictureBatches(SizedBatches):
     def read_picture(self, number: int) -> dict:
         """What a batch has, of one picture."""
         picture = self.pictures[number]
-        document = next(d for d in self.read(self.table[picture.row], picture.row) if d.key == picture.key)
-        if picture.images not in (None, len(document.images)):
-            raise ValueError(
-                f"the shards hold codes of {picture.images} pictures of {picture.key}, but the source's row has "
-                f"{len(document.images)}: it is not what the shards were made of"
-            )
+        document = self._document(picture)
         coded, target = self.pixels(document.images[picture.place], picture.grid)
         is_empty = random.Random(f"{self.seed} captions {self.epoch} {number}").random() < self.empty_share
         item = {"pixel_values": target, "captions": "" if is_empty else document.text}
@@ -141,38 +164,28 @@ class PictureBatches(SizedBatches):
 
 
 def source_pictures(
-    table, reader: DocumentReader, image_processor: NextFlowImageProcessor, level: str | None = None, upscale: int = 1
+    table, reader: DocumentReader, image_processor: NextFlowImageProcessor, level: str | None = None
 ) -> list[Picture]:
     """The supervised pictures of a source's documents, to be coded in training, by their headers alone.
 
-    Those too small for the output are left out, and counted in a warning; documents that cannot be read are named.
+    Documents that cannot be read are named in warnings.
 
     Args:
         table, reader: of the source.
         level: of the scale schedules they are brought to (default: the highest).
     """
-    schedules, pictures, small = image_processor.schedule_table(), [], 0
+    schedules, pictures = image_processor.schedule_table(), []
     level = level or list(schedules.levels)[-1]
     for row in range(len(table)):
         try:
-            sizes = [
-                (document, place, _size(image))
+            pictures += [
+                Picture(row, document.key, place, schedules.nearest_to_image(*_size(image), level).final_grid)
                 for document in reader.read(table[row], row)
                 for place, image in enumerate(document.images)
                 if document.supervised_images[place]
             ]
         except Skipped as skip:
             logger.warning(f"left out {reader.key_of(table[row], row)}: {skip}")
-            continue
-        for document, place, (height, width) in sizes:
-            schedule = schedules.nearest_to_image(height, width, level)
-            wanted = schedules.image_size(schedule)
-            if upscale > 1 and (height < upscale * wanted[0] or width < upscale * wanted[1]):
-                small += 1
-                continue
-            pictures.append(Picture(row, document.key, place, schedule.final_grid))
-    if small:
-        logger.warning(f"{small} pictures are smaller than {upscale} times the size they are coded at: left out")
     return pictures
 
 

@@ -522,7 +522,7 @@ def test_every_picture_is_shown_once_in_an_epoch_at_both_sizes(source, vq_model)
     table, reader = source.load(), DocumentReader("text-to-image", root=source.root)
     processor = NextFlowImageProcessor.from_vq_config(vq_model.config)
     for upscale, shown in ((1, 5), (2, 4)):
-        pictures = source_pictures(table, reader, processor, upscale=upscale)
+        pictures = source_pictures(table, reader, processor)
         batches = PictureBatches(table, reader.read, pictures, processor, 2, upscale, seed=3)
         epochs = []
         for epoch in (0, 1):
@@ -566,6 +566,8 @@ def test_codes_of_shards_are_those_of_the_pictures(source, vq_model, model_folde
         assert torch.equal(condition_of(vq_model, {"coded_pixels": batch["pixel_values"]}), expected)
         captions += batch["captions"]
     assert 0 < captions.count("") < 5 and len(captions) == 5  # dropped as in the transformer's training
+    twice = PictureBatches(table, read, pictures, processor, 2, upscale=2)
+    assert {picture.key for picture in twice.pictures} == {f"key {number}" for number in range(4)}
 
 
 @pytest.mark.parametrize("packed", [False, True])
