@@ -818,7 +818,11 @@ def test_a_picture_of_another_size_than_its_header_promised_costs_itself_alone(t
         ({"remove_unused_columns": True}, "remove_unused_columns is not for this trainer: leave False, got True"),
         ({"bf16_full_eval": True}, "bf16_full_eval is not for this trainer: leave False, got True"),
         ({"fp16": True}, "fp16 is for GPUs, this device is cpu: take bf16, or float32"),
-        ({"codebook_weight": -1.0}, "codebook_weight must not be negative, got -1.0"),
+        ({"codebook_weight": -1.0}, "codebook_weight must be finite and not negative, got -1.0"),
+        ({"l2_weight": float("nan")}, "l2_weight must be finite and not negative, got nan"),
+        ({"restart_steps": -1}, "restart_steps must be at least 0, got -1"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1, got 0"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be at least 1, got 0"),
         ({"stage": "joint"}, "give `teacher`"),
     ],
 )
@@ -868,6 +872,13 @@ def test_the_command_goes_through_the_stages(model, tmp_path, capsys):
     assert NextFlowImageProcessor.from_pretrained(tmp_path / "decoder").patch_size == model.config.patch_size
     assert (tmp_path / "decoder" / "reconstructions" / "step-2.png").exists()
     assert "eval_psnr" in capsys.readouterr().out
+    options = ["--model", str(tmp_path / "joint"), "--images", str(tmp_path / "photos"), "--teacher"]
+    for stage, teacher, said in (
+        ("pixel", str(tmp_path / "joint"), "--teacher is for the joint stage, not for pixel"),
+        ("joint", "nowhere", "there is no model directory nowhere"),
+    ):
+        assert cli.main(["train", "tokenizer", *options, teacher, "--stage", stage, "--use_cpu"]) == 2
+        assert said in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     run("joint", "decoder", "empty", status=2)
     assert re.search("empty must hold images", capsys.readouterr().err)

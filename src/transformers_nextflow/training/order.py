@@ -7,6 +7,7 @@ import numpy as np
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from ..sampling import integer
 from .checkpoints import SavingTrainer
 
 
@@ -85,11 +86,13 @@ OF_BATCHES |= {"bf16_full_eval": False, "fp16_full_eval": False}
 
 
 def check_heeded(arguments: TrainingArguments, **others) -> None:
-    """Raise a `ValueError` for options that the trainers of this package would not heed.
+    """Raise a `ValueError` for options that the trainers of this package would not heed, and sizes below 1.
 
     Args:
         others: the only values of further options that this trainer heeds.
     """
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        integer(name, getattr(arguments, name), 1)
     if arguments.fp16 and arguments.device.type == "cpu":
         raise ValueError("fp16 is for GPUs, this device is cpu: take bf16, or float32")
     for name, heeded in ({"label_smoothing_factor": 0.0, "train_sampling_strategy": "random"} | others).items():

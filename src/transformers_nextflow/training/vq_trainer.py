@@ -3,6 +3,7 @@
 import copy
 import shutil
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from ..modeling_nextflow_vq import AttnBlock, NextFlowVQModel, NextFlowVQOutput, ResidualBlock
 from ..quantizer import CODEBOOK_LOSSES, QuantizerOutput
+from ..sampling import integer
 from ..utils.files import output_folder, write_atomically
 from .checkpoints import output_field
 from .metrics import lpips, psnr, ssim
@@ -104,8 +106,9 @@ class NextFlowVQTrainingArguments(TrainingArguments):
         if self.codebook_loss not in CODEBOOK_LOSSES:
             raise ValueError(f"codebook_loss must be one of {', '.join(CODEBOOK_LOSSES)}, got {self.codebook_loss!r}")
         for name in ("l2", "perceptual", "codebook", "commitment", "distillation", "discriminator"):
-            if (weight := getattr(self, f"{name}_weight")) < 0:
-                raise ValueError(f"{name}_weight must not be negative, got {weight}")
+            if not 0 <= (weight := getattr(self, f"{name}_weight")) < inf:
+                raise ValueError(f"{name}_weight must be finite and not negative, got {weight}")
+        integer("restart_steps", self.restart_steps, 0)
         check_heeded(self, **OF_BATCHES)
         if not 0 <= self.scale_drop <= 1:
             raise ValueError(f"scale_drop must lie in [0, 1], got {self.scale_drop}")
