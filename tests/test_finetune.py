@@ -1,6 +1,9 @@
 """Own pictures by one command: from a folder of any form to adapters or a model that draws, resumed and held out."""
 
 import json
+import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import datasets
@@ -77,6 +80,21 @@ def test_a_folder_becomes_a_model_that_draws(capsys, options):
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
     assert tune(capsys, "photos", name, *options) == figures
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def test_pictures_that_cannot_be_coded_are_left_out_at_once(capsys, tmp_path):
+    """Of no known range, without a pixel, too large: extraction would leave them out after they were counted."""
+    photos = Path(shutil.copytree("photos", tmp_path / "photos"))
+    Image.new("F", (24, 24), 0.5).save(photos / "8.tiff")
+    (photos / "9.grib").write_bytes(b"GRIB" + b"\1" * 30)
+    header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+    chunk = b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
+    (photos / "10.png").write_bytes(b"\x89PNG\r\n\x1a\n" + struct.pack(">I", len(header)) + chunk)
+    with open(photos / "metadata.jsonl", "a") as lines:
+        for name in ("8.tiff", "9.grib", "10.png"):
+            lines.write("\n" + json.dumps({"file_name": name, "text": "a box"}))
+    figures = tune(capsys, photos, tmp_path / "run", "--steps", 1, "--evaluations", 1)
+    assert (figures["pictures"], figures["left out"]) == (8, 4)
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(capsys, monkeypatch):

@@ -29,7 +29,8 @@ OVERRIDDEN = {
     "transformers.image_processing_utils.BaseImageProcessor": {"_preprocess", "_validate_preprocess_kwargs"},
     "transformers.Trainer": {
         *("_get_dataloader", "_get_num_items_in_batch", "_get_train_sampler", "_load_best_model"),
-        *("_load_from_checkpoint", "_prepare_inputs", "_run_epoch", "_save", "_save_rng_state"),
+        *("_load_from_checkpoint", "_load_optimizer_and_scheduler", "_prepare_inputs", "_run_epoch", "_save"),
+        "_save_rng_state",
     },
     "diffusers.DiffusionPipeline": {"_exclude_from_cpu_offload", "_optional_components"},
     "torch.nn.Module": {"_apply", "_load_from_state_dict"},

@@ -8,6 +8,7 @@ import torch
 
 from tests.tiny_models import CODES
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor, NextFlowVQModel
+from transformers_nextflow.lora import lora_config
 from transformers_nextflow.training import enlarge_decoder
 
 
@@ -89,6 +90,19 @@ def test_other_sizes_and_schedules(replaced, tiny_model):
     size = [edge * config.patch_size for edge in grid]
     codes = loaded.generate(**inputs, generation_mode="image", height=size[0], width=size[1], seed=0)
     assert codes.shape[0] == 1
+
+
+def test_adapters_are_merged_into_the_model_that_they_are_for(console, tiny_model, tiny_checkpoint, tmp_path):
+    peft = pytest.importorskip("peft")
+    base = NextFlowForConditionalGeneration.from_pretrained(tiny_checkpoint)
+    adapted = peft.get_peft_model(base, lora_config(r=2, init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "tuned")
+    enlarge_decoder(tiny_model.model.vq_model).save_pretrained(tmp_path / "vq")
+    status, _, err = console("replace-tokenizer", "vq", "--output", "out", model=tmp_path / "tuned")
+    assert status == 0, err
+    loaded = NextFlowForConditionalGeneration.from_pretrained(tmp_path / "out")
+    assert changed(loaded, tiny_model) and not changed(loaded, adapted.merge_and_unload())
+    assert loaded.config.vq_config.decoder_blocks == 2 * tiny_model.config.vq_config.decoder_blocks
 
 
 def test_what_is_there_is_not_overwritten(console, tiny_checkpoint, tmp_path):

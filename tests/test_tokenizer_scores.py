@@ -148,6 +148,8 @@ def test_what_is_missing_is_said(console, folder, arguments, message):
 def test_odd_folders(console, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "holds no pictures" in console("evaluate", "psnr", "empty")[2]
+    (tmp_path / "empty" / "folder.png").mkdir()
+    assert "holds no pictures" in console("evaluate", "psnr", "empty")[2]
     assert "there is no folder nowhere" in console("evaluate", "psnr", "nowhere")[2]
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.png").write_bytes(b"no picture")

@@ -288,7 +288,12 @@ def test_the_average_of_a_tokenizer_is_a_tokenizer(start):
 def test_a_stage_is_of_its_packs_level(start, tuned, capsys):
     stage = {"name": "own", "trains": "all", "level": "24", "epochs": 1, "learning_rate": 1e-3}
     stage |= {"scale_loss_alpha": 0.9, "mixture": {"text-to-image": 1}}
-    Path("own.yaml").write_text(json.dumps([stage, stage | {"name": "head", "trains": "connector_and_head"}]))
+    stages = [
+        stage,
+        stage | {"name": "head", "trains": "connector_and_head"},
+        stage | {"name": "number", "level": 24, "learning_rate": "1e-3"},
+    ]
+    Path("own.yaml").write_text(json.dumps(stages))
     arguments = ("train", "transformer", "--packs", "packs", "--output", "staged", "--max_steps", 1, *QUIET)
     said = fails(capsys, *arguments, "--model", "start", "--stage", "pretrain-1024")
     assert "stage pretrain-1024 is of level 1024, the packs hold pictures of level 24" in said
@@ -298,6 +303,9 @@ def test_a_stage_is_of_its_packs_level(start, tuned, capsys):
     run(*arguments, "--model", "tuned", "--stages", "own.yaml", "--stage", "own")
     said = fails(capsys, *arguments, "--model", "tuned", "--stages", "own.yaml", "--stage", "head")
     assert "it takes no adapters" in said
+    run(*arguments, "--model", "start", "--stages", "own.yaml", "--stage", "number")
+    said = fails(capsys, *arguments, "--model", "start", "--stages", "own.yaml")
+    assert "--stages lists stages: say by --stage which of them is trained" in said
 
 
 def test_raw_documents_are_pictures_with_captions_too(start, tuned):

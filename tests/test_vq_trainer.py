@@ -14,13 +14,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFile
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file
-from transformers import TrainerState
+from transformers import EarlyStoppingCallback, TrainerState
 
 from tests.tiny_models import tiny_config
 from transformers_nextflow import NextFlowImageProcessor, NextFlowVQModel, cli
 from transformers_nextflow.image_processing_nextflow import upright_size
 from transformers_nextflow.training import (
+    EMACallback,
     ImageBatches,
     NextFlowVQTrainer,
     NextFlowVQTrainingArguments,
@@ -63,6 +65,13 @@ class Pictures(torch.utils.data.Dataset):
         generator = torch.Generator().manual_seed(index)
         size = (12, 12) if index % 2 else (8, 16)
         return {"pixel_values": torch.rand(3, 3, *size, generator=generator) * 2 - 1}
+
+
+class OneSize(Pictures):
+    """As many batches of one size, so that however they are split a step's loss is their mean."""
+
+    def __getitem__(self, index):
+        return super().__getitem__(2 * index + 1)
 
 
 class Large(torch.utils.data.Dataset):
@@ -378,6 +387,23 @@ def test_resuming_continues_as_if_nothing_had_happened(coarse_model, tmp_path):
     assert kept[0] == kept[1]
 
 
+def test_a_checkpoint_of_another_training_is_not_resumed(model, tmp_path):
+    """Of another stage, another size, or without what an option needs."""
+    saved = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    trainer(prepare_vq_stage(copy.deepcopy(model), "pixel"), tmp_path, **saved).train()
+    small = NextFlowVQModel(tiny_config(vq={"codebook_size": 8}).vq_config)
+    for other, stage, values in (
+        (model, "joint", {"teacher": load_teacher(model, "")}),
+        (model, "decoder", {}),
+        (small, "pixel", {}),
+        (model, "pixel", {"restart_steps": 1}),
+        (model, "pixel", {"discriminator_weight": 0.5}),
+    ):
+        run = trainer(prepare_vq_stage(copy.deepcopy(other), stage), tmp_path, stage=stage, **values)
+        with pytest.raises(ValueError, match="checkpoint-1 is of another training than this: resume with the model"):
+            run.train(resume_from_checkpoint=True)
+
+
 def test_a_checkpoint_that_counts_as_whole_has_what_restarts_need(model, tmp_path, monkeypatch):
     def die(state, path):
         raise KeyboardInterrupt(path)
@@ -538,10 +564,10 @@ def test_items_of_a_batch_count_by_their_pictures(model, tmp_path):
     torch.testing.assert_close(joined, sum(alone) / 6)
     run.train()
     metrics = []
-    for count in (1, 4):
-        run.args.per_device_eval_batch_size = count
+    for count, drop_last in ((1, False), (4, False), (4, True), (9, True)):
+        run.args.per_device_eval_batch_size, run.args.dataloader_drop_last = count, drop_last
         metrics.append(run.evaluate(Pictures()))
-    assert metrics[0] == pytest.approx(metrics[1], rel=1e-5)
+    assert all(metrics[0] == pytest.approx(other, rel=1e-5) for other in metrics[1:])
 
 
 def test_checkpointing_gives_the_same_gradients(model, tmp_path):
@@ -610,10 +636,11 @@ def test_ssim_of_small_pictures_has_the_largest_window_that_fits():
         torch.testing.assert_close(got, torch.stack(values).mean()[None], rtol=1e-5, atol=1e-6)
 
 
-def test_two_processes_evaluate_as_one(model, tmp_path):
-    """Five batches, which do not divide evenly."""
+def test_two_processes_train_and_evaluate_as_one(model, tmp_path):
+    """Five batches, which do not divide evenly; an average, the best checkpoint, a resume."""
     five = torch.utils.data.Subset(Pictures(), range(5))
     alone = trainer(prepare_vq_stage(model, "pixel"), tmp_path).evaluate(five)
+    train_twice(model, tmp_path / "alone", gradient_accumulation_steps=2)
     model.save_pretrained(tmp_path / "model")
     script = tmp_path / "two.py"
     script.write_text(TWO_PROCESSES)
@@ -624,13 +651,50 @@ def test_two_processes_evaluate_as_one(model, tmp_path):
     together = json.loads((tmp_path / "two.json").read_text())
     for name in ("eval_psnr", "eval_ssim"):
         assert together[name] == pytest.approx(alone[name], rel=1e-6)
+    for part in ("", "ema"):
+        expected, got = (state(NextFlowVQModel.from_pretrained(tmp_path / run / part)) for run in ("alone", "two"))
+        assert moved(state(model), got)
+        assert max(float((expected[name] - got[name]).abs().max()) for name in expected) < 1e-5
+
+
+def train_twice(model, output, **arguments) -> None:
+    """Three steps, the last of them after a resume."""
+    values = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "optim": "sgd"}
+    values |= {"load_best_model_at_end": True, "scale_drop": 0.0, "learning_rate": 0.02} | arguments
+    for steps in (2, 3):
+        run = trainer(
+            prepare_vq_stage(copy.deepcopy(model), "pixel"),
+            output,
+            OneSize(),
+            eval_dataset=Pictures(),
+            max_steps=steps,
+            **values,
+        )
+        run.add_callback(EMACallback(0.5))
+        run.add_callback(EarlyStoppingCallback(2))
+        run.train(resume_from_checkpoint=steps == 3)
+    assert run.state.global_step == 3
+    run.save_model()
+
+
+def test_weights_that_devices_share_are_refused(model, tmp_path):
+    class Sharing(NextFlowVQTrainer):
+        """accelerate turns FSDP on for accelerators alone."""
+
+        def create_accelerator_and_postprocess(self):
+            super().create_accelerator_and_postprocess()
+            self.is_fsdp_enabled = True
+
+    arguments = NextFlowVQTrainingArguments(str(tmp_path), perceptual_weight=0, use_cpu=True, report_to="none")
+    with pytest.raises(ValueError, match="Sharing takes whole weights on every device: use DDP, not FSDP or ZeRO-3"):
+        Sharing(prepare_vq_stage(model, "pixel"), arguments, Pictures())
 
 
 TWO_PROCESSES = """
 import json, sys, torch
 from pathlib import Path
 from tests.ranks import on_ranks
-from tests.test_vq_trainer import Pictures, trainer
+from tests.test_vq_trainer import Pictures, train_twice, trainer
 from transformers_nextflow import NextFlowVQModel
 from transformers_nextflow.training import prepare_vq_stage
 
@@ -642,6 +706,7 @@ def work():
     metrics = run.evaluate(torch.utils.data.Subset(Pictures(), range(5)))
     if run.is_world_process_zero():
         (folder / "two.json").write_text(json.dumps(metrics))
+    train_twice(NextFlowVQModel.from_pretrained(folder / "model"), folder / "two", ddp_find_unused_parameters=True)
     run.accelerator.wait_for_everyone()
     torch.distributed.destroy_process_group()
 
@@ -698,14 +763,14 @@ def test_sizes_are_read_from_headers_and_a_damaged_picture_costs_itself(tmp_path
     for pixels in (shown, torch.cat(seen)):
         sums = {round(picture.sum().item(), 1) for picture in pixels}
         assert sums == {round(value, 1) for value in whole}
-    with pytest.raises(ValueError, match="none of 2 images can be read, the first: "):
+    with pytest.raises(ValueError, match="none of 2 pictures can be read, the first: "):
         ImageBatches(paths[2:4], processor, 1)
-    with pytest.raises(ValueError, match="none of 2 images can be read"):
+    with pytest.raises(ValueError, match="none of 2 pictures can be read"):
         ImageBatches(paths[:2], processor, 1)[0]
 
 
 def test_a_png_lies_on_its_side_wherever_its_file_says_so(tmp_path, model):
-    """EXIF before the pixels, as Pillow writes it, and after them."""
+    """EXIF before the pixels, as Pillow writes it, and after them; XMP, as other programs do."""
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (20, 40)).save(tmp_path / "before.png", exif=exif)
@@ -715,13 +780,30 @@ def test_a_png_lies_on_its_side_wherever_its_file_says_so(tmp_path, model):
     end = len(data) - 12
     (tmp_path / "after.png").write_bytes(data[:at] + data[at + len(chunk) : end] + chunk + data[end:])
     Image.new("RGB", (20, 40)).save(tmp_path / "none.png")
+    xmp = PngInfo()
+    xmp.add_itxt("XML:com.adobe.xmp", '<rdf:Description tiff:Orientation="6"/>')
+    Image.new("RGB", (20, 40)).save(tmp_path / "xmp.png", pnginfo=xmp)
     sizes = {}
     for path in tmp_path.iterdir():
         with Image.open(path) as image:
             sizes[path.stem] = upright_size(image)
             assert image.getexif().get(0x0112) == (None if path.stem == "none" else 6)
             image.load()
-    assert sizes == {"before": (20, 40), "after": (20, 40), "none": (40, 20)}
+    assert sizes == {"before": (20, 40), "after": (20, 40), "xmp": (20, 40), "none": (40, 20)}
+
+
+def test_a_picture_of_another_size_than_its_header_promised_costs_itself_alone(tmp_path, model):
+    """Orientations that mean nothing turn nothing; a file may be replaced by another."""
+    exif = Image.Exif()
+    for orientation in (0, 9):
+        exif[0x0112] = orientation
+        Image.new("RGB", (32, 16)).save(tmp_path / f"{orientation}.jpg", exif=exif)
+    Image.new("RGB", (32, 16)).save(tmp_path / "replaced.jpg")
+    batches = ImageBatches(sorted(tmp_path.iterdir()), NextFlowImageProcessor.from_vq_config(model.config), 3)
+    assert batches.grids == dict.fromkeys(range(3), (2, 4))
+    Image.new("RGB", (32, 32)).save(tmp_path / "replaced.jpg")
+    assert batches[0]["pixel_values"].shape == (2, 3, 8, 16)
+    assert batches.damaged == {2: "its header promised the grid (2, 4), it has (3, 3)"}
 
 
 @pytest.mark.parametrize(
@@ -732,7 +814,15 @@ def test_a_png_lies_on_its_side_wherever_its_file_says_so(tmp_path, model):
         ({"scale_drop": 1.5}, "scale_drop must lie in \\[0, 1\\], got 1.5"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is not for this trainer: leave 0.0, got 0.1"),
         ({"train_sampling_strategy": "sequential"}, "train_sampling_strategy"),
-        ({"codebook_weight": -1.0}, "codebook_weight must not be negative, got -1.0"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha is not for this trainer: leave None, got 5.0"),
+        ({"remove_unused_columns": True}, "remove_unused_columns is not for this trainer: leave False, got True"),
+        ({"bf16_full_eval": True}, "bf16_full_eval is not for this trainer: leave False, got True"),
+        ({"fp16": True}, "fp16 is for GPUs, this device is cpu: take bf16, or float32"),
+        ({"codebook_weight": -1.0}, "codebook_weight must be finite and not negative, got -1.0"),
+        ({"l2_weight": float("nan")}, "l2_weight must be finite and not negative, got nan"),
+        ({"restart_steps": -1}, "restart_steps must be at least 0, got -1"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1, got 0"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be at least 1, got 0"),
         ({"stage": "joint"}, "give `teacher`"),
     ],
 )
@@ -751,7 +841,7 @@ def test_a_missing_perceptual_network_is_named(model, tmp_path):
 
 def test_no_pictures_is_an_error(model):
     processor = NextFlowImageProcessor.from_vq_config(model.config)
-    with pytest.raises(ValueError, match="no images"):
+    with pytest.raises(ValueError, match="no pictures"):
         ImageBatches([], processor, 2)
     with pytest.raises(ValueError, match="batch_size must be positive, got 0"):
         ImageBatches([Image.new("RGB", (8, 8))], processor, 0)
@@ -782,6 +872,13 @@ def test_the_command_goes_through_the_stages(model, tmp_path, capsys):
     assert NextFlowImageProcessor.from_pretrained(tmp_path / "decoder").patch_size == model.config.patch_size
     assert (tmp_path / "decoder" / "reconstructions" / "step-2.png").exists()
     assert "eval_psnr" in capsys.readouterr().out
+    options = ["--model", str(tmp_path / "joint"), "--images", str(tmp_path / "photos"), "--teacher"]
+    for stage, teacher, said in (
+        ("pixel", str(tmp_path / "joint"), "--teacher is for the joint stage, not for pixel"),
+        ("joint", "nowhere", "there is no model directory nowhere"),
+    ):
+        assert cli.main(["train", "tokenizer", *options, teacher, "--stage", stage, "--use_cpu"]) == 2
+        assert said in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     run("joint", "decoder", "empty", status=2)
     assert re.search("empty must hold images", capsys.readouterr().err)

@@ -25,7 +25,7 @@ from transformers import TrainingArguments
 from transformers_nextflow import NextFlowVQModel
 from transformers_nextflow.training.checkpoints import output_field
 from transformers_nextflow.training.ema import EMACallback
-from transformers_nextflow.training.order import OrderedTrainer, check_heeded
+from transformers_nextflow.training.order import OF_BATCHES, OrderedTrainer, check_heeded, check_whole
 from transformers_nextflow.training.samples import DrawingCallback
 from transformers_nextflow.utils.precision import without_autocast
 
@@ -97,7 +97,7 @@ class DecoderTrainingArguments(TrainingArguments):
             raise ValueError(f"rank must be positive, got {self.rank}")
         if self.rank is not None and self.use_ema:
             raise ValueError("use_ema averages a UNet trained as a whole, not adapters: leave out use_ema or rank")
-        check_heeded(self)
+        check_heeded(self, **OF_BATCHES)
 
     @property
     def weight_dtype(self) -> torch.dtype:
@@ -235,8 +235,8 @@ class NextFlowDecoderTrainer(OrderedTrainer):
         samples: a batch whose pictures are drawn every `sample_steps`, to `output_dir/samples`, the truth above each.
 
     Raises:
-        ValueError: see [`prepare`]; if the grids do not fit the backbone, or pictures the grids; in training if the
-            loss is not finite, or for a checkpoint that is none.
+        ValueError: see [`prepare`]; if the grids do not fit the backbone, or pictures the grids; for weights that
+            devices share; in training if the loss is not finite, or for a checkpoint that is none.
     """
 
     def __init__(
@@ -257,6 +257,7 @@ class NextFlowDecoderTrainer(OrderedTrainer):
         self.pipe = pipe
         loss_of = DecoderLoss(pipe, args.guidance_scale)
         super().__init__(loss_of, args, _listed, train_dataset and Numbered(train_dataset), eval_dataset, **kwargs)
+        check_whole(self)
         self._trained = {name: parameter for name, parameter in loss_of.named_parameters() if parameter.requires_grad}
         self._average = EMACallback(args.ema_decay, warmup=True) if args.use_ema else None
         if self._average is not None:
@@ -336,12 +337,10 @@ class NextFlowDecoderTrainer(OrderedTrainer):
             self.push_to_hub(commit_message="Model save")
 
     @torch.no_grad()
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        stored = load_file(Path(resume_from_checkpoint, TRAINED))
+    def _load_weights(self, checkpoint: str, model=None) -> None:
+        stored = load_file(Path(checkpoint, TRAINED))
         if stored.keys() != self._trained.keys():
-            raise ValueError(
-                f"the checkpoint {resume_from_checkpoint} holds other weights than those that are trained"
-            )
+            raise ValueError(f"the checkpoint {checkpoint} holds other weights than those that are trained")
         for name, parameter in self._trained.items():
             parameter.copy_(stored[name])
 

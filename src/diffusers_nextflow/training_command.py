@@ -88,6 +88,6 @@ def make_batches(script: DecoderOptions, vq_model, upscale: int, seed: int):
         columns = {"image": script.image_column, "text": script.caption_column}
         reader = DocumentReader("text-to-image", columns, root=source.root)
         reader.check_columns(table.column_names)
-        pictures, read = source_pictures(table, reader, image_processor, script.level, upscale), reader.read
+        pictures, read = source_pictures(table, reader, image_processor, script.level), reader.read
     share = script.proportion_empty_prompts
     return PictureBatches(table, read, pictures, image_processor, script.train_batch_size, upscale, share, seed)

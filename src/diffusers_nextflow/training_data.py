@@ -15,11 +15,10 @@ import numpy as np
 import torch
 from diffusers.utils import logging
 from PIL import Image, ImageOps
-from torch.utils.data import Dataset
 
 from transformers_nextflow import NextFlowImageProcessor, NextFlowVQModel
 from transformers_nextflow.data import Document, DocumentReader, ExtractionSettings, Source, open_shards
-from transformers_nextflow.data.documents import MAX_IMAGES, open_image
+from transformers_nextflow.data.documents import MAX_IMAGES, PictureSource, Skipped, open_image, skipping_damaged
 from transformers_nextflow.data.shards import (
     Shard,
     decodable_codes,
@@ -30,6 +29,7 @@ from transformers_nextflow.data.shards import (
 from transformers_nextflow.image_processing_nextflow import upright_size
 from transformers_nextflow.modeling_nextflow_vq import unpatchify
 from transformers_nextflow.scales import Grid
+from transformers_nextflow.training.images import SizedBatches
 
 logger = logging.get_logger(__name__)
 
@@ -57,10 +57,11 @@ class Picture:
     images: int | None = None
 
 
-class PictureBatches(Dataset):
-    """Pictures of a source in batches of one grid; every epoch shows every picture once, in batches of its own.
+class PictureBatches(SizedBatches):
+    """[`~transformers_nextflow.training.images.SizedBatches`] of a source, for training a decoder.
 
-    The last batch of a grid may be smaller than the others.
+    Items are `pixel_values` (B, 3, upscale * H, upscale * W) in [-1, 1], `captions`, and either `codes` (B, L) with
+    their `grid` or `coded_pixels` (B, 3, H, W).
 
     Args:
         table: rows of the source, see [`Source`].
@@ -68,12 +69,12 @@ class PictureBatches(Dataset):
         pictures: of those documents, see [`source_pictures`] and [`shard_pictures`].
         image_processor: of the vision tokenizer.
         batch_size: B.
-        upscale: edge of the pictures to draw as a multiple of the coded ones.
+        upscale: edge of the pictures to draw as a multiple of the coded ones; smaller ones are left out.
         empty_share: share of captions replaced by `""`.
         seed: of the order and of that share.
 
     Raises:
-        ValueError: for no pictures, or numbers out of range.
+        ValueError: for no pictures, or numbers out of range; at an item if the source is not what was coded.
     """
 
     def __init__(
@@ -87,58 +88,67 @@ class PictureBatches(Dataset):
         empty_share: float = 0.0,
         seed: int = 0,
     ):
-        if not pictures:
-            raise ValueError("there are no pictures to train on")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be positive, got {batch_size}")
         if not 0 <= empty_share <= 1:
             raise ValueError(f"empty_share must lie in [0, 1], got {empty_share}")
-        self.table, self.read, self.pictures, self.image_processor = table, read, pictures, image_processor
-        self.batch_size, self.upscale, self.empty_share, self.seed = batch_size, upscale, empty_share, seed
-        self._groups: dict[Grid, list[int]] = {}
-        for index, picture in enumerate(pictures):
-            self._groups.setdefault(picture.grid, []).append(index)
-        self.set_epoch(0)
+        self.table, self.read, self.image_processor = table, read, image_processor
+        self.upscale, self.empty_share = upscale, empty_share
+        self.pictures = pictures if upscale == 1 else self._large_enough(pictures)
+        super().__init__(len(self.pictures), batch_size, seed)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Which pictures share a batch, and which captions are left out."""
-        self.epoch, rng = epoch, np.random.default_rng([self.seed, epoch])
-        self._batches = [
-            order[start : start + self.batch_size]
-            for _, members in sorted(self._groups.items())
-            for order in [rng.permutation(members)]
-            for start in range(0, len(members), self.batch_size)
-        ]
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def __getitem__(self, place: int) -> dict:
-        """`pixel_values` (B, 3, upscale * H, upscale * W) in [-1, 1], `captions`, and either `codes` (B, L) with their
-        `grid` or `coded_pixels` (B, 3, H, W)."""
-        rng = random.Random(f"{self.seed} captions {self.epoch} {place}")
-        pictures, targets, coded, captions = [self.pictures[index] for index in self._batches[place]], [], [], []
+    def _large_enough(self, pictures: Sequence[Picture]) -> list[Picture]:
+        """Those that need not be enlarged, by their headers; the others are counted in a warning."""
+        schedules, large = self.image_processor.schedule_table(), []
         for picture in pictures:
-            document = next(d for d in self.read(self.table[picture.row], picture.row) if d.key == picture.key)
-            if picture.images not in (None, len(document.images)):
-                raise ValueError(
-                    f"the shards hold codes of {picture.images} pictures of {picture.key}, but the source's row has "
-                    f"{len(document.images)}: it is not what the shards were made of"
-                )
-            pixels, target = self.pixels(document.images[picture.place], picture.grid)
-            targets.append(target)
-            coded.append(pixels)
-            captions.append("" if rng.random() < self.empty_share else document.text)
-        batch = {"pixel_values": torch.stack(targets), "captions": captions}
-        if pictures[0].codes is None:
-            return batch | {"coded_pixels": torch.stack(coded)}
-        codes = np.stack([picture.codes for picture in pictures])
-        return batch | {"codes": torch.from_numpy(codes), "grid": pictures[0].grid}
+            wanted = schedules.image_size(schedules.by_grid(picture.grid))
+            try:
+                size = _size(self._document(picture).images[picture.place])
+            except Skipped:
+                large.append(picture)  # it is named when it is read
+                continue
+            if all(length >= self.upscale * edge for length, edge in zip(size, wanted)):
+                large.append(picture)
+        if small := len(pictures) - len(large):
+            logger.warning(
+                f"{small} pictures are smaller than {self.upscale} times the size they are coded at: left out"
+            )
+        return large
 
-    def pixels(self, image: bytes | str, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+    def _document(self, picture: Picture) -> Document:
+        document = next(d for d in self.read(self.table[picture.row], picture.row) if d.key == picture.key)
+        if picture.images not in (None, len(document.images)):
+            raise ValueError(
+                f"the shards hold codes of {picture.images} pictures of {picture.key}, but the source's row has "
+                f"{len(document.images)}: it is not what the shards were made of"
+            )
+        return document
+
+    def name_of(self, number: int) -> str:
+        return self.pictures[number].key
+
+    def grid_of(self, number: int) -> Grid:
+        return self.pictures[number].grid
+
+    def read_picture(self, number: int) -> dict:
+        """What a batch has, of one picture."""
+        picture = self.pictures[number]
+        document = self._document(picture)
+        coded, target = self.pixels(document.images[picture.place], picture.grid)
+        is_empty = random.Random(f"{self.seed} captions {self.epoch} {number}").random() < self.empty_share
+        item = {"pixel_values": target, "captions": "" if is_empty else document.text}
+        if picture.codes is None:
+            return item | {"coded_pixels": coded}
+        return item | {"codes": torch.from_numpy(picture.codes), "grid": picture.grid}
+
+    def collate(self, pictures: list[dict]) -> dict:
+        batch: dict = {name: [picture[name] for picture in pictures] for name in pictures[0]}
+        tensors = [name for name in batch if name not in ("captions", "grid")]
+        grid = {"grid": batch["grid"][0]} if "grid" in batch else {}
+        return batch | grid | {name: torch.stack(batch[name]) for name in tensors}
+
+    def pixels(self, image: PictureSource, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
         """(3, H, W) as it is coded, and (3, upscale * H, upscale * W) to draw, both in [-1, 1]."""
         table = self.image_processor.schedule_table()
-        with open_image(image) as opened:
+        with skipping_damaged(), open_image(image) as opened:
             picture = self.image_processor.process_image(opened, do_convert_rgb=True)
         if not isinstance(picture, Image.Image):  # of more than 8 bits
             picture = Image.fromarray((picture.transpose(1, 2, 0) * 255).round().astype(np.uint8))
@@ -154,34 +164,35 @@ class PictureBatches(Dataset):
 
 
 def source_pictures(
-    table, reader: DocumentReader, image_processor: NextFlowImageProcessor, level: str | None = None, upscale: int = 1
+    table, reader: DocumentReader, image_processor: NextFlowImageProcessor, level: str | None = None
 ) -> list[Picture]:
     """The supervised pictures of a source's documents, to be coded in training, by their headers alone.
 
-    Those too small for the output are left out, and counted in a warning.
+    Documents that cannot be read are named in warnings.
 
     Args:
         table, reader: of the source.
         level: of the scale schedules they are brought to (default: the highest).
     """
-    schedules, pictures, small = image_processor.schedule_table(), [], 0
+    schedules, pictures = image_processor.schedule_table(), []
     level = level or list(schedules.levels)[-1]
     for row in range(len(table)):
-        for document in reader.read(table[row], row):
-            for place, image in enumerate(document.images):
-                if not document.supervised_images[place]:
-                    continue
-                with open_image(image) as opened:
-                    height, width = upright_size(opened)
-                schedule = schedules.nearest_to_image(height, width, level)
-                wanted = schedules.image_size(schedule)
-                if upscale > 1 and (height < upscale * wanted[0] or width < upscale * wanted[1]):
-                    small += 1
-                    continue
-                pictures.append(Picture(row, document.key, place, schedule.final_grid))
-    if small:
-        logger.warning(f"{small} pictures are smaller than {upscale} times the size they are coded at: left out")
+        try:
+            pictures += [
+                Picture(row, document.key, place, schedules.nearest_to_image(*_size(image), level).final_grid)
+                for document in reader.read(table[row], row)
+                for place, image in enumerate(document.images)
+                if document.supervised_images[place]
+            ]
+        except Skipped as skip:
+            logger.warning(f"left out {reader.key_of(table[row], row)}: {skip}")
     return pictures
+
+
+def _size(image: PictureSource) -> tuple[int, int]:
+    """(height, width)"""
+    with skipping_damaged(), open_image(image) as opened:
+        return upright_size(opened)
 
 
 def shard_pictures(name: str | Path, source: Source, table, vq_model: NextFlowVQModel) -> tuple[list[Picture], Read]:

@@ -136,7 +136,8 @@ def reconstructions_of(folder: str, model: str | None, level: str | None, batch_
     integer("--batch-size", batch_size, 1)
     if not Path(folder).is_dir():
         raise NotADirectoryError(f"there is no folder {folder}")
-    paths = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in Image.registered_extensions())
+    files = filter(Path.is_file, Path(folder).iterdir())
+    paths = sorted(path for path in files if path.suffix.lower() in Image.registered_extensions())
     if not paths:
         raise ValueError(f"{folder} holds no pictures")
     vq_model, image_processor = load_vision_tokenizer(model)

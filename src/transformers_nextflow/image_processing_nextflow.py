@@ -26,8 +26,9 @@ from .scales import ScaleSchedule, ScheduleTable, schedule_table
 SIXTEEN_BIT_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 CHANNELS = (1, 3, 4)
 WHITE = {np.dtype(bool): 1, np.dtype(np.uint16): 65535}  # of other integers 255
-PNG_EXIF = (b"eXIf", b"Raw profile type exif")  # a chunk's name, and the keyword of one of text
-ORIENTATION = 0x0112  # EXIF; from 5 on a picture lies on its side
+PNG_EXIF = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")  # a chunk's name, keywords of those of text
+ORIENTATION = 0x0112  # EXIF
+LYING = range(5, 9)  # orientations of pictures on their side; others than 1 to 8 mean nothing
 
 # What Pillow's decoders raise of damaged files; `DecompressionBombError` is beyond twice `Image.MAX_IMAGE_PIXELS`.
 DAMAGED = (
@@ -63,7 +64,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """(height, width) of a picture once it is upright, by its header alone."""
-    lies = _may_have_exif(image) and image.getexif().get(ORIENTATION, 1) >= 5
+    lies = _may_have_exif(image) and image.getexif().get(ORIENTATION) in LYING
     return (image.width, image.height) if lies else (image.height, image.width)
 
 
@@ -297,9 +298,9 @@ class NextFlowImageProcessor(ProcessorBringsCode, PilBackend):
             image = _fit(image, table.image_size(schedule), resample)
             if isinstance(image, Image.Image):
                 planes = np.moveaxis(np.asarray(image), -1, 0)
-                values = np.stack([np.float32(row[0])[plane] for row, plane in zip(of_bytes, planes)])
+                values = np.stack([row[0].astype(np.float32)[plane] for row, plane in zip(of_bytes, planes)])
             else:
-                values = np.float32((image.astype(np.float64) - mean) / std)
+                values = ((image.astype(np.float64) - mean) / std).astype(np.float32)
             pixels = torch.from_numpy(values)[None]
             patches.append(pixels if self.image_size else patchify(pixels, self.patch_size)[0])
             grids.append(schedule.final_grid)

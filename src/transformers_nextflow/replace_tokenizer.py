@@ -10,7 +10,7 @@ from .image_processing_nextflow import NextFlowImageProcessor
 from .modeling_nextflow import NextFlowForConditionalGeneration
 from .modeling_nextflow_vq import NextFlowVQModel
 from .utils.files import output_folder
-from .utils.loading import begin_anew, check_model_type, load_processor, load_vq_model, load_weights, same_weights
+from .utils.loading import begin_anew, load_merged, load_processor, load_vq_model, same_weights
 
 # parts of the transformer that depend on the vision tokenizer
 CODE_PARTS = ("model.code_embeddings", "model.connector", "model.scale_embedding", "code_head")
@@ -26,7 +26,7 @@ def replace_vision_tokenizer(model: str, tokenizer: str, output: str | Path) -> 
     anew; the rest is kept as a place to train on from.
 
     Args:
-        model: folder or Hub id of a NextFlow with its processor.
+        model: folder or Hub id of a NextFlow with its processor, or of adapters, which are merged into theirs.
         tokenizer: folder or Hub id of a vision tokenizer, or of a NextFlow, whose own is taken.
         output: folder.
 
@@ -37,8 +37,7 @@ def replace_vision_tokenizer(model: str, tokenizer: str, output: str | Path) -> 
         ValueError: if one of them is no such model, or damaged.
         FileExistsError: if there is something at `output`.
     """
-    check_model_type(model, "nextflow")
-    whole, processor = load_weights(NextFlowForConditionalGeneration, model), load_processor(model)
+    whole, processor = load_merged(model), load_processor(model)
     vq_model = load_vq_model(tokenizer)
     report = put_in(whole, vq_model)
     processor.image_processor = NextFlowImageProcessor.from_vq_config(vq_model.config)

@@ -13,10 +13,12 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from peft import get_peft_model
 from PIL import Image
 from torch.distributed.tensor import DTensor
+from torch.utils.data import Subset
+from transformers import EarlyStoppingCallback
 
 from tests.ranks import on_ranks
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor
-from transformers_nextflow.data.loading import PackReader
+from transformers_nextflow.data.loading import PackCollator, PackReader
 from transformers_nextflow.data.shards import open_shards, sequence_spec
 from transformers_nextflow.doctor import DoctorCallback
 from transformers_nextflow.lora import lora_config
@@ -40,8 +42,8 @@ class ShardedOnCPU(NextFlowTrainer):
             state.fsdp_plugin.set_mixed_precision(self.mixed_precision)
         self.is_fsdp_enabled = True
 
-    def compute_loss(self, *args, **kwargs):
-        result = super().compute_loss(*args, **kwargs)
+    def training_step(self, *args, **kwargs):
+        result = super().training_step(*args, **kwargs)
         self.loss_dtype = result.dtype
         return result
 
@@ -71,7 +73,7 @@ def run(packs: Path, output: Path, name: str, trainer_class=NextFlowTrainer, res
     model = NextFlowForConditionalGeneration.from_pretrained(output / "model")
     dataset = SomeWithoutPictures(folder, manifest, model.config)
     processor = NextFlowProcessor.from_pretrained(output / "model")
-    callbacks = [EMACallback(0.9)]
+    callbacks = [EMACallback(0.9), EarlyStoppingCallback(1)]
     if name == "lora":
         torch.manual_seed(0)
         model = get_peft_model(model, lora_config(r=2))
@@ -83,8 +85,11 @@ def run(packs: Path, output: Path, name: str, trainer_class=NextFlowTrainer, res
     values = {"max_steps": 4, "save_steps": 2, "learning_rate": 1e-3, "gradient_accumulation_steps": BATCHES // world}
     values |= {"logging_steps": 1, "seed": 5, "report_to": "none", "disable_tqdm": True, "use_cpu": True}
     values |= {"lr_scheduler_type": "constant", "output_dir": str(output / f"{name}-{world}")}
+    values |= {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
     arguments = NextFlowTrainingArguments(**(values | arguments))
-    trainer = trainer_class(model, arguments, train_dataset=dataset, callbacks=callbacks)
+    trainer = trainer_class(
+        model, arguments, PackCollator(dataset), dataset, eval_dataset=Subset(dataset, range(3)), callbacks=callbacks
+    )
     trainer.train(resume_from_checkpoint=resume)
     if trainer.is_world_process_zero():
         Path(trainer.args.output_dir, "log.json").write_text(json.dumps(trainer.state.log_history))
@@ -101,7 +106,9 @@ def main(packs: Path, output: Path) -> None:
     run(packs, output, "resumed", ShardedOnCPU, resume=str(output / "plain-2" / "checkpoint-2"))
     run(packs, output, "lora", ShardedOnCPU, max_steps=2)
     ShardedOnCPU.mixed_precision = "bf16"
-    assert run(packs, output, "bf16", ShardedOnCPU, max_steps=1, save_strategy="no").loss_dtype == torch.float32
+    assert (
+        run(packs, output, "bf16", ShardedOnCPU, max_steps=1, save_steps=1, eval_steps=1).loss_dtype == torch.float32
+    )
 
 
 if __name__ == "__main__":

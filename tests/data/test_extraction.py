@@ -360,6 +360,20 @@ def test_several_processes_write_the_same_shards(document_source, data_checkpoin
     assert files_of(tmp_path / "out") == files_of(extracted)
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_proc": 0}, "num_proc must be at least 1, got 0"),
+        ({"num_workers": -1}, "num_workers must be at least 0, got -1"),
+        ({"devices": ()}, "devices must name one or more, got none"),
+    ],
+)
+def test_nobody_to_do_the_work(values, message, document_source, data_checkpoint, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        extract(document_source, data_checkpoint, tmp_path / "out", SETTINGS, **values)
+    assert not (tmp_path / "out").exists()
+
+
 def test_self_correction_is_optional(document_source, data_checkpoint, tmp_path):
     settings = dataclasses.replace(SETTINGS, self_correction=None)
     manifest = extract(document_source, data_checkpoint, tmp_path / "out", settings)

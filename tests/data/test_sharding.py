@@ -24,6 +24,11 @@ def logged(folder: Path) -> list[list[float]]:
     return [[row[name] for name in names] for row in json.loads((folder / "log.json").read_text()) if "loss" in row]
 
 
+def held_out(folder: Path) -> list[float]:
+    """Losses of all evaluations."""
+    return [row["eval_loss"] for row in json.loads((folder / "log.json").read_text()) if "eval_loss" in row]
+
+
 def assert_same_weights(one: Path, other: Path) -> None:
     expected, got = load_file(one), load_file(other)
     assert got.keys() == expected.keys()
@@ -31,7 +36,7 @@ def assert_same_weights(one: Path, other: Path) -> None:
 
 
 def test_two_processes_under_fsdp2_train_as_one(packs, data_model, tiny_processor, tmp_path):
-    """Weights, average, pictures and diagnoses too, over a resume, and with adapters."""
+    """Weights, average, pictures, diagnoses and held-out losses too, over a resume, and with adapters."""
     data_model.save_pretrained(tmp_path / "model")
     tiny_processor.save_pretrained(tmp_path / "model")
     command = [sys.executable, str(ROOT / "tests" / "data" / "sharded.py"), str(packs), str(tmp_path)]
@@ -42,8 +47,10 @@ def test_two_processes_under_fsdp2_train_as_one(packs, data_model, tiny_processo
 
     alone = run(packs, tmp_path, "plain")
     assert alone.state.global_step == 4 and len(logged(tmp_path / "plain-1")) == 4
+    assert len(held_out(tmp_path / "plain-1")) == 2 and alone.state.best_global_step == 4
     for sharded in ("plain-2", "resumed-2"):
         assert np.allclose(logged(tmp_path / sharded), logged(tmp_path / "plain-1"), rtol=1e-5, atol=0)
+        assert held_out(tmp_path / sharded) == pytest.approx(held_out(tmp_path / "plain-1"), rel=1e-5)
         for file in ("model", "ema"):
             file = Path("checkpoint-4", f"{file}.safetensors")
             assert_same_weights(tmp_path / "plain-1" / file, tmp_path / sharded / file)

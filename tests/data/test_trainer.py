@@ -189,9 +189,10 @@ def check_evaluations(evaluated: list[dict], model, packs: list[dict], collator)
 
 def test_an_evaluation_does_not_depend_on_its_batches(dataset, data_model, tmp_path):
     seven, collator, evaluated = Subset(dataset, range(7)), PackCollator(dataset), []
-    for batch_size in (1, 2, 3, 6):
+    for batch_size, drop_last in ((1, False), (2, True), (3, False), (6, True), (8, True)):
+        values = {"per_device_eval_batch_size": batch_size, "dataloader_drop_last": drop_last}
         arguments = NextFlowTrainingArguments(
-            str(tmp_path), per_device_eval_batch_size=batch_size, use_cpu=True, report_to="none", disable_tqdm=True
+            str(tmp_path), **values, use_cpu=True, report_to="none", disable_tqdm=True
         )
         evaluated.append(NextFlowTrainer(data_model, arguments, collator, eval_dataset=seven).evaluate())
     check_evaluations(evaluated, data_model, list(seven), collator)
@@ -361,6 +362,17 @@ def test_a_run_is_not_resumed_on_data_in_another_order(dataset, data_model, tmp_
     assert train(copy.deepcopy(data_model), dataset, tmp_path, **other, ignore_data_skip=True).state.global_step == 4
 
 
+def test_a_checkpoint_of_another_training_is_not_resumed(dataset, data_model, tmp_path):
+    """Of other parameters, or of a model of another size."""
+    train(copy.deepcopy(data_model), dataset, tmp_path, save_strategy="steps", save_steps=1)
+    frozen, larger = copy.deepcopy(data_model), copy.deepcopy(data_model)
+    load_stages()["alignment"].prepare(frozen)
+    larger.lm_head = torch.nn.Linear(larger.lm_head.in_features, larger.lm_head.out_features + 1, bias=False)
+    for model in (frozen, larger):
+        with pytest.raises(ValueError, match="checkpoint-1 is of another training than this: resume with the model"):
+            train(model, dataset, tmp_path, resume=True, max_steps=2)
+
+
 def test_every_epoch_sees_all_packs_in_an_order_of_its_own(dataset, data_model, tmp_path, monkeypatch):
     seen, read = [], PackedDataset.__getitem__
     monkeypatch.setattr(PackedDataset, "__getitem__", lambda self, index: (seen.append(index), read(self, index))[1])
@@ -502,6 +514,20 @@ def test_a_negative_z_loss_is_refused(tmp_path):
          "stage a: mixture must hold"),
         ("- {name: a, trains: all}", "stage a lacks epochs, learning_rate, level, mixture, scale_loss_alpha"),
         ("- {name: a, lr: 1}", "stage a has unknown fields lr"),
+        ("- {name: 1, trains: all, level: 1, epochs: 0, learning_rate: 1, scale_loss_alpha: 0, mixture: {text: 1}}",
+         "stage 1: epochs must be a number above 0, got 0"),
+        ("- {name: a, trains: all, level: 1, epochs: 1, learning_rate: fast, scale_loss_alpha: 0, mixture: {text: 1}}",
+         "stage a: learning_rate must be a number above 0, got 'fast'"),
+        ("- {name: a, trains: all, level: 1, epochs: 1, learning_rate: 1, scale_loss_alpha: , mixture: {text: 1}}",
+         "stage a: scale_loss_alpha must be a number, got None"),
+        ("- {name: a, trains: all, level: 1, epochs: 1, learning_rate: 1, scale_loss_alpha: 0, mixture: {text: most}}",
+         "stage a: mixture must hold an amount of documents, got {'text': 'most'}"),
+        ("- {name: a, trains: all, level: 1, epochs: 1, learning_rate: 1, scale_loss_alpha: 0, mixture: [1]}",
+         r"stage a: mixture must hold an amount of documents, got \[1\]"),
+        ("", "stages.yaml must hold a list of stages"),
+        ("a: {trains: all}", "stages.yaml must hold a list of stages"),
+        ("- a", "stages.yaml must hold a list of stages"),
+        ("a: [1,", "stages.yaml is no YAML file"),
     ],
 )  # fmt: skip
 def test_stages_that_cannot_be_are_refused(text, message, tmp_path):

@@ -50,7 +50,7 @@ from tests.diffusers.tiny_decoders import (
     stock_pipeline,
     tiny_vq_model,
 )
-from tests.diffusers.tiny_trainings import Batches, arguments, picture, train
+from tests.diffusers.tiny_trainings import Batches, arguments, picture, run_with_everything, train
 from tests.hub_stand_in import hub_stand_in, run_fresh
 from tests.pretended_devices import DEVICES, PretendedDevices
 from transformers_nextflow import NextFlowConfig, NextFlowImageProcessor
@@ -231,6 +231,24 @@ def test_killed_training_resumes_as_if_nothing_had_happened_and_loads_in_a_fresh
             whole, resumed = ((tmp_path / (run + kind) / name).read_bytes() for run in ("whole", "killed"))
             assert resumed == whole, name
     assert torch.equal(load_file(tmp_path / "picture.safetensors")["picture"], picture(pipe))
+
+
+def test_two_processes_train_as_one(tmp_path):
+    """With all that a training may have, over a resume."""
+    script = [sys.executable, "-m", "tests.diffusers.tiny_trainings", str(tmp_path / "two"), "2"]
+    environment = os.environ | {"PYTHONPATH": "src:.", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(script, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    run_with_everything(tmp_path / "one", gradient_accumulation_steps=2)
+    logs = [json.loads((tmp_path / name / "log.json").read_text()) for name in ("one", "two")]
+    for name in ("loss", "grad_norm", "eval_loss"):
+        expected, got = ([row[name] for row in log if name in row] for log in logs)
+        assert len(expected) == 3 and got == pytest.approx(expected, rel=1e-5)
+    one, two = (modules(NextFlowDecoderPipeline.from_pretrained(tmp_path / name)) for name in ("one", "two"))
+    for name, part in one.items():
+        torch.testing.assert_close(part.state_dict(), two[name].state_dict(), rtol=0, atol=1e-6)
+    drawn = [np.asarray(Image.open(tmp_path / name / "samples" / "step-3" / "00.png")) for name in ("one", "two")]
+    assert np.abs(drawn[0].astype(int) - drawn[1]).max() <= 1
 
 
 def test_a_steps_gradient_is_the_mean_of_its_batches(tmp_path, monkeypatch):
@@ -429,6 +447,18 @@ def test_second_stage_of_adapters_starts_from_the_first(tmp_path):
     assert NextFlowConditioner.from_pretrained(tmp_path / "x2", subfolder="conditioner").config.upscale == 2
 
 
+def test_weights_that_devices_share_are_refused(tmp_path):
+    class Sharing(NextFlowDecoderTrainer):
+        """accelerate turns FSDP on for accelerators alone."""
+
+        def create_accelerator_and_postprocess(self):
+            super().create_accelerator_and_postprocess()
+            self.is_fsdp_enabled = True
+
+    with pytest.raises(ValueError, match="Sharing takes whole weights on every device: use DDP, not FSDP or ZeRO-3"):
+        Sharing(decoder("unet"), arguments(tmp_path), Batches())
+
+
 def test_wrong_combinations(tmp_path):
     with pytest.raises(ValueError, match="leave out use_ema or rank"):
         DecoderTrainingArguments("out", rank=2, use_ema=True)
@@ -436,6 +466,9 @@ def test_wrong_combinations(tmp_path):
         DecoderTrainingArguments("out", rank=0)
     with pytest.raises(ValueError, match="label_smoothing_factor is not for this trainer: leave 0.0, got 0.1"):
         DecoderTrainingArguments("out", label_smoothing_factor=0.1)
+    for name, value in (("neftune_noise_alpha", 5.0), ("remove_unused_columns", True), ("fp16_full_eval", True)):
+        with pytest.raises(ValueError, match=f"{name} is not for this trainer: leave (None|False), got {value}"):
+            DecoderTrainingArguments("out", **{name: value})
     with pytest.raises(ValueError, match="the flux transformer is trained by adapters: give their rank"):
         train(decoder("flux"), Batches(), arguments(tmp_path))
     with pytest.raises(ValueError, match="there is no whole checkpoint in"):
@@ -489,7 +522,7 @@ def test_every_picture_is_shown_once_in_an_epoch_at_both_sizes(source, vq_model)
     table, reader = source.load(), DocumentReader("text-to-image", root=source.root)
     processor = NextFlowImageProcessor.from_vq_config(vq_model.config)
     for upscale, shown in ((1, 5), (2, 4)):
-        pictures = source_pictures(table, reader, processor, upscale=upscale)
+        pictures = source_pictures(table, reader, processor)
         batches = PictureBatches(table, reader.read, pictures, processor, 2, upscale, seed=3)
         epochs = []
         for epoch in (0, 1):
@@ -533,6 +566,8 @@ def test_codes_of_shards_are_those_of_the_pictures(source, vq_model, model_folde
         assert torch.equal(condition_of(vq_model, {"coded_pixels": batch["pixel_values"]}), expected)
         captions += batch["captions"]
     assert 0 < captions.count("") < 5 and len(captions) == 5  # dropped as in the transformer's training
+    twice = PictureBatches(table, read, pictures, processor, 2, upscale=2)
+    assert {picture.key for picture in twice.pictures} == {f"key {number}" for number in range(4)}
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -599,6 +634,36 @@ def test_a_picture_of_another_size_than_was_coded(source, vq_model):
             batches = PictureBatches(table, reader.read, [dataclasses.replace(each, grid=other)], processor, 1)
             with pytest.raises(ValueError, match=re.escape(f"a picture of the grid {other} was coded, the source's")):
                 batches[0]
+
+
+@pytest.mark.parametrize("in_training", [True, False])
+def test_a_picture_that_cannot_be_read_costs_itself_and_is_named(
+    in_training, vq_model, model_folder, tmp_path, caplog
+):
+    """Torn in the middle, without a byte, without a caption; and one torn after its codes were extracted."""
+    lines = []
+    for number in range(6):
+        pixels = np.random.default_rng(number).integers(0, 256, (48, 48, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.jpg")
+        caption = None if number == 2 else f"caption {number}"
+        lines.append(json.dumps({"key": f"key {number}", "text": caption, "image": f"{number}.jpg"}))
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    (tmp_path / "1.jpg").write_bytes(b"")
+    source = Source(str(tmp_path / "rows.jsonl"))
+    table, processor = source.load(), NextFlowImageProcessor.from_vq_config(vq_model.config)
+    if not in_training:
+        extract(source, model_folder, tmp_path / "shards", ExtractionSettings("text-to-image"))
+    (tmp_path / "0.jpg").write_bytes((tmp_path / "0.jpg").read_bytes()[:-500])
+    if in_training:
+        reader = DocumentReader("text-to-image", root=source.root)
+        pictures, read = source_pictures(table, reader, processor), reader.read
+        assert [f"left out key {n}: " in caplog.text for n in range(6)] == [False, True, True, False, False, False]
+    else:
+        pictures, read = shard_pictures(tmp_path / "shards", source, table, vq_model)
+    batches = PictureBatches(table, read, pictures, processor, 1)
+    seen = {caption for place in range(len(batches)) for caption in batches[place]["captions"]}
+    assert len(batches) == 4 and seen == {"caption 3", "caption 4", "caption 5"}
+    assert "left out key 0, damaged image number 1: cannot decode the picture (JPEG, 48x48 pixels)" in caplog.text
 
 
 def test_no_pictures_and_bad_numbers():

@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch.utils.data import Dataset
-from transformers import TrainerState
+from transformers import EarlyStoppingCallback, TrainerState
 
 from diffusers_nextflow import NextFlowConditioner
 from diffusers_nextflow.training import DecoderTrainingArguments, NextFlowDecoderTrainer
 from tests.diffusers.tiny_decoders import WIDE, decoder, random_codes, tiny_vq_model
+from tests.ranks import on_ranks
 
 
 class Batches(Dataset):
@@ -81,6 +82,22 @@ def run(
     Path(output, "losses.json").write_text(json.dumps(logged))
 
 
+def run_with_everything(output: Path, **values) -> None:
+    """Average, drawings, held-out losses, early stopping and the best checkpoint; the last of three steps resumed."""
+    defaults = {"use_ema": True, "eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
+    defaults |= {"sample_steps": 1, "optim": "sgd", "ddp_find_unused_parameters": True}
+    for steps in (2, 3):
+        torch.manual_seed(0)
+        pipe = decoder("unet", vq_model=tiny_vq_model())
+        callbacks = [EarlyStoppingCallback(2)]
+        data = {"eval_dataset": Batches(count=3), "samples": Batches()[0], "callbacks": callbacks}
+        given = arguments(output, max_steps=steps, **defaults | values)
+        trainer = train(pipe, Batches(), given, steps == 3, **data)
+    assert trainer.state.global_step == 3
+    if trainer.is_world_process_zero():
+        Path(output, "log.json").write_text(json.dumps(trainer.state.log_history))
+
+
 def in_a_process(*args, **kwargs) -> int:
     sys.stdout.flush()
     if (child := os.fork()) == 0:
@@ -105,4 +122,7 @@ def main(output: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    if len(sys.argv) > 2:
+        on_ranks(lambda: run_with_everything(Path(sys.argv[1])), int(sys.argv[2]))
+    else:
+        main(Path(sys.argv[1]))

@@ -143,7 +143,7 @@ def _workers(work: Work) -> int:
     """Of each process."""
     if work.num_workers is not None:
         return work.num_workers
-    return 0 if work.engine == "ray" else min(max((os.cpu_count() or 1) // work.num_proc - 1, 0), 8)
+    return 0 if work.engine == "ray" else min(max((os.cpu_count() or 1) // max(work.num_proc, 1) - 1, 0), 8)
 
 
 def _columns(pairs: list[str]) -> dict[str, str]:

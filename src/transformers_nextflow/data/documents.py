@@ -17,12 +17,15 @@ is `None` is no chat but running text and pictures, all of it supervised; it sta
 
 import hashlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+
+from ..image_processing_nextflow import DAMAGED
 
 PictureSource = bytes | str | Path | Image.Image
 """A picture as documents have it: encoded, by its path, or opened by Pillow."""
@@ -113,7 +116,16 @@ class Skipped(Exception):
 
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason = reason
+        self.reason, self.detail = reason, detail
+
+
+@contextmanager
+def skipping_damaged() -> Iterator[None]:
+    """Raise what decoders raise of damaged pictures as [`Skipped`]."""
+    try:
+        yield
+    except DAMAGED as error:
+        raise Skipped("unreadable image", str(error)) from error
 
 
 COLUMNS = {

@@ -22,6 +22,7 @@ from transformers.utils import logging
 from ..image_processing_nextflow import DAMAGED, NextFlowImageProcessor, upright_size
 from ..modeling_nextflow_vq import unpatchify
 from ..quantizer import SelfCorrection
+from ..sampling import integer
 from ..scales import ScaleSchedule
 from ..utils.files import read_json, write_atomically
 from .documents import (
@@ -33,6 +34,7 @@ from .documents import (
     Transformations,
     is_supervised,
     open_image,
+    skipping_damaged,
 )
 from .sequences import DocumentTokenizer
 from .shards import (
@@ -134,10 +136,14 @@ def extract(
             `"ray"` has.
 
     Raises:
-        ValueError: if `output` was begun with other settings, another source or another model.
+        ValueError: if `output` was begun with other settings, another source or another model; for no devices or
+            processes.
     """
     if engine not in ENGINES:
         raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
+    integer("num_proc", num_proc, 1), integer("num_workers", num_workers, 0)
+    if not devices:
+        raise ValueError("devices must name one or more, got none")
     output = Path(output)
     extractor = Extractor(source, str(model), settings, devices[0], num_workers)
     plan = extractor.plan()
@@ -342,11 +348,8 @@ class Extractor:
             raise Skipped("text too long", f"{length} characters")
 
     def _schedule_of(self, image: PictureSource) -> ScaleSchedule:
-        try:
-            with open_image(image) as picture:
-                height, width = upright_size(picture)
-        except DAMAGED as error:
-            raise Skipped("unreadable image", str(error)) from error
+        with skipping_damaged(), open_image(image) as picture:
+            height, width = upright_size(picture)
         if min(width, height) < self.settings.min_size:
             raise Skipped("image too small", f"{width}x{height}")
         limit = self.settings.max_aspect_ratio

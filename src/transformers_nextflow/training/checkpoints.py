@@ -5,6 +5,8 @@
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import field
 from pathlib import Path
 from zipfile import is_zipfile
@@ -71,6 +73,22 @@ def _check_whole(checkpoint: Path) -> None:
             raise ValueError(f"{checkpoint} is no whole checkpoint, {path.name} is damaged: {error}") from error
 
 
+@contextmanager
+def of_this_training(checkpoint: str) -> Iterator[None]:
+    """Raise what torch says of weights, of an optimizer's state or of files that do not fit as a `ValueError` that
+    names the checkpoint."""
+    try:
+        yield
+    except (RuntimeError, ValueError, FileNotFoundError) as error:
+        said = " ".join(str(error).split())
+        if not isinstance(error, FileNotFoundError) and "state dict" not in said.replace("_", " "):
+            raise
+        raise ValueError(
+            f"{checkpoint} is of another training than this: resume with the model and the options that it was begun "
+            f"with ({said[:300]})"
+        ) from error
+
+
 class DataOrder(TrainerCallback, ExportableState):
     """Notes in checkpoints what it follows from which data comes next."""
 
@@ -126,6 +144,18 @@ class SavingTrainer(Trainer):
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        with of_this_training(resume_from_checkpoint):
+            self._load_weights(resume_from_checkpoint, model)
+
+    def _load_weights(self, checkpoint: str, model=None) -> None:
+        """Those of a checkpoint into the model."""
+        super()._load_from_checkpoint(checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with of_this_training(str(checkpoint)):
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """See `Trainer.save_model`. The average of an [`EMACallback`] is saved too, in the folder `ema` beside."""

@@ -26,7 +26,7 @@ from ..data.extraction import check_plan
 from ..data.inspection import draw_sheet
 from ..data.shards import write_json
 from ..data.sources import content_hash, find_columns
-from ..image_processing_nextflow import DAMAGED
+from ..image_processing_nextflow import DAMAGED, NextFlowImageProcessor
 from ..lora import lora_config
 from ..processing_nextflow import NextFlowProcessor
 from ..quantizer import SelfCorrection
@@ -85,7 +85,7 @@ def finetune(
         return read_json(output / REPORT)
     level = settings.level or load_config(model).image_generation["level"]
     prior = _draw_prior(model, level, output / "data" / "prior", settings)
-    written = _write_documents(table, reader, prior, output / "data", settings)
+    written = _write_documents(table, reader, load_processor(model).image_processor, prior, output / "data", settings)
     packs = {split: _code(output / "data", split, model, level, settings) for split in SPLITS}
 
     tuned, processor = _load(model, settings)
@@ -124,7 +124,12 @@ def finetune(
 
 
 def _write_documents(
-    table: datasets.Dataset, reader: DocumentReader, prior: list[Document], folder: Path, settings: FinetuneSettings
+    table: datasets.Dataset,
+    reader: DocumentReader,
+    image_processor: NextFlowImageProcessor,
+    prior: list[Document],
+    folder: Path,
+    settings: FinetuneSettings,
 ) -> dict:
     """Write the documents of each split, and return their numbers and the prompts of samples."""
     report = folder / "pictures.json"
@@ -135,7 +140,8 @@ def _write_documents(
         row = table[index]
         try:
             (document,) = reader.read(row, index)
-            _decode(document.images[0])
+            with open_image(document.images[0]) as picture:
+                image_processor(picture)  # as extraction does, which is to leave none out
         except (Skipped, *DAMAGED) as error:
             logger.warning(f"left out {reader.key_of(row, index)}: {error}")
             left_out += 1
@@ -158,12 +164,6 @@ def _write_documents(
 def _check_enough(count: int) -> None:
     if count < 2:
         raise ValueError(f"tuning takes two pictures with captions or more, one is held out: got {count}")
-
-
-def _decode(image: bytes | str) -> None:
-    """Raise one of `DAMAGED` for what is no whole picture."""
-    with open_image(image) as picture:
-        picture.load()
 
 
 def _repeated(documents: Sequence[Document], count: int) -> list[Document]:

@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 from torch.utils.data import Dataset, Sampler
-from transformers import TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from ..sampling import integer
 from .checkpoints import SavingTrainer
 
 
@@ -61,7 +62,7 @@ class ToldEpochs(Dataset):
 
 class EvenShares(Dataset):
     """A dataset whose first items come again, blank, until it divides by `multiple`: devices get as many batches each,
-    none waits for another, and no item counts twice.
+    none waits for another, none is dropped, and no item counts twice.
 
     Args:
         blank: makes an item into one of its kind that does not count.
@@ -79,9 +80,22 @@ class EvenShares(Dataset):
         return self.dataset[index] if index < count else self.blank(self.dataset[index % count])
 
 
-def check_heeded(arguments: TrainingArguments) -> None:
-    """Raise a `ValueError` for options that the trainers of this package would not heed."""
-    for name, heeded in (("label_smoothing_factor", 0.0), ("train_sampling_strategy", "random")):
+OF_BATCHES = {"remove_unused_columns": False, "neftune_noise_alpha": None}
+OF_BATCHES |= {"bf16_full_eval": False, "fp16_full_eval": False}
+"""What trainers of batches of pictures heed of options beside those of all trainers."""
+
+
+def check_heeded(arguments: TrainingArguments, **others) -> None:
+    """Raise a `ValueError` for options that the trainers of this package would not heed, and sizes below 1.
+
+    Args:
+        others: the only values of further options that this trainer heeds.
+    """
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        integer(name, getattr(arguments, name), 1)
+    if arguments.fp16 and arguments.device.type == "cpu":
+        raise ValueError("fp16 is for GPUs, this device is cpu: take bf16, or float32")
+    for name, heeded in ({"label_smoothing_factor": 0.0, "train_sampling_strategy": "random"} | others).items():
         if getattr(arguments, name) != heeded:
             raise ValueError(f"{name} is not for this trainer: leave {heeded!r}, got {getattr(arguments, name)!r}")
     if arguments.accelerator_config.dispatch_batches:
@@ -89,6 +103,13 @@ def check_heeded(arguments: TrainingArguments) -> None:
             "dispatch_batches is not for this trainer: it cuts tensors by rows, which pictures of a batch have others "
             "than texts; leave it out, every device loads its own"
         )
+
+
+def check_whole(trainer: Trainer) -> None:
+    """Raise a `ValueError` where devices share the weights of a trainer that takes them whole."""
+    shared = trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3
+    if trainer.is_fsdp_enabled or shared:
+        raise ValueError(f"{type(trainer).__name__} takes whole weights on every device: use DDP, not FSDP or ZeRO-3")
 
 
 def judge_by_losses(arguments: TrainingArguments) -> None:
@@ -119,7 +140,7 @@ class OrderedTrainer(SavingTrainer):
         self._eval_dataloaders = {}
         if eval_dataset is None or isinstance(eval_dataset, str):
             eval_dataset = self.eval_dataset if eval_dataset is None else self.eval_dataset[eval_dataset]
-        if eval_dataset is not None and self.args.world_size > 1:
+        if eval_dataset is not None and (self.args.world_size > 1 or self.args.dataloader_drop_last):
             eval_dataset = EvenShares(eval_dataset, self.args.eval_batch_size * self.args.world_size, self.blank)
         return super().get_eval_dataloader(eval_dataset)
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, fields
 from importlib.resources import files
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,7 @@ class Stage:
         tokens: in trillions; what the paper spent.
 
     Raises:
-        ValueError: for an unknown `trains`, or a mixture without documents.
+        ValueError: for an unknown `trains`, numbers that are none or out of range, or a mixture without documents.
     """
 
     name: str
@@ -45,7 +46,13 @@ class Stage:
     def __post_init__(self):
         if self.trains not in TRAINS:
             raise ValueError(f"stage {self.name}: trains must be one of {', '.join(TRAINS)}, got {self.trains!r}")
-        if not self.mixture or min(self.mixture.values()) < 0 or sum(self.mixture.values()) <= 0:
+        for name, low in (("epochs", 0), ("learning_rate", 0), ("scale_loss_alpha", -inf)):
+            value = getattr(self, name)
+            if not _is_number(value) or not low < value < inf:
+                above = f" above {low}" if low == 0 else ""
+                raise ValueError(f"stage {self.name}: {name} must be a number{above}, got {value!r}")
+        amounts = list(self.mixture.values()) if isinstance(self.mixture, dict) else []
+        if not all(map(_is_number, amounts)) or min(amounts, default=0) < 0 or sum(amounts) <= 0:
             raise ValueError(f"stage {self.name}: mixture must hold an amount of documents, got {self.mixture}")
 
     @property
@@ -83,22 +90,40 @@ class Stage:
         model.model.vq_model.requires_grad_(False)
 
 
+def _is_number(value) -> bool:
+    return isinstance(value, int | float)
+
+
+def _number(value):
+    """A number, also where YAML reads a text, as 1e-3."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
 def load_stages(path: str | Path | None = None) -> dict[str, Stage]:
     """Stages by name, in order, from a YAML list of them; by default the paper's.
 
     Raises:
-        ValueError: naming the stage and what it lacks or has too much.
+        ValueError: naming the stage and what it lacks or has too much, or the file if it holds no such list.
     """
-    text = Path(path).read_text() if path else files(__package__).joinpath("stages.yaml").read_text()
+    try:
+        listed = yaml.safe_load((Path(path) if path else files(__package__).joinpath("stages.yaml")).read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML file: {error}") from error
+    if not isinstance(listed, list) or not all(isinstance(values, dict) for values in listed):
+        raise ValueError(f"{path} must hold a list of stages, each with its fields")
     known = {field.name for field in fields(Stage)}
     stages = {}
-    for values in yaml.safe_load(text):
-        name = values.get("name", "without a name")
+    for values in listed:
+        name = str(values.get("name", "without a name"))
         if unknown := sorted(values.keys() - known):
             raise ValueError(f"stage {name} has unknown fields {', '.join(unknown)}, not {', '.join(sorted(known))}")
         if missing := sorted(known - {"tokens"} - values.keys()):
             raise ValueError(f"stage {name} lacks {', '.join(missing)}")
         if name in stages:
             raise ValueError(f"there are two stages {name}")
-        stages[name] = Stage(**values)
+        numbers = {field: _number(values[field]) for field in ("epochs", "learning_rate", "scale_loss_alpha")}
+        stages[name] = Stage(**values | numbers | {"name": name, "level": str(values["level"])})
     return stages

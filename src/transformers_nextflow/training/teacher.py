@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from ..configuration_nextflow import NextFlowConfig, NextFlowVQConfig
 from ..modeling_nextflow_vq import NextFlowVQModel
-from ..utils.loading import load_vq_model, naming
+from ..utils.loading import load_vq_model, model_name, naming
 
 FOLDER = "teacher"  # in the output folder of a joint stage
 
@@ -45,6 +45,7 @@ def load_teacher(model: NextFlowVQModel, name: str, teacher: str | None = None) 
 
 
 def _named(teacher: str) -> PreTrainedModel:
+    teacher = model_name(teacher)
     with naming(f"the teacher {teacher}"):
         config = AutoConfig.from_pretrained(teacher)
     if isinstance(config, (NextFlowConfig, NextFlowVQConfig)):

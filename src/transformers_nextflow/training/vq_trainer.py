@@ -3,6 +3,7 @@
 import copy
 import shutil
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,11 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from ..modeling_nextflow_vq import AttnBlock, NextFlowVQModel, NextFlowVQOutput, ResidualBlock
 from ..quantizer import CODEBOOK_LOSSES, QuantizerOutput
+from ..sampling import integer
 from ..utils.files import output_folder, write_atomically
 from .checkpoints import output_field
 from .metrics import lpips, psnr, ssim
-from .order import OrderedTrainer, check_heeded, judge_by_losses
+from .order import OF_BATCHES, OrderedTrainer, check_heeded, check_whole, judge_by_losses
 from .teacher import FOLDER as TEACHER
 from .vq_losses import (
     PatchDiscriminator,
@@ -104,9 +106,10 @@ class NextFlowVQTrainingArguments(TrainingArguments):
         if self.codebook_loss not in CODEBOOK_LOSSES:
             raise ValueError(f"codebook_loss must be one of {', '.join(CODEBOOK_LOSSES)}, got {self.codebook_loss!r}")
         for name in ("l2", "perceptual", "codebook", "commitment", "distillation", "discriminator"):
-            if (weight := getattr(self, f"{name}_weight")) < 0:
-                raise ValueError(f"{name}_weight must not be negative, got {weight}")
-        check_heeded(self)
+            if not 0 <= (weight := getattr(self, f"{name}_weight")) < inf:
+                raise ValueError(f"{name}_weight must be finite and not negative, got {weight}")
+        integer("restart_steps", self.restart_steps, 0)
+        check_heeded(self, **OF_BATCHES)
         if not 0 <= self.scale_drop <= 1:
             raise ValueError(f"scale_drop must lie in [0, 1], got {self.scale_drop}")
 
@@ -214,7 +217,7 @@ class NextFlowVQTrainer(OrderedTrainer):
 
     Raises:
         ImportError: if the perceptual loss has a weight, and neither `perceptual` nor the package `lpips` is there.
-        ValueError: for a joint stage without a teacher.
+        ValueError: for a joint stage without a teacher, or weights that devices share.
     """
 
     def __init__(
@@ -236,6 +239,7 @@ class NextFlowVQTrainer(OrderedTrainer):
             discriminator = PatchDiscriminator() if args.discriminator_weight else None
         module = VQTraining(model, discriminator)
         super().__init__(module, args, _by_size, train_dataset, eval_dataset, **kwargs)
+        check_whole(self)
         frozen = {"teacher": teacher, "perceptual": perceptual}
         for name, network in frozen.items():
             setattr(self, name, network and network.requires_grad_(False).eval().to(args.device))
@@ -359,8 +363,8 @@ class NextFlowVQTrainer(OrderedTrainer):
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        module, folder = self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint)
+    def _load_weights(self, checkpoint: str, model=None) -> None:
+        module, folder = self.accelerator.unwrap_model(self.model), Path(checkpoint)
         module.vq_model.load_state_dict(NextFlowVQModel.from_pretrained(folder).state_dict())
         if module.discriminator is not None:
             module.discriminator.load_state_dict(load_file(folder / DISCRIMINATOR))

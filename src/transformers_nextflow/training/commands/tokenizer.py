@@ -55,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__.split("\n")[0],
     )
     script, arguments = parser.parse_args_into_dataclasses(argv)
+    if script.teacher is not None and arguments.stage != "joint":
+        parser.error(f"--teacher is for the joint stage, not for {arguments.stage}")
     name = model_name(script.model)
     model = load_vq_model(name)
     teacher = load_teacher(model, name, script.teacher) if arguments.stage == "joint" else None

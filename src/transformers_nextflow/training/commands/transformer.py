@@ -49,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__.split("\n")[0],
     )
     given, stage = parser.parse_known_args(argv)[0], None
+    if given.stages is not None and given.stage is None:
+        parser.error("--stages lists stages: say by --stage which of them is trained")
     if given.stage is not None:
         stages = load_stages(given.stages)
         if given.stage not in stages:
