@@ -25,7 +25,7 @@ from transformers_nextflow.text_generation import text_sampling
 from transformers_nextflow.utils.loading import load_model
 
 PROMPTS = ["red heart, fluent", "red apple, noto", "cat face, twemoji", "sun, fluent flat", "pizza, noto classic"]
-INSTRUCTIONS = ["make it blue", "make it twemoji", "make it noto", "make it fluent flat"]
+INSTRUCTIONS = ["make it blue", "make it green", "make it yellow", "make it fluent flat"]
 QUESTIONS = ["describe the picture", "what is it?", "which style is it?"]
 CHATS = ["think first: fruit, red, noto", "show the hours from one to three, noto", "two cats, noto"]
 HEART = str(Path(__file__).parent / "docs" / "app" / "heart.png")  # PROMPTS[0], seed 0
