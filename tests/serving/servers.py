@@ -73,9 +73,9 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 def metric(address: str, name: str) -> float:
-    """A number of `/metrics`."""
+    """A number of `/metrics`; 0 of what has not happened yet."""
     lines = urlopen(f"{address}/metrics").read().decode().splitlines()
-    return next(float(line.split()[-1]) for line in lines if line.startswith(f"{name} "))
+    return next((float(line.split()[-1]) for line in lines if line.startswith(f"{name} ")), 0.0)
 
 
 def accepted(address: str) -> int:
