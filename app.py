@@ -4,6 +4,7 @@ As it stands this file is the app of a Space of Hugging Face, too, see docs/app.
 """
 
 import argparse
+import json
 import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,7 @@ from transformers_nextflow.text_generation import text_sampling
 from transformers_nextflow.utils.loading import load_model
 
 PROMPTS = ["red heart, fluent", "red apple, noto", "cat face, twemoji", "sun, fluent flat", "pizza, noto classic"]
-INSTRUCTIONS = ["make it blue", "make it twemoji", "make it noto", "make it fluent flat"]
+INSTRUCTIONS = ["make it blue", "make it green", "make it yellow", "make it fluent flat"]
 QUESTIONS = ["describe the picture", "what is it?", "which style is it?"]
 CHATS = ["think first: fruit, red, noto", "show the hours from one to three, noto", "two cats, noto"]
 HEART = str(Path(__file__).parent / "docs" / "app" / "heart.png")  # PROMPTS[0], seed 0
@@ -127,10 +128,16 @@ class Studio:
             yield parts
 
 
-def needed(value, what: str):
-    if not value or isinstance(value, str) and not value.strip():
-        raise gr.Error(f"Please give {what} first.", print_exception=False)
-    return value
+def needing(*names: str) -> Callable[..., list[dict]]:
+    """What says beside the first boxes of a page, by their names, whether something stands in them."""
+
+    def check(*values) -> list[dict]:
+        texts = [value["text"] if isinstance(value, dict) else value for value in values]
+        has = [text is not None and not (isinstance(text, str) and not text.strip()) for text in texts[: len(names)]]
+        checks = [gr.validate(given, f"Please give {name} first.") for name, given in zip(names, has)]
+        return [*checks, *(gr.validate(True, "") for _ in values[len(names) :])]
+
+    return check
 
 
 def create_app(
@@ -149,21 +156,20 @@ def create_app(
     def draw(prompt, size, guidance_scale, seed, new_seed):
         width, height = map(int, size.split("x"))
         settings = {"height": height, "width": width, "guidance_scale": guidance_scale}
-        yield from paint(rewriting(needed(prompt, "a prompt")), [], seed, new_seed, **settings)
+        yield from paint(rewriting(prompt), [], seed, new_seed, **settings)
 
     def edit(picture, instruction, guidance_scale, seed, new_seed):
-        text, pictures = needed(instruction, "an instruction"), [needed(picture, "a picture")]
-        yield from paint(text, pictures, seed, new_seed, guidance_scale=guidance_scale)
+        yield from paint(instruction, [picture], seed, new_seed, guidance_scale=guidance_scale)
 
     def describe(picture, question):
         text = ""
-        for words in studio.describe(needed(picture, "a picture"), needed(question, "a question")):
+        for words in studio.describe(picture, question):
             text += words
             yield text.strip()
 
     def chat(message: dict, history: list[dict], seed: float):
         pictures = [open_picture(path) for path in message["files"]]
-        asked = user_message(needed(message["text"], "a message"), pictures)
+        asked = user_message(message["text"], pictures)
         for parts in studio.chat([*map(told, history), asked], int(seed)):
             yield [part.strip() if isinstance(part, str) else gr.Image(part, format="png") for part in parts]
 
@@ -172,7 +178,7 @@ def create_app(
         content = [
             {"type": "text", "text": part["text"]}
             if part["type"] == "text"
-            else {"type": "image", "image": open_picture(part["file"]["path"])}
+            else {"type": "image", "image": open_picture(part["file" if part["type"] == "file" else "value"]["path"])}
             for part in message["content"]
         ]
         return {"role": message["role"], "content": content}
@@ -181,21 +187,33 @@ def create_app(
         """As large as there is room."""
         return gr.Image(label=label, type="pil", format="png", elem_classes="picture", height=360, **kwargs)
 
+    def seen_when_new(output: gr.Image | gr.Textbox) -> None:
+        """Lets a page scroll to what has come, on screens that do not show all of it."""
+        scroll = "scrollIntoView({behavior: 'smooth', block: 'nearest'})"
+        output.change(None, js=f"() => document.getElementById('{output.elem_id}').{scroll}")
+
     def result(name: str):
         """A picture, and how it came about."""
         picture = picture_box("Picture", interactive=False, elem_id=f"{name}-picture")
         slider = gr.Slider(1, 2, 1, step=1, label="Scales, from coarse to fine", elem_id=f"{name}-scales")
         previews = gr.State([])
+        seen_when_new(picture)
         shown = lambda previews, scale: previews[scale - 1] if scale <= len(previews) else None  # noqa: E731
         slider.input(shown, [previews, slider], picture, api_visibility="private", show_progress="hidden")
         return picture, slider, previews
 
+    def examples(texts: list[str], box: gr.Textbox) -> None:
+        """What fills a box at once: in the browser, so that nothing can be pressed before it is there."""
+        chosen = gr.Dataset(components=[box], samples=[[text] for text in texts], label="Examples")
+        chosen.click(None, chosen, box, js=f"index => {json.dumps(texts)}[index]")
+
+    def seed_box(**kwargs) -> gr.Number:
+        info = "The same seed and settings draw the same pictures again."
+        return gr.Number(0, precision=0, label="Seed", info=info, **kwargs)
+
     def settings_box():
-        with gr.Accordion("Settings", open=False):
-            guidance_scale = gr.Slider(1, 10, guidance, step=0.1, label="Guidance (1 is off)")
-            seed = gr.Number(0, precision=0, minimum=0, maximum=SEEDS - 1, label="Seed")
-            new_seed = gr.Checkbox(True, label="A new seed each time")
-        return guidance_scale, seed, new_seed
+        guidance_scale = gr.Slider(1, 10, guidance, step=0.1, label="Guidance (1 is off)")
+        return guidance_scale, seed_box(), gr.Checkbox(True, label="A new seed each time")
 
     guidance = model.config.image_generation["guidance_scale"]
     guidance = guidance if isinstance(guidance, int | float) else 3.0  # of a schedule over scales
@@ -205,10 +223,11 @@ def create_app(
             with gr.Tab("Draw", id="draw"), gr.Row():
                 with gr.Column():
                     prompt = gr.Textbox(label="Prompt", placeholder=PROMPTS[0])
+                    examples(PROMPTS, prompt)
                     draw_button = gr.Button("Draw", variant="primary")
-                    gr.Examples([[each] for each in PROMPTS], prompt)
-                    size = gr.Dropdown(studio.sizes, value=studio.sizes[0], label="Width x height in pixels")
-                    settings = settings_box()
+                    with gr.Accordion("Settings", open=False):
+                        size = gr.Dropdown(studio.sizes, value=studio.sizes[0], label="Width x height in pixels")
+                        settings = settings_box()
                 with gr.Column():
                     drawn, slider, previews = result("draw")
                     with gr.Row():
@@ -218,15 +237,18 @@ def create_app(
                     draw,
                     [prompt, size, *settings],
                     [drawn, slider, settings[1], previews],
+                    show_progress_on=drawn,
                     api_name="draw",
+                    validator=needing("a prompt"),
                 )
             with gr.Tab("Edit", id="edit"), gr.Row():
                 with gr.Column():
-                    source = picture_box("Picture to edit")
+                    source = picture_box("Picture to edit", value=HEART)
                     instruction = gr.Textbox(label="Instruction", placeholder=INSTRUCTIONS[0])
+                    examples(INSTRUCTIONS, instruction)
                     edit_button = gr.Button("Edit", variant="primary")
-                    gr.Examples([[HEART, each] for each in INSTRUCTIONS], [source, instruction])
-                    settings = settings_box()
+                    with gr.Accordion("Settings", open=False):
+                        settings = settings_box()
                 with gr.Column():
                     edited, slider, previews = result("edit")
                     again = gr.Button("Edit this one")
@@ -235,21 +257,25 @@ def create_app(
                     edit,
                     [source, instruction, *settings],
                     [edited, slider, settings[1], previews],
+                    show_progress_on=edited,
                     api_name="edit",
+                    validator=needing("a picture", "an instruction"),
                 )
             with gr.Tab("Describe", id="describe"), gr.Row():
                 with gr.Column():
-                    described = picture_box("Picture to describe")
+                    described = picture_box("Picture to describe", value=HEART)
                     question = gr.Textbox(QUESTIONS[0], label="Question")
+                    examples(QUESTIONS, question)
                     describe_button = gr.Button("Describe", variant="primary")
-                    gr.Examples([[HEART, each] for each in QUESTIONS], [described, question])
                 answer = gr.Textbox(label="Answer", lines=3, elem_id="answer")
+                seen_when_new(answer)
                 gr.on(
                     [describe_button.click, question.submit],
                     describe,
                     [described, question],
                     answer,
                     api_name="describe",
+                    validator=needing("a picture", "a question"),
                 )
             with gr.Tab("Chat", id="chat"):
                 gr.ChatInterface(
@@ -257,7 +283,9 @@ def create_app(
                     multimodal=True,
                     textbox=gr.MultimodalTextbox(file_types=["image"], file_count="multiple", placeholder="Message"),
                     examples=[[{"text": each, "files": []}, None] for each in CHATS],
-                    additional_inputs=[gr.Number(0, precision=0, label="Seed")],
+                    additional_inputs=[seed_box(render=False)],
+                    additional_inputs_accordion=gr.Accordion("Settings", open=False, render=False),
+                    validator=lambda message: needing("a message")(message)[0],
                     cache_examples=False,
                     api_name="chat",
                 )

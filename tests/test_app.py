@@ -4,6 +4,7 @@ import re
 import shutil
 
 import pytest
+import torch
 from PIL import Image, ImageChops
 
 gradio_client = pytest.importorskip("gradio_client", reason="the extra [app] is not installed")
@@ -85,7 +86,7 @@ def test_describes(client, photo, tiny_model, tiny_processor):
         (lambda client: client.predict(" ", "24x24", 1.0, 0, True, api_name="/draw"), "Please give a prompt first."),
         (lambda client: client.predict(None, "x", 1.0, 0, True, api_name="/edit"), "Please give a picture first."),
         (lambda client: client.predict(None, "x", api_name="/describe"), "Please give a picture first."),
-        (lambda client: client.predict("a", "24x24", 1.0, 2**64, False, api_name="/draw"), "greater than maximum"),
+        (lambda client: client.predict("a", "24x24", 1.0, 2**64, False, api_name="/draw"), "seed must be in"),
         (lambda client: client.predict("a " * 5_000, "24x24", 1.0, 0, True, api_name="/draw"), "the model has 4096"),
     ],
 )
@@ -135,13 +136,53 @@ def test_a_visitor_draws_edits_and_describes(page):
     page.wait_for_function("() => document.querySelector('#answer textarea').value != ''", timeout=60_000)
 
 
-def test_a_visitor_chats(page):
+@pytest.fixture
+def eager(tiny_model):
+    """A model that draws as soon as it may."""
+    eager = torch.zeros(tiny_model.lm_head.out_features)
+    eager[tiny_model.config.boi_token_id] = 1e3
+    handle = tiny_model.lm_head.register_forward_hook(lambda module, args, logits: logits + eager)
+    yield
+    handle.remove()
+
+
+def test_a_visitor_chats(page, eager):
+    """In two turns; the second one answers to the pictures of the first, too."""
     page.get_by_role("tab", name="Chat").click()
-    page.get_by_placeholder("Message").fill("hello")
-    page.get_by_placeholder("Message").press("Enter")
-    page.locator(".bot.message").first.wait_for(timeout=60_000)
+    box = page.locator("textarea:visible").last
+    box.fill(" ")
+    box.press("Enter")
+    page.get_by_text("Please give a message first.").wait_for(timeout=60_000)
+    for turn in (1, 2):
+        page.wait_for_function("box => !box.disabled", arg=box.element_handle(), timeout=60_000)
+        box.fill("hello")
+        box.press("Enter")
+        page.wait_for_function("turn => document.querySelectorAll('.user.message').length == turn", arg=turn)
+        page.wait_for_function("n => document.querySelectorAll('.bot.message img').length == n", arg=4 * turn)
+        page.locator(".stop-button").wait_for(state="detached", timeout=60_000)
+    assert page.locator(".toast-body").count() == 0
 
 
 def test_a_visitor_reads_what_is_missing(page):
     page.get_by_role("button", name="Draw", exact=True).click()
     page.get_by_text("Please give a prompt first.").wait_for(timeout=60_000)
+
+
+def test_what_is_drawn_stays_where_something_is_missing(page):
+    page.get_by_role("button", name="red heart, fluent").click()
+    page.get_by_role("button", name="Draw", exact=True).click()
+    page.locator("#draw-picture img").wait_for(timeout=60_000)
+    page.get_by_label("Prompt").fill("")
+    page.get_by_role("button", name="Draw", exact=True).click()
+    page.get_by_text("Please give a prompt first.").wait_for(timeout=60_000)
+    assert page.locator("#draw-picture img").is_visible() and page.locator("#draw-picture .error").count() == 0
+
+
+def test_on_a_phone_what_comes_is_seen(page):
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.get_by_role("tab", name="Edit").click()
+    page.get_by_role("button", name="make it blue").click()
+    page.get_by_role("button", name="Edit", exact=True).click()
+    page.locator("#edit-picture img").wait_for(timeout=60_000)
+    ends = "document.getElementById('edit-picture').getBoundingClientRect().bottom"
+    page.wait_for_function(f"() => {ends} <= window.innerHeight + 1", timeout=60_000)

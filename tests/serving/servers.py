@@ -46,16 +46,19 @@ def running(
 
 
 @contextmanager
-def held(model) -> Iterator[threading.Event]:
-    """A model that stands still before the next codes until the event is set."""
-    let_go = threading.Event()
+def held(head, after: int = 0) -> Iterator[tuple[threading.Event, list]]:
+    """A model that stands still before a call of one of its heads until the event is set, `after` so many; and a list
+    of all these calls."""
+    let_go, calls = threading.Event(), []
 
     def wait(module, args) -> None:
-        let_go.wait()
+        calls.append(args)
+        if len(calls) > after:
+            let_go.wait()
 
-    handle = model.code_head.register_forward_pre_hook(wait)
+    handle = head.register_forward_pre_hook(wait)
     try:
-        yield let_go
+        yield let_go, calls
     finally:
         let_go.set()
         handle.remove()
@@ -70,9 +73,9 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 def metric(address: str, name: str) -> float:
-    """A number of `/metrics`."""
+    """A number of `/metrics`; 0 of what has not happened yet."""
     lines = urlopen(f"{address}/metrics").read().decode().splitlines()
-    return next(float(line.split()[-1]) for line in lines if line.startswith(f"{name} "))
+    return next((float(line.split()[-1]) for line in lines if line.startswith(f"{name} ")), 0.0)
 
 
 def accepted(address: str) -> int:
@@ -81,7 +84,7 @@ def accepted(address: str) -> int:
 
 
 def client(address: str, api_key: str = "none") -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{address}/v1", api_key=api_key, max_retries=0)
+    return openai.OpenAI(base_url=f"{address}/v1", api_key=api_key, max_retries=0, timeout=120)
 
 
 def photo(width: int, height: int, seed: int = 0) -> Image.Image:

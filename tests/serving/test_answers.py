@@ -315,7 +315,7 @@ def test_exact_logits_do_not_depend_on_their_company(exact_model, tiny_processor
 def test_requests_together_get_what_each_gets_alone(exact_model, tiny_processor):
     numbers = range(48)
     with running(exact_model, tiny_processor) as address, ThreadPoolExecutor(16) as threads:
-        with held(exact_model) as let_go:
+        with held(exact_model.code_head) as (let_go, _):
             together = [threads.submit(ask, address, number) for number in numbers]
             until(lambda: accepted(address) == 16)
             let_go.set()
@@ -328,7 +328,7 @@ def test_requests_together_get_what_each_gets_alone(exact_model, tiny_processor)
 def test_a_request_that_fails_leaves_its_batch_whole(tiny_model, tiny_processor):
     with running(tiny_model, tiny_processor) as address, ThreadPoolExecutor(4) as threads:
         asked = client(address).images
-        with held(tiny_model) as let_go:
+        with held(tiny_model.code_head) as (let_go, _):
             first = threads.submit(asked.generate, prompt="a")
             until(lambda: accepted(address) == 1)
             prompts = ["a star", "a " * 5000, "a red circle"]

@@ -9,8 +9,9 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ def test_a_full_queue_refuses_and_a_client_that_leaves_frees_its_place(tiny_mode
 
     with (
         running(tiny_model, tiny_processor, max_queue=1) as address,
-        held(tiny_model) as let_go,
+        held(tiny_model.code_head) as (let_go, _),
         ThreadPoolExecutor(2) as threads,
     ):
         asked = client(address).images
@@ -50,6 +51,69 @@ def test_a_full_queue_refuses_and_a_client_that_leaves_frees_its_place(tiny_mode
         for status, count in ((200, 2), (429, 1), (499, 1)):
             name = f'nextflow_requests_total{{path="/v1/images/generations",status="{status}"}}'
             until(lambda name=name, count=count: metric(address, name) == count)
+
+
+def question(seed: int) -> dict:
+    """A chat whose answer depends on its seed."""
+    asked = [{"role": "user", "content": "what?"}]
+    return {"model": "tiny", "messages": asked, "max_tokens": 5, "temperature": 1.0, "seed": seed}
+
+
+PATHS = ["images/generations", "chat/completions"]
+
+
+def asking(address: str, path: str, seed: int):
+    """An answer's pictures or text."""
+    if path == PATHS[0]:
+        return pictures_of(client(address).images.generate(prompt="a star", extra_body={"seed": seed}))
+    return client(address).chat.completions.create(**question(seed)).choices[0].message.content
+
+
+@contextmanager
+def visitor(address: str, path: str) -> Iterator[http.client.HTTPConnection]:
+    """One who asks for a picture, or for a stream of text, and leaves when this ends."""
+    connection = http.client.HTTPConnection(address.removeprefix("http://"))
+    body = {"prompt": "a star", "seed": 0} if path == PATHS[0] else question(0) | {"stream": True}
+    connection.request("POST", f"/v1/{path}", json.dumps(body), {"Content-Type": "application/json"})
+    yield connection
+    connection.close()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_who_leaves_in_the_middle_of_a_batch_harms_nobody(tiny_model, tiny_processor, path):
+    heads = dict(zip(PATHS, (tiny_model.code_head, tiny_model.lm_head)))
+    (other,) = {*PATHS} - {path}
+    with running(tiny_model, tiny_processor) as address, ThreadPoolExecutor(3) as threads:
+        alone = [asking(address, path, seed) for seed in (1, 2)]
+        with held(heads[other]) as (start, _), held(heads[path], after=1) as (let_go, calls):
+            before = threads.submit(asking, address, other, 5)
+            until(lambda: metric(address, "nextflow_requests_running") == 1)
+            with visitor(address, path) as leaving:
+                until(lambda: metric(address, "nextflow_requests_waiting") == 1)
+                staying = [threads.submit(asking, address, path, seed) for seed in (1, 2)]
+                until(lambda: metric(address, "nextflow_requests_waiting") == 3)
+                start.set()
+                until(lambda: len(calls) == 2)
+                assert before.result() and metric(address, "nextflow_requests_running") == 3
+                if path != PATHS[0]:
+                    assert leaving.getresponse().readline().startswith(b"data: ")
+            until(lambda: metric(address, f'nextflow_request_seconds_count{{path="/v1/{path}"}}') == 3)
+            let_go.set()
+            assert [each.result() for each in staying] == alone
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_nothing_goes_on_for_nobody(tiny_model, tiny_processor, path):
+    """Whoever leaves alone ends what is drawn or written; the next one finds the place free."""
+    head = {PATHS[0]: tiny_model.code_head, PATHS[1]: tiny_model.lm_head}[path]
+    with running(tiny_model, tiny_processor) as address:
+        with held(head, after=1) as (let_go, calls):
+            with visitor(address, path):
+                until(lambda: len(calls) == 2)
+            until(lambda: metric(address, f'nextflow_request_seconds_count{{path="/v1/{path}"}}') == 1)
+            let_go.set()
+            until(lambda: metric(address, "nextflow_requests_running") == 0)
+            assert len(calls) == 2 and asking(address, path, 1) and len(calls) > 2
 
 
 HELD = """

@@ -93,6 +93,24 @@ PICTURES = [
     ({"moderation": "low"}, "moderation"),
     ({"user": 5}, "user"),
     ({"ｓeed": 5}, "ｓeed"),
+    ({"guidance_scale": 1, "negative_prompt": "a circle"}, "negative_prompt"),
+    ({"temperature": 0, "top_p": 0.5}, "top_p"),
+    ({"temperature": 0, "top_k": 5}, "top_k"),
+    ({"n": 1.0}, "n"),
+    ({"seed": 5.0}, "seed"),
+    ({"stream": 0}, "stream"),
+    ({"stream": "false"}, "stream"),
+    ({"user": "\ud800"}, "user"),
+    ({"model": "\ud800"}, "model"),
+    ({"size": "\ud800"}, "size"),
+    ({"size": "24×24"}, "size"),
+    ({"size": " 24x24"}, "size"),
+    ({"size": "024x24"}, "size"),
+    ({"size": {"width": 24, "height": 24}}, "size"),
+    ({"size": [None]}, "size"),
+    ({"prompt": {"a": None}}, "prompt"),
+    ({"image": data_url(PHOTO)}, "image"),
+    ({"extra_body": {"seed": 1}}, "extra_body"),
 ]
 
 
@@ -115,6 +133,7 @@ def message(role: str, *images: dict) -> dict:
     return {"role": role, "content": "a", "images": list(images)}
 
 
+CHAT = [{"role": "user", "content": "a"}]
 CHATS = [
     ({"messages": []}, "messages"),
     ({"messages": "a"}, "messages"),
@@ -167,12 +186,38 @@ CHATS = [
     ({"stream_options": {"include_usage": True}}, "stream_options"),
     ({"stream": True, "stream_options": {"include_obfuscation": 1}}, "stream_options.include_obfuscation"),
     ({"temperature": True}, "temperature"),
+    ({"n": 1.0}, "n"),
+    ({"n": True}, "n"),
+    ({"n": 0}, "n"),
+    ({"messages": user({"type": "text", "text": "\udfff"})}, "messages[0].content[0].text"),
+    ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0].content[0].text"),
+    ({"messages": user({"type": "text", "text": None})}, "messages[0].content[0]"),
+    ({"messages": user({"type": "image_url", "image_url": {"url": None}})}, URL),
+    ({"messages": user({"type": "image_url", "image_url": data_url(PHOTO)})}, "messages[0].content[0].image_url"),
+    ({"messages": user(part(data_url(PHOTO).replace("base64,", "base64, ")))}, URL),
+    ({"messages": user(part(data_url(PHOTO).replace("/", "_").replace("data:image_", "data:image/")))}, URL),
+    ({"messages": user(part(data_url(PHOTO) + "=="))}, URL),
+    ({"messages": user(part(data_url(PHOTO).replace("png", "pñg")))}, URL),
+    ({"messages": user(part(data_url(PHOTO).replace("data:", "DATA:")))}, URL),
+    ({"messages": [*CHAT, {"role": "system", "content": "a"}]}, "messages"),
+    ({"messages": [{"role": "developer", "content": "a"}, *CHAT]}, "messages[0].role"),
+    ({"messages": [*CHAT, {"role": "assistant", "content": "a", "tool_calls": []}, *CHAT]}, "messages[1].tool_calls"),
+    ({"messages": [*CHAT, {"role": "tool", "content": "a", "tool_call_id": "b"}, *CHAT]}, "messages[1].role"),
+    ({"messages": [{"role": "user", "content": "a", "name": "b"}]}, "messages[0].name"),
+    ({"modalities": [None]}, "modalities[0]"),
+    ({"modalities": ["image"], "guidance_scale": 1.0, "negative_prompt": "b"}, "negative_prompt"),
+    ({"modalities": ["text", "image"], "guidance_scale": 1.0, "negative_prompt": "b"}, "negative_prompt"),
+    ({"temperature": 0.0, "top_k": 5}, "top_k"),
+    ({"temperature": 1e-7, "top_p": 0.5}, "top_p"),
+    ({"max_tokens": 10**30}, "max_tokens"),
+    ({"max_tokens": 5.0}, "max_tokens"),
+    ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
 ]
 
 
 @pytest.mark.parametrize("body, param", CHATS)
 def test_chats(address, body, param):
-    body = {"model": "tiny", "messages": [{"role": "user", "content": "a"}]} | body
+    body = {"model": "tiny", "messages": CHAT} | body
     status, error = refusal(posted(address, "chat/completions", body))
     assert status == 400 and error["param"] == param and error["message"].startswith(f"{param}: ")
 
@@ -207,20 +252,59 @@ def test_edits(address, given, param):
     assert refused.value.param == param and refused.value.body["message"].startswith(f"{param}: ")
 
 
-def form(address: str, *fields: tuple[str, str | bytes]) -> Request:
-    """An edit whose fields are texts or files."""
+def form(address: str, *fields: tuple[str, str | bytes], end: bytes = b"--x--\r\n") -> Request:
+    """An edit whose fields are texts or files; a text that is no UTF-8 is given with surrogates for its bytes."""
     body = b""
     for name, value in fields:
         is_file = isinstance(value, bytes)
         head = f'Content-Disposition: form-data; name="{name}"' + '; filename="a.png"' * is_file
-        body += f"--x\r\n{head}\r\n\r\n".encode() + (value if is_file else value.encode()) + b"\r\n"
+        body += f"--x\r\n{head}\r\n\r\n".encode() + (value if is_file else value.encode(errors="surrogateescape"))
+        body += b"\r\n"
     kind = {"Content-Type": "multipart/form-data; boundary=x"}
-    return Request(f"{address}/v1/images/edits", body + b"--x--\r\n", kind)
+    return Request(f"{address}/v1/images/edits", body + end, kind)
 
 
 def test_an_edit_needs_a_picture(address):
     status, error = refusal(form(address, ("prompt", "a")))
     assert (status, error["param"]) == (400, "image")
+
+
+ODD_FORMS = [
+    *(("seed", seed) for seed in ("1_000", " 1 ", "+1", "1.0", "1e2", "007", "0x10", "١", "5\n", "1" * 5_000, "true")),
+    *(("n", n) for n in ("1_0", " 1", "1.0", "01", "null")),
+    *(("top_k", top_k) for top_k in ("1_0", " 5 ", "5.0")),
+    *(("guidance_scale", scale) for scale in ("1_0", " 3 ", "+3", ".5", "3.", "inf", "1e400", "True")),
+    *(("temperature", temperature) for temperature in ("0_1", "1 ")),
+    *(("top_p", top_p) for top_p in ("0_1", "NaN")),
+    *(("stream", stream) for stream in ("False", "0", "true")),
+    *((name, "") for name in ("seed", "n", "guidance_scale", "stream", "size", "model", "mask", "quality")),
+    *((name, b"5") for name in ("seed", "size", "user")),
+    *((name, "5") for name in ("mask", "prompt[]", "image[0]", "Seed", "_charset_", "messages")),
+    ("negative_prompt", "\udce9"),
+    ("mask", png(Image.new("L", (24, 24)))),
+    ("mask", png(Image.new("RGBA", (24, 24), "black"))),
+    ("size", " 24x24"),
+]
+
+
+@pytest.mark.parametrize("name, value", ODD_FORMS)
+def test_forms_take_what_json_takes(address, name, value):
+    status, error = refusal(form(address, ("image", png(PHOTO)), ("prompt", "a"), (name, value)))
+    assert (status, error["param"]) == (400, name) and error["message"].startswith(f"{name}: ")
+
+
+def test_an_edit_without_guidance_has_no_negative_prompt(address):
+    given = [("image", png(PHOTO)), ("prompt", "a"), ("negative_prompt", "b")]
+    assert refusal(form(address, *given, ("guidance_scale", "1")))[1]["param"] == "negative_prompt"
+    assert json.loads(urlopen(form(address, *given, ("guidance_scale", "2"), ("n", "1"))).read())["size"] == "24x24"
+
+
+@pytest.mark.parametrize("end", [b"", b"--x\r\n", b"--x-"])
+def test_a_form_that_is_cut_short(address, end):
+    """Its last field would be lost without a word."""
+    fields = [("image", png(PHOTO)), ("prompt", "a"), ("seed", "5")]
+    status, error = refusal(form(address, *fields, end=end))
+    assert (status, error["param"]) == (400, None) and "cut short" in error["message"]
 
 
 TWICE = [("prompt", "a star"), ("seed", "5"), ("mask", png(mask(24, 24)))]
@@ -232,7 +316,50 @@ def test_a_field_of_a_form_comes_once(address, field):
     assert (status, error["param"]) == (400, field[0]) and "times" in error["message"]
 
 
-@pytest.mark.parametrize("body", [b"{", b"", b"[]", b"\xff", b'{"prompt": "a", "prompt', b"[" * 100_000, b"null"])
+@pytest.mark.parametrize(
+    "path, body, param",
+    [
+        ("images/generations", b'{"prompt": "a", "prompt": "b"}', "prompt"),
+        ("images/generations", b'{"prompt": "a", "seed": 1, "seed": null}', "seed"),
+        ("chat/completions", b'{"model": "tiny", "messages": [{"role": "user", "role": "user"}]}', "role"),
+        ("images/generations", b'{"\\ud800": 1, "\\ud800": 1}', "\\ud800"),
+    ],
+)
+def test_a_name_stands_once_in_an_object(address, path, body, param):
+    status, error = refusal(posted(address, path, body))
+    assert (status, error["param"]) == (400, param) and "2 times" in error["message"]
+
+
+@pytest.mark.parametrize("name", ["seed", "guidance_scale", "user", "prompt"])
+def test_numbers_of_thousands_of_digits(address, name):
+    prompt = "" if name == "prompt" else '"prompt": "a", '
+    status, error = refusal(posted(address, "images/generations", f'{{{prompt}"{name}": {"1" * 5_000}}}'.encode()))
+    assert (status, error["param"]) == (400, name)
+
+
+@pytest.mark.parametrize("depth", [100, 900, 20_000])
+@pytest.mark.parametrize("path", ["images/generations", "chat/completions"])
+def test_deep_json(address, path, depth):
+    for left, right in (("[", "]"), ('{"a":', "}")):
+        body = '{"prompt": ' + left * depth + "1" + right * depth + "}"
+        assert refusal(posted(address, path, body.encode()))[0] == 400
+
+
+NO_REQUESTS = [
+    b"{",
+    b"",
+    b"[]",
+    b"\xff",
+    b'{"prompt": "a", "prompt',
+    b"[" * 100_000,
+    b"null",
+    b'"a"',
+    b"{'a': 1}",
+    b"{}{}",
+]
+
+
+@pytest.mark.parametrize("body", NO_REQUESTS)
 def test_bodies_that_are_no_requests(address, body):
     status, error = refusal(posted(address, "images/generations", body))
     assert (status, error["param"]) == (400, None)
@@ -242,6 +369,39 @@ def test_a_form_where_json_is_due(address):
     kind = {"Content-Type": "application/x-www-form-urlencoded"}
     assert refusal(Request(f"{address}/v1/images/generations", b"prompt=a", kind))[0] == 400
     assert refusal(posted(address, "images/edits", {"prompt": "a"}))[0] == 400
+
+
+JSON = b'{"prompt": "a"}'
+FORM = b"--x--\r\n"
+
+
+@pytest.mark.parametrize("path", ["images/generations", "chat/completions"])
+@pytest.mark.parametrize("kind", ["text/plain", "text/json", "application/jsonp", "multipart/form-data", ""])
+def test_the_content_type_of_json(address, path, kind):
+    status, error = refusal(Request(f"{address}/v1/{path}", JSON, {"Content-Type": kind}))
+    assert status == 400 and "Content-Type: application/json" in error["message"]
+
+
+@pytest.mark.parametrize("kind", ["application/x-www-form-urlencoded", "multipart/mixed", "text/plain", ""])
+def test_the_content_type_of_forms(address, kind):
+    status, error = refusal(Request(f"{address}/v1/images/edits", FORM, {"Content-Type": kind}))
+    assert status == 400 and "multipart/form-data" in error["message"]
+
+
+@pytest.mark.parametrize("kind", ["multipart/form-data", "multipart/form-data; boundary=y"])
+def test_forms_of_no_such_boundary(address, kind):
+    assert refusal(Request(f"{address}/v1/images/edits", FORM, {"Content-Type": kind}))[0] == 400
+
+
+@pytest.mark.parametrize("path", ["images/generations", "images/edits", "chat/completions"])
+def test_beside_the_body(address, path):
+    """Neither parameters of the path, nor codings of the body, nor another path that leads there."""
+    kind = {"Content-Type": "application/json"}
+    status, error = refusal(Request(f"{address}/v1/{path}?seed=5", JSON, kind))
+    assert (status, error["param"]) == (400, "seed")
+    assert refusal(Request(f"{address}/v1/{path}", JSON, kind | {"Content-Encoding": "gzip"}))[0] == 415
+    for other in (f"v1/{path}/", f"v1//{path}", f"V1/{path}", f"v1/{path}%00"):
+        assert refusal(Request(f"{address}/{other}", JSON, kind))[0] == 404
 
 
 def test_a_text_where_a_file_is_due(address):
@@ -268,14 +428,18 @@ def test_odd_but_right(address):
 @pytest.mark.parametrize("path", ["images/generations", "chat/completions"])
 def test_another_model(address, path):
     body = {"model": "dall-e-3", "prompt": "a"} if path[0] == "i" else {"model": "gpt", "messages": user()}
-    body |= {"messages": [{"role": "user", "content": "a"}]} if path[0] == "c" else {}
+    body |= {"messages": CHAT} if path[0] == "c" else {}
     status, error = refusal(posted(address, path, body))
     assert (status, error["param"], error["code"]) == (404, "model", "model_not_found")
 
 
 def test_other_paths_and_methods(address):
     assert refusal(Request(f"{address}/v1/images/variations", b"{}"))[0] == 404
-    assert refusal(Request(f"{address}/v1/images/generations"))[0] == 405
+    for path in ("images/generations", "images/edits", "chat/completions"):
+        for method in ("GET", "OPTIONS", "PUT", "PATCH", "DELETE"):
+            assert refusal(Request(f"{address}/v1/{path}", method=method))[0] == 405
+        with pytest.raises(HTTPError, match="405"):
+            urlopen(Request(f"{address}/v1/{path}", method="HEAD"))
 
 
 def test_bodies_that_are_too_large(address):

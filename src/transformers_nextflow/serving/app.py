@@ -4,7 +4,6 @@ import asyncio
 import json
 import time
 import uuid
-from collections import Counter
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import aclosing, asynccontextmanager
 from typing import Annotated, TypeVar
@@ -19,6 +18,7 @@ from ..modeling_nextflow import NextFlowForConditionalGeneration
 from ..processing_nextflow import NextFlowProcessor, user_message
 from ..rewriting import Rewriting
 from .batching import Batcher
+from .bodies import Route
 from .chats import message_of, read_chat
 from .errors import RequestError, add_error_handlers
 from .gate import Gate
@@ -63,7 +63,8 @@ def create_app(
             yield  # ends after the last answer
             group.cancel_scope.cancel()
 
-    app = FastAPI(title="transformers-nextflow", lifespan=lifespan)
+    app = FastAPI(title="transformers-nextflow", lifespan=lifespan, redirect_slashes=False)
+    app.router.route_class = Route
     app.add_middleware(Gate, api_key=api_key, max_bytes=limits.max_body * 2**20, metrics=metrics)
     add_error_handlers(app)
 
@@ -103,9 +104,6 @@ def create_app(
     async def edit(request: Request, asked: Annotated[EditRequest, Form(media_type="multipart/form-data")]) -> dict:
         """Pictures made of others by an instruction."""
         check_model(asked.model)
-        for field, times in Counter(name for name, _ in (await request.form()).multi_items()).items():
-            if times > 1 and field not in ("image", "image[]"):
-                raise RequestError(f"give it once, got it {times} times", field)
         uploads = [*asked.image, *asked.images]
         if not uploads:
             raise RequestError("give at least one file", "image")

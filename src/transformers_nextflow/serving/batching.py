@@ -7,7 +7,7 @@ waiting and all that fit to it.
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .errors import RequestError
@@ -50,15 +50,16 @@ class Batcher:
         metrics.running.set_function(lambda: len(self.running))
 
     async def answer(self, job: Job) -> Answer:
-        """A job's answer; who is cancelled before it leaves the queue. Raises a [`RequestError`] of status 429 if that
-        is full."""
+        """A job's answer; who is cancelled before it leaves the queue, or no longer keeps its batch running. Raises a
+        [`RequestError`] of status 429 if the queue is full."""
         if len(self.waiting) >= (most := self.limits.max_queue):
             raise RequestError(f"{most} requests wait already: try again later", None, 429, "queue_full")
-        ticket = Ticket(job, asyncio.get_running_loop().create_future())
+        answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        ticket = Ticket(replace(job, is_awaited=lambda: not answer.done()), answer)
         self.waiting.append(ticket)
         self._some.set()
         try:
-            return await ticket.answer
+            return await answer
         finally:
             if ticket in self.waiting:
                 self.waiting.remove(ticket)
@@ -97,5 +98,7 @@ class Batcher:
         """The answers, or the errors; a batch that fails is run one by one, so that none suffers for another."""
         try:
             return self.run(jobs)
+        except InterruptedError as error:  # none of them is awaited
+            return [error] * len(jobs)
         except Exception as error:
             return [error] if len(jobs) == 1 else [outcome for job in jobs for outcome in self._outcomes([job])]

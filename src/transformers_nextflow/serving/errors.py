@@ -43,7 +43,9 @@ def add_error_handlers(app: FastAPI) -> None:
         first = error.errors()[0]
         param = field_name(first["loc"][1:]) if first["type"] != "json_invalid" else None
         message = f"{param or 'the body'}: {first['msg'].removeprefix('Value error, ')}"
-        if first["type"] != "missing" and not isinstance(first["input"], Mapping):
+        if isinstance(first["input"], bytes):
+            message = "the body: an object of JSON, with the header Content-Type: application/json"
+        elif first["type"] != "missing" and not isinstance(first["input"], Mapping):
             message += f", got {shortened(first['input'])}"
         return error_response(400, message, param)
 

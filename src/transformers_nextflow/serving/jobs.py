@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from transformers import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from ..configuration_nextflow import NextFlowConfig
@@ -21,7 +22,7 @@ from ..text_generation import text_sampling
 from .errors import RequestError
 from .limits import Limits
 from .pictures import check_pictures, read_mask, too_many_pixels
-from .schemas import ChatRequest, ImageRequest
+from .schemas import ChatRequest, Controls, ImageRequest
 
 MAX_NEW_TOKENS = 256
 """Of text, where a request does not say."""
@@ -48,6 +49,7 @@ class Job:
         param: the field that holds the prompt.
         kept: (H, W) bool, where the first picture of the chat stays; None = nowhere.
         tell: gets the parts of an answer so far after each token, see [`Growing`].
+        is_awaited: whether somebody waits for the answer.
     """
 
     chat: Chat
@@ -59,6 +61,7 @@ class Job:
     param: str
     kept: torch.Tensor | None = None
     tell: Callable[[Parts], object] | None = None
+    is_awaited: Callable[[], bool] = lambda: True
 
     def fits(self, other: "Job") -> bool:
         """Whether both can be one call of `generate`."""
@@ -104,6 +107,7 @@ class Studio:
         check_pictures(asked.n, self.limits, "n")
         pictures, kept = pictures_of(chat), None
         size = self._size(asked.size, *pictures[:1])
+        self._check_guided(asked, size)
         if mask is not None:
             own = self._size(None, pictures[0])
             if size != own:
@@ -132,6 +136,7 @@ class Studio:
         if "image" in asked.modalities:
             check_pictures(asked.max_images, self.limits, "max_images")
             height, width = self._size(asked.size, *pictures_of(chat)[:1])
+            self._check_guided(asked, (height, width))
             guidance = asked.model_dump(include={"guidance_scale"}, exclude_none=True)
         else:
             height, width = self._size(None)  # of nothing, but one for all chats
@@ -140,10 +145,21 @@ class Studio:
         arguments["image_generation"] = {"height": height, "width": width, **guidance}
         return Job(chat, "interleaved", arguments, asked.seed, asked.negative_prompt or "", 1, "messages")
 
+    @property
+    def _settings(self) -> ImageGenerationConfig:
+        return ImageGenerationConfig.from_dict(self.model.config.image_generation)
+
+    def _check_guided(self, asked: Controls, size: tuple[int, int]) -> None:
+        """Raise a [`RequestError`] where a null prompt is given and pictures of a size are not guided."""
+        schedule = self.model.model.schedules.by_size(*size)
+        settings = self._settings.updated(guidance_scale=asked.guidance_scale)
+        if asked.negative_prompt and settings.controls(schedule).roles_from(0) == 1:
+            raise RequestError("has no effect without guidance", "negative_prompt")
+
     def _size(self, asked: tuple[int, int] | None, picture: Image.Image | None = None) -> tuple[int, int]:
         """(height, width) that is drawn: as asked, else of a picture, else the checkpoint's."""
         table, grid = self.model.model.schedules, None
-        settings = ImageGenerationConfig.from_dict(self.model.config.image_generation)
+        settings = self._settings
         if asked is not None:
             settings = settings.updated(height=asked[0], width=asked[1], exact_size=True)
         elif picture is not None:
@@ -161,8 +177,15 @@ class Studio:
 
         Raises:
             RequestError: if the model does not take one of the prompts.
+            InterruptedError: as soon as nobody waits for any of them.
         """
         first = jobs[0]
+
+        def go_on(*_) -> bool:
+            if not any(job.is_awaited() for job in jobs):
+                raise InterruptedError("nobody waits for an answer")
+            return False  # what ends an answer
+
         inputs = self.processor.apply_chat_template(
             [job.chat for job in jobs],
             sanitize_control_tokens=True,
@@ -172,9 +195,11 @@ class Studio:
         if "pixel_values" in inputs:
             inputs |= self._codes(jobs, inputs)
         arguments = {"seed": [job.seed for job in jobs], "generation_mode": first.mode, **first.arguments}
+        arguments["on_scale_end"] = go_on
         try:
             if first.mode == "image":
                 return self._draw(inputs, first.num_pictures, arguments)
+            arguments["stopping_criteria"] = StoppingCriteriaList([go_on])
             return self._write(inputs, arguments, [job.tell for job in jobs])
         except ValueError as error:  # a prompt is too long
             prompt, null = (inputs[f"{of}attention_mask"].sum() for of in ("", "negative_"))

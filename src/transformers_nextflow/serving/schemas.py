@@ -4,24 +4,33 @@ Fields that are not here, or whose value would have no effect, are refused rathe
 nothing.
 """
 
+import json
 import random
 import re
 from base64 import b64decode
 from typing import Annotated, Any, Literal
 
 from fastapi import UploadFile
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+from ..sampling import COLDEST
 
 LONGEST_PROMPT = 32_000
 """Characters, as in OpenAI's API."""
 
+NUMBER_OR_BOOL = r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?|true|false"
+"""As JSON writes them."""
+
 Prompt = Annotated[str, Field(min_length=1, max_length=LONGEST_PROMPT)]
+
+OnlyFalse = Annotated[Literal[False], BeforeValidator(lambda given: False if given is False else repr(given))]
+"""Where 0 is something else."""
 
 
 class Schema(BaseModel):
     """A part of a request."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, str_min_length=0)  # no surrogates where there is a limit
 
     @model_validator(mode="before")
     @classmethod
@@ -33,7 +42,7 @@ class Schema(BaseModel):
 
 def read_data_url(url: Any) -> bytes:
     """The file in a data URL of a picture, in base64."""
-    header = re.match(r"data:image/[\w.+-]+;base64,", str(url))
+    header = re.match(r"data:image/[\w.+-]+;base64,", str(url), re.ASCII)
     if header is None:
         raise ValueError("pictures come as data URLs, data:image/png;base64,...; nothing is fetched")
     try:
@@ -69,6 +78,14 @@ class Controls(Schema):
     top_p: float | None = Field(default=None, ge=1e-6, le=1)
     user: str | None = None
 
+    @field_validator("top_k", "top_p")
+    @classmethod
+    def there_is_chance(cls, value: float | None, info: ValidationInfo) -> float | None:
+        temperature = info.data.get("temperature")
+        if temperature is not None and temperature < COLDEST and value not in (None, 0, 1):
+            raise ValueError(f"has no effect with temperature {temperature}")
+        return value
+
 
 class ImageRequest(Controls):
     """`/v1/images/generations`."""
@@ -81,23 +98,25 @@ class ImageRequest(Controls):
     quality: Literal["auto"] = "auto"
     background: Literal["auto", "opaque"] = "auto"
     moderation: Literal["auto"] = "auto"
-    stream: Literal[False] = False
+    stream: OnlyFalse = False
 
 
 class EditRequest(ImageRequest):
-    """`/v1/images/edits`, a form with files, whose numbers and the like are texts.
+    """`/v1/images/edits`, a form with files, whose numbers and the like are texts as JSON writes them.
 
     Attributes:
         image, images: the pictures; clients write `image` of one, `image[]` of several.
         mask: of the first picture's size; it is drawn anew where this is transparent.
     """
 
-    model_config = ConfigDict(strict=False)
-
     image: list[UploadFile] = []
     images: list[UploadFile] = Field(default=[], alias="image[]")
     mask: UploadFile | None = None
-    stream: Literal[False, "false"] = False  # type: ignore[assignment]
+
+    @field_validator("n", "seed", "guidance_scale", "temperature", "top_k", "top_p", "stream", mode="before")
+    @classmethod
+    def text_as_json(cls, text: Any) -> Any:
+        return json.loads(text) if isinstance(text, str) and re.fullmatch(NUMBER_OR_BOOL, text) else text
 
 
 class ImageUrl(Schema):
@@ -171,7 +190,7 @@ class ChatRequest(Controls):
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     max_images: int = Field(default=1, ge=1)
-    n: Literal[1] = 1
+    n: int = Field(default=1, ge=1, le=1)
     stream: bool = False
     stream_options: StreamOptions | None = None
 
