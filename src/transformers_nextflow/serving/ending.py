@@ -20,10 +20,10 @@ class GracefulServer(Server):
     seconds still takes what comes."""
 
     def __init__(self, app: FastAPI, host: str, port: int):
-        super().__init__(Config(self._answer, host=host, port=port, interface="asgi3"))
+        super().__init__(Config(self.answer, host=host, port=port, interface="asgi3"))
         self.app = app
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def sent(message: Message) -> None:
             if message["type"] == "http.response.start" and self.should_exit:
                 message["headers"] = [*message["headers"], (b"connection", b"close")]
