@@ -33,7 +33,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .attention import FLEX, Apart, Part, is_flash, refuse_dense_mask, runs_of, sequence_mask
-from .block_attention import Segments, block_attention
+from .block_attention import BLOCKS, Segments, block_attention
 from .cache_name import CACHE, takes_cache
 from .configuration_nextflow import NextFlowConfig
 from .features import scale_taps
@@ -171,7 +171,7 @@ class NextFlowAttention(Qwen2_5_VLAttention):
         cache, mask, rotary = (kwargs.get(name) for name in (CACHE, "attention_mask", "position_embeddings"))
         if isinstance(cache, Apart):
             return self._attend_apart(hidden_states, cache.parts, mask, rotary), None
-        if isinstance(mask, Segments):
+        if isinstance(mask, Segments) and self.config._attn_implementation != BLOCKS:
             whole = Part(cache, hidden_states.shape[:2], in_block=False)
             return self._attend_apart(hidden_states, [whole], [mask], rotary), None
         return super().forward(hidden_states, *args, **kwargs)

@@ -83,10 +83,9 @@ def visible(model, batch) -> torch.Tensor:
     config = copy.deepcopy(model.config.text_config)
     config._attn_implementation = "sdpa"
     embeds = torch.zeros(*batch["input_ids"].shape, 1)
-    mask = sequence_mask(config, embeds, None, batch["layout"].block_ids, batch["document_ids"], None)[
-        "full_attention"
-    ]
-    return mask & (batch["document_ids"] >= 0)[:, None, :, None]
+    with torch.enable_grad():  # which has masks
+        masks = sequence_mask(config, embeds, None, batch["layout"].block_ids, batch["document_ids"], None)
+    return masks["full_attention"] & (batch["document_ids"] >= 0)[:, None, :, None]
 
 
 @torch.no_grad()
