@@ -1,14 +1,18 @@
 """Exported checkpoints load in fresh processes, with and without the import, from a folder and from the Hub."""
 
+import base64
+import importlib.util
 import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hub_stand_in import hub_stand_in, run_fresh
 from PIL import Image
 
+from diffusers_nextflow import NextFlowPipeline
 from transformers_nextflow.cli import main
 
 PICTURE = """
@@ -73,7 +77,25 @@ def test_the_export_holds_what_the_hub_shows(exported, tiny_checkpoint):
         assert name in (exported / f"{module}.py").read_text()
     card = (exported / "README.md").read_text()
     assert card.startswith("---\n") and "library_name: transformers" in card
+    assert yaml.safe_load(card.split("---")[1])["widget"][0]["text"]
     assert "24 x 24" in card and "Limits" in card and "Licence" in card
+
+
+def test_the_handler_of_endpoints_draws_and_edits_as_the_pipeline(exported, tmp_path):
+    """As the Hub's endpoints load it: a module by its path, and requests of JSON."""
+    assert (exported / "requirements.txt").read_text().split() == ["transformers-nextflow[diffusers]"]
+    spec = importlib.util.spec_from_file_location("handler", exported / "handler.py")
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    handler, pipeline = module.EndpointHandler(str(exported)), NextFlowPipeline.from_pretrained(exported)
+    drawn = handler({"inputs": "a star", "parameters": {"seed": 3}})
+    assert drawn.tobytes() == pipeline("a star", seed=3).images[0].tobytes()
+    assert handler({"inputs": "a star"}).size == drawn.size
+    drawn.save(tmp_path / "star.png")
+    image = base64.b64encode((tmp_path / "star.png").read_bytes()).decode()
+    edited = handler({"inputs": "a moon", "parameters": {"seed": 3, "image": image}})
+    assert edited.tobytes() == pipeline("a moon", image=drawn, seed=3).images[0].tobytes()
+    with pytest.raises(ValueError):  # of base64
+        handler({"inputs": "a moon", "parameters": {"image": str(tmp_path / "star.png")}})
 
 
 def test_the_cards_usage_runs(exported, tmp_path, monkeypatch):
@@ -105,6 +127,7 @@ def test_pushing_and_loading_from_the_hub(tiny_checkpoint, picture, tmp_path):
     script = f"""
 import os
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor
+from diffusers_nextflow import NextFlowPipeline
 from transformers_nextflow.cli import main
 assert main(["export", {str(tiny_checkpoint)!r}, "--to", "someone/exported", "--push"]) == 0
 NextFlowForConditionalGeneration.from_pretrained({str(tiny_checkpoint)!r}).push_to_hub("someone/pushed")

@@ -21,6 +21,31 @@ PIPELINE = {
 """For diffusers, which finds both parts in the folder itself."""
 PIPELINE_CODE = "from diffusers_nextflow import NextFlowPipeline as Pipeline  # noqa: F401\n"
 
+ENDPOINT_CODE = '''\
+"""For Inference Endpoints of the Hub: {"inputs": prompt, "parameters": keywords of NextFlowPipeline}."""
+
+from base64 import b64decode
+from io import BytesIO
+
+import torch
+from diffusers_nextflow import NextFlowPipeline
+from PIL import Image
+
+
+class EndpointHandler:
+    def __init__(self, path="", **kwargs):
+        self.pipeline = NextFlowPipeline.from_pretrained(path)
+        self.pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+
+    def __call__(self, data):
+        """One PIL picture; an `image` among the parameters, to edit, comes in base64."""
+        parameters = dict(data.get("parameters") or {})
+        if "image" in parameters:  # never an address or a path, which would be the server's
+            parameters["image"] = Image.open(BytesIO(b64decode(parameters["image"], validate=True)))
+        return self.pipeline(data["inputs"], **parameters).images[0]
+'''
+PROMPT = "a red circle to the left of a blue square"
+
 CARD = """\
 ---
 {front_matter}
@@ -105,13 +130,16 @@ def _write(folder: Path, output: Path, name: str) -> None:
         shutil.copyfile(folder / file, output / file)
     (output / "model_index.json").write_text(json.dumps(PIPELINE, indent=2) + "\n", encoding="utf-8")
     (output / "pipeline.py").write_text(PIPELINE_CODE, encoding="utf-8")
+    (output / "handler.py").write_text(ENDPOINT_CODE, encoding="utf-8")
+    (output / "requirements.txt").write_text("transformers-nextflow[diffusers]\n", encoding="utf-8")
     (output / "README.md").write_text(model_card(folder, config, weights, name), encoding="utf-8")
 
 
 def model_card(folder: Path, config, weights: SafetensorsFolder, name: str) -> str:
     """Usage under the name `name`, and below it what the folder's own README.md says.
 
-    Of the README's front matter, every line is kept; `library_name`, `pipeline_tag` and `tags` are added where absent.
+    Of the README's front matter, every line is kept; `library_name`, `pipeline_tag`, `tags` and
+    `widget` are added where absent.
     """
     readme = folder / "README.md"
     text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
@@ -119,6 +147,7 @@ def model_card(folder: Path, config, weights: SafetensorsFolder, name: str) -> s
     lines = found[1].splitlines() if found else []
     given = {line.split(":")[0] for line in lines}
     defaults = {"library_name": "transformers", "pipeline_tag": "any-to-any", "tags": "[nextflow]"}
+    defaults["widget"] = json.dumps([{"text": PROMPT}])  # JSON is YAML
     lines += [f"{key}: {value}" for key, value in defaults.items() if key not in given]
     body = text[found.end() :] if found else text
     body = re.sub(r"^# (.*)$", r"## \1, as its authors describe it", body.strip(), count=1, flags=re.MULTILINE)
@@ -131,7 +160,7 @@ def model_card(folder: Path, config, weights: SafetensorsFolder, name: str) -> s
         title=Path(name).name,
         name=name,
         parameters=f"{count / 1e6:,.1f} M parameters, the vision tokenizer among them.",
-        prompt="a red circle to the left of a blue square",
+        prompt=PROMPT,
         sizes=", ".join(sizes[:12]) + (f" and {len(sizes) - 12} more" if len(sizes) > 12 else ""),
         about=body + "\n" if body else ABOUT_UNKNOWN,
     )
