@@ -25,7 +25,7 @@ from transformers import TrainingArguments
 from transformers_nextflow import NextFlowVQModel
 from transformers_nextflow.training.checkpoints import output_field
 from transformers_nextflow.training.ema import EMACallback
-from transformers_nextflow.training.order import OF_BATCHES, OrderedTrainer, check_heeded, check_whole
+from transformers_nextflow.training.order import OF_BATCHES, OrderedTrainer, check_heeded, refuse_shared_weights
 from transformers_nextflow.training.samples import DrawingCallback
 from transformers_nextflow.utils.precision import without_autocast
 
@@ -257,7 +257,7 @@ class NextFlowDecoderTrainer(OrderedTrainer):
         self.pipe = pipe
         loss_of = DecoderLoss(pipe, args.guidance_scale)
         super().__init__(loss_of, args, _listed, train_dataset and Numbered(train_dataset), eval_dataset, **kwargs)
-        check_whole(self)
+        refuse_shared_weights(self)
         self._trained = {name: parameter for name, parameter in loss_of.named_parameters() if parameter.requires_grad}
         self._average = EMACallback(args.ema_decay, warmup=True) if args.use_ema else None
         if self._average is not None:

@@ -18,7 +18,14 @@ from PIL import Image, ImageOps
 
 from transformers_nextflow import NextFlowImageProcessor, NextFlowVQModel
 from transformers_nextflow.data import Document, DocumentReader, ExtractionSettings, Source, open_shards
-from transformers_nextflow.data.documents import MAX_IMAGES, PictureSource, Skipped, open_image, skipping_damaged
+from transformers_nextflow.data.documents import (
+    MAX_IMAGES,
+    PictureSource,
+    Skipped,
+    open_image,
+    read_size,
+    skipping_damaged,
+)
 from transformers_nextflow.data.shards import (
     Shard,
     decodable_codes,
@@ -26,7 +33,6 @@ from transformers_nextflow.data.shards import (
     sequence_spec,
     vision_identity,
 )
-from transformers_nextflow.image_processing_nextflow import upright_size
 from transformers_nextflow.modeling_nextflow_vq import unpatchify
 from transformers_nextflow.scales import Grid
 from transformers_nextflow.training.images import SizedBatches
@@ -101,7 +107,7 @@ class PictureBatches(SizedBatches):
         for picture in pictures:
             wanted = schedules.image_size(schedules.by_grid(picture.grid))
             try:
-                size = _size(self._document(picture).images[picture.place])
+                size = read_size(self._document(picture).images[picture.place])
             except Skipped:
                 large.append(picture)  # it is named when it is read
                 continue
@@ -179,7 +185,7 @@ def source_pictures(
     for row in range(len(table)):
         try:
             pictures += [
-                Picture(row, document.key, place, schedules.nearest_to_image(*_size(image), level).final_grid)
+                Picture(row, document.key, place, schedules.nearest_to_image(*read_size(image), level).final_grid)
                 for document in reader.read(table[row], row)
                 for place, image in enumerate(document.images)
                 if document.supervised_images[place]
@@ -187,12 +193,6 @@ def source_pictures(
         except Skipped as skip:
             logger.warning(f"left out {reader.key_of(table[row], row)}: {skip}")
     return pictures
-
-
-def _size(image: PictureSource) -> tuple[int, int]:
-    """(height, width)"""
-    with skipping_damaged(), open_image(image) as opened:
-        return upright_size(opened)
 
 
 def shard_pictures(name: str | Path, source: Source, table, vq_model: NextFlowVQModel) -> tuple[list[Picture], Read]:

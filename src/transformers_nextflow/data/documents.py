@@ -25,7 +25,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..image_processing_nextflow import DAMAGED
+from ..image_processing_nextflow import DAMAGED, upright_size
 
 PictureSource = bytes | str | Path | Image.Image
 """A picture as documents have it: encoded, by its path, or opened by Pillow."""
@@ -126,6 +126,13 @@ def skipping_damaged() -> Iterator[None]:
         yield
     except DAMAGED as error:
         raise Skipped("unreadable image", str(error)) from error
+
+
+def read_size(image: PictureSource) -> tuple[int, int]:
+    """(height, width) of a picture of a [`Document`] once it is upright, by its header; raises [`Skipped`] where that
+    cannot be read."""
+    with skipping_damaged(), open_image(image) as picture:
+        return upright_size(picture)
 
 
 COLUMNS = {

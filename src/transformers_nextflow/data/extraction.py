@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from ..image_processing_nextflow import DAMAGED, NextFlowImageProcessor, upright_size
+from ..image_processing_nextflow import DAMAGED, NextFlowImageProcessor
 from ..modeling_nextflow_vq import unpatchify
 from ..quantizer import SelfCorrection
 from ..sampling import integer
@@ -34,7 +34,7 @@ from .documents import (
     Transformations,
     is_supervised,
     open_image,
-    skipping_damaged,
+    read_size,
 )
 from .sequences import DocumentTokenizer
 from .shards import (
@@ -348,8 +348,7 @@ class Extractor:
             raise Skipped("text too long", f"{length} characters")
 
     def _schedule_of(self, image: PictureSource) -> ScaleSchedule:
-        with skipping_damaged(), open_image(image) as picture:
-            height, width = upright_size(picture)
+        height, width = read_size(image)
         if min(width, height) < self.settings.min_size:
             raise Skipped("image too small", f"{width}x{height}")
         limit = self.settings.max_aspect_ratio

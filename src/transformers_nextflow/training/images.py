@@ -10,7 +10,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from transformers.utils import logging
 
-from ..data.documents import PictureSource, Skipped, open_image, skipping_damaged
+from ..data.documents import PictureSource, Skipped, open_image, read_size, skipping_damaged
 from ..image_processing_nextflow import NextFlowImageProcessor, upright_size
 from ..modeling_nextflow_vq import unpatchify
 from ..scales import Grid
@@ -137,14 +137,9 @@ class ImageBatches(SizedBatches):
 
     def grid_of(self, number: int) -> Grid:
         with skipping_damaged():
-            return self.table.nearest_to_image(*self._size(number), self.level).final_grid
-
-    def _size(self, number: int) -> tuple[int, int]:
-        image = self.images[number]
-        if isinstance(image, Image.Image):
-            return upright_size(image)
-        with open_image(image) as picture:
-            return upright_size(picture)
+            image = self.images[number]
+            size = upright_size(image) if isinstance(image, Image.Image) else read_size(image)
+        return self.table.nearest_to_image(*size, self.level).final_grid
 
     def read_picture(self, number: int) -> torch.Tensor:
         """(3, H, W)"""

@@ -105,7 +105,7 @@ def check_heeded(arguments: TrainingArguments, **others) -> None:
         )
 
 
-def check_whole(trainer: Trainer) -> None:
+def refuse_shared_weights(trainer: Trainer) -> None:
     """Raise a `ValueError` where devices share the weights of a trainer that takes them whole."""
     shared = trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3
     if trainer.is_fsdp_enabled or shared:

@@ -22,7 +22,7 @@ from ..sampling import integer
 from ..utils.files import output_folder, write_atomically
 from .checkpoints import output_field
 from .metrics import lpips, psnr, ssim
-from .order import OF_BATCHES, OrderedTrainer, check_heeded, check_whole, judge_by_losses
+from .order import OF_BATCHES, OrderedTrainer, check_heeded, judge_by_losses, refuse_shared_weights
 from .teacher import FOLDER as TEACHER
 from .vq_losses import (
     PatchDiscriminator,
@@ -239,7 +239,7 @@ class NextFlowVQTrainer(OrderedTrainer):
             discriminator = PatchDiscriminator() if args.discriminator_weight else None
         module = VQTraining(model, discriminator)
         super().__init__(module, args, _by_size, train_dataset, eval_dataset, **kwargs)
-        check_whole(self)
+        refuse_shared_weights(self)
         frozen = {"teacher": teacher, "perceptual": perceptual}
         for name, network in frozen.items():
             setattr(self, name, network and network.requires_grad_(False).eval().to(args.device))
