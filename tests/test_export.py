@@ -94,7 +94,7 @@ def test_the_handler_of_endpoints_draws_and_edits_as_the_pipeline(exported, tmp_
     image = base64.b64encode((tmp_path / "star.png").read_bytes()).decode()
     edited = handler({"inputs": "a moon", "parameters": {"seed": 3, "image": image}})
     assert edited.tobytes() == pipeline("a moon", image=drawn, seed=3).images[0].tobytes()
-    with pytest.raises(ValueError):  # of base64
+    with pytest.raises(ValueError, match="Only base64"):
         handler({"inputs": "a moon", "parameters": {"image": str(tmp_path / "star.png")}})
 
 

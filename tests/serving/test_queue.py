@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -138,9 +138,11 @@ def test_what_was_accepted_is_answered_after_sigterm(tiny_checkpoint, tiny_model
     seeds = range(6)
     with (
         subprocess.Popen(command, env=environment, text=True, **pipes) as server,
+        ExitStack() as ended,
         ThreadPoolExecutor(len(seeds)) as threads,
         closing(server.stdin),
     ):
+        ended.callback(server.terminate)  # after a failure too
         port = next(
             int(found[1]) for line in server.stderr if (found := re.search(r"http://127\.0\.0\.1:(\d+)", line))
         )
