@@ -231,3 +231,11 @@ def test_codes_are_the_same_merged_and_exported(reinforced, average, tmp_path):
     assert torch.equal(codes_of_another_process(exported, str(tmp_path / "codes.pt")), expected)
     run("generate", "a red circle", "--model", exported, "--seed", 3, "--output", tmp_path / "picture.png")
     assert Image.open(tmp_path / "picture.png").size == (24, 24)
+
+
+def test_a_stage_is_held_out_by_packs_of_its_level(tuned, capsys):
+    packs = ("--packs", "training-1024-packs", "--eval_packs", "held_out-256-packs")
+    arguments = ("train", "transformer", "--model", "aligned", "--output", "other", "--stage", "sft", *packs, *QUIET)
+    assert main(list(arguments)) == 2
+    assert "stage sft is of level 1024, the packs hold pictures of level 256" in capsys.readouterr().err
+    assert not Path("other").exists()

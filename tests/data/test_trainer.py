@@ -515,6 +515,8 @@ def test_a_negative_z_loss_is_refused(tmp_path):
         ("- {name: a, lr: 1}", "stage a has unknown fields lr"),
         ("- {name: 1, trains: all, level: 1, epochs: 0, learning_rate: 1, scale_loss_alpha: 0, mixture: {text: 1}}",
          "stage 1: epochs must be a number above 0, got 0"),
+        ("- {name: a, trains: all, level: 1, epochs: on, learning_rate: 1, scale_loss_alpha: 0, mixture: {text: 1}}",
+         "stage a: epochs must be a number above 0, got True"),
         ("- {name: a, trains: all, level: 1, epochs: 1, learning_rate: fast, scale_loss_alpha: 0, mixture: {text: 1}}",
          "stage a: learning_rate must be a number above 0, got 'fast'"),
         ("- {name: a, trains: all, level: 1, epochs: 1, learning_rate: 1, scale_loss_alpha: , mixture: {text: 1}}",

@@ -61,20 +61,20 @@ class Stage:
         total = sum(self.mixture.values())
         return {kind: amount / total for kind, amount in self.mixture.items()}
 
-    def prepare(self, model: NextFlowForConditionalGeneration, packs: "PackedDataset | None" = None) -> None:
+    def prepare(self, model: NextFlowForConditionalGeneration, *packs: "PackedDataset") -> None:
         """Freeze and thaw parameters and set the loss's exponent; the vision tokenizer is always frozen.
 
         Args:
             model: where it has adapters, they are what is trained.
-            packs: what the stage is to be trained on.
+            packs: what the stage is to be trained and evaluated on.
 
         Raises:
             ValueError: for packs of pictures of another level; for adapters in a stage that trains other parts.
         """
-        if packs is not None and packs.levels - {self.level}:
+        if others := {level for each in packs for level in each.levels} - {self.level}:
             raise ValueError(
                 f"stage {self.name} is of level {self.level}, the packs hold pictures of level "
-                f"{', '.join(sorted(packs.levels))}: extract them anew with --level {self.level}, or give stages of "
+                f"{', '.join(sorted(others))}: extract them anew with --level {self.level}, or give stages of "
                 "your own (stages.yaml is the form)"
             )
         model.config.scale_loss_alpha = self.scale_loss_alpha
@@ -91,7 +91,7 @@ class Stage:
 
 
 def _is_number(value) -> bool:
-    return isinstance(value, int | float)
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _number(value):

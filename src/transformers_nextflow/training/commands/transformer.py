@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         set_seed(arguments.seed)  # of what adapters begin with
         model = get_peft_model(model, adapters)
     if stage is not None:
-        stage.prepare(model, dataset)
+        stage.prepare(model, dataset, *([] if held_out is None else [held_out]))
     trainer = NextFlowTrainer(
         model, arguments, train_dataset=dataset, eval_dataset=held_out, processing_class=processor
     )
