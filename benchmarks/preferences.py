@@ -62,6 +62,7 @@ def train(arm: str, artist: Artist, rows: list[dict], args: argparse.Namespace) 
     options |= {"per_device_train_batch_size": 8, "save_strategy": "no", "report_to": "none", "logging_steps": 5}
     options |= {"output_dir": "runs/preferences", "use_cpu": not torch.cuda.is_available(), "bf16": bfloat16_is_fast()}
     shared = {"processing_class": artist.processor, "peft_config": lora_config(r=8)}
+    artist.model.set_attn_implementation("eager")  # the fastest backward at these lengths on a CPU
     if arm == "preferred":
         trainer = NextFlowDPOTrainer(
             artist.model,
@@ -82,6 +83,7 @@ def train(arm: str, artist: Artist, rows: list[dict], args: argparse.Namespace) 
         )
     trainer.train()
     artist.model = trainer.model.merge_and_unload().eval()
+    artist.model.set_attn_implementation("sdpa")
 
 
 @torch.no_grad()

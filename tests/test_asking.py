@@ -10,6 +10,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from flash_stand_in import without_masks
 from PIL import Image
 from tiny_models import (
     BOI,
@@ -21,15 +22,13 @@ from tiny_models import (
     SQUARE,
     TEXT_ROWS,
     WIDE,
-    Picture,
     batch_of,
     relative,
     shown,
     tiny_config,
     tiny_model,
 )
-from transformers import AttentionInterface, AttentionMaskInterface, GenerationConfig, TextIteratorStreamer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers import GenerationConfig, TextIteratorStreamer
 from transformers.testing_utils import CaptureLogger
 from transformers.utils import logging
 
@@ -116,38 +115,17 @@ def test_threads_on_one_model_draw_as_alone(model):
 # No masks
 
 
-@pytest.fixture
-def seen() -> list[int]:
-    """How many positions each call of attention had."""
-    return []
+@pytest.fixture(scope="module")
+def unmasked():
+    return without_masks(tiny_model())
 
 
-@pytest.fixture
-def without_masks(seen):
-    """A stand-in for FlashAttention, which is given no masks and must be told what is causal."""
-
-    def attend(module, query, key, value, attention_mask, is_causal=None, **kwargs):
-        assert attention_mask is None
-        seen.append(query.shape[2])
-        causal = module.is_causal if is_causal is None else is_causal
-        length, keys = query.shape[2], key.shape[2]
-        mask = torch.ones(1, 1, length, keys, dtype=torch.bool).tril(keys - length) if causal else None
-        return sdpa_attention_forward(module, query, key, value, mask, is_causal=False, **kwargs)
-
-    AttentionInterface.register("flash_stand_in", attend)
-    AttentionMaskInterface.register("flash_stand_in", lambda *args, **kwargs: None)
-    other = tiny_model()
-    other.model.language_model.config._attn_implementation_internal = "flash_stand_in"
-    return other
-
-
-def test_guided_rows_of_different_lengths_need_no_mask(model, without_masks, seen):
+def test_guided_rows_of_different_lengths_need_no_mask(model, unmasked):
     edits = [[10, shown(SQUARE, 1), 11, BOI], [12, BOI], [shown(WIDE, 2), shown(SQUARE, 3), 13, BOI]]
     nulls = [[20, shown(SQUARE, 1), BOI], [20, 21, BOI], [shown(WIDE, 2), shown(SQUARE, 3), BOI]]
     for inputs in (guided(model), guided(model, edits, nulls)):
         controls = PLAIN | {"guidance_scale": 2.0, "image_guidance_scale": 1.5, "aspect_ratio": "1:1"}
-        assert torch.equal(without_masks.generate(**inputs, **controls), model.generate(**inputs, **controls))
-    assert set(seen) >= {4, 9}
+        assert torch.equal(unmasked.generate(**inputs, **controls), model.generate(**inputs, **controls))
 
 
 def test_rows_of_different_lengths_run_through_the_layers_together(model):
@@ -165,20 +143,17 @@ def test_rows_of_different_lengths_run_through_the_layers_together(model):
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_pictures_are_described_without_masks(model, without_masks, use_cache):
-    """Rows whose pictures stand in the same places: block by block."""
-    inputs = batch_of(model, *([10, Picture(SQUARE, seed, True), shown(WIDE, 3), 11, 12] for seed in (1, 2)))
-    outputs, expected = (each(**inputs, output_hidden_states=True) for each in (without_masks, model))
-    assert relative(outputs.logits, expected.logits) < 1e-5
-    for layer, other in zip(outputs.hidden_states, expected.hidden_states, strict=True):
-        assert relative(layer, other) < 1e-5
-    options = {"max_new_tokens": 4, "do_sample": False, "use_cache": use_cache}
-    assert torch.equal(without_masks.generate(**inputs, **options), model.generate(**inputs, **options))
-    different = batch_of(model, [10, Picture(SQUARE, 1), 11], [12, 13])
-    with pytest.raises(ValueError, match="cannot express scale blocks"):
-        without_masks(**different)
-    with pytest.raises(ValueError, match="cannot express scale blocks"):  # a prompt and a picture in one place each
-        without_masks(**batch_of(model, [Picture(SQUARE, 1), 11], [11, Picture(SQUARE, 1)]))
+def test_pictures_are_described_without_masks(model, unmasked, use_cache):
+    alike, picture = [[10, shown(SQUARE, seed), shown(WIDE, 3), 11, 12] for seed in (1, 2)], shown(SQUARE, 1)
+    for rows in (alike, [[10, picture, 11], [12, 13]], [[picture, 11], [11, picture]]):
+        inputs = batch_of(model, *rows)
+        real = inputs["attention_mask"].bool()
+        outputs, expected = (each(**inputs, output_hidden_states=True) for each in (unmasked, model))
+        assert relative(outputs.logits[real], expected.logits[real]) < 1e-5
+        for layer, other in zip(outputs.hidden_states, expected.hidden_states, strict=True):
+            assert relative(layer[real], other[real]) < 1e-5
+        options = {"max_new_tokens": 4, "do_sample": False, "use_cache": use_cache}
+        assert torch.equal(unmasked.generate(**inputs, **options), model.generate(**inputs, **options))
 
 
 def test_logits_come_in_chunks(model, monkeypatch):

@@ -3,15 +3,16 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from flash_stand_in import FLASH, without_masks
 from tiny_models import BOI, IMAGE, SQUARE, WIDE, Picture, batch_of, relative, shown, tiny_config, tiny_model
 from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import StaticCache, masking_utils
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from transformers_nextflow import NextFlowForConditionalGeneration
 from transformers_nextflow.attention import sequence_mask
-from transformers_nextflow.block_attention import Segment, Segments, segments_of
+from transformers_nextflow.block_attention import Segment, Segments, attend_by_segments, segments_of
 from transformers_nextflow.layout import build_layout
 
 PADDED = [[10, Picture(SQUARE, 1), 11, 12], [13, 14, Picture(WIDE, 2), Picture(SQUARE, 3), 15, 16, 17], [18, 19]]
@@ -65,11 +66,14 @@ def model():
     return tiny_model()
 
 
-@pytest.fixture
-def pair():
-    """The same weights under "sdpa" and under "blocks"."""
+@pytest.fixture(params=["blocks", FLASH])
+def pair(request):
+    """The same weights under "sdpa" with masks, and under what takes none."""
     models = [tiny_model().double().train() for _ in range(2)]
-    models[1].set_attn_implementation("blocks")
+    if request.param == FLASH:
+        without_masks(models[1])
+    else:
+        models[1].set_attn_implementation(request.param)
     return models
 
 
@@ -101,10 +105,12 @@ def test_attention_alone(model, batch_for):
     states = [torch.randn(rows, heads, length, 16, generator=generator).requires_grad_() for heads in (2, 1, 1)]
     weights = torch.randn(rows, length, 2, 16, generator=generator) * real(batch)[..., None, None]
     module = model.model.language_model.layers[0].self_attn
-    results = []
-    for implementation, mask in zip(("sdpa", "blocks"), masks(model, batch)):
-        attend = ALL_ATTENTION_FUNCTIONS[implementation]
-        output, _ = attend(module, *states, mask, dropout=0.0, scaling=module.scaling)
+    results, options = [], {"dropout": 0.0, "scaling": module.scaling}
+    dense, segments = masks(model, batch)
+    for output in (
+        sdpa_attention_forward(module, *states, dense, **options)[0],
+        attend_by_segments(sdpa_attention_forward, module, *states, segments, **options),
+    ):
         assert output.shape == weights.shape
         output = output * real(batch)[..., None, None]
         results.append([output, *torch.autograd.grad((output * weights).sum(), states)])
@@ -248,7 +254,7 @@ def test_segments_of_another_sequence_are_refused(model):
     states = [torch.zeros(1, heads, 5, 16) for heads in (2, 1, 1)]
     module = model.model.language_model.layers[0].self_attn
     with pytest.raises(ValueError, match="the segments have 4 positions, the queries 1 x 5"):
-        ALL_ATTENTION_FUNCTIONS["blocks"](module, *states, Segments(((Segment(4, False),),)))
+        attend_by_segments(sdpa_attention_forward, module, *states, Segments(((Segment(4, False),),)))
 
 
 def test_documents_behind_a_filled_cache_are_refused(model):

@@ -268,14 +268,6 @@ def test_other_ids_than_rows_of_integers_are_refused(ids):
         build_layout(tiny_config(), ids)
 
 
-def test_scale_blocks_refuse_flash_attention(one_layer):
-    implementation = one_layer.config._attn_implementation
-    one_layer.config.text_config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ValueError, match="cannot express scale blocks"):
-        one_layer(**batch_of(one_layer, [A, Picture(SQUARE), OK], [A, CAT]))  # a row alone is read block by block
-    one_layer.config.text_config._attn_implementation = implementation
-
-
 # What forward does with a layout
 
 

@@ -1,8 +1,8 @@
 """Who sees whom: causal text, scale blocks that see themselves, documents that do not see each other.
 
-Masks are built by transformers' own functions, so that every attention backend gets the form it expects; the package's
-own backend gets segments (`block_attention.py`), and so does SDPA where nothing is trained or compiled: for a picture
-of 1024 x 1024 they spare it a mask of over 9,000 x 9,000 pairs.
+Masks are built by transformers' own functions, so that every attention backend gets the form it expects. The package's
+own backend and FlashAttention get segments (`block_attention.py`), and so does SDPA where nothing is trained or
+compiled: for a picture of 1024 x 1024 they spare it a mask of over 9,000 x 9,000 pairs.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 
-from .block_attention import BLOCKS, segments_of
+from .block_attention import BLOCKS, is_flash, segments_of
 from .cache_name import CACHE
 
 FLEX = "flex_attention"
@@ -56,11 +56,6 @@ class Apart:
     parts: Sequence[Part]
 
 
-def is_flash(config: PreTrainedConfig) -> bool:
-    """Whether attention takes no masks."""
-    return "flash" in (config._attn_implementation or "")
-
-
 def runs_of(block_ids: Sequence[int]) -> list[tuple[int, bool]]:
     """Lengths of neighbours in a row that attend alike: text, or one scale block, and whether they are a block."""
     return [(len(list(run)), block >= 0) for block, run in groupby(block_ids)]
@@ -82,14 +77,9 @@ def sequence_mask(
     """
     if block_ids is None and document_ids is None:
         return attention_mask
-    if is_flash(config):
-        raise ValueError(
-            f"attn_implementation={config._attn_implementation!r} cannot express scale blocks or packed documents in "
-            'one call; use "blocks", "sdpa", "flex_attention" or "eager"'
-        )
-    if config._attn_implementation == BLOCKS or (
-        config._attn_implementation == "sdpa" and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-    ):
+    needs_segments = config._attn_implementation == BLOCKS or is_flash(config)
+    is_free = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    if needs_segments or (config._attn_implementation == "sdpa" and is_free):
         documents = torch.zeros_like(block_ids) if document_ids is None else document_ids
         blocks = torch.full_like(documents, -1) if block_ids is None else block_ids
         if attention_mask is not None:
@@ -97,7 +87,7 @@ def sequence_mask(
         try:
             return {"full_attention": segments_of(blocks, documents)}
         except ValueError:  # a document in pieces needs a mask
-            if config._attn_implementation == BLOCKS:
+            if needs_segments:
                 raise
     if block_ids is not None and past_key_values is not None:  # a static cache has keys beyond the sequence
         keys, _ = past_key_values.get_mask_sizes(block_ids.shape[1], layer_idx=0)

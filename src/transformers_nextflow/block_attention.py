@@ -1,15 +1,17 @@
-"""Attention that computes only the pairs that see each other, on any device: `attn_implementation="blocks"`.
+"""Attention that computes only the pairs that see each other, on any device.
 
 A scale block sees its document from the beginning up to its own end and needs no mask; a run of text is causal. So
-each is one SDPA call over its document's keys so far. Importing the package registers the implementation; whatever has
-an ordinary mask (text alone, steps that follow a cache, the vision tokenizer) goes through transformers' SDPA.
+each is one call over its document's keys so far: of SDPA under `attn_implementation="blocks"`, which importing the
+package registers, and wherever SDPA neither trains nor is compiled; of FlashAttention, which takes no masks, always.
+Whatever has an ordinary mask (text alone, steps that follow a cache, the vision tokenizer) goes transformers' own way.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -61,8 +63,8 @@ def segments_of(block_ids: torch.Tensor, document_ids: torch.Tensor) -> Segments
         if is_first:
             if document >= 0 and (row, document) in met:
                 raise ValueError(
-                    f'under attn_implementation="{BLOCKS}" a document must be in one piece, but document {document} '
-                    f"of row {row} goes on at {column}, after another or after padding"
+                    f"for attention by blocks a document must be in one piece, but document {document} of row {row} "
+                    f"goes on at {column}, after another or after padding"
                 )
             met.add((row, document))
             documents.append([])
@@ -70,32 +72,32 @@ def segments_of(block_ids: torch.Tensor, document_ids: torch.Tensor) -> Segments
     return Segments(tuple(map(tuple, documents)))
 
 
-def block_attention(
+def is_flash(config: PreTrainedConfig) -> bool:
+    """Whether attention takes no masks; what is causal then ends with the last key."""
+    return "flash" in (config._attn_implementation or "")
+
+
+@torch.compiler.disable  # every layout would be a graph of its own
+def attend_by_segments(
+    attend: Callable,
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: Segments | torch.Tensor | None,
+    segments: Segments,
     **kwargs,
-) -> tuple[torch.Tensor, None]:
-    """An attention function of transformers.
+) -> torch.Tensor:
+    """Attention of whole sequences, a call for each segment.
 
     Args:
+        attend: SDPA's or FlashAttention's function of transformers.
         query: (B, heads, L, head size).
         key, value: (B, key-value heads, at least L, head size); columns behind the L first are a static cache's
             empty ones.
-        attention_mask: [`Segments`] of the whole sequences, or what SDPA takes.
 
     Returns:
-        (B, L, heads, head size), and no weights.
+        (B, L, heads, head size).
     """
-    if not isinstance(attention_mask, Segments):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    return _attend(module, query, key, value, attention_mask, **kwargs)
-
-
-@torch.compiler.disable  # every layout would be a graph of its own
-def _attend(module, query, key, value, segments: Segments, **kwargs):
     batch, _, length, _ = query.shape
     lengths = [sum(segment.length for segment in document) for document in segments.documents]
     if sum(lengths) != batch * length:
@@ -109,14 +111,12 @@ def _attend(module, query, key, value, segments: Segments, **kwargs):
         for segment, part in zip(document, queries.split([segment.length for segment in document], dim=2)):
             start, stop = stop, stop + segment.length
             mask = None  # blocks and a lone position see all keys so far; SDPA's own causal mask begins at the first
-            if start and segment.length > 1 and not segment.is_block:
+            if start and segment.length > 1 and not segment.is_block and not is_flash(module.config):
                 mask = torch.ones(segment.length, stop, dtype=torch.bool, device=query.device).tril(start)
-            output, _ = sdpa_attention_forward(
-                module, part, keys[:, :, :stop], values[:, :, :stop], mask, is_causal=not segment.is_block, **kwargs
-            )
-            outputs.append(output)
-    return torch.cat(outputs, dim=1).view(batch, length, *outputs[0].shape[2:]), None
+            seen = keys[:, :, :stop], values[:, :, :stop]
+            outputs.append(attend(module, part, *seen, mask, is_causal=not segment.is_block, **kwargs)[0])
+    return torch.cat(outputs, dim=1).view(batch, length, *outputs[0].shape[2:])
 
 
-AttentionInterface.register(BLOCKS, block_attention)
+AttentionInterface.register(BLOCKS, sdpa_attention_forward)
 AttentionMaskInterface.register(BLOCKS, sdpa_mask)

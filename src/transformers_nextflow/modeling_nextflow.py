@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
@@ -32,8 +32,8 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
-from .attention import FLEX, Apart, Part, is_flash, refuse_dense_mask, runs_of, sequence_mask
-from .block_attention import BLOCKS, Segments, block_attention
+from .attention import FLEX, Apart, Part, refuse_dense_mask, sequence_mask
+from .block_attention import Segments, attend_by_segments
 from .cache_name import CACHE, takes_cache
 from .configuration_nextflow import NextFlowConfig
 from .features import scale_taps
@@ -171,7 +171,7 @@ class NextFlowAttention(Qwen2_5_VLAttention):
         cache, mask, rotary = (kwargs.get(name) for name in (CACHE, "attention_mask", "position_embeddings"))
         if isinstance(cache, Apart):
             return self._attend_apart(hidden_states, cache.parts, mask, rotary), None
-        if isinstance(mask, Segments) and self.config._attn_implementation != BLOCKS:
+        if isinstance(mask, Segments):
             whole = Part(cache, hidden_states.shape[:2], in_block=False)
             return self._attend_apart(hidden_states, [whole], [mask], rotary), None
         return super().forward(hidden_states, *args, **kwargs)
@@ -190,9 +190,11 @@ class NextFlowAttention(Qwen2_5_VLAttention):
         for part, mask, of_part in zip(parts, masks, of_parts):
             query, key, value = (each.unflatten(0, part.shape).transpose(1, 2) for each in of_part)
             key, value = part.read(key, value, self.layer_idx)
-            causality = {"is_causal": False} if part.in_block else {}
-            attend = block_attention if isinstance(mask, Segments) else own
-            output, _ = attend(self, query, key, value, mask, **options, **causality)
+            if isinstance(mask, Segments):
+                output = attend_by_segments(own, self, query, key, value, mask, **options)
+            else:
+                causality = {"is_causal": False} if part.in_block else {}
+                output, _ = own(self, query, key, value, mask, **options, **causality)
             outputs.append(output.flatten(0, 1))
         return self.o_proj(torch.cat(outputs).flatten(1).view(*hidden_states.shape[:2], -1))
 
@@ -438,7 +440,6 @@ class NextFlowModel(NextFlowPreTrainedModel):
                 **targets,
             )
             laid_out = {"layout": layout, "image_codes": image_codes}
-        runs = None
         if reads_text:
             if needs_positions and not is_continued:
                 position_ids = text_positions(input_ids if inputs_embeds is None else inputs_embeds, valid)
@@ -462,61 +463,19 @@ class NextFlowModel(NextFlowPreTrainedModel):
             inputs_embeds = each_by_its_adapter(self, names, embed)  # images of all rows are embedded as one
             block_ids = layout.block_ids if len(layout.slot_places) else None
             position_ids = layout.position_ids if position_ids is None else position_ids
-            if (
-                is_flash(self.config.text_config)
-                and block_ids is not None
-                and document_ids is None
-                and not self.training
-            ):
-                runs = _common_runs(block_ids, valid)
-            if not runs:
-                attention_mask = sequence_mask(
-                    self.config.text_config, inputs_embeds, valid, block_ids, document_ids, past_key_values
-                )
-        if runs:
-            outputs = self._read_runs(inputs_embeds, position_ids, runs, past_key_values, use_cache, **kwargs)
-        else:
-            outputs = self.language_model(
-                input_ids=input_ids,
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                use_cache=use_cache,
-                **{CACHE: past_key_values},
-                **kwargs,
+            attention_mask = sequence_mask(
+                self.config.text_config, inputs_embeds, valid, block_ids, document_ids, past_key_values
             )
-        return NextFlowModelOutput(**outputs, **laid_out) if has_targets and laid_out else outputs
-
-    def _read_runs(
-        self,
-        inputs_embeds: torch.Tensor,
-        position_ids: torch.Tensor,
-        runs: Sequence[tuple[int, bool]],
-        cache: Cache | None,
-        use_cache: bool | None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutputWithPast:
-        """Text and scale blocks in turn, for attention that has no masks."""
-        cache = DynamicCache(config=self.config.text_config) if cache is None else cache
-        lengths = [length for length, _ in runs]
-        parts = zip(inputs_embeds.split(lengths, dim=1), position_ids.split(lengths, dim=-1), runs)
-        outputs = [
-            self.language_model(
-                inputs_embeds=inputs,
-                attention_mask={"full_attention": [None]} if in_block else None,
-                position_ids=positions,
-                use_cache=True,
-                **{CACHE: Apart([Part(cache, tuple(inputs.shape[:2]))]) if in_block else cache},
-                **kwargs,
-            )
-            for inputs, positions, (_, in_block) in parts
-        ]
-        layers = [output.hidden_states or () for output in outputs]
-        return BaseModelOutputWithPast(
-            last_hidden_state=torch.cat([output.last_hidden_state for output in outputs], dim=1),
-            hidden_states=tuple(torch.cat(parts, dim=1) for parts in zip(*layers)) or None,
-            **{CACHE: None if use_cache is False else cache},
+        outputs = self.language_model(
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=use_cache,
+            **{CACHE: past_key_values},
+            **kwargs,
         )
+        return NextFlowModelOutput(**outputs, **laid_out) if has_targets and laid_out else outputs
 
 
 @dataclass
@@ -653,13 +612,6 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
             return layout.targets
         code_ids_N = self.config.text_vocab_size + image_codes[layout.target_codes.clamp(min=0)]
         return torch.where(layout.target_codes >= 0, code_ids_N, layout.targets)
-
-
-def _common_runs(block_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> Sequence[tuple[int, bool]]:
-    """[`runs_of`] all rows of (B, L); nothing if rows differ in that or are padded."""
-    of_rows = {tuple(runs_of(ids)) for ids in block_ids.tolist()}
-    is_padded = attention_mask is not None and not attention_mask.bool().all()
-    return () if is_padded or len(of_rows) > 1 else of_rows.pop()
 
 
 def _is_filled(cache: Cache | None) -> bool:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers.masking_utils import create_causal_mask
 
-from .attention import Part, is_flash, runs_of, sequence_mask
+from .attention import Part, runs_of, sequence_mask
 from .cache_name import CACHE
 from .contexts import Contexts, run_apart
 from .layout import SequenceLayout, build_layout
@@ -137,8 +137,7 @@ def _alike(contexts: Contexts, embedded: Embedded) -> list[tuple[list[int], list
                     f"{len(ids)} tokens"
                 )
             runs = runs_of(embedded.layout.block_ids[row, embedded.columns[row][length:]].tolist())
-            # behind a cache, or where there are no masks, runs are read one by one
-            if not length and not is_flash(contexts.model.config.text_config):
+            if not length:  # behind a cache runs are read one by one
                 runs = [(len(ids), any(is_block for _, is_block in runs))]
             alike.setdefault((group, *runs), []).append(row)
     return [(members, runs) for (_, *runs), members in alike.items()]
@@ -164,10 +163,10 @@ def _read(runs: Sequence[Run], embedded: Embedded) -> None:
 
 
 def _part(run: Run, inputs_rlD: torch.Tensor, block_ids_rl: torch.Tensor) -> Part:
-    """How a run attends: a block behind a cache, or without masks, sees all; else a mask says what is seen."""
+    """How a run attends: a block behind a cache sees all; else a mask says what is seen."""
     config, (_, cache) = run.context.model.config.text_config, run.context.groups[0]
     shape = len(run.members), run.length
-    if run.is_block and (run.start or is_flash(config)):
+    if run.is_block and run.start:
         return Part(cache, shape)
     if run.is_block:
         mask = sequence_mask(config, inputs_rlD, None, block_ids_rl, None, None)["full_attention"]
