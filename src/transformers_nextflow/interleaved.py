@@ -68,6 +68,7 @@ class Answer:
         token_ids: the answer as the model reads it, with `<image>` slots and `<eoi>`.
         image_codes: each picture's (codes,) codes.
         logits: see [`NextFlowInterleavedOutput`].
+        num_tokens: sampled so far.
         is_open: the last token is a `<boi>` whose picture is still to be drawn.
         is_done: no token follows.
     """
@@ -79,6 +80,7 @@ class Answer:
     token_ids: list[int] = field(default_factory=list)
     image_codes: list[torch.Tensor] = field(default_factory=list)
     logits: list[torch.Tensor] = field(default_factory=list)
+    num_tokens: int = 0
     is_open: bool = False
     is_done: bool = False
 
@@ -86,101 +88,114 @@ class Answer:
     def writes(self) -> bool:
         return not self.is_open and not self.is_done
 
+    def stream(self, token_id: int) -> None:
+        if self.streamer is not None:
+            self.streamer.put(torch.tensor([token_id]))
 
-def interleave(
-    contexts: Contexts,
-    answers: Sequence[Answer],
-    controls: ImageControls,
-    generators: RowGenerators,
-    do_sample: bool,
-    max_new_tokens: int,
-    max_new_images: int,
-    output_logits: bool = False,
-    on_scale_end: Callable[[int, int, torch.Tensor], None] | None = None,
-) -> Contexts:
-    """Let the answers grow until all are done; see [`~NextFlowGenerationMixin.generate`].
 
-    Args:
-        contexts: of all rows, which have read the prompts.
+@dataclass
+class Interleaving:
+    """Lets answers grow until all are done; see [`~NextFlowGenerationMixin.generate`].
 
-    Returns:
-        The contexts as they are then.
+    Attributes:
+        contexts: of all rows, which have read the prompts, and then what the answers are so far.
     """
-    model = contexts.model
-    config, schedule = model.config, controls.schedule
-    num_prompt_ids = [answer.text_1L.shape[1] for answer in answers]
-    limit = config.text_config.max_position_embeddings
-    num_roles = len(contexts) // len(answers)
 
-    def write_text(contexts: Contexts) -> Contexts:
-        rows = [row for row, answer in enumerate(answers) if answer.writes]
-        writing = contexts.take(rows)
-        with using_adapters(model, writing.adapters):
-            logits_rV = model.lm_head(writing.hidden_RlD[:, -1]).to(writing.counters.device, torch.float32)
-        uniform_r1 = generators.take(rows).uniform(1, logits_rV.device) if do_sample else logits_rV[:, :1]
+    contexts: Contexts
+    answers: Sequence[Answer]
+    controls: ImageControls
+    generators: RowGenerators
+    do_sample: bool
+    max_new_tokens: int
+    max_new_images: int
+    output_logits: bool = False
+    on_scale_end: Callable[[int, int, torch.Tensor], None] | None = None
+
+    def __post_init__(self):
+        self.model, self.schedule = self.contexts.model, self.controls.schedule
+        self.config = self.model.config
+
+    def __call__(self) -> Contexts:
+        """The contexts at the end."""
+        while not all(answer.is_done and not answer.is_open for answer in self.answers):
+            if any(answer.writes for answer in self.answers):
+                self._write_text()
+            else:
+                self._draw()
+        for answer in self.answers:
+            if answer.streamer is not None:
+                answer.streamer.end()
+        return self.contexts
+
+    def _write_text(self) -> None:
+        """A token of each row that is not at a picture."""
+        rows = [row for row, answer in enumerate(self.answers) if answer.writes]
+        writing = self.contexts.take(rows)
+        with using_adapters(self.model, writing.adapters):
+            logits_rV = self.model.lm_head(writing.hidden_RlD[:, -1]).to(writing.counters.device, torch.float32)
+        uniform_r1 = self.generators.take(rows).uniform(1, logits_rV.device) if self.do_sample else logits_rV[:, :1]
+        limit = self.config.text_config.max_position_embeddings
         steps = zip(rows, writing.counters.tolist(), logits_rV.split(1), uniform_r1.split(1))
         for row, counter, logits_1V, uniform_11 in steps:
-            answer = answers[row]
-            room = limit - counter
-            if output_logits:
-                answer.logits.append(logits_1V)
-            unwritten = [config.image_token_id, config.eoi_token_id]
-            if len(answer.image_codes) >= max_new_images or room < len(schedule) + 2:
-                unwritten.append(config.boi_token_id)
-            scores_1V = logits_1V.clone()
-            scores_1V[:, unwritten] = -torch.inf
-            scores_1V = answer.processors(answer.text_1L, scores_1V)
-            token_11 = sample(scores_1V[:, None], float(do_sample), 0, 1.0, uniform_11)
-            answer.text_1L = torch.cat([answer.text_1L, token_11], dim=1)
-            answer.token_ids.append(token := token_11.item())
-            answer.is_open = token == config.boi_token_id
-            num_tokens = answer.text_1L.shape[1] - num_prompt_ids[row]
-            if room <= 1 and num_tokens < max_new_tokens:
-                logger.warning(f"an answer ends after {num_tokens} tokens: the model has {limit} positions")
-            is_over = num_tokens >= max_new_tokens or room <= 1
-            answer.is_done = is_over or bool(answer.criteria(answer.text_1L, scores_1V).all())
-            if answer.streamer is not None:
-                answer.streamer.put(torch.tensor([token]))
-        going_on = [row for row in rows if answers[row].writes]
-        if not going_on:
-            return contexts
-        writing = contexts.take(going_on)
-        writing.read_tokens([answers[row].token_ids[-1] for row in going_on])
-        return contexts.put(going_on, writing)
+            self._write_token(self.answers[row], logits_1V, uniform_11, room=limit - counter)
+        going_on = [row for row in rows if self.answers[row].writes]
+        if going_on:
+            writing = self.contexts.take(going_on)
+            writing.read_tokens([self.answers[row].token_ids[-1] for row in going_on])
+            self.contexts = self.contexts.put(going_on, writing)
 
-    def draw(contexts: Contexts) -> Contexts:
-        rows = [row for row, answer in enumerate(answers) if answer.is_open]
+    def _write_token(self, answer: Answer, logits_1V: torch.Tensor, uniform_11: torch.Tensor, room: float) -> None:
+        """`room`: of how many positions more the decoder knows."""
+        if self.output_logits:
+            answer.logits.append(logits_1V)
+        unwritten = [self.config.image_token_id, self.config.eoi_token_id]
+        if len(answer.image_codes) >= self.max_new_images or room < len(self.schedule) + 2:
+            unwritten.append(self.config.boi_token_id)
+        scores_1V = logits_1V.clone()
+        scores_1V[:, unwritten] = -torch.inf
+        scores_1V = answer.processors(answer.text_1L, scores_1V)
+        token_11 = sample(scores_1V[:, None], float(self.do_sample), 0, 1.0, uniform_11)
+        answer.text_1L = torch.cat([answer.text_1L, token_11], dim=1)
+        answer.token_ids.append(token := token_11.item())
+        answer.num_tokens += 1
+        answer.is_open = token == self.config.boi_token_id
+        if room <= 1 and answer.num_tokens < self.max_new_tokens:
+            limit = self.config.text_config.max_position_embeddings
+            logger.warning(f"an answer ends after {answer.num_tokens} tokens: the model has {limit} positions")
+        is_over = answer.num_tokens >= self.max_new_tokens or room <= 1
+        answer.is_done = is_over or bool(answer.criteria(answer.text_1L, scores_1V).all())
+        answer.stream(token)
+
+    def _draw(self) -> None:
+        """The pictures of all rows that are at one."""
+        rows, config, schedule = (
+            [row for row, each in enumerate(self.answers) if each.is_open],
+            self.config,
+            self.schedule,
+        )
+        num_roles = len(self.contexts) // len(self.answers)
         with_images, without = (
-            [row + role * len(answers) for role in roles for row in rows]
+            [row + role * len(self.answers) for role in roles for row in rows]
             for roles in (range(min(num_roles, 2)), range(2, num_roles))
         )
-        drawing = contexts.take([*with_images, *without])
+        drawing = self.contexts.take([*with_images, *without])
         drawing.read_tokens([config.boi_token_id] * len(drawing), opens=schedule)
-        num_logits = len(schedule) if output_logits else 0
-        sampler = Sampler(model, controls, generators.take(rows), num_logits=num_logits)
-
-        tell, scales = telling(on_scale_end, [[row] for row in rows]), range(len(schedule))
+        num_logits = len(schedule) if self.output_logits else 0
+        sampler = Sampler(self.model, self.controls, self.generators.take(rows), num_logits=num_logits)
+        tell, scales = telling(self.on_scale_end, [[row] for row in rows]), range(len(schedule))
         codes_BL = torch.empty(len(rows), 0, dtype=torch.long, device=drawing.counters.device)
-        drawing, codes_BL = draw_scales(drawing, controls, sampler, scales, codes_BL, tell, keep_contexts=True)
+        drawing, codes_BL = draw_scales(drawing, self.controls, sampler, scales, codes_BL, tell, keep_contexts=True)
         drawn = drawing.take(range(len(with_images)))
         if config.condition_last_scale:
             drawn.read_scale(codes_BL, schedule, len(schedule))
         drawn.read_tokens([config.eoi_token_id] * len(with_images))
-        for index, answer in enumerate(answers[row] for row in rows):
+        self.contexts = self.contexts.put(with_images, drawn)
+        for index, answer in enumerate(self.answers[row] for row in rows):
             answer.token_ids += picture_ids(config, schedule)[1:]
             answer.image_codes.append(codes_BL[index])
             answer.logits += [logits_BlV[index] for logits_BlV in sampler.logits]
             answer.is_open = False
-            if answer.streamer is not None:
-                answer.streamer.put(torch.tensor([config.eoi_token_id]))
-        return contexts.put(with_images, drawn)
-
-    while any(answer.is_open or not answer.is_done for answer in answers):
-        contexts = (write_text if any(answer.writes for answer in answers) else draw)(contexts)
-    for answer in answers:
-        if answer.streamer is not None:
-            answer.streamer.end()
-    return contexts
+            answer.stream(config.eoi_token_id)
 
 
 def answer(
@@ -250,7 +265,7 @@ def answer(
         )
         ends = model._get_stopping_criteria(generation_config, criteria, tokenizer=tokenizer)
         answers.append(Answer(torch.tensor([text_ids], device=ids.device), of_row, ends, own))
-    contexts = interleave(
+    grow = Interleaving(
         contexts,
         answers,
         controls,
@@ -261,7 +276,7 @@ def answer(
         output_logits=output_logits,
         on_scale_end=on_scale_end,
     )
-    return _output(model, prompts, pictures, answers, schedule, contexts, pad_id)
+    return _output(model, prompts, pictures, answers, schedule, grow(), pad_id)
 
 
 def picture_ids(config: NextFlowConfig, schedule: ScaleSchedule) -> list[int]:
