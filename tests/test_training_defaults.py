@@ -48,7 +48,7 @@ DEFAULTS = {
         guidance_scale=3.5, sample_steps=500, num_samples=4, num_inference_steps=20,
     ),
     NextFlowGRPOConfig: dict(
-        bf16=False, loss_type="grpo", temperature=1.0, top_k=0, top_p=1.0, guidance_scale=1.0,
+        learning_rate=None, bf16=False, loss_type="grpo", temperature=1.0, top_k=0, top_p=1.0, guidance_scale=1.0,
         ddp_find_unused_parameters=True, optimize="image", text_temperature=1.0, text_top_k=0, text_top_p=1.0,
         text_loss_weight=1.0, scale_prefix=None, prefix_tokens=256, scale_loss_alpha=0.9, logprob_mode="conditional",
         aspect_ratio=None, rollout_level=None, vmr_continuations=1, vmr_eta=1.0, reward_timeout=None,

@@ -48,7 +48,8 @@ def by_name(folder, output, **values):
 
 
 def test_a_checkpoint_in_16_bits_is_trained_in_32(adapted, tmp_path):
-    run = by_name(adapted / "base", tmp_path, learning_rate=1e-6)
+    run = by_name(adapted / "base", tmp_path)
+    assert run.args.learning_rate == 1e-6 and by_name(adapted / "adapters", tmp_path).args.learning_rate == 1e-4
     before = state(run.model)
     assert {parameter.dtype for parameter in run.model.parameters() if parameter.requires_grad} == {torch.float32}
     run.train()

@@ -4,7 +4,7 @@ On a dataset of prompts (rows with `prompt`, optionally `images`, other columns 
 by dotted path, adapters, and a picture sheet at every log; under `accelerate launch -m` on several devices:
 
     transformers_nextflow train grpo --dataset_name owner/prompts --reward_funcs my_package.rewards.aesthetic \
-        --use_lora --lora_r 16 --learning_rate 1e-4 --num_generations 8 --per_device_train_batch_size 16 \
+        --use_lora --lora_r 16 --num_generations 8 --per_device_train_batch_size 16 \
         --max_steps 100 --logging_steps 5 --log_completions --output runs/grpo
 
 Adapters as `--model` are trained on. For one small GPU see `docs/grpo.md`.

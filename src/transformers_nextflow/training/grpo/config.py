@@ -15,6 +15,7 @@ SCALINGS = ("group", "batch", "none")
 AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
 PER_SCALE = ("guidance_scale", "temperature", "top_k", "top_p")
 OPTIMIZE = ("image", "text", "both")
+RATE, RATE_OF_ADAPTERS = 1e-6, 1e-4
 # fields of TRL's that say nothing about pictures drawn by scale
 NOT_APPLICABLE = (
     *("use_vllm", "use_transformers_continuous_batching", "use_transformers_paged", "cache_implementation"),
@@ -30,14 +31,15 @@ NOT_APPLICABLE = (
 class NextFlowGRPOConfig(GRPOConfig):
     """TRL's `GRPOConfig`; `num_generations` is the paper's G, `epsilon` and `beta` those of eq. 5.
 
-    Open in the paper: clip range, KL weight, G and learning rate; the defaults are TRL's. `bf16` is off by default: it
-    holds for rollouts and training alike, but rounds the cached steps of one otherwise than the whole forward of the
-    other, and their log-probabilities should agree.
+    Open in the paper: clip range, KL weight, G and learning rate; the defaults are TRL's, but for adapters' rate.
+    `bf16` is off by default: it holds for rollouts and training alike, but rounds the cached steps of one otherwise
+    than the whole forward of the other, and their log-probabilities should agree.
 
     With `load_best_model_at_end` the best is the highest `eval_reward`, unless `metric_for_best_model` says otherwise:
     `eval_loss` is `beta` times the KL and no measure of what is learned.
 
     Args:
+        learning_rate (`float`, *optional*): default: TRL's 1e-6, which hardly moves adapters; of these 1e-4.
         guidance_scale, temperature, top_k, top_p (numbers, or one for each scale, or the named schedules of
             `sampling.py`; default to 1.0, 1.0, 0, 1.0):
             Of the rollouts' pictures. On a command line several values are one for each scale.
@@ -76,6 +78,7 @@ class NextFlowGRPOConfig(GRPOConfig):
     """
 
     output_dir: str | None = output_field()
+    learning_rate: float | None = field(default=None, metadata={"help": "peak; 1e-6, of adapters 1e-4"})
     bf16: bool | None = field(default=False, metadata={"help": "autocast of rollouts and training"})
     loss_type: str = field(default="grpo", metadata={"help": "grpo: the mean over each picture, then over pictures"})
     temperature: list[float] = field(default_factory=lambda: [1.0], metadata={"help": "of pictures, or of each scale"})

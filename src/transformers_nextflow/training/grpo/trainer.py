@@ -24,7 +24,7 @@ from ..checkpoints import SavingTrainer
 from ..fsdp import whole_weights
 from ..loading import PrecisionTrainer, load_to_train
 from ..samples import PictureReports
-from .config import NextFlowGRPOConfig
+from .config import RATE, RATE_OF_ADAPTERS, NextFlowGRPOConfig
 from .metrics import Metrics
 from .objective import (
     clipped_policy_loss,
@@ -151,6 +151,8 @@ class NextFlowGRPOTrainer(PrecisionTrainer, SavingTrainer):
             raise ValueError("sync_ref_model needs beta > 0")
         super().__init__(model, args, list, train_dataset, eval_dataset, processing_class=processing_class, **kwargs)
         self._check_devices()
+        if args.learning_rate is None:
+            args.learning_rate = RATE_OF_ADAPTERS if hasattr(model, "peft_config") else RATE
         self.reference = Reference(self.model) if args.beta else None
         if args.sync_ref_model:
             self.add_callback(FollowPolicy(self.reference))
