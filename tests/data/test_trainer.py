@@ -370,6 +370,8 @@ def test_a_checkpoint_of_another_training_is_not_resumed(dataset, data_model, tm
     for model in (frozen, larger):
         with pytest.raises(ValueError, match="checkpoint-1 is of another training than this: resume with the model"):
             train(model, dataset, tmp_path, resume=True, max_steps=2)
+    with pytest.raises(ValueError, match="checkpoint-1 has the state of another optimizer than Adafactor"):
+        train(copy.deepcopy(data_model), dataset, tmp_path, resume=True, max_steps=2, optim="adafactor")
 
 
 def test_every_epoch_sees_all_packs_in_an_order_of_its_own(dataset, data_model, tmp_path, monkeypatch):

@@ -156,6 +156,10 @@ class SavingTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with of_this_training(str(checkpoint)):
             super()._load_optimizer_and_scheduler(checkpoint)
+        options = getattr(self.optimizer, "defaults", {}).keys()
+        if any(options - group.keys() for group in self.optimizer.param_groups):  # what was loaded took their place
+            own = type(self.optimizer.optimizer).__name__
+            raise ValueError(f"{checkpoint} has the state of another optimizer than {own}: resume with the one it has")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """See `Trainer.save_model`. The average of an [`EMACallback`] is saved too, in the folder `ema` beside."""
