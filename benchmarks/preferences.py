@@ -7,8 +7,9 @@ checkpoint, with equal adapters, steps and rates:
 - `supervised`: the control, `NextFlowSFTTrainer` on the chosen pictures alone.
 
 Scored are drawings of the prompts of those pairs, and of `--prompts` held-out pairs of name and style, before and
-after: the share of right pictures, names and styles, and the differences to before with their 95% intervals.
-`--split dev` is for choosing settings.
+after: the share of right pictures, names and styles, and the differences to before with their 95% intervals; by the
+checkpoint's own sampling, and without guidance, since no prompt of these trainings is a null prompt, which so learns
+what it should not know. `--split dev` is for choosing settings.
 
 Whether a training did its work at all says `lead`: the share of its pairs whose chosen picture is the likelier one by
 its first scales, and as a difference by how many nats that lead grew.
@@ -128,11 +129,13 @@ def main() -> None:
         of_pairs[arm] = leads(artist, rows, args.num_scales)
         exam = Exam(artist, tasks, args.split, args.prompts)
         asked = {"trained": trained, "held out": exam.items("text-to-image", "", (PAIR,))}
+        unguided = Artist(artist.model, artist.processor, artist.world, guidance_scale=1.0)
         verdicts[arm] = {
-            f"{measure}, {kind}": right
+            f"{measure}, {kind}{way}": right
+            for way, drawer in (("", artist), (", unguided", unguided))
             for kind, items in asked.items()
             for measure, right in judged(
-                exam, artist.draw(items), [item.targets[0] for item in items], DRAWING
+                exam, drawer.draw(items), [item.targets[0] for item in items], DRAWING
             ).items()
         }
     result = {"machine": machine(device), "settings": {name: str(value) for name, value in vars(args).items()}}

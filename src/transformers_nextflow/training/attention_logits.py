@@ -1,8 +1,7 @@
 """The largest attention logit: it runs away before a training does, long before the loss shows it."""
 
 import torch
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLAttention, eager_attention_forward
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
 
 from ..attention import visible_keys
 from ..losses import LOGITS_AT_ONCE
@@ -14,8 +13,7 @@ class LargestAttentionLogit:
 
     Exact: the products of all queries and the keys they see, of every layer and head, by chunks, in the attention's
     own dtype, whatever `attn_implementation` is. The forward's results are what they are without it; what it adds is
-    about half of the attention's forward. What is compiled without the watch runs uncompiled meanwhile: a graph with
-    the watch in it would be compiled anew each time.
+    about half of the attention's forward. What is compiled runs uncompiled meanwhile.
 
     Args:
         model: the decoder.
@@ -26,24 +24,22 @@ class LargestAttentionLogit:
 
     def __init__(self, model: NextFlowModel):
         self.model, self.value = model, None
+        self._projected: list[torch.Tensor] = []  # query and key of a layer, as it runs
 
     def __enter__(self) -> "LargestAttentionLogit":
-        self._name = self.model.config.text_config._attn_implementation
-        self._attend = ALL_ATTENTION_FUNCTIONS.get_interface(self._name, eager_attention_forward)
-        ALL_ATTENTION_FUNCTIONS[self._name] = self._watched
-        self._hook = self.model.register_forward_pre_hook(self._begin, with_kwargs=True)
-        self._eager = torch.compiler.set_stance("eager_on_recompile")
+        self._hooks = [self.model.register_forward_pre_hook(self._begin, with_kwargs=True)]
+        for layer in self.model.language_model.layers:
+            for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+                self._hooks.append(projection.register_forward_hook(self._keep))
+            self._hooks.append(layer.self_attn.register_forward_hook(self._look, with_kwargs=True))
+        self._eager = torch.compiler.set_stance("force_eager")
         self._eager.__enter__()
         return self
 
     def __exit__(self, *error) -> None:
         self._eager.__exit__(*error)
-        self._hook.remove()
-        del ALL_ATTENTION_FUNCTIONS[self._name]
-        if (
-            ALL_ATTENTION_FUNCTIONS.get(self._name, eager_attention_forward) is not self._attend
-        ):  # was set there before
-            ALL_ATTENTION_FUNCTIONS[self._name] = self._attend
+        for hook in self._hooks:
+            hook.remove()
 
     def _begin(self, model, args, kwargs) -> None:
         """Cut the rows into chunks of queries, each with the keys that some of them see."""
@@ -58,10 +54,13 @@ class LargestAttentionLogit:
                 keys = slice(int(starts[row, queries].min()), int(ends[row, queries].max()))
                 self._chunks.append((row, queries, keys))
 
-    def _watched(self, module, query, key, value, attention_mask, **kwargs):
-        if isinstance(module, Qwen2_5_VLAttention):  # not the vision tokenizer's
-            self._see(query.detach(), key.detach(), kwargs["scaling"])
-        return self._attend(module, query, key, value, attention_mask, **kwargs)
+    def _keep(self, projection, args, output: torch.Tensor) -> None:
+        self._projected.append(output.detach())
+
+    def _look(self, attention, args, kwargs, output) -> None:
+        query, key = (each.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for each in self._projected)
+        self._projected.clear()
+        self._see(*apply_rotary_pos_emb(query, key, *kwargs["position_embeddings"]), attention.scaling)
 
     @torch.no_grad()
     def _see(self, query: torch.Tensor, key: torch.Tensor, scaling: float) -> None:
