@@ -69,6 +69,7 @@ def test_a_folder_becomes_a_model_that_draws(capsys, options):
     folder = Path(name)
     assert (folder / "adapter_config.json").exists() == ("--full" not in options)
     assert Image.open(folder / "sheet.png").size[0] > 100
+    assert not [path.name for path in folder.iterdir() if path.suffix in (".pt", ".pth", ".bin")]  # of the training
     assert {path.name for path in (folder / "samples").iterdir()} >= {"step-0", "step-4"}
     model, processor = load_model(name)
     drawn = codes(model, processor)
