@@ -64,6 +64,7 @@ def change_identity(name: str, value):
         (lambda folder: (folder / "data" / "packs-00009.arrow").touch(), "does not name: packs-00009.arrow"),
         (lambda folder: (folder / "manifest.json").unlink(), "holds no manifest.json"),
         (change_identity("vision_tokenizer", "0" * 64), "another vision tokenizer"),
+        (change_identity("encoder", {"norm_groups": 32}), "another encoder"),
         (change_identity("text_tokenizer", "0" * 64), "another text tokenizer"),
         (change_identity("scale_schedules", [[[1, 1], [2, 2], [4, 4]]]), "another scale schedules"),
         (change_identity("levels", {"24": 2}), "another levels"),
@@ -95,6 +96,15 @@ def test_another_models_tokenizers_are_refused(packs, data_model, data_checkpoin
         other.model.vq_model.quantizer.pixel_codebook[3, 1] += 1e-3
     with pytest.raises(ValueError, match="another vision tokenizer"):
         PackedDataset(packs, other, tiny_processor)
+    for owner, name, value in (
+        (data_model.config.vq_config, "norm_groups", 1),
+        (data_model.config.vq_config.semantic_config, "num_attention_heads", 1),
+    ):
+        before = getattr(owner, name)
+        setattr(owner, name, value)  # which no tensor shows
+        with pytest.raises(ValueError, match=f"another encoder: .*{name}"):
+            PackedDataset(packs, data_model, tiny_processor)
+        setattr(owner, name, before)
     with torch.no_grad():  # codes do not depend on the decoder
         other = copy.deepcopy(data_model)
         other.model.vq_model.pixel_decoder.conv_in.weight.zero_()
@@ -107,6 +117,11 @@ def test_another_models_tokenizers_are_refused(packs, data_model, data_checkpoin
     processor.chat_template += " "
     with pytest.raises(ValueError, match="another text tokenizer"):
         PackedDataset(packs, data_model, processor)
+
+
+def test_shards_of_before_the_encoders_settings_were_noted_are_taken(damaged, data_model, tiny_processor):
+    edit_manifest(damaged, lambda manifest: manifest["identity"].pop("encoder"))
+    assert len(PackedDataset(damaged, data_model, tiny_processor))
 
 
 def test_verify_finds_codes_that_no_longer_decode(packs, data_checkpoint, tmp_path):

@@ -236,7 +236,9 @@ def pack(
     for folder, manifest in sources[1:]:
         for name in ("identity", "variants"):
             if manifest[name] != first[name]:
-                parts = [k for k in first[name] if first[name][k] != manifest[name][k]] if name == "identity" else []
+                parts = (
+                    [k for k in first[name] if first[name][k] != manifest[name].get(k)] if name == "identity" else []
+                )
                 raise ValueError(f"{folder} was made with another {' and '.join(parts) or name} than {sources[0][0]}")
     settings = {
         "strategy": {"name": type(strategy).__name__, **vars(strategy)},

@@ -130,6 +130,13 @@ def vision_identity(vq_model) -> str:
     return vision_tokenizer_hash(sorted(vq_model.state_dict().items()), vq_model.config)
 
 
+def _encoder(vq) -> dict:
+    """Settings that codes depend on and no tensor shows."""
+    semantic = vq.semantic_config
+    names = ("num_attention_heads", "hidden_act", "layer_norm_eps")
+    return {"norm_groups": vq.norm_groups} | {name: getattr(semantic, name) for name in names}
+
+
 def identity_of(config, processor, vq_model) -> dict:
     """What shards and the model that reads them must agree on.
 
@@ -140,6 +147,7 @@ def identity_of(config, processor, vq_model) -> dict:
     vq, referred = config.vq_config, config.vision_tokenizer
     return {
         "vision_tokenizer": vision_identity(vq_model) if referred is None else referred["sha256"],
+        "encoder": _encoder(vq),
         "text_tokenizer": text_tokenizer_hash(processor),
         "scale_schedules": [[list(grid) for grid in row] for row in (vq.scale_schedules or paper_schedules())],
         "levels": dict(vq.levels),
@@ -160,6 +168,8 @@ def identity_of(config, processor, vq_model) -> dict:
 def check_identity(manifest: Mapping, identity: Mapping) -> None:
     """Raise a ValueError naming the first thing in which shards and model differ."""
     for name, ours in identity.items():
+        if name == "encoder" and name not in manifest["identity"]:  # of shards that were made before it was noted
+            continue
         theirs = manifest["identity"][name]
         if theirs != ours:
             shown = (f"{_short(theirs)} there, {_short(ours)} here").replace("\n", " ")
