@@ -22,7 +22,7 @@ import datasets
 from accelerate.state import AcceleratorState
 from diffusers import DDIMScheduler, DDPMScheduler, FluxTransformer2DModel
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import TrainerState
 
 from diffusers_nextflow import NextFlowConditioner, NextFlowDecoderPipeline, NextFlowFluxDecoderPipeline
@@ -231,6 +231,27 @@ def test_killed_training_resumes_as_if_nothing_had_happened_and_loads_in_a_fresh
             whole, resumed = ((tmp_path / (run + kind) / name).read_bytes() for run in ("whole", "killed"))
             assert resumed == whole, name
     assert torch.equal(load_file(tmp_path / "picture.safetensors")["picture"], picture(pipe))
+
+
+def test_a_checkpoint_of_other_weights_is_not_resumed(tmp_path):
+    pipe = decoder("unet", vq_model=copy.deepcopy(tiny_vq_model()))
+    train(pipe, Batches(), arguments(tmp_path, max_steps=1))
+    stored = tmp_path / "checkpoint-1" / "trained.safetensors"
+    tensors = load_file(stored)
+    tensors.popitem()
+    save_file(tensors, stored)
+    with pytest.raises(ValueError, match="checkpoint-1 holds other weights than those that are trained"):
+        train(pipe, Batches(), arguments(tmp_path), resume=True)
+
+
+def test_pictures_are_brought_to_the_level_asked_for():
+    schedules = [[[1, 1], [2, 2], [3, 3]]]
+    processor = NextFlowImageProcessor(patch_size=8, scale_schedules=schedules, levels={"low": 2, "high": 3})
+    table = datasets.Dataset.from_list([{"image": Image.new("RGB", (40, 40)), "text": "a box"}])
+    table = table.cast_column("image", datasets.Image(decode=False))  # as sources are read
+    reader = DocumentReader("text-to-image")
+    grids = [source_pictures(table, reader, processor, level)[0].grid for level in ("low", "high", None)]
+    assert grids == [(2, 2), (3, 3), (3, 3)]
 
 
 def test_two_processes_train_as_one(tmp_path):
@@ -444,6 +465,9 @@ def test_second_stage_of_adapters_starts_from_the_first(tmp_path):
     train(large, Batches(upscale=2), arguments(tmp_path / "x2", rank=2, bf16=True))
     dtypes = {"lora_" in name: parameter.dtype for name, parameter in large.transformer.named_parameters()}
     assert dtypes == {True: torch.float32, False: torch.bfloat16}
+    assert {part.dtype for name, part in large.components.items() if name.startswith("text_encoder") and part} == {
+        torch.bfloat16
+    }
     assert NextFlowConditioner.from_pretrained(tmp_path / "x2", subfolder="conditioner").config.upscale == 2
 
 
