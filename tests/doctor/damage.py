@@ -93,6 +93,26 @@ def exchange_words(rows: list[dict]) -> list[dict]:
     return rows
 
 
+def join_crosswise(model):
+    """As of two ranks that each held a half of gate and a half of up."""
+    for layer in layers(model):
+        gate, up = layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight
+        halves = [*gate.clone().chunk(2), *up.clone().chunk(2)]
+        gate.copy_(torch.cat(halves[::2]))
+        up.copy_(torch.cat(halves[1::2]))
+
+
+def roll(weight):
+    weight.copy_(weight.roll(1, 0))
+
+
+def reorder_biases(model):
+    for layer in layers(model):
+        for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+            heads = projection.bias.view(-1, 2, layer.self_attn.head_dim // 2)
+            projection.bias.copy_(heads.transpose(1, 2).flatten())
+
+
 DAMAGE = [
     Damage(
         "a number that is none",
@@ -150,5 +170,18 @@ DAMAGE = [
         ("prompt ignored",),
         lambda model, packs: rewrite(packs, lambda row: None, exchange_words),
         packs=True,
+    ),
+    Damage("halves of gate and up joined crosswise", ("damaged MLPs",), lambda model, packs: join_crosswise(model)),
+    Damage(
+        "scales numbered from 0",
+        ("rows in disorder",),
+        lambda model, packs: roll(model.model.scale_embedding.index.weight),
+        where="scale_embedding.index",
+    ),
+    Damage(
+        "biases of q and k in the other rotary order",
+        ("wrong rotary order",),
+        lambda model, packs: reorder_biases(model),
+        where="biases",
     ),
 ]

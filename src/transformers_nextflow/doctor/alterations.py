@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from .findings import ENOUGH, MATERIAL, SIGNIFICANT, Check, Finding, z_score
@@ -38,24 +39,29 @@ class Alteration:
 
 
 @contextmanager
-def hooked(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    """Every output of a module changed."""
-    handle = module.register_forward_hook(lambda module, inputs, output: change(output))
+def hooked(change: Callable, *modules: nn.Module) -> Iterator[None]:
+    """Every output of some modules changed, by module, inputs and output."""
+    handles = [module.register_forward_hook(change) for module in modules]
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def shuffled(module: nn.Module, seed: int) -> AbstractContextManager:
     """The module's output features in another order, as with the rows of its weight permuted."""
     dim = 1 if isinstance(module, nn.Conv2d) else -1
 
-    def change(output: torch.Tensor) -> torch.Tensor:
+    def change(module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
         order = torch.randperm(output.shape[dim], generator=torch.Generator().manual_seed(seed))
         return output.index_select(dim, order.to(output.device))
 
-    return hooked(module, change)
+    return hooked(change, module)
+
+
+def times(factor: float, *modules: nn.Module) -> AbstractContextManager:
+    return hooked(lambda module, inputs, output: output * factor, *modules)
 
 
 @contextmanager
@@ -78,27 +84,33 @@ def exchanged(layers: nn.ModuleList, first: int, second: int) -> Iterator[None]:
         layers[first], layers[second] = a, b
 
 
-def resized(name: str, module: nn.Module) -> list[Alteration]:
+def resized(name: str, module: nn.Module) -> Iterator[Alteration]:
     """A module's output at half, and at twice its size."""
-    return [
-        Alteration(
-            f"with {name} times {factor:g}",
-            f"weights too {'large' if factor < 1 else 'small'}",
-            f"{name} adds too {'much' if factor < 1 else 'little'}: its weights, or those before it, were scaled, "
-            "reset, or come from elsewhere",
-            lambda factor=factor: hooked(module, lambda output: output * factor),
-        )
-        for factor in (0.5, 2.0)
-    ]
+    for factor, size, much in ((0.5, "large", "much"), (2.0, "small", "little")):
+        cause = f"{name} adds too {much}: its weights, or those before it, were scaled, reset, or come from elsewhere"
+        apply = partial(times, factor, module)
+        yield Alteration(f"with {name} times {factor:g}", f"weights too {size}", cause, apply)
 
 
 def levelled(name: str, module: nn.Module) -> Alteration:
     """A norm with one weight throughout, or an embedding with one row: their means."""
     weight = module.weight.detach()
     mean, what = weight.mean(dim=0), "weight" if weight.ndim == 1 else "row"
-    apply = partial(hooked, module, (lambda output: output / weight * mean) if weight.ndim == 1 else mean.expand_as)
+    even = (lambda output: output / weight * mean) if weight.ndim == 1 else mean.expand_as
+    apply = partial(hooked, lambda module, inputs, output: even(output), module)
     cause = f"{name}: its {what}s are in another order than in training, were reset, or come from elsewhere"
     return Alteration(f"with one {what} throughout in {name}", f"{what}s in disorder", cause, apply)
+
+
+def reordered(name: str, module: nn.Embedding) -> Iterator[Alteration]:
+    """An embedding's rows the other way round, or one further."""
+    last = module.num_embeddings - 1
+    cause = f"{name}: its rows are in another order than in training, or ids are off"
+    ways = {"in reverse": lambda ids: last - ids, "one on": lambda ids: ids + 1, "one back": lambda ids: ids - 1}
+    for what, way in ways.items():
+        change = lambda table, inputs, _, way=way: F.embedding(way(inputs[0]).clamp(0, last), table.weight)  # noqa: E731
+        apply = partial(hooked, change, module)
+        yield Alteration(f"with the rows of {name} {what}", "rows in disorder", cause, apply)
 
 
 def search(measure: Measure, few: Sequence, rows: Sequence, alterations: Iterable[Alteration], least: float):
@@ -123,8 +135,8 @@ def _altered(measure: Measure, rows: Sequence, alteration: Alteration) -> torch.
 def without_effect(
     measure: Measure, few: Sequence, rows: Sequence, modules: dict[str, nn.Module], seed: int, least: float
 ) -> dict[str, float]:
-    """Modules whose output features can be in another order at a tenth of what this costs others of their kind, where
-    that is `least` and more; with what it costs."""
+    """Modules whose output features can be in another order without loss, or by chance, and at a tenth of what this
+    costs others of their kind, where that is `least` and more; with what it costs."""
     before, own_R, found = float(measure(few).mean()), None, {}
     kinds: dict[str, list[str]] = defaultdict(list)
     for name in modules:
@@ -135,9 +147,9 @@ def without_effect(
         usual = float(torch.tensor(list(rises.values())).median())
         for name in (name for name, rise in rises.items() if rise < usual / 10 and usual > least and len(rises) > 2):
             own_R = measure(rows) if own_R is None else own_R
-            rise = float((_altered(measure, rows, orders[name]) - own_R).mean())
-            if rise < usual / 10:
-                found[name] = rise
+            rise_R = _altered(measure, rows, orders[name]) - own_R
+            if float(rise_R.mean()) < usual / 10 and z_score(rise_R) < SIGNIFICANT:
+                found[name] = float(rise_R.mean())
     return found
 
 

@@ -6,6 +6,7 @@ Shape suffixes: B batch, L codes of a picture, N supervised codes of a row, V co
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from ..processing_nextflow import user_message
 from ..scales import Grid, ScaleSchedule
 from .pictures import Picture, default_pictures
 
-ROWS = 16  # that losses are measured on
+ROWS, DOCUMENTS = 16, 2  # rows that losses are measured on, and documents of shards in each
 LEAST_DESCRIBED = 3  # pictures with a text; others are drawn where fewer have one
 TEMPERATURES = 2.0 ** torch.linspace(-1, 1, 5)
 
@@ -124,25 +125,26 @@ class Case:
 
     @cached_property
     def rows(self) -> list[dict[str, torch.Tensor]]:
-        """What the loss is measured on, one row of the model's forward each: of the shards, drawn at random, as in
+        """What the loss is measured on, one row of the model's forward each: some documents of the shards, as in
         training; else described pictures."""
         if self.packs is None:
             return [answer.row for answer in self.answers]
-        folder, manifest = self.shards
-        spec, rows = sequence_spec(manifest["identity"]), []
-        reader, rng = PackReader(folder, manifest, spec), np.random.default_rng(self.seed)
-        for index in rng.permutation(len(reader)):
-            row = reader.row(int(index))
-            lengths = np.array(row.get("document_lengths", [len(row["input_ids"])]))
-            picks = rng.integers(max(manifest["variants"], 1), size=len(row["image_grid_hw"]) // 2)
-            unfolded = unfold(row, lengths, spec, manifest["variants"], picks)
-            batch = collate([unfolded], 0, False)
-            markers = batch["shift_labels"][batch["input_ids"] == self.config.boi_token_id]
+        documents, rows = stored_documents(self), []
+        while len(rows) < ROWS and (some := list(islice(documents, DOCUMENTS))):
+            row = self.row_of(some)
+            markers = row["shift_labels"][row["input_ids"] == self.config.boi_token_id]
             if (markers != IGNORE).any():  # without a picture to predict it says nothing of codes
-                rows.append({name: values.to(self.model.device) for name, values in batch.items()})
-            if len(rows) == ROWS:
-                break
+                rows.append(row)
         return rows
+
+    def row_of(self, documents: Sequence[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
+        """Documents of the shards as one row of the model's forward."""
+        spec, variants = sequence_spec(self.shards[1]["identity"]), self.shards[1]["variants"]
+        row = {name: np.concatenate([each[name] for each in documents]) for name in documents[0]}
+        lengths = np.array([len(each["input_ids"]) for each in documents])
+        picks = np.random.default_rng(self.seed).integers(max(variants, 1), size=len(row["image_grid_hw"]) // 2)
+        batch = collate([unfold(row, lengths, spec, variants, picks)], 0, False)
+        return {name: values.to(self.model.device) for name, values in batch.items()}
 
     @cached_property
     def answers(self) -> list[Answer]:
@@ -214,24 +216,23 @@ def _losses_of(reading: Reading) -> torch.Tensor:
     return torch.stack([cost.nan_to_num(30).clamp(max=30).mean() for cost in costs]).cpu()
 
 
-@dataclass(frozen=True)
-class Document:
-    """One document of shards: (C,) compact ids, which of them are supervised, and of every picture the final grid,
-    (variants, L) targets and (variants or 0, coarse) inputs."""
-
-    ids: np.ndarray
-    supervised: np.ndarray
-    images: list[tuple[Grid, np.ndarray, np.ndarray]]
-
-
-def stored_documents(case: Case, most_rows: int | None = None) -> Iterator[Document]:
-    """Documents of the shards, row by row in a random order."""
+def stored_documents(case: Case) -> Iterator[dict[str, np.ndarray]]:
+    """Documents of the shards, row by row in a random order, each as a row of shards that holds it alone."""
     folder, manifest = case.shards
     spec = sequence_spec(manifest["identity"])
-    reader = PackReader(folder, manifest, spec)
-    for index in np.random.default_rng(case.seed).permutation(len(reader))[:most_rows]:
+    reader, none = PackReader(folder, manifest, spec), np.empty(0, np.int64)
+    for index in np.random.default_rng(case.seed).permutation(len(reader)):
         row = reader.row(int(index))
         images = iter(images_of(row, spec, manifest["variants"]))
         ends = np.cumsum(row.get("document_lengths", [len(row["input_ids"])]))[:-1]
         for ids, flags in zip(np.split(row["input_ids"], ends), np.split(row["supervised"], ends)):
-            yield Document(ids, flags, [next(images) for _ in range(int((ids == spec.special.image).sum()))])
+            shown = list(islice(images, int((ids == spec.special.image).sum())))
+            arrays = zip(*shown) if shown else ((), (), ())
+            grids, targets, inputs = (np.concatenate([none, *map(np.ravel, each)]) for each in arrays)
+            yield {
+                "input_ids": ids,
+                "supervised": flags,
+                "image_grid_hw": grids,
+                "image_codes": targets,
+                "image_input_codes": inputs,
+            }

@@ -12,20 +12,21 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from . import losses, responses, sampling, shards, tokenizer, weights
+from . import documents, losses, prompts, sampling, shards, tokenizer, weights
 from .case import Case
 from .findings import UNCHECKED, Check, Finding
 from .pictures import Picture, default_pictures
 
 CHECKS = (
-    *(weights.finite, tokenizer.pixels, shards.files, shards.whose, responses.prompts),
+    *(weights.finite, tokenizer.pixels, shards.files, shards.whose, prompts.prompts),
     *(sampling.forced, sampling.guidance),
     *(tokenizer.reconstruction, tokenizer.parts, tokenizer.codes, tokenizer.semantics),
-    *(shards.codes, shards.correction, shards.copies),
-    *(responses.responses, weights.values, weights.copies, weights.spectra, weights.code_rows),
-    *(losses.targets, losses.parts, losses.scales, responses.worth, sampling.draws),
+    *(shards.codes, shards.correction, weights.values, weights.copies, weights.spectra, weights.code_rows),
+    *(losses.targets, losses.parts, documents.confidence, documents.scales),
+    *(documents.ends, documents.conditions, documents.worth, sampling.draws),
 )
-PARTS = {"losses": "transformer", "responses": "transformer"}
+ON_SHARDS = ("shards", "documents")
+PARTS = {"losses": "transformer", "prompts": "transformer", "documents": "transformer"}
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def _run(run: Callable[[Check, Case], Finding], case: Case) -> Finding:
     """A check's finding; a model that raises is a finding too."""
     part = run.__module__.rpartition(".")[2]
     check = Check(run.__name__.replace("_", " "), PARTS.get(part, part), " ".join(run.__doc__.split()))
-    if part == "shards" and case.packs is None:
+    if part in ON_SHARDS and case.packs is None:
         return check.unchecked("no shards were given")
     try:
         return run(check, case)

@@ -81,14 +81,3 @@ def z_score(values: torch.Tensor) -> float:
         return 0.0
     error, mean = float(values.std()) / math.sqrt(len(values)), float(values.mean())
     return mean / error if error > 0 else math.copysign(math.inf, mean) if mean else 0.0
-
-
-def alignment(a_ND: torch.Tensor, b_NE: torch.Tensor, seed: int, draws: int = 300) -> tuple[float, float]:
-    """Linear centred kernel alignment of two sets of features, and its standard deviations above shuffled rows."""
-    kernels = [(rows - rows.mean(0)) @ (rows - rows.mean(0)).T for rows in (a_ND.double(), b_NE.double())]
-    a, b = (kernel / kernel.norm().clamp(min=1e-12) for kernel in kernels)
-    generator = torch.Generator().manual_seed(seed)
-    orders = [torch.randperm(len(a), generator=generator) for _ in range(draws)]
-    chance = torch.stack([(a[order][:, order] * b).sum() for order in orders])
-    value = float((a * b).sum())
-    return value, (value - float(chance.mean())) / max(float(chance.std()), 1e-12)

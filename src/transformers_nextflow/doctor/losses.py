@@ -1,100 +1,46 @@
 """Checks of the transformer by its losses, on rows of shards, which it should know, or on described pictures."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import combinations
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .alterations import FEW, Alteration, exchanged, hooked, judge, levelled, setting
+from .alterations import Alteration, exchanged, hooked, judge, levelled, reordered, setting, times
 from .case import Case, Reading
-from .findings import ENOUGH, MATERIAL, SIGNIFICANT, Check, Finding, z_score
+from .findings import MATERIAL, SIGNIFICANT, Check, Finding, z_score
 from .weights import COMPARE
 
-MOST_LAYERS = 8  # that are exchanged with each other, the least needed
-
-
-def scales(check: Check, case: Case) -> Finding:
-    """Codes of every scale, and texts, cost less than codes and words drawn by their frequency in other rows
-    (unigram) would."""
-    if case.packs is None:
-        return check.unchecked("no shards were given")
-    readings = [case.read(row) for row in case.rows]
-    size, most = case.config.vq_config.codebook_size, 1 + max(int(each.scales.max()) for each in readings)
-    names = [*(f"scale {scale + 1}" for scale in range(most))]
-    loss, unigram = {}, {}
-    for scale, name in enumerate(names):
-        codes = [reading.codes[reading.scales == scale].cpu() for reading in readings]
-        costs = [F.nll_loss(r.log_probs[r.scales == scale], r.codes[r.scales == scale]) for r in readings]
-        loss[name], unigram[name] = torch.stack(costs).cpu(), _unigram(codes, size)
-    layouts = [case.model.model.lay_out(**row)[0] for row in case.rows]
-    texts = [layout.targets[layout.target_codes < 0].cpu() for layout in layouts]
-    if sum(len(each) > 0 for each in texts) >= ENOUGH:
-        loss["text"] = torch.stack([reading.text_losses.mean().cpu() for reading in readings])
-        unigram["text"] = _unigram(texts, case.config.text_vocab_size)
-    means = {name: (float(values.nanmean()), float(unigram[name].nanmean())) for name, values in loss.items()}
-    case.curves["loss of each scale, nats a code"] = {
-        "loss": [means[name][0] for name in names],
-        "unigram": [means[name][1] for name in names],
-    }
-    measured = ", ".join(f"{name} {a:.2f} ({b:.2f})" for name, (a, b) in means.items())
-    measured = f"loss (unigram) over {len(readings)} rows: {measured}"
-    scores = {name: z_score((loss[name] - unigram[name])[~loss[name].isnan()]) for name in loss}
-    above = [name for name, score in scores.items() if score > SIGNIFICANT]
-    if not above:
-        return check.passed(measured, losses=means)
-    measured = f"{measured}; above it: {', '.join(above)}"
-    cause = "not trained, trained on other codes or texts, or inputs are not those of the training"
-    return check.warned(measured, "worse than the unigram", cause, COMPARE, losses=means)
-
-
-def _unigram(rows: list[torch.Tensor], size: int) -> torch.Tensor:
-    """(R,) mean cost of each row's values by their frequency in the others."""
-    counts = torch.stack([row.bincount(minlength=size).float() for row in rows])
-    rest = counts.sum(0) - counts
-    log_probs = ((rest + 0.5) / (rest.sum(1, keepdim=True) + 0.5 * size)).log()
-    return -(counts * log_probs).sum(1) / counts.sum(1)  # not a number for rows without
+MOST_LAYERS = 8  # every two of which are exchanged
 
 
 def targets(check: Check, case: Case) -> Finding:
-    """No codes next to the stored ones in number or place are likelier, nor would these be with half or twice the
-    logits; those of another row are less likely."""
-    readings, size = [case.read(row) for row in case.rows], case.config.vq_config.codebook_size
-    others: dict = {}
+    """No codes next to the stored ones in number or place are likelier."""
+    size, readings = case.config.vq_config.codebook_size, [case.read(row) for row in case.rows]
+    others = {}
     for n in (-2, -1, 1, 2):
-        others["wrong code offset", f"codes {n:+d}"] = lambda r, n=n: _cost(r, (r.codes + n) % size)
-        others["shifted targets", f"places {n:+d}"] = lambda r, n=n: _cost(r, r.codes.roll(-n))
-    if case.packs is not None:  # of other pictures the model may be too sure
-        others["logits too large", "half the logits"] = lambda r: _cost(r, r.codes, 2)
-        others["logits too small", "twice the logits"] = lambda r: _cost(r, r.codes, 0.5)
-    costs = {key: torch.stack([cost(reading) for reading in readings]) for key, cost in others.items()}
-    own = torch.stack([_cost(reading, reading.codes) for reading in readings])
-    strange = torch.stack([_cost(r, _of_another(r, readings[at - 1])) for at, r in enumerate(readings)])
+        others["wrong code offset", f"codes {n:+d}"] = lambda r, n=n: cost(r, (r.codes + n) % size)
+        others["shifted targets", f"places {n:+d}"] = lambda r, n=n: cost(r, r.codes.roll(-n))
+    return likeliest(check, readings, others)
+
+
+def likeliest(check: Check, readings: list[Reading], others: dict) -> Finding:
+    """Whether one of others, by fault and words, is likelier than what rows hold."""
+    costs = {key: torch.stack([way(reading) for reading in readings]) for key, way in others.items()}
+    own = torch.stack([cost(reading, reading.codes) for reading in readings])
     fault, what = best = min(costs, key=lambda key: float(costs[key].mean()))
-    gain, means = own - costs[best], [float(each.mean()) for each in (own, costs[best], strange)]
-    measured = "{:.2f} nats a code, {:.2f} with {what}, {:.2f} for another row's".format(*means, what=what)
-    if z_score(gain) > SIGNIFICANT and float(gain.mean()) > MATERIAL * means[0]:
+    gain, mean = own - costs[best], float(own.mean())
+    measured = f"{mean:.2f} nats a code, {float(costs[best].mean()):.2f} with {what}"
+    if z_score(gain) > SIGNIFICANT and float(gain.mean()) > MATERIAL * mean:
         cause = f"the model finds {what} likelier: codes, places or weights are others than in training"
         return check.warned(measured, fault, cause, COMPARE)
-    if len(own) >= ENOUGH and z_score(strange - own) < SIGNIFICANT:
-        cause = "what is before a code tells the model nothing of it: it is not trained, or its inputs are others"
-        return check.warned(measured, "codes not predicted", cause, COMPARE)
     return check.passed(measured)
 
 
-def _cost(reading: Reading, codes: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+def cost(reading: Reading, codes: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     return F.cross_entropy(reading.log_probs / temperature, codes).cpu()
-
-
-def _of_another(reading: Reading, other: Reading) -> torch.Tensor:
-    """Codes of the other row's same scales, repeated or cut where it has another number of them."""
-    codes = reading.codes.clone()
-    for scale in reading.scales.unique().tolist():
-        at, theirs = reading.scales == scale, other.codes[other.scales == scale]
-        if len(theirs):
-            codes[at] = theirs.repeat(int(at.sum()) // len(theirs) + 1)[: int(at.sum())]
-    return codes
 
 
 def other_settings(case: Case) -> Iterator[Alteration]:
@@ -119,36 +65,64 @@ def other_settings(case: Case) -> Iterator[Alteration]:
 
 
 def parts(check: Check, case: Case) -> Finding:
-    """No part predicts better at half or twice its size, no norm or scale at its mean, no two layers exchanged, no
-    setting of config.json otherwise; and no matrix can have its outputs in another order without loss."""
+    """No part predicts better at half or twice its size, no norm or scale at its mean or another's, no two layers
+    exchanged, not all of them without biases, attention or MLP, no setting of config.json otherwise; and no matrix can
+    have its outputs in another order without loss."""
     inner = case.model.model
-    resizable = {name: getattr(inner, name) for name in ("connector", "code_embeddings", "scale_embedding")}
+    names = ("connector", "code_embeddings", "scale_embedding", "scale_embedding.index", "scale_embedding.length")
+    resizable = {name: inner.get_submodule(name) for name in names}
     ends = ("o_proj", "down_proj", "input_layernorm", "post_attention_layernorm")
     named = {f"layers.{name}": module for name, module in inner.language_model.layers.named_modules()}
     resizable |= {name: module for name, module in named.items() if name.endswith(ends)}
     movable = {name: module for name, module in named.items() if isinstance(module, nn.Linear)}
     level = {"scale_embedding.index": inner.scale_embedding.index, "norm": inner.language_model.norm}
     level |= {name: module for name, module in named.items() if name.endswith("layernorm")}
-    whole = [*other_settings(case), *_exchanges(case), *(levelled(*each) for each in level.items())]
+    whole = [*other_settings(case), *_of_all_layers(case), *(levelled(*each) for each in level.items())]
+    whole += reordered("scale_embedding.index", inner.scale_embedding.index)
     return judge(check, case.losses, case.rows, whole, resizable, movable, case.seed)
 
 
-def _exchanges(case: Case) -> list[Alteration]:
-    """Every two layers in each other's place, of the least needed ones where there are many."""
-    layers, needed = case.model.model.language_model.layers, {}
-    for number, layer in enumerate(layers):
-        needed[number] = 0.0
-        if len(layers) > MOST_LAYERS:
-            nothing = torch.zeros_like
-            with hooked(layer.self_attn.o_proj, nothing), hooked(layer.mlp.down_proj, nothing):
-                needed[number] = float(case.losses(case.rows[:FEW]).mean())
-    chosen = sorted(sorted(needed, key=needed.__getitem__)[:MOST_LAYERS])
-    return [
-        Alteration(
-            f"with layers {a} and {b} exchanged",
-            "layers exchanged",
-            f"layers {a} and {b} are in each other's place",
-            lambda a=a, b=b: exchanged(layers, a, b),
+def _of_all_layers(case: Case) -> Iterator[Alteration]:
+    """Attention and MLPs of all layers at half their size and left out; biases of a kind left out; queries and keys,
+    and their biases, in the other rotary order; every two layers, of many neighbours, in each other's place."""
+    layers = case.model.model.language_model.layers
+    modules = dict(layers.named_modules())
+    of_kind = lambda *ends: [module for name, module in modules.items() if name.endswith(ends)]  # noqa: E731
+    for what, members in (("attention", of_kind("o_proj")), ("MLPs", of_kind("down_proj"))):
+        for much, factor in (("half the", 0.5), ("no", 0.0)):
+            apply: Callable = partial(times, factor, *members)
+            cause = f"{what} do harm in all layers: weights were split, joined or ordered otherwise than in training"
+            yield Alteration(f"with {much} {what} in all layers", f"damaged {what}", cause, apply)
+    biased = {name.rpartition(".")[2] for name, module in modules.items() if getattr(module, "bias", None) is not None}
+    for kind in sorted(biased):
+        apply = partial(hooked, lambda module, inputs, output: output - module.bias, *of_kind(kind))
+        cause = f"the biases of {kind} do harm: their order is not that of training, or they are another model's"
+        yield Alteration(f"without the biases of {kind}", "wrong biases", cause, apply)
+    inner = case.model.model
+    linear = [each for part in (layers, inner.connector, inner.scale_embedding) for each in part.modules()]
+    linear = [each for each in linear if isinstance(each, nn.Linear) and each.weight.is_floating_point()]
+    square = [each for each in linear if each.weight.shape == (each.in_features, each.in_features)]
+    turned = lambda module, inputs, _: F.linear(inputs[0].to(module.weight), module.weight.T, module.bias)  # noqa: E731
+    cause = "a converter transposed matrices by their shapes, and so no square ones, or all of them"
+    apply = partial(hooked, turned, *square)
+    yield Alteration("with all square matrices transposed", "transposed weights", cause, apply)
+    order = torch.arange(layers[0].self_attn.head_dim).view(2, -1).T.flatten()
+    for what in ("q and k", *(["the biases of q and k"] if {"q_proj", "k_proj"} <= biased else [])):
+        for way in (order, order.argsort()):
+            rotated = partial(_rotated, order=way, biases="biases" in what)
+            cause = f"{what} are in the other rotary order: conversion took halves for neighbours, or did not"
+            apply = partial(hooked, rotated, *of_kind("q_proj", "k_proj"))
+            yield Alteration(f"with {what} in the other rotary order", "wrong rotary order", cause, apply)
+    numbers = range(len(layers))
+    for a, b in combinations(numbers, 2) if len(layers) <= MOST_LAYERS else zip(numbers, numbers[1:]):
+        cause = f"layers {a} and {b} are in each other's place"
+        yield Alteration(
+            f"with layers {a} and {b} exchanged", "layers exchanged", cause, partial(exchanged, layers, a, b)
         )
-        for a, b in combinations(chosen, 2)
-    ]
+
+
+def _rotated(module: nn.Module, inputs: tuple, output: torch.Tensor, order: torch.Tensor, biases: bool):
+    """Each head's features, or the biases' alone, in an order."""
+    if biases:
+        return output + module.bias.view(-1, len(order))[:, order].flatten() - module.bias
+    return output.unflatten(-1, (-1, len(order)))[..., order].flatten(-2)

@@ -1,21 +1,18 @@
-"""Checks of training shards: files, whose they are, what their codes show, self-correction, copies."""
+"""Checks of training shards: files, whose they are, what their codes show, self-correction."""
 
-import hashlib
 from itertools import islice
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..data.shards import check_identity, decodable_codes, identity_of, verify
+from ..data.shards import check_identity, decodable_codes, identity_of, images_of, sequence_spec, verify
 from ..quantizer import resize_features, to_map, to_sequence
 from .case import Case, stored_documents
 from .findings import ENOUGH, SIGNIFICANT, Check, Finding, z_score
 
 ANEW = "extract the shards anew, and look at whatever wrote or changed them"
 SAMPLED, CORRECTED = 16, 64  # pictures that are encoded again, and whose self-correction is counted
-MOST_ROWS = 2**16  # that are looked through for copies
-COPIES = 0.2  # share of documents
 
 
 def files(check: Check, case: Case) -> Finding:
@@ -45,7 +42,8 @@ def whose(check: Check, case: Case) -> Finding:
 def stored_pictures(case: Case, limit: int, corrected: bool = False) -> list[tuple]:
     """Grid, (variants, L) targets and (variants or 0, coarse) inputs of pictures of rows drawn at random; `corrected`,
     of those alone that have inputs of their own."""
-    images = (image for document in stored_documents(case) for image in document.images)
+    spec, variants = sequence_spec(case.shards[1]["identity"]), case.shards[1]["variants"]
+    images = (image for document in stored_documents(case) for image in images_of(document, spec, variants))
     return list(islice((image for image in images if len(image[2]) or not corrected), limit))
 
 
@@ -135,18 +133,3 @@ def correction(check: Check, case: Case) -> Finding:
             cause = "the inputs were not made with these settings, or lost, or changed"
             return check.warned(measured, "wrong share of self-correction", cause, ANEW, shares=means)
     return check.passed(measured, shares=means)
-
-
-def copies(check: Check, case: Case) -> Finding:
-    """At most {COPIES:.0%} of the documents are copies of others."""
-    looked, seen = 0, set()
-    for document in stored_documents(case, MOST_ROWS):
-        codes = (array for _, targets, inputs in document.images for array in (targets, inputs))
-        parts = (array.tobytes() for array in (document.ids, *codes))
-        looked += 1
-        seen.add(hashlib.sha256(b"|".join(parts)).digest())
-    measured = f"{looked - len(seen)} of {looked} documents looked at are copies"
-    if looked - len(seen) <= COPIES * looked:
-        return check.passed(measured)
-    cause = "documents were extracted or packed several times, so the model learns some by heart"
-    return check.warned(measured, "duplicated documents", cause, "remove copies from the source and pack anew")

@@ -4,13 +4,17 @@ from collections import defaultdict
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+from ..data.shards import decodable_codes
+from ..scales import Grid
 from ..training.metrics import psnr
 from .alterations import judge
 from .case import ROWS, Case
-from .findings import ENOUGH, SIGNIFICANT, Check, Finding, alignment, difference, tolerance, z_score
+from .findings import ENOUGH, SIGNIFICANT, Check, Finding, difference, tolerance, z_score
+from .shards import stored_pictures
 
 DAMAGED = "damaged vision tokenizer"
 
@@ -116,23 +120,31 @@ def codes(check: Check, case: Case) -> Finding:
 
 
 def semantics(check: Check, case: Case) -> Finding:
-    """Pictures that the semantic encoder finds alike have codes whose decoded features are alike, more than chance
-    (alignment, against pictures in random order)."""
-    wanted = [case.vq_model.semantic_features(group.pixels).mean(1) for group in case.groups]
-    made = [group.output.semantic_features.float().mean(1) for group in case.groups]
-    if sum(map(len, made)) < ENOUGH:
-        return check.unchecked(f"{sum(map(len, made))} pictures are too few")
-    likeness, score = alignment(torch.cat(made).cpu(), torch.cat(wanted).cpu(), case.seed)
-    measured = f"alignment {likeness:.2f}, {score:.1f} standard deviations above chance"
-    if score > SIGNIFICANT:
+    """What the semantic decoder makes of the codes is nearer to the semantic encoder's features than the mean of these
+    is (cosine)."""
+    wanted = [case.vq_model.semantic_features(group.pixels).float() for group in case.groups]
+    made = [group.output.semantic_features.float() for group in case.groups]
+    if made[0].shape != wanted[0].shape:
+        return check.unchecked("its teacher is another model than its encoder")
+    mean = torch.cat([features.flatten(0, 1) for features in wanted]).mean(0)
+    near = lambda features: torch.cat([_cosine(*pair) for pair in zip(wanted, features)])  # noqa: E731
+    own, plain = near(made), near([mean.expand_as(features) for features in wanted])
+    measured = f"cosine {float(own.mean()):.2f}, of the mean {float(plain.mean()):.2f}"
+    if len(own) < ENOUGH or z_score(own - plain) > SIGNIFICANT:
         return check.passed(measured)
     cause = "the semantic half of the codes says nothing of the picture: the branch is damaged, or not trained"
-    return check.warned(measured, "semantic branch lost", cause, "was the semantic encoder reset?")
+    return check.warned(measured, "semantic branch lost", cause, "were semantic encoder or decoder reset?")
+
+
+def _cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """(B, N, D) twice -> (B,)"""
+    return F.cosine_similarity(a, b, dim=-1).mean(1).cpu()
 
 
 def parts(check: Check, case: Case) -> Finding:
-    """No part of the pixel branch reconstructs better at half or twice its size, and none can have its channels in
-    another order without loss."""
+    """No part of the pixel branch reconstructs better at half or twice its size; and, of pictures that shards hold,
+    none of the encoder can have its channels in another order without loss. (Blocks that enlarge a decoder begin as
+    nothing, and may end as little.)"""
     pictures = [pixels[None] for group in case.groups for pixels in group.pixels]
     rows = [pictures[at] for at in np.random.default_rng(case.seed).permutation(len(pictures))[:ROWS]]
     modules = {
@@ -141,8 +153,17 @@ def parts(check: Check, case: Case) -> Finding:
         for name, module in getattr(case.vq_model, branch).named_modules()
         if isinstance(module, (nn.Conv2d, nn.Linear))
     }
+    movable = {}
+    if case.packs is not None:  # of plain shapes some channels say nothing
+        rows = [_shown(case, *picture) for picture in stored_pictures(case, ROWS)]
+        movable = {name: module for name, module in modules.items() if name.startswith("pixel_encoder")}
     measure = lambda rows: -torch.cat([_rebuilt(case, pixels) for pixels in rows])  # noqa: E731
-    return judge(check, measure, rows, [], modules, modules, case.seed)
+    return judge(check, measure, rows, [], modules, movable, case.seed)
+
+
+def _shown(case: Case, grid: Grid, targets: np.ndarray, inputs: np.ndarray) -> torch.Tensor:
+    codes = torch.from_numpy(decodable_codes(targets, inputs).astype(np.int64))[None].to(case.model.device)
+    return case.vq_model.decode(codes, grid)
 
 
 def _rebuilt(case: Case, pixels: torch.Tensor) -> torch.Tensor:

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 from .case import Case
-from .findings import ENOUGH, SIGNIFICANT, Check, Finding, alignment
+from .findings import ENOUGH, SIGNIFICANT, Check, Finding, z_score
 
 COMPARE = "compare weights and config.json with the training's own checkpoint"
-COMPARED = 256  # entries of the table whose likenesses are compared
+COMPARED = 256  # entries of the table that are compared at once
 SMALLEST, LARGEST = 48, 256  # rows and columns of a matrix from which on it has a spectrum, and that are looked at
-FEWEST, CLIPPED = 16, 0.01  # of a row: what 4 bits hold; share of entries that may be at the largest
+FEWEST, CLIPPED = 12, 0.01  # different numbers among 16 neighbours; share of entries that may be at the largest
 LOOKED_AT, SAME = 4096, 0.999  # entries of two tensors, and their correlation if one is a copy
 
 
@@ -34,18 +34,25 @@ def values(check: Check, case: Case) -> Finding:
     tensors = {name: tensor for name, tensor in case.model.named_parameters() if tensor.numel() > 1}
     wide = {name: weight for name, weight in matrices(case.model).items() if weight.shape[1] > 4 * FEWEST}
     read = {name: weight for name, weight in wide.items() if not re.search("embed|head", name)}
+    stacked = {name: weight for name, weight in read.items() if kind_of(name) != name}  # of layers: others may be even
     cut = lambda x: (x == x[:1]).all(0).any() or (x == x[:, :1]).all(1).any()  # noqa: E731
     kinds = (
         ("untrained weights", "one number throughout", tensors, lambda x: (x == x.flatten()[0]).all()),
         ("weights cut off", "one number in a row or column", read, cut),
         ("weights clipped", "often at one bound", wide, lambda x: (x.abs() == x.abs().max()).float().mean() > CLIPPED),
-        ("weights too coarse", "of 4 bits or less", wide, lambda x: all(len(y.unique()) <= FEWEST for y in x[:8])),
+        ("weights too coarse", "of 4 bits or less", stacked, lambda x: _different(x[:64]) < FEWEST),
     )
     for fault, what, members, is_so in kinds:
         if found := [name for name, weight in members.items() if is_so(weight)]:
             cause = "they were never trained, or reset, cut, rounded or left out in loading, merging or conversion"
             return check.warned(f"{_some(found)} of {len(members)} are {what}", fault, cause, COMPARE)
     return check.passed(f"so do all of {len(tensors)} tensors")
+
+
+def _different(weight: torch.Tensor) -> float:
+    """How many different numbers are among 16 neighbours: about 15 of 8 bits, 10 of 4, whatever their groups."""
+    rows = weight[:, : weight.shape[1] // 16 * 16].reshape(-1, 16).sort(dim=1).values
+    return float((rows.diff(dim=1) != 0).sum(dim=1).float().mean()) + 1
 
 
 def spectra(check: Check, case: Case) -> Finding:
@@ -107,23 +114,38 @@ def copies(check: Check, case: Case) -> Finding:
 
 def code_rows(check: Check, case: Case) -> Finding:
     """Entries that are near each other in the vision tokenizer's table are so in the transformer's embeddings, which
-    began with them, and in its code head (alignment, against entries in random order)."""
-    entries = case.vq_model.quantizer().float().cpu()
-    chosen = torch.randperm(len(entries), generator=torch.Generator().manual_seed(case.seed))[:COMPARED]
-    if len(chosen) < ENOUGH:
+    began with them, and in its code head, in every part of both."""
+    entries = case.vq_model.quantizer().detach().float().cpu()
+    if len(entries) < ENOUGH:
         return check.unchecked(f"{len(entries)} codes are too few")
     measured = []
     for name, module in (("code embeddings", case.model.model.code_embeddings), ("code head", case.model.code_head)):
         rows = module.weight.detach().float().cpu()
-        scores = {s: alignment(rows[(chosen + s) % len(rows)], entries[chosen], case.seed)[1] for s in (0, -1, 1)}
-        measured.append(f"{name} {scores[0]:.0f} deviations above chance")
-        shift = max(scores, key=lambda s: scores[s])
-        if scores[0] <= SIGNIFICANT and scores[shift] > 2 * SIGNIFICANT:
+        scores = {shift: _order(rows.roll(-shift, 0), entries) for shift in (0, -1, 1)}
+        own_V, shift = scores[0], max(scores, key=lambda shift: float(scores[shift].mean()))
+        of_parts = [z_score(part) for part in own_V.split(COMPARED)]
+        measured.append(f"{name} {min(of_parts):.0f} deviations above chance")
+        if shift and z_score(own_V) <= SIGNIFICANT < z_score(scores[shift]):
             return check.warned(measured[-1], "wrong code offset", f"row c belongs to code c{-shift:+d}", COMPARE)
-        if scores[0] <= SIGNIFICANT:
+        if min(of_parts) <= SIGNIFICANT:
             cause = "they are reset or in another order, or the vision tokenizer's table is another than in training"
+            measured[-1] += f", of {COMPARED} rows from {COMPARED * of_parts.index(min(of_parts))} on"
             return check.warned(measured[-1], f"{name} without order", cause, COMPARE)
     return check.passed("; ".join(measured))
+
+
+def _order(rows_VD: torch.Tensor, entries_VC: torch.Tensor) -> torch.Tensor:
+    """(V,) how well a row's likenesses to its neighbours fit its entry's, in deviations of what fits other entries."""
+    scores = []
+    for pair in zip(rows_VD.split(COMPARED), entries_VC.split(COMPARED)):
+        profiles = []
+        for part in pair:
+            likeness = (part - part.mean(0)) @ (part - part.mean(0)).T
+            likeness = likeness.fill_diagonal_(0) - likeness.mean(1, keepdim=True)
+            profiles.append(likeness / likeness.norm(dim=1, keepdim=True).clamp(min=1e-12))
+        fit = profiles[0] @ profiles[1].T
+        scores.append((fit.diagonal() - fit.mean(1)) / fit.std(1).clamp(min=1e-12))
+    return torch.cat(scores)
 
 
 def matrices(model: nn.Module) -> dict[str, torch.Tensor]:
