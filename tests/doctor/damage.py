@@ -102,8 +102,13 @@ def join_crosswise(model):
         up.copy_(torch.cat(halves[1::2]))
 
 
-def roll(weight):
-    weight.copy_(weight.roll(1, 0))
+def roll(weight, count=1):
+    weight.copy_(weight.roll(count, 0))
+
+
+def transpose(weight):
+    if weight.ndim == 2 and weight.shape == weight.T.shape:
+        weight.copy_(weight.T.clone())
 
 
 def reorder_biases(model):
@@ -183,5 +188,16 @@ DAMAGE = [
         ("wrong rotary order",),
         lambda model, packs: reorder_biases(model),
         where="biases",
+    ),
+    Damage(
+        "square matrices transposed",
+        ("transposed weights",),
+        lambda model, packs: [transpose(each) for layer in layers(model) for each in layer.self_attn.parameters()],
+    ),
+    Damage(
+        "pixel halves of code embeddings first",
+        ("halves exchanged",),
+        lambda model, packs: roll(model.model.code_embeddings.weight.T, 16),
+        where="code_embeddings",
     ),
 ]

@@ -79,7 +79,15 @@ def parts(check: Check, case: Case) -> Finding:
     level |= {name: module for name, module in named.items() if name.endswith("layernorm")}
     whole = [*other_settings(case), *_of_all_layers(case), *(levelled(*each) for each in level.items())]
     whole += reordered("scale_embedding.index", inner.scale_embedding.index)
+    halves = inner.config.vq_config.semantic_dim, inner.config.vq_config.pixel_dim
+    whole += [_turned("code_embeddings", inner.code_embeddings, width) for width in dict.fromkeys(halves)]
     return judge(check, case.losses, case.rows, whole, resizable, movable, case.seed)
+
+
+def _turned(name: str, module: nn.Module, width: int) -> Alteration:
+    apply = partial(hooked, lambda module, inputs, output: output.roll(width, -1), module)
+    cause = f"{name}: semantic and pixel halves are in each other's place"
+    return Alteration(f"with the halves of {name} exchanged", "halves exchanged", cause, apply)
 
 
 def _of_all_layers(case: Case) -> Iterator[Alteration]:
