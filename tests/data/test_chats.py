@@ -25,7 +25,7 @@ from transformers import Trainer, TrainingArguments
 from trl import DPOConfig, SFTConfig
 
 from tests.ranks import on_ranks
-from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor
+from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowImageProcessor, NextFlowProcessor
 from transformers_nextflow.data import ExtractionSettings, RawDocuments, Source
 from transformers_nextflow.lora import lora_config
 from transformers_nextflow.training import (
@@ -112,6 +112,13 @@ def test_tokens_and_targets_are_those_of_shards(data_checkpoint, tiny_processor,
         assert (batch["shift_labels"][row][~real] == -100).all()
     grids = [grid for index in range(3) for grid in documents[index]["image_grid_hw"].tolist()]
     assert batch["image_grid_hw"].tolist() == grids
+
+
+@pytest.mark.parametrize("level, grid", [("low", [2, 2]), ("high", [3, 3]), (None, [3, 3])])
+def test_pictures_are_brought_to_a_level(level, grid, tiny_processor):
+    processor, levels = copy.copy(tiny_processor), {"low": 2, "high": 3}
+    processor.image_processor = NextFlowImageProcessor(8, [[[1, 1], [2, 2], [3, 3]]], levels)
+    assert ChatCollator(processor, level)(CHATS[:1])["image_grid_hw"].tolist() == [grid]
 
 
 def test_both_forms_of_labels_are_the_same_targets(model, tiny_processor):

@@ -244,6 +244,19 @@ def test_a_checkpoint_of_other_weights_is_not_resumed(tmp_path):
         train(pipe, Batches(), arguments(tmp_path), resume=True)
 
 
+def test_a_stage_trains_conditioner_and_backbone_and_nothing_else(tmp_path):
+    pipe = decoder("unet", vq_model=copy.deepcopy(tiny_vq_model()))
+    for component in pipe.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.requires_grad_(True).train()
+    NextFlowDecoderTrainer(pipe, arguments(tmp_path), Batches())
+    for name, component in pipe.components.items():
+        if isinstance(component, torch.nn.Module):
+            trains = name in ("conditioner", "unet")
+            assert {each.requires_grad for each in component.parameters()} <= {trains}, name
+            assert component.training == trains, name
+
+
 def test_pictures_are_brought_to_the_level_asked_for():
     schedules = [[[1, 1], [2, 2], [3, 3]]]
     processor = NextFlowImageProcessor(patch_size=8, scale_schedules=schedules, levels={"low": 2, "high": 3})
