@@ -76,6 +76,9 @@ def test_prefix():
 
 @pytest.mark.parametrize("grids", [(), ((2, 2), (3, 3)), ((1, 2), (2, 2))])
 def test_the_first_grid_is_one_cell(grids):
+    for edge in (1.5, float("inf"), "2"):
+        with pytest.raises(ValueError, match="the edges of grids must be integers"):
+            ScaleSchedule([(1, 1), (edge, 2)])
     with pytest.raises(ValueError, match=r"begins with the grid \(1, 1\)"):
         ScaleSchedule(grids)
 

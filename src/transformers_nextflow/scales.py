@@ -28,13 +28,17 @@ class ScaleSchedule:
         grids: `(height, width)` of every scale; the first is `(1, 1)`.
 
     Raises:
-        ValueError: if there is no scale, the first is not `(1, 1)`, or a grid shrinks from one scale to the next.
+        ValueError: if there is no scale, the first is not `(1, 1)`, an edge is no integer, or a grid shrinks from one
+            scale to the next.
     """
 
     grids: tuple[Grid, ...]
 
     def __post_init__(self):
-        object.__setattr__(self, "grids", tuple((int(h), int(w)) for h, w in self.grids))
+        given = [(h, w) for h, w in self.grids]
+        if any(isinstance(edge, str) or edge % 1 != 0 for grid in given for edge in grid):  # infinity too
+            raise ValueError(f"the edges of grids must be integers, got {given}")
+        object.__setattr__(self, "grids", tuple((int(h), int(w)) for h, w in given))
         if not self.grids or self.grids[0] != (1, 1):
             raise ValueError(f"a scale schedule begins with the grid (1, 1), got {self.grids}")
         for (h0, w0), (h1, w1) in zip(self.grids, self.grids[1:]):
