@@ -73,6 +73,15 @@ def test_another_encoder_asks_for_new_shards_though_the_codebook_is_the_same(rep
     assert "extract the documents again" in report["train_again"][0]
 
 
+def test_another_setting_of_the_encoder_asks_for_new_shards_though_all_weights_are_the_same(replaced, tiny_model):
+    config = copy.deepcopy(tiny_model.config.vq_config)
+    config.norm_groups = 1
+    other = NextFlowVQModel(config)
+    other.load_state_dict(tiny_model.model.vq_model.state_dict())
+    report = replaced(other)[2]
+    assert "extract the documents again" in report["train_again"][0]
+
+
 def test_other_sizes_and_schedules(replaced, tiny_model):
     config = copy.deepcopy(tiny_model.config.vq_config)
     config.codebook_size, config.pixel_dim = CODES, config.pixel_dim + 2

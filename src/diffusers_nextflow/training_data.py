@@ -28,7 +28,9 @@ from transformers_nextflow.data.documents import (
 )
 from transformers_nextflow.data.shards import (
     Shard,
+    check_identity,
     decodable_codes,
+    encoder_settings,
     images_of,
     sequence_spec,
     vision_identity,
@@ -213,6 +215,7 @@ def shard_pictures(name: str | Path, source: Source, table, vq_model: NextFlowVQ
     folder, manifest = open_shards(name)
     if manifest["identity"]["vision_tokenizer"] != vision_identity(vq_model):
         raise ValueError(f"the shards in {name} were made with another vision tokenizer")
+    check_identity(manifest, {"encoder": encoder_settings(vq_model.config)})
     listed = manifest["documents"]["settings"] if manifest["content"] == "packs" else [manifest["settings"]]
     if any(values != listed[0] for values in listed):
         raise ValueError(f"the shards in {name} are of several sources that are read differently; give one of them")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from .data.shards import vision_identity
+from .data.shards import encoder_settings, vision_identity
 from .image_processing_nextflow import NextFlowImageProcessor
 from .modeling_nextflow import NextFlowForConditionalGeneration
 from .modeling_nextflow_vq import NextFlowVQModel
@@ -51,7 +51,8 @@ def replace_vision_tokenizer(model: str, tokenizer: str, output: str | Path) -> 
 def put_in(model: NextFlowForConditionalGeneration, vq_model: NextFlowVQModel) -> dict[str, list[str]]:
     """Exchange the vision tokenizer of a model in memory; see [`replace_vision_tokenizer`]."""
     before = model.model.vq_model
-    same_codes = _sizes(before) == _sizes(vq_model) and vision_identity(before) == vision_identity(vq_model)
+    known_by = (_sizes, lambda vq: encoder_settings(vq.config), vision_identity)
+    same_codes = all(of(before) == of(vq_model) for of in known_by)
     same_features = same_codes and same_weights(before.semantic_decoder, vq_model.semantic_decoder)
     config = copy.deepcopy(model.config)
     config.vq_config = vq_model.config

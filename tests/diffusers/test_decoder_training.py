@@ -647,6 +647,10 @@ def test_shards_of_another_tokenizer_or_source(source, vq_model, model_folder, t
     extract(source, model_folder, tmp_path, ExtractionSettings("text-to-image"))
     with pytest.raises(ValueError, match="made with another vision tokenizer"):
         shard_pictures(tmp_path, source, source.load(), tiny_vq_model())
+    other = copy.deepcopy(vq_model)
+    other.config.norm_groups = 1  # which no tensor shows
+    with pytest.raises(ValueError, match="made with another encoder"):
+        shard_pictures(tmp_path, source, source.load(), other)
     with pytest.raises(ValueError, match="the source has no document key 0"):
         shard_pictures(tmp_path, source, source.load().select([1, 2, 3, 4]), vq_model)
 

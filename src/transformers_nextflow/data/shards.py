@@ -130,8 +130,8 @@ def vision_identity(vq_model) -> str:
     return vision_tokenizer_hash(sorted(vq_model.state_dict().items()), vq_model.config)
 
 
-def _encoder(vq) -> dict:
-    """Settings that codes depend on and no tensor shows."""
+def encoder_settings(vq) -> dict:
+    """Of a [`NextFlowVQConfig`], what codes depend on and no tensor, and so no [`vision_identity`], shows."""
     semantic = vq.semantic_config
     names = ("num_attention_heads", "hidden_act", "layer_norm_eps")
     return {"norm_groups": vq.norm_groups} | {name: getattr(semantic, name) for name in names}
@@ -147,7 +147,7 @@ def identity_of(config, processor, vq_model) -> dict:
     vq, referred = config.vq_config, config.vision_tokenizer
     return {
         "vision_tokenizer": vision_identity(vq_model) if referred is None else referred["sha256"],
-        "encoder": _encoder(vq),
+        "encoder": encoder_settings(vq),
         "text_tokenizer": text_tokenizer_hash(processor),
         "scale_schedules": [[list(grid) for grid in row] for row in (vq.scale_schedules or paper_schedules())],
         "levels": dict(vq.levels),
