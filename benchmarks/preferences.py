@@ -88,7 +88,7 @@ def train(arm: str, artist: Artist, rows: list[dict], args: argparse.Namespace) 
 
 
 @torch.no_grad()
-def leads(artist: Artist, rows: list[dict], num_scales: int) -> list[float]:
+def leads(artist: Artist, rows: list[dict], num_scales: int | None) -> list[float]:
     """By how many nats the chosen picture of each pair is likelier than the rejected one, in its first scales."""
     collator, found = PreferenceCollator(artist.processor, num_scales), []
     for start in range(0, len(rows), 8):
@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--split", choices=("test", "dev"), default="test")
     parser.add_argument("--prompts", type=int, default=500)
     parser.add_argument("--pairs", type=int, default=200)
-    parser.add_argument("--num-scales", type=int, default=13)
+    parser.add_argument("--num-scales", type=int, help="whose codes count (default: all)")
     parser.add_argument("--beta", type=float, default=0.5)
     parser.add_argument("--sft-weight", type=float, default=5.0, help="of the chosen pictures' own likelihood")
     parser.add_argument("--epochs", type=float, default=7)

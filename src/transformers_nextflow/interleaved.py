@@ -114,6 +114,7 @@ class Interleaving:
     def __post_init__(self):
         self.model, self.schedule = self.contexts.model, self.controls.schedule
         self.config = self.model.config
+        self.limit = self.config.text_config.max_position_embeddings
 
     def __call__(self) -> Contexts:
         """The contexts at the end."""
@@ -134,10 +135,9 @@ class Interleaving:
         with using_adapters(self.model, writing.adapters):
             logits_rV = self.model.lm_head(writing.hidden_RlD[:, -1]).to(writing.counters.device, torch.float32)
         uniform_r1 = self.generators.take(rows).uniform(1, logits_rV.device) if self.do_sample else logits_rV[:, :1]
-        limit = self.config.text_config.max_position_embeddings
         steps = zip(rows, writing.counters.tolist(), logits_rV.split(1), uniform_r1.split(1))
         for row, counter, logits_1V, uniform_11 in steps:
-            self._write_token(self.answers[row], logits_1V, uniform_11, room=limit - counter)
+            self._write_token(self.answers[row], logits_1V, uniform_11, room=self.limit - counter)
         going_on = [row for row in rows if self.answers[row].writes]
         if going_on:
             writing = self.contexts.take(going_on)
@@ -160,19 +160,15 @@ class Interleaving:
         answer.num_tokens += 1
         answer.is_open = token == self.config.boi_token_id
         if room <= 1 and answer.num_tokens < self.max_new_tokens:
-            limit = self.config.text_config.max_position_embeddings
-            logger.warning(f"an answer ends after {answer.num_tokens} tokens: the model has {limit} positions")
+            logger.warning(f"an answer ends after {answer.num_tokens} tokens: the model has {self.limit} positions")
         is_over = answer.num_tokens >= self.max_new_tokens or room <= 1
         answer.is_done = is_over or bool(answer.criteria(answer.text_1L, scores_1V).all())
         answer.stream(token)
 
     def _draw(self) -> None:
         """The pictures of all rows that are at one."""
-        rows, config, schedule = (
-            [row for row, each in enumerate(self.answers) if each.is_open],
-            self.config,
-            self.schedule,
-        )
+        config, schedule = self.config, self.schedule
+        rows = [row for row, answer in enumerate(self.answers) if answer.is_open]
         num_roles = len(self.contexts) // len(self.answers)
         with_images, without = (
             [row + role * len(self.answers) for role in roles for row in rows]

@@ -47,6 +47,14 @@ def by_name(folder, output, **values):
     return NextFlowGRPOTrainer(str(folder), redness, NextFlowGRPOConfig(str(output), **defaults | values), rows())
 
 
+def test_arguments_without_a_rate_serve_adapters_and_whole_models(adapted, tmp_path):
+    arguments = by_name(adapted / "base", tmp_path).args
+    arguments.learning_rate = None
+    for folder, rate in (("adapters", 1e-4), ("base", 1e-6)):
+        run = NextFlowGRPOTrainer(str(adapted / folder), redness, arguments, rows())
+        assert run.args.learning_rate == rate and arguments.learning_rate is None
+
+
 def test_a_checkpoint_in_16_bits_is_trained_in_32(adapted, tmp_path):
     run = by_name(adapted / "base", tmp_path)
     assert run.args.learning_rate == 1e-6 and by_name(adapted / "adapters", tmp_path).args.learning_rate == 1e-4

@@ -24,6 +24,7 @@ from ..scales import Grid, ScaleSchedule
 from .pictures import Picture, default_pictures
 
 ROWS, DOCUMENTS = 16, 2  # rows that losses are measured on, and documents of shards in each
+LOOKED_THROUGH = 2**12  # documents, for those of a kind
 LEAST_DESCRIBED = 3  # pictures with a text; others are drawn where fewer have one
 TEMPERATURES = 2.0 ** torch.linspace(-1, 1, 5)
 
@@ -136,6 +137,11 @@ class Case:
             if (markers != IGNORE).any():  # without a picture to predict it says nothing of codes
                 rows.append(row)
         return rows
+
+    @cached_property
+    def documents(self) -> list[dict[str, np.ndarray]]:
+        """Those of the shards that are looked through, see [`stored_documents`]."""
+        return list(islice(stored_documents(self), LOOKED_THROUGH))
 
     def row_of(self, documents: Sequence[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
         """Documents of the shards as one row of the model's forward."""

@@ -1,20 +1,18 @@
 """Checks of the transformer on shards, which it should know: pictures, texts, and one after the other."""
 
 import math
-from collections.abc import Iterator
-from itertools import islice
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .case import ROWS, Case, stored_documents
+from .case import ROWS, Case
 from .findings import ENOUGH, SIGNIFICANT, Check, Finding, z_score
 from .losses import cost, likeliest
 from .weights import COMPARE
 
 CODES = {"image_codes", "image_input_codes"}
-FEW, LOOKED_THROUGH = 0.2, 2**12  # share of documents that may be otherwise, and among how many to look
+ALLOWED = 0.2  # share of documents that may be otherwise
 
 
 def confidence(check: Check, case: Case) -> Finding:
@@ -23,7 +21,7 @@ def confidence(check: Check, case: Case) -> Finding:
         ("logits too large", "half the logits"): lambda r: cost(r, r.codes, 2),
         ("logits too small", "twice the logits"): lambda r: cost(r, r.codes, 0.5),
     }
-    return likeliest(check, [case.read(row) for row in case.rows], others)
+    return likeliest(check, [case.read(row, with_text=False) for row in case.rows], others)
 
 
 def scales(check: Check, case: Case) -> Finding:
@@ -69,7 +67,7 @@ def _unigram(rows: list[torch.Tensor], size: int) -> torch.Tensor:
 def ends(check: Check, case: Case) -> Finding:
     """The end of a supervised text is supervised, and costs less than by how often texts end."""
     end, ended, unsupervised, tokens, costs = case.processor.tokenizer.eos_token_id, 0, 0, 0, []
-    for document in some_documents(case):
+    for document in case.documents:
         ids, flags = document["input_ids"], document["supervised"].astype(bool)
         if not flags.any() or flags[ids == case.config.image_token_id].any():
             continue  # whose end follows from a picture
@@ -81,7 +79,7 @@ def ends(check: Check, case: Case) -> Finding:
             tokens += len(losses)
             costs.append(losses[layout.targets[layout.target_codes < 0] == end].mean().cpu())
     measured = f"{unsupervised} of {ended} are not supervised"
-    if unsupervised > FEW * ended:
+    if unsupervised > ALLOWED * ended:
         cause = "a model learns what to say and never that an answer ends: padding was masked, and the end with it"
         return check.warned(measured, "ends not supervised", cause, "look at what sets `supervised`, and extract anew")
     if len(costs) < ENOUGH:
@@ -97,7 +95,7 @@ def ends(check: Check, case: Case) -> Finding:
 def conditions(check: Check, case: Case) -> Finding:
     """What documents draw is another picture than what they show, and likelier after it than the other way round."""
     gains, same = [], []
-    for document in some_documents(case):
+    for document in case.documents:
         grids = document["image_grid_hw"].reshape(-1, 2).tolist()
         draws = document["supervised"][document["input_ids"] == case.config.image_token_id]
         if len(gains) < 2 * ROWS and len(grids) == 2 and grids[0] == grids[1] and draws.tolist() == [False, True]:
@@ -110,7 +108,7 @@ def conditions(check: Check, case: Case) -> Finding:
         return check.unchecked(f"{len(gains)} documents draw a picture after one of its size")
     gain, score = float(np.mean(gains)), z_score(torch.tensor(gains))
     measured = f"it saves {gain:.3f} nats a code over {len(gains)} documents"
-    if np.mean(same) > FEW:
+    if np.mean(same) > ALLOWED:
         cause = "a buffer, a column or a file name served for several pictures"
         measured = f"{sum(same)} of {len(same)} documents draw what they show"
         return check.warned(measured, "pictures repeated", cause, "look at the documents' pictures side by side")
@@ -123,7 +121,7 @@ def conditions(check: Check, case: Case) -> Finding:
 def worth(check: Check, case: Case) -> Finding:
     """Pictures are likelier after their own prompt than after another document's."""
     drawn, gains = [], []
-    for document in some_documents(case):
+    for document in case.documents:
         at = np.flatnonzero(document["input_ids"] == case.config.image_token_id)
         if len(at) == 1 and document["supervised"][at[0]] and len(drawn) <= 2 * ROWS:
             drawn.append((at[0], document))
@@ -147,7 +145,3 @@ def _rise(case: Case, *rows: dict[str, torch.Tensor]) -> float:
     """By how many nats a code the second of two rows costs more than the first."""
     own, changed = (cost(reading, reading.codes) for reading in (case.read(row, with_text=False) for row in rows))
     return float(changed - own)
-
-
-def some_documents(case: Case) -> Iterator[dict[str, np.ndarray]]:
-    return islice(stored_documents(case), LOOKED_THROUGH)

@@ -18,7 +18,7 @@ MOST_LAYERS = 8  # every two of which are exchanged
 
 def targets(check: Check, case: Case) -> Finding:
     """No codes next to the stored ones in number or place are likelier."""
-    size, readings = case.config.vq_config.codebook_size, [case.read(row) for row in case.rows]
+    size, readings = case.config.vq_config.codebook_size, [case.read(row, with_text=False) for row in case.rows]
     others = {}
     for n in (-2, -1, 1, 2):
         others["wrong code offset", f"codes {n:+d}"] = lambda r, n=n: cost(r, (r.codes + n) % size)

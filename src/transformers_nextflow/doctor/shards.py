@@ -47,6 +47,11 @@ def stored_pictures(case: Case, limit: int, corrected: bool = False) -> list[tup
     return list(islice((image for image in images if len(image[2]) or not corrected), limit))
 
 
+def as_codes(case: Case, stored: np.ndarray) -> torch.Tensor:
+    """(L,) of shards -> (1, L) int64 where the model is."""
+    return torch.from_numpy(stored.astype(np.int64))[None].to(case.model.device)
+
+
 def codes(check: Check, case: Case) -> Finding:
     """Codes of the decoded picture, looked up anew behind the stored inputs, agree with the stored targets as often
     as those of pictures that were decoded and coded twice."""
@@ -64,10 +69,7 @@ def codes(check: Check, case: Case) -> Finding:
     agreed: dict[str, list[float]] = {name: [] for name in readings}
     twice = []
     for grid, targets, inputs in pictures:
-        stored, codes = (
-            torch.from_numpy(each.astype(np.int64))[None].to(case.model.device)
-            for each in (targets[0], decodable_codes(targets, inputs))
-        )
+        stored, codes = (as_codes(case, each) for each in (targets[0], decodable_codes(targets, inputs)))
         for name, read in readings.items():
             agreed[name].append(_agreement(case, read(codes), read(stored), grid))
         again = case.vq_model.encode(case.vq_model.decode(codes, grid))

@@ -14,7 +14,7 @@ from ..training.metrics import psnr
 from .alterations import judge
 from .case import ROWS, Case
 from .findings import ENOUGH, SIGNIFICANT, Check, Finding, difference, tolerance, z_score
-from .shards import stored_pictures
+from .shards import as_codes, stored_pictures
 
 DAMAGED = "damaged vision tokenizer"
 
@@ -162,8 +162,7 @@ def parts(check: Check, case: Case) -> Finding:
 
 
 def _shown(case: Case, grid: Grid, targets: np.ndarray, inputs: np.ndarray) -> torch.Tensor:
-    codes = torch.from_numpy(decodable_codes(targets, inputs).astype(np.int64))[None].to(case.model.device)
-    return case.vq_model.decode(codes, grid)
+    return case.vq_model.decode(as_codes(case, decodable_codes(targets, inputs)), grid)
 
 
 def _rebuilt(case: Case, pixels: torch.Tensor) -> torch.Tensor:

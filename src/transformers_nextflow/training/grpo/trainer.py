@@ -1,5 +1,6 @@
 """[`NextFlowGRPOTrainer`]: prefix-tuning GRPO (NextFlow sec. 3.2.5) on transformers' Trainer, in TRL's shape."""
 
+import copy
 import math
 import time
 from collections import defaultdict
@@ -152,7 +153,8 @@ class NextFlowGRPOTrainer(PrecisionTrainer, SavingTrainer):
         super().__init__(model, args, list, train_dataset, eval_dataset, processing_class=processing_class, **kwargs)
         self._check_devices()
         if args.learning_rate is None:
-            args.learning_rate = RATE_OF_ADAPTERS if hasattr(model, "peft_config") else RATE
+            self.args = copy.copy(args)  # which may serve another trainer, of a model with adapters or without
+            self.args.learning_rate = RATE_OF_ADAPTERS if hasattr(model, "peft_config") else RATE
         self.reference = Reference(self.model) if args.beta else None
         if args.sync_ref_model:
             self.add_callback(FollowPolicy(self.reference))
