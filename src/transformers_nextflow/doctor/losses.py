@@ -107,13 +107,13 @@ def _of_all_layers(case: Case) -> Iterator[Alteration]:
         cause = f"the biases of {kind} do harm: their order is not that of training, or they are another model's"
         yield Alteration(f"without the biases of {kind}", "wrong biases", cause, apply)
     inner = case.model.model
-    linear = [each for part in (layers, inner.connector, inner.scale_embedding) for each in part.modules()]
-    linear = [each for each in linear if isinstance(each, nn.Linear) and each.weight.is_floating_point()]
-    square = [each for each in linear if each.weight.shape == (each.in_features, each.in_features)]
     turned = lambda module, inputs, _: F.linear(inputs[0].to(module.weight), module.weight.T, module.bias)  # noqa: E731
     cause = "a converter transposed matrices by their shapes, and so no square ones, or all of them"
-    apply = partial(hooked, turned, *square)
-    yield Alteration("with all square matrices transposed", "transposed weights", cause, apply)
+    for where, found in (("the layers", [layers]), ("all parts", [layers, inner.connector, inner.scale_embedding])):
+        linear = [each for part in found for each in part.modules() if isinstance(each, nn.Linear)]
+        square = [x for x in linear if x.weight.shape == 2 * (x.in_features,) and x.weight.is_floating_point()]
+        apply = partial(hooked, turned, *square)
+        yield Alteration(f"with square matrices of {where} transposed", "transposed weights", cause, apply)
     order = torch.arange(layers[0].self_attn.head_dim).view(2, -1).T.flatten()
     for what in ("q and k", *(["the biases of q and k"] if {"q_proj", "k_proj"} <= biased else [])):
         for way in (order, order.argsort()):
