@@ -199,22 +199,28 @@ def test_the_gradient_of_both_is_that_of_the_image_and_that_of_the_text(run_of_b
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_the_loss_of_both_is_as_documented_by_hand(run_of_both):
+@pytest.mark.parametrize("level", ["token", "scale"])
+def test_the_loss_of_both_is_as_documented_by_hand(run_of_both, monkeypatch, level):
+    """A text's tokens count one by one at either level of the ratio, a scale's codes together at the second."""
     run, rollouts = run_of_both, run_of_both._buffer[0]
-    run.args.optimize = "both"
+    monkeypatch.setattr(run.args, "optimize", "both")
+    monkeypatch.setattr(run.args, "importance_sampling_level", level)
     with torch.no_grad():
         logps, _ = rollout_logps(run.model, rollouts, run.prefix, run.schedule, run.args)
         loss = run.compute_loss(run.model, rollouts).item()
     num_tokens, expected = rollouts.text_mask.shape[1], 0.0
     k = [1.0, *[4**-0.9] * 4]
+    end = num_tokens + len(k)
     for row, advantage in enumerate(rollouts.advantages.tolist()):
 
-        def ratio(column, row=row):
-            return math.exp(logps[row, column] - rollouts.old_logps[row, column])
+        def ratio(*columns, row=row):
+            differences = [(logps[row, column] - rollouts.old_logps[row, column]).item() for column in columns]
+            return math.exp(sum(differences) / len(differences))
 
         def policy(column, advantage=advantage, ratio=ratio):
-            clipped = min(max(ratio(column), 0.8), 1.2)
-            return -min(ratio(column) * advantage, clipped * advantage)
+            together = (column,) if level == "token" or column <= num_tokens else tuple(range(num_tokens + 1, end))
+            clipped = min(max(ratio(*together), 0.8), 1.2)
+            return -min(ratio(*together) * advantage, clipped * advantage)
 
         def kl(column, row=row, ratio=ratio):
             difference = (rollouts.ref_logps[row, column] - logps[row, column]).item()
