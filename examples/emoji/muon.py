@@ -1,9 +1,30 @@
 """Muon for the matrices of the transformer's layers, AdamW for everything else, as one optimizer."""
 
+import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
+
+MOMENTUM = 0.95
+COEFFICIENTS = 3.4445, -4.7750, 2.0315  # of five Newton-Schulz steps, which bring singular values near 1
+STEPS = 5
+
+
+def orthogonalized(matrices: torch.Tensor) -> torch.Tensor:
+    """(n, rows, columns) with all singular values brought to about 1, by Newton-Schulz steps in the dtype given.
+
+    `torch.optim.Muon` does the same in bfloat16, which takes a third of a training step on a CPU without AMX.
+    """
+    is_tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if is_tall else matrices
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=1e-7)
+    a, b, c = COEFFICIENTS
+    for _ in range(STEPS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if is_tall else x
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
@@ -25,16 +46,15 @@ class MuonWithAdamW(torch.optim.Optimizer):
             if parameter.requires_grad:
                 group = others if parameter.ndim < 2 else muon if by_muon(name) else matrices
                 group.append(parameter)
-        self._muon = torch.optim.Muon(muon, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
         decayed = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
         self._adamw = torch.optim.AdamW(decayed, lr=lr, weight_decay=weight_decay, betas=betas)
-        super().__init__([*self._muon.param_groups, *self._adamw.param_groups], {})
+        by_shape = {"params": muon, "lr": lr, "weight_decay": weight_decay}
+        super().__init__([by_shape, *self._adamw.param_groups], {})
         self._share()
 
     def _share(self) -> None:
-        """Both see the groups and states of the whole, which the scheduler changes and checkpoints hold."""
-        self._muon.param_groups, self._adamw.param_groups = self.param_groups[:1], self.param_groups[1:]
-        self._muon.state = self._adamw.state = self.state
+        """AdamW sees the groups and states of the whole, which the scheduler changes and checkpoints hold."""
+        self._adamw.param_groups, self._adamw.state = self.param_groups[1:], self.state
 
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)
@@ -42,5 +62,21 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
-        self._muon.step()
+        group, alike = self.param_groups[0], defaultdict(list)
+        for matrix in group["params"]:
+            if matrix.grad is not None:
+                alike[matrix.shape].append(matrix)
+        for shape, matrices in alike.items():
+            updates = orthogonalized(torch.stack([self._momentum(matrix) for matrix in matrices]))
+            for matrix, update in zip(matrices, updates):
+                matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                matrix.add_(update, alpha=-0.2 * math.sqrt(max(shape)) * group["lr"])
         self._adamw.step()
+
+    def _momentum(self, matrix: nn.Parameter) -> torch.Tensor:
+        """Nesterov's, of a matrix's gradients."""
+        state = self.state[matrix]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(matrix)
+        average = state["momentum_buffer"].lerp_(matrix.grad, 1 - MOMENTUM)
+        return matrix.grad.lerp(average, MOMENTUM)
