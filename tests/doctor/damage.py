@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from transformers_nextflow.data.shards import Shard, sha256_of, write_shard
+from transformers_nextflow.data.shards import Shard, decodable_codes, images_of, sequence_spec, sha256_of, write_shard
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,20 @@ def disturb(row: dict) -> None:
     chosen = rng.random(len(codes)) < 0.3
     codes[chosen] = rng.integers(0, codes.max() + 1, chosen.sum())
     row["image_codes"] = codes
+
+
+def repaint(model: nn.Module, packs: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Pictures of the shards are decoded, changed and coded again."""
+    manifest = json.loads((packs / "manifest.json").read_text())
+    spec, vq_model = sequence_spec(manifest["identity"]), model.model.vq_model
+
+    def do(row):
+        for grid, targets, inputs in images_of(row, spec, manifest["variants"]):  # which are parts of the row
+            codes = torch.from_numpy(decodable_codes(targets, inputs))[None]
+            targets[:] = vq_model.encode(change(vq_model.decode(codes, grid))).numpy()
+            inputs[:] = targets[:, : inputs.shape[1]]
+
+    rewrite(packs, do)
 
 
 def exchange_words(rows: list[dict]) -> list[dict]:
@@ -161,7 +175,7 @@ DAMAGE = [
     ),
     Damage(
         "pixel halves of entries in disorder",
-        ("shards of another vision tokenizer",),
+        ("vision tokenizer and shards differ",),
         lambda model, packs: permute(model.model.vq_model.quantizer.pixel_codebook),
     ),
     Damage(
@@ -199,5 +213,17 @@ DAMAGE = [
         ("halves exchanged",),
         lambda model, packs: roll(model.model.code_embeddings.weight.T, 16),
         where="code_embeddings",
+    ),
+    Damage(
+        "pictures upside down",
+        ("pictures upside down",),
+        lambda model, packs: repaint(model, packs, lambda pixels: pixels.flip(-2)),
+        packs=True,
+    ),
+    Damage(
+        "black grounds",
+        ("unfamiliar pictures",),
+        lambda model, packs: repaint(model, packs, lambda pixels: torch.where(pixels > 0.9, -1.0, pixels)),
+        packs=True,
     ),
 ]

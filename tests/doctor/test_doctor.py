@@ -27,11 +27,13 @@ from transformers_nextflow.doctor.alterations import (
     shuffled,
     times,
 )
+from transformers_nextflow.doctor.case import Reading
 from transformers_nextflow.doctor.findings import Check, Finding
+from transformers_nextflow.doctor.losses import confidence, familiar
 from transformers_nextflow.doctor.weights import spectra, values
 from transformers_nextflow.utils import loading
 
-UNTRAINED = "untrained weights"
+UNTRAINED, TEMPLATE = "untrained weights", "another chat template"
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +100,7 @@ def test_without_shards_the_headline_says_what_was_not_checked(tiny_model, tiny_
     model = copy.deepcopy(tiny_model).to(torch.bfloat16)
     diagnosis = examine(model, tiny_processor)
     assert faults(diagnosis, severity="error") == set() and UNTRAINED in faults(diagnosis), to_text(diagnosis)
-    assert "Not checked: files, whose, codes, " in diagnosis.headline
+    assert "Not checked: files, whose, frames, codes, " in diagnosis.headline
     assert "(no shards were given)" in diagnosis.headline
     assert diagnosis.headline in " ".join(to_text(diagnosis).split())
 
@@ -169,7 +171,57 @@ def test_cut_shards_and_those_of_another_tokenizer_are_named(tiny_model, tiny_pr
     other = copy.deepcopy(tiny_model)
     with torch.no_grad():
         other.model.vq_model.pixel_encoder.conv_in.bias += 1
-    alarm(examine(other, tiny_processor, packs=packs), "shards of another vision tokenizer")
+    alarm(examine(other, tiny_processor, packs=packs), "vision tokenizer and shards differ")
+
+
+def test_another_chat_template_is_named(tiny_model, tiny_processor, tiny_checkpoint, tmp_path):
+    other = Path(shutil.copytree(tiny_checkpoint, tmp_path / "other"))
+    template = other / "chat_template.jinja"
+    template.write_text("<|im_start|>system\nBe kind.<|im_end|>\n" + template.read_text())
+    build(tmp_path / "shards", str(other), 20, 256)
+    found = alarm(examine(copy.deepcopy(tiny_model), tiny_processor, packs=tmp_path / "shards" / "packs"), TEMPLATE)
+    assert "do not open with" in found.measured and "Be kind" in found.measured
+
+
+def reading(factor: float, scale: float, text: float) -> Reading:
+    """Codes and tokens drawn from logits: the model's are `factor` times those; codes of the second of two scales and
+    tokens are any in the shares `scale` and `text`."""
+
+    def values(logits, share):
+        drawn = logits.softmax(-1).multinomial(1)[:, 0]
+        return torch.where(torch.rand(len(drawn)) < share, torch.randint(logits.shape[1], drawn.shape), drawn)
+
+    logits, words = 3 * torch.randn(40, 64), 3 * torch.randn(20, 64)
+    scales = torch.arange(40) // 20
+    codes = torch.where(scales == 1, values(logits, scale), values(logits, 0.0))
+    return Reading((factor * logits).log_softmax(-1), codes, scales, words.log_softmax(-1), values(words, text))
+
+
+@pytest.mark.parametrize(
+    "factor, scale, text, faults",
+    [
+        (1, 0, 0, {None}),
+        (2.2, 0, 0, {"logits too large"}),
+        (0.45, 0, 0, {"logits too small"}),
+        (1, 0.4, 0, {"unfamiliar pictures"}),
+        (1, 0, 0.4, {"unfamiliar texts"}),
+        (1, 0.4, 0.4, {"unfamiliar documents"}),
+    ],
+)
+def test_what_costs_more_than_expected_is_named(factor, scale, text, faults):
+    """Of logits at fault, surprise is a consequence, and may be found as well."""
+    torch.manual_seed(0)
+    readings = [reading(factor, scale, text) for _ in range(64)]
+    case = SimpleNamespace(rows=range(16), documents=[{"image_grid_hw": []}] * 64, row_of=lambda documents: None)
+    check = Check("losses", "toy", "")
+    case.read = lambda row, with_text=True: readings[row]
+    found = [confidence(check, case).fault]
+    order = iter(readings)
+    case.read = lambda row, with_text=True: next(order)
+    found.append(familiar(check, case).fault)
+    assert faults <= set(found) <= {*faults, None, "unfamiliar pictures"}
+    assert factor == 1 or found[0] in faults
+    assert factor != 1 or found[0] is None
 
 
 class Sum(nn.Module):

@@ -26,6 +26,8 @@ from .pictures import Picture, default_pictures
 ROWS, DOCUMENTS = 16, 2  # rows that losses are measured on, and documents of shards in each
 LOOKED_THROUGH = 2**12  # documents, for those of a kind
 LEAST_DESCRIBED = 3  # pictures with a text; others are drawn where fewer have one
+CODES = {"image_codes", "image_input_codes"}
+LOOK = "read some documents beside their pictures (`transformers-nextflow data inspect`)"
 TEMPERATURES = 2.0 ** torch.linspace(-1, 1, 5)
 
 
@@ -61,12 +63,13 @@ class Answer:
 @dataclass(frozen=True)
 class Reading:
     """What the model makes of a row: (N, V) float32 log probabilities over codes at its supervised codes, (N,) which
-    these are, their scales, 0-based, and what every supervised text token costs, among text rows."""
+    these are, their scales, 0-based; the same of text: (T, words) log probabilities, (T,) tokens."""
 
     log_probs: torch.Tensor
     codes: torch.Tensor
     scales: torch.Tensor
-    text_losses: torch.Tensor
+    text_log_probs: torch.Tensor
+    tokens: torch.Tensor
 
 
 class Case:
@@ -198,15 +201,14 @@ class Case:
         layout, codes = self.model.model.lay_out(**row)
         inputs = {name: values for name, values in row.items() if name != "shift_labels"}
         hidden_ND = self.model.model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)[layout.supervised]
-        is_code, text_losses = layout.target_codes >= 0, hidden_ND.new_empty(0)
-        if with_text and not is_code.all():
-            logits = self.model.lm_head(hidden_ND[~is_code]).float()
-            text_losses = F.cross_entropy(logits, layout.targets[~is_code], reduction="none")
+        is_code = layout.target_codes >= 0
+        is_text = ~is_code & with_text
         return Reading(
             self.model.code_head(hidden_ND[is_code]).float().log_softmax(-1),
             codes[layout.target_codes[is_code]],
             layout.scale_ids.flatten()[layout.supervised[is_code]] - 1,
-            text_losses,
+            self.model.lm_head(hidden_ND[is_text]).float().log_softmax(-1),
+            layout.targets[is_text],
         )
 
     def losses(self, rows: Sequence[dict[str, torch.Tensor]]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Checks of the transformer on shards, which it should know: pictures, texts, and one after the other."""
+"""Checks of what documents of shards hold: frames of chats, ends of texts, pictures and what asks for them."""
 
 import math
 
@@ -6,62 +6,34 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .case import ROWS, Case
+from ..data.shards import sequence_spec
+from ..processing_nextflow import user_message
+from .case import CODES, LOOK, ROWS, Case
 from .findings import ENOUGH, SIGNIFICANT, Check, Finding, z_score
-from .losses import cost, likeliest
-from .weights import COMPARE
 
-CODES = {"image_codes", "image_input_codes"}
 ALLOWED = 0.2  # share of documents that may be otherwise
 
 
-def confidence(check: Check, case: Case) -> Finding:
-    """Codes are not likelier with half or twice the logits."""
-    others = {
-        ("logits too large", "half the logits"): lambda r: cost(r, r.codes, 2),
-        ("logits too small", "twice the logits"): lambda r: cost(r, r.codes, 0.5),
-    }
-    return likeliest(check, [case.read(row, with_text=False) for row in case.rows], others)
-
-
-def scales(check: Check, case: Case) -> Finding:
-    """Codes of every scale, and texts, cost less than codes and words drawn by their frequency in other rows
-    (unigram) would."""
-    readings = [case.read(row) for row in case.rows]
-    size, most = case.config.vq_config.codebook_size, 1 + max(int(each.scales.max()) for each in readings)
-    names = [*(f"scale {scale + 1}" for scale in range(most))]
-    loss, unigram = {}, {}
-    for scale, name in enumerate(names):
-        codes = [reading.codes[reading.scales == scale].cpu() for reading in readings]
-        costs = [F.nll_loss(r.log_probs[r.scales == scale], r.codes[r.scales == scale]) for r in readings]
-        loss[name], unigram[name] = torch.stack(costs).cpu(), _unigram(codes, size)
-    layouts = [case.model.model.lay_out(**row)[0] for row in case.rows]
-    texts = [layout.targets[layout.target_codes < 0].cpu() for layout in layouts]
-    if sum(len(each) > 0 for each in texts) >= ENOUGH:
-        loss["text"] = torch.stack([reading.text_losses.mean().cpu() for reading in readings])
-        unigram["text"] = _unigram(texts, case.config.text_vocab_size)
-    means = {name: (float(values.nanmean()), float(unigram[name].nanmean())) for name, values in loss.items()}
-    case.curves["loss of each scale, nats a code"] = {
-        "loss": [means[name][0] for name in names],
-        "unigram": [means[name][1] for name in names],
-    }
-    measured = ", ".join(f"{name} {a:.2f} ({b:.2f})" for name, (a, b) in means.items())
-    measured = f"loss (unigram) over {len(readings)} rows: {measured}"
-    scores = {name: z_score((loss[name] - unigram[name])[~loss[name].isnan()]) for name in loss}
-    above = [name for name, score in scores.items() if score > SIGNIFICANT]
-    if not above:
-        return check.passed(measured, losses=means)
-    measured = f"{measured}; above it: {', '.join(above)}"
-    cause = "not trained, trained on other codes or texts, or inputs are not those of the training"
-    return check.warned(measured, "worse than the unigram", cause, COMPARE, losses=means)
-
-
-def _unigram(rows: list[torch.Tensor], size: int) -> torch.Tensor:
-    """(R,) mean cost of each row's values by their frequency in the others."""
-    counts = torch.stack([row.bincount(minlength=size).float() for row in rows])
-    rest = counts.sum(0) - counts
-    log_probs = ((rest + 0.5) / (rest.sum(1, keepdim=True) + 0.5 * size)).log()
-    return -(counts * log_probs).sum(1) / counts.sum(1)  # not a number for rows without
+def frames(check: Check, case: Case) -> Finding:
+    """Chats of the shards open, and turn to the answer, as a prompt of the processor does."""
+    tokenizer, special = case.processor.tokenizer, sequence_spec(case.shards[1]["identity"]).special
+    control = {*tokenizer.added_tokens_decoder} - {special.boi, special.eoi, special.image, special.eos, special.pad}
+    chats = [ids for document in case.documents if control & set(ids := document["input_ids"].tolist())]
+    if len(chats) < ENOUGH:
+        return check.unchecked(f"{len(chats)} documents are chats")
+    prompts = [case.processor.apply_chat_template([user_message(text)])["input_ids"][0].tolist() for text in "xy"]
+    same = [a == b for a, b in zip(*prompts)]
+    head, tail = prompts[0][: same.index(False)], prompts[0][len(same) - same[::-1].index(False) :]
+    for name, frame in (("open", head), ("turn to the answer", tail)):
+        starts = [range(len(ids) if frame is tail else 1) for ids in chats]
+        others = [ids for ids, at in zip(chats, starts) if not any(ids[n : n + len(frame)] == frame for n in at)]
+        if len(others) > ALLOWED * len(chats):
+            measured = f"{len(others)} of {len(chats)} chats do not {name} with {tokenizer.decode(frame)!r}, as "
+            measured += repr(tokenizer.decode(others[0][:24]))
+            cause = "shards were made with another chat template, or a system message that prompts have not"
+            step = "extract the shards with this processor, or save the one that made them with the model"
+            return check.warned(measured, "another chat template", cause, step)
+    return check.passed(f"{len(chats)} chats, with {tokenizer.decode(head)!r} and {tokenizer.decode(tail)!r}")
 
 
 def ends(check: Check, case: Case) -> Finding:
@@ -74,10 +46,10 @@ def ends(check: Check, case: Case) -> Finding:
         is_end = np.append(False, flags[:-1] & (ids[:-1] != end)) & (ids == end)
         ended, unsupervised = ended + int(is_end.sum()), unsupervised + int((is_end & ~flags).sum())
         if (is_end & flags).any() and len(costs) < 2 * ROWS:
-            row = case.row_of([document])
-            layout, losses = case.model.model.lay_out(**row)[0], case.read(row).text_losses
-            tokens += len(losses)
-            costs.append(losses[layout.targets[layout.target_codes < 0] == end].mean().cpu())
+            reading = case.read(case.row_of([document]))
+            tokens += len(reading.tokens)
+            at_end = reading.tokens == end
+            costs.append(F.nll_loss(reading.text_log_probs[at_end], reading.tokens[at_end]).cpu())
     measured = f"{unsupervised} of {ended} are not supervised"
     if unsupervised > ALLOWED * ended:
         cause = "a model learns what to say and never that an answer ends: padding was masked, and the end with it"
@@ -89,7 +61,7 @@ def ends(check: Check, case: Case) -> Finding:
     if z_score(own - usual) < SIGNIFICANT:
         return check.passed(measured)
     cause = "texts end where those of training went on: they were cut, or are of another form"
-    return check.warned(measured, "texts cut short", cause, "read some of them (`transformers-nextflow data inspect`)")
+    return check.warned(measured, "texts cut short", cause, LOOK)
 
 
 def conditions(check: Check, case: Case) -> Finding:
@@ -137,11 +109,11 @@ def worth(check: Check, case: Case) -> Finding:
     if score > SIGNIFICANT / 2:  # some texts say little of the picture
         return check.passed(measured, gain=gain)
     cause = "the texts are not these pictures', their ids are others than in training, or the model did not learn them"
-    step = "read some texts beside their pictures (`transformers-nextflow data inspect`)"
-    return check.warned(measured, "prompt ignored", cause, step, gain=gain)
+    return check.warned(measured, "prompt ignored", cause, LOOK, gain=gain)
 
 
 def _rise(case: Case, *rows: dict[str, torch.Tensor]) -> float:
     """By how many nats a code the second of two rows costs more than the first."""
-    own, changed = (cost(reading, reading.codes) for reading in (case.read(row, with_text=False) for row in rows))
-    return float(changed - own)
+    readings = [case.read(row, with_text=False) for row in rows]
+    own, changed = (float(F.nll_loss(reading.log_probs, reading.codes)) for reading in readings)
+    return changed - own

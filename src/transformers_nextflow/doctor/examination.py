@@ -12,20 +12,20 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from . import documents, losses, prompts, sampling, shards, tokenizer, weights
+from . import documents, losses, prompts, sampling, shards, tokenizer, transformer, weights
 from .case import Case
 from .findings import UNCHECKED, Check, Finding
 from .pictures import Picture, default_pictures
 
 CHECKS = (
-    *(weights.finite, tokenizer.pixels, shards.files, shards.whose, prompts.prompts),
+    *(weights.finite, tokenizer.pixels, shards.files, shards.whose, prompts.prompts, documents.frames),
     *(sampling.forced, sampling.guidance),
     *(tokenizer.reconstruction, tokenizer.parts, tokenizer.codes, tokenizer.semantics),
     *(shards.codes, shards.correction, weights.values, weights.copies, weights.spectra, weights.code_rows),
-    *(losses.targets, losses.parts, documents.confidence, documents.scales),
+    *(transformer.parts, losses.confidence, losses.familiar, losses.scales),
     *(documents.ends, documents.conditions, documents.worth, sampling.draws),
 )
-ON_SHARDS = ("shards", "documents")
+ON_SHARDS = ("shards", "documents", "losses")
 PARTS = {"losses": "transformer", "prompts": "transformer", "documents": "transformer"}
 
 

@@ -1,136 +1,123 @@
-"""Checks of the transformer by its losses, on rows of shards, which it should know, or on described pictures."""
+"""Checks of what documents of shards cost: by scale, against what the model expects, and against the unigram."""
 
-from collections.abc import Callable, Iterator
-from functools import partial
-from itertools import combinations
+from collections import defaultdict
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from .alterations import Alteration, exchanged, hooked, judge, levelled, reordered, setting, times
-from .case import Case, Reading
-from .findings import MATERIAL, SIGNIFICANT, Check, Finding, z_score
+from .case import CODES, LOOK, Case
+from .findings import ENOUGH, MATERIAL, SIGNIFICANT, Check, Finding, z_score
+from .tokenizer import turned
 from .weights import COMPARE
 
-MOST_LAYERS = 8  # every two of which are exchanged
+FAMILIAR = 64  # documents that are read
+SURPRISING = 0.5  # nats above what the model expects: those of names that it never saw cost 1 more, at some scales
 
 
-def targets(check: Check, case: Case) -> Finding:
-    """No codes next to the stored ones in number or place are likelier."""
-    size, readings = case.config.vq_config.codebook_size, [case.read(row, with_text=False) for row in case.rows]
-    others = {}
-    for n in (-2, -1, 1, 2):
-        others["wrong code offset", f"codes {n:+d}"] = lambda r, n=n: cost(r, (r.codes + n) % size)
-        others["shifted targets", f"places {n:+d}"] = lambda r, n=n: cost(r, r.codes.roll(-n))
-    return likeliest(check, readings, others)
+def confidence(check: Check, case: Case) -> Finding:
+    """Codes are not likelier with half or twice the logits, at every scale."""
+    readings, means = [case.read(row, with_text=False) for row in case.rows], {}
+    for name, temperature in (("as they are", 1.0), ("half", 2.0), ("twice", 0.5)):
+        costs = [F.cross_entropy(r.log_probs / temperature, r.codes, reduction="none") for r in readings]
+        scales = torch.cat([reading.scales for reading in readings])
+        means[name] = torch.stack([torch.cat(costs)[scales == scale].mean() for scale in scales.unique()])
+    own = means.pop("as they are")
+    measured = f"{float(own.mean()):.2f} nats a code, the mean of scales; "
+    measured += ", ".join(f"{float(values.mean()):.2f} with {name} the logits" for name, values in means.items())
+    better = [name for name, values in means.items() if bool((values < own * (1 - MATERIAL)).all())]
+    if not better:
+        return check.passed(measured)
+    cause = f"{better[0]} the logits suits every scale better: the head or the norm before it was scaled"
+    return check.warned(measured, f"logits too {'large' if better == ['half'] else 'small'}", cause, COMPARE)
 
 
-def likeliest(check: Check, readings: list[Reading], others: dict) -> Finding:
-    """Whether one of others, by fault and words, is likelier than what rows hold."""
-    costs = {key: torch.stack([way(reading) for reading in readings]) for key, way in others.items()}
-    own = torch.stack([cost(reading, reading.codes) for reading in readings])
-    fault, what = best = min(costs, key=lambda key: float(costs[key].mean()))
-    gain, mean = own - costs[best], float(own.mean())
-    measured = f"{mean:.2f} nats a code, {float(costs[best].mean()):.2f} with {what}"
-    if z_score(gain) > SIGNIFICANT and float(gain.mean()) > MATERIAL * mean:
-        cause = f"the model finds {what} likelier: codes, places or weights are others than in training"
-        return check.warned(measured, fault, cause, COMPARE)
-    return check.passed(measured)
+def scales(check: Check, case: Case) -> Finding:
+    """Codes of every scale, and texts, cost less than codes and words drawn by their frequency in other rows
+    (unigram) would."""
+    readings = [case.read(row) for row in case.rows]
+    size, most = case.config.vq_config.codebook_size, 1 + max(int(each.scales.max()) for each in readings)
+    names = [*(f"scale {scale + 1}" for scale in range(most))]
+    loss, unigram = {}, {}
+    for scale, name in enumerate(names):
+        codes = [reading.codes[reading.scales == scale].cpu() for reading in readings]
+        costs = [F.nll_loss(r.log_probs[r.scales == scale], r.codes[r.scales == scale]) for r in readings]
+        loss[name], unigram[name] = torch.stack(costs).cpu(), _unigram(codes, size)
+    texts = [reading.tokens.cpu() for reading in readings]
+    if sum(len(each) > 0 for each in texts) >= ENOUGH:
+        loss["text"] = torch.stack([F.nll_loss(each.text_log_probs, each.tokens).cpu() for each in readings])
+        unigram["text"] = _unigram(texts, case.config.text_vocab_size)
+    means = {name: (float(values.nanmean()), float(unigram[name].nanmean())) for name, values in loss.items()}
+    case.curves["loss of each scale, nats a code"] = {
+        "loss": [means[name][0] for name in names],
+        "unigram": [means[name][1] for name in names],
+    }
+    measured = ", ".join(f"{name} {a:.2f} ({b:.2f})" for name, (a, b) in means.items())
+    measured = f"loss (unigram) over {len(readings)} rows: {measured}"
+    scores = {name: z_score((loss[name] - unigram[name])[~loss[name].isnan()]) for name in loss}
+    above = [name for name, score in scores.items() if score > SIGNIFICANT]
+    if not above:
+        return check.passed(measured, losses=means)
+    measured = f"{measured}; above it: {', '.join(above)}"
+    cause = "not trained, trained on other codes or texts, or inputs are not those of the training"
+    return check.warned(measured, "worse than the unigram", cause, COMPARE, losses=means)
 
 
-def cost(reading: Reading, codes: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    return F.cross_entropy(reading.log_probs / temperature, codes).cpu()
+def _unigram(rows: list[torch.Tensor], size: int) -> torch.Tensor:
+    """(R,) mean cost of each row's values by their frequency in the others."""
+    counts = torch.stack([row.bincount(minlength=size).float() for row in rows])
+    rest = counts.sum(0) - counts
+    log_probs = ((rest + 0.5) / (rest.sum(1, keepdim=True) + 0.5 * size)).log()
+    return -(counts * log_probs).sum(1) / counts.sum(1)  # not a number for rows without
 
 
-def other_settings(case: Case) -> Iterator[Alteration]:
-    """Settings of config.json that weights do not show."""
-    rotary = case.model.model.language_model.rotary_emb
-    mode = "residual" if case.config.feature_mode == "accumulated" else "accumulated"
-    listed: list[tuple] = [("feature mode", case.config, "feature_mode", mode)]
-    if case.config.position_scale is not None:
-        listed.append(("position scale", case.config, "position_scale", None))
-    half = len(rotary.inv_freq)
-    for sections in ([1] * half, [half // 4, 3 * half // 8, half - half // 4 - 3 * half // 8]):
-        if sections != list(rotary.mrope_section):
-            listed.append(("rotary sections", rotary, "mrope_section", sections))
-    if rotary.rope_type == "default":
-        places = torch.arange(half, device=rotary.inv_freq.device) / half
-        for factor in (1e-3, 1e-2, 0.1, 10, 100, 1e3):
-            listed.append(("rotary base", rotary, "inv_freq", rotary.inv_freq * factor**-places))
-    for name, owner, attribute, value in listed:
-        cause = f"the weights were trained with another {name} than config.json says"
-        apply = lambda owner=owner, attribute=attribute, value=value: setting(owner, attribute, value)  # noqa: E731
-        yield Alteration(f"with another {name}", f"wrong {name}", cause, apply)
+def familiar(check: Check, case: Case) -> Finding:
+    """Codes of every scale, and texts, cost what the model itself expects (its entropy) or less, as those do that it
+    was trained on."""
+    surprises: dict[str, list[torch.Tensor]] = defaultdict(list)
+    for document in case.documents[:FAMILIAR]:
+        reading = case.read(case.row_of([document]))
+        for scale in reading.scales.unique().tolist():
+            at = reading.scales == scale
+            surprises[f"scale {scale + 1}"].append(_surprise(reading.log_probs[at], reading.codes[at]))
+        if len(reading.tokens):
+            surprises["texts"].append(_surprise(reading.text_log_probs, reading.tokens))
+    values = {name: torch.stack(each) for name, each in sorted(surprises.items())}
+    means = {name: round(float(each.mean()), 3) for name, each in values.items()}
+    measured = ", ".join(f"{name} {mean:+.2f}" for name, mean in means.items())
+    measured = f"nats above the expected: {measured}"
+    strange = [name for name in means if means[name] > SURPRISING and z_score(values[name]) > SIGNIFICANT]
+    if not strange:
+        return check.passed(measured, surprise=means)
+    what = "pictures" if "texts" not in strange else "texts" if len(strange) == 1 else "documents"
+    if what == "pictures" and (way := _likelier(case)):
+        cause = f"the model finds the pictures likelier {way}: what read or drew them turned them so"
+        return check.warned(measured, f"pictures {way}", cause, LOOK, surprise=means)
+    cause = f"{what} are unlike those of training: they were changed on the way here (pixels, words, or how they are "
+    cause += "coded), are of another set, or held out; or the weights are damaged"
+    return check.warned(measured, f"unfamiliar {what}", cause, LOOK, surprise=means)
 
 
-def parts(check: Check, case: Case) -> Finding:
-    """No part predicts better at half or twice its size, no norm or scale at its mean or another's, no two layers
-    exchanged, not all of them without biases, attention or MLP, no setting of config.json otherwise; and no matrix can
-    have its outputs in another order without loss."""
-    inner = case.model.model
-    names = ("connector", "code_embeddings", "scale_embedding", "scale_embedding.index", "scale_embedding.length")
-    resizable = {name: inner.get_submodule(name) for name in names}
-    ends = ("o_proj", "down_proj", "input_layernorm", "post_attention_layernorm")
-    named = {f"layers.{name}": module for name, module in inner.language_model.layers.named_modules()}
-    resizable |= {name: module for name, module in named.items() if name.endswith(ends)}
-    movable = {name: module for name, module in named.items() if isinstance(module, nn.Linear)}
-    level = {"scale_embedding.index": inner.scale_embedding.index, "norm": inner.language_model.norm}
-    level |= {name: module for name, module in named.items() if name.endswith("layernorm")}
-    whole = [*other_settings(case), *_of_all_layers(case), *(levelled(*each) for each in level.items())]
-    whole += reordered("scale_embedding.index", inner.scale_embedding.index)
-    halves = inner.config.vq_config.semantic_dim, inner.config.vq_config.pixel_dim
-    whole += [_turned("code_embeddings", inner.code_embeddings, width) for width in dict.fromkeys(halves)]
-    return judge(check, case.losses, case.rows, whole, resizable, movable, case.seed)
+def _likelier(case: Case) -> str | None:
+    """What, done to all pictures, makes drawn ones likelier."""
+    costs: dict[str, list[torch.Tensor]] = defaultdict(list)
+    for document in case.documents[:FAMILIAR]:
+        if len(document["image_grid_hw"]) != 2:
+            continue
+        row, grid = case.row_of([document]), tuple(document["image_grid_hw"].tolist())
+        targets, inputs = row["image_codes"], row.get("image_input_codes", row["image_codes"])
+        pixels = case.vq_model.decode(torch.cat([inputs, targets[len(inputs) :]])[None], grid)
+        for way, seen in {"as they are": pixels, **turned(pixels)}.items():
+            codes = case.vq_model.encode(seen)[0]
+            seen_codes = {name: codes[: len(row[name])] for name in row.keys() & CODES}  # inputs lack the last scale
+            reading = case.read(row | seen_codes, with_text=False)
+            if len(reading.codes):
+                costs[way].append(F.nll_loss(reading.log_probs, reading.codes).cpu())
+    own = costs.pop("as they are", [])
+    gains = {way: torch.stack(own) - torch.stack(values) for way, values in costs.items() if len(values) == len(own)}
+    best = max(gains, key=lambda way: float(gains[way].mean()), default=None)
+    return best if best is not None and z_score(gains[best]) > SIGNIFICANT / 2 else None
 
 
-def _turned(name: str, module: nn.Module, width: int) -> Alteration:
-    apply = partial(hooked, lambda module, inputs, output: output.roll(width, -1), module)
-    cause = f"{name}: semantic and pixel halves are in each other's place"
-    return Alteration(f"with the halves of {name} exchanged", "halves exchanged", cause, apply)
-
-
-def _of_all_layers(case: Case) -> Iterator[Alteration]:
-    """Attention and MLPs of all layers at half their size and left out; biases of a kind left out; queries and keys,
-    and their biases, in the other rotary order; every two layers, of many neighbours, in each other's place."""
-    layers = case.model.model.language_model.layers
-    modules = dict(layers.named_modules())
-    of_kind = lambda *ends: [module for name, module in modules.items() if name.endswith(ends)]  # noqa: E731
-    for what, members in (("attention", of_kind("o_proj")), ("MLPs", of_kind("down_proj"))):
-        for much, factor in (("half the", 0.5), ("no", 0.0)):
-            apply: Callable = partial(times, factor, *members)
-            cause = f"{what} do harm in all layers: weights were split, joined or ordered otherwise than in training"
-            yield Alteration(f"with {much} {what} in all layers", f"damaged {what}", cause, apply)
-    biased = {name.rpartition(".")[2] for name, module in modules.items() if getattr(module, "bias", None) is not None}
-    for kind in sorted(biased):
-        apply = partial(hooked, lambda module, inputs, output: output - module.bias, *of_kind(kind))
-        cause = f"the biases of {kind} do harm: their order is not that of training, or they are another model's"
-        yield Alteration(f"without the biases of {kind}", "wrong biases", cause, apply)
-    inner = case.model.model
-    turned = lambda module, inputs, _: F.linear(inputs[0].to(module.weight), module.weight.T, module.bias)  # noqa: E731
-    cause = "a converter transposed matrices by their shapes, and so no square ones, or all of them"
-    for where, found in (("the layers", [layers]), ("all parts", [layers, inner.connector, inner.scale_embedding])):
-        linear = [each for part in found for each in part.modules() if isinstance(each, nn.Linear)]
-        square = [x for x in linear if x.weight.shape == 2 * (x.in_features,) and x.weight.is_floating_point()]
-        apply = partial(hooked, turned, *square)
-        yield Alteration(f"with square matrices of {where} transposed", "transposed weights", cause, apply)
-    order = torch.arange(layers[0].self_attn.head_dim).view(2, -1).T.flatten()
-    for what in ("q and k", *(["the biases of q and k"] if {"q_proj", "k_proj"} <= biased else [])):
-        for way in (order, order.argsort()):
-            rotated = partial(_rotated, order=way, biases="biases" in what)
-            cause = f"{what} are in the other rotary order: conversion took halves for neighbours, or did not"
-            apply = partial(hooked, rotated, *of_kind("q_proj", "k_proj"))
-            yield Alteration(f"with {what} in the other rotary order", "wrong rotary order", cause, apply)
-    numbers = range(len(layers))
-    for a, b in combinations(numbers, 2) if len(layers) <= MOST_LAYERS else zip(numbers, numbers[1:]):
-        cause = f"layers {a} and {b} are in each other's place"
-        yield Alteration(
-            f"with layers {a} and {b} exchanged", "layers exchanged", cause, partial(exchanged, layers, a, b)
-        )
-
-
-def _rotated(module: nn.Module, inputs: tuple, output: torch.Tensor, order: torch.Tensor, biases: bool):
-    """Each head's features, or the biases' alone, in an order."""
-    if biases:
-        return output + module.bias.view(-1, len(order))[:, order].flatten() - module.bias
-    return output.unflatten(-1, (-1, len(order)))[..., order].flatten(-2)
+def _surprise(log_probs: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """What (N,) values cost above the model's entropy, in nats."""
+    return (F.nll_loss(log_probs, values) - torch.special.entr(log_probs.exp()).sum(-1).mean()).cpu()

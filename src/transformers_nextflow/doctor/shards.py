@@ -32,9 +32,12 @@ def whose(check: Check, case: Case) -> Finding:
         check_identity(case.shards[1], identity_of(case.config, case.processor, case.vq_model))
     except ValueError as error:
         is_drift = "another vision tokenizer" in str(error)
-        fault = "shards of another vision tokenizer" if is_drift else "shards of another model"
-        cause = "they were made by another one, with other settings, or before the tokenizer was trained on or damaged"
-        step = "extract the shards anew with this checkpoint, or train with the tokenizer that made them"
+        fault = "vision tokenizer and shards differ" if is_drift else "shards of another model"
+        cause = (
+            "either the shards were made by another one, or with other settings, or the tokenizer was trained on or "
+        )
+        cause += "damaged since"
+        step = "compare the tokenizer with the one that made them, before anything is extracted anew"
         return check.failed(str(error), fault, cause, step)
     return check.passed("shards and model agree in all of them")
 

@@ -47,16 +47,7 @@ def reconstruction(check: Check, case: Case) -> Finding:
         decoded = case.vq_model.decode(group.codes, group.schedule.final_grid)
         own.append(_psnr(decoded, pixels))
         gains.append(own[-1] - _psnr(_plain(pixels), pixels))
-        ways = {
-            "mirrored": pixels.flip(-1),
-            "upside down": pixels.flip(-2),
-            "with colours exchanged": pixels.flip(1),
-            "in negative": -pixels,
-            "of half the contrast": pixels / 2,
-        }
-        if pixels.shape[-1] == pixels.shape[-2]:
-            ways["transposed"] = pixels.transpose(-1, -2)
-        for name, way in ways.items():
+        for name, way in {**turned(pixels), "of half the contrast": pixels / 2}.items():
             others[name].append(_psnr(decoded, way) - torch.maximum(own[-1], _psnr(_plain(way), way)))
         scales = range(1, len(group.schedule) + 1)
         prefixes = [case.vq_model.decode_prefix(group.codes, group.schedule.final_grid, scale) for scale in scales]
@@ -79,6 +70,15 @@ def reconstruction(check: Check, case: Case) -> Finding:
         cause = "encoder, table and decoder do not belong together, are damaged, or not trained"
         return check.warned(measured, DAMAGED, cause, step, psnr=value, scales=means)
     return check.passed(measured, psnr=value, scales=means)
+
+
+def turned(pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """(B, 3, H, W) pixels in ways that code may take them by mistake; each undoes itself."""
+    ways = {"mirrored": pixels.flip(-1), "upside down": pixels.flip(-2), "with colours exchanged": pixels.flip(1)}
+    ways["in negative"] = -pixels
+    if pixels.shape[-1] == pixels.shape[-2]:
+        ways["transposed"] = pixels.transpose(-1, -2)
+    return ways
 
 
 def _plain(pixels: torch.Tensor) -> torch.Tensor:
