@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+from transformers.activations import ACT2FN
 
 from transformers_nextflow.data.shards import Shard, decodable_codes, images_of, sequence_spec, sha256_of, write_shard
 
@@ -125,6 +126,12 @@ def transpose(weight):
         weight.copy_(weight.T.clone())
 
 
+def activate(model, name):
+    for layer in layers(model):
+        layer.mlp.act_fn = ACT2FN[name]
+    model.config.text_config.hidden_act = name
+
+
 def reorder_biases(model):
     for layer in layers(model):
         for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
@@ -156,6 +163,7 @@ DAMAGE = [
         ("wrong rotary base",),
         lambda model, packs: model.model.language_model.rotary_emb.inv_freq.pow_(1.5),
     ),
+    Damage("another activation", ("wrong activation",), lambda model, packs: activate(model, "gelu"), where="silu"),
     Damage(
         "rows of the code head in disorder",
         ("code head without order",),

@@ -7,6 +7,7 @@ from itertools import combinations
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.activations import ACT2FN
 
 from .alterations import Alteration, exchanged, hooked, judge, levelled, reordered, setting, times
 from .case import Case
@@ -30,6 +31,12 @@ def other_settings(case: Case) -> Iterator[Alteration]:
         places = torch.arange(half, device=rotary.inv_freq.device) / half
         for factor in (1e-3, 1e-2, 0.1, 10, 100, 1e3):
             listed.append(("rotary base", rotary, "inv_freq", rotary.inv_freq * factor**-places))
+    activations = [layer.mlp.act_fn for layer in case.model.model.language_model.layers]
+    for other in ("silu", "gelu", "relu"):
+        if other != case.config.text_config.hidden_act:
+            change = lambda module, inputs, _, other=other: ACT2FN[other](inputs[0])  # noqa: E731
+            cause = "the weights were trained with another hidden_act than config.json says"
+            yield Alteration(f"with {other}", "wrong activation", cause, partial(hooked, change, *activations))
     for name, owner, attribute, value in listed:
         cause = f"the weights were trained with another {name} than config.json says"
         apply = lambda owner=owner, attribute=attribute, value=value: setting(owner, attribute, value)  # noqa: E731
