@@ -27,13 +27,14 @@ from transformers_nextflow.doctor.alterations import (
     shuffled,
     times,
 )
-from transformers_nextflow.doctor.case import Reading
+from transformers_nextflow.doctor.case import Case, Reading
+from transformers_nextflow.doctor.documents import frames
 from transformers_nextflow.doctor.findings import Check, Finding
 from transformers_nextflow.doctor.losses import confidence, familiar
 from transformers_nextflow.doctor.weights import spectra, values
 from transformers_nextflow.utils import loading
 
-UNTRAINED, TEMPLATE = "untrained weights", "another chat template"
+UNTRAINED = "untrained weights"
 
 
 @pytest.fixture(scope="module")
@@ -174,13 +175,21 @@ def test_cut_shards_and_those_of_another_tokenizer_are_named(tiny_model, tiny_pr
     alarm(examine(other, tiny_processor, packs=packs), "vision tokenizer and shards differ")
 
 
-def test_another_chat_template_is_named(tiny_model, tiny_processor, tiny_checkpoint, tmp_path):
-    other = Path(shutil.copytree(tiny_checkpoint, tmp_path / "other"))
-    template = other / "chat_template.jinja"
-    template.write_text("<|im_start|>system\nBe kind.<|im_end|>\n" + template.read_text())
-    build(tmp_path / "shards", str(other), 20, 256)
-    found = alarm(examine(copy.deepcopy(tiny_model), tiny_processor, packs=tmp_path / "shards" / "packs"), TEMPLATE)
-    assert "do not open with" in found.measured and "Be kind" in found.measured
+@pytest.mark.parametrize(
+    "change, shown",
+    [
+        (lambda template: "<|im_start|>system\nBe kind.<|im_end|>\n" + template, "do not open with"),
+        (lambda template: template.replace("assistant\\n", "model\\n"), "do not turn to the answer with"),
+        (lambda template: template, None),
+    ],
+)
+def test_another_chat_template_is_named(change, shown, tiny_model, tiny_processor, packs):
+    """Than that of the shards, in the processor."""
+    other = copy.deepcopy(tiny_processor)
+    other.chat_template = change(other.chat_template)
+    assert (other.chat_template != tiny_processor.chat_template) is (shown is not None)
+    found = frames(Check("frames", "toy", ""), Case(tiny_model, other, [], packs))
+    assert found.fault == (shown and "another chat template") and (not shown or shown in found.measured)
 
 
 def reading(factor: float, scale: float, text: float) -> Reading:
