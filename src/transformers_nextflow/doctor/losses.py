@@ -16,15 +16,21 @@ SURPRISING = 0.5  # nats above what the model expects: those of names that it ne
 
 def confidence(check: Check, case: Case) -> Finding:
     """Codes are not likelier with half or twice the logits, at every scale."""
-    readings, means = [case.read(row, with_text=False) for row in case.rows], {}
-    for name, temperature in (("as they are", 1.0), ("half", 2.0), ("twice", 0.5)):
-        costs = [F.cross_entropy(r.log_probs / temperature, r.codes, reduction="none") for r in readings]
-        scales = torch.cat([reading.scales for reading in readings])
-        means[name] = torch.stack([torch.cat(costs)[scales == scale].mean() for scale in scales.unique()])
-    own = means.pop("as they are")
-    measured = f"{float(own.mean()):.2f} nats a code, the mean of scales; "
-    measured += ", ".join(f"{float(values.mean()):.2f} with {name} the logits" for name, values in means.items())
-    better = [name for name, values in means.items() if bool((values < own * (1 - MATERIAL)).all())]
+    factors, costs, scales = {"half": 0.5, "twice": 2.0}, defaultdict(list), []
+    for row in case.rows:
+        reading = case.read(row, with_text=False)
+        scales.append(reading.scales)
+        for name, factor in {"as they are": 1.0, **factors}.items():
+            costs[name].append(F.cross_entropy(reading.log_probs * factor, reading.codes, reduction="none"))
+    of_scale = torch.cat(scales)
+    means = {
+        name: torch.stack([torch.cat(values)[of_scale == scale].mean() for scale in of_scale.unique()])
+        for name, values in costs.items()
+    }
+    own = means["as they are"]
+    measured = ", ".join(f"{float(values.mean()):.2f} {name}" for name, values in means.items())
+    measured = f"nats a code, the mean of scales, with the logits {measured}"
+    better = [name for name in factors if bool((means[name] < own * (1 - MATERIAL)).all())]
     if not better:
         return check.passed(measured)
     cause = f"{better[0]} the logits suits every scale better: the head or the norm before it was scaled"
@@ -34,25 +40,26 @@ def confidence(check: Check, case: Case) -> Finding:
 def scales(check: Check, case: Case) -> Finding:
     """Codes of every scale, and texts, cost less than codes and words drawn by their frequency in other rows
     (unigram) would."""
-    readings = [case.read(row) for row in case.rows]
-    size, most = case.config.vq_config.codebook_size, 1 + max(int(each.scales.max()) for each in readings)
-    names = [*(f"scale {scale + 1}" for scale in range(most))]
+    size, values, costs = case.config.vq_config.codebook_size, defaultdict(list), defaultdict(list)
+    for row in case.rows:
+        reading = case.read(row)
+        of_codes = F.nll_loss(reading.log_probs, reading.codes, reduction="none")
+        for scale in range(max(map(len, case.vq_model.schedules))):
+            at = reading.scales == scale
+            values[f"scale {scale + 1}"].append(reading.codes[at].cpu())
+            costs[f"scale {scale + 1}"].append(of_codes[at].mean().cpu())  # not a number where a row has none
+        values["text"].append(reading.tokens.cpu())
+        costs["text"].append(F.nll_loss(reading.text_log_probs, reading.tokens).cpu())
     loss, unigram = {}, {}
-    for scale, name in enumerate(names):
-        codes = [reading.codes[reading.scales == scale].cpu() for reading in readings]
-        costs = [F.nll_loss(r.log_probs[r.scales == scale], r.codes[r.scales == scale]) for r in readings]
-        loss[name], unigram[name] = torch.stack(costs).cpu(), _unigram(codes, size)
-    texts = [reading.tokens.cpu() for reading in readings]
-    if sum(len(each) > 0 for each in texts) >= ENOUGH:
-        loss["text"] = torch.stack([F.nll_loss(each.text_log_probs, each.tokens).cpu() for each in readings])
-        unigram["text"] = _unigram(texts, case.config.text_vocab_size)
-    means = {name: (float(values.nanmean()), float(unigram[name].nanmean())) for name, values in loss.items()}
-    case.curves["loss of each scale, nats a code"] = {
-        "loss": [means[name][0] for name in names],
-        "unigram": [means[name][1] for name in names],
-    }
+    for name, rows in values.items():
+        if sum(len(each) > 0 for each in rows) >= (ENOUGH if name == "text" else 1):
+            unigram[name] = _unigram(rows, case.config.text_vocab_size if name == "text" else size)
+            loss[name] = torch.stack(costs[name])
+    means = {name: (float(each.nanmean()), float(unigram[name].nanmean())) for name, each in loss.items()}
+    curves = zip(("loss", "unigram"), zip(*(pair for name, pair in means.items() if name != "text")))
+    case.curves["loss of each scale, nats a code"] = {name: list(curve) for name, curve in curves}
     measured = ", ".join(f"{name} {a:.2f} ({b:.2f})" for name, (a, b) in means.items())
-    measured = f"loss (unigram) over {len(readings)} rows: {measured}"
+    measured = f"loss (unigram) over {len(case.rows)} rows: {measured}"
     scores = {name: z_score((loss[name] - unigram[name])[~loss[name].isnan()]) for name in loss}
     above = [name for name, score in scores.items() if score > SIGNIFICANT]
     if not above:
