@@ -7,15 +7,18 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import pytest
 import torch
 from damage import DAMAGE, damaged, layers, permute, rewrite
-from own_pictures import build
+from own_pictures import build, png
 from PIL import Image
+from tokenizers import Tokenizer
 from torch import nn
 from transformers import TrainerState, TrainingArguments
 
 from transformers_nextflow import cli
+from transformers_nextflow.data import ExtractionSettings, Source, extract
 from transformers_nextflow.doctor import DoctorCallback, examine, read_pictures, to_html, to_text
 from transformers_nextflow.doctor.alterations import (
     exchanged,
@@ -28,9 +31,12 @@ from transformers_nextflow.doctor.alterations import (
     times,
 )
 from transformers_nextflow.doctor.case import Case, Reading
-from transformers_nextflow.doctor.documents import frames
+from transformers_nextflow.doctor.documents import frames, varied
 from transformers_nextflow.doctor.findings import Check, Finding
 from transformers_nextflow.doctor.losses import confidence, familiar
+from transformers_nextflow.doctor.pictures import default_pictures
+from transformers_nextflow.doctor.prompts import prompts
+from transformers_nextflow.doctor.sampling import draws
 from transformers_nextflow.doctor.weights import spectra, values
 from transformers_nextflow.utils import loading
 
@@ -128,6 +134,19 @@ def rolled(model):
     model.model.code_embeddings.weight.copy_(model.model.code_embeddings.weight.roll(1, 0))
 
 
+def restarted(model):
+    """Two of three entries, after the model had learned them."""
+    codebook = model.model.vq_model.quantizer.pixel_codebook
+    codebook[::3], codebook[1::3] = torch.randn_like(codebook[::3]), torch.randn_like(codebook[1::3])
+    model.model.vq_model.quantizer.semantic_codebook[::3].normal_()
+    model.model.vq_model.quantizer.semantic_codebook[1::3].normal_()
+
+
+def alike(model):
+    rows = model.get_input_embeddings().weight
+    rows[:6] = rows.mean(dim=0)
+
+
 @pytest.mark.parametrize(
     "do, fault",
     [
@@ -135,6 +154,8 @@ def rolled(model):
         (copied, "copied weights"),
         (lambda model: permute(model.model.code_embeddings.weight), "code embeddings without order"),
         (rolled, "wrong code offset"),
+        (restarted, "code embeddings without order in part"),
+        (alike, "control tokens reset"),
         (lambda model: setattr(model.config, "condition_last_scale", False), "wrong condition_last_scale"),
         (lambda model: setattr(model.generation_config, "eos_token_id", [150_000]), "wrong end of text"),
     ],
@@ -190,6 +211,51 @@ def test_another_chat_template_is_named(change, shown, tiny_model, tiny_processo
     assert (other.chat_template != tiny_processor.chat_template) is (shown is not None)
     found = frames(Check("frames", "toy", ""), Case(tiny_model, other, [], packs))
     assert found.fault == (shown and "another chat template") and (not shown or shown in found.measured)
+
+
+def test_texts_that_are_cut_at_random_are_named(tiny_model, tiny_processor):
+    other = copy.deepcopy(tiny_processor)
+    backend = json.loads(other.tokenizer.backend_tokenizer.to_str())
+    backend["model"]["dropout"] = 0.5
+    other.tokenizer._tokenizer = Tokenizer.from_str(json.dumps(backend))
+    case = Case(tiny_model, other, default_pictures(tiny_model.model.schedules, 0))
+    assert prompts(Check("prompts", "toy", ""), case).fault == "text tokenizer at random"
+
+
+@torch.no_grad()
+def test_drawings_away_from_the_prompt_are_named(trained, monkeypatch):
+    """Guidance of 0 draws as the null prompt does."""
+    model, processor = trained
+    case = Case(model, processor, default_pictures(model.model.schedules, 0))
+    assert draws(Check("draws", "toy", ""), case).fault is None
+    monkeypatch.setitem(model.config.image_generation, "guidance_scale", 0.0)
+    assert draws(Check("draws", "toy", ""), case).fault == "drawn against the prompt"
+
+
+@pytest.mark.parametrize(
+    "question, picture, fault",
+    [
+        ("describe picture {}", "of its own", None),
+        ("describe: a green thing {}", "of its own", "answers given away"),
+        ("describe picture {}", "the same", "one picture many times"),
+    ],
+)
+def test_pictures_and_answers_that_repeat_are_named(question, picture, fault, tiny_model, tiny_checkpoint, tmp_path):
+    pictures = [png(Image.effect_noise((16, 16), 20 + number).convert("RGB")) for number in range(24)]
+    rows = [
+        {
+            "question": question.format(number),
+            "image": pictures[0 if picture == "the same" and number % 2 else number],
+            "text": f"a green thing {number}",
+        }
+        for number in range(24)
+    ]
+    datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "source.parquet"))
+    settings = ExtractionSettings("captioning")
+    extract(Source(str(tmp_path / "source.parquet")), str(tiny_checkpoint), tmp_path / "documents", settings)
+    model, processor = loading.load_model(str(tiny_checkpoint))
+    case = Case(model, processor, [], tmp_path / "documents")
+    assert varied(Check("varied", "toy", ""), case).fault == fault
 
 
 def reading(factor: float, scale: float, text: float) -> Reading:

@@ -1,17 +1,20 @@
 """Checks of what documents of shards hold: frames of chats, ends of texts, pictures and what asks for them."""
 
 import math
+from collections import Counter
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..data.shards import sequence_spec
+from ..data.shards import images_of, sequence_spec
 from ..processing_nextflow import user_message
 from .case import CODES, LOOK, ROWS, Case
 from .findings import ENOUGH, SIGNIFICANT, Check, Finding, z_score
 
 ALLOWED = 0.2  # share of documents that may be otherwise
+LONG = 10  # letters of an answer that is found again by no chance
 
 
 def frames(check: Check, case: Case) -> Finding:
@@ -30,6 +33,10 @@ def frames(check: Check, case: Case) -> Finding:
         if len(others) > ALLOWED * len(chats):
             measured = f"{len(others)} of {len(chats)} chats do not {name} with {tokenizer.decode(frame)!r}, as "
             measured += repr(tokenizer.decode(others[0][:24]))
+            opening = case.processor.apply_chat_template([user_message("x")])["input_ids"][0].tolist()[-len(head) :]
+            if sum(ids[: len(head)] == opening for ids in chats) > ALLOWED * len(chats):
+                cause = "the roles of user and assistant were exchanged, so the model learns to ask"
+                return check.warned(measured, "roles exchanged", cause, "look at the roles in the documents' source")
             cause = "shards were made with another chat template, or a system message that prompts have not"
             step = "extract the shards with this processor, or save the one that made them with the model"
             return check.warned(measured, "another chat template", cause, step)
@@ -88,6 +95,35 @@ def conditions(check: Check, case: Case) -> Finding:
         return check.passed(measured, gain=gain)
     cause = "the pictures that instructions are about and those that they ask for are in each other's place"
     return check.warned(measured, "pictures exchanged", cause, "look at the columns that the documents were made of")
+
+
+def varied(check: Check, case: Case) -> Finding:
+    """No picture is more than a fifth of those that are read, and answers do not stand in what comes before them."""
+    spec, variants = sequence_spec(case.shards[1]["identity"]), case.shards[1]["variants"]
+    show = partial(case.processor.tokenizer.decode, skip_special_tokens=True)
+    counts: Counter[bytes] = Counter()
+    given = answered = 0
+    for document in case.documents:
+        ids, flags = document["input_ids"], document["supervised"].astype(bool)
+        for _, targets, inputs in images_of(document, spec, variants):
+            if len(inputs) == 0:  # self-correction makes several codings of one
+                counts[targets.tobytes()] += 1
+        if flags.any() and not (ids[flags] == spec.special.image).any():
+            answer = show(ids[flags]).strip()
+            if len(answer) >= LONG:
+                answered, given = answered + 1, given + (answer in show(ids[: flags.argmax()]))
+    pictures, (most, *_) = sum(counts.values()), [*(n for _, n in counts.most_common(1)), 0]
+    measured = (
+        f"of {pictures} read pictures {len(counts)} differ, one stands {most} times; {given} of {answered} answers "
+    )
+    measured += "stand in what comes before"
+    if len(counts) >= ENOUGH and most > ALLOWED * pictures:
+        cause = "one picture, as a placeholder or the last of a buffer, stands in the place of many"
+        return check.warned(measured, "one picture many times", cause, LOOK)
+    if answered >= ENOUGH and given > ALLOWED * answered:
+        cause = "the answer is given away, so the model learns to copy it"
+        return check.warned(measured, "answers given away", cause, LOOK)
+    return check.passed(measured)
 
 
 def worth(check: Check, case: Case) -> Finding:

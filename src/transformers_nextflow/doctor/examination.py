@@ -18,7 +18,8 @@ from .findings import UNCHECKED, Check, Finding
 from .pictures import Picture, default_pictures
 
 CHECKS = (
-    *(weights.finite, tokenizer.pixels, shards.files, shards.whose, prompts.prompts, documents.frames),
+    *(weights.finite, tokenizer.pixels, shards.files, shards.whose, prompts.prompts),
+    *(documents.frames, documents.varied),
     *(sampling.forced, sampling.guidance),
     *(tokenizer.reconstruction, tokenizer.parts, tokenizer.codes, tokenizer.semantics),
     *(shards.codes, shards.correction, weights.values, weights.copies, weights.spectra, weights.code_rows),

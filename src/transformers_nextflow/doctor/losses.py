@@ -84,7 +84,7 @@ def familiar(check: Check, case: Case) -> Finding:
     wholes = []
     for document in case.documents[:FAMILIAR]:
         reading = case.read(case.row_of([document]))
-        wholes += [_surprise(reading.log_probs, reading.codes)] if len(reading.codes) else []
+        wholes += [float(_surprise(reading.log_probs, reading.codes))] if len(reading.codes) else []
         for scale in reading.scales.unique().tolist():
             at = reading.scales == scale
             surprises[f"scale {scale + 1}"].append(_surprise(reading.log_probs[at], reading.codes[at]))
@@ -95,10 +95,13 @@ def familiar(check: Check, case: Case) -> Finding:
     measured = ", ".join(f"{name} {mean:+.2f}" for name, mean in means.items())
     measured = f"nats above the expected: {measured}"
     strange = [name for name in means if means[name] > SURPRISING and z_score(values[name]) > SIGNIFICANT]
-    outliers = sum(float(whole) > 2 * SURPRISING for whole in wholes)
-    if not strange and outliers <= FEW * len(wholes):
+    whole = torch.tensor(wholes)
+    outliers, mean = int((whole > 2 * SURPRISING).sum()), float(whole.mean()) if len(whole) else 0.0
+    if mean > SURPRISING / 2 and z_score(whole) > SIGNIFICANT or outliers > FEW * len(whole):
+        strange = strange or ["whole pictures"]
+    if not strange:
         return check.passed(measured, surprise=means)
-    measured += f"; above {2 * SURPRISING:g} over the pictures of {outliers} of {len(wholes)} documents"
+    measured += f"; whole pictures {mean:+.2f}, above {2 * SURPRISING:g} {outliers} of {len(whole)}"
     what = "pictures" if "texts" not in strange else "texts" if len(strange) == 1 else "documents"
     if what == "pictures" and (way := _likelier(case)):
         cause = f"the model finds the pictures likelier {way}: what read or drew them turned them so"

@@ -71,8 +71,8 @@ def guidance(check: Check, case: Case) -> Finding:
 
 def draws(check: Check, case: Case) -> Finding:
     """Plain draws (temperature 1, no guidance) cost what the model expects of them, the entropy; draws with the
-    checkpoint's settings cost no more, at the level that these are for."""
-    cost, expected, by_default, rows = [], [], [], []
+    checkpoint's settings cost no more, at the level that these are for, and no less after the null prompt."""
+    cost, expected, by_default, without, rows = [], [], [], [], []
     schedules = case.vq_model.schedules
     level = case.config.image_generation["level"] or list(schedules.levels)[-1]
     of_level = [each for each in case.answers if schedules.level_of(each.schedule.final_grid) == level]
@@ -86,20 +86,29 @@ def draws(check: Check, case: Case) -> Finding:
         for codes in drawn:
             again = replace(answer, row=answer.row | {"image_codes": codes})
             by_default += _cost(case.code_logits(again).log_softmax(-1)[None], codes[None])
+            null = case.code_logits(again.after(answer.prompt["negative_input_ids"]))
+            without += _cost(null.log_softmax(-1)[None], codes[None])
         if number < SHOWN:
             shown = torch.cat([answer.codes, drawn])
             pixels = case.vq_model.decode(shown, answer.schedule.final_grid)
             rows.append(case.processor.image_processor.postprocess(pixels.cpu()))
     case.images["a described picture as its codes keep it, and two drawn for its text"] = rows
-    cost, expected, by_default = map(torch.tensor, (cost, expected, by_default))
-    score, harm = z_score(cost - expected), z_score(by_default - cost)
+    cost, expected, by_default, without = map(torch.tensor, (cost, expected, by_default, without))
+    score, harm, astray = z_score(cost - expected), z_score(by_default - cost), z_score(by_default - without)
     measured = f"plain draws cost {float(cost.mean()):.2f} nats a code, expected are {float(expected.mean()):.2f}; "
     measured += f"draws with the checkpoint's settings {float(by_default.mean()):.2f} ({len(cost)} pictures)"
+    measured += f", after the null prompt {float(without.mean()):.2f}"
     measured += "" if of_level else f", none of the level {level}, which they are for"
     figures = {"plain": float(cost.mean()), "expected": float(expected.mean()), "default": float(by_default.mean())}
     if abs(score) > SIGNIFICANT:
         cause = "codes are drawn more often from the unlikely or the likely than the logits say"
         return check.failed(measured, "wrong draws", cause, "look at `sampling.sample` and who calls it", **figures)
+    if astray > SIGNIFICANT:
+        cause = (
+            "with the checkpoint's settings pictures are drawn away from their prompt: guidance below 1, or its sign"
+        )
+        step = "look at `guidance_scale` of `image_generation` in config.json"
+        return check.warned(measured, "drawn against the prompt", cause, step, **figures)
     if of_level and harm > SIGNIFICANT:
         cause = "guidance, temperature, top-k and top-p draw codes that the model itself holds unlikely"
         step = "set `image_generation` in config.json back to temperature 1 and guidance 1, then raise guidance slowly"

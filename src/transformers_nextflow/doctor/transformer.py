@@ -1,5 +1,6 @@
 """The check of the transformer's parts, by losses on rows of shards, which it knows, or on described pictures."""
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import combinations
@@ -11,9 +12,10 @@ from transformers.activations import ACT2FN
 
 from .alterations import Alteration, exchanged, hooked, judge, levelled, reordered, setting, times
 from .case import Case
-from .findings import Check, Finding
+from .findings import ENOUGH, Check, Finding
 
 MOST_LAYERS = 8  # every two of which are exchanged
+KNOWS = 0.8  # of the loss of a model that knows nothing
 
 
 def other_settings(case: Case) -> Iterator[Alteration]:
@@ -46,7 +48,7 @@ def other_settings(case: Case) -> Iterator[Alteration]:
 def parts(check: Check, case: Case) -> Finding:
     """No part predicts better at half or twice its size, no norm or scale at its mean or another's, no two layers
     exchanged, not all of them without biases, attention or MLP, no setting of config.json otherwise; and no matrix can
-    have its outputs in another order without loss."""
+    have its outputs in another order without loss, where the model is better than one that knows nothing."""
     inner = case.model.model
     names = ("connector", "code_embeddings", "scale_embedding", "scale_embedding.index", "scale_embedding.length")
     resizable = {name: inner.get_submodule(name) for name in names}
@@ -60,7 +62,10 @@ def parts(check: Check, case: Case) -> Finding:
     whole += reordered("scale_embedding.index", inner.scale_embedding.index)
     halves = inner.config.vq_config.semantic_dim, inner.config.vq_config.pixel_dim
     whole += [_turned("code_embeddings", inner.code_embeddings, width) for width in dict.fromkeys(halves)]
-    return judge(check, case.losses, case.rows, whole, resizable, movable, case.seed)
+    if len(case.rows) < ENOUGH:
+        return check.unchecked(f"{len(case.rows)} rows are too few")
+    knows = float(case.losses(case.rows).mean()) < KNOWS * math.log(inner.config.vq_config.codebook_size)
+    return judge(check, case.losses, case.rows, whole, resizable, movable if knows else {}, case.seed)
 
 
 def _turned(name: str, module: nn.Module, width: int) -> Alteration:
@@ -70,14 +75,23 @@ def _turned(name: str, module: nn.Module, width: int) -> Alteration:
 
 
 def _of_all_layers(case: Case) -> Iterator[Alteration]:
-    """Attention and MLPs of all layers at half their size and left out; biases of a kind left out; queries and keys,
-    and their biases, in the other rotary order; every two layers, of many neighbours, in each other's place."""
+    """Queries and MLPs of all layers at other sizes; attention and MLPs at half their size and left out; biases of a
+    kind left out; queries and keys, and their biases, in the other rotary order; every two layers, of many neighbours,
+    in each other's place."""
     layers = case.model.model.language_model.layers
     modules = dict(layers.named_modules())
     of_kind = lambda *ends: [module for name, module in modules.items() if name.endswith(ends)]  # noqa: E731
+    apply: Callable
+    for kind in ("q_proj", "up_proj"):
+        for factor in (0.125, 0.5, 2.0, 8.0):
+            cause = (
+                f"{kind} of all layers is too {'large' if factor < 1 else 'small'}: a scale was put in, or left out"
+            )
+            apply = partial(times, factor, *of_kind(kind))
+            yield Alteration(f"with {kind} of all layers times {factor:g}", "wrong scale of weights", cause, apply)
     for what, members in (("attention", of_kind("o_proj")), ("MLPs", of_kind("down_proj"))):
         for much, factor in (("half the", 0.5), ("no", 0.0)):
-            apply: Callable = partial(times, factor, *members)
+            apply = partial(times, factor, *members)
             cause = f"{what} do harm in all layers: weights were split, joined or ordered otherwise than in training"
             yield Alteration(f"with {much} {what} in all layers", f"damaged {what}", cause, apply)
     biased = {name.rpartition(".")[2] for name, module in modules.items() if getattr(module, "bias", None) is not None}
