@@ -72,12 +72,13 @@ def build(output: Path, name: str, count: int, length: int) -> dict:
 
 @torch.no_grad()
 def draw(model, processor, contents: list[list[dict]], batch: int = 16) -> list[Image.Image]:
-    """A square picture for every message."""
+    """A square picture for every message, drawn as the model holds pictures likely: without guidance."""
     schedule, pictures = model.model.schedules.by_aspect_ratio("1:1"), []
     for first in range(0, len(contents), batch):
         chats = [[{"role": "user", "content": content}] for content in contents[first : first + batch]]
         inputs = processor.apply_chat_template(chats, generation_mode="image").to(model.device)
-        codes = model.generate(**inputs, generation_mode="image", aspect_ratio="1:1", seed=first)
+        plain = {"temperature": 1.0, "guidance_scale": 1.0, "top_k": 0, "top_p": 1.0}
+        codes = model.generate(**inputs, generation_mode="image", aspect_ratio="1:1", seed=first, **plain)
         pixels = model.decode_image_tokens(codes, schedule.final_grid)
         pictures += processor.post_process_image(pixels)
     return pictures
