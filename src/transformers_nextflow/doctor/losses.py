@@ -11,7 +11,7 @@ from .tokenizer import turned
 from .weights import COMPARE
 
 FAMILIAR, FEW = 96, 0.04  # documents that are read, and the share of them that may be strange
-SURPRISING = 0.5  # nats above what the model expects: those of names that it never saw cost 1 more, at some scales
+SURPRISING = 0.6  # nats above the expected: what the model drew itself and is coded anew may cost 0.5 more
 
 
 def confidence(check: Check, case: Case) -> Finding:
