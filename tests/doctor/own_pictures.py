@@ -23,7 +23,7 @@ from transformers_nextflow.utils.loading import load_model
 
 NAMES = ("red heart", "pear", "cat", "blue circle", "umbrella", "rocket", "sunflower", "drum", "fish", "key")
 STYLES = ("fluent", "fluent flat", "noto", "noto classic", "twemoji")
-CORRECTION = SelfCorrection(temperature=0.1)  # as the checkpoint was trained
+CORRECTION = SelfCorrection(probability=0.5, token_share=(0.0, 0.6), top_k=4)
 
 
 def build(output: Path, name: str, count: int, length: int) -> dict:

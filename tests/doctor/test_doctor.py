@@ -107,7 +107,7 @@ def test_without_shards_the_headline_says_what_was_not_checked(tiny_model, tiny_
     model = copy.deepcopy(tiny_model).to(torch.bfloat16)
     diagnosis = examine(model, tiny_processor)
     assert faults(diagnosis, severity="error") == set() and UNTRAINED in faults(diagnosis), to_text(diagnosis)
-    assert "Not checked: files, whose, frames, codes, " in diagnosis.headline
+    assert "Not checked: files, whose, frames, varied, codes, " in diagnosis.headline
     assert "(no shards were given)" in diagnosis.headline
     assert diagnosis.headline in " ".join(to_text(diagnosis).split())
 
