@@ -44,7 +44,7 @@ def prompts(check: Check, case: Case) -> Finding:
             "; ".join(f"{tokens[a]} and {tokens[b]}" for a, b in alike.nonzero().tolist()) + " have the same row"
         )
         cause = "rows of control tokens were reset or filled with the mean of all, as when a table is resized"
-        return check.failed(measured, "control tokens reset", cause, "take them from the training's own checkpoint")
+        return check.warned(measured, "control tokens reset", cause, "take them from the training's own checkpoint")
     null = answer.prompt["negative_input_ids"][0]
     if int(null[-1]) != config.boi_token_id or len(null) >= answer.prompt["input_ids"].shape[1]:
         cause = "the null prompt keeps the user's text, or has another form than the prompt"
