@@ -48,8 +48,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
                 group.append(parameter)
         decayed = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
         self._adamw = torch.optim.AdamW(decayed, lr=lr, weight_decay=weight_decay, betas=betas)
-        by_shape = {"params": muon, "lr": lr, "weight_decay": weight_decay}
-        super().__init__([by_shape, *self._adamw.param_groups], {})
+        by_muon_group = {"params": muon, "lr": lr, "weight_decay": weight_decay}
+        super().__init__([by_muon_group, *self._adamw.param_groups], {})
         self._share()
 
     def _share(self) -> None:

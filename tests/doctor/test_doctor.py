@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from damage import DAMAGE, damaged, layers, permute, rewrite
@@ -289,7 +290,9 @@ def test_what_costs_more_than_expected_is_named(factor, scale, text, faults):
     torch.manual_seed(0)
     factors = factor if isinstance(factor, list) else [factor] * 96
     readings = [reading(each, scale, text) for each in factors]
-    case = SimpleNamespace(rows=range(16), documents=[{"image_grid_hw": []}] * 96, row_of=lambda documents: None)
+    nothing = {"input_ids": np.empty(0, int), "supervised": np.empty(0, bool)}
+    case = SimpleNamespace(rows=range(16), documents=[nothing] * 96, row_of=lambda documents: None)
+    case.config = SimpleNamespace(image_token_id=5)
     check = Check("losses", "toy", "")
     case.read = lambda row, with_text=True: readings[row]
     found = [confidence(check, case).fault]

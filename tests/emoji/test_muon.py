@@ -38,10 +38,8 @@ def test_it_moves_as_muon_and_adamw_of_torch_do():
         train(theirs, muon, [seed])
         adamw.step()
     for (name, own), other, start in zip(ours.named_parameters(), theirs.parameters(), model().parameters()):
-        moved = (other - start).norm()
-        assert moved > 0 and (own - other).norm() < (
-            0.02 * moved if other.shape[0] > 8 and other.ndim > 1 else 1e-6
-        ), name  # its bfloat16
+        moved, by_muon = (other - start).norm(), name in ("layers.0.weight", "layers.1.weight")
+        assert moved > 0 and (own - other).norm() < (0.02 * moved if by_muon else 1e-6), name  # theirs in bfloat16
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (48, 16), (16, 48)])

@@ -6,6 +6,7 @@ exchanged, or taken from elsewhere. Alterations are hooks on outputs of modules,
 sharded and quantised ones too, and leave no trace.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -154,20 +155,31 @@ def without_effect(
 
 
 def judge(
-    check: Check, measure: Measure, rows: Sequence, whole: list[Alteration], resizable: dict, movable: dict, seed: int
+    check: Check,
+    measure: Measure,
+    rows: Sequence,
+    whole: list[Alteration],
+    resizable: dict,
+    movable: dict,
+    seed: int,
+    hopeless: float = math.inf,
 ) -> Finding:
     """The finding of a model's parts.
 
     Args:
         whole: alterations that concern more than one part.
         resizable, movable: modules whose outputs are tried at other sizes, and in other orders, by name.
+        hopeless: loss of a model so bad that no order of anything would matter.
     """
     few = rows[:FEW]
     if len(rows) < ENOUGH:
         return check.unchecked(f"{len(rows)} rows are too few")
-    least = MATERIAL * abs(float(measure(few).mean()))
+    mean = float(measure(few).mean())
+    least = MATERIAL * abs(mean)
     better = search(measure, few, rows, whole, least)
-    idle = without_effect(measure, few, rows, movable, seed, least / 4) if better is None else {}
+    idle = {}
+    if better is None and mean < hopeless:
+        idle = without_effect(measure, few, rows, movable, seed, least / 4)
     if idle:
         names = ", ".join(idle)
         measured = f"the outputs of {names} can be in another order at {max(idle.values()):+.3f} ({len(rows)} rows)"

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from ..data.loading import PackReader, collate, unfold
+from ..data.sequences import SequenceSpec
 from ..data.shards import images_of, open_shards, sequence_spec
 from ..layout import num_image_slots
 from ..losses import IGNORE
@@ -128,6 +129,16 @@ class Case:
         return open_shards(self.packs, hashes=False)
 
     @cached_property
+    def spec(self) -> SequenceSpec:
+        """Special ids and schedules that the shards were made with."""
+        return sequence_spec(self.shards[1]["identity"])
+
+    @property
+    def variants(self) -> int:
+        """Codings of every drawn picture in the shards."""
+        return self.shards[1]["variants"]
+
+    @cached_property
     def rows(self) -> list[dict[str, torch.Tensor]]:
         """What the loss is measured on, one row of the model's forward each: some documents of the shards, as in
         training; else described pictures."""
@@ -148,11 +159,10 @@ class Case:
 
     def row_of(self, documents: Sequence[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
         """Documents of the shards as one row of the model's forward."""
-        spec, variants = sequence_spec(self.shards[1]["identity"]), self.shards[1]["variants"]
         row = {name: np.concatenate([each[name] for each in documents]) for name in documents[0]}
         lengths = np.array([len(each["input_ids"]) for each in documents])
-        picks = np.random.default_rng(self.seed).integers(max(variants, 1), size=len(row["image_grid_hw"]) // 2)
-        batch = collate([unfold(row, lengths, spec, variants, picks)], 0, False)
+        picks = np.random.default_rng(self.seed).integers(max(self.variants, 1), size=len(row["image_grid_hw"]) // 2)
+        batch = collate([unfold(row, lengths, self.spec, self.variants, picks)], 0, False)
         return {name: values.to(self.model.device) for name, values in batch.items()}
 
     @cached_property
@@ -227,14 +237,13 @@ def _losses_of(reading: Reading) -> torch.Tensor:
 def stored_documents(case: Case) -> Iterator[dict[str, np.ndarray]]:
     """Documents of the shards, row by row in a random order, each as a row of shards that holds it alone."""
     folder, manifest = case.shards
-    spec = sequence_spec(manifest["identity"])
-    reader, none = PackReader(folder, manifest, spec), np.empty(0, np.int64)
+    reader, none = PackReader(folder, manifest, case.spec), np.empty(0, np.int64)
     for index in np.random.default_rng(case.seed).permutation(len(reader)):
         row = reader.row(int(index))
-        images = iter(images_of(row, spec, manifest["variants"]))
+        images = iter(images_of(row, case.spec, case.variants))
         ends = np.cumsum(row.get("document_lengths", [len(row["input_ids"])]))[:-1]
         for ids, flags in zip(np.split(row["input_ids"], ends), np.split(row["supervised"], ends)):
-            shown = list(islice(images, int((ids == spec.special.image).sum())))
+            shown = list(islice(images, int((ids == case.spec.special.image).sum())))
             arrays = zip(*shown) if shown else ((), (), ())
             grids, targets, inputs = (np.concatenate([none, *map(np.ravel, each)]) for each in arrays)
             yield {

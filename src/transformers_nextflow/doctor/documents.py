@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..data.shards import images_of, sequence_spec
+from ..data.shards import images_of
 from ..processing_nextflow import user_message
 from .case import CODES, LOOK, ROWS, Case
 from .findings import ENOUGH, SIGNIFICANT, Check, Finding, z_score
@@ -19,7 +19,7 @@ LONG = 10  # letters of an answer that is found again by no chance
 
 def frames(check: Check, case: Case) -> Finding:
     """Chats of the shards open, and turn to the answer, as a prompt of the processor does."""
-    tokenizer, special = case.processor.tokenizer, sequence_spec(case.shards[1]["identity"]).special
+    tokenizer, special = case.processor.tokenizer, case.spec.special
     control = {*tokenizer.added_tokens_decoder} - {special.boi, special.eoi, special.image, special.eos, special.pad}
     chats = [ids for document in case.documents if control & set(ids := document["input_ids"].tolist())]
     if len(chats) < ENOUGH:
@@ -33,8 +33,7 @@ def frames(check: Check, case: Case) -> Finding:
         if len(others) > ALLOWED * len(chats):
             measured = f"{len(others)} of {len(chats)} chats do not {name} with {tokenizer.decode(frame)!r}, as "
             measured += repr(tokenizer.decode(others[0][:24]))
-            opening = case.processor.apply_chat_template([user_message("x")])["input_ids"][0].tolist()[-len(head) :]
-            if sum(ids[: len(head)] == opening for ids in chats) > ALLOWED * len(chats):
+            if sum(ids[: len(head)] == prompts[0][-len(head) :] for ids in chats) > ALLOWED * len(chats):
                 cause = "the roles of user and assistant were exchanged, so the model learns to ask"
                 return check.warned(measured, "roles exchanged", cause, "look at the roles in the documents' source")
             cause = "shards were made with another chat template, or a system message that prompts have not"
@@ -99,16 +98,15 @@ def conditions(check: Check, case: Case) -> Finding:
 
 def varied(check: Check, case: Case) -> Finding:
     """No picture is more than a fifth of those that are read, and answers do not stand in what comes before them."""
-    spec, variants = sequence_spec(case.shards[1]["identity"]), case.shards[1]["variants"]
     show = partial(case.processor.tokenizer.decode, skip_special_tokens=True)
     counts: Counter[bytes] = Counter()
     given = answered = 0
     for document in case.documents:
         ids, flags = document["input_ids"], document["supervised"].astype(bool)
-        for _, targets, inputs in images_of(document, spec, variants):
+        for _, targets, inputs in images_of(document, case.spec, case.variants):
             if len(inputs) == 0:  # self-correction makes several codings of one
                 counts[targets.tobytes()] += 1
-        if flags.any() and not (ids[flags] == spec.special.image).any():
+        if flags.any() and not (ids[flags] == case.spec.special.image).any():
             answer = show(ids[flags]).strip()
             if len(answer) >= LONG:
                 answered, given = answered + 1, given + (answer in show(ids[: flags.argmax()]))

@@ -115,7 +115,7 @@ def _likelier(case: Case) -> str | None:
     """What, done to all pictures, makes drawn ones likelier."""
     costs: dict[str, list[torch.Tensor]] = defaultdict(list)
     for document in case.documents[:FAMILIAR]:
-        if len(document["image_grid_hw"]) != 2:
+        if document["supervised"][document["input_ids"] == case.config.image_token_id].tolist() != [True]:
             continue
         row, grid = case.row_of([document]), tuple(document["image_grid_hw"].tolist())
         targets, inputs = row["image_codes"], row.get("image_input_codes", row["image_codes"])
@@ -124,8 +124,7 @@ def _likelier(case: Case) -> str | None:
             codes = case.vq_model.encode(seen)[0]
             seen_codes = {name: codes[: len(row[name])] for name in row.keys() & CODES}  # inputs lack the last scale
             reading = case.read(row | seen_codes, with_text=False)
-            if len(reading.codes):
-                costs[way].append(F.nll_loss(reading.log_probs, reading.codes).cpu())
+            costs[way].append(F.nll_loss(reading.log_probs, reading.codes).cpu())
     own = costs.pop("as they are", [])
     gains = {way: torch.stack(own) - torch.stack(values) for way, values in costs.items() if len(values) == len(own)}
     best = max(gains, key=lambda way: float(gains[way].mean()), default=None)

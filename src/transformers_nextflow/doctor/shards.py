@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..data.shards import check_identity, decodable_codes, identity_of, images_of, sequence_spec, verify
+from ..data.shards import check_identity, decodable_codes, identity_of, images_of, verify
 from ..quantizer import resize_features, to_map, to_sequence
 from .case import Case, stored_documents
 from .findings import ENOUGH, SIGNIFICANT, Check, Finding, z_score
@@ -45,8 +45,7 @@ def whose(check: Check, case: Case) -> Finding:
 def stored_pictures(case: Case, limit: int, corrected: bool = False) -> list[tuple]:
     """Grid, (variants, L) targets and (variants or 0, coarse) inputs of pictures of rows drawn at random; `corrected`,
     of those alone that have inputs of their own."""
-    spec, variants = sequence_spec(case.shards[1]["identity"]), case.shards[1]["variants"]
-    images = (image for document in stored_documents(case) for image in images_of(document, spec, variants))
+    images = (image for document in stored_documents(case) for image in images_of(document, case.spec, case.variants))
     return list(islice((image for image in images if len(image[2]) or not corrected), limit))
 
 

@@ -12,7 +12,7 @@ from transformers.activations import ACT2FN
 
 from .alterations import Alteration, exchanged, hooked, judge, levelled, reordered, setting, times
 from .case import Case
-from .findings import ENOUGH, Check, Finding
+from .findings import Check, Finding
 
 MOST_LAYERS = 8  # every two of which are exchanged
 KNOWS = 0.8  # of the loss of a model that knows nothing
@@ -62,10 +62,8 @@ def parts(check: Check, case: Case) -> Finding:
     whole += reordered("scale_embedding.index", inner.scale_embedding.index)
     halves = inner.config.vq_config.semantic_dim, inner.config.vq_config.pixel_dim
     whole += [_turned("code_embeddings", inner.code_embeddings, width) for width in dict.fromkeys(halves)]
-    if len(case.rows) < ENOUGH:
-        return check.unchecked(f"{len(case.rows)} rows are too few")
-    knows = float(case.losses(case.rows).mean()) < KNOWS * math.log(inner.config.vq_config.codebook_size)
-    return judge(check, case.losses, case.rows, whole, resizable, movable if knows else {}, case.seed)
+    hopeless = KNOWS * math.log(inner.config.vq_config.codebook_size)
+    return judge(check, case.losses, case.rows, whole, resizable, movable, case.seed, hopeless)
 
 
 def _turned(name: str, module: nn.Module, width: int) -> Alteration:
