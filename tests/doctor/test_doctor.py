@@ -197,11 +197,19 @@ def test_cut_shards_and_those_of_another_tokenizer_are_named(tiny_model, tiny_pr
     alarm(examine(other, tiny_processor, packs=packs), "vision tokenizer and shards differ")
 
 
+def exchange_roles(template: str) -> str:
+    template = template.replace(
+        "+ message['role'] +", "+ {'user': 'assistant', 'assistant': 'user'}[message['role']] +"
+    )
+    return template.replace("<|im_start|>assistant", "<|im_start|>user")
+
+
 @pytest.mark.parametrize(
     "change, shown",
     [
         (lambda template: "<|im_start|>system\nBe kind.<|im_end|>\n" + template, "do not open with"),
         (lambda template: template.replace("assistant\\n", "model\\n"), "do not turn to the answer with"),
+        (exchange_roles, "do not open with"),
         (lambda template: template, None),
     ],
 )
@@ -211,7 +219,8 @@ def test_another_chat_template_is_named(change, shown, tiny_model, tiny_processo
     other.chat_template = change(other.chat_template)
     assert (other.chat_template != tiny_processor.chat_template) is (shown is not None)
     found = frames(Check("frames", "toy", ""), Case(tiny_model, other, [], packs))
-    assert found.fault == (shown and "another chat template") and (not shown or shown in found.measured)
+    fault = "roles exchanged" if change is exchange_roles else "another chat template"
+    assert found.fault == (shown and fault) and (not shown or shown in found.measured)
 
 
 def test_texts_that_are_cut_at_random_are_named(tiny_model, tiny_processor):

@@ -33,7 +33,8 @@ def frames(check: Check, case: Case) -> Finding:
         if len(others) > ALLOWED * len(chats):
             measured = f"{len(others)} of {len(chats)} chats do not {name} with {tokenizer.decode(frame)!r}, as "
             measured += repr(tokenizer.decode(others[0][:24]))
-            if sum(ids[: len(head)] == prompts[0][-len(head) :] for ids in chats) > ALLOWED * len(chats):
+            answer = tail[len(tail) - 1 - tail[::-1].index(head[0]) :] if head[0] in tail else tail
+            if sum(ids[: len(answer)] == answer for ids in chats) > ALLOWED * len(chats):
                 cause = "the roles of user and assistant were exchanged, so the model learns to ask"
                 return check.warned(measured, "roles exchanged", cause, "look at the roles in the documents' source")
             cause = "shards were made with another chat template, or a system message that prompts have not"
