@@ -1,13 +1,14 @@
 """Which small faults the tests notice: `make mutants SEED=1`.
 
 cosmic-ray plants one fault at a time in a copy of the repository: a changed operator, number or condition, a missing
-decorator, a loop without its body. `[tool.mutants]` in pyproject.toml says which files take part and which tests must
-notice; these must pass without a fault. The sample is of places in the code, evenly, with one of each place's faults:
-of all faults most are in arithmetic, each operator by ten others. Annotations take no part.
+decorator, a loop without its body. The sample is of places in the code, evenly, with one fault of each: of all faults
+most are in arithmetic, each operator by ten others. Annotations take no part. A fault is to be noticed by the
+quickest tests that run its lines, for `BUDGET` seconds; which these are is found once for the same code and tests.
 """
 
 import argparse
 import ast
+import hashlib
 import json
 import os
 import random
@@ -15,19 +16,19 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import tomllib
 from cosmic_ray.commands import init
 from cosmic_ray.mutating import mutate_and_test
-from cosmic_ray.testing import run_tests
 from cosmic_ray.work_db import use_db
 from cosmic_ray.work_item import MutationSpec, TestOutcome
 
+from benchmarks.reached import Reached, run_all
+
 ROOT = Path(__file__).parents[1]
+BUDGET = 90.0  # seconds of tests for a fault
 Span = tuple[tuple[int, int], tuple[int, int]]  # (line, column) of begin and end
 
 
@@ -54,49 +55,55 @@ def annotations(source: str) -> Iterator[Span]:
                 yield (found.lineno, found.col_offset), (found.end_lineno, found.end_col_offset)
 
 
-def copy_repository(target: Path) -> None:
-    """Files that git knows or would add, as they are in the working tree."""
-    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+def copy_repository(target: Path) -> str:
+    """Files that git knows or would add, as they are in the working tree; returns a hash of code and tests."""
+    listed, found = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], hashlib.sha256()
     for name in subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0"):
         if (ROOT / name).is_file():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, target / name)
+            if name.startswith(("src/", "tests/")):
+                found.update(name.encode() + (ROOT / name).read_bytes())
+    return found.hexdigest()[:16]
 
 
-def command_of(tests: list[str]) -> str:
-    return shlex.join([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests])
+def command_of(tests: list[str], folder: Path) -> str:
+    """pytest on tests in this order, which a file names: there may be thousands."""
+    (folder / "chosen.txt").write_text("\n".join(tests))
+    return shlex.join([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "@chosen.txt"])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", help="of src/ (default: all)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--number", type=int, default=30, help="of faults")
     parser.add_argument("--output", type=Path, help="JSON file (default: runs/mutants/seed-SEED.json)")
     args = parser.parse_args()
     output = (args.output or ROOT / f"runs/mutants/seed-{args.seed}.json").resolve()
     output.parent.mkdir(parents=True, exist_ok=True)
-    tests = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mutants"]["tests"]
-    with TemporaryDirectory() as folder:
-        copy_repository(Path(folder))
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        found = ROOT / "runs/mutants" / copy_repository(folder)
         os.chdir(folder)
-        os.environ["PYTHONPATH"] = os.pathsep.join([f"{folder}/src", folder])
-        seconds, results = {}, []
-        for fault in sample(sorted(tests), args.number, args.seed):
-            module = str(fault.module_path)
-            command = command_of(tests[module])
-            if command not in seconds:
-                begun = time.perf_counter()
-                outcome, text = run_tests(command, timeout=None)
-                if outcome is not TestOutcome.SURVIVED:
-                    sys.exit(f"the tests of {module} fail without a fault:\n{text}")
-                seconds[command] = time.perf_counter() - begun
-            result = mutate_and_test([fault], command, timeout=60 + 5 * seconds[command])
-            if result.test_outcome is TestOutcome.INCOMPETENT:
-                sys.exit(f"{fault} could not be planted:\n{result.output}")
-            survived = result.test_outcome is TestOutcome.SURVIVED
-            where = f"{module}:{fault.start_pos[0]} {fault.operator_name.removeprefix('core/')}"
-            print("SURVIVED" if survived else "killed", where, flush=True)
-            results.append({"fault": where, "survived": survived, "diff": result.diff.splitlines()[1:]})
+        os.environ["PYTHONPATH"] = os.pathsep.join([f"{folder}/src", name])
+        if not (found / "seconds.json").exists():
+            run_all(folder, found)
+        reached, results = Reached(found), []
+        files = args.files or sorted(str(path) for path in Path("src").rglob("*.py"))
+        for fault in sample(files, args.number, args.seed):
+            module, lines = str(fault.module_path), (fault.start_pos[0], fault.end_pos[0])
+            tests = reached.tests(fault.module_path, *lines, BUDGET)
+            survived, text = True, ""
+            if tests:
+                command = command_of(tests, folder)
+                result = mutate_and_test([fault], command, timeout=120 + 5 * BUDGET)
+                if result.test_outcome is TestOutcome.INCOMPETENT:
+                    sys.exit(f"{fault} could not be planted:\n{result.output}")
+                survived, text = result.test_outcome is TestOutcome.SURVIVED, result.diff
+            where = f"{module}:{lines[0]} {fault.operator_name.removeprefix('core/')}"
+            print("SURVIVED" if survived else "killed", where, f"({len(tests)} tests)", flush=True)
+            results.append({"fault": where, "survived": survived, "tests": len(tests), "diff": text.splitlines()[1:]})
             survivors = [each for each in results if each["survived"]]
             report = {"seed": args.seed, "faults": len(results), "killed": len(results) - len(survivors)}
             report |= {"score": report["killed"] / report["faults"], "survivors": survivors}

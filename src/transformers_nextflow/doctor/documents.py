@@ -1,46 +1,64 @@
 """Checks of what documents of shards hold: frames of chats, ends of texts, pictures and what asks for them."""
 
 import math
-from collections import Counter
+from collections import defaultdict
 from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..data.shards import images_of
+from ..data.shards import decodable_codes, images_of
 from ..processing_nextflow import user_message
 from .case import CODES, LOOK, ROWS, Case
 from .findings import ENOUGH, SIGNIFICANT, Check, Finding, z_score
 
-ALLOWED = 0.2  # share of documents that may be otherwise
+ALLOWED, FEW = 0.2, 0.02  # share of documents that may be otherwise, and where none should be
+COMPARED = 512  # pictures that are compared with each other
 LONG = 10  # letters of an answer that is found again by no chance
 
 
 def frames(check: Check, case: Case) -> Finding:
-    """Chats of the shards open, and turn to the answer, as a prompt of the processor does."""
+    """Chats of the shards open, and turn to the answer, as a prompt of the processor does, and what the user says is
+    no target."""
     tokenizer, special = case.processor.tokenizer, case.spec.special
     control = {*tokenizer.added_tokens_decoder} - {special.boi, special.eoi, special.image, special.eos, special.pad}
-    chats = [ids for document in case.documents if control & set(ids := document["input_ids"].tolist())]
+    chats = [document for document in case.documents if control & {*document["input_ids"].tolist()}]
     if len(chats) < ENOUGH:
         return check.unchecked(f"{len(chats)} documents are chats")
     prompts = [case.processor.apply_chat_template([user_message(text)])["input_ids"][0].tolist() for text in "xy"]
     same = [a == b for a, b in zip(*prompts)]
     head, tail = prompts[0][: same.index(False)], prompts[0][len(same) - same[::-1].index(False) :]
+    answer = tail[len(tail) - 1 - tail[::-1].index(head[0]) :] if head[0] in tail else tail
+    all_ids = [document["input_ids"].tolist() for document in chats]
     for name, frame in (("open", head), ("turn to the answer", tail)):
-        starts = [range(len(ids) if frame is tail else 1) for ids in chats]
-        others = [ids for ids, at in zip(chats, starts) if not any(ids[n : n + len(frame)] == frame for n in at)]
+        others = [ids for ids in all_ids if not any(at == 0 or frame is tail for at in _starts(ids, frame))]
         if len(others) > ALLOWED * len(chats):
             measured = f"{len(others)} of {len(chats)} chats do not {name} with {tokenizer.decode(frame)!r}, as "
             measured += repr(tokenizer.decode(others[0][:24]))
-            answer = tail[len(tail) - 1 - tail[::-1].index(head[0]) :] if head[0] in tail else tail
-            if sum(ids[: len(answer)] == answer for ids in chats) > ALLOWED * len(chats):
+            if sum(ids[: len(answer)] == answer for ids in all_ids) > ALLOWED * len(chats):
                 cause = "the roles of user and assistant were exchanged, so the model learns to ask"
                 return check.warned(measured, "roles exchanged", cause, "look at the roles in the documents' source")
             cause = "shards were made with another chat template, or a system message that prompts have not"
             step = "extract the shards with this processor, or save the one that made them with the model"
             return check.warned(measured, "another chat template", cause, step)
-    return check.passed(f"{len(chats)} chats, with {tokenizer.decode(head)!r} and {tokenizer.decode(tail)!r}")
+    measured = f"{len(chats)} chats, with {tokenizer.decode(head)!r} and {tokenizer.decode(tail)!r}"
+    asked = head[len(head) - 1 - head[::-1].index(head[0]) :]
+    wrong = sum(
+        document["supervised"][at : next((end for end in _starts(ids, answer) if end > at), None)].any()
+        for document, ids in zip(chats, all_ids)
+        for at in _starts(ids, asked)
+    )
+    if wrong <= FEW * len(chats):
+        return check.passed(measured)
+    cause = "what the user says is a target too, in all turns or the later ones, so the model learns to ask"
+    step = "look at what sets `supervised`, and extract anew"
+    return check.warned(f"{measured}; {wrong} turns of users are supervised", "questions supervised", cause, step)
+
+
+def _starts(ids: list[int], frame: list[int]) -> list[int]:
+    """Where a list begins in another."""
+    return [at for at in range(len(ids) - len(frame) + 1) if ids[at : at + len(frame)] == frame]
 
 
 def ends(check: Check, case: Case) -> Finding:
@@ -98,27 +116,37 @@ def conditions(check: Check, case: Case) -> Finding:
 
 
 def varied(check: Check, case: Case) -> Finding:
-    """No picture is more than a fifth of those that are read, and answers do not stand in what comes before them."""
+    """No picture is more than a fifth of all, few documents are copies of others, and answers do not stand in what
+    comes before them."""
     show = partial(case.processor.tokenizer.decode, skip_special_tokens=True)
-    counts: Counter[bytes] = Counter()
+    pictures: dict[tuple, list[np.ndarray]] = defaultdict(list)
+    whole: set[bytes] = set()
     given = answered = 0
     for document in case.documents:
         ids, flags = document["input_ids"], document["supervised"].astype(bool)
-        for _, targets, inputs in images_of(document, case.spec, case.variants):
-            if len(inputs) == 0:  # self-correction makes several codings of one
-                counts[targets.tobytes()] += 1
+        images = images_of(document, case.spec, case.variants)
+        whole.add(b"".join([ids.tobytes(), *(targets.tobytes() for _, targets, inputs in images if not len(inputs))]))
+        for grid, targets, inputs in images:
+            pictures[grid].append(decodable_codes(targets, inputs))
         if flags.any() and not (ids[flags] == case.spec.special.image).any():
             answer = show(ids[flags]).strip()
             if len(answer) >= LONG:
                 answered, given = answered + 1, given + (answer in show(ids[: flags.argmax()]))
-    pictures, (most, *_) = sum(counts.values()), [*(n for _, n in counts.most_common(1)), 0]
+    repeated, most, shown = len(case.documents) - len(whole), 0, 0
+    for of_grid in pictures.values():
+        first = np.stack(of_grid[:COMPARED])
+        most = max(most, max(int(((first == each).mean(1) > 0.5).sum()) for each in first))  # one in several codings
+        shown += len(first)
     measured = (
-        f"of {pictures} read pictures {len(counts)} differ, one stands {most} times; {given} of {answered} answers "
+        f"of {shown} pictures one stands {most} times; {repeated} of {len(case.documents)} documents are copies "
     )
-    measured += "stand in what comes before"
-    if len(counts) >= ENOUGH and most > ALLOWED * pictures:
+    measured += f"of others; {given} of {answered} answers stand in what comes before"
+    if shown >= ENOUGH and most > ALLOWED * shown:
         cause = "one picture, as a placeholder or the last of a buffer, stands in the place of many"
         return check.warned(measured, "one picture many times", cause, LOOK)
+    if repeated > ALLOWED * len(case.documents):
+        cause = "a source that had ended began anew, or was written several times"
+        return check.warned(measured, "documents repeated", cause, "count the rows of every source, and extract anew")
     if answered >= ENOUGH and given > ALLOWED * answered:
         cause = "the answer is given away, so the model learns to copy it"
         return check.warned(measured, "answers given away", cause, LOOK)

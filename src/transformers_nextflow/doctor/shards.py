@@ -12,6 +12,7 @@ from .case import Case, stored_documents
 from .findings import ENOUGH, SIGNIFICANT, Check, Finding, z_score
 
 ANEW = "extract the shards anew, and look at whatever wrote or changed them"
+UNRELATED = 0.8  # of the distance of any two codes
 SAMPLED, CORRECTED = 16, 64  # pictures that are encoded again, and whose self-correction is counted
 
 
@@ -56,11 +57,19 @@ def as_codes(case: Case, stored: np.ndarray) -> torch.Tensor:
 
 def codes(check: Check, case: Case) -> Finding:
     """Codes of the decoded picture, looked up anew behind the stored inputs, agree with the stored targets as often
-    as those of pictures that were decoded and coded twice."""
+    as those of pictures that were decoded and coded twice; and no part of the table's ids is without use."""
     pictures = stored_pictures(case, SAMPLED)
     if len(pictures) < ENOUGH:
         return check.unchecked(f"the shards hold {len(pictures)} pictures, too few")
     size = case.config.vq_config.codebook_size
+    counts = np.bincount(np.concatenate([each["image_codes"] for each in case.documents]), minlength=size)
+    used = np.concatenate([[-1], np.flatnonzero(counts), [size]])
+    missing, outside = int(np.diff(used).max()) - 1, len(used) - 2
+    if missing > size / 8 and outside > (size - missing) / 2 and counts.sum() > 8 * size:
+        first = int(used[np.diff(used).argmax()]) + 1
+        measured = f"none of the {missing} codes from {first} on occurs among {counts.sum()}, of the others {outside}"
+        cause = "ids went through a number too narrow for them, or a mask, or part of the table is not searched"
+        return check.failed(measured, "codes missing", cause, ANEW)
     readings = {
         "as they are": lambda codes: codes,
         "one position earlier": lambda codes: codes.roll(-1, 1),
@@ -122,6 +131,15 @@ def correction(check: Check, case: Case) -> Finding:
     means = [float(np.mean(values)) for values in shares]
     measured = f"{', '.join(f'{share:.0%}' for share in means)} of the inputs are disturbed at the scales"
     case.curves["disturbed inputs of each scale, share"] = {"share": means}
+    substitutes = _nearness(case, pictures)
+    measured += f"; by codes of {substitutes:.0%} of the distance of any two"
+    several = [inputs for _, _, inputs in pictures if len(inputs) > 1]
+    if means and max(means) > 0 and len(several) >= ENOUGH and all((inputs == inputs[0]).all() for inputs in several):
+        cause = "all codings of a picture are the same: every one was drawn with the same seed, or copied"
+        return check.warned(measured, "variants all alike", cause, ANEW, shares=means)
+    if substitutes > UNRELATED:
+        cause = "the inputs hold codes that have nothing to do with the targets, where near ones were to be drawn"
+        return check.warned(measured, "self-correction by any codes", cause, ANEW, shares=means)
     unlike = sum(bool((targets[:, :1] != targets[:1, :1]).any()) for _, targets, _ in pictures)
     if unlike:
         measured += f"; {unlike} of {len(pictures)} pictures have several first targets"
@@ -137,3 +155,12 @@ def correction(check: Check, case: Case) -> Finding:
             cause = "the inputs were not made with these settings, or lost, or changed"
             return check.warned(measured, "wrong share of self-correction", cause, ANEW, shares=means)
     return check.passed(measured, shares=means)
+
+
+def _nearness(case: Case, pictures: list[tuple]) -> float:
+    """Mean distance of disturbed inputs from their targets, in that of any two codes of the table that are used."""
+    pairs = [np.stack([inputs, targets[:, : inputs.shape[1]]]).reshape(2, -1) for _, targets, inputs in pictures]
+    inputs, targets = (torch.from_numpy(each.astype(np.int64)) for each in np.concatenate(pairs, axis=1))
+    table, changed = case.vq_model.quantizer().float().cpu(), inputs != targets
+    apart = lambda a, b: float((table[a] - table[b]).square().sum(-1).mean())  # noqa: E731
+    return apart(inputs[changed], targets[changed]) / max(apart(targets, targets.roll(len(targets) // 2)), 1e-12)

@@ -1,0 +1,95 @@
+"""Which tests run which lines, by coverage with contexts: what [`benchmarks.mutants`] chooses tests by.
+
+Loaded by pytest as a plugin, this module also notes how long each test that passes takes.
+"""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from functools import cached_property
+from pathlib import Path
+
+import coverage
+
+NOTED = "NEXTFLOW_TEST_SECONDS"  # environment variable, the file that seconds are written to
+# processes that a test starts are followed too; pytest says in their environment which test it is
+SETTINGS = """[run]
+source = {folder}/src
+data_file = {data}
+context = ${{PYTEST_CURRENT_TEST-}}
+patch = subprocess
+"""
+
+_seconds: dict[str, float] = defaultdict(float)
+_failed: set[str] = set()
+
+
+def pytest_runtest_logreport(report):
+    _seconds[report.nodeid] += report.duration
+    if report.outcome != "passed":
+        _failed.add(report.nodeid)
+
+
+def pytest_sessionfinish(session):
+    if not hasattr(session.config, "workerinput"):
+        passed = {name: seconds for name, seconds in _seconds.items() if name not in _failed}
+        Path(os.environ[NOTED]).write_text(json.dumps(passed))
+
+
+def run_all(folder: Path, output: Path) -> None:
+    """Run the tests of the repository in `folder` under coverage; `output` is a folder for what is found."""
+    output.mkdir(parents=True, exist_ok=True)
+    settings, data = output / "settings.ini", output / "lines.sqlite"
+    settings.write_text(SETTINGS.format(folder=folder, data=data))
+    plugins = ["-p", "no:cacheprovider", "-p", "benchmarks.reached"]
+    options = ["-q", "-n", "2", f"--cov-config={settings}", "--cov", "--cov-context=test", "--cov-report="]
+    noted = output / "partial.json"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", NOTED: str(noted)}
+    # tests that fail under a tracer are not chosen, so the status is no matter
+    subprocess.run(
+        [sys.executable, "-m", "pytest", *plugins, *options], cwd=folder, env=environment, stdout=sys.stderr
+    )
+    noted.replace(output / "seconds.json")
+
+
+class Reached:
+    """What [`run_all`] found in a folder."""
+
+    def __init__(self, output: Path):
+        self.data = coverage.CoverageData(output / "lines.sqlite")
+        self.data.read()
+        self.seconds = json.loads((output / "seconds.json").read_text())
+
+    @cached_property
+    def files(self) -> dict[str, str]:
+        """Measured files by their path in the repository."""
+        return {name[name.rindex("/src/") + 1 :]: name for name in self.data.measured_files() if "/src/" in name}
+
+    def tests(self, module: Path, first: int, last: int, budget: float) -> list[str]:
+        """Tests that run one of the lines `first` to `last` of a file, or where these run at import, any of its lines:
+        the quickest, as many as take `budget` seconds."""
+        if str(module) not in self.files:
+            return []
+        by_line = self.data.contexts_by_lineno(self.files[str(module)])
+        lines = range(first, last + 1) if _in_function(module.read_text(), first) else by_line
+        names = {_test_of(context) for line in lines for context in by_line.get(line, [])}
+        chosen, spent = [], 0.0
+        for name in sorted(names & self.seconds.keys(), key=self.seconds.get):
+            spent += self.seconds[name]
+            if chosen and spent > budget:
+                break
+            chosen.append(name)
+        return chosen
+
+
+def _in_function(source: str, line: int) -> bool:
+    functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
+    return any(node.body[0].lineno <= line <= node.end_lineno for node in functions)
+
+
+def _test_of(context: str) -> str:
+    """A test's id out of coverage's context: `id|phase` in the tests' own process, `id (phase)` below it."""
+    return context.strip("|").rpartition("|")[0] or context.strip("|").rpartition(" (")[0]
