@@ -7,8 +7,8 @@ From one checkpoint, with adapters on equally many prompts for seen pictures, ot
 - `vanilla`: GRPO on all scales, as many rollouts as `prefix`; scored also when `prefix`'s seconds are over;
 - `supervised`: the control that knows the pictures, `NextFlowSFTTrainer` on them for `prefix`'s seconds.
 
-GRPO draws under the own temperature of the checkpoint, without guidance. Scored is R@1 among all pictures, of drawings of
-the trained prompts, `REPEATS` of each, and of `--prompts` held-out pairs of name and style of the test split; without
+GRPO draws at the checkpoint's own temperature, without guidance. Scored is R@1 among all pictures, of drawings of the
+trained prompts, `REPEATS` of each, and of `--prompts` held-out pairs of name and style of the test split; without
 guidance, as was trained, and by the checkpoint's own sampling. Learning rates, GRPO's and the supervised one, are the
 best in trainings of a seed of their own. Gains have 95% intervals over prompts. Seconds are the CPU's, of one thread,
 without those of measuring. What is finished is not run again. Beside the JSON, curves and pictures.

@@ -69,15 +69,19 @@ class Reached:
         return {name[name.rindex("/src/") + 1 :]: name for name in self.data.measured_files() if "/src/" in name}
 
     def tests(self, module: Path, first: int, last: int, budget: float) -> list[str]:
-        """Tests that run one of the lines `first` to `last` of a file, or where these run at import, any of its lines:
-        the quickest, as many as take `budget` seconds."""
+        """Tests that run one of the lines `first` to `last` of a file, or where none is seen to (Python passes over
+        some `continue` and `pass`), their function, or where they run at import, any of its lines: the quickest, as
+        many as take `budget` seconds."""
         if str(module) not in self.files:
             return []
         by_line = self.data.contexts_by_lineno(self.files[str(module)])
-        lines = range(first, last + 1) if _in_function(module.read_text(), first) else by_line
-        names = {_test_of(context) for line in lines for context in by_line.get(line, [])}
+        function = _function_of(module.read_text(), first)
+        for lines in (range(first, last + 1), function) if function else (by_line,):
+            names = {_test_of(context) for line in lines for context in by_line.get(line, [])} & self.seconds.keys()
+            if names:
+                break
         chosen, spent = [], 0.0
-        for name in sorted(names & self.seconds.keys(), key=self.seconds.get):
+        for name in sorted(names, key=self.seconds.get):
             spent += self.seconds[name]
             if chosen and spent > budget:
                 break
@@ -85,9 +89,11 @@ class Reached:
         return chosen
 
 
-def _in_function(source: str, line: int) -> bool:
+def _function_of(source: str, line: int) -> range | None:
+    """Lines of the body of the innermost function that a line stands in."""
     functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
-    return any(node.body[0].lineno <= line <= node.end_lineno for node in functions)
+    bodies = [range(node.body[0].lineno, node.end_lineno + 1) for node in functions]
+    return min((body for body in bodies if line in body), key=len, default=None)
 
 
 def _test_of(context: str) -> str:

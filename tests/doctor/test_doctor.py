@@ -20,6 +20,7 @@ from transformers import TrainerState, TrainingArguments
 
 from transformers_nextflow import cli
 from transformers_nextflow.data import ExtractionSettings, Source, extract
+from transformers_nextflow.data.shards import images_of, sequence_spec
 from transformers_nextflow.doctor import DoctorCallback, examine, read_pictures, to_html, to_text
 from transformers_nextflow.doctor.alterations import (
     exchanged,
@@ -168,22 +169,64 @@ def test_damaged_weights_are_named(do, fault, tiny_model, tiny_processor):
     alarm(examine(model, tiny_processor), fault)
 
 
-def drop_corrections(row, end):
+def drop_corrections(row, images, end):
     row["image_input_codes"][:] = 0
 
 
-def leave_ends_out(row, end):
+def correct_by_any(row, images, end):
+    rng = np.random.default_rng(0)
+    for _, targets, inputs in images:
+        changed = inputs != targets[:, : inputs.shape[1]]
+        inputs[changed] = rng.integers(0, 64, changed.sum())
+
+
+def repeat_one_coding(row, images, end):
+    for _, targets, inputs in images:
+        if len(inputs):
+            chosen = (inputs != targets[:, : inputs.shape[1]]).sum(1).argmax()
+            targets[:], inputs[:] = targets[chosen], inputs[chosen]
+
+
+def fold(row, images, end):
+    """Any codes, but for the upper half of the table."""
+    row["image_codes"][:] = np.random.default_rng(0).integers(0, 32, len(row["image_codes"]))
+
+
+def leave_ends_out(row, images, end):
     row["supervised"][row["input_ids"] == end] = 0
+
+
+def supervise_questions(row, images, end):
+    ends = np.cumsum(row["document_lengths"])[:-1]
+    for ids, flags in zip(np.split(row["input_ids"], ends), np.split(row["supervised"], ends)):
+        flags[2 : ids.tolist().index(end)] |= (
+            ids[2 : ids.tolist().index(end)] > 5
+        )  # ids of images and controls are less
 
 
 @pytest.mark.parametrize(
     "change, fault",
-    [(drop_corrections, "wrong share of self-correction"), (leave_ends_out, "ends not supervised")],
+    [
+        (drop_corrections, "wrong share of self-correction"),
+        (correct_by_any, "self-correction by any codes"),
+        (repeat_one_coding, "variants all alike"),
+        (fold, "codes missing"),
+        (leave_ends_out, "ends not supervised"),
+        (supervise_questions, "questions supervised"),
+    ],
 )
 def test_damaged_shards_are_named(change, fault, tiny_model, tiny_processor, packs, tmp_path):
     folder = Path(shutil.copytree(packs, tmp_path / "packs"))
-    rewrite(folder, lambda row: change(row, tiny_processor.tokenizer.eos_token_id))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    spec, end = sequence_spec(manifest["identity"]), tiny_processor.tokenizer.eos_token_id
+    rewrite(folder, lambda row: change(row, images_of(row, spec, manifest["variants"]), end))
     alarm(examine(copy.deepcopy(tiny_model), tiny_processor, packs=folder), fault)
+
+
+def test_documents_that_are_copies_are_named(tiny_model, tiny_processor, packs, tmp_path):
+    folder = Path(shutil.copytree(packs, tmp_path / "packs"))
+    rewrite(folder, lambda row: None, lambda rows: [*rows, *rows])
+    alarm(examine(copy.deepcopy(tiny_model), tiny_processor, packs=folder), "documents repeated")
 
 
 def test_cut_shards_and_those_of_another_tokenizer_are_named(tiny_model, tiny_processor, packs, tmp_path):
@@ -251,7 +294,8 @@ def test_drawings_away_from_the_prompt_are_named(trained, monkeypatch):
     ],
 )
 def test_pictures_and_answers_that_repeat_are_named(question, picture, fault, tiny_model, tiny_checkpoint, tmp_path):
-    pictures = [png(Image.effect_noise((16, 16), 20 + number).convert("RGB")) for number in range(24)]
+    colours = np.random.default_rng(0).integers(0, 256, (24, 2, 2, 3), dtype=np.uint8)
+    pictures = [png(Image.fromarray(each).resize((16, 16), Image.Resampling.NEAREST)) for each in colours]
     rows = [
         {
             "question": question.format(number),
@@ -288,7 +332,7 @@ def reading(factor: float, scale: float, text: float) -> Reading:
         (1, 0, 0, {None}),
         (2.2, 0, 0, {"logits too large"}),
         (0.45, 0, 0, {"logits too small"}),
-        (1, 0.4, 0, {"unfamiliar pictures"}),
+        (1, 0.4, 0, {"codes of scale 2 in disorder"}),
         (1, 0, 0.4, {"unfamiliar texts"}),
         (1, 0.4, 0.4, {"unfamiliar documents"}),
         ([1] * 90 + [-0.5] * 6, 0, 0, {"unfamiliar pictures"}),

@@ -114,41 +114,40 @@ def reordered(name: str, module: nn.Embedding) -> Iterator[Alteration]:
         yield Alteration(f"with the rows of {name} {what}", "rows in disorder", cause, apply)
 
 
-def search(measure: Measure, few: Sequence, rows: Sequence, alterations: Iterable[Alteration], least: float):
+def search(measure: Measure, rows: Sequence, alterations: Iterable[Alteration], before: float, least: float):
     """The best alteration, where one is better than none, by more than chance and by `least`: it, and the mean losses
-    as it is and altered. All are tried on `few` rows, the most promising on all."""
-    before = float(measure(few).mean())
-    gains = [(before - float(_altered(measure, few, each).mean()), each) for each in alterations]
+    as it is and altered. All are tried on a `FEW` rows, whose mean is `before`, the most promising on all."""
+    gains = [(before - float(_altered(measure, rows[:FEW], each.apply()).mean()), each) for each in alterations]
     promising = sorted((pair for pair in gains if pair[0] > least), key=lambda pair: -pair[0])[:CONFIRMED]
     own_R, found = measure(rows) if promising else None, []
     for _, alteration in promising:
-        gain_R = own_R - _altered(measure, rows, alteration)
+        gain_R = own_R - _altered(measure, rows, alteration.apply())
         if z_score(gain_R) > SIGNIFICANT and float(gain_R.mean()) > least:
             found.append((alteration, float(own_R.mean()), float((own_R - gain_R).mean())))
     return min(found, key=lambda better: better[2], default=None)
 
 
-def _altered(measure: Measure, rows: Sequence, alteration: Alteration) -> torch.Tensor:
-    with alteration.apply():
+def _altered(measure: Measure, rows: Sequence, alteration: AbstractContextManager) -> torch.Tensor:
+    with alteration:
         return measure(rows)
 
 
 def without_effect(
-    measure: Measure, few: Sequence, rows: Sequence, modules: dict[str, nn.Module], seed: int, least: float
+    measure: Measure, rows: Sequence, modules: dict[str, nn.Module], seed: int, before: float, least: float
 ) -> dict[str, float]:
     """Modules whose output features can be in another order without loss, or by chance, and at a tenth of what this
     costs others of their kind, where that is `least` and more; with what it costs."""
-    before, own_R, found = float(measure(few).mean()), None, {}
+    own_R, found = None, {}
     kinds: dict[str, list[str]] = defaultdict(list)
     for name in modules:
         kinds[kind_of(name)].append(name)
     for names in kinds.values():
-        orders = {name: Alteration(name, "", "", lambda name=name: shuffled(modules[name], seed)) for name in names}
-        rises = {name: float(_altered(measure, few, orders[name]).mean()) - before for name in names}
+        altered = {name: _altered(measure, rows[:FEW], shuffled(modules[name], seed)) for name in names}
+        rises = {name: float(losses.mean()) - before for name, losses in altered.items()}
         usual = float(torch.tensor(list(rises.values())).median())
         for name in (name for name, rise in rises.items() if rise < usual / 10 and usual > least and len(rises) > 2):
             own_R = measure(rows) if own_R is None else own_R
-            rise_R = _altered(measure, rows, orders[name]) - own_R
+            rise_R = _altered(measure, rows, shuffled(modules[name], seed)) - own_R
             if float(rise_R.mean()) < usual / 10 and z_score(rise_R) < SIGNIFICANT:
                 found[name] = float(rise_R.mean())
     return found
@@ -171,15 +170,14 @@ def judge(
         resizable, movable: modules whose outputs are tried at other sizes, and in other orders, by name.
         hopeless: loss of a model so bad that no order of anything would matter.
     """
-    few = rows[:FEW]
     if len(rows) < ENOUGH:
         return check.unchecked(f"{len(rows)} rows are too few")
-    mean = float(measure(few).mean())
-    least = MATERIAL * abs(mean)
-    better = search(measure, few, rows, whole, least)
+    before = float(measure(rows[:FEW]).mean())
+    least = MATERIAL * abs(before)
+    better = search(measure, rows, whole, before, least)
     idle = {}
-    if better is None and mean < hopeless:
-        idle = without_effect(measure, few, rows, movable, seed, least / 4)
+    if better is None and before < hopeless:
+        idle = without_effect(measure, rows, movable, seed, before, least / 4)
     if idle:
         names = ", ".join(idle)
         measured = f"the outputs of {names} can be in another order at {max(idle.values()):+.3f} ({len(rows)} rows)"
@@ -187,7 +185,7 @@ def judge(
         return check.warned(measured, "weights without effect", cause, COMPARE)
     if better is None:
         sizes = [each for name, module in resizable.items() for each in resized(name, module)]
-        better = search(measure, few, rows, sizes, least)
+        better = search(measure, rows, sizes, before, least)
     if better is None:
         return check.passed(f"so it is with {len({*resizable, *movable})} parts over {len(rows)} rows")
     alteration, before, after = better

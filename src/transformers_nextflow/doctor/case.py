@@ -15,11 +15,11 @@ import torch.nn.functional as F
 
 from ..data.loading import PackReader, collate, unfold
 from ..data.sequences import SequenceSpec
-from ..data.shards import images_of, open_shards, sequence_spec
+from ..data.shards import decodable_codes, images_of, open_shards, sequence_spec
 from ..layout import num_image_slots
 from ..losses import IGNORE
 from ..modeling_nextflow import NextFlowForConditionalGeneration
-from ..modeling_nextflow_vq import NextFlowVQOutput
+from ..modeling_nextflow_vq import NextFlowVQOutput, pictures_at_once
 from ..processing_nextflow import user_message
 from ..scales import Grid, ScaleSchedule
 from .pictures import Picture, default_pictures
@@ -98,18 +98,20 @@ class Case:
 
     @cached_property
     def groups(self) -> list[Coded]:
-        """All pictures, by grid."""
+        """All pictures, by grid, as many at once as fit."""
         by_grid: dict[Grid, list[tuple[Picture, torch.Tensor]]] = {}
         for picture in self.pictures:
             grid, pixels = self.pixels_of(picture.image)
             by_grid.setdefault(grid, []).append((picture, pixels))
         groups = []
         for grid, members in by_grid.items():
-            pixels = torch.cat([pixels for _, pixels in members]).float()
-            output = self.vq_model(pixels)
             schedule = self.vq_model.schedules.by_grid(grid)
-            codes = output.quantization.target_codes
-            groups.append(Coded(schedule, [picture for picture, _ in members], pixels, codes, output))
+            count = pictures_at_once(self.vq_model.schedules.image_size(schedule))
+            for first in range(0, len(members), count):
+                pictures, pixels = zip(*members[first : first + count])
+                output = self.vq_model(torch.cat(pixels).float())
+                codes = output.quantization.target_codes
+                groups.append(Coded(schedule, list(pictures), torch.cat(pixels).float(), codes, output))
         return groups
 
     def pixels_of(self, image) -> tuple[Grid, torch.Tensor]:
@@ -144,12 +146,14 @@ class Case:
         training; else described pictures."""
         if self.packs is None:
             return [answer.row for answer in self.answers]
-        documents, rows = stored_documents(self), []
-        while len(rows) < ROWS and (some := list(islice(documents, DOCUMENTS))):
-            row = self.row_of(some)
+        rows = []
+        for first in range(0, len(self.documents), DOCUMENTS):
+            row = self.row_of(self.documents[first : first + DOCUMENTS])
             markers = row["shift_labels"][row["input_ids"] == self.config.boi_token_id]
             if (markers != IGNORE).any():  # without a picture to predict it says nothing of codes
                 rows.append(row)
+            if len(rows) == ROWS:
+                break
         return rows
 
     @cached_property
@@ -166,20 +170,43 @@ class Case:
         return {name: values.to(self.model.device) for name, values in batch.items()}
 
     @cached_property
+    def frame(self) -> tuple[list[int], list[int]]:
+        """Ids before and after the user's text in a prompt of the processor."""
+        prompts = [self.processor.apply_chat_template([user_message(text)])["input_ids"][0].tolist() for text in "xy"]
+        same = [a == b for a, b in zip(*prompts)]
+        return prompts[0][: same.index(False)], prompts[0][len(same) - same[::-1].index(False) :]
+
+    @cached_property
     def answers(self) -> list[Answer]:
-        """Described pictures: the examined ones that have a text, else drawn ones."""
-        found = [
-            (picture, codes[None], group.schedule)
-            for group in self.groups
-            for picture, codes in zip(group.pictures, group.codes)
-            if picture.caption
-        ]
+        """Texts that a picture answers: those of the shards, else the examined pictures that have a text, else drawn
+        ones."""
+        found = [] if self.packs is None else list(islice(self._asked_for(), ROWS))
+        if len(found) < LEAST_DESCRIBED:
+            found = [
+                (picture.caption, codes[None], group.schedule)
+                for group in self.groups
+                for picture, codes in zip(group.pictures, group.codes)
+                if picture.caption
+            ]
         if len(found) < LEAST_DESCRIBED:
             for picture in default_pictures(self.vq_model.schedules, self.seed):
                 grid, pixels = self.pixels_of(picture.image)
-                found.append((picture, self.vq_model.encode(pixels), self.vq_model.schedules.by_grid(grid)))
+                found.append((picture.caption, self.vq_model.encode(pixels), self.vq_model.schedules.by_grid(grid)))
         chosen = np.random.default_rng(self.seed).permutation(len(found))[:ROWS]
-        return [self.answer(found[int(at)][0].caption, *found[int(at)][1:]) for at in chosen]
+        return [self.answer(*found[int(at)]) for at in chosen]
+
+    def _asked_for(self) -> Iterator[tuple[str, torch.Tensor, ScaleSchedule]]:
+        """Text, (1, L) codes and schedule of documents of the shards that are a prompt and a picture."""
+        (head, tail), image = self.frame, self.spec.special.image
+        for document in self.documents:
+            ids, images = document["input_ids"].tolist(), images_of(document, self.spec, self.variants)
+            if len(images) == 1 and len(images[0][2]) and ids[: len(head)] == head:
+                words = ids[len(head) : ids.index(image)]  # compact, without <boi>
+                if words[-len(tail) :] == tail:
+                    grid, targets, inputs = images[0]
+                    codes = torch.from_numpy(decodable_codes(targets, inputs))[None].to(self.model.device)
+                    text = self.processor.tokenizer.decode(words[: -len(tail)])
+                    yield text, codes, self.vq_model.schedules.by_grid(grid)
 
     def answer(self, text: str, codes: torch.Tensor, schedule: ScaleSchedule, conditions: Sequence = ()) -> Answer:
         """`text`, after the pictures `conditions`, answered by the picture of (1, L) `codes`."""

@@ -9,11 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from ..data.shards import decodable_codes, images_of
-from ..processing_nextflow import user_message
 from .case import CODES, LOOK, ROWS, Case
 from .findings import ENOUGH, SIGNIFICANT, Check, Finding, z_score
 
-ALLOWED, FEW = 0.2, 0.02  # share of documents that may be otherwise, and where none should be
+ALLOWED, FEW = 0.2, 0.05  # share of documents that may be otherwise, and where none should be
 COMPARED = 512  # pictures that are compared with each other
 LONG = 10  # letters of an answer that is found again by no chance
 
@@ -26,9 +25,7 @@ def frames(check: Check, case: Case) -> Finding:
     chats = [document for document in case.documents if control & {*document["input_ids"].tolist()}]
     if len(chats) < ENOUGH:
         return check.unchecked(f"{len(chats)} documents are chats")
-    prompts = [case.processor.apply_chat_template([user_message(text)])["input_ids"][0].tolist() for text in "xy"]
-    same = [a == b for a, b in zip(*prompts)]
-    head, tail = prompts[0][: same.index(False)], prompts[0][len(same) - same[::-1].index(False) :]
+    head, tail = case.frame
     answer = tail[len(tail) - 1 - tail[::-1].index(head[0]) :] if head[0] in tail else tail
     all_ids = [document["input_ids"].tolist() for document in chats]
     for name, frame in (("open", head), ("turn to the answer", tail)):
@@ -116,8 +113,8 @@ def conditions(check: Check, case: Case) -> Finding:
 
 
 def varied(check: Check, case: Case) -> Finding:
-    """No picture is more than a fifth of all, few documents are copies of others, and answers do not stand in what
-    comes before them."""
+    """No picture stands for a twentieth of all and four times as often as others, few documents are copies of others,
+    and answers do not stand in what comes before them."""
     show = partial(case.processor.tokenizer.decode, skip_special_tokens=True)
     pictures: dict[tuple, list[np.ndarray]] = defaultdict(list)
     whole: set[bytes] = set()
@@ -125,23 +122,23 @@ def varied(check: Check, case: Case) -> Finding:
     for document in case.documents:
         ids, flags = document["input_ids"], document["supervised"].astype(bool)
         images = images_of(document, case.spec, case.variants)
-        whole.add(b"".join([ids.tobytes(), *(targets.tobytes() for _, targets, inputs in images if not len(inputs))]))
+        whole.add(b"".join(values.tobytes() for values in document.values()))
         for grid, targets, inputs in images:
             pictures[grid].append(decodable_codes(targets, inputs))
         if flags.any() and not (ids[flags] == case.spec.special.image).any():
             answer = show(ids[flags]).strip()
             if len(answer) >= LONG:
                 answered, given = answered + 1, given + (answer in show(ids[: flags.argmax()]))
-    repeated, most, shown = len(case.documents) - len(whole), 0, 0
+    repeated, times = len(case.documents) - len(whole), [0]
     for of_grid in pictures.values():
         first = np.stack(of_grid[:COMPARED])
-        most = max(most, max(int(((first == each).mean(1) > 0.5).sum()) for each in first))  # one in several codings
-        shown += len(first)
-    measured = (
-        f"of {shown} pictures one stands {most} times; {repeated} of {len(case.documents)} documents are copies "
-    )
-    measured += f"of others; {given} of {answered} answers stand in what comes before"
-    if shown >= ENOUGH and most > ALLOWED * shown:
+        same = np.stack([(first == each).mean(1) for each in first])
+        # one picture in several codings is alike in more than half of what is not so in any two
+        times += (same > (1 + np.median(same)) / 2).sum(1).tolist()
+    shown, most, usual = len(times) - 1, max(times), float(np.quantile(times, 0.25))
+    measured = f"of {shown} pictures one stands {most} times; {repeated} of {len(case.documents)} documents are "
+    measured += f"copies of others; {given} of {answered} answers stand in what comes before"
+    if most > max(FEW * shown, 4 * usual, ENOUGH):
         cause = "one picture, as a placeholder or the last of a buffer, stands in the place of many"
         return check.warned(measured, "one picture many times", cause, LOOK)
     if repeated > ALLOWED * len(case.documents):

@@ -16,6 +16,8 @@ SURPRISING = 0.6  # nats above the expected: what the model drew itself and is c
 
 def confidence(check: Check, case: Case) -> Finding:
     """Codes are not likelier with half or twice the logits, at every scale."""
+    if not case.rows:
+        return check.unchecked("the shards draw no pictures")
     factors, costs, scales = {"half": 0.5, "twice": 2.0}, defaultdict(list), []
     for row in case.rows:
         reading = case.read(row, with_text=False)
@@ -40,6 +42,8 @@ def confidence(check: Check, case: Case) -> Finding:
 def scales(check: Check, case: Case) -> Finding:
     """Codes of every scale, and texts, cost less than codes and words drawn by their frequency in other rows
     (unigram) would."""
+    if not case.rows:
+        return check.unchecked("the shards draw no pictures")
     size, values, costs = case.config.vq_config.codebook_size, defaultdict(list), defaultdict(list)
     for row in case.rows:
         reading = case.read(row)
@@ -102,6 +106,10 @@ def familiar(check: Check, case: Case) -> Finding:
     if not strange:
         return check.passed(measured, surprise=means)
     measured += f"; whole pictures {mean:+.2f}, above {2 * SURPRISING:g} {outliers} of {len(whole)}"
+    usual = max((mean for name, mean in means.items() if name not in strange[:1]), default=0.0)
+    if len(strange) == 1 and strange[0].startswith("scale") and usual < SURPRISING / 2 < 2 < means[strange[0]]:
+        cause = f"the codes of {strange[0]} are in another order there, or of another table, or no codes at all"
+        return check.warned(measured, f"codes of {strange[0]} in disorder", cause, LOOK, surprise=means)
     what = "pictures" if "texts" not in strange else "texts" if len(strange) == 1 else "documents"
     if what == "pictures" and (way := _likelier(case)):
         cause = f"the model finds the pictures likelier {way}: what read or drew them turned them so"

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 
 from ..data.shards import check_identity, decodable_codes, identity_of, images_of, verify
 from ..quantizer import resize_features, to_map, to_sequence
-from .case import Case, stored_documents
+from .case import Case
 from .findings import ENOUGH, SIGNIFICANT, Check, Finding, z_score
 
 ANEW = "extract the shards anew, and look at whatever wrote or changed them"
-UNRELATED = 0.8  # of the distance of any two codes
+UNRELATED = 0.6  # share of substitutes that are nearer than any code; by chance one half
 SAMPLED, CORRECTED = 16, 64  # pictures that are encoded again, and whose self-correction is counted
 
 
@@ -46,7 +46,7 @@ def whose(check: Check, case: Case) -> Finding:
 def stored_pictures(case: Case, limit: int, corrected: bool = False) -> list[tuple]:
     """Grid, (variants, L) targets and (variants or 0, coarse) inputs of pictures of rows drawn at random; `corrected`,
     of those alone that have inputs of their own."""
-    images = (image for document in stored_documents(case) for image in images_of(document, case.spec, case.variants))
+    images = (image for document in case.documents for image in images_of(document, case.spec, case.variants))
     return list(islice((image for image in images if len(image[2]) or not corrected), limit))
 
 
@@ -132,14 +132,7 @@ def correction(check: Check, case: Case) -> Finding:
     measured = f"{', '.join(f'{share:.0%}' for share in means)} of the inputs are disturbed at the scales"
     case.curves["disturbed inputs of each scale, share"] = {"share": means}
     substitutes = _nearness(case, pictures)
-    measured += f"; by codes of {substitutes:.0%} of the distance of any two"
-    several = [inputs for _, _, inputs in pictures if len(inputs) > 1]
-    if means and max(means) > 0 and len(several) >= ENOUGH and all((inputs == inputs[0]).all() for inputs in several):
-        cause = "all codings of a picture are the same: every one was drawn with the same seed, or copied"
-        return check.warned(measured, "variants all alike", cause, ANEW, shares=means)
-    if substitutes > UNRELATED:
-        cause = "the inputs hold codes that have nothing to do with the targets, where near ones were to be drawn"
-        return check.warned(measured, "self-correction by any codes", cause, ANEW, shares=means)
+    measured += f"; {substitutes:.0%} of them by nearer codes than any"
     unlike = sum(bool((targets[:, :1] != targets[:1, :1]).any()) for _, targets, _ in pictures)
     if unlike:
         measured += f"; {unlike} of {len(pictures)} pictures have several first targets"
@@ -154,13 +147,21 @@ def correction(check: Check, case: Case) -> Finding:
             measured += f"; scale {scale + 1} should have {takes_part * most:.0%} at most, and not none"
             cause = "the inputs were not made with these settings, or lost, or changed"
             return check.warned(measured, "wrong share of self-correction", cause, ANEW, shares=means)
+    several = [inputs for _, _, inputs in pictures if len(inputs) > 1]
+    if means and max(means) > 0 and len(several) >= ENOUGH and all((inputs == inputs[0]).all() for inputs in several):
+        cause = "all codings of a picture are the same: every one was drawn with the same seed, or copied"
+        return check.warned(measured, "variants all alike", cause, ANEW, shares=means)
+    if substitutes < UNRELATED:
+        cause = "the inputs hold codes that have nothing to do with the targets, where near ones were to be drawn"
+        return check.warned(measured, "self-correction by any codes", cause, ANEW, shares=means)
     return check.passed(measured, shares=means)
 
 
 def _nearness(case: Case, pictures: list[tuple]) -> float:
-    """Mean distance of disturbed inputs from their targets, in that of any two codes of the table that are used."""
+    """Share of disturbed inputs that are nearer to their targets than any code is, one half by chance."""
     pairs = [np.stack([inputs, targets[:, : inputs.shape[1]]]).reshape(2, -1) for _, targets, inputs in pictures]
     inputs, targets = (torch.from_numpy(each.astype(np.int64)) for each in np.concatenate(pairs, axis=1))
     table, changed = case.vq_model.quantizer().float().cpu(), inputs != targets
-    apart = lambda a, b: float((table[a] - table[b]).square().sum(-1).mean())  # noqa: E731
-    return apart(inputs[changed], targets[changed]) / max(apart(targets, targets.roll(len(targets) // 2)), 1e-12)
+    apart = lambda others: (table[others] - table[targets]).square().sum(-1)[changed]  # noqa: E731
+    others = torch.from_numpy(np.random.default_rng(case.seed).integers(len(table), size=len(targets)))
+    return float((apart(inputs) < apart(others)).float().mean())
