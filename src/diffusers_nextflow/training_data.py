@@ -35,7 +35,6 @@ from transformers_nextflow.data.shards import (
     sequence_spec,
     vision_identity,
 )
-from transformers_nextflow.modeling_nextflow_vq import unpatchify
 from transformers_nextflow.scales import Grid
 from transformers_nextflow.training.images import SizedBatches
 
@@ -161,9 +160,10 @@ class PictureBatches(SizedBatches):
         if not isinstance(picture, Image.Image):  # of more than 8 bits
             picture = Image.fromarray((picture.transpose(1, 2, 0) * 255).round().astype(np.uint8))
         data = self.image_processor(picture, level=table.level_of(grid), return_tensors="pt")
-        if tuple(data["image_grid_hw"][0].tolist()) != grid:
+        own, coded = self.image_processor.whole(data)
+        if own != grid:
             raise ValueError(f"a picture of the grid {grid} was coded, the source's has another size: {image!r:.80}")
-        pixels = unpatchify(data["pixel_values"][None], grid, self.image_processor.patch_size)[0]
+        pixels = coded[0]
         if self.upscale == 1:
             return pixels, pixels
         width, height = (length * self.upscale for length in reversed(table.image_size(table.by_grid(grid))))

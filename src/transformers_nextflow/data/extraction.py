@@ -20,7 +20,6 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..image_processing_nextflow import DAMAGED, NextFlowImageProcessor
-from ..modeling_nextflow_vq import unpatchify
 from ..quantizer import SelfCorrection
 from ..sampling import integer
 from ..scales import ScaleSchedule
@@ -484,13 +483,12 @@ class Extractor:
 
 def pixels_of(image_processor: NextFlowImageProcessor, image: PictureSource, schedule: ScaleSchedule) -> torch.Tensor:
     """(3, H, W) float32 in [-1, 1] of the schedule's size."""
+    level = image_processor.schedule_table().level_of(schedule.final_grid)
     with open_image(image) as picture:
-        data = image_processor(picture, level=image_processor.schedule_table().level_of(schedule.final_grid))
-    grid = tuple(int(n) for n in data["image_grid_hw"][0])
+        grid, pixels = image_processor.whole(image_processor(picture, level=level, return_tensors="pt"))
     if grid != schedule.final_grid:
         raise ValueError(f"the picture's header promised the grid {schedule.final_grid}, it has {grid}")
-    patches = torch.as_tensor(np.asarray(data["pixel_values"]))
-    return unpatchify(patches[None], grid, image_processor.patch_size)[0]
+    return pixels[0]
 
 
 class PictureReader(Dataset):

@@ -12,7 +12,6 @@ from transformers.utils import logging
 
 from ..data.documents import PictureSource, Skipped, open_image, read_size, skipping_damaged
 from ..image_processing_nextflow import NextFlowImageProcessor, upright_size
-from ..modeling_nextflow_vq import unpatchify
 from ..scales import Grid
 
 logger = logging.get_logger(__name__)
@@ -147,12 +146,10 @@ class ImageBatches(SizedBatches):
             image = self.images[number]
             picture = image if isinstance(image, Image.Image) else open_image(image)
             data = self.image_processor(picture, level=self.level, return_tensors="pt")
-        pixels, grid = data["pixel_values"], tuple(data["image_grid_hw"][0].tolist())
+        grid, pixels = self.image_processor.whole(data)
         if grid != self.grids[number]:
             raise Skipped("unreadable image", f"its header promised the grid {self.grids[number]}, it has {grid}")
-        if self.image_processor.image_size is not None:
-            return pixels[0]
-        return unpatchify(pixels[None], grid, self.image_processor.patch_size)[0]
+        return pixels[0]
 
     def collate(self, pictures: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         return {"pixel_values": torch.stack(pictures)}
