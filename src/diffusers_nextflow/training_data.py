@@ -121,7 +121,13 @@ class PictureBatches(SizedBatches):
         return large
 
     def _document(self, picture: Picture) -> Document:
-        document = next(d for d in self.read(self.table[picture.row], picture.row) if d.key == picture.key)
+        documents = {document.key: document for document in self.read(self.table[picture.row], picture.row)}
+        document = documents.get(picture.key)
+        if document is None:
+            raise ValueError(
+                f"the shards hold codes of {picture.key}, but the source's row has only {', '.join(documents)}: it is "
+                "not what the shards were made of"
+            )
         if picture.images not in (None, len(document.images)):
             raise ValueError(
                 f"the shards hold codes of {picture.images} pictures of {picture.key}, but the source's row has "

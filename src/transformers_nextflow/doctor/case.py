@@ -113,10 +113,15 @@ class Case:
         return groups
 
     def pixels_of(self, image) -> tuple[Grid, torch.Tensor]:
-        """A picture as the processor gives it: final grid, and (1, 3, H, W) pixels."""
-        processor = self.processor.image_processor
-        grid, pixels = processor.whole(processor(image, return_tensors="pt"))
-        return grid, pixels.to(self.model.device)
+        """A picture as the processor gives it: final grid, and (1, 3, H, W) put together from its patches here."""
+        inputs = self.processor.image_processor(image, return_tensors="pt")
+        grid = tuple(inputs["image_grid_hw"][0].tolist())
+        values = inputs["pixel_values"].to(self.model.device)
+        if self.config.vq_config.image_size is None:
+            size = self.config.vq_config.patch_size
+            values = values.view(*grid, size, size, 3).permute(4, 0, 2, 1, 3)
+            values = values.reshape(1, 3, grid[0] * size, grid[1] * size)
+        return grid, values
 
     @cached_property
     def shards(self) -> tuple[Path, dict]:

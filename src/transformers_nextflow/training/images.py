@@ -70,8 +70,9 @@ class SizedBatches(Dataset, ABC):
 
     def _leave_out(self, number: int, skip: Skipped) -> None:
         if number not in self.damaged:
-            self.damaged[number] = skip.detail
-            logger.warning(f"left out {self.name_of(number)}, damaged image number {len(self.damaged)}: {skip.detail}")
+            self.damaged[number] = skip.detail or skip.reason
+            what = f"{self.name_of(number)}, damaged image number {len(self.damaged)}"
+            logger.warning(f"left out {what}: {self.damaged[number]}")
 
     def set_epoch(self, epoch: int) -> None:
         """Which pictures share a batch."""
