@@ -513,9 +513,7 @@ class NextFlowGRPOTrainer(PrecisionTrainer, SavingTrainer):
             rows = [(index, dataset[index]) for index, _ in numbered]
             seeds = [seed_of(self.args.seed, -1, *each) for each in numbered]
             rewards.append(self._judge_held_out(rows, seeds, count))
-            if (
-                self._fault is not None and not self.is_fsdp_enabled
-            ):  # under which others roll out by this one's weights
+            if self._fault is not None and not self.is_fsdp_enabled:  # which shares weights until all are through
                 break
         self._raise_together()
         self._compare(torch.cat(gather_object([torch.cat(rewards)]))[:, None], count)
