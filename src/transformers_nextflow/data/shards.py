@@ -346,8 +346,8 @@ def _check_row(row: Mapping, spec: SequenceSpec, manifest: Mapping, where: str) 
     if len(ids) != len(supervised) or (len(ids) and not (0 <= ids.min() and ids.max() < identity["code_offset"])):
         raise ValueError(f"{where} holds ids outside of the {identity['code_offset']} text rows, or flags beside ids")
     for codes in (row["image_codes"], row["image_input_codes"]):
-        if len(codes) and codes.max() >= identity["codebook_size"]:
-            raise ValueError(f"{where} holds the code {codes.max()}, the codebook ends at {identity['codebook_size']}")
+        if len(wrong := codes[(codes < 0) | (codes >= identity["codebook_size"])]):
+            raise ValueError(f"{where} holds the code {wrong[0]}, the codebook ends at {identity['codebook_size']}")
     if 2 * int((ids == spec.special.image).sum()) != len(row["image_grid_hw"]):
         raise ValueError(f"{where} shows other images than its grids name")
     try:
