@@ -178,7 +178,7 @@ class PictureBatches(SizedBatches):
 
 
 def source_pictures(
-    table, reader: DocumentReader, image_processor: NextFlowImageProcessor, level: str | None = None
+    table, reader: DocumentReader, image_processor: NextFlowImageProcessor, level: str | int | None = None
 ) -> list[Picture]:
     """The supervised pictures of a source's documents, to be coded in training, by their headers alone.
 
@@ -189,7 +189,6 @@ def source_pictures(
         level: of the scale schedules they are brought to (default: the highest).
     """
     schedules, pictures = image_processor.schedule_table(), []
-    level = level or list(schedules.levels)[-1]
     for row in range(len(table)):
         try:
             pictures += [
@@ -226,8 +225,7 @@ def shard_pictures(name: str | Path, source: Source, table, vq_model: NextFlowVQ
     if any(values != listed[0] for values in listed):
         raise ValueError(f"the shards in {name} are of several sources that are read differently; give one of them")
     settings = ExtractionSettings(**listed[0] | {"self_correction": None})
-    level = settings.level or list(vq_model.schedules.levels)[-1]
-    max_images = settings.max_images or MAX_IMAGES.get(str(level))
+    max_images = settings.max_images or MAX_IMAGES.get(vq_model.schedules.level_name(settings.level))
     reader = DocumentReader(settings.task, settings.columns, max_images, source.root)
     reader.check_columns(table.column_names)
 

@@ -80,7 +80,7 @@ class ExtractionSettings:
 
     task: str = "chat"
     columns: dict[str, str] = field(default_factory=dict)
-    level: str | None = None
+    level: str | int | None = None
     max_images: int | None = None
     min_size: int = 1
     max_aspect_ratio: float | None = None
@@ -240,9 +240,8 @@ class Extractor:
         self.config, self.processor, self.vq_model = load_tokenizers(model, device)
         self.table = source.load()
         self.schedules = self.config.vq_config.schedule_table()
-        self.schedules.of_level(settings.level)  # raises where there is none
-        level = settings.level or list(self.schedules.levels)[-1]
-        max_images = settings.max_images or MAX_IMAGES.get(str(level))
+        self.level = self.schedules.level_name(settings.level)
+        max_images = settings.max_images or MAX_IMAGES.get(self.level)
         self.reader = DocumentReader(settings.task, settings.columns, max_images, source.root)
         self.reader.check_columns(self.table.column_names)
         self.tokenizer = DocumentTokenizer(self.processor, self.processor.tokenizer.eos_token_id)
@@ -353,7 +352,7 @@ class Extractor:
         limit = self.settings.max_aspect_ratio
         if limit is not None and max(width, height) > limit * min(width, height):
             raise Skipped("aspect ratio", f"{width}x{height}")
-        return self.schedules.nearest_to_image(height, width, self.settings.level)
+        return self.schedules.nearest_to_image(height, width, self.level)
 
     def _batches(self, documents) -> list[tuple[ScaleSchedule, bool, list[list[tuple[int, int]]]]]:
         """Pictures of one schedule and one supervision, `batch_size` at a time, each with the places, as (document,

@@ -120,12 +120,12 @@ class ImageBatches(SizedBatches):
         images: Sequence[PictureSource],
         image_processor: NextFlowImageProcessor,
         batch_size: int,
-        level: str | None = None,
+        level: str | int | None = None,
         seed: int = 0,
     ):
         self.images, self.image_processor = images, image_processor
         self.table = image_processor.schedule_table()
-        self.level = self.table.level_of(self.table.of_level(level)[0].final_grid)
+        self.level = self.table.level_name(level)
         super().__init__(len(images), batch_size, seed)
 
     def name_of(self, number: int) -> str:
