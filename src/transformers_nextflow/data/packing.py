@@ -226,8 +226,8 @@ def pack(
         drop_long: leave documents longer than `strategy.max_length` out, and count them, instead of raising.
 
     Raises:
-        ValueError: if the folders' identities differ, a document is too long, or there is too little text or none short
-            enough.
+        ValueError: if the folders' identities differ, a document is too long, or there is too little text or none that
+            is short.
     """
     output = Path(output)
     for name, value in (("multiple_of", multiple_of), ("packs_per_shard", packs_per_shard)):
@@ -333,7 +333,7 @@ def _limit_text(tokens, is_text, kept, share: float, seed: int) -> tuple[np.ndar
     if wanted and not have:
         raise ValueError(
             f"text_share {share} asks for {wanted:.0f} positions of text beside {others} of other documents, the "
-            f"first text drawn has {tokens[texts[0]]} alone: raise text_share, pack more documents, or take another seed"
+            f"first text drawn has {tokens[texts[0]]} alone: raise text_share, add documents, or take another seed"
         )
     if have < wanted * 0.99:
         logger.warning(
