@@ -38,8 +38,9 @@ from .objective import (
     prefix_values,
     token_weights,
 )
-from .prompts import Numbered, PromptOrder, Rows, check_prompts, columns, conversations, last_text, seed_of
+from .prompts import Numbered, PromptOrder, Rows, check_prompts, columns, conversations, seed_of
 from .reference import FollowPolicy, Reference
+from .reward_models import prompt_text
 from .rewards import RewardError, RewardFunction, Rewards
 from .rollouts import PrefixControls, Rollouts, level_difference, roll_out, rollout_logps
 
@@ -256,7 +257,7 @@ class NextFlowGRPOTrainer(PrecisionTrainer, SavingTrainer):
                 rollouts.ref_logps = torch.cat([self._reference_logps(part) for part in self._split(rollouts)])
             if self.schedule != self.model_schedule and args.optimize != "text":
                 self._count_levels(self._split(rollouts)[0])
-        captions = list(map(last_text, chats))
+        captions = list(map(prompt_text, chats))
         if rollouts.text_mask is not None:
             captions = [f"{prompt} -> {self._decode(text)}" for prompt, text in zip(captions, rollouts.texts())]
         self._pictures = list(zip(captions, pictures, values[own].tolist()))
