@@ -19,7 +19,6 @@ from PIL import Image, ImageOps
 from transformers_nextflow import NextFlowImageProcessor, NextFlowVQModel
 from transformers_nextflow.data import Document, DocumentReader, ExtractionSettings, Source, open_shards
 from transformers_nextflow.data.documents import (
-    MAX_IMAGES,
     PictureSource,
     Skipped,
     open_image,
@@ -30,8 +29,8 @@ from transformers_nextflow.data.shards import (
     Shard,
     check_identity,
     decodable_codes,
+    documents_of,
     encoder_settings,
-    images_of,
     sequence_spec,
     vision_identity,
 )
@@ -225,8 +224,7 @@ def shard_pictures(name: str | Path, source: Source, table, vq_model: NextFlowVQ
     if any(values != listed[0] for values in listed):
         raise ValueError(f"the shards in {name} are of several sources that are read differently; give one of them")
     settings = ExtractionSettings(**listed[0] | {"self_correction": None})
-    max_images = settings.max_images or MAX_IMAGES.get(vq_model.schedules.level_name(settings.level))
-    reader = DocumentReader(settings.task, settings.columns, max_images, source.root)
+    reader = settings.reader(vq_model.schedules, source.root)
     reader.check_columns(table.column_names)
 
     def read(row: Mapping, index: int) -> list[Document]:
@@ -244,23 +242,19 @@ def shard_pictures(name: str | Path, source: Source, table, vq_model: NextFlowVQ
 
 
 def _row_pictures(row: Mapping, spec, variants: int, rows: Mapping[str, int]) -> list[Picture]:
-    packed = "keys" in row
-    keys = row["keys"] if packed else [row["key"]]
-    lengths = row["document_lengths"] if packed else [len(row["input_ids"])]
-    shown = row["input_ids"] == spec.special.image
-    supervised = row["supervised"][shown].astype(bool)
-    document = np.repeat(np.arange(len(keys)), lengths)[shown]
     pictures = []
-    for number, (grid, targets, inputs) in enumerate(images_of(row, spec, variants)):
-        key = keys[document[number]]
-        if not supervised[number]:
+    for key, _, ids, flags, images in documents_of(row, spec, variants):
+        supervised = flags[ids == spec.special.image].astype(bool)
+        if not supervised.any():
             continue
         source_row = rows.get(key, rows.get(key.rpartition("#")[0]))  # "key#1" continues a long document
         if source_row is None:
             raise ValueError(f"the source has no document {key}, whose codes the shards hold")
-        own = np.flatnonzero(document == document[number])
-        place = int(np.searchsorted(own, number))
-        pictures.append(Picture(source_row, key, place, grid, decodable_codes(targets, inputs), len(own)))
+        pictures += [
+            Picture(source_row, key, place, grid, decodable_codes(targets, inputs), len(images))
+            for place, (grid, targets, inputs) in enumerate(images)
+            if supervised[place]
+        ]
     return pictures
 
 

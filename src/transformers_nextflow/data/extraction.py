@@ -22,7 +22,7 @@ from transformers.utils import logging
 from ..image_processing_nextflow import DAMAGED, NextFlowImageProcessor
 from ..quantizer import SelfCorrection
 from ..sampling import integer
-from ..scales import ScaleSchedule
+from ..scales import ScaleSchedule, ScheduleTable
 from ..utils.files import read_json, write_atomically
 from .documents import (
     MAX_IMAGES,
@@ -106,6 +106,11 @@ class ExtractionSettings:
     @property
     def transformations(self) -> Transformations:
         return Transformations(self.invert_share, self.drop_text, self.drop_condition, self.seed)
+
+    def reader(self, schedules: ScheduleTable, root: str | None) -> DocumentReader:
+        """Of rows, whose images lie in `root`."""
+        max_images = self.max_images or MAX_IMAGES.get(schedules.level_name(self.level))
+        return DocumentReader(self.task, self.columns, max_images, root)
 
     @property
     def num_variants(self) -> int:
@@ -241,8 +246,7 @@ class Extractor:
         self.table = source.load()
         self.schedules = self.config.vq_config.schedule_table()
         self.level = self.schedules.level_name(settings.level)
-        max_images = settings.max_images or MAX_IMAGES.get(self.level)
-        self.reader = DocumentReader(settings.task, settings.columns, max_images, source.root)
+        self.reader = settings.reader(self.schedules, source.root)
         self.reader.check_columns(self.table.column_names)
         self.tokenizer = DocumentTokenizer(self.processor, self.processor.tokenizer.eos_token_id)
         self.identity = identity_of(self.config, self.processor, self.vq_model)
@@ -267,13 +271,13 @@ class Extractor:
         work = output / "work" / f"{index:05d}"
         coded: dict[tuple[int, int], dict] = {}
         broken: dict[int, str] = {}
-        samples = []
+        sample: dict | None = None
         batches = [(work / f"{number:05d}.npz", batch) for number, batch in enumerate(self._batches(documents))]
         read = self._read_ahead(documents, [batch for path, batch in batches if not path.exists()])
         for path, (schedule, supervised, pictures) in batches:
             if not path.exists():
                 pixels = [next(read) for _ in pictures]
-                self._code_batch(documents, schedule, supervised, pictures, pixels, path, is_sample=not samples)
+                self._code_batch(documents, schedule, supervised, pictures, pixels, path, is_sample=sample is None)
             members = [member for places_of_one in pictures for member in places_of_one]
             with np.load(path, allow_pickle=False) as batch:
                 failures = {int(m): str(e) for m, e in zip(batch["failed"], batch["errors"])}
@@ -281,9 +285,9 @@ class Extractor:
                 good = [member for m, member in enumerate(members) if m not in failures]
                 for place, member in enumerate(good):
                     coded[member] = {"codes": batch["codes"][place], "inputs": batch["inputs"][place]}
-                if good and not samples:
-                    sample = {"document": good[0][0], "image": good[0][1], "thumbnail": batch["thumbnail"].tobytes()}
-                    samples.append(sample | {"error": float(batch["error"])})
+                if good and sample is None:
+                    (sampled, image), shown = good[0], batch["thumbnail"].tobytes().hex()
+                    sample = {"image": image, "thumbnail": shown, "error": float(batch["error"])}
 
         rows_out, places = [], {}
         for number, (document, schedules) in enumerate(documents):
@@ -299,16 +303,7 @@ class Extractor:
             counts[f"skipped: {entry['reason']}"] += 1
             logger.warning("skipped %s: %s", entry["key"], entry["detail"] or entry["reason"])
         shard = write_shard(output / "data" / f"documents-{index:05d}.arrow", rows_out, self.schema)
-        samples = [
-            {
-                "row": places[sample["document"]],
-                "image": sample["image"],
-                "thumbnail": sample["thumbnail"].hex(),
-                "error": sample["error"],
-            }
-            for sample in samples
-            if sample["document"] in places
-        ]
+        samples = [{"row": places[sampled]} | sample] if sample is not None and sampled in places else []
         report = {"shard": shard, "counts": counts, "skipped": skipped, "samples": samples}
         write_json(_report_path(output, index), report)
         shutil.rmtree(work, ignore_errors=True)

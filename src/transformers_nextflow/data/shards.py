@@ -6,7 +6,8 @@ A folder of shards is a dataset repository as the Hub has it: `README.md` with t
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -329,6 +330,16 @@ def images_of(row: Mapping, spec: SequenceSpec, variants: int) -> list[tuple[tup
     if at != len(row["image_codes"]) or inputs_at != len(row["image_input_codes"]):
         raise ValueError(f"codes are too many: {len(row['image_codes'])} and {len(row['image_input_codes'])}")
     return images
+
+
+def documents_of(row: Mapping, spec: SequenceSpec, variants: int) -> Iterator[tuple]:
+    """Each document of a row, of documents or of packs: its key, kind, ids and flags, and images as [`images_of`]."""
+    is_pack = "keys" in row
+    keys, kinds = (row["keys"], row["kinds"]) if is_pack else ([row["key"]], [row["kind"]])
+    ends = np.cumsum(row["document_lengths"])[:-1] if is_pack else []
+    images = iter(images_of(row, spec, variants))
+    for key, kind, ids, flags in zip(keys, kinds, np.split(row["input_ids"], ends), np.split(row["supervised"], ends)):
+        yield key, kind, ids, flags, list(islice(images, int((ids == spec.special.image).sum())))
 
 
 def decodable_codes(targets: np.ndarray, inputs: np.ndarray) -> np.ndarray:
