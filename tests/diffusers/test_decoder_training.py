@@ -36,6 +36,7 @@ from diffusers_nextflow.training import (
     load_decoder,
 )
 from diffusers_nextflow.training_data import (
+    Picture,
     PictureBatches,
     condition_of,
     shard_pictures,
@@ -64,6 +65,7 @@ from transformers_nextflow.data import (
     extract,
     pack,
 )
+from transformers_nextflow.data.documents import Skipped
 from transformers_nextflow.quantizer import SelfCorrection
 from transformers_nextflow.training import EMACallback
 from transformers_nextflow.utils.loading import load_vq_model
@@ -723,6 +725,16 @@ def test_a_picture_that_cannot_be_read_costs_itself_and_is_named(
     seen = {caption for place in range(len(batches)) for caption in batches[place]["captions"]}
     assert len(batches) == 4 and seen == {"caption 3", "caption 4", "caption 5"}
     assert "left out key 0, damaged image number 1: cannot decode the picture (JPEG, 48x48 pixels)" in caplog.text
+
+
+def test_a_row_without_its_picture_is_named_with_the_reason(vq_model, caplog):
+    def read(row, index):
+        raise Skipped("no image")
+
+    processor = NextFlowImageProcessor.from_vq_config(vq_model.config)
+    with pytest.raises(ValueError, match="none of 1 pictures can be read"):
+        PictureBatches([{}], read, [Picture(0, "gone", 0, (3, 3))], processor, 1)[0]
+    assert "left out gone, damaged image number 1: no image" in caplog.text
 
 
 def test_no_pictures_and_bad_numbers():
