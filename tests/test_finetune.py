@@ -14,6 +14,8 @@ from tiny_models import enlarge_
 
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor
 from transformers_nextflow.cli import main
+from transformers_nextflow.data import Source
+from transformers_nextflow.training import FinetuneSettings, finetuning
 from transformers_nextflow.utils.loading import load_model
 
 pytest.importorskip("peft")
@@ -144,6 +146,32 @@ def test_a_run_that_is_killed_between_two_checkpoints_goes_on_from_the_first(cap
     assert tune(capsys, "photos", "in-two", *options) == expected
 
 
+def test_a_run_that_is_killed_while_it_writes_a_checkpoint_goes_on_from_the_one_before(capsys, monkeypatch):
+    """Also where there is none before."""
+    from transformers_nextflow.training import NextFlowTrainer
+
+    options = ("--learning-rate", 1e-2, "--steps", 4, "--evaluations", 2)
+    expected = tune(capsys, "photos", "not-torn", *options)
+    write, torn = NextFlowTrainer._save_checkpoint, []
+
+    def write_in_part(trainer, *args, **kwargs):
+        if trainer.state.global_step in torn:
+            return write(trainer, *args, **kwargs)
+        torn.append(trainer.state.global_step)
+        folder = Path(trainer.args.output_dir, f"checkpoint-{torn[-1]}")
+        folder.mkdir(exist_ok=True)
+        (folder / "trainer_state.json").write_text('{"global_step": 4, "log_his')
+        raise OSError("no space left")
+
+    arguments = ("finetune", "photos", "--model", "start", "--output", "torn", *OPTIONS, *options)
+    with monkeypatch.context() as patch:
+        patch.setattr(NextFlowTrainer, "_save_checkpoint", write_in_part)
+        for steps in ([2], [2, 4]):
+            assert main(list(map(str, arguments))) == 2
+            assert torn == steps and "no space left" in capsys.readouterr().err
+    assert tune(capsys, "photos", "torn", *options) == expected
+
+
 def test_a_run_that_had_enough_is_not_trained_on(capsys, monkeypatch):
     """At a rate that moves nothing, stopped before the best step's weights are loaded."""
     from transformers_nextflow.training import NextFlowTrainer
@@ -165,7 +193,7 @@ def test_a_run_that_had_enough_is_not_trained_on(capsys, monkeypatch):
 
 
 def test_a_prior_is_what_the_model_drew_before(capsys):
-    Path("prompts.txt").write_text("\n\n".join(PRIOR) + "\n")
+    Path("prompts.txt").write_text("\n  \n".join(PRIOR) + "\n")
     options = ("--prior", "prompts.txt", "--steps", 2, "--evaluations", 1, "--seed", 5)
     figures = tune(capsys, "photos", "with-prior", *options)
     assert figures["pictures"] == 8
@@ -180,6 +208,15 @@ def test_a_prior_is_what_the_model_drew_before(capsys):
         pictures = processor.post_process_image(model.decode_image_tokens(drawn, (3, 3)))
         for place, picture in enumerate(pictures, first):
             assert Image.open(f"with-prior/data/prior/{place:04}.png").tobytes() == picture.tobytes()
+
+
+@pytest.mark.parametrize("prompt", ["  ", "\ud800"])
+def test_a_prior_that_is_nothing_to_draw_is_named_before_anything_is_drawn(prompt, monkeypatch):
+    monkeypatch.setattr(finetuning, "load_model", None)
+    settings = FinetuneSettings(prior=("a cat", prompt))
+    with pytest.raises(ValueError, match="prompt 1 of the prior, .*: no"):
+        finetuning.finetune(Source("photos"), "start", "refused", settings)
+    assert not Path("refused").exists()
 
 
 @pytest.mark.parametrize("form", ["parquet", "webdataset"])

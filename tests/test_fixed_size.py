@@ -3,6 +3,8 @@
 import copy
 import pickle
 
+import datasets
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -11,7 +13,10 @@ from tiny_models import BOI, EOI, EOS, IMAGE, PAD, tiny_model
 from tiny_models import tiny_config as tiny_nextflow_config
 from transformers import AutoModel
 
-from transformers_nextflow import NextFlowImageProcessor, NextFlowVQConfig
+from tests.conftest import build_config
+from transformers_nextflow import NextFlowConfig, NextFlowImageProcessor, NextFlowProcessor, NextFlowVQConfig
+from transformers_nextflow.data import ExtractionSettings, RawDocuments, Source, extract
+from transformers_nextflow.data.shards import Shard, read_manifest
 
 accelerate = pytest.importorskip("accelerate")
 
@@ -136,6 +141,33 @@ def test_image_processor_keeps_pictures_whole(tmp_path):
     assert inputs["pixel_values"].shape == (2, 3, EDGE, EDGE)
     assert inputs["image_grid_hw"].tolist() == [[3, 3], [3, 3]]
     assert inputs["pixel_values"][0, :, 0, 0].tolist() == [1, -1, -1]
+
+
+@pytest.mark.parametrize("edge, patch", [(EDGE, 13), (24, 8)])  # which the grid's cells of 8 pixels divide or not
+def test_codes_of_documents_are_those_of_whole_pictures(edge, patch, text_tokenizer, tmp_path, monkeypatch):
+    """Of shards, and of documents that are coded when they are asked for."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    config, semantic = build_config(text_tokenizer).to_dict(), FIXED_SIZE["semantic_config"]
+    sizes = {"image_size": edge, "semantic_config": semantic | {"image_size": edge, "patch_size": patch}}
+    model = tiny_model(NextFlowConfig(**config | {"vq_config": config["vq_config"] | FIXED_SIZE | sizes}))
+    vq_model = model.model.vq_model
+    processor = NextFlowImageProcessor.from_vq_config(vq_model.config)
+    model.save_pretrained(tmp_path / "model")
+    NextFlowProcessor(processor, text_tokenizer).save_pretrained(tmp_path / "model")
+    rng = np.random.default_rng(0)
+    pictures = [Image.fromarray(rng.integers(0, 256, (50, 90, 3), dtype=np.uint8)) for _ in range(3)]
+    rows = [{"key": str(number), "text": "a star", "image": picture} for number, picture in enumerate(pictures)]
+    datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "rows.parquet"))
+    expected = vq_model.encode(processor(pictures, return_tensors="pt")["pixel_values"]).numpy()
+    assert len(np.unique(expected, axis=0)) == 3
+    source = Source(str(tmp_path / "rows.parquet"))
+    settings = ExtractionSettings("text-to-image", self_correction=None)
+    extract(source, tmp_path / "model", tmp_path / "shards", settings)
+    (entry,) = read_manifest(tmp_path / "shards")["shards"]
+    shard = Shard(tmp_path / "shards" / "data" / entry["file"])
+    assert np.array_equal([shard.row(number)["image_codes"] for number in range(len(shard))], expected)
+    raw = RawDocuments(source, tmp_path / "model", settings)
+    assert np.array_equal([item["image_codes"] for item in raw], expected)
 
 
 def config(**changes) -> NextFlowVQConfig:

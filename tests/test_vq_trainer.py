@@ -251,6 +251,20 @@ def test_the_adversary_begins_late_and_each_side_moves_by_its_own_loss(coarse_mo
         assert {key.split(".")[0] for key, gradient in gradients.items() if gradient.any()} == {parts}
 
 
+def test_a_loss_that_begins_between_two_logs_is_the_mean_of_its_own_batches(coarse_model, tmp_path):
+    """One batch again and again, by which nothing is moved."""
+    values = {"discriminator_weight": 0.5, "max_steps": 4, "logging_steps": 4, "learning_rate": 0.0, "scale_drop": 0.0}
+    logged = []
+    for start in (1, 4):
+        dataset = torch.utils.data.Subset(Large(), [0])
+        torch.manual_seed(1)  # of the discriminator
+        model = prepare_vq_stage(copy.deepcopy(coarse_model), "pixel")
+        run = trainer(model, tmp_path, dataset, discriminator_start=start, **values)
+        run.train()
+        logged.append({name: run.state.log_history[0][f"loss_{name}"] for name in ("adversarial", "discriminator")})
+    assert logged[0] == pytest.approx(logged[1]) and logged[0]["discriminator"] > 0.1
+
+
 @pytest.mark.parametrize("adaptive", [False, True], ids=["constant", "adaptive"])
 def test_the_adversary_weighs_on_both_sides_from_its_step_on(coarse_model, tmp_path, adaptive):
     arguments = {"discriminator_weight": 0.3, "discriminator_start": 5, "adaptive_discriminator_weight": adaptive}

@@ -22,7 +22,6 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.torch_utils import randn_tensor
 
 from transformers_nextflow import NextFlowImageProcessor, NextFlowVQModel
-from transformers_nextflow.modeling_nextflow_vq import unpatchify
 from transformers_nextflow.scales import Grid
 from transformers_nextflow.utils.files import write_atomically
 
@@ -256,15 +255,8 @@ class NextFlowDecoderMixin(StableNames):
         entries = image if isinstance(image, (list, tuple)) else [image]
         is_float = all(isinstance(entry, torch.Tensor) and entry.is_floating_point() for entry in entries)
         processor = NextFlowImageProcessor.from_vq_config(self.vq_model.config)
-        inputs = processor(image, return_tensors="pt", do_rescale=not is_float)
-        grids = sorted(set(map(tuple, inputs["image_grid_hw"].tolist())))
-        if len(grids) != 1:
-            raise ValueError(f"pictures of one call must have one grid, got {grids}")
-        pixels = inputs["pixel_values"]
-        if self.vq_model.config.image_size is None:
-            h, w = grids[0]
-            pixels = unpatchify(pixels.view(-1, h * w, pixels.shape[-1]), grids[0], self.vq_model.config.patch_size)
-        return pixels, grids[0]
+        grid, pixels = processor.whole(processor(image, return_tensors="pt", do_rescale=not is_float))
+        return pixels, grid
 
     @contextmanager
     def _reading(self, features: torch.Tensor, cells: int) -> Iterator[None]:

@@ -19,7 +19,6 @@ from PIL import Image, ImageOps
 from transformers_nextflow import NextFlowImageProcessor, NextFlowVQModel
 from transformers_nextflow.data import Document, DocumentReader, ExtractionSettings, Source, open_shards
 from transformers_nextflow.data.documents import (
-    MAX_IMAGES,
     PictureSource,
     Skipped,
     open_image,
@@ -30,12 +29,11 @@ from transformers_nextflow.data.shards import (
     Shard,
     check_identity,
     decodable_codes,
+    documents_of,
     encoder_settings,
-    images_of,
     sequence_spec,
     vision_identity,
 )
-from transformers_nextflow.modeling_nextflow_vq import unpatchify
 from transformers_nextflow.scales import Grid
 from transformers_nextflow.training.images import SizedBatches
 
@@ -122,7 +120,13 @@ class PictureBatches(SizedBatches):
         return large
 
     def _document(self, picture: Picture) -> Document:
-        document = next(d for d in self.read(self.table[picture.row], picture.row) if d.key == picture.key)
+        documents = {document.key: document for document in self.read(self.table[picture.row], picture.row)}
+        document = documents.get(picture.key)
+        if document is None:
+            raise ValueError(
+                f"the shards hold codes of {picture.key}, but the source's row has only {', '.join(documents)}: it is "
+                "not what the shards were made of"
+            )
         if picture.images not in (None, len(document.images)):
             raise ValueError(
                 f"the shards hold codes of {picture.images} pictures of {picture.key}, but the source's row has "
@@ -161,9 +165,10 @@ class PictureBatches(SizedBatches):
         if not isinstance(picture, Image.Image):  # of more than 8 bits
             picture = Image.fromarray((picture.transpose(1, 2, 0) * 255).round().astype(np.uint8))
         data = self.image_processor(picture, level=table.level_of(grid), return_tensors="pt")
-        if tuple(data["image_grid_hw"][0].tolist()) != grid:
+        own, coded = self.image_processor.whole(data)
+        if own != grid:
             raise ValueError(f"a picture of the grid {grid} was coded, the source's has another size: {image!r:.80}")
-        pixels = unpatchify(data["pixel_values"][None], grid, self.image_processor.patch_size)[0]
+        pixels = coded[0]
         if self.upscale == 1:
             return pixels, pixels
         width, height = (length * self.upscale for length in reversed(table.image_size(table.by_grid(grid))))
@@ -172,7 +177,7 @@ class PictureBatches(SizedBatches):
 
 
 def source_pictures(
-    table, reader: DocumentReader, image_processor: NextFlowImageProcessor, level: str | None = None
+    table, reader: DocumentReader, image_processor: NextFlowImageProcessor, level: str | int | None = None
 ) -> list[Picture]:
     """The supervised pictures of a source's documents, to be coded in training, by their headers alone.
 
@@ -183,7 +188,6 @@ def source_pictures(
         level: of the scale schedules they are brought to (default: the highest).
     """
     schedules, pictures = image_processor.schedule_table(), []
-    level = level or list(schedules.levels)[-1]
     for row in range(len(table)):
         try:
             pictures += [
@@ -220,9 +224,7 @@ def shard_pictures(name: str | Path, source: Source, table, vq_model: NextFlowVQ
     if any(values != listed[0] for values in listed):
         raise ValueError(f"the shards in {name} are of several sources that are read differently; give one of them")
     settings = ExtractionSettings(**listed[0] | {"self_correction": None})
-    level = settings.level or list(vq_model.schedules.levels)[-1]
-    max_images = settings.max_images or MAX_IMAGES.get(str(level))
-    reader = DocumentReader(settings.task, settings.columns, max_images, source.root)
+    reader = settings.reader(vq_model.schedules, source.root)
     reader.check_columns(table.column_names)
 
     def read(row: Mapping, index: int) -> list[Document]:
@@ -240,23 +242,19 @@ def shard_pictures(name: str | Path, source: Source, table, vq_model: NextFlowVQ
 
 
 def _row_pictures(row: Mapping, spec, variants: int, rows: Mapping[str, int]) -> list[Picture]:
-    packed = "keys" in row
-    keys = row["keys"] if packed else [row["key"]]
-    lengths = row["document_lengths"] if packed else [len(row["input_ids"])]
-    shown = row["input_ids"] == spec.special.image
-    supervised = row["supervised"][shown].astype(bool)
-    document = np.repeat(np.arange(len(keys)), lengths)[shown]
     pictures = []
-    for number, (grid, targets, inputs) in enumerate(images_of(row, spec, variants)):
-        key = keys[document[number]]
-        if not supervised[number]:
+    for key, _, ids, flags, images in documents_of(row, spec, variants):
+        supervised = flags[ids == spec.special.image].astype(bool)
+        if not supervised.any():
             continue
         source_row = rows.get(key, rows.get(key.rpartition("#")[0]))  # "key#1" continues a long document
         if source_row is None:
             raise ValueError(f"the source has no document {key}, whose codes the shards hold")
-        own = np.flatnonzero(document == document[number])
-        place = int(np.searchsorted(own, number))
-        pictures.append(Picture(source_row, key, place, grid, decodable_codes(targets, inputs), len(own)))
+        pictures += [
+            Picture(source_row, key, place, grid, decodable_codes(targets, inputs), len(images))
+            for place, (grid, targets, inputs) in enumerate(images)
+            if supervised[place]
+        ]
     return pictures
 
 

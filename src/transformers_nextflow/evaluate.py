@@ -16,7 +16,7 @@ from tqdm import tqdm
 from typer import Argument, Option, Typer
 
 from .image_processing_nextflow import NextFlowImageProcessor, open_picture
-from .modeling_nextflow_vq import NextFlowVQModel, unpatchify
+from .modeling_nextflow_vq import NextFlowVQModel
 from .sampling import integer
 from .training import metrics
 from .utils.commands import Dtype, Json, Level, Model, command, print_figures
@@ -164,10 +164,7 @@ def reconstructions(
 
     level = image_processor.level if level is None else level
     for picture in pictures:
-        inputs = image_processor(picture, level=level, return_tensors="pt")
-        grid, pixels = tuple(inputs["image_grid_hw"][0].tolist()), inputs["pixel_values"]
-        if image_processor.image_size is None:
-            pixels = unpatchify(pixels[None], grid, image_processor.patch_size)
+        grid, pixels = image_processor.whole(image_processor(picture, level=level, return_tensors="pt"))
         waiting[grid].append(pixels)
         if len(waiting[grid]) == batch_size:
             yield rebuild(grid)

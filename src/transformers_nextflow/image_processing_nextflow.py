@@ -3,7 +3,7 @@
 import os
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import inf
 from pathlib import Path
 
@@ -18,10 +18,10 @@ from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import logging
 
 from .configuration_nextflow import NextFlowVQConfig
-from .modeling_nextflow_vq import patchify
+from .modeling_nextflow_vq import patchify, unpatchify
 from .remote_code import ProcessorBringsCode
 from .sampling import integer
-from .scales import ScaleSchedule, ScheduleTable, schedule_table
+from .scales import Grid, ScaleSchedule, ScheduleTable, schedule_table
 
 SIXTEEN_BIT_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 CHANNELS = (1, 3, 4)
@@ -306,6 +306,21 @@ class NextFlowImageProcessor(ProcessorBringsCode, PilBackend):
             grids.append(schedule.final_grid)
         data = {"pixel_values": torch.cat(patches).numpy(), "image_grid_hw": np.array(grids, dtype=np.int64)}
         return BatchFeature(data, tensor_type=return_tensors)
+
+    def whole(self, inputs: Mapping[str, torch.Tensor]) -> tuple[Grid, torch.Tensor]:
+        """What this processor made of pictures of one size: their final grid, and (B, 3, H, W) pixels, as the vision
+        tokenizer reads them.
+
+        Raises:
+            ValueError: for pictures of several grids.
+        """
+        grids = sorted(set(map(tuple, inputs["image_grid_hw"].tolist())))
+        if len(grids) != 1:
+            raise ValueError(f"pictures of one call must have one grid, got {grids}")
+        (grid,), pixels = grids, inputs["pixel_values"]
+        if self.image_size:
+            return grid, pixels
+        return grid, unpatchify(pixels.view(-1, grid[0] * grid[1], pixels.shape[-1]), grid, self.patch_size)
 
     def postprocess(self, pixel_values: torch.Tensor | Sequence[torch.Tensor]) -> list[Image.Image]:
         """(B, 3, H, W) pixels as the model has them, in [-1, 1], or (3, H, W) ones of any sizes -> pictures."""

@@ -181,10 +181,19 @@ class ScheduleTable:
 
     def of_level(self, level: str | int | None = None) -> list[ScaleSchedule]:
         """All schedules of a level (default: the highest)."""
-        level = list(self.levels)[-1] if level is None else str(level)
-        if level not in self.levels:
-            raise ValueError(f"level must be one of {', '.join(self.levels)}, got {level}")
-        return [schedule for schedule in self if len(schedule) == self.levels[level]]
+        num_scales = self.levels[self.level_name(level)]
+        return [schedule for schedule in self if len(schedule) == num_scales]
+
+    def level_name(self, level: str | int | None = None) -> str:
+        """Of a level (default: the highest).
+
+        Raises:
+            ValueError: if there is no such level.
+        """
+        name = list(self.levels)[-1] if level is None else str(level)
+        if name not in self.levels:
+            raise ValueError(f"level must be one of {', '.join(self.levels)}, got {name}")
+        return name
 
     def level_of(self, grid: Grid) -> str:
         """Name of the level whose schedules include the final grid `grid`."""

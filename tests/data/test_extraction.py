@@ -122,6 +122,14 @@ def test_broken_pictures_are_counted_logged_and_skipped(photo_folder, data_check
     assert verify(tmp_path / "out", data_checkpoint)["rows"] == 3
 
 
+def test_a_source_without_rows_is_refused(data_checkpoint, tmp_path):
+    with tarfile.open(tmp_path / "rows.tar", "w") as tar:
+        tar.addfile(tarfile.TarInfo("0.txt"))
+    with pytest.raises(ValueError, match=r"rows.tar has no rows of the split train\[:0\]"):
+        extract(Source(str(tmp_path / "rows.tar"), "train[:0]"), data_checkpoint, tmp_path / "out", T2I)
+    assert not (tmp_path / "out").exists()
+
+
 def test_workers_read_pictures_and_shards_are_the_same(photo_folder, data_checkpoint, tmp_path, monkeypatch):
     """Torn pictures too; with workers this process opens nothing but headers."""
     (photo_folder / "5.jpg").write_bytes((photo_folder / "1.jpg").read_bytes()[:-200])

@@ -1,5 +1,6 @@
 """Documents coded when they are asked for are the ones that extraction stores."""
 
+import copy
 import dataclasses
 import io
 
@@ -10,10 +11,10 @@ import torch
 from data_samples import SETTINGS, documents
 from PIL import Image
 
-from transformers_nextflow.data import RawDocuments, Source
-from transformers_nextflow.data.loading import unfold
+from transformers_nextflow.data import CostModel, FixedLength, RawDocuments, Source, extract, pack
+from transformers_nextflow.data.loading import PackReader, unfold
 from transformers_nextflow.data.shards import Shard, open_shards
-from transformers_nextflow.training import NextFlowTrainer, NextFlowTrainingArguments
+from transformers_nextflow.training import NextFlowTrainer, NextFlowTrainingArguments, load_stages
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +55,20 @@ def test_the_trainer_takes_them(raw, data_model, tmp_path):
     trainer.train()
     assert all(np.isfinite(row["loss"]) for row in trainer.state.log_history if "loss" in row)
     assert not torch.equal(model.lm_head.weight, data_model.lm_head.weight)
+
+
+@pytest.mark.parametrize("level", [24, "24", None])
+def test_levels_are_known_by_name_or_number(level, document_source, data_checkpoint, data_model, tmp_path):
+    settings = dataclasses.replace(SETTINGS, level=level)
+    raw = RawDocuments(document_source, data_checkpoint, settings)
+    extract(document_source, data_checkpoint, tmp_path / "documents", settings)
+    pack([tmp_path / "documents"], tmp_path / "packs", FixedLength(300), CostModel("blocks", 1.0, 3e-4, 0.5))
+    packs = PackReader(*open_shards(tmp_path / "packs"), raw.spec)
+    assert raw.levels == packs.levels == {"24"}
+    stage = load_stages()["ct"]
+    with pytest.raises(ValueError, match="the packs hold pictures of level 24: extract them anew"):
+        stage.prepare(copy.deepcopy(data_model), raw, packs)
+    dataclasses.replace(stage, level=level or "24").prepare(copy.deepcopy(data_model), raw, packs)
 
 
 def test_a_row_that_extraction_would_skip_is_an_error_at_its_item(data_checkpoint, tmp_path):

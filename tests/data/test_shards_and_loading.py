@@ -132,6 +132,33 @@ def test_verify_finds_codes_that_no_longer_decode(packs, data_checkpoint, tmp_pa
         verify(folder, data_checkpoint)
 
 
+@pytest.mark.parametrize("code", [-1, 70_000])
+def test_verify_finds_codes_that_no_codebook_has(code, extracted, tmp_path):
+    """Of a large one, whose codes have a sign."""
+    folder = shutil.copytree(extracted, tmp_path / "documents")
+    entries = shards.read_manifest(folder)["shards"]
+
+    def enlarge(manifest):
+        manifest["identity"]["codebook_size"] = 70_000
+        manifest["shards"] = entries
+
+    for wrong in (False, True):
+        for place, entry in enumerate(entries):
+            shard = shards.Shard(folder / "data" / entry["file"])
+            rows = [shard.row(index) for index in range(len(shard))]
+            if wrong and place == 1:
+                drawn = next(row for row in rows if len(row["image_input_codes"]))
+                drawn["image_input_codes"] = drawn["image_input_codes"].astype(np.int32)
+                drawn["image_input_codes"][2] = code
+            schema = shards.list_schema(70_000, packs=False)
+            entries[place] = shards.write_shard(folder / "data" / entry["file"], rows, schema)
+        edit_manifest(folder, enlarge)
+        if not wrong:
+            assert verify(folder)["rows"] == 14
+    with pytest.raises(ValueError, match=f"documents-00001.arrow holds the code {code}, .* 70000"):
+        verify(folder)
+
+
 def test_extraction_of_another_model_is_not_packed_with_it(extracted, tmp_path):
     other = shutil.copytree(extracted, tmp_path / "other")
     change_identity("code_offset", 1000)(other)
@@ -257,6 +284,21 @@ def test_text_share(extracted, tmp_path):
         pack([extracted], tmp_path / "a", FixedLength(300), COST_MODEL, text_share=0.9)
     statistics = pack([extracted], tmp_path / "b", FixedLength(300), COST_MODEL, text_share=0.0)["statistics"]
     assert statistics["text left out"] == 2 and statistics["documents"] == 12
+
+
+def test_a_share_of_text_that_its_documents_are_too_long_for_is_told(extracted, tmp_path, caplog):
+    """Two, of which the first drawn has more than is wanted, or both together have."""
+    whole = pack([extracted], tmp_path / "a", FixedLength(300), COST_MODEL)["statistics"]
+    others = pack([extracted], tmp_path / "b", FixedLength(300), COST_MODEL, text_share=0.0)["statistics"]["tokens"]
+    both = whole["tokens"] - others
+    few, most = 0.1 * both, 0.9 * both
+    with pytest.raises(ValueError, match=f"asks for {few:.0f} positions .* beside {others} .* has [0-9]+ alone"):
+        pack([extracted], tmp_path / "c", FixedLength(300), COST_MODEL, text_share=few / (few + others))
+    assert "positions of text" not in caplog.text
+    packed = pack([extracted], tmp_path / "d", FixedLength(300), COST_MODEL, text_share=most / (most + others))
+    kept = packed["statistics"]["tokens"] - others
+    assert 0 < kept < most and packed["statistics"]["text left out"] == 1
+    assert f"{kept} positions of text are packed instead of {most:.0f}" in caplog.text
 
 
 # Loading

@@ -23,6 +23,7 @@ from accelerate.state import AcceleratorState
 from diffusers import DDIMScheduler, DDPMScheduler, FluxTransformer2DModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
 from transformers import TrainerState
 
 from diffusers_nextflow import NextFlowConditioner, NextFlowDecoderPipeline, NextFlowFluxDecoderPipeline
@@ -35,6 +36,7 @@ from diffusers_nextflow.training import (
     load_decoder,
 )
 from diffusers_nextflow.training_data import (
+    Picture,
     PictureBatches,
     condition_of,
     shard_pictures,
@@ -63,6 +65,7 @@ from transformers_nextflow.data import (
     extract,
     pack,
 )
+from transformers_nextflow.data.documents import Skipped
 from transformers_nextflow.quantizer import SelfCorrection
 from transformers_nextflow.training import EMACallback
 from transformers_nextflow.utils.loading import load_vq_model
@@ -655,6 +658,23 @@ def test_shards_of_another_tokenizer_or_source(source, vq_model, model_folder, t
         shard_pictures(tmp_path, source, source.load().select([1, 2, 3, 4]), vq_model)
 
 
+@pytest.mark.parametrize("upscale", [1, 2])
+def test_a_row_that_lost_pictures_since_they_were_coded_is_named(upscale, vq_model, model_folder, tmp_path):
+    """Also one whose further documents are gone, which ends no epoch unsaid."""
+    pictures = [Image.new("RGB", (48, 48), (60 * number, 0, 0)) for number in range(3)]
+    for name, count in (("rows", 3), ("shorter", 2)):
+        row = {"key": ["long"], "texts": [["one", "two", "three"][:count]], "images": [pictures[:count]]}
+        datasets.Dataset.from_dict(row).to_parquet(str(tmp_path / f"{name}.parquet"))
+    source = Source(str(tmp_path / "rows.parquet"))
+    settings = ExtractionSettings("interleaved", max_images=2, self_correction=None)
+    extract(source, model_folder, tmp_path / "shards", settings)
+    table = Source(str(tmp_path / "shorter.parquet")).load()
+    shown, read = shard_pictures(tmp_path / "shards", source, table, vq_model)
+    processor = NextFlowImageProcessor.from_vq_config(vq_model.config)
+    with pytest.raises(ValueError, match="the shards hold codes of long#1, but the source's row has only long"):
+        list(DataLoader(PictureBatches(table, read, shown, processor, 1, upscale), batch_size=None))
+
+
 def test_packs_of_sources_that_are_read_differently(source, vq_model, model_folder, tmp_path):
     costs = CostModel.from_config(NextFlowConfig.from_pretrained(model_folder))
     shards = [tmp_path / name for name in ("one", "other", "all")]
@@ -705,6 +725,16 @@ def test_a_picture_that_cannot_be_read_costs_itself_and_is_named(
     seen = {caption for place in range(len(batches)) for caption in batches[place]["captions"]}
     assert len(batches) == 4 and seen == {"caption 3", "caption 4", "caption 5"}
     assert "left out key 0, damaged image number 1: cannot decode the picture (JPEG, 48x48 pixels)" in caplog.text
+
+
+def test_a_row_without_its_picture_is_named_with_the_reason(vq_model, caplog):
+    def read(row, index):
+        raise Skipped("no image")
+
+    processor = NextFlowImageProcessor.from_vq_config(vq_model.config)
+    with pytest.raises(ValueError, match="none of 1 pictures can be read"):
+        PictureBatches([{}], read, [Picture(0, "gone", 0, (3, 3))], processor, 1)[0]
+    assert "left out gone, damaged image number 1: no image" in caplog.text
 
 
 def test_no_pictures_and_bad_numbers():

@@ -77,15 +77,28 @@ def test_a_planted_bug_sets_two_processes_apart(policy, tiny_processor, tmp_path
     assert shows <= differences(train(policy, tiny_processor, tmp_path, ONE, bug), by_two[bug])
 
 
-def test_two_processes_under_fsdp2_train_as_one(policy, tiny_processor, tmp_path, folder):
-    """Rollouts, evaluations, reference, checkpoints and the result."""
+def under_fsdp2(policy, processor, folder, *options):
+    """What two processes come to."""
     policy.save_pretrained(folder / "policy")
-    tiny_processor.save_pretrained(folder / "policy")
+    processor.save_pretrained(folder / "policy")
     command = [sys.executable, str(ROOT / "tests" / "grpo" / "sharded_policy.py"), str(folder / "policy"), str(folder)]
     environment = launched("fsdp2", "--mixed_precision", "no")[1] | ENVIRONMENT
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run([*command, *options], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
-    two = torch.load(folder / "sharded.pt")
+    return torch.load(folder / "sharded.pt")
+
+
+def test_a_reward_that_dies_where_weights_are_shared_ends_both(policy, tiny_processor, tmp_path):
+    """Before further pictures of its prefixes, and an evaluation's next prompt, for which both gather weights."""
+    faults = under_fsdp2(policy, tiny_processor, tmp_path, "faults")
+    assert faults == dict.fromkeys(sharded_policy.FAULTS, "a reward function is at fault on process 1")
+    checkpoints = {path.parent.name for path in tmp_path.glob("*/checkpoint-*")}
+    assert checkpoints == set(sharded_policy.FAULTS)  # what was trained until then
+
+
+def test_two_processes_under_fsdp2_train_as_one(policy, tiny_processor, tmp_path, folder):
+    """Rollouts, evaluations, reference, checkpoints and the result."""
+    two = under_fsdp2(policy, tiny_processor, folder)
     one = sharded_policy.train(policy, tiny_processor, tmp_path, ONE)
     assert two["sharded"] and not one["sharded"]
     for a, b in zip(one["log"], two["log"], strict=True):

@@ -603,6 +603,25 @@ def test_settings_at_their_limits_are_taken(tmp_path, values):
     assert {name: getattr(config, name) for name in values} == values
 
 
+def test_a_reward_at_fault_is_asked_no_more(policy, tiny_processor, tmp_path):
+    """Nor is anything more drawn for an evaluation, by one process."""
+    asked, drawn = [], []
+
+    def reward(images, **kwargs):
+        asked.append(len(images))
+        raise ConnectionError("server gone")
+
+    run = trainer(policy, tiny_processor, tmp_path, reward=reward, vmr_continuations=2, per_device_eval_batch_size=4)
+    with pytest.raises(RewardError, match="server gone"):
+        run.train()
+    assert asked == [8]
+    roll_out = run._roll_out
+    run._roll_out = lambda chats, *args: drawn.append(len(chats)) or roll_out(chats, *args)
+    with pytest.raises(RewardError, match="server gone"):
+        run.evaluate(rows(3))
+    assert asked == [8, 4] and drawn == [1]
+
+
 def test_too_few_prompts_and_missing_images_are_refused(policy, tiny_processor, tmp_path):
     with pytest.raises(ValueError, match="a generation takes 2 prompts, the dataset has 1"):
         trainer(policy, tiny_processor, tmp_path, dataset=rows(2)[:1]).train()

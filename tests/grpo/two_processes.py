@@ -143,13 +143,13 @@ BUGS = {  # what is planted, and where it shows
 }
 
 
-def dies_on_the_second_process():
-    """Rewards that it has for the first generation alone."""
+def dies_on_the_second_process(call: int = 2):
+    """Rewards that it has until it is asked so many times."""
     calls = []
 
     def reward(images, **kwargs):
         calls.append(images)
-        if place()[0] == 1 and len(calls) == 2:
+        if place()[0] == 1 and len(calls) == call:
             raise ConnectionError("server gone")
         return redness(images)
 

@@ -210,8 +210,6 @@ def inspect(
     """Statistics; with --output a cost plot and decoded pictures."""
     from .inspection import contact_sheet, summarize
 
-    summary = summarize(shards)
+    summary = contact_sheet(shards, model_name(model), output, count, seed) if output else summarize(shards)
     summary.pop("costs")
-    if output:
-        contact_sheet(shards, model_name(model), output, count, seed)
     print_figures(summary, json)

@@ -20,10 +20,9 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..image_processing_nextflow import DAMAGED, NextFlowImageProcessor
-from ..modeling_nextflow_vq import unpatchify
 from ..quantizer import SelfCorrection
 from ..sampling import integer
-from ..scales import ScaleSchedule
+from ..scales import ScaleSchedule, ScheduleTable
 from ..utils.files import read_json, write_atomically
 from .documents import (
     MAX_IMAGES,
@@ -81,7 +80,7 @@ class ExtractionSettings:
 
     task: str = "chat"
     columns: dict[str, str] = field(default_factory=dict)
-    level: str | None = None
+    level: str | int | None = None
     max_images: int | None = None
     min_size: int = 1
     max_aspect_ratio: float | None = None
@@ -107,6 +106,11 @@ class ExtractionSettings:
     @property
     def transformations(self) -> Transformations:
         return Transformations(self.invert_share, self.drop_text, self.drop_condition, self.seed)
+
+    def reader(self, schedules: ScheduleTable, root: str | None) -> DocumentReader:
+        """Of rows, whose images lie in `root`."""
+        max_images = self.max_images or MAX_IMAGES.get(schedules.level_name(self.level))
+        return DocumentReader(self.task, self.columns, max_images, root)
 
     @property
     def num_variants(self) -> int:
@@ -241,10 +245,8 @@ class Extractor:
         self.config, self.processor, self.vq_model = load_tokenizers(model, device)
         self.table = source.load()
         self.schedules = self.config.vq_config.schedule_table()
-        self.schedules.of_level(settings.level)  # raises where there is none
-        level = settings.level or list(self.schedules.levels)[-1]
-        max_images = settings.max_images or MAX_IMAGES.get(str(level))
-        self.reader = DocumentReader(settings.task, settings.columns, max_images, source.root)
+        self.level = self.schedules.level_name(settings.level)
+        self.reader = settings.reader(self.schedules, source.root)
         self.reader.check_columns(self.table.column_names)
         self.tokenizer = DocumentTokenizer(self.processor, self.processor.tokenizer.eos_token_id)
         self.identity = identity_of(self.config, self.processor, self.vq_model)
@@ -269,13 +271,13 @@ class Extractor:
         work = output / "work" / f"{index:05d}"
         coded: dict[tuple[int, int], dict] = {}
         broken: dict[int, str] = {}
-        samples = []
+        sample: dict | None = None
         batches = [(work / f"{number:05d}.npz", batch) for number, batch in enumerate(self._batches(documents))]
         read = self._read_ahead(documents, [batch for path, batch in batches if not path.exists()])
         for path, (schedule, supervised, pictures) in batches:
             if not path.exists():
                 pixels = [next(read) for _ in pictures]
-                self._code_batch(documents, schedule, supervised, pictures, pixels, path, is_sample=not samples)
+                self._code_batch(documents, schedule, supervised, pictures, pixels, path, is_sample=sample is None)
             members = [member for places_of_one in pictures for member in places_of_one]
             with np.load(path, allow_pickle=False) as batch:
                 failures = {int(m): str(e) for m, e in zip(batch["failed"], batch["errors"])}
@@ -283,9 +285,9 @@ class Extractor:
                 good = [member for m, member in enumerate(members) if m not in failures]
                 for place, member in enumerate(good):
                     coded[member] = {"codes": batch["codes"][place], "inputs": batch["inputs"][place]}
-                if good and not samples:
-                    sample = {"document": good[0][0], "image": good[0][1], "thumbnail": batch["thumbnail"].tobytes()}
-                    samples.append(sample | {"error": float(batch["error"])})
+                if good and sample is None:
+                    (sampled, image), shown = good[0], batch["thumbnail"].tobytes().hex()
+                    sample = {"image": image, "thumbnail": shown, "error": float(batch["error"])}
 
         rows_out, places = [], {}
         for number, (document, schedules) in enumerate(documents):
@@ -301,16 +303,7 @@ class Extractor:
             counts[f"skipped: {entry['reason']}"] += 1
             logger.warning("skipped %s: %s", entry["key"], entry["detail"] or entry["reason"])
         shard = write_shard(output / "data" / f"documents-{index:05d}.arrow", rows_out, self.schema)
-        samples = [
-            {
-                "row": places[sample["document"]],
-                "image": sample["image"],
-                "thumbnail": sample["thumbnail"].hex(),
-                "error": sample["error"],
-            }
-            for sample in samples
-            if sample["document"] in places
-        ]
+        samples = [{"row": places[sampled]} | sample] if sample is not None and sampled in places else []
         report = {"shard": shard, "counts": counts, "skipped": skipped, "samples": samples}
         write_json(_report_path(output, index), report)
         shutil.rmtree(work, ignore_errors=True)
@@ -354,7 +347,7 @@ class Extractor:
         limit = self.settings.max_aspect_ratio
         if limit is not None and max(width, height) > limit * min(width, height):
             raise Skipped("aspect ratio", f"{width}x{height}")
-        return self.schedules.nearest_to_image(height, width, self.settings.level)
+        return self.schedules.nearest_to_image(height, width, self.level)
 
     def _batches(self, documents) -> list[tuple[ScaleSchedule, bool, list[list[tuple[int, int]]]]]:
         """Pictures of one schedule and one supervision, `batch_size` at a time, each with the places, as (document,
@@ -484,13 +477,12 @@ class Extractor:
 
 def pixels_of(image_processor: NextFlowImageProcessor, image: PictureSource, schedule: ScaleSchedule) -> torch.Tensor:
     """(3, H, W) float32 in [-1, 1] of the schedule's size."""
+    level = image_processor.schedule_table().level_of(schedule.final_grid)
     with open_image(image) as picture:
-        data = image_processor(picture, level=image_processor.schedule_table().level_of(schedule.final_grid))
-    grid = tuple(int(n) for n in data["image_grid_hw"][0])
+        grid, pixels = image_processor.whole(image_processor(picture, level=level, return_tensors="pt"))
     if grid != schedule.final_grid:
         raise ValueError(f"the picture's header promised the grid {schedule.final_grid}, it has {grid}")
-    patches = torch.as_tensor(np.asarray(data["pixel_values"]))
-    return unpatchify(patches[None], grid, image_processor.patch_size)[0]
+    return pixels[0]
 
 
 class PictureReader(Dataset):

@@ -16,8 +16,8 @@ from .shards import (
     Shard,
     check_identity,
     decodable_codes,
+    documents_of,
     identity_of,
-    images_of,
     open_shards,
     sequence_spec,
 )
@@ -27,7 +27,10 @@ INK, BAR, PAPER = "#222222", "#4477aa", "white"
 
 def summarize(name: str | Path) -> dict:
     """Statistics of a folder of shards: the manifest's, and counts of kinds, grids and supervised tokens."""
-    folder, manifest = open_shards(name)
+    return _summarize(*open_shards(name))
+
+
+def _summarize(folder: Path, manifest: Mapping) -> dict:
     spec = sequence_spec(manifest["identity"])
     kinds, grids, lengths, costs = Counter(), Counter(), [], []
     images = supervised_images = text_tokens = 0
@@ -59,9 +62,9 @@ def summarize(name: str | Path) -> dict:
     }
 
 
-def contact_sheet(name: str | Path, model: str, output: str | Path, count: int = 12, seed: int = 0) -> None:
+def contact_sheet(name: str | Path, model: str, output: str | Path, count: int = 12, seed: int = 0) -> dict:
     """Decode pictures of random rows, and write them with their texts as `sheet.png` and `index.html`, beside
-    `costs.png`, in the folder `output`.
+    `costs.png`, in the folder `output`. Returns the statistics of [`summarize`].
 
     Raises:
         ValueError: if the shards were made with another model's tokenizers, schedules or code offset.
@@ -83,22 +86,18 @@ def contact_sheet(name: str | Path, model: str, output: str | Path, count: int =
             if len(entries) < count:
                 entries.append((caption, [_decode(vq_model, processor, grid, codes) for grid, codes in images]))
     output = Path(output)
-    summary = summarize(name)
-    costs = summary.pop("costs")
+    summary = _summarize(folder, manifest)
     _save_png(draw_sheet(entries), output / "sheet.png")
-    _save_png(draw_costs(costs), output / "costs.png")
-    page = _page(str(name), summary, entries)
+    _save_png(draw_costs(summary["costs"]), output / "costs.png")
+    page = _page(str(name), {what: value for what, value in summary.items() if what != "costs"}, entries)
     write_atomically(output / "index.html", lambda partial: partial.write_text(page, encoding="utf-8"))
+    return summary
 
 
 def _documents(row: Mapping, spec, variants: int, tokenizer):
     """Of each document of a row: its text, and grid and codes of its pictures."""
-    images = iter(images_of(row, spec, variants))
-    lengths = row.get("document_lengths", [len(row["input_ids"])])
-    keys, kinds = row.get("keys", [row.get("key")]), row.get("kinds", [row.get("kind")])
-    for key, kind, ids in zip(keys, kinds, np.split(row["input_ids"], np.cumsum(lengths)[:-1])):
-        shown = [next(images) for _ in range(int((ids == spec.special.image).sum()))]
-        pictures = [(grid, decodable_codes(targets, inputs)) for grid, targets, inputs in shown]
+    for key, kind, ids, _, images in documents_of(row, spec, variants):
+        pictures = [(grid, decodable_codes(targets, inputs)) for grid, targets, inputs in images]
         yield f"{key} ({kind})\n{tokenizer.decode(ids.tolist())}", pictures
 
 

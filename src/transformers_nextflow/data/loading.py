@@ -50,9 +50,8 @@ class PackReader(Dataset):
     @property
     def levels(self) -> set[str]:
         """Of the scale schedules that the documents' pictures were brought to; empty for text alone."""
-        highest = list(self.spec.schedules.levels)[-1]
         settings = self.manifest["documents"]["settings"]
-        return {each["level"] or highest for each in settings if each["task"] != "text"}
+        return {self.spec.schedules.level_name(each["level"]) for each in settings if each["task"] != "text"}
 
     def __getstate__(self):
         return self.__dict__ | {"_shards": {}}  # every worker maps the files itself

@@ -15,6 +15,7 @@ from typing import Protocol
 
 import numpy as np
 from tqdm.auto import tqdm
+from transformers.utils import logging
 
 from ..utils.files import read_json
 from .costs import CostModel
@@ -32,6 +33,8 @@ from .shards import (
     write_manifest,
     write_shard,
 )
+
+logger = logging.get_logger(__name__)
 
 EXTENTS = ("num_tokens", "attended_pairs", "num_targets")
 FULLEST = 0.97  # mean share of a cap on length: in fuller packs the last texts find room only beside the costliest
@@ -219,11 +222,12 @@ def pack(
         folders: of documents, made by one model's tokenizers.
         multiple_of: processes x accumulation x packs in a batch: what divides the number of packs.
         text_share: share of all positions that text-only documents make up (NextFlow table 1: 0.25); those beyond it
-            are left out and counted.
+            are left out and counted. Texts so long that it is not reached by 1% are told in a warning.
         drop_long: leave documents longer than `strategy.max_length` out, and count them, instead of raising.
 
     Raises:
-        ValueError: if the folders' identities differ, a document is too long, or there is too little text.
+        ValueError: if the folders' identities differ, a document is too long, or there is too little text or none that
+            is short.
     """
     output = Path(output)
     for name, value in (("multiple_of", multiple_of), ("packs_per_shard", packs_per_shard)):
@@ -324,10 +328,21 @@ def _limit_text(tokens, is_text, kept, share: float, seed: int) -> tuple[np.ndar
             f"text_share {share} asks for {wanted:.0f} positions of text beside {others} of other documents, "
             f"there are {have}: at most {have / max(have + others, 1):.3f}"
         )
+    fits = (reached <= wanted * 1.01) & (wanted > 0)
+    have = int(tokens[texts[fits]].sum())
+    if wanted and not have:
+        raise ValueError(
+            f"text_share {share} asks for {wanted:.0f} positions of text beside {others} of other documents, the "
+            f"first text drawn has {tokens[texts[0]]} alone: raise text_share, add documents, or take another seed"
+        )
+    if have < wanted * 0.99:
+        logger.warning(
+            f"{have} positions of text are packed instead of {wanted:.0f}, that text_share {share} asks for beside "
+            f"{others} of other documents: the next text drawn has {tokens[texts[fits.sum()]]}"
+        )
     kept = kept.copy()
-    left_out = texts[reached > wanted * 1.01] if wanted else texts
-    kept[left_out] = False
-    return kept, len(left_out)
+    kept[texts[~fits]] = False
+    return kept, int((~fits).sum())
 
 
 def _write_packs(output: Path, number: int, packs, costs, shards, starts, schema) -> dict:

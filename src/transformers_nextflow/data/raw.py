@@ -49,7 +49,7 @@ class RawDocuments(Dataset):
     @property
     def levels(self) -> set[str]:
         """See [`~loading.PackReader.levels`]."""
-        return {self.extractor.settings.level or list(self.spec.schedules.levels)[-1]}
+        return {self.extractor.level}
 
     def set_epoch(self, epoch: int) -> None:
         """Which draws of self-correction are shown."""

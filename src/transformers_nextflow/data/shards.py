@@ -6,7 +6,8 @@ A folder of shards is a dataset repository as the Hub has it: `README.md` with t
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -331,6 +332,16 @@ def images_of(row: Mapping, spec: SequenceSpec, variants: int) -> list[tuple[tup
     return images
 
 
+def documents_of(row: Mapping, spec: SequenceSpec, variants: int) -> Iterator[tuple]:
+    """Each document of a row, of documents or of packs: its key, kind, ids and flags, and images as [`images_of`]."""
+    is_pack = "keys" in row
+    keys, kinds = (row["keys"], row["kinds"]) if is_pack else ([row["key"]], [row["kind"]])
+    ends = np.cumsum(row["document_lengths"])[:-1] if is_pack else []
+    images = iter(images_of(row, spec, variants))
+    for key, kind, ids, flags in zip(keys, kinds, np.split(row["input_ids"], ends), np.split(row["supervised"], ends)):
+        yield key, kind, ids, flags, list(islice(images, int((ids == spec.special.image).sum())))
+
+
 def decodable_codes(targets: np.ndarray, inputs: np.ndarray) -> np.ndarray:
     """(codes,) int64 codes that sum up to a picture, of its first variant.
 
@@ -346,8 +357,8 @@ def _check_row(row: Mapping, spec: SequenceSpec, manifest: Mapping, where: str) 
     if len(ids) != len(supervised) or (len(ids) and not (0 <= ids.min() and ids.max() < identity["code_offset"])):
         raise ValueError(f"{where} holds ids outside of the {identity['code_offset']} text rows, or flags beside ids")
     for codes in (row["image_codes"], row["image_input_codes"]):
-        if len(codes) and codes.max() >= identity["codebook_size"]:
-            raise ValueError(f"{where} holds the code {codes.max()}, the codebook ends at {identity['codebook_size']}")
+        if len(wrong := codes[(codes < 0) | (codes >= identity["codebook_size"])]):
+            raise ValueError(f"{where} holds the code {wrong[0]}, the codebook ends at {identity['codebook_size']}")
     if 2 * int((ids == spec.special.image).sum()) != len(row["image_grid_hw"]):
         raise ValueError(f"{where} shows other images than its grids name")
     try:

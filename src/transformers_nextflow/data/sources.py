@@ -68,7 +68,7 @@ class Source:
         Raises:
             FileNotFoundError: if the name is neither a file, a folder nor a dataset's id.
             ValueError: if a folder holds none of the known formats, or several, or files that belong to no split
-                beside some that do; if there is no such split, or a file is damaged.
+                beside some that do; if there is no such split or it has no rows, or a file is damaged.
         """
         path = Path(self.name)
         if path.exists():
@@ -94,6 +94,8 @@ class Source:
             cause = error.__cause__ or error
             message = f"{self.name} cannot be read as a dataset: {str(cause) or 'it has no rows'}"
             raise ValueError(message) from error
+        if not len(table):
+            raise ValueError(f"{self.name} has no rows of the split {self.split}")
         return _with_images(table, decode)
 
     def _count_left_out(self, files: dict[str, list[Path]], num_rows: int) -> None:

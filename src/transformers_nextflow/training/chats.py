@@ -39,14 +39,13 @@ class ChatCollator:
     def __init__(
         self,
         processor: NextFlowProcessor,
-        level: str | None = None,
+        level: str | int | None = None,
         max_length: int | None = None,
         pad_to_multiple_of: int | None = None,
     ):
         self.image_processor, tokenizer = processor.image_processor, processor.tokenizer
         schedules = self.image_processor.schedule_table()
-        schedules.of_level(level)  # raises where there is none
-        self.level = level or list(schedules.levels)[-1]
+        self.level = schedules.level_name(level)
         self.max_length, self.pad_to_multiple_of = max_length, pad_to_multiple_of
         ids = (processor.boi_token_id, processor.eoi_token_id, processor.image_token_id)
         special = SpecialIds(*ids, tokenizer.eos_token_id, tokenizer.pad_token_id)

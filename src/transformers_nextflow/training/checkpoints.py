@@ -46,6 +46,14 @@ def checkpoint_to_resume(resume_from_checkpoint: str | bool | None, output_dir: 
     if resume_from_checkpoint not in (True, "True"):
         _check_whole(Path(str(resume_from_checkpoint)))
         return str(resume_from_checkpoint)
+    newest = newest_checkpoint(output_dir)
+    if newest is None:
+        raise ValueError(f"there is no whole checkpoint in {output_dir}: start without resume_from_checkpoint")
+    return newest
+
+
+def newest_checkpoint(output_dir: str | Path) -> str | None:
+    """The newest whole one; `None` where there is none."""
     found = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in Path(output_dir).glob("checkpoint-*")]
     for _, path in sorted(((int(match[1]), path) for match, path in found if match), reverse=True):
         try:
@@ -53,7 +61,7 @@ def checkpoint_to_resume(resume_from_checkpoint: str | bool | None, output_dir: 
         except ValueError:
             continue
         return str(path)
-    raise ValueError(f"there is no whole checkpoint in {output_dir}: start without resume_from_checkpoint")
+    return None
 
 
 def _check_whole(checkpoint: Path) -> None:

@@ -99,7 +99,7 @@ def finetune(
 
     of_pictures = {name: getattr(pictures, name) for name in ("level", "held_out", "drop_captions")}
     prior = [] if tuning.prior is None else Path(tuning.prior).read_text(encoding="utf-8").splitlines()
-    given = vars(tuning) | of_pictures | {"prior": tuple(filter(None, prior))}
+    given = vars(tuning) | of_pictures | {"prior": tuple(filter(str.strip, prior))}
     settings = FinetuneSettings(**given)
     source = Source(photos, pictures.split, pictures.config)
     figures = run(source, model_name(model), output, settings, pictures.image_column, pictures.caption_column)

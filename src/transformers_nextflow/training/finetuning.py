@@ -32,7 +32,7 @@ from ..processing_nextflow import NextFlowProcessor
 from ..quantizer import SelfCorrection
 from ..utils.files import read_json, write_atomically
 from ..utils.loading import load_config, load_merged, load_model, load_processor
-from .checkpoints import STATE
+from .checkpoints import STATE, newest_checkpoint
 from .finetune_settings import FinetuneSettings
 from .loading import load_to_train
 from .samples import SamplesCallback
@@ -71,20 +71,21 @@ def finetune(
         Held-out `loss before` and `loss after`, `steps`, `best step`, and counts of pictures.
 
     Raises:
-        ValueError: for fewer than two pictures with captions, columns that are not there or not plain, or an `output`
-            that was begun otherwise.
+        ValueError: for fewer than two pictures with captions, columns that are not there or not plain, a prompt of
+            the prior without a text, or an `output` that was begun otherwise.
     """
     output, table = Path(output), source.load()
     columns = find_columns(table, image_column, caption_column)
     reader = DocumentReader("text-to-image", columns, root=source.root)
     reader.check_columns(table.column_names)
     _check_enough(len(table))
+    prior = _read_prior(settings.prior, output / "data" / "prior")
     begun = {"source": asdict(source) | {"content": content_hash(table)}, "model": model, "columns": columns}
     check_plan(output, begun | {"settings": asdict(settings)})
     if (output / REPORT).is_file():
         return read_json(output / REPORT)
     level = settings.level or load_config(model).image_generation["level"]
-    prior = _draw_prior(model, level, output / "data" / "prior", settings)
+    _draw_prior(model, level, prior, settings)
     written = _write_documents(table, reader, load_processor(model).image_processor, prior, output / "data", settings)
     packs = {split: _code(output / "data", split, model, level, settings) for split in SPLITS}
 
@@ -181,9 +182,25 @@ def _mixed(pictures: list[Document], prior: list[Document], multiple: int) -> li
     return _repeated(pictures, -(-count // multiple) * multiple - len(prior)) + prior
 
 
-def _draw_prior(model: str, level: str, folder: Path, settings: FinetuneSettings) -> list[Document]:
+def _read_prior(prompts: Sequence[str], folder: Path) -> list[Document]:
+    """The documents of the prior, whose pictures are still to be drawn.
+
+    Raises:
+        ValueError: naming a prompt that is no text.
+    """
+    reader, documents = DocumentReader("text-to-image", root="/"), []
+    for place, prompt in enumerate(prompts):
+        path = folder.resolve() / f"{place:04}.png"
+        try:
+            documents += reader.read({"key": f"prior/{place}", "text": prompt, "image": str(path)}, place)
+        except Skipped as skip:
+            raise ValueError(f"prompt {place} of the prior, {prompt!r}, is nothing to draw: {skip}") from skip
+    return documents
+
+
+def _draw_prior(model: str, level: str, prior: list[Document], settings: FinetuneSettings) -> None:
     """The model's own pictures for the prompts of the prior, before it is tuned."""
-    paths = [folder / f"{place:04}.png" for place in range(len(settings.prior))]
+    paths = [Path(document.images[0]) for document in prior]
     if missing := [place for place, path in enumerate(paths) if not path.is_file()]:
         drawing, processor = load_model(model)
         for start in tqdm(range(0, len(missing), settings.batch_size), desc="prior", disable=None):
@@ -192,12 +209,6 @@ def _draw_prior(model: str, level: str, folder: Path, settings: FinetuneSettings
             samples = SamplesCallback(processor, prompts, seed=settings.seed + places[0], level=level)
             for place, picture in zip(places, samples.draw(drawing)):
                 write_atomically(paths[place], lambda partial, picture=picture: picture.save(partial, format="PNG"))
-    reader = DocumentReader("text-to-image", root="/")
-    rows = [
-        {"key": f"prior/{place}", "text": prompt, "image": str(path.resolve())}
-        for place, (prompt, path) in enumerate(zip(settings.prior, paths))
-    ]
-    return [document for place, row in enumerate(rows) for document in reader.read(row, place)]
 
 
 def _embedded(document: Document) -> dict:
@@ -282,8 +293,8 @@ class _Progress(TrainerCallback):
 
 def _newest_state(output: Path) -> TrainerState | None:
     """Of the newest whole checkpoint."""
-    states = [TrainerState.load_from_json(path) for path in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{STATE}")]
-    return max(states, key=lambda state: state.global_step, default=None)
+    checkpoint = newest_checkpoint(output)
+    return None if checkpoint is None else TrainerState.load_from_json(str(Path(checkpoint, STATE)))
 
 
 def _has_ended(state: TrainerState, settings: FinetuneSettings) -> bool:

@@ -12,7 +12,6 @@ from transformers.utils import logging
 
 from ..data.documents import PictureSource, Skipped, open_image, read_size, skipping_damaged
 from ..image_processing_nextflow import NextFlowImageProcessor, upright_size
-from ..modeling_nextflow_vq import unpatchify
 from ..scales import Grid
 
 logger = logging.get_logger(__name__)
@@ -71,8 +70,9 @@ class SizedBatches(Dataset, ABC):
 
     def _leave_out(self, number: int, skip: Skipped) -> None:
         if number not in self.damaged:
-            self.damaged[number] = skip.detail
-            logger.warning(f"left out {self.name_of(number)}, damaged image number {len(self.damaged)}: {skip.detail}")
+            self.damaged[number] = skip.detail or skip.reason
+            what = f"{self.name_of(number)}, damaged image number {len(self.damaged)}"
+            logger.warning(f"left out {what}: {self.damaged[number]}")
 
     def set_epoch(self, epoch: int) -> None:
         """Which pictures share a batch."""
@@ -120,12 +120,12 @@ class ImageBatches(SizedBatches):
         images: Sequence[PictureSource],
         image_processor: NextFlowImageProcessor,
         batch_size: int,
-        level: str | None = None,
+        level: str | int | None = None,
         seed: int = 0,
     ):
         self.images, self.image_processor = images, image_processor
         self.table = image_processor.schedule_table()
-        self.level = self.table.level_of(self.table.of_level(level)[0].final_grid)
+        self.level = self.table.level_name(level)
         super().__init__(len(images), batch_size, seed)
 
     def name_of(self, number: int) -> str:
@@ -147,12 +147,10 @@ class ImageBatches(SizedBatches):
             image = self.images[number]
             picture = image if isinstance(image, Image.Image) else open_image(image)
             data = self.image_processor(picture, level=self.level, return_tensors="pt")
-        pixels, grid = data["pixel_values"], tuple(data["image_grid_hw"][0].tolist())
+        grid, pixels = self.image_processor.whole(data)
         if grid != self.grids[number]:
             raise Skipped("unreadable image", f"its header promised the grid {self.grids[number]}, it has {grid}")
-        if self.image_processor.image_size is not None:
-            return pixels[0]
-        return unpatchify(pixels[None], grid, self.image_processor.patch_size)[0]
+        return pixels[0]
 
     def collate(self, pictures: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         return {"pixel_values": torch.stack(pictures)}

@@ -71,7 +71,7 @@ class Stage:
         Raises:
             ValueError: for packs of pictures of another level; for adapters in a stage that trains other parts.
         """
-        if others := {level for each in packs for level in each.levels} - {self.level}:
+        if others := {level for each in packs for level in each.levels} - {str(self.level)}:
             raise ValueError(
                 f"stage {self.name} is of level {self.level}, the packs hold pictures of level "
                 f"{', '.join(sorted(others))}: extract them anew with --level {self.level}, or give stages of "

@@ -385,8 +385,7 @@ class MeasuredCodes:
 
     def reset(self) -> None:
         scales = self.schedules.max_scales
-        self.losses: dict[str, float] = {}
-        self.batches = 0
+        self.losses: dict[str, tuple[float, int]] = {}  # sums, and of how many batches: some begin late
         self.chosen = torch.zeros(scales, self.entries, dtype=torch.int64)
         self.residuals = torch.zeros(2, scales, dtype=torch.float64)  # sums, and how many
 
@@ -394,8 +393,8 @@ class MeasuredCodes:
         rebuilt = output.reconstruction.detach().float().clamp(-1, 1)
         values = {f"loss_{name}": float(loss.detach()) for name, loss in losses.items()}
         for name, value in (values | {"psnr": float(psnr(rebuilt, pixel_values).mean())}).items():
-            self.losses[name] = self.losses.get(name, 0.0) + value
-        self.batches += 1
+            total, batches = self.losses.get(name, (0.0, 0))
+            self.losses[name] = total + value, batches + 1
         schedule = self.schedules.by_size(*pixel_values.shape[-2:])
         codes = output.quantization.target_codes.cpu()
         for scale in range(len(schedule)):
@@ -407,13 +406,13 @@ class MeasuredCodes:
     def pop(self, accelerator) -> dict[str, float]:
         """Means and counts over all devices since the last call."""
         names = sorted(self.losses)
-        sums = torch.tensor([*(self.losses[name] for name in names), self.batches], dtype=torch.float64)
+        sums = torch.tensor([self.losses[name] for name in names], dtype=torch.float64)
         sums, chosen, residuals = (
             accelerator.reduce(values.to(accelerator.device), reduction="sum").cpu()
             for values in (sums, self.chosen, self.residuals)
         )
         self.reset()
-        logs = {name: float(value / sums[-1].clamp(min=1)) for name, value in zip(names, sums)}
+        logs = {name: float(total / batches) for name, (total, batches) in zip(names, sums)}
         for scale, counts in enumerate(chosen):
             if not counts.sum():
                 continue

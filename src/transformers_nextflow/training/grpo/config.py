@@ -9,12 +9,14 @@ from ...sampling import SAMPLING_LIMITS, per_scale
 from ..checkpoints import output_field
 from ..order import check_heeded, judge_by_losses
 
-LOGPROB_MODES = ("conditional", "behaviour")
-LEVELS = ("token", "scale")
-SCALINGS = ("group", "batch", "none")
-AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
+CHOICES = {
+    "optimize": ("image", "text", "both"),
+    "logprob_mode": ("conditional", "behaviour"),
+    "importance_sampling_level": ("token", "scale"),
+    "scale_rewards": ("group", "batch", "none"),
+    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
+}
 PER_SCALE = ("guidance_scale", "temperature", "top_k", "top_p")
-OPTIMIZE = ("image", "text", "both")
 RATE, RATE_OF_ADAPTERS = 1e-6, 1e-4
 # fields of TRL's that say nothing about pictures drawn by scale
 NOT_APPLICABLE = (
@@ -124,17 +126,9 @@ class NextFlowGRPOConfig(GRPOConfig):
                 continue  # what TRL makes of its default
             if value != default:
                 raise ValueError(f"{name} does not apply to pictures drawn by scale: leave {default!r}, got {value!r}")
-        if self.importance_sampling_level not in LEVELS:
-            raise ValueError(
-                f"importance_sampling_level must be one of {', '.join(LEVELS)}, got {self.importance_sampling_level!r}"
-            )
-        if self.scale_rewards not in SCALINGS:
-            raise ValueError(f"scale_rewards must be one of {', '.join(SCALINGS)}, got {self.scale_rewards!r}")
-        if self.multi_objective_aggregation not in AGGREGATIONS:
-            raise ValueError(
-                f"multi_objective_aggregation must be one of {', '.join(AGGREGATIONS)}, got "
-                f"{self.multi_objective_aggregation!r}"
-            )
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if self.loss_type != "grpo":
             raise ValueError(f"loss_type must be 'grpo', the form of this loss, got {self.loss_type!r}")
         batches, accumulated = self.steps_per_generation * self.num_iterations, self.gradient_accumulation_steps
@@ -143,10 +137,6 @@ class NextFlowGRPOConfig(GRPOConfig):
                 "gradient_accumulation_steps must hold whole generations, of steps_per_generation * num_iterations "
                 f"batches: got {accumulated} and {batches}"
             )
-        if self.optimize not in OPTIMIZE:
-            raise ValueError(f"optimize must be one of {', '.join(OPTIMIZE)}, got {self.optimize!r}")
-        if self.logprob_mode not in LOGPROB_MODES:
-            raise ValueError(f"logprob_mode must be one of {', '.join(LOGPROB_MODES)}, got {self.logprob_mode!r}")
         if not self.text_temperature > 0 or not self.text_loss_weight > 0:
             raise ValueError(
                 f"text_temperature and text_loss_weight must be positive, got {self.text_temperature} and "

@@ -101,8 +101,3 @@ def conversations(rows: Rows) -> tuple[list[list[dict]], int]:
         chat = with_images(row["prompt"], row.get("images", row.get("image")), f"prompt {index}")
         chats += [chat] * (len(run) // repeats)
     return chats, repeats
-
-
-def last_text(conversation: list[dict]) -> str:
-    """The texts of the last message."""
-    return " ".join(item["text"] for item in conversation[-1]["content"] if item["type"] == "text")

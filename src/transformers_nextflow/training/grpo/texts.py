@@ -69,15 +69,15 @@ class _Draw(LogitsProcessor):
         self.logps, self.supports = [], []
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        controls = self.args.text_temperature, self.args.text_top_k, self.args.text_top_p
+        heat, most, mass = self.args.text_temperature, self.args.text_top_k, self.args.text_top_p
         logits_B1V = _written(scores[:, None], self.config)
-        tokens_B1 = sample(logits_B1V, *controls, self.generators.uniform(1, scores.device))
+        tokens_B1 = sample(logits_B1V, heat, most, mass, self.generators.uniform(1, scores.device))
         support_B1V = None
-        if self.args.text_top_k or self.args.text_top_p < 1.0:
-            heat, most, mass = controls
+        if most or mass < 1.0:
             support_B1V = sampling_support([logits_B1V], [heat], [most], [mass])
             self.supports.append(support_B1V)
-        self.logps.append(text_logps(logits_B1V, tokens_B1, controls[0], self.config, support_B1V)[0])
+        temperature_1 = torch.tensor([heat], device=scores.device)
+        self.logps.append(code_logps(logits_B1V, tokens_B1, temperature_1, support_B1V)[0])
         return torch.full_like(scores, -torch.inf).scatter(1, tokens_B1, 0.0)
 
 

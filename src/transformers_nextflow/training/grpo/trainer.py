@@ -4,8 +4,7 @@ import copy
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,8 +38,9 @@ from .objective import (
     prefix_values,
     token_weights,
 )
-from .prompts import Numbered, PromptOrder, Rows, check_prompts, columns, conversations, last_text, seed_of
+from .prompts import Numbered, PromptOrder, Rows, check_prompts, columns, conversations, seed_of
 from .reference import FollowPolicy, Reference
+from .reward_models import prompt_text
 from .rewards import RewardError, RewardFunction, Rewards
 from .rollouts import PrefixControls, Rollouts, level_difference, roll_out, rollout_logps
 
@@ -159,6 +159,7 @@ class NextFlowGRPOTrainer(PrecisionTrainer, SavingTrainer):
         if args.sync_ref_model:
             self.add_callback(FollowPolicy(self.reference))
         self._step, self._logged_at, self._buffer = 0, 0, []
+        self._fault: RewardError | None = None
         self._metrics, self._from_rewards = Metrics(), defaultdict(list)
         self._seconds = {"rollout": 0.0, "step": 0.0}
         self._pictures: list[tuple[str, Image.Image, float]] = []
@@ -236,10 +237,10 @@ class NextFlowGRPOTrainer(PrecisionTrainer, SavingTrainer):
         args = self.args
         self.model.eval()
         rollouts, pictures, chats = self._sample(rows, self._seeds(rows, range(1)))
-        with self._at_fault_together():
-            rewards_NKF = self._judge(rows, chats, pictures, rollouts)[:, None]
-            if args.vmr_continuations > 1:
-                rewards_NKF = torch.cat([rewards_NKF, self._judge_further(rollouts, rows, chats)], dim=1)
+        rewards_NKF = self._judge(rows, chats, pictures, rollouts)[:, None]
+        if args.vmr_continuations > 1:
+            rewards_NKF = torch.cat([rewards_NKF, self._judge_further(rollouts, rows, chats)], dim=1)
+        self._raise_together()
         self._count_rollouts(rollouts)
         rewards_NKF = self.accelerator.gather(rewards_NKF.to(args.device)).cpu()
         advantages, values = self._compare(rewards_NKF, args.num_generations)
@@ -256,7 +257,7 @@ class NextFlowGRPOTrainer(PrecisionTrainer, SavingTrainer):
                 rollouts.ref_logps = torch.cat([self._reference_logps(part) for part in self._split(rollouts)])
             if self.schedule != self.model_schedule and args.optimize != "text":
                 self._count_levels(self._split(rollouts)[0])
-        captions = list(map(last_text, chats))
+        captions = list(map(prompt_text, chats))
         if rollouts.text_mask is not None:
             captions = [f"{prompt} -> {self._decode(text)}" for prompt, text in zip(captions, rollouts.texts())]
         self._pictures = list(zip(captions, pictures, values[own].tolist()))
@@ -300,7 +301,10 @@ class NextFlowGRPOTrainer(PrecisionTrainer, SavingTrainer):
     def _judge(
         self, rows: Rows, chats: list[list[dict]], pictures: list[Image.Image], rollouts: Rollouts, each: int = 1
     ) -> torch.Tensor:
-        """(pictures, functions) rewards of answers, pictures after texts where there are some; `each` of a rollout."""
+        """(pictures, functions) rewards of answers, pictures after texts where there are some; `each` of a rollout.
+        NaN from a reward at fault on, for [`_raise_together`]: other processes still share the next rollouts."""
+        if self._fault is not None:
+            return self._no_rewards(pictures)
         repeated = lambda values: [value for value in values for _ in range(each)]  # noqa: E731
         contents, texts = [[{"type": "image", "image": picture}] for picture in pictures], [None] * len(pictures)
         if rollouts.text_mask is not None:
@@ -308,17 +312,24 @@ class NextFlowGRPOTrainer(PrecisionTrainer, SavingTrainer):
             contents = [
                 [{"type": "text", "text": self._decode(text)}, *content] for text, content in zip(texts, contents)
             ]
-        return self.rewards(
-            len(pictures),
-            prompts=repeated(chats),
-            completions=[[{"role": "assistant", "content": content}] for content in contents],
-            completion_ids=texts,
-            images=pictures,
-            trainer_state=self.state,
-            log_extra=lambda name, values: None,
-            log_metric=lambda name, value: self._from_rewards[name].append(value),
-            **columns(repeated(rows)),
-        )
+        try:
+            return self.rewards(
+                len(pictures),
+                prompts=repeated(chats),
+                completions=[[{"role": "assistant", "content": content}] for content in contents],
+                completion_ids=texts,
+                images=pictures,
+                trainer_state=self.state,
+                log_extra=lambda name, values: None,
+                log_metric=lambda name, value: self._from_rewards[name].append(value),
+                **columns(repeated(rows)),
+            )
+        except RewardError as error:
+            self._fault = error
+            return self._no_rewards(pictures)
+
+    def _no_rewards(self, pictures: list[Image.Image]) -> torch.Tensor:
+        return torch.full((len(pictures), len(self.rewards.functions)), torch.nan)
 
     def _judge_further(self, rollouts: Rollouts, rows: Rows, chats) -> torch.Tensor:
         """(rows, further, functions) rewards of further pictures that continue the same prefixes."""
@@ -327,14 +338,9 @@ class NextFlowGRPOTrainer(PrecisionTrainer, SavingTrainer):
         rewards = self._judge(rows, chats, self._pictures_of(codes), rollouts, each=len(numbers))
         return rewards.view(len(rows), len(numbers), -1)
 
-    @contextmanager
-    def _at_fault_together(self) -> Iterator[None]:
-        """A reward at fault on one process raises on all of them, so that none waits and all save."""
-        error = None
-        try:
-            yield
-        except RewardError as raised:
-            error = raised
+    def _raise_together(self) -> None:
+        """A reward at fault on one process raises on all of them, so that none waits and all save; all come here."""
+        error, self._fault = self._fault, None
         faults = self.accelerator.gather(torch.tensor([error is not None], device=self.args.device))
         if error is not None:
             raise error
@@ -503,12 +509,14 @@ class NextFlowGRPOTrainer(PrecisionTrainer, SavingTrainer):
         of_training, self._metrics = self._metrics, Metrics()
         self.model.eval()
         rewards = [torch.empty(0, len(self.rewards.functions))]
-        with self._at_fault_together():
-            for start in range(0, len(own), at_once):
-                numbered = [(index, n) for index in own[start : start + at_once] for n in range(count)]
-                rows = [(index, dataset[index]) for index, _ in numbered]
-                seeds = [seed_of(self.args.seed, -1, *each) for each in numbered]
-                rewards.append(self._judge_held_out(rows, seeds, count))
+        for start in range(0, len(own), at_once):
+            numbered = [(index, n) for index in own[start : start + at_once] for n in range(count)]
+            rows = [(index, dataset[index]) for index, _ in numbered]
+            seeds = [seed_of(self.args.seed, -1, *each) for each in numbered]
+            rewards.append(self._judge_held_out(rows, seeds, count))
+            if self._fault is not None and not self.is_fsdp_enabled:  # which shares weights until all are through
+                break
+        self._raise_together()
         self._compare(torch.cat(gather_object([torch.cat(rewards)]))[:, None], count)
         logged, self._metrics = self._metrics.pop(), of_training
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in logged.items()}
