@@ -237,11 +237,10 @@ class RowGenerators:
                 raise ValueError(f"a list of seeds needs one for each of the {num_prompts} prompts, got {len(seeds)}")
             row_seeds = [_image_seed(prompt, index) for prompt in seeds for index in range(images_per_prompt)]
             return cls([torch.Generator().manual_seed(row_seed) for row_seed in row_seeds])
-        if generator is not None and rows == 1:
-            return cls([generator])
-        device = "cpu" if generator is None else generator.device
-        first = [] if generator is None else [generator.clone_state()]
-        row_seeds = torch.randint(2**32, (rows,), generator=generator, device=device).tolist()
+        first, source, device = [], None, "cpu"
+        if generator is not None:  # which goes on by what the first row draws, as it would alone
+            first, source, device = [generator], generator.clone_state(), generator.device
+        row_seeds = torch.randint(2**32, (rows,), generator=source, device=device).tolist()
         return cls([*first, *(torch.Generator().manual_seed(row_seed) for row_seed in row_seeds[len(first) :])])
 
     def take(self, rows: Sequence[int]) -> "RowGenerators":
