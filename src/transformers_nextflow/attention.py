@@ -89,11 +89,11 @@ def sequence_mask(
         except ValueError:  # a document in pieces needs a mask
             if needs_segments:
                 raise
-    if block_ids is not None and past_key_values is not None:  # a static cache has keys beyond the sequence
-        keys, _ = past_key_values.get_mask_sizes(block_ids.shape[1], layer_idx=0)
-        block_ids = F.pad(block_ids, (0, keys - block_ids.shape[1]), value=-1)
     same_document = None
     if document_ids is not None:
+        if past_key_values is not None:  # a static cache has keys beyond the sequence
+            keys, _ = past_key_values.get_mask_sizes(document_ids.shape[1], layer_idx=0)
+            document_ids = F.pad(document_ids, (0, keys - document_ids.shape[1]), value=-1)
         same_document = lambda batch, head, q, kv: document_ids[batch, q] == document_ids[batch, kv]  # noqa: E731
     mask = create_causal_mask(
         config=config,
