@@ -202,12 +202,13 @@ def null_prompt(ids: list[int], config: NextFlowConfig) -> list[int]:
     """A null prompt made of a prompt's ids alone: its images, between what opens the first message and what ends it
     and opens the answer. For a chat of one message in ChatML this is the template without the user's text, as the
     processor makes it; of other prompts hardly more than the images is left."""
-    ends = end_ids(config)
+    ends, spans = end_ids(config), images_of(ids, config)
     last = max((place for place, token in enumerate(ids) if token in ends), default=len(ids))
     tail = ids[last:]
     # the answer's header begins as the first message's does, and is as long
-    answer = [token for token in tail if token != config.boi_token_id]
-    head = ids[: len(answer) - answer.index(ids[0])] if ids[0] in answer and len(ids) > 1 else []
-    images = [token for span in images_of(ids, config) for token in ids[span]]
+    answer = [token for token in tail if token not in marks_of(config)]
+    length = len(answer) - answer.index(ids[0]) if ids[0] in answer and len(ids) > 1 else 0
+    head = ids[: min([length, last, *(span.start for span in spans)])]
+    images = [token for span in spans if span.start < last for token in ids[span]]
     null = [*head, *images, *tail]
     return null or [config.boi_token_id]
