@@ -432,12 +432,12 @@ def _targets(
     return {"supervised": supervised_N} | {name: each.flatten()[supervised_N] for name, each in tensors.items()}
 
 
-def text_positions(inputs: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+def text_positions(inputs: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     """(B, L) ids or (B, L, D) embeddings of text alone -> (3, B, L) float32 positions, as [`build_layout`] gives them.
 
     Args:
         valid: (B, L), 0 at padding.
     """
     check_shape(inputs, attention_mask=valid)
-    valid = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device) if valid is None else valid.bool()
+    valid = valid.bool()
     return (valid.cumsum(1) - 1).masked_fill(~valid, 0).float().expand(3, -1, -1)
