@@ -193,7 +193,7 @@ def policy(arm: str, seed: int, rate: float, watch: Watch, options) -> NextFlowG
         prefix_tokens=None if arm == "vanilla" else options.prefix_tokens,
         max_steps=options.steps,
         logging_steps=min(5, options.steps),
-        temperature=ImageGenerationConfig.from_dict(exam.model.config.image_generation).temperature,
+        temperature=ImageGenerationConfig(**exam.model.config.image_generation).temperature,
         beta=options.beta,
         **common_arguments(arm, seed, rate, options),
     )

@@ -263,6 +263,22 @@ def test_a_null_prompt_of_images_alone(model):
     assert torch.equal(drawn, picture)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "null"),
+    [
+        ([10, EOS, shown(SQUARE, 1), 11, BOI], [EOS, shown(SQUARE, 1), 11, BOI]),
+        ([10, shown(WIDE, 2), EOS, shown(SQUARE, 1), BOI], [shown(WIDE, 2), EOS, shown(SQUARE, 1), BOI]),
+        ([10, shown(WIDE, 2), 11, EOS, 10, 12, 13, BOI], [10, shown(WIDE, 2), EOS, 10, 12, 13, BOI]),
+        ([10, 9, EOS, 10, shown(SQUARE, 1), BOI], [10, EOS, 10, shown(SQUARE, 1), BOI]),
+    ],
+    ids=["behind the last end", "on both sides", "inside of the header", "behind the answer's header"],
+)
+def test_a_null_prompt_holds_each_image_once(model, prompt, null):
+    options = PLAIN | {"guidance_scale": 2.0, "aspect_ratio": "1:1"}
+    drawn = model.generate(**batch_of(model, prompt), **options)
+    assert torch.equal(drawn, model.generate(**guided(model, [prompt], [null]), **options))
+
+
 def test_arguments_of_text_generation(model):
     inputs = batch_of(model, *PROMPTS)
     expected = model.generate(**inputs, **PLAIN)
@@ -364,6 +380,10 @@ def test_the_grid_of_a_drawing_is_known_before(model, pictures, size):
     assert grid == tuple(drawn[0].tolist())
     if size.keys() & {"aspect_ratio", "height"}:
         assert grid == (WIDE if "aspect_ratio" in size else SQUARE)
+
+
+def test_the_grid_of_a_drawing_after_no_picture(model):
+    assert model.drawn_grid(torch.zeros(0, 2, dtype=torch.long)) == model.drawn_grid() == SQUARE
 
 
 def test_an_edit_keeps_the_first_pictures_size(model):
@@ -482,7 +502,53 @@ def test_defaults_are_one_object(settings, tmp_path, model):
 
 def test_values_over_scales_of_a_file():
     with pytest.raises(ValueError, match="guidance_scale over the scales must have the fields of a LinearRamp or"):
-        ImageGenerationConfig.from_dict({"guidance_scale": {"start": 1.0, "stop": 2.0}})
+        ImageGenerationConfig(guidance_scale={"start": 1.0, "stop": 2.0})
+
+
+@pytest.mark.parametrize("ratio", [{"aspect_ratio": "2:1"}, {"level": "12"}], ids=str)
+def test_a_size_is_said_in_one_way(ratio):
+    """Wherever it is said."""
+    twice = ratio | {"height": 12, "width": 12}
+    said = ImageGenerationConfig()
+    for say in (ImageGenerationConfig, said.updated, lambda **size: NextFlowConfig(image_generation=size)):
+        with pytest.raises(
+            ValueError, match="give aspect_ratio and level, or height and width: .*height=12, width=12"
+        ):
+            say(**twice)
+
+
+def test_what_is_none_in_a_configuration_says_nothing():
+    for empty in (None, {}, dict.fromkeys(ImageGenerationConfig().to_dict())):
+        config = NextFlowConfig(image_generation=empty)
+        assert config.image_generation == ImageGenerationConfig().to_dict()
+    config = NextFlowConfig(image_generation={"top_k": 5, "top_p": None})
+    config.image_generation = {"top_k": None, "top_p": 0.5}
+    assert config.image_generation == ImageGenerationConfig(top_k=5, top_p=0.5).to_dict()
+
+
+def test_arguments_of_text_beside_one_object(model):
+    """They say what it leaves at its defaults."""
+    inputs, said = batch_of(model, *PROMPTS), ImageGenerationConfig(top_k=5, guidance_scale=1.0)
+    options = {"generation_mode": "image", "seed": 0}
+    named = options | {"guidance_scale": 1.0, "top_k": 5}
+    two = model.generate(**inputs, **named, num_images_per_prompt=2)
+    counted = GenerationConfig(num_return_sequences=2, do_sample=True)
+    for asked in ({"num_return_sequences": 2}, {"generation_config": counted}):
+        assert torch.equal(model.generate(**inputs, **options, **asked, image_generation=said), two)
+    greedy = model.generate(**inputs, **options, image_generation=said, do_sample=False)
+    assert torch.equal(greedy, model.generate(**inputs, **named, temperature=0.0))
+    guidance = GenerationConfig(guidance_scale=9.0)
+    over, under = (ImageGenerationConfig(top_k=5, **more) for more in ({"guidance_scale": 1.0}, {}))
+    drawn = [
+        model.generate(**inputs, **options, image_generation=each, generation_config=guidance)
+        for each in (over, under)
+    ]
+    assert torch.equal(drawn[0], model.generate(**inputs, **named))
+    assert torch.equal(drawn[1], model.generate(**inputs, **named | {"guidance_scale": 9.0}))
+    three = ImageGenerationConfig(num_images_per_prompt=3)
+    for asked in ({"image_generation": three}, {"num_images_per_prompt": 3}, {"num_images_per_prompt": 1}):
+        with pytest.raises(ValueError, match="num_return_sequences and num_images_per_prompt are the same, got 2 and"):
+            model.generate(**inputs, **options, **asked, num_return_sequences=2)
 
 
 def test_an_edit_keeps_its_size_under_one_object(model):
@@ -499,6 +565,11 @@ def test_a_default_size_replaces_the_other_way_to_say_it(tmp_path, model):
     for each, grid in ((by_pixels, WIDE), (by_ratio, SQUARE)):
         output = each.generate(**batch_of(model, *PROMPTS), **PLAIN, return_dict_in_generate=True)
         assert output.image_grid_hw.tolist() == [list(grid)] * 3
+    wide = {"image_generation": {"aspect_ratio": "2:1"}}
+    by_config = {"generation_config": GenerationConfig(**wide), "image_generation": {"height": 12, "width": 12}}
+    for over in (wide | {"height": 12, "width": 12}, by_config):
+        output = model.generate(**batch_of(model, *PROMPTS), **PLAIN, **over, return_dict_in_generate=True)
+        assert output.image_grid_hw.tolist() == [list(SQUARE)] * 3
 
 
 def test_answers_do_without_the_kinds_of_tokens(model):
@@ -617,6 +688,20 @@ def test_an_answer_ends_where_positions_do():
     output = model.generate(**batch_of(model, [10, 11, 12]), **options)
     layout = build_layout(model.config, output.sequences, output.image_grid_hw, output.attention_mask)
     assert layout.position_ids.max() == 23
+
+
+def test_an_answer_goes_on_where_rope_reaches_further():
+    """Behind a prompt beyond `max_position_embeddings` as before one."""
+    scaled = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 8}
+    model = tiny_model(tiny_config(text={"max_position_embeddings": 8, "rope_parameters": scaled}))
+    options = {"max_new_tokens": 12, "do_sample": False, "sequence_bias": {(EOS,): -50.0}}
+    prompt = batch_of(model, [10, 11, 12, 13, 14, 15, 16, 17, 18])
+    written = model.generate(**prompt, **options)
+    options |= {"generation_mode": "interleaved", "guidance_scale": 1.0, "seed": 0}
+    assert torch.equal(model.generate(**prompt, **options, max_new_images=0).sequences, written)
+    options["sequence_bias"] = {(BOI,): 50.0, (EOS,): -50.0}
+    drawn = model.generate(**prompt, **options, max_new_images=1)
+    assert len(drawn.image_grid_hw) == 1
 
 
 def test_an_answer_has_some_pictures_by_default(model):

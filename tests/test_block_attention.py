@@ -180,6 +180,20 @@ def test_a_prompt_fills_a_cache(pair, static):
     assert max(relative(result, results[0]) for result in results) < 1e-6
 
 
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "blocks"])
+def test_packed_documents_fill_a_static_cache(implementation):
+    """Whose empty keys belong to none."""
+    model = tiny_model()
+    model.set_attn_implementation(implementation)
+    pack = batch_of(model, [10, Picture(SQUARE), 11, 12, Picture(WIDE), 13])
+    del pack["attention_mask"]
+    pack["document_ids"] = torch.tensor([[0] * 17 + [1] * (pack["input_ids"].shape[1] - 17)])
+    texts = {"input_ids": torch.tensor([[10, 11, 12, 13]]), "document_ids": torch.tensor([[0, 0, 1, 1]])}
+    for inputs in (pack, texts):
+        cache = StaticCache(config=model.config.text_config, max_cache_len=64)
+        assert relative(model(**inputs, past_key_values=cache).logits, model(**inputs).logits) < 1e-6
+
+
 def test_generation_is_the_same(model, tmp_path):
     """Text and pictures; the vision tokenizer shares the implementation and has no segments."""
     model.save_pretrained(tmp_path)

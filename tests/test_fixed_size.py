@@ -14,7 +14,13 @@ from tiny_models import tiny_config as tiny_nextflow_config
 from transformers import AutoModel
 
 from tests.conftest import build_config
-from transformers_nextflow import NextFlowConfig, NextFlowImageProcessor, NextFlowProcessor, NextFlowVQConfig
+from transformers_nextflow import (
+    NextFlowConfig,
+    NextFlowImageProcessor,
+    NextFlowProcessor,
+    NextFlowVQConfig,
+    codes_of_region,
+)
 from transformers_nextflow.data import ExtractionSettings, RawDocuments, Source, extract
 from transformers_nextflow.data.shards import Shard, read_manifest
 
@@ -58,6 +64,16 @@ def model():
 @pytest.fixture(scope="module")
 def pixels() -> torch.Tensor:
     return torch.rand(2, 3, EDGE, EDGE, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def test_a_region_of_a_picture_that_its_grid_does_not_divide(model):
+    schedule = model.model.schedules.by_grid((3, 3))
+    region = torch.zeros(EDGE, EDGE, dtype=torch.bool)
+    region[13, 26] = True  # in the first rows of cells by a third of a pixel, and in the last columns by two thirds
+    mask = codes_of_region(region, schedule)
+    assert mask[1:5].view(2, 2).tolist() == [[False, True], [False, False]]
+    assert mask[5:].view(3, 3).tolist() == [[False, True, True], [False, True, True], [False] * 3]
+    assert codes_of_region(~region, schedule).all() and not codes_of_region(region & ~region, schedule).any()
 
 
 @pytest.fixture

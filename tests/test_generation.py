@@ -468,6 +468,19 @@ def test_inpainting_keeps_every_code_of_the_region(model, grid):
     assert relative(joined(again), expected) < 1e-5
 
 
+@pytest.mark.parametrize(
+    "region",
+    [
+        torch.ones(12, 12),
+        *(torch.ones(*size, dtype=torch.bool) for size in ((12, 16), (2, 2), (0, 0), (12,), (1, 12, 12))),
+    ],
+    ids=lambda region: str(tuple(region.shape)),
+)
+def test_regions_of_other_pictures_are_refused(model, region):
+    with pytest.raises(ValueError, match=r"a region must be bool, .* of the grid \(3, 3\), got torch\."):
+        codes_of_region(region, model.model.schedules.by_grid(SQUARE))
+
+
 @pytest.mark.parametrize("refine", [(), (4,)], ids=["one pass", "two passes"])
 def test_regions_stay_with_the_pictures_of_their_prompt(model, refine):
     codes = draw(model, *PROMPTS, seed=9).sequences - TEXT_ROWS
@@ -572,6 +585,18 @@ def test_generators_repeat_themselves(model):
     assert not torch.equal(draw(model, *PROMPTS, seed=None, generator=running).sequences, one[0])
     listed = draw(model, *PROMPTS, seed=None, generator=[generator(seed) for seed in (5, 6, 7)]).sequences
     assert torch.equal(listed, draw(model, *PROMPTS, seed=[5, 6, 7]).sequences)
+
+
+@pytest.mark.parametrize("prompts", [1, 3])
+def test_a_running_generator_goes_on(model, prompts):
+    """Whatever the other rows are, the first one takes its numbers, and no call takes those of one before."""
+    running, alone = (torch.Generator().manual_seed(1) for _ in range(2))
+    for _ in range(2):
+        drawn = draw(model, *PROMPTS[:prompts], seed=None, generator=running).sequences
+        assert torch.equal(drawn[:1], draw(model, PROMPTS[0], seed=None, generator=alone).sequences)
+        assert torch.equal(running.get_state(), alone.get_state())
+    again = draw(model, *PROMPTS[:prompts], seed=None, generator=running).sequences
+    assert not (again == drawn).all(dim=1).any()
 
 
 def test_without_a_seed_torchs_global_one_counts(model):

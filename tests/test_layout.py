@@ -150,6 +150,28 @@ def test_left_padding_does_not_count():
     assert (layout.block_ids[1, : -len(short)] == -1).all()
 
 
+@pytest.mark.parametrize("valid", [[1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1]], ids=["right", "left"])
+def test_a_mask_counts_beside_documents(valid):
+    """Padding has no target, and its neighbours the positions and targets they have without documents."""
+    ids, valid = torch.tensor([[10, 11, 12, 13, 14, 15]]), torch.tensor([valid])
+    alone = build_layout(CONFIG, ids, None, valid, labels=ids)
+    packed = build_layout(CONFIG, ids, None, valid, torch.zeros_like(ids), labels=ids)
+    assert torch.equal(packed.position_ids, alone.position_ids)
+    assert torch.equal(packed.supervised, alone.supervised) and torch.equal(packed.targets, alone.targets)
+    assert not set(packed.supervised.tolist()) & set((valid == 0).flatten().nonzero().flatten().tolist())
+
+
+def test_padding_of_a_pack_has_no_targets():
+    """Whatever its labels say, of text and of images."""
+    row = [A, CAT, *image()]
+    ids = torch.tensor([[*row, *row]])
+    documents = torch.tensor([[0] * len(row) + [-1] * len(row)])
+    layout = build_layout(CONFIG, ids, [SQUARE, SQUARE], document_ids=documents, labels=ids)
+    assert layout.supervised.max() < len(row)
+    masked = build_layout(CONFIG, ids, [SQUARE, SQUARE], (documents == 0).long(), labels=ids)
+    assert masked.supervised.max() < len(row)
+
+
 def test_a_row_may_end_in_an_open_image():
     rows, grids = [[A, *image(), OK, BOI], [0] * 15 + [A, CAT, BOI]], [SQUARE, WIDE, SQUARE]
     layout = lay_out(rows, grids)

@@ -528,6 +528,11 @@ def test_targets_stay_the_codes_where_inputs_are_self_corrected(model):
         torch.testing.assert_close(output.token_losses[0, 1:15], expected)
         as_inputs = model(**inputs | {"image_codes": torch.cat([corrected, targets[5:]])}).logits
     assert torch.equal(output.logits, as_inputs)
+    for pair in ((torch.int32, torch.int64), (torch.int64, torch.int32)):
+        codes, own = (each.to(dtype) for each, dtype in zip((targets, corrected), pair))
+        with torch.no_grad():
+            logits = model(**inputs | {"image_codes": codes}, image_input_codes=own).logits
+        assert torch.equal(logits, as_inputs)
 
 
 # Errors
@@ -543,6 +548,14 @@ def test_targets_stay_the_codes_where_inputs_are_self_corrected(model):
         ({"image_codes": torch.full((11,), -1)}, "image_codes must lie in"),
         ({"image_codes": None, "pixel_values": torch.zeros(7, 48)}, "pixel_values must hold 8 rows .* got 7"),
         ({"image_input_codes": torch.zeros(4, dtype=torch.long)}, "image_input_codes must hold 3 rows .* got 4"),
+        (
+            {"image_input_codes": torch.full((3,), CODES)},
+            rf"image_input_codes must lie in \[0, {CODES}\), got {CODES}",
+        ),
+        (
+            {"image_input_codes": torch.zeros(3)},
+            "image_input_codes must hold int64 in 1 dimensions, got torch.float32",
+        ),
         ({"image_grid_hw": torch.tensor([WIDE, WIDE])}, "hold 1 images .* image_grid_hw has 2"),
         ({"inputs_embeds": torch.zeros(1, 14, 32)}, "exactly one of input_ids and inputs_embeds"),
     ],
@@ -559,7 +572,7 @@ def test_inputs_that_do_not_match_are_refused(model, change, message):
         ({"text": rope([4, 5, 8])}, r"mrope_section must sum to half the head size, 8, got \[4, 5, 8\]"),
         ({"boi_token_id": TEXT_ROWS}, f"boi_token_id must be a text row, 0 to {TEXT_ROWS - 1}, got {TEXT_ROWS}"),
         ({"eoi_token_id": -1}, "eoi_token_id must be a text row"),
-        ({"image_generation": {"cfg": 2.0}}, "image_generation knows guidance_scale, .* got cfg"),
+        ({"image_generation": {"cfg": 2.0}}, "controls of pictures do not include cfg, but guidance_scale, "),
         ({"vq": {"stem_stride": 4}}, "downsample by 8, but patch_size is 4"),
         ({"vq": {"patch_size": 8, "stem_stride": 4}}, "both branches must share one grid"),
     ],

@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from transformers_nextflow.scales import PAPER_LEVELS, ScaleSchedule, ScheduleTable, paper_schedules
 
@@ -123,6 +125,21 @@ def test_errors_name_the_nearest(table):
 def test_malformed_aspect_ratios_are_refused(table, ratio):
     with pytest.raises(ValueError, match="must read"):
         table.by_aspect_ratio(ratio)
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [(64.9, 64.2), (64.0, 64), (64, 64, 3), (64,), ("64", "64"), 64, None, torch.tensor([64.0, 64.0])],
+    ids=repr,
+)
+def test_a_grid_is_two_integers(table, grid):
+    with pytest.raises(ValueError, match="a grid must be two integers, height and width, got"):
+        table.by_grid(grid)
+
+
+@pytest.mark.parametrize("grid", [[64, 64], np.array([64, 64]), torch.tensor([64, 64]), (np.int64(64), np.int32(64))])
+def test_integers_of_numpy_and_torch_name_a_grid(table, grid):
+    assert table.by_grid(grid) is table.by_grid((64, 64))
 
 
 def test_two_schedules_with_one_final_grid_are_refused():

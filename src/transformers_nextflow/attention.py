@@ -7,7 +7,6 @@ compiled: for a picture of 1024 x 1024 they spare it a mask of over 9,000 x 9,00
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -56,11 +55,6 @@ class Apart:
     parts: Sequence[Part]
 
 
-def runs_of(block_ids: Sequence[int]) -> list[tuple[int, bool]]:
-    """Lengths of neighbours in a row that attend alike: text, or one scale block, and whether they are a block."""
-    return [(len(list(run)), block >= 0) for block, run in groupby(block_ids)]
-
-
 def sequence_mask(
     config: PreTrainedConfig,
     inputs_embeds: torch.Tensor,
@@ -89,11 +83,11 @@ def sequence_mask(
         except ValueError:  # a document in pieces needs a mask
             if needs_segments:
                 raise
-    if block_ids is not None and past_key_values is not None:  # a static cache has keys beyond the sequence
-        keys, _ = past_key_values.get_mask_sizes(block_ids.shape[1], layer_idx=0)
-        block_ids = F.pad(block_ids, (0, keys - block_ids.shape[1]), value=-1)
     same_document = None
     if document_ids is not None:
+        if past_key_values is not None:  # a static cache has keys beyond the sequence
+            keys, _ = past_key_values.get_mask_sizes(document_ids.shape[1], layer_idx=0)
+            document_ids = F.pad(document_ids, (0, keys - document_ids.shape[1]), value=-1)
         same_document = lambda batch, head, q, kv: document_ids[batch, q] == document_ids[batch, kv]  # noqa: E731
     mask = create_causal_mask(
         config=config,
@@ -117,22 +111,16 @@ def refuse_dense_mask(config: PreTrainedConfig, mask: torch.Tensor | None) -> No
         )
 
 
-def visible_lengths(block_ids: torch.Tensor) -> torch.Tensor:
-    """(B, L) int64, how many of the tokens each one sees: up to itself, or to the end of its block."""
-    length = block_ids.shape[1]
-    ends = torch.arange(1, length + 1, device=block_ids.device).expand_as(block_ids).clone()
-    inside = (block_ids[:, :-1] == block_ids[:, 1:]) & (block_ids[:, :-1] >= 0)
-    ends[:, :-1] = ends[:, :-1].masked_fill(inside, length)
-    return ends.flip(1).cummin(dim=1).values.flip(1)
-
-
 def visible_keys(block_ids: torch.Tensor, document_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Which keys [`sequence_mask`] lets each position of (B, L) packed rows see: (B, L) int64 of the first, and of one
     past the last. Padding sees none."""
     places = torch.arange(block_ids.shape[1], device=block_ids.device).expand_as(block_ids)
     continues = F.pad(document_ids[:, 1:] == document_ids[:, :-1], (1, 0), value=False)
     starts = places.masked_fill(continues, 0).cummax(dim=1).values
-    return starts, torch.where(document_ids >= 0, visible_lengths(block_ids), starts)
+    # up to itself, or to the end of its block
+    goes_on = F.pad((block_ids[:, 1:] == block_ids[:, :-1]) & (block_ids[:, 1:] >= 0), (0, 1), value=False)
+    ends = (places + 1).masked_fill(goes_on, block_ids.shape[1]).flip(1).cummin(dim=1).values.flip(1)
+    return starts, torch.where(document_ids >= 0, ends, starts)
 
 
 def attended_pairs(block_ids: torch.Tensor, document_ids: torch.Tensor) -> int:

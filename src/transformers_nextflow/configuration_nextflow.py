@@ -274,9 +274,9 @@ class NextFlowConfig(ConfigBringsCode, PreTrainedConfig):
 
     def __setattr__(self, key, value):
         if key == "image_generation":
-            before, from_dict = self.__dict__.get(key), ImageGenerationConfig.from_dict
             if not isinstance(value, ImageGenerationConfig):
-                value = from_dict(before).updated(**value or {}) if before else from_dict(value or {})
+                before = ImageGenerationConfig(**self.__dict__.get(key) or {})
+                value = before.updated(**value or {})
             value = value.to_dict()
         super().__setattr__(key, value)
 

@@ -234,7 +234,7 @@ def draw_pictures(
     tell = telling(on_scale_end, numbers.tolist())
     scales, rest = range(num_forced), range(num_forced, len(schedule))
     contexts, codes_BL = draw_scales(contexts, controls, sampler.take_forced, scales, codes_BL, tell)
-    parts = numbers.split(pictures_at_once(contexts, schedule, num_prompts), dim=1)
+    parts = numbers.split(pictures_at_once(contexts, schedule), dim=1)
     drawn, logits = [], []
     for part in parts:
         each = part.shape[1]
@@ -252,7 +252,7 @@ def draw_pictures(
     return torch.cat(drawn)[order], [torch.cat(scale)[order] for scale in zip(*logits)]
 
 
-def pictures_at_once(contexts: Contexts, schedule: ScaleSchedule, num_prompts: int) -> int:
+def pictures_at_once(contexts: Contexts, schedule: ScaleSchedule) -> int:
     """Of how many pictures for each prompt the caches take as much memory as the decoder's weights, or 1 GiB if that
     is more; at least 1."""
     weights = sum(each.numel() * each.element_size() for each in contexts.model.model.language_model.parameters())

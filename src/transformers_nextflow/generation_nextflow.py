@@ -3,7 +3,7 @@
 What is asked is in `prompts.py` and `image_generation.py`; what runs, in `prefill.py`, `contexts.py` and `drawing.py`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,7 +67,8 @@ class NextFlowGenerationMixin(ImageCodesMixin, TextGenerationMixin):
             generation_mode: `"text"`, with every argument of transformers' `generate`; `<boi>`, `<image>` and `<eoi>`
                 are not sampled. `"image"`: pictures scale by scale, for prompts that may end in `<boi>` or not.
                 `"interleaved"`: text until `<boi>` is sampled, then a picture, `<eoi>`, and text again.
-            image_generation: how pictures are drawn, over `config.image_generation`.
+            image_generation: how pictures are drawn, over `config.image_generation`: a dict says what it holds, an
+                [`ImageGenerationConfig`] all its fields but those that are None, its defaults too.
             kwargs: the fields of [`ImageGenerationConfig`], over both; in interleaved mode `temperature`, `top_k` and
                 `top_p` are the text's, as in transformers, and the pictures' go into `image_generation`. Without a
                 size, a picture of a prompt with images has the size of its first one.
@@ -118,29 +119,34 @@ class NextFlowGenerationMixin(ImageCodesMixin, TextGenerationMixin):
         of_text = kwargs.get("generation_config") or self.generation_config
         pad_token_id = kwargs.get("pad_token_id", of_text.pad_token_id)
         prompts = Prompts(**{name: kwargs.pop(name) for name in names}).checked(self.config, pad_token_id)
-        of_call = _said(getattr(of_text, "image_generation", None)) | _said(image_generation)
         shared = {"temperature", "top_k", "top_p"} if generation_mode == "interleaved" else set()
-        of_call |= _said({name: kwargs.pop(name) for name in (IMAGE_KEYWORDS & kwargs.keys()) - shared})
-        if generation_mode == "image":
-            of_call = _with_text_names(of_call, kwargs, of_text)
-        settings = ImageGenerationConfig.from_dict(self.config.image_generation).updated(**of_call)
-        if generation_mode == "interleaved" and of_call.get("num_images_per_prompt", 1) != 1:
-            count = of_call["num_images_per_prompt"]
+        keywords = {name: kwargs.pop(name) for name in (IMAGE_KEYWORDS & kwargs.keys()) - shared}
+        by_text_names = _by_text_names(kwargs, of_text) if generation_mode == "image" else {}
+        layers = (getattr(of_text, "image_generation", None), image_generation, keywords)
+        given = [by_text_names, *(_said(controls, by_text_names) for controls in layers)]
+        settings, names_said = ImageGenerationConfig(**self.config.image_generation), set().union(*given)
+        for said in given:
+            settings = settings.updated(**said)
+        count = settings.num_images_per_prompt
+        if generation_mode == "interleaved" and "num_images_per_prompt" in names_said and count != 1:
             raise ValueError(f"num_images_per_prompt is of pictures alone, an answer draws its own, got {count}")
+        if generation_mode == "image" and kwargs.pop("num_return_sequences", None) not in (None, count):
+            asked = by_text_names["num_images_per_prompt"]
+            raise ValueError(f"num_return_sequences and num_images_per_prompt are the same, got {asked} and {count}")
         with torch.no_grad():
             pictures = prompts.pictures(self)
             firsts = [own[0][0] if own else None for own in pictures]
-            controls = settings.controls(_schedule(settings, of_call, firsts, self.model.schedules))
+            controls = settings.controls(_schedule(settings, names_said, firsts, self.model.schedules))
             if generation_mode == "interleaved":
                 return answer(self, prompts, pictures, controls, **kwargs)
-            return self._draw(prompts, pictures, controls, settings.num_images_per_prompt, **kwargs)
+            return self._draw(prompts, pictures, controls, count, **kwargs)
 
     def drawn_grid(self, image_grid_hw: torch.Tensor | None = None, **settings: Unpack[ImageGenerationKwargs]) -> Grid:
         """The final grid of the picture that [`~NextFlowGenerationMixin.generate`] draws for a prompt with these
         images and settings, which `decode_preview` asks for before the picture is done."""
-        firsts, of_call = final_grids(image_grid_hw)[:1] if image_grid_hw is not None else [None], _said(settings)
-        of_model = ImageGenerationConfig.from_dict(self.config.image_generation)
-        return _schedule(of_model.updated(**of_call), of_call, firsts, self.model.schedules).final_grid
+        firsts, said = [] if image_grid_hw is None else final_grids(image_grid_hw)[:1], _said(settings)
+        asked = ImageGenerationConfig(**self.config.image_generation).updated(**said)
+        return _schedule(asked, said.keys(), firsts or [None], self.model.schedules).final_grid
 
     def _draw(
         self,
@@ -220,30 +226,35 @@ class NextFlowGenerationMixin(ImageCodesMixin, TextGenerationMixin):
 
 
 def _schedule(
-    settings: ImageGenerationConfig, of_call: Mapping, firsts: Sequence[Grid | None], table: ScheduleTable
+    settings: ImageGenerationConfig, said: Collection[str], firsts: Sequence[Grid | None], table: ScheduleTable
 ) -> ScaleSchedule:
     """Of the pictures to draw: unless the call says a size, each prompt's first picture keeps its own."""
-    keeps_size = not {"aspect_ratio", "height", "width"} & of_call.keys()
+    keeps_size = not {"aspect_ratio", "height", "width"}.intersection(said)
     return settings.schedule(table, firsts if keeps_size else [None])
 
 
-def _said(controls: Mapping | ImageGenerationConfig | None) -> dict:
-    """What controls of pictures say; `None` says nothing."""
-    values = controls.to_dict() if isinstance(controls, ImageGenerationConfig) else controls or {}
-    if not isinstance(values, Mapping):
-        raise ValueError(f"image_generation must be an ImageGenerationConfig or a dict of its fields, got {values!r}")
-    return {name: value for name, value in values.items() if value is not None}
+def _said(controls: Mapping | ImageGenerationConfig | None, elsewhere: Collection[str] = ()) -> dict:
+    """What controls of pictures say. `None` says nothing, and neither do an object's defaults of what is said
+    elsewhere, as nobody may have said them."""
+    if isinstance(controls, ImageGenerationConfig):
+        defaults = ImageGenerationConfig().to_dict()
+        controls = {
+            name: value
+            for name, value in controls.to_dict().items()
+            if name not in elsewhere or value != defaults[name]
+        }
+    if not isinstance(controls, Mapping | None):
+        raise ValueError(
+            f"image_generation must be an ImageGenerationConfig or a dict of its fields, got {controls!r}"
+        )
+    return {name: value for name, value in (controls or {}).items() if value is not None}
 
 
-def _with_text_names(of_call: dict, of_text: dict, generation_config: GenerationConfig) -> dict:
-    """With what arguments of transformers' `generate` say about pictures, which are taken from `of_text`."""
-    count, name = of_text.pop("num_return_sequences", None), "num_images_per_prompt"
-    if count is not None and of_call.setdefault(name, count) != count:
-        raise ValueError(f"num_return_sequences and {name} are the same, got {count} and {of_call[name]}")
-    if (generation_config.num_return_sequences or 1) > 1:
-        of_call.setdefault(name, generation_config.num_return_sequences)
-    if generation_config.guidance_scale is not None:
-        of_call.setdefault("guidance_scale", generation_config.guidance_scale)
-    if of_text.pop("do_sample", None) is False:
-        of_call.setdefault("temperature", 0.0)
-    return of_call
+def _by_text_names(of_call: dict, generation_config: GenerationConfig) -> dict:
+    """What arguments of transformers' `generate` say about pictures, under the names it has for them."""
+    count = of_call.get("num_return_sequences")
+    if count is None and (generation_config.num_return_sequences or 1) > 1:
+        count = generation_config.num_return_sequences
+    temperature = 0.0 if of_call.pop("do_sample", None) is False else None
+    guidance_scale = generation_config.guidance_scale
+    return _said({"num_images_per_prompt": count, "guidance_scale": guidance_scale, "temperature": temperature})

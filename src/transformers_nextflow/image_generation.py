@@ -10,6 +10,9 @@ from .scales import Grid, ScaleSchedule, ScheduleTable
 
 LIMITS: dict[str, tuple] = {"guidance_scale": (0.0,), "image_guidance_scale": (0.0,), **SAMPLING_LIMITS}
 
+BY_RATIO, BY_PIXELS = ("aspect_ratio", "level"), ("height", "width")
+"""The two ways to say a size."""
+
 
 @dataclass(frozen=True)
 class ImageControls:
@@ -118,31 +121,23 @@ class ImageGenerationConfig:
         if self.height is not None:
             integer("height", self.height, 1)
             integer("width", self.width, 1)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "ImageGenerationConfig":
-        """As a checkpoint's config.json holds it."""
-        known = [entry.name for entry in fields(cls)]
-        if unknown := set(values) - set(known):
-            raise ValueError(f"image_generation knows {', '.join(known)}, got {', '.join(sorted(unknown))}")
-        return cls(**values)
+            if self.aspect_ratio is not None or self.level is not None:
+                said = {name: getattr(self, name) for name in (*BY_RATIO, *BY_PIXELS)}
+                sizes = ", ".join(f"{name}={value!r}" for name, value in said.items() if value is not None)
+                raise ValueError(f"give aspect_ratio and level, or height and width: {sizes}")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def updated(self, **given: Any) -> "ImageGenerationConfig":
         """With what is given and not None. A size by pixels replaces one by ratio and level, and the other way."""
-        if unknown := sorted(given.keys() - self.to_dict().keys()):
-            raise ValueError(f"the controls of pictures do not include {', '.join(unknown)}")
+        known = self.to_dict().keys()
+        if unknown := sorted(given.keys() - known):
+            raise ValueError(f"the controls of pictures do not include {', '.join(unknown)}, but {', '.join(known)}")
         given = {name: value for name, value in given.items() if value is not None}
-        by_ratio, by_pixels = ({*names} & {*given} for names in (("aspect_ratio", "level"), ("height", "width")))
-        if by_ratio and by_pixels:
-            sizes = ", ".join(f"{name}={given[name]!r}" for name in sorted(by_ratio | by_pixels))
-            raise ValueError(f"give aspect_ratio and level, or height and width: {sizes}")
-        if by_pixels:
-            given = {"aspect_ratio": None, "level": None} | given
-        elif by_ratio:
-            given |= {"height": None, "width": None}
+        for names, others in ((BY_RATIO, BY_PIXELS), (BY_PIXELS, BY_RATIO)):
+            if given.keys() & names:
+                given = dict.fromkeys(others) | given
         return replace(self, **given)
 
     def schedule(self, table: ScheduleTable, pictures: Sequence[Grid | None] = (None,)) -> ScaleSchedule:

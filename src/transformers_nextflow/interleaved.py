@@ -114,7 +114,6 @@ class Interleaving:
     def __post_init__(self):
         self.model, self.schedule = self.contexts.model, self.controls.schedule
         self.config = self.model.config
-        self.limit = self.config.text_config.max_position_embeddings
 
     def __call__(self) -> Contexts:
         """The contexts at the end."""
@@ -137,7 +136,7 @@ class Interleaving:
         uniform_r1 = self.generators.take(rows).uniform(1, logits_rV.device) if self.do_sample else logits_rV[:, :1]
         steps = zip(rows, writing.counters.tolist(), logits_rV.split(1), uniform_r1.split(1))
         for row, counter, logits_1V, uniform_11 in steps:
-            self._write_token(self.answers[row], logits_1V, uniform_11, room=self.limit - counter)
+            self._write_token(self.answers[row], logits_1V, uniform_11, room=self.model.max_positions - counter)
         going_on = [row for row in rows if self.answers[row].writes]
         if going_on:
             writing = self.contexts.take(going_on)
@@ -160,7 +159,9 @@ class Interleaving:
         answer.num_tokens += 1
         answer.is_open = token == self.config.boi_token_id
         if room <= 1 and answer.num_tokens < self.max_new_tokens:
-            logger.warning(f"an answer ends after {answer.num_tokens} tokens: the model has {self.limit} positions")
+            logger.warning(
+                f"an answer ends after {answer.num_tokens} tokens: the model has {self.model.max_positions} positions"
+            )
         is_over = answer.num_tokens >= self.max_new_tokens or room <= 1
         answer.is_done = is_over or bool(answer.criteria(answer.text_1L, scores_1V).all())
         answer.stream(token)

@@ -13,7 +13,6 @@ further block, K + 1, with its last scale's codes. At the end of a row an image 
 Shape suffixes: B batch, L sequence, N supervised positions.
 """
 
-import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -27,7 +26,7 @@ from .configuration_nextflow import NextFlowConfig
 from .features import Taps, join, scale_taps
 from .losses import IGNORE
 from .sampling import plain
-from .scales import Grid, ScaleSchedule
+from .scales import Grid, ScaleSchedule, pair_of
 
 MARKS = (
     "if a user's text holds the marks of images, `apply_chat_template(..., sanitize_control_tokens=True)` makes them "
@@ -171,11 +170,11 @@ def check_rows(name: str, got: int, expected: int) -> None:
         raise ValueError(f"{name} must hold {expected} rows for the images in input_ids, got {got}")
 
 
-def check_codes(config: NextFlowConfig, images: Sequence[ImageSpan], image_codes: torch.Tensor) -> None:
-    """Raise a `ValueError` for anything but the flat codes of these images."""
-    check_integers("image_codes", image_codes, 1)
-    check_rows("image_codes", len(image_codes), sum(image.num_codes for image in images))
-    check_range("image_codes", image_codes, config.vq_config.codebook_size)
+def check_codes(config: NextFlowConfig, name: str, codes: torch.Tensor, length: int) -> None:
+    """Raise a `ValueError` for anything but so many flat codes."""
+    check_integers(name, codes, 1)
+    check_rows(name, len(codes), length)
+    check_range(name, codes, config.vq_config.codebook_size)
 
 
 def check_text(pixel_values: torch.Tensor | None, image_codes: torch.Tensor | None) -> None:
@@ -189,7 +188,7 @@ def final_grids(image_grid_hw: torch.Tensor | Sequence) -> list[Grid]:
     """The pairs of an (N, 2) `image_grid_hw`; raises `ValueError` for anything else."""
     rows = plain(image_grid_hw)
     try:
-        return [(operator.index(height), operator.index(width)) for height, width in rows]
+        return [pair_of(row) for row in rows]
     except (TypeError, ValueError):
         raise ValueError(
             f"image_grid_hw must hold two integers, the final grid's height and width, for each image, got {rows}"
@@ -312,9 +311,10 @@ def build_layout(
     check_shape(input_ids, attention_mask=attention_mask, **beside)
     images = find_images(config, input_ids, image_grid_hw)
     if image_codes is not None:
-        check_codes(config, images, image_codes)
+        check_codes(config, "image_codes", image_codes, sum(image.num_codes for image in images))
     if image_input_codes is not None:
-        check_rows("image_input_codes", len(image_input_codes), sum(image.num_coarse_codes for image in images))
+        length = sum(image.num_coarse_codes for image in images)
+        check_codes(config, "image_input_codes", image_input_codes, length)
 
     shape = input_ids.shape
     scale_BL, scales_BL = torch.zeros(2, *shape, dtype=torch.long)
@@ -339,19 +339,18 @@ def build_layout(
     valid_BL = torch.ones(shape, dtype=torch.bool) if attention_mask is None else attention_mask.cpu().bool()
     if document_ids is not None:
         document_ids = document_ids.cpu()
-        valid_BL = document_ids >= 0
+        valid_BL = valid_BL & (document_ids >= 0)
     in_block_BL = block_BL >= 0
     # how far the counter moves on arriving here, and where it is then at 0
     step_BL = torch.where(in_block_BL, F.pad(scale_BL.diff(dim=1), (1, 0)), 1) * valid_BL
     total_BL, base_BL = step_BL.cumsum(1), torch.ones(shape, dtype=torch.long)
     if document_ids is not None:
         starts_BL = F.pad(document_ids.diff(dim=1) != 0, (1, 0), value=True)
-        base_BL = torch.where(starts_BL, total_BL, 0).cummax(1).values
+        base_BL = torch.where(starts_BL, total_BL - step_BL + 1, 0).cummax(1).values  # padding may come first
     counter_BL = (total_BL - base_BL).masked_fill(~valid_BL, 0).float()
     targets = {}
     if labels is not None and shift_labels is None:
-        mask = None if attention_mask is None else valid_BL
-        shift_labels = shift_labels_of(labels.cpu(), images, config.boi_token_id, mask, document_ids)
+        shift_labels = shift_labels_of(labels.cpu(), images, config.boi_token_id, valid_BL, document_ids)
     if shift_labels is not None:
         targets = _targets(shift_labels.cpu().long(), images, code_starts, config)
     layout = SequenceLayout(
@@ -382,8 +381,6 @@ def shift_labels_of(
     target. Nothing is predicted across documents, nor from padding (where `attention_mask` is 0).
     """
     shifted_BL = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
-    if attention_mask is not None:
-        shifted_BL = shifted_BL.masked_fill(attention_mask == 0, IGNORE)
     if document_ids is not None:
         crosses = document_ids != F.pad(document_ids[:, 1:], (0, 1), value=-1)
         shifted_BL = shifted_BL.masked_fill(crosses, IGNORE)
@@ -391,7 +388,7 @@ def shift_labels_of(
         shifted_BL[image.row, image.outputs] = labels[image.row, image.outputs]
         if image.start > 0 and shifted_BL[image.row, image.start - 1] != IGNORE:
             shifted_BL[image.row, image.start - 1] = boi_token_id
-    return shifted_BL
+    return shifted_BL if attention_mask is None else shifted_BL.masked_fill(attention_mask == 0, IGNORE)
 
 
 def _targets(
@@ -435,12 +432,12 @@ def _targets(
     return {"supervised": supervised_N} | {name: each.flatten()[supervised_N] for name, each in tensors.items()}
 
 
-def text_positions(inputs: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+def text_positions(inputs: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     """(B, L) ids or (B, L, D) embeddings of text alone -> (3, B, L) float32 positions, as [`build_layout`] gives them.
 
     Args:
         valid: (B, L), 0 at padding.
     """
     check_shape(inputs, attention_mask=valid)
-    valid = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device) if valid is None else valid.bool()
+    valid = valid.bool()
     return (valid.cumsum(1) - 1).masked_fill(~valid, 0).float().expand(3, -1, -1)

@@ -290,7 +290,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
         if pixel_values is not None and image_codes is not None:
             raise ValueError("give either pixel_values or image_codes, not both")
         if image_codes is not None:
-            check_codes(self.config, images, image_codes)
+            check_codes(self.config, "image_codes", image_codes, sum(image.num_codes for image in images))
             return image_codes
         closed = [image for image in images if not image.is_open]
         if pixel_values is None and closed:
@@ -457,7 +457,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
                     )
                 image_codes = layout.slot_places.new_empty(0)
             if image_input_codes is not None:
-                image_codes = image_codes.index_copy(0, layout.coarse_places, image_input_codes)
+                image_codes = image_codes.index_copy(0, layout.coarse_places, image_input_codes.to(image_codes))
             names = adapter_names(self.connector) or adapter_names(self.code_embeddings)
             embed = partial(self.embed_images, inputs_embeds, layout, image_codes)
             inputs_embeds = each_by_its_adapter(self, names, embed)  # images of all rows are embedded as one

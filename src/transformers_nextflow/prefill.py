@@ -8,14 +8,15 @@ padded ids, l positions of a run, N positions of all runs of a step, D hidden.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from transformers.masking_utils import create_causal_mask
 
-from .attention import Part, runs_of, sequence_mask
+from .attention import Part, sequence_mask
+from .block_attention import Segment, segments_of
 from .cache_name import CACHE
 from .contexts import Contexts, run_apart
 from .layout import SequenceLayout, build_layout
@@ -25,42 +26,6 @@ from .scales import ScaleSchedule
 
 if TYPE_CHECKING:
     from .modeling_nextflow import NextFlowForConditionalGeneration
-
-
-@dataclass(frozen=True)
-class Embedded:
-    """Rows of ids as the decoder takes them in.
-
-    Attributes:
-        rows: the ids, without padding.
-        columns: of each row, where its tokens stand.
-        embeds_RLD: of all columns.
-    """
-
-    rows: Sequence[list[int]]
-    layout: SequenceLayout
-    columns: list[torch.Tensor]
-    embeds_RLD: torch.Tensor
-
-    def places(self, members: Sequence[int], start: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Indices (r, 1) and (r, l) of some positions of some rows."""
-        columns = torch.stack([self.columns[row][start : start + length] for row in members])
-        return torch.tensor(members, device=columns.device)[:, None], columns
-
-
-@dataclass(frozen=True)
-class Run:
-    """The next `length` positions of a context's rows; `is_block`: they see each other."""
-
-    context: Contexts
-    members: list[int]
-    length: int
-    is_block: bool
-
-    @property
-    def start(self) -> int:
-        """How many tokens the rows have read before."""
-        return len(self.context.token_ids[0])
 
 
 def read_prompts(
@@ -92,10 +57,11 @@ def read_prompts(
             f"contexts must come from interleaved generation over {len(rows)} rows (prompts and null prompts), "
             f"got {num_held}"
         )
-    embedded = _embed(model, rows, pictures, schedule, names, device)
-    reading = [(contexts.take(members), members, runs) for members, runs in _alike(contexts, embedded)]
+    layout, embeds_RLD = _embed(model, rows, pictures, schedule, names, device)
+    reading = [(contexts.take(members), members, runs) for members, runs in _alike(contexts, rows, layout)]
     for step in range(max(len(runs) for _, _, runs in reading)):
-        _read([Run(each, members, *runs[step]) for each, members, runs in reading if step < len(runs)], embedded)
+        now = [(each, members, runs[step]) for each, members, runs in reading if step < len(runs)]
+        _read(now, rows, layout, embeds_RLD)
     return Contexts.join([each for each, _, _ in reading], [row for _, members, _ in reading for row in members])
 
 
@@ -106,10 +72,10 @@ def _embed(
     schedule: ScaleSchedule,
     names: list[str] | None,
     device: torch.device,
-) -> Embedded:
+) -> tuple[SequenceLayout, torch.Tensor]:
+    """The layout of the rows, which end together, and what the decoder takes in, (R, L, D)."""
     boi = model.config.boi_token_id
     input_ids, attention_mask = padded(rows, model.config.eoi_token_id, device)
-    attention_mask = attention_mask.bool()
     grids, codes = [], [input_ids.new_empty(0)]
     for row, ids in enumerate(rows):
         own = pictures[row % len(pictures)] if row < 2 * len(pictures) else []
@@ -121,52 +87,63 @@ def _embed(
         embeds_RLD = model.get_input_embeddings()(input_ids).to(input_ids.device)
     embed = partial(model.model.embed_images, embeds_RLD, layout, torch.cat(codes))
     embeds_RLD = each_by_its_adapter(model, names, embed)  # images of all rows are embedded as one
-    return Embedded(rows, layout, [row.nonzero().flatten() for row in attention_mask], embeds_RLD)
+    return layout, embeds_RLD
 
 
-def _alike(contexts: Contexts, embedded: Embedded) -> list[tuple[list[int], list[tuple[int, bool]]]]:
-    """Rows of one cache that go on alike, and the (length, is a block) of the runs by which they do."""
+def _alike(
+    contexts: Contexts, rows: Sequence[list[int]], layout: SequenceLayout
+) -> list[tuple[list[int], list[Segment]]]:
+    """Rows of one cache that go on alike, and the runs by which they do."""
     alike: dict[tuple, list[int]] = {}
+    blocks_RL = layout.block_ids.cpu()
     for group, (members, _) in enumerate(contexts.groups):
         length = len(contexts.token_ids[members[0]])
         for row in members:
-            ids = embedded.rows[row]
+            ids = rows[row]
             if ids[:length] != contexts.token_ids[row] or len(ids) <= length:
                 raise ValueError(
                     f"row {row} must begin with the {length} tokens that contexts hold of it and go on, got "
                     f"{len(ids)} tokens"
                 )
-            runs = runs_of(embedded.layout.block_ids[row, embedded.columns[row][length:]].tolist())
+            blocks_1l = blocks_RL[row : row + 1, length - len(ids) :]
+            (runs,) = segments_of(blocks_1l, torch.zeros_like(blocks_1l)).documents
             if not length:  # behind a cache runs are read one by one
-                runs = [(len(ids), any(is_block for _, is_block in runs))]
+                runs = (Segment(len(ids), any(run.is_block for run in runs)),)
             alike.setdefault((group, *runs), []).append(row)
     return [(members, runs) for (_, *runs), members in alike.items()]
 
 
-def _read(runs: Sequence[Run], embedded: Embedded) -> None:
-    """One step: a run of each context."""
-    parts, inputs, positions = [], [], []
-    for run in runs:
-        at = embedded.places(run.members, run.start, run.length)
-        inputs.append(embedded.embeds_RLD[at])
-        positions.append(embedded.layout.position_ids[:, at[0], at[1]])
-        parts.append(_part(run, inputs[-1], embedded.layout.block_ids[at]))
+def _read(
+    reading: Sequence[tuple[Contexts, list[int], Segment]],
+    rows: Sequence[list[int]],
+    layout: SequenceLayout,
+    embeds_RLD: torch.Tensor,
+) -> None:
+    """One step: each context, which of the rows it has, and the run that they read."""
+    parts, inputs, positions, tokens = [], [], [], []
+    for context, members, run in reading:
+        start = len(context.token_ids[0])
+        first = embeds_RLD.shape[1] - len(rows[members[0]]) + start  # as all rows end together
+        columns = slice(first, first + run.length)
+        inputs.append(embeds_RLD[members, columns])
+        positions.append(layout.position_ids[:, members, columns])
+        parts.append(_part(context, run, inputs[-1], layout.block_ids[members, columns]))
+        tokens.append([rows[row][start : start + run.length] for row in members])
     # each position is a row of its own, as PEFT gives adapters to rows
     inputs_N1D = torch.cat([each.flatten(0, 1) for each in inputs])[:, None]
     positions_3N1 = torch.cat([each.flatten(1) for each in positions], dim=1)[:, :, None]
-    names = [name for run in runs for name in run.context.adapters or () for _ in range(run.length)]
-    hidden_N1D = run_apart(runs[0].context.model, parts, inputs_N1D, positions_3N1, names or None)
-    sizes = [len(run.members) * run.length for run in runs]
-    for run, hidden, of_run in zip(runs, hidden_N1D.split(sizes), positions):
-        ids = [embedded.rows[row][run.start : run.start + run.length] for row in run.members]
-        run.context.hold(hidden.view(len(run.members), run.length, -1)[:, -1:], of_run, ids)
+    names = [name for context, _, run in reading for name in context.adapters or () for _ in range(run.length)]
+    hidden_N1D = run_apart(reading[0][0].model, parts, inputs_N1D, positions_3N1, names or None)
+    of_parts = hidden_N1D.split([count * length for count, length in (part.shape for part in parts)])
+    for (context, _, _), part, hidden, of_run, ids in zip(reading, parts, of_parts, positions, tokens):
+        context.hold(hidden.view(*part.shape, -1)[:, -1:], of_run, ids)
 
 
-def _part(run: Run, inputs_rlD: torch.Tensor, block_ids_rl: torch.Tensor) -> Part:
+def _part(context: Contexts, run: Segment, inputs_rlD: torch.Tensor, block_ids_rl: torch.Tensor) -> Part:
     """How a run attends: a block behind a cache sees all; else a mask says what is seen."""
-    config, (_, cache) = run.context.model.config.text_config, run.context.groups[0]
-    shape = len(run.members), run.length
-    if run.is_block and run.start:
+    config, (_, cache) = context.model.config.text_config, context.groups[0]
+    shape = inputs_rlD.shape[:2]
+    if run.is_block and context.token_ids[0]:
         return Part(cache, shape)
     if run.is_block:
         mask = sequence_mask(config, inputs_rlD, None, block_ids_rl, None, None)["full_attention"]

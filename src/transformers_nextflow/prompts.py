@@ -68,14 +68,14 @@ class Prompts:
                 "guidance without negative_input_ids: the null prompts are made of the prompts' ids; those of the "
                 "processor's `apply_chat_template(..., generation_mode=...)` are exact"
             )
-            nulls = [null_prompt(ids, config) for ids in unpadded(self.input_ids, self.attention_mask)]
+            nulls = [null_prompt(ids, config) for ids in self.rows()]
             ids, mask = padded(nulls, config.eoi_token_id, self.input_ids.device)
             prompts = replace(self, negative_input_ids=ids, negative_attention_mask=mask)
         if len(prompts.negative_input_ids) != len(self.input_ids):
             rows = len(self.input_ids), len(prompts.negative_input_ids)
             raise ValueError("negative_input_ids must have {} rows, got {}".format(*rows))
         images, of_nulls = (
-            [len(images_of(ids, config)) for ids in rows] for rows in (self.rows(), prompts.null_rows())
+            [len(images_of(ids, config)) for ids in prompts.rows(prefix)] for prefix in ("", "negative_")
         )
         if images != of_nulls:
             raise ValueError(
@@ -83,12 +83,10 @@ class Prompts:
             )
         return prompts
 
-    def rows(self) -> list[list[int]]:
-        """The prompts' ids without padding."""
-        return unpadded(self.input_ids, self.attention_mask)
-
-    def null_rows(self) -> list[list[int]]:
-        return unpadded(self.negative_input_ids, self.negative_attention_mask)
+    def rows(self, prefix: str = "") -> list[list[int]]:
+        """The ids without padding, of the prompts or (`"negative_"`) of the null prompts."""
+        ids, masks = getattr(self, prefix + "input_ids"), getattr(self, prefix + "attention_mask")
+        return [row[mask].tolist() for row, mask in zip(ids, masks.bool())]
 
     def contexts(self, config: NextFlowConfig, num_roles: int) -> tuple[list[list[int]], "Prompts"]:
         """The ids of all rows: of the prompts, of the null prompts, and of those without images; and the prompts with
@@ -96,7 +94,7 @@ class Prompts:
         if num_roles == 1:
             return self.rows(), self
         prompts = self.guided(config)
-        nulls = prompts.null_rows()
+        nulls = prompts.rows("negative_")
         bare = [[t for span in texts_of(ids, config) for t in ids[span]] for ids in nulls] if num_roles == 3 else []
         bare = [ids or [config.boi_token_id] for ids in bare]
         return [*self.rows(), *nulls, *bare], prompts
@@ -173,10 +171,6 @@ def end_ids(config: NextFlowConfig) -> list[int]:
     return ends if isinstance(ends, list) else [ends]
 
 
-def unpadded(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> list[list[int]]:
-    return [ids[mask].tolist() for ids, mask in zip(input_ids, attention_mask.bool())]
-
-
 def padded(rows: Sequence[list[int]], value: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """(R, L) ids, padded on the left, and their mask."""
     tensors = [torch.tensor(row, dtype=torch.long, device=device) for row in rows]
@@ -202,12 +196,13 @@ def null_prompt(ids: list[int], config: NextFlowConfig) -> list[int]:
     """A null prompt made of a prompt's ids alone: its images, between what opens the first message and what ends it
     and opens the answer. For a chat of one message in ChatML this is the template without the user's text, as the
     processor makes it; of other prompts hardly more than the images is left."""
-    ends = end_ids(config)
+    ends, spans = end_ids(config), images_of(ids, config)
     last = max((place for place, token in enumerate(ids) if token in ends), default=len(ids))
     tail = ids[last:]
     # the answer's header begins as the first message's does, and is as long
-    answer = [token for token in tail if token != config.boi_token_id]
-    head = ids[: len(answer) - answer.index(ids[0])] if ids[0] in answer and len(ids) > 1 else []
-    images = [token for span in images_of(ids, config) for token in ids[span]]
+    answer = [token for token in tail if token not in marks_of(config)]
+    length = len(answer) - answer.index(ids[0]) if ids[0] in answer and len(ids) > 1 else 0
+    head = ids[: min([length, last, *(span.start for span in spans)])]
+    images = [token for span in spans if span.start < last for token in ids[span]]
     null = [*head, *images, *tail]
     return null or [config.boi_token_id]

@@ -240,8 +240,8 @@ class DualCodebookQuantizer(nn.Module):
         self,
         queries_NC: torch.Tensor,
         codebook_VC: torch.Tensor,
-        correction: SelfCorrection | None = None,
-        draws: Sequence[torch.Tensor] | None = None,
+        correction: SelfCorrection | None,
+        draws: Sequence[torch.Tensor] | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(N,) nearest entries, and the same with the disturbed ones drawn, a chunk of queries at a time.
 

@@ -14,16 +14,17 @@ def codes_of_region(region: torch.Tensor, schedule: ScaleSchedule) -> torch.Tens
     what lies inside entirely. (Upsampling is bicubic, so the pixels within about two cells of the border still move.)
 
     Args:
-        region: (H, W) a multiple of the final grid.
+        region: (H, W) of the final grid's aspect ratio, as the picture has it, and at least as large.
 
     Raises:
         ValueError: if it is not bool, or of another size.
     """
     h, w = schedule.final_grid
-    if region.dtype != torch.bool or region.ndim != 2 or region.shape[0] % h or region.shape[1] % w:
+    height, width = region.shape if region.ndim == 2 else (0, 0)
+    if region.dtype != torch.bool or height < h or height * w != width * h:
         raise ValueError(
-            f"a region must be bool of (height, width) in multiples of {(h, w)}, got {region.dtype} of the shape "
-            f"{tuple(region.shape)}"
+            f"a region must be bool, (height, width) of the aspect ratio of the grid {(h, w)}, got {region.dtype} of "
+            f"the shape {tuple(region.shape)}"
         )
     # adaptive pooling takes every pixel that a cell's area touches, whole or in part
     pooled = [F.adaptive_max_pool2d(region.float()[None, None], grid).flatten() > 0 for grid in schedule]

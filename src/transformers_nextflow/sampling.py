@@ -157,7 +157,7 @@ def sample(
         return top.indices
     logits_BlV = logits_BlV.float() / temperature
     if 0 < top_k < logits_BlV.shape[-1] or top_p < 1.0:
-        indices, last, cumulative = _truncate(logits_BlV, top_k, top_p)
+        indices, last, cumulative = kept_codes(logits_BlV, top_k, top_p)
         return indices.gather(-1, _draw(cumulative, cumulative.gather(-1, last), uniform_Bl)).squeeze(-1)
     # in the codes' own order, as sorting costs more than all the rest
     _check_finite(logits_BlV.amax(dim=-1))
@@ -171,19 +171,15 @@ def _draw(cumulative: torch.Tensor, mass: torch.Tensor, uniform_Bl: torch.Tensor
     return torch.searchsorted(cumulative, uniform_Bl[..., None] * mass, right=True)
 
 
-def kept_codes(logits_BlV: torch.Tensor, top_k: int, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
+def kept_codes(logits_BlV: torch.Tensor, top_k: int, top_p: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What [`sample`] draws from, of logits divided by the temperature.
 
     Returns:
-        (B, l, k) indices from the most likely on, and (B, l, 1) the place of the last that may be drawn.
+        (B, l, k) indices from the most likely on, (B, l, 1) the place of the last that may be drawn, and (B, l, k)
+        cumulative probabilities among the `top_k`.
     """
-    indices, last, _ = _truncate(logits_BlV.float(), top_k, top_p)
-    return indices, last
-
-
-def _truncate(logits_BlV: torch.Tensor, top_k: int, top_p: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     num_kept = min(top_k, logits_BlV.shape[-1]) if top_k else logits_BlV.shape[-1]
-    kept = logits_BlV.topk(num_kept, dim=-1)
+    kept = logits_BlV.float().topk(num_kept, dim=-1)
     _check_finite(kept.values[..., 0])
     probabilities = kept.values.softmax(dim=-1)
     cumulative = probabilities.cumsum(dim=-1)
@@ -237,11 +233,10 @@ class RowGenerators:
                 raise ValueError(f"a list of seeds needs one for each of the {num_prompts} prompts, got {len(seeds)}")
             row_seeds = [_image_seed(prompt, index) for prompt in seeds for index in range(images_per_prompt)]
             return cls([torch.Generator().manual_seed(row_seed) for row_seed in row_seeds])
-        if generator is not None and rows == 1:
-            return cls([generator])
-        device = "cpu" if generator is None else generator.device
-        first = [] if generator is None else [generator.clone_state()]
-        row_seeds = torch.randint(2**32, (rows,), generator=generator, device=device).tolist()
+        first, source, device = [], None, "cpu"
+        if generator is not None:  # which goes on by what the first row draws, as it would alone
+            first, source, device = [generator], generator.clone_state(), generator.device
+        row_seeds = torch.randint(2**32, (rows,), generator=source, device=device).tolist()
         return cls([*first, *(torch.Generator().manual_seed(row_seed) for row_seed in row_seeds[len(first) :])])
 
     def take(self, rows: Sequence[int]) -> "RowGenerators":

@@ -5,6 +5,7 @@ up to the highest level; lower levels are prefixes of the row.
 """
 
 import json
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -18,6 +19,15 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 Grid = tuple[int, int]  # (height, width) in cells
+
+
+def pair_of(grid: Sequence[int]) -> Grid:
+    """A grid of Python's, NumPy's or torch's integers; raises `ValueError` for anything else."""
+    try:
+        height, width = map(operator.index, grid)
+    except (TypeError, ValueError):
+        raise ValueError(f"a grid must be two integers, height and width, got {grid!r}") from None
+    return height, width
 
 
 @dataclass(frozen=True)
@@ -139,7 +149,7 @@ class ScheduleTable:
 
     def by_grid(self, grid: Grid) -> ScaleSchedule:
         """The schedule that ends in `grid`."""
-        grid = (int(grid[0]), int(grid[1]))
+        grid = pair_of(grid)
         if grid not in self._by_grid:
             nearest = ", ".join(map(str, self._nearest(grid)))
             raise ValueError(f"no scale schedule ends in the grid {grid}; nearest: {nearest}")

@@ -1,5 +1,7 @@
 """What transformers' own loop over text needs to know about a model that reads pictures."""
 
+import math
+
 import torch
 from transformers import GenerationConfig, LogitsProcessor
 from transformers.cache_utils import Cache
@@ -79,11 +81,17 @@ class TextGenerationMixin(GenerationMixin):
                 "gradient_checkpointing_disable() before it"
             )
 
+    @property
+    def max_positions(self) -> float:
+        """How many positions the decoder knows; types of rope other than the default one reach further than any."""
+        config = self.config.text_config
+        is_default = config.rope_parameters.get("rope_type", "default") == "default"
+        return config.max_position_embeddings if is_default else math.inf
+
     def check_reach(self, positions: torch.Tensor, further: int = 0) -> None:
         """Raise a `ValueError` where positions, and `further` ones after them, go beyond those the decoder knows."""
-        config = self.config.text_config
-        reach, limit = int(positions.max()) + 1 + further, config.max_position_embeddings
-        if reach > limit and config.rope_parameters.get("rope_type", "default") == "default":  # others reach further
+        reach, limit = int(positions.max()) + 1 + further, self.max_positions
+        if reach > limit:
             raise ValueError(f"the prompt needs {reach} positions, the model has {limit} (max_position_embeddings)")
 
     def _get_logits_processor(self, generation_config, *args, device=None, **kwargs):

@@ -147,7 +147,7 @@ class Studio:
 
     @property
     def _settings(self) -> ImageGenerationConfig:
-        return ImageGenerationConfig.from_dict(self.model.config.image_generation)
+        return ImageGenerationConfig(**self.model.config.image_generation)
 
     def _check_guided(self, asked: Controls, size: tuple[int, int]) -> None:
         """Raise a [`RequestError`] where a null prompt is given and pictures of a size are not guided."""

@@ -120,7 +120,7 @@ def sampling_support(
     """(B, n, V) bool: the codes that could be drawn, from the guided logits (B, l, V) of each scale."""
     masks = []
     for logits_BlV, heat, most, mass in zip(logits, temperature, top_k, top_p):
-        indices, last = kept_codes(logits_BlV / heat, most, mass)
+        indices, last, _ = kept_codes(logits_BlV / heat, most, mass)
         kept = torch.arange(indices.shape[-1], device=indices.device) <= last
         masks.append(torch.zeros_like(logits_BlV, dtype=torch.bool).scatter(-1, indices, kept))
     return torch.cat(masks, dim=1)
