@@ -193,6 +193,27 @@ def test_misshapen_weights_are_an_error(folder):
         NextFlowForConditionalGeneration.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("shards_remain", [False, True])
+def test_an_index_beside_a_whole_file_is_passed_over(tiny_checkpoint, tiny_processor, tmp_path, shards_remain):
+    """As transformers does, which leaves the index of an earlier saving, or another program the shards too."""
+    folder, model = tmp_path / "model", NextFlowForConditionalGeneration.from_pretrained(tiny_checkpoint)
+    model.save_pretrained(folder, max_shard_size="20KB")
+    tiny_processor.save_pretrained(folder)
+    shards = {path: path.read_bytes() for path in folder.glob("model-*.safetensors")}
+    with torch.no_grad():
+        model.model.vq_model.pixel_encoder.to_code.bias += 1
+    model.save_pretrained(folder)
+    for path, content in shards.items() if shards_remain else ():
+        path.write_bytes(content)
+    assert (folder / "model.safetensors.index.json").exists() and len(shards) > 1
+    loaded = NextFlowForConditionalGeneration.from_pretrained(folder)
+    assert vision_identity(loaded.model.vq_model) == vision_identity(model.model.vq_model)
+    assert vision_identity(load_vq_model(str(folder))) == vision_identity(model.model.vq_model)
+    assert main(["export", str(folder), "--to", str(tmp_path / "exported")]) == 0
+    assert [path.name for path in (tmp_path / "exported").glob("model*.s*")] == ["model.safetensors"]
+    assert vision_identity(load_vq_model(str(tmp_path / "exported"))) == vision_identity(model.model.vq_model)
+
+
 @pytest.mark.parametrize("damage", ["cut", "missing", "misshapen"])
 def test_the_command_line_names_unreadable_weights(tiny_checkpoint, tmp_path, capsys, damage):
     for path in tiny_checkpoint.iterdir():

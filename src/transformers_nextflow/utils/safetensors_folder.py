@@ -31,14 +31,15 @@ TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 
 class SafetensorsFolder:
-    """The tensors of a checkpoint folder, one file or shards with an index, read one by one.
+    """The tensors of a checkpoint folder, one file or else shards with an index, as transformers chooses, read one by
+    one.
 
     Raises:
         ValueError: if there are no safetensors, the index names files that are absent or outside of the folder, a file
             is truncated or declares sizes that it does not have, or index and files disagree.
 
     Attributes:
-        files: names, each once.
+        files: names, each once; of shards the index among them.
         shapes, dtypes: of every tensor, by name.
     """
 
@@ -50,8 +51,9 @@ class SafetensorsFolder:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         weight_map = self._weight_map()
-        self.files = list(dict.fromkeys(weight_map.values())) or [SINGLE]
-        for file in self.files:
+        shards = list(dict.fromkeys(weight_map.values()))
+        self.files = [*shards, INDEX] if shards else [SINGLE]
+        for file in shards or [SINGLE]:
             self._read_header(self.folder / file)
         for name, file in weight_map.items():
             if self._file_of.get(name) != self.folder / file:
@@ -61,10 +63,10 @@ class SafetensorsFolder:
 
     def _weight_map(self) -> dict[str, str]:
         path = self.folder / INDEX
-        if not path.is_file():
-            if not (self.folder / SINGLE).is_file():
-                raise ValueError(f"{self.folder} holds neither {INDEX} nor {SINGLE}; other formats are not read")
+        if (self.folder / SINGLE).is_file():  # saved after the shards of an index that is there still
             return {}
+        if not path.is_file():
+            raise ValueError(f"{self.folder} holds neither {INDEX} nor {SINGLE}; other formats are not read")
         weight_map = read_json(path).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{path} is no index of safetensors: weight_map must list tensors, got {weight_map!r}")
