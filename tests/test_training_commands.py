@@ -12,7 +12,7 @@ import pytest
 import torch
 from hub_stand_in import run_fresh
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import enlarge_
 
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor, NextFlowVQModel
@@ -226,6 +226,16 @@ def test_every_command_takes_adapters(further, start, tmp_path, capsys):
     capsys.readouterr()
     assert main(["doctor", str(further), "packs", "--json"]) in (0, 1)
     assert json.loads(capsys.readouterr().out)["findings"]
+
+
+def test_the_doctors_figures_are_strict_json(start, tmp_path, capsys):
+    """Of a model that gives no finite numbers: JSON knows neither NaN nor Infinity."""
+    folder = shutil.copytree(start, tmp_path / "damaged")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"].fill_(torch.inf)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert main(["doctor", str(folder), "packs", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["findings"]
 
 
 def test_evaluate_is_the_loss_of_all_targets(further, start, capsys):
