@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 from transformers import AutoTokenizer
 
+from ..utils.loading import naming
+
 QWEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 
@@ -54,7 +56,8 @@ def load_text_tokenizer(folder: str | Path, chosen: ImageTokens | None = None) -
         ValueError: if a chosen token is no special token, or one that texts need, or some of Qwen's are there and some
             are not.
     """
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with naming(f"the text tokenizer in {folder}"):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     named = [getattr(tokenizer, f"{name}_token", None) for name in ImageTokens._fields]
     tokens = chosen or ImageTokens(*(given or default for given, default in zip(named, QWEN_TOKENS)))
     known = tokenizer.get_added_vocab()

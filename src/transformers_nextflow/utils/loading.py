@@ -143,7 +143,8 @@ def load_processor(name: str) -> NextFlowProcessor:
 def load_generation_config(folder: Path, config: PreTrainedConfig) -> GenerationConfig:
     """A folder's own defaults of generation, or else those that follow from its configuration."""
     if (folder / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(folder)
+        with naming(f"the generation_config.json in {folder}"):
+            return GenerationConfig.from_pretrained(folder)
     return GenerationConfig.from_model_config(config)
 
 
