@@ -32,6 +32,7 @@ from tests.tiny_models import (
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowModel, NextFlowVQModel
 from transformers_nextflow.cli import main
 from transformers_nextflow.data.shards import vision_identity
+from transformers_nextflow.utils import loading
 from transformers_nextflow.utils.loading import load_vq_model
 
 ROWS = ([10, shown(SQUARE, 1), 11], [12, 13, shown(WIDE, 2), 14, 15])
@@ -191,6 +192,25 @@ def test_misshapen_weights_are_an_error(folder):
     rewrite(folder, lambda tensors: tensors.update({"code_head.weight": torch.zeros(CODES + 1, 32)}))
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         NextFlowForConditionalGeneration.from_pretrained(folder)
+
+
+def test_whether_a_name_is_of_adapters_is_asked_once(tiny_checkpoint, tiny_model, tmp_path, monkeypatch):
+    """Of the Hub that is a request."""
+    asked = []
+    find = loading.find_adapter_config_file
+    monkeypatch.setattr(loading, "find_adapter_config_file", lambda name: asked.append(name) or find(name))
+    tiny_model.model.vq_model.save_pretrained(tmp_path)
+    for load, name in (
+        (loading.load_config, tiny_checkpoint),
+        (loading.load_processor, tiny_checkpoint),
+        (loading.load_merged, tiny_checkpoint),
+        (load_vq_model, tmp_path),
+    ):
+        load(str(name))
+        assert asked == [str(name)], load
+        asked.clear()
+    loading.load_model(str(tiny_checkpoint))
+    assert len(asked) == 2  # the weights', and the processor's
 
 
 @pytest.mark.parametrize("shards_remain", [False, True])
