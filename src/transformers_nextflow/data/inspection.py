@@ -66,7 +66,7 @@ def contact_sheet(name: str | Path, model: str, output: str | Path, count: int =
     Raises:
         ValueError: if the shards were made with another model's tokenizers, schedules or code offset.
     """
-    from .tokenizers import load_tokenizers
+    from ..utils.loading import load_tokenizers
 
     folder, manifest = open_shards(name)
     config, processor, vq_model = load_tokenizers(model)

@@ -200,6 +200,12 @@ def load_vision_tokenizer(model: str | None) -> tuple[NextFlowVQModel, NextFlowI
     return vq_model, load_processor(name).image_processor
 
 
+def load_tokenizers(model: str, device: str = "cpu") -> tuple[NextFlowConfig, NextFlowProcessor, NextFlowVQModel]:
+    """What codes documents: configuration, processor and float32 vision tokenizer of a folder or Hub id."""
+    config = load_config(model)
+    return config, load_processor(model), load_vq_model(model).to(device)
+
+
 def begin_anew(model: PreTrainedModel, name: str, device: torch.device | str = "cpu") -> nn.Module:
     """A part of a model on the meta device, in memory and at its initialisation."""
     part = model.get_submodule(name).to_empty(device=device)
