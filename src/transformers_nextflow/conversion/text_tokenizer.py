@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 from transformers import AutoTokenizer
 
+from ..processing_nextflow import QWEN_TOKENS
 from ..utils.loading import naming
 
-QWEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 
 # Around a model's own template: pictures in contents become their tokens, and a picture is opened where it is asked
@@ -58,8 +58,8 @@ def load_text_tokenizer(folder: str | Path, chosen: ImageTokens | None = None) -
     """
     with naming(f"the text tokenizer in {folder}"):
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    named = [getattr(tokenizer, f"{name}_token", None) for name in ImageTokens._fields]
-    tokens = chosen or ImageTokens(*(given or default for given, default in zip(named, QWEN_TOKENS)))
+    named = {name: getattr(tokenizer, f"{name}_token", None) or default for name, default in QWEN_TOKENS.items()}
+    tokens = chosen or ImageTokens(**named)
     known = tokenizer.get_added_vocab()
     absent = [token for token in tokens if token not in known]
     if len(set(tokens)) < 3:

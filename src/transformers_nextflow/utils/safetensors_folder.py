@@ -9,25 +9,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers.modeling_utils import str_to_torch_dtype
 
 from .files import read_json
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 
 class SafetensorsFolder:
@@ -84,11 +70,11 @@ class SafetensorsFolder:
                 if name in self._file_of:
                     raise ValueError(f"{name} is in {self._file_of[name].name} and in {path.name}")
                 view = file.get_slice(name)
-                if view.get_dtype() not in TORCH_DTYPES:
+                if view.get_dtype() not in str_to_torch_dtype:
                     raise ValueError(f"{name} in {path} has the unsupported dtype {view.get_dtype()}")
                 self._file_of[name] = path
                 self.shapes[name] = tuple(view.get_shape())
-                self.dtypes[name] = TORCH_DTYPES[view.get_dtype()]
+                self.dtypes[name] = str_to_torch_dtype[view.get_dtype()]
 
     def __iter__(self) -> Iterator[str]:
         """Names in the order of the files."""
