@@ -219,6 +219,14 @@ def test_a_pixel_in_an_array(tiny_processor):
     assert torch.allclose(inputs, torch.tensor(77 / 127.5 - 1))
 
 
+@pytest.mark.parametrize("dtype", ["u2", "i2", "i4", "u8", "f4", "f8"])
+def test_an_arrays_byte_order_changes_nothing(tiny_processor, dtype):
+    pixels = noise(30, 40).astype(dtype)  # of u2 nearly black
+    expected = tiny_processor.image_processor(pixels, return_tensors="pt")["pixel_values"]
+    swapped = tiny_processor.image_processor(pixels.astype(f">{dtype}"), return_tensors="pt")["pixel_values"]
+    assert torch.equal(swapped, expected)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

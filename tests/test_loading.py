@@ -32,6 +32,7 @@ from tests.tiny_models import (
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowModel, NextFlowVQModel
 from transformers_nextflow.cli import main
 from transformers_nextflow.data.shards import vision_identity
+from transformers_nextflow.utils import loading
 from transformers_nextflow.utils.loading import load_vq_model
 
 ROWS = ([10, shown(SQUARE, 1), 11], [12, 13, shown(WIDE, 2), 14, 15])
@@ -191,6 +192,46 @@ def test_misshapen_weights_are_an_error(folder):
     rewrite(folder, lambda tensors: tensors.update({"code_head.weight": torch.zeros(CODES + 1, 32)}))
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         NextFlowForConditionalGeneration.from_pretrained(folder)
+
+
+def test_whether_a_name_is_of_adapters_is_asked_once(tiny_checkpoint, tiny_model, tmp_path, monkeypatch):
+    """Of the Hub that is a request."""
+    asked = []
+    find = loading.find_adapter_config_file
+    monkeypatch.setattr(loading, "find_adapter_config_file", lambda name: asked.append(name) or find(name))
+    tiny_model.model.vq_model.save_pretrained(tmp_path)
+    for load, name in (
+        (loading.load_config, tiny_checkpoint),
+        (loading.load_processor, tiny_checkpoint),
+        (loading.load_merged, tiny_checkpoint),
+        (load_vq_model, tmp_path),
+    ):
+        load(str(name))
+        assert asked == [str(name)], load
+        asked.clear()
+    loading.load_model(str(tiny_checkpoint))
+    assert len(asked) == 2  # the weights', and the processor's
+
+
+@pytest.mark.parametrize("shards_remain", [False, True])
+def test_an_index_beside_a_whole_file_is_passed_over(tiny_checkpoint, tiny_processor, tmp_path, shards_remain):
+    """As transformers does, which leaves the index of an earlier saving, or another program the shards too."""
+    folder, model = tmp_path / "model", NextFlowForConditionalGeneration.from_pretrained(tiny_checkpoint)
+    model.save_pretrained(folder, max_shard_size="20KB")
+    tiny_processor.save_pretrained(folder)
+    shards = {path: path.read_bytes() for path in folder.glob("model-*.safetensors")}
+    with torch.no_grad():
+        model.model.vq_model.pixel_encoder.to_code.bias += 1
+    model.save_pretrained(folder)
+    for path, content in shards.items() if shards_remain else ():
+        path.write_bytes(content)
+    assert (folder / "model.safetensors.index.json").exists() and len(shards) > 1
+    loaded = NextFlowForConditionalGeneration.from_pretrained(folder)
+    assert vision_identity(loaded.model.vq_model) == vision_identity(model.model.vq_model)
+    assert vision_identity(load_vq_model(str(folder))) == vision_identity(model.model.vq_model)
+    assert main(["export", str(folder), "--to", str(tmp_path / "exported")]) == 0
+    assert [path.name for path in (tmp_path / "exported").glob("model*.s*")] == ["model.safetensors"]
+    assert vision_identity(load_vq_model(str(tmp_path / "exported"))) == vision_identity(model.model.vq_model)
 
 
 @pytest.mark.parametrize("damage", ["cut", "missing", "misshapen"])

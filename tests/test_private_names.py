@@ -54,7 +54,7 @@ READ = {
 UNWRITTEN = ("_abc_impl", "_backward_cls", "_is_protocol", "_cached_value")  # ends of what libraries put on classes
 OF_INSTANCES = {  # settings of generation; torch's modules, nodes of its graphs, states of its sharding; named tuples
     *("_forward_hooks", "_forward_pre_hooks", "_saved_self", "_auto_reshard_after_forward", "_fsdp_param_groups"),
-    *("_from_model_config", "_lazy_init", "_asdict", "_replace", "_fields"),
+    *("_from_model_config", "_lazy_init", "_asdict", "_replace"),
 }
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hub_stand_in import run_fresh
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import enlarge_
 
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor, NextFlowVQModel
@@ -227,6 +228,16 @@ def test_every_command_takes_adapters(further, start, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["findings"]
 
 
+def test_the_doctors_figures_are_strict_json(start, tmp_path, capsys):
+    """Of a model that gives no finite numbers: JSON knows neither NaN nor Infinity."""
+    folder = shutil.copytree(start, tmp_path / "damaged")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"].fill_(torch.inf)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert main(["doctor", str(folder), "packs", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["findings"]
+
+
 def test_evaluate_is_the_loss_of_all_targets(further, start, capsys):
     run("evaluate", "loss", "packs", "--model", further, "--dtype", "float32", "--json")
     losses = json.loads(capsys.readouterr().out)
@@ -392,6 +403,46 @@ def test_a_checkpoint_without_its_tokenizer_is_opened_by_every_command(start, ap
     assert vq_tensors("exported").keys() == vq_tensors(start).keys()
     exported = load_model("exported")
     assert torch.equal(codes(*exported), codes(model, processor))
+
+
+def test_an_export_tells_what_the_folder_says_that_refers_to_its_tokenizer(apart, further, tmp_path):
+    folder = shutil.copytree(apart / "checkpoint-1", tmp_path / "told")
+    (folder / "README.md").write_text("# Mine\n\nOf the sources A and B.\n")
+    (folder / "scores.json").write_text('{"score": 0.5}')
+    run("export", folder, "--to", tmp_path / "exported")
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert "Of the sources A and B." in card and "says nothing of them" not in card
+    assert json.loads((tmp_path / "exported" / "scores.json").read_text()) == {"score": 0.5}
+    adapters = shutil.copytree(further, tmp_path / "adapters")
+    (adapters / "scores.json").write_text('{"score": 0.7}')
+    run("export", adapters, "--to", tmp_path / "merged")
+    assert json.loads((tmp_path / "merged" / "scores.json").read_text()) == {"score": 0.7}
+    assert "The licences of both apply" in (tmp_path / "merged" / "README.md").read_text()
+
+
+def test_a_training_from_a_revision_keeps_that_revisions_tokenizer(start, tiny_model, tiny_processor, tmp_path):
+    """A repository of the Hub, as a cache without a network holds it, whose tokenizer is another on `main`."""
+    repository = tmp_path / "hub" / "hub" / "models--owner--name"
+    (repository / "refs").mkdir(parents=True)
+    tokenizers = {}
+    for revision, commit in (("main", "a" * 40), ("v1", "b" * 40)):
+        model = copy.deepcopy(tiny_model)
+        with torch.no_grad():
+            model.model.vq_model.pixel_encoder.to_code.bias += len(revision)
+        (repository / "refs" / revision).write_text(commit)
+        for part in (model, tiny_processor):
+            part.save_pretrained(repository / "snapshots" / commit)
+        tokenizers[revision] = vision_identity(model.model.vq_model)
+    script = """
+from transformers_nextflow.data.shards import vision_identity
+from transformers_nextflow.training.loading import load_to_train
+model, _ = load_to_train("owner/name", vision_tokenizer=False, revision="v1")
+print(model.config.vision_tokenizer["sha256"])
+model.save_pretrained("checkpoint")
+print(vision_identity(type(model).from_pretrained("checkpoint").model.vq_model))
+"""
+    printed = run_fresh(script, tmp_path, HF_HOME=str(tmp_path / "hub"), HF_HUB_OFFLINE="1").split()
+    assert printed[-2:] == [tokenizers["v1"]] * 2 != [tokenizers["main"]] * 2
 
 
 def test_a_tokenizer_that_is_gone_or_another_is_named(start, apart, tmp_path, capsys):

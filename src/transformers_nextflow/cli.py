@@ -38,7 +38,7 @@ from .training.cli import app as training_app
 from .training.cli import train
 from .utils import export as exporting
 from .utils.commands import Json, Level, Model, command, print_figures
-from .utils.files import write_atomically
+from .utils.files import save_png, write_atomically
 from .utils.lazy import needing_extra
 from .utils.loading import DEFAULT_MODEL, load_config, load_model, load_vision_tokenizer, model_name, same_weights
 
@@ -178,7 +178,7 @@ def make_pictures(
         pictures = decode_by_diffusion(pipeline, model, output, text, seed, decoder.decoder_steps)
     seconds = time.perf_counter() - start
     for picture, path in zip(pictures, paths, strict=True):
-        save_picture(picture, path)
+        save_png(picture, path)
     width, height = pictures[0].size
     print_figures(
         {
@@ -329,7 +329,7 @@ def save_answer(parts: list[str | Image.Image], folder: Path) -> list[dict]:
         if isinstance(part, str):
             listed.append({"text": part})
         else:
-            save_picture(part, path := next(paths))
+            save_png(part, path := next(paths))
             listed.append({"path": str(path), "width": part.width, "height": part.height})
     for stale in takewhile(Path.is_file, paths):  # of an earlier, longer answer
         stale.unlink()
@@ -351,7 +351,7 @@ def reconstruct(
     seconds = time.perf_counter() - start
     psnr = scores(originals, rebuilt)[0].item()
     pair = torch.cat([originals[0], rebuilt[0]], dim=2).permute(1, 2, 0)
-    save_picture(Image.fromarray(pair.cpu().numpy()), path)
+    save_png(Image.fromarray(pair.cpu().numpy()), path)
     height, width = rebuilt.shape[-2:]
     shown = f"PSNR {psnr:.2f} dB" if isfinite(psnr) else "equal"
     print_figures(
@@ -583,10 +583,6 @@ def output_paths(output: str, count: int) -> list[Path]:
     if path.suffix.lower() != ".png":
         raise ValueError(f"--output must end in .png, got {output}")
     return [path] if count == 1 else [path.with_stem(f"{path.stem}-{index}") for index in range(count)]
-
-
-def save_picture(picture: Image.Image, path: Path) -> None:
-    write_atomically(path, lambda partial: picture.save(partial, format="PNG"))
 
 
 def save_text(text: str, path: Path) -> None:

@@ -227,8 +227,8 @@ class NextFlowConfig(ConfigBringsCode, PreTrainedConfig):
             How pictures are drawn where a call says nothing. A `dict` goes over what is there already, also by
             `from_pretrained(..., image_generation={...})`, and what is None in it says nothing.
         vision_tokenizer (`dict`, *optional*):
-            Of a checkpoint without its vision tokenizer: the `model` that has it, a folder or Hub id, and the `sha256`
-            of what its codes depend on. `from_pretrained` brings it from there.
+            Of a checkpoint without its vision tokenizer: the `model` that has it, a folder or Hub id (whose `revision`
+            may be given), and the `sha256` of what its codes depend on. `from_pretrained` brings it from there.
     """
 
     model_type = "nextflow"

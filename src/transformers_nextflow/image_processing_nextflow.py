@@ -227,7 +227,7 @@ class NextFlowImageProcessor(ProcessorBringsCode, PilBackend):
         if is_float:
             white = 1 / rescale_factor if do_rescale else 1
         else:
-            white = WHITE.get(image.dtype, white)
+            white = WHITE.get(image.dtype.newbyteorder("="), white)
             if not do_rescale:
                 logger.warning_once(
                     f"pixels of {image.dtype} hold 0 to {white:g}: do_rescale=False is for floats alone"

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from .rewriting import Rewriting
 from .sampling import SAMPLING_LIMITS
 from .text_generation import text_sampling
-from .utils.files import write_atomically
+from .utils.files import save_png
 from .utils.loading import load_model
 
 MAX_NEW_TOKENS = 256
@@ -112,7 +112,7 @@ class NextFlow(lmms):
         codes = self.model.generate(**self._inputs(chat, "image"), generation_mode="image", seed=self.seed + number)
         (picture,) = self.processor.post_process_image(self.model.decode_image_tokens(codes))
         path = Path(self.output_dir) / f"{task}-{split}-{number}.png"
-        write_atomically(path, lambda partial: picture.save(partial, format="PNG"))
+        save_png(picture, path)
         return json.dumps({"text": "", "images": [str(path)]})
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:

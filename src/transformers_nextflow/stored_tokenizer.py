@@ -51,28 +51,21 @@ def vision_tokenizer_hash(tensors: Iterable[tuple[str, torch.Tensor]], config: N
     return digest.hexdigest()
 
 
-def stored_tensors(model: str) -> Iterator[tuple[str, torch.Tensor]]:
+def stored_tensors(model: str, revision: str | None = None) -> Iterator[tuple[str, torch.Tensor]]:
     """The vision tokenizer's tensors in float32, by name and in the order of the names, one at a time.
 
     Args:
         model: folder or Hub id of a NextFlow.
+        revision: of the id.
     """
     if not Path(model).is_dir():
         from huggingface_hub import snapshot_download
 
-        model = snapshot_download(model, allow_patterns=["*.json", "*.safetensors"])
+        model = snapshot_download(model, revision=revision, allow_patterns=["*.json", "*.safetensors"])
     folder = SafetensorsFolder(model)
     for name in sorted(name for name in folder if name.startswith(PREFIX)):
         tensor = folder.tensor(name)
         yield name.removeprefix(PREFIX), tensor.float() if tensor.is_floating_point() else tensor
-
-
-def refer_to(model: str, config: NextFlowConfig) -> NextFlowConfig:
-    """The configuration of a NextFlow as of one without its vision tokenizer, which is read once for its hash."""
-    if config.vision_tokenizer is None:
-        digest = vision_tokenizer_hash(stored_tensors(model), config.vq_config)
-        config.vision_tokenizer = {"model": model, "sha256": digest}
-    return config
 
 
 def tensors_referred_to(config: NextFlowConfig) -> dict[str, torch.Tensor]:
@@ -84,7 +77,7 @@ def tensors_referred_to(config: NextFlowConfig) -> dict[str, torch.Tensor]:
     model = config.vision_tokenizer["model"]
     remedy = "name the folder that has it as `vision_tokenizer` in config.json"
     try:
-        tensors = dict(stored_tensors(model))
+        tensors = dict(stored_tensors(model, config.vision_tokenizer.get("revision")))
     except (OSError, ValueError) as error:
         raise ValueError(f"the vision tokenizer of this checkpoint is that of {model}, {error}: {remedy}") from error
     if vision_tokenizer_hash(tensors.items(), config.vq_config) != config.vision_tokenizer["sha256"]:

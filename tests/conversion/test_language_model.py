@@ -458,6 +458,7 @@ def truncated(folder):
 
 
 def indexed(folder, weight_map):
+    (folder / "model.safetensors").rename(folder / "whole.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
@@ -467,23 +468,23 @@ def absent_shard(folder):
 
 
 def outside(folder):
-    indexed(folder, {"lm_head.weight": "../model.safetensors"})
-    return "must name .safetensors files of its own folder, got '../model.safetensors'"
+    indexed(folder, {"lm_head.weight": "../whole.safetensors"})
+    return "must name .safetensors files of its own folder, got '../whole.safetensors'"
 
 
 def absolute(folder):
-    indexed(folder, {"lm_head.weight": str(folder / "model.safetensors")})
+    indexed(folder, {"lm_head.weight": str(folder / "whole.safetensors")})
     return "must name .safetensors files of its own folder"
 
 
 def incomplete_index(folder):
-    indexed(folder, {"lm_head.weight": "model.safetensors"})
+    indexed(folder, {"lm_head.weight": "whole.safetensors"})
     return "does not list"
 
 
 def lying_index(folder):
-    indexed(folder, {"elsewhere": "model.safetensors"})
-    return "says that model.safetensors holds elsewhere, which it does not"
+    indexed(folder, {"elsewhere": "whole.safetensors"})
+    return "says that whole.safetensors holds elsewhere, which it does not"
 
 
 def huge(folder):
@@ -510,16 +511,67 @@ def huge_config(folder):
     return "holds 2 layers, its config.json says 10000"
 
 
+def set_entry(path, value, *names):
+    """Change a value of a JSON file."""
+    values = inner = json.loads(path.read_text())
+    for name in names[:-1]:
+        inner = inner[name]
+    inner[names[-1]] = value
+    path.write_text(json.dumps(values))
+
+
+def text_for_a_number(folder):
+    set_entry(folder / "config.json", "2", "text_config", "num_attention_heads")
+    return f"the config.json of {folder} cannot be loaded: StrictDataclassFieldValidationError"
+
+
+def no_heads(folder):
+    set_entry(folder / "config.json", 0, "text_config", "num_attention_heads")
+    return f"the config.json of {folder} cannot be loaded: "
+
+
+def no_size(folder):
+    set_entry(folder / "config.json", -64, "text_config", "intermediate_size")
+    return f"the config.json of {folder} cannot be loaded: "
+
+
+def listed_config(folder):
+    (folder / "config.json").write_text("[1]")
+    return "config.json"
+
+
+def no_text_tokenizer(folder):
+    set_entry(folder / "tokenizer.json", {"type": "none"}, "model")
+    return f"the text tokenizer in {folder} cannot be loaded: "
+
+
+def generation_of_no_config(folder):
+    (folder / "generation_config.json").write_text('{"max_new_tokens": "many", "do_sample": []}')
+    return f"the generation_config.json in {folder} cannot be loaded: "
+
+
+JSON_DAMAGES = [text_for_a_number, no_heads, no_size, listed_config, no_text_tokenizer, generation_of_no_config]
 DAMAGES = [truncated, absent_shard, outside, absolute, incomplete_index, lying_index, huge, huge_header, pickled]
 
 
-@pytest.mark.parametrize("damage", [*DAMAGES, huge_config])
+@pytest.mark.parametrize("damage", [*DAMAGES, *JSON_DAMAGES, huge_config])
 def test_damaged_and_malicious_folders_are_refused(damage, copied, vq_folder, tmp_path, capsys):
     message = damage(copied)
     assert main([str(copied), str(vq_folder), str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert message in error, error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged"], "nothing is written"
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "generation_config.json"])
+def test_a_damaged_nextflow_does_not_come_back(file, source, vq_folder, tmp_path, capsys):
+    convert(source, vq_folder, tmp_path / "nextflow")
+    names = {"config.json": ["text_config", "num_attention_heads"], "tokenizer.json": ["model"]}
+    set_entry(tmp_path / "nextflow" / file, "2", *names.get(file, ["max_new_tokens"]))
+    assert main(["--back", str(tmp_path / "nextflow"), str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert f"{tmp_path / 'nextflow'} cannot be loaded: " in error, error
+    assert [path.name for path in tmp_path.iterdir()] == ["nextflow"], "nothing is written"
 
 
 def test_an_interrupted_run_leaves_nothing(source, vq_folder, tmp_path, monkeypatch):

@@ -254,6 +254,17 @@ def test_malicious_and_broken_files_are_refused(state, tmp_path, capsys):
     refused("there is no checkpoint")
 
 
+@pytest.mark.parametrize(("entry", "value"), [("hidden_size", "32"), ("num_attention_heads", 0), ("patch_size", -1)])
+def test_a_damaged_siglip2_is_named(entry, value, tmp_path, capsys):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    Siglip2VisionModel(Siglip2VisionConfig(**sizes, patch_size=16)).save_pretrained(tmp_path / "siglip2")
+    path = tmp_path / "siglip2" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {entry: value}))
+    assert main(["--from-siglip2", str(tmp_path / "siglip2"), str(tmp_path / "out")]) == 2
+    assert f"the config.json of {tmp_path / 'siglip2'} cannot be loaded: " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("whole", [False, True], ids=["vision", "with_text"])
 def test_from_siglip2(whole, tmp_path):
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}

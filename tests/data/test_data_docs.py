@@ -14,8 +14,7 @@ from PIL import Image
 
 from transformers_nextflow.cli import main
 from transformers_nextflow.data.shards import Shard, decodable_codes, images_of, read_manifest, sequence_spec
-from transformers_nextflow.data.tokenizers import load_tokenizers
-from transformers_nextflow.utils.loading import DEFAULT_MODEL
+from transformers_nextflow.utils.loading import DEFAULT_MODEL, load_tokenizers
 
 ROOT = Path(__file__).parents[2]
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "docs" / "data.md").read_text(), flags=re.DOTALL)

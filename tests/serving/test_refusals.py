@@ -1,5 +1,6 @@
 """Bad requests get OpenAI's form of an error, which names the field."""
 
+import copy
 import http.client
 import json
 import struct
@@ -11,9 +12,16 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import pytest
+import torch
 from PIL import Image
 
 from tests.serving.servers import client, data_url, mask, openai, photo, png, running
+from transformers_nextflow import (
+    NextFlowForConditionalGeneration,
+    NextFlowImageProcessor,
+    NextFlowProcessor,
+    NextFlowVQConfig,
+)
 
 PHOTO = photo(24, 24)
 URL = "messages[0].content[0].image_url.url"
@@ -459,6 +467,33 @@ def test_bodies_that_are_too_large(address):
     )
     response = connection.getresponse()
     assert response.status == 413 and json.loads(response.read())["error"]["message"]
+
+
+def test_a_chat_that_the_models_template_does_not_take(tiny_model, tiny_processor):
+    alternate = "{% if messages[0].role == 'system' %}{{ raise_exception('no system prompts') }}{% endif %}"
+    processor = copy.copy(tiny_processor)
+    processor.chat_template = alternate + tiny_processor.chat_template
+    asked = {"model": "tiny", "messages": [message("system"), message("user")]}
+    with running(tiny_model, processor) as address:
+        for more in ({}, {"modalities": ["image"]}, {"stream": True}):
+            status, error = refusal(posted(address, "chat/completions", asked | more))
+            assert status == 400 and error["param"] == "messages" and "no system prompts" in error["message"]
+
+
+def test_a_mask_over_cells_of_no_whole_pixels(tiny_model, text_tokenizer):
+    """Of a vision tokenizer of one size, which its grid does not divide: it is drawn, or the request is at fault."""
+    from tests.test_fixed_size import EDGE, FIXED_SIZE
+
+    config = copy.deepcopy(tiny_model.config)
+    config.vq_config = NextFlowVQConfig(**config.vq_config.to_dict() | FIXED_SIZE)
+    processor = NextFlowProcessor(NextFlowImageProcessor.from_vq_config(config.vq_config), text_tokenizer)
+    torch.manual_seed(0)
+    with running(NextFlowForConditionalGeneration(config).eval(), processor) as address:
+        edit = {"image": png(photo(EDGE, EDGE)), "mask": png(mask(EDGE, EDGE)), "prompt": "a star"}
+        try:
+            assert client(address).images.edit(**edit).size == f"{EDGE}x{EDGE}"
+        except openai.BadRequestError as error:
+            assert error.param == "prompt" and error.body["message"]
 
 
 def test_strangers(tiny_model, tiny_processor):

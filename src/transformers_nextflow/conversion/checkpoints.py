@@ -13,9 +13,11 @@ from zipfile import is_zipfile
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from tqdm import tqdm
+from transformers.modeling_utils import str_to_torch_dtype
 
-from ..utils.safetensors_folder import DTYPES, INDEX, listing
+from ..utils.safetensors_folder import INDEX, listing
 
+DTYPES = {dtype: name for name, dtype in str_to_torch_dtype.items()}  # as safetensors names them
 WRAPPERS = ("ema", "model", "state_dict")  # in TokenFlow's own order
 
 

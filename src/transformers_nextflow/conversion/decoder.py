@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, Qwen2Config
 
 from .. import NextFlowConfig, NextFlowForConditionalGeneration
+from ..utils.loading import naming
 from ..utils.safetensors_folder import SafetensorsFolder, listing
 from .checkpoints import check_keys
 
@@ -95,7 +96,7 @@ class TextDecoder:
             raise ValueError(f"{source.folder} holds {layers} layers, its config.json says {declared}")
         is_llama = source_config.model_type == "llama"
         theirs = source_config if is_llama else Qwen2Config(**shared_fields(source_config.get_text_config()))
-        with torch.device("meta"):
+        with naming(f"the config.json of {source.folder}"), torch.device("meta"):
             expected = _text_shapes(AutoModelForCausalLM.from_config(theirs))
             shapes = _text_shapes(NextFlowForConditionalGeneration(config))
         if source_config.tie_word_embeddings and HEAD not in self.names:

@@ -28,7 +28,7 @@ from .. import (
     NextFlowVQModel,
 )
 from ..utils.files import output_folder
-from ..utils.loading import begin_anew, load_generation_config, load_vq_model
+from ..utils.loading import begin_anew, load_config, load_generation_config, load_vq_model, naming
 from ..utils.safetensors_folder import SafetensorsFolder
 from .checkpoints import write_shards
 from .decoder import EMBEDDING, TextDecoder, hub_key, shared_fields, text_config_of
@@ -90,8 +90,10 @@ def convert(
     """
     is_gguf = Path(text_model).suffix == ".gguf"
     with safetensors_folder(text_model) if is_gguf else nullcontext(Path(text_model)) as folder:
-        source, source_config = SafetensorsFolder(folder), AutoConfig.from_pretrained(folder)
-        text_config = text_config_of(source_config)
+        source = SafetensorsFolder(folder)
+        with naming(f"the config.json of {text_model}"):
+            source_config = AutoConfig.from_pretrained(folder)
+            text_config = text_config_of(source_config)
         tokenizer, tokens, new_ids = load_text_tokenizer(folder, image_tokens)
         if (count := len(tokenizer) - len(new_ids)) > text_config["vocab_size"]:
             raise ValueError(f"the text tokenizer has {count} tokens, the embedding {text_config['vocab_size']} rows")
@@ -133,7 +135,7 @@ def convert_back(nextflow: str | Path, output: str | Path, max_shard_size: int |
     """Write the text decoder of a NextFlow checkpoint into a new folder, bit for bit, as a Qwen2 in the Hub's layout,
     with its text tokenizer. Qwen2.5-VL's text decoder has the same names."""
     source = SafetensorsFolder(nextflow)
-    config = NextFlowConfig.from_pretrained(nextflow)
+    config = load_config(str(nextflow))
     names = {hub: name for name in source if (hub := hub_key(name))}
     plan = {
         hub: torch.empty(source.shapes[name], dtype=source.dtypes[name], device="meta") for hub, name in names.items()
@@ -146,6 +148,7 @@ def convert_back(nextflow: str | Path, output: str | Path, max_shard_size: int |
     )
     with output_folder(output) as folder:
         write_shards(folder, plan, lambda hub: source.tensor(names[hub]), max_shard_size)
-        AutoTokenizer.from_pretrained(nextflow).save_pretrained(folder)
+        with naming(f"the text tokenizer in {nextflow}"):
+            AutoTokenizer.from_pretrained(nextflow).save_pretrained(folder)
         load_generation_config(Path(nextflow), config).save_pretrained(folder)
         qwen2.save_pretrained(folder)

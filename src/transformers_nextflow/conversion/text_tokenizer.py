@@ -5,7 +5,9 @@ from typing import NamedTuple
 
 from transformers import AutoTokenizer
 
-QWEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
+from ..processing_nextflow import QWEN_TOKENS
+from ..utils.loading import naming
+
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 
 # Around a model's own template: pictures in contents become their tokens, and a picture is opened where it is asked
@@ -54,9 +56,10 @@ def load_text_tokenizer(folder: str | Path, chosen: ImageTokens | None = None) -
         ValueError: if a chosen token is no special token, or one that texts need, or some of Qwen's are there and some
             are not.
     """
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    named = [getattr(tokenizer, f"{name}_token", None) for name in ImageTokens._fields]
-    tokens = chosen or ImageTokens(*(given or default for given, default in zip(named, QWEN_TOKENS)))
+    with naming(f"the text tokenizer in {folder}"):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    named = {name: getattr(tokenizer, f"{name}_token", None) or default for name, default in QWEN_TOKENS.items()}
+    tokens = chosen or ImageTokens(**named)
     known = tokenizer.get_added_vocab()
     absent = [token for token in tokens if token not in known]
     if len(set(tokens)) < 3:

@@ -22,6 +22,7 @@ from transformers.models.siglip.modeling_siglip import SiglipMultiheadAttentionP
 from .. import NextFlowImageProcessor, NextFlowVQConfig, NextFlowVQModel
 from ..modeling_nextflow_vq import AttnBlock, ResidualBlock
 from ..utils.files import output_folder
+from ..utils.loading import naming
 from ..utils.safetensors_folder import SafetensorsFolder
 from .checkpoints import check_keys, load_torch_checkpoint
 
@@ -302,13 +303,14 @@ def from_siglip2(folder: str | Path) -> NextFlowVQModel:
     """A NextFlow tokenizer to be trained: the semantic encoder of a SigLIP2-naflex checkpoint (a vision model, or one
     with a text model), everything else at its initialisation."""
     source = SafetensorsFolder(folder)
-    config = AutoConfig.from_pretrained(folder)
-    config = getattr(config, "vision_config", config)
-    if config.model_type != "siglip2_vision_model":
-        raise ValueError(f"{folder} must hold SigLIP2-naflex, got the model type {config.model_type!r}")
-    sizes = config.to_dict() | {"vision_use_head": False}
     torch.manual_seed(0)
-    model = NextFlowVQModel(NextFlowVQConfig(semantic_config=sizes, patch_size=config.patch_size)).eval()
+    with naming(f"the config.json of {folder}"):
+        config = AutoConfig.from_pretrained(folder)
+        config = getattr(config, "vision_config", config)
+        if config.model_type != "siglip2_vision_model":
+            raise ValueError(f"it must be of SigLIP2-naflex, got the model type {config.model_type!r}")
+        sizes = config.to_dict() | {"vision_use_head": False}
+        model = NextFlowVQModel(NextFlowVQConfig(semantic_config=sizes, patch_size=config.patch_size)).eval()
     encoder = model.semantic_encoder
     left_out = ("head.", "vision_model.head.", "text_model.", "logit_")
     sources = {name.removeprefix("vision_model."): name for name in source if not name.startswith(left_out)}

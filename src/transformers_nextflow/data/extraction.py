@@ -24,6 +24,7 @@ from ..quantizer import SelfCorrection
 from ..sampling import integer
 from ..scales import ScaleSchedule, ScheduleTable
 from ..utils.files import read_json, write_atomically
+from ..utils.loading import load_tokenizers
 from .documents import (
     MAX_IMAGES,
     Document,
@@ -53,7 +54,6 @@ from .shards import (
     write_shard,
 )
 from .sources import LoadedSource, Source, content_hash
-from .tokenizers import load_tokenizers
 
 logger = logging.get_logger(__name__)
 

@@ -1,8 +1,6 @@
 """What is in a folder of shards: statistics, a plot of the packs' costs, and decoded pictures with their texts."""
 
-import base64
 import html
-import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from ..utils.files import write_atomically
+from ..utils.files import png_base64, save_png, write_atomically
 from .shards import (
     Shard,
     check_identity,
@@ -69,7 +67,7 @@ def contact_sheet(name: str | Path, model: str, output: str | Path, count: int =
     Raises:
         ValueError: if the shards were made with another model's tokenizers, schedules or code offset.
     """
-    from .tokenizers import load_tokenizers
+    from ..utils.loading import load_tokenizers
 
     folder, manifest = open_shards(name)
     config, processor, vq_model = load_tokenizers(model)
@@ -87,8 +85,8 @@ def contact_sheet(name: str | Path, model: str, output: str | Path, count: int =
                 entries.append((caption, [_decode(vq_model, processor, grid, codes) for grid, codes in images]))
     output = Path(output)
     summary = _summarize(folder, manifest)
-    _save_png(draw_sheet(entries), output / "sheet.png")
-    _save_png(draw_costs(summary["costs"]), output / "costs.png")
+    save_png(draw_sheet(entries), output / "sheet.png")
+    save_png(draw_costs(summary["costs"]), output / "costs.png")
     page = _page(str(name), {what: value for what, value in summary.items() if what != "costs"}, entries)
     write_atomically(output / "index.html", lambda partial: partial.write_text(page, encoding="utf-8"))
     return summary
@@ -146,17 +144,13 @@ def draw_costs(costs: Sequence[float], size: tuple[int, int] = (640, 320), bins:
     return image
 
 
-def _save_png(image: Image.Image, path: Path) -> None:
-    write_atomically(path, lambda partial: image.save(partial, format="PNG"))
-
-
 def _page(title: str, summary: Mapping, entries) -> str:
     figures = "".join(
         f"<tr><td>{html.escape(name)}</td><td>{html.escape(str(value))}</td></tr>" for name, value in summary.items()
     )
     documents = []
     for text, pictures in entries:
-        shown = "".join(f'<img src="data:image/png;base64,{_base64(picture)}">' for picture in pictures)
+        shown = "".join(f'<img src="data:image/png;base64,{png_base64(picture)}">' for picture in pictures)
         documents.append(f"<section>{shown}<pre>{html.escape(text)}</pre></section>")
     style = "body{font-family:sans-serif}pre{white-space:pre-wrap}img{margin-right:4px}td{padding-right:1em}"
     return (
@@ -164,9 +158,3 @@ def _page(title: str, summary: Mapping, entries) -> str:
         f"<h1>{html.escape(title)}</h1><table>{figures}</table>"
         f'<p><img src="costs.png" alt="costs of rows"></p>{"".join(documents)}\n'
     )
-
-
-def _base64(picture: Image.Image) -> str:
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
-    return base64.b64encode(buffer.getvalue()).decode()

@@ -307,7 +307,7 @@ def verify(name: str | Path, model: str | None = None, samples: int = 8) -> dict
     if tokens != manifest["statistics"]["tokens"]:
         raise ValueError(f"the shards hold {tokens} tokens, the manifest says {manifest['statistics']['tokens']}")
     if model is not None:
-        from .tokenizers import load_tokenizers
+        from ..utils.loading import load_tokenizers
 
         config, processor, vq_model = load_tokenizers(model)
         check_identity(manifest, identity_of(config, processor, vq_model))

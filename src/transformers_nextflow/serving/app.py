@@ -17,6 +17,7 @@ from starlette.concurrency import run_in_threadpool
 from ..modeling_nextflow import NextFlowForConditionalGeneration
 from ..processing_nextflow import NextFlowProcessor, user_message
 from ..rewriting import Rewriting
+from ..utils.files import png_base64
 from .batching import Batcher
 from .bodies import Route
 from .chats import message_of, read_chat
@@ -25,7 +26,7 @@ from .gate import Gate
 from .jobs import Answer, Job, Studio
 from .limits import Limits
 from .metrics import Metrics
-from .pictures import check_pictures, read_picture, to_base64
+from .pictures import check_pictures, read_picture
 from .schemas import ChatRequest, EditRequest, ImageRequest
 from .streams import deltas_of
 
@@ -79,7 +80,7 @@ def create_app(
         return {
             "created": int(time.time()),
             "data": await run_in_threadpool(
-                lambda: [{"b64_json": to_base64(part)} for part in answer.parts if not isinstance(part, str)]
+                lambda: [{"b64_json": png_base64(part)} for part in answer.parts if not isinstance(part, str)]
             ),
             "output_format": "png",
             "size": f"{width}x{height}",

@@ -7,7 +7,7 @@ waiting and all that fit to it.
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from .errors import RequestError
@@ -16,24 +16,16 @@ from .limits import Limits
 from .metrics import Metrics
 
 
-@dataclass(frozen=True, eq=False)
-class Ticket:
-    """A place in the queue."""
-
-    job: Job
-    answer: "asyncio.Future[Answer]"
-
-
 class Batcher:
     """A queue before a model. All but `run` is of one event loop.
 
     Args:
         run: gives the answers of jobs that fit together.
-        limits: tickets that wait; pictures of a batch, unless one job has more.
-        metrics: are told of each batch that begins, and see who waits.
+        limits: jobs that wait; pictures of a batch, unless one job has more.
+        metrics: are told of each batch that begins and ends, and see who waits.
 
     Attributes:
-        waiting, running: the tickets, the oldest first.
+        waiting: jobs and their answers to be, the oldest first.
     """
 
     def __init__(
@@ -43,11 +35,9 @@ class Batcher:
         metrics: Metrics,
     ):
         self.run, self.limits, self.metrics = run, limits, metrics
-        self.waiting: list[Ticket] = []
-        self.running: list[Ticket] = []
+        self.waiting: dict[Job, asyncio.Future[Answer]] = {}
         self._some = asyncio.Event()
         metrics.waiting.set_function(lambda: len(self.waiting))
-        metrics.running.set_function(lambda: len(self.running))
 
     async def answer(self, job: Job) -> Answer:
         """A job's answer; who is cancelled before it leaves the queue, or no longer keeps its batch running. Raises a
@@ -55,14 +45,13 @@ class Batcher:
         if len(self.waiting) >= (most := self.limits.max_queue):
             raise RequestError(f"{most} requests wait already: try again later", None, 429, "queue_full")
         answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        ticket = Ticket(replace(job, is_awaited=lambda: not answer.done()), answer)
-        self.waiting.append(ticket)
+        job = replace(job, is_awaited=lambda: not answer.done())
+        self.waiting[job] = answer
         self._some.set()
         try:
             return await answer
         finally:
-            if ticket in self.waiting:
-                self.waiting.remove(ticket)
+            self.waiting.pop(job, None)
 
     async def work(self) -> None:
         """Draw batch after batch in a thread, until this is cancelled. Several of these draw as many at a time."""
@@ -73,25 +62,23 @@ class Batcher:
                     self._some.clear()
                     await self._some.wait()
                 batch = self._next_batch()
-                self.running += batch
-                jobs = [ticket.job for ticket in batch]
-                self.metrics.batches.observe(len(jobs))
-                self.metrics.pictures.observe(sum(job.num_pictures for job in jobs))
-                outcomes = await loop.run_in_executor(model, self._outcomes, jobs)
-                for ticket, outcome in zip(batch, outcomes):
-                    answer, failed = ticket.answer, isinstance(outcome, Exception)
+                self.metrics.running.inc(len(batch))
+                self.metrics.batches.observe(len(batch))
+                self.metrics.pictures.observe(sum(job.num_pictures for job in batch))
+                outcomes = await loop.run_in_executor(model, self._outcomes, list(batch))
+                for answer, outcome in zip(batch.values(), outcomes):
+                    failed = isinstance(outcome, Exception)
                     settle: Callable[[Any], None] = answer.set_exception if failed else answer.set_result
                     if not answer.done():  # its client may be gone
                         settle(outcome)
-                self.running = [ticket for ticket in self.running if ticket not in batch]
+                self.metrics.running.dec(len(batch))
 
-    def _next_batch(self) -> list[Ticket]:
-        batch, room = [], self.limits.max_batch
-        for ticket in self.waiting:
-            if not batch or (ticket.job.num_pictures <= room and ticket.job.fits(batch[0].job)):
-                batch.append(ticket)
-                room -= ticket.job.num_pictures
-        self.waiting = [ticket for ticket in self.waiting if ticket not in batch]
+    def _next_batch(self) -> "dict[Job, asyncio.Future[Answer]]":
+        first, batch, room = next(iter(self.waiting)), {}, self.limits.max_batch
+        for job in list(self.waiting):
+            if job is first or (job.num_pictures <= room and job.fits(first)):
+                batch[job] = self.waiting.pop(job)
+                room -= job.num_pictures
         return batch
 
     def _outcomes(self, jobs: Sequence[Job]) -> Sequence[Answer | Exception]:

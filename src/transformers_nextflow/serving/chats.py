@@ -3,10 +3,11 @@
 import re
 from itertools import count
 
+from ..utils.files import png_base64
 from .errors import RequestError
 from .jobs import Answer, Chat, Parts
 from .limits import Limits
-from .pictures import check_pictures, read_picture, to_base64
+from .pictures import check_pictures, read_picture
 from .schemas import Message, Part
 
 PLACE = "![](picture-{})"
@@ -62,6 +63,6 @@ def text_of(parts: Parts) -> str:
 
 def images_of(answer: Answer) -> dict[str, list]:
     """The `images` of an answer's message, if it has any."""
-    urls = [f"data:image/png;base64,{to_base64(part)}" for part in answer.parts if not isinstance(part, str)]
+    urls = [f"data:image/png;base64,{png_base64(part)}" for part in answer.parts if not isinstance(part, str)]
     images = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
     return {"images": images} if images else {}

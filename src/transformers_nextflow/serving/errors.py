@@ -8,7 +8,6 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-LONGEST_VALUE = 80  # characters
 
 
 class RequestError(HTTPException):
@@ -46,7 +45,7 @@ def add_error_handlers(app: FastAPI) -> None:
         if isinstance(first["input"], bytes):
             message = "the body: an object of JSON, with the header Content-Type: application/json"
         elif first["type"] != "missing" and not isinstance(first["input"], Mapping):
-            message += f", got {shortened(first['input'])}"
+            message += f", got {first['input']!r:.80}"  # it may be a whole picture
         return error_response(400, message, param)
 
     @app.exception_handler(HTTPException)
@@ -57,12 +56,6 @@ def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> JSONResponse:
         return error_response(500, "the server failed; its log says why")
-
-
-def shortened(value: object) -> str:
-    """What an error shows of a wrong value, which may be a whole picture."""
-    shown = repr(value)
-    return shown if len(shown) <= LONGEST_VALUE else shown[:LONGEST_VALUE] + "..."
 
 
 def field_name(location: Sequence[str | int]) -> str | None:

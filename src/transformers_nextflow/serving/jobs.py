@@ -176,7 +176,7 @@ class Studio:
         """The answers of jobs that fit together.
 
         Raises:
-            RequestError: if the model does not take one of the prompts.
+            RequestError: if the model does not take one of the prompts, or its template one of the chats.
             InterruptedError: as soon as nobody waits for any of them.
         """
         first = jobs[0]
@@ -186,14 +186,10 @@ class Studio:
                 raise InterruptedError("nobody waits for an answer")
             return False  # what ends an answer
 
-        inputs = self.processor.apply_chat_template(
-            [job.chat for job in jobs],
-            sanitize_control_tokens=True,
-            generation_mode=first.mode,
-            negative_prompt=[job.negative_prompt for job in jobs],
-        ).to(self.model.device)
-        if "pixel_values" in inputs:
-            inputs |= self._codes(jobs, inputs)
+        try:
+            inputs = self._inputs(jobs)
+        except ValueError as error:
+            raise RequestError(str(error), first.param) from error
         arguments = {"seed": [job.seed for job in jobs], "generation_mode": first.mode, **first.arguments}
         arguments["on_scale_end"] = go_on
         try:
@@ -204,6 +200,15 @@ class Studio:
         except ValueError as error:  # a prompt is too long
             prompt, null = (inputs[f"{of}attention_mask"].sum() for of in ("", "negative_"))
             raise RequestError(str(error), "negative_prompt" if null > prompt else first.param) from error
+
+    def _inputs(self, jobs: Sequence[Job]) -> dict[str, torch.Tensor]:
+        inputs = self.processor.apply_chat_template(
+            [job.chat for job in jobs],
+            sanitize_control_tokens=True,
+            generation_mode=jobs[0].mode,
+            negative_prompt=[job.negative_prompt for job in jobs],
+        ).to(self.model.device)
+        return inputs | self._codes(jobs, inputs) if "pixel_values" in inputs else inputs
 
     def _codes(self, jobs: Sequence[Job], inputs: dict) -> dict[str, torch.Tensor]:
         """The codes of the chats' pictures, and those that stay of each chat's first one; request by request, as the

@@ -1,6 +1,5 @@
-"""Pictures as they travel: files in, PNG in base64 out, masks."""
+"""Pictures and masks of requests."""
 
-from base64 import b64encode
 from io import BytesIO
 
 import torch
@@ -59,10 +58,3 @@ def read_mask(mask: Image.Image, picture: Image.Image, size: tuple[int, int]) ->
     height, width = size
     kept = ImageOps.fit(kept, (width, height), Image.Resampling.BOX)  # as the image processor crops the picture
     return torch.frombuffer(bytearray(kept.tobytes()), dtype=torch.uint8).view(height, width) > 0
-
-
-def to_base64(picture: Image.Image) -> str:
-    """A PNG file in base64."""
-    file = BytesIO()
-    picture.save(file, format="PNG")
-    return b64encode(file.getvalue()).decode()

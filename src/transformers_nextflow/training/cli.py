@@ -9,7 +9,7 @@ from typing import Annotated
 import torch
 from typer import Argument, Option, Typer
 
-from ..utils import merging
+from ..utils import export
 from ..utils.commands import Dtype, Json, Model, command, forward, print_figures
 from ..utils.loading import model_name
 from .finetune_settings import RATE_OF_ADAPTERS, RATE_OF_ALL, FinetuneSettings
@@ -113,5 +113,5 @@ def merge(
     dtype: Dtype = None,
 ) -> None:
     """Adapters and the model that they are for, as one model."""
-    merging.merge(model_name(adapters), output, dtype and getattr(torch, dtype))
+    export.merge(model_name(adapters), output, dtype and getattr(torch, dtype))
     print(output)

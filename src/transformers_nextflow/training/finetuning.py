@@ -30,7 +30,7 @@ from ..image_processing_nextflow import DAMAGED, NextFlowImageProcessor
 from ..lora import lora_config
 from ..processing_nextflow import NextFlowProcessor
 from ..quantizer import SelfCorrection
-from ..utils.files import read_json, write_atomically
+from ..utils.files import read_json, save_png, write_atomically
 from ..utils.loading import load_config, load_merged, load_model, load_processor
 from .checkpoints import STATE, newest_checkpoint
 from .finetune_settings import FinetuneSettings
@@ -208,7 +208,7 @@ def _draw_prior(model: str, level: str, prior: list[Document], settings: Finetun
             prompts = [settings.prior[place] for place in places]
             samples = SamplesCallback(processor, prompts, seed=settings.seed + places[0], level=level)
             for place, picture in zip(places, samples.draw(drawing)):
-                write_atomically(paths[place], lambda partial, picture=picture: picture.save(partial, format="PNG"))
+                save_png(picture, paths[place])
 
 
 def _embedded(document: Document) -> dict:
@@ -316,4 +316,4 @@ def _write_sheet(output: Path, prompts: Sequence[str], before: Path, after: Sequ
         (prompt, [Image.open(before / f"{place:02}.png"), picture])
         for place, (prompt, picture) in enumerate(zip(prompts, after))
     ]
-    write_atomically(output / "sheet.png", lambda partial: draw_sheet(entries).save(partial, format="PNG"))
+    save_png(draw_sheet(entries), output / "sheet.png")

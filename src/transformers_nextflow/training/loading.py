@@ -10,7 +10,7 @@ from ..configuration_nextflow import NextFlowConfig
 from ..modeling_nextflow import NextFlowForConditionalGeneration
 from ..modeling_nextflow_vq import NextFlowVQModel
 from ..processing_nextflow import NextFlowProcessor
-from ..stored_tokenizer import refer_to
+from ..stored_tokenizer import stored_tensors, vision_tokenizer_hash
 from ..utils.loading import base_of
 from ..utils.precision import AtLeastFloat32
 from .fsdp import keep_losses_float32
@@ -39,10 +39,13 @@ def load_to_train(
         model, processor = load_to_train(base, processor, vision_tokenizer, **own)
         return PeftModel.from_pretrained(model, name, is_trainable=True, **revision), processor
     if Path(name).is_dir():  # adapters name it, and may be opened from another place
-        name = str(Path(name).resolve())
+        name, revision = str(Path(name).resolve()), {}
     processor = processor or NextFlowProcessor.from_pretrained(name, **revision)
     if not vision_tokenizer:
-        kwargs["config"] = refer_to(name, NextFlowConfig.from_pretrained(name, **revision))
+        config = kwargs["config"] = NextFlowConfig.from_pretrained(name, **revision)
+        if config.vision_tokenizer is None:
+            digest = vision_tokenizer_hash(stored_tensors(name, **revision), config.vq_config)
+            config.vision_tokenizer = {"model": name, "sha256": digest, **revision}
     model = NextFlowForConditionalGeneration.from_pretrained(name, vision_tokenizer=vision_tokenizer, **kwargs)
     return model, processor
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from ..modeling_nextflow_vq import AttnBlock, NextFlowVQModel, NextFlowVQOutput, ResidualBlock
 from ..quantizer import CODEBOOK_LOSSES, QuantizerOutput
 from ..sampling import integer
-from ..utils.files import output_folder, write_atomically
+from ..utils.files import output_folder, save_png
 from .checkpoints import output_field
 from .metrics import lpips, psnr, ssim
 from .order import OF_BATCHES, OrderedTrainer, check_heeded, judge_by_losses, refuse_shared_weights
@@ -343,7 +343,7 @@ class NextFlowVQTrainer(OrderedTrainer):
             sheet = _sheet(shown)
             name = f"step-{self.state.global_step}{metric_key_prefix.removeprefix('eval')}.png"
             path = Path(self.args.output_dir) / "reconstructions" / name
-            write_atomically(path, lambda partial: sheet.save(partial, format="PNG"))
+            save_png(sheet, path)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

@@ -6,7 +6,6 @@ from copy import copy
 from dataclasses import fields, is_dataclass
 from functools import wraps
 from inspect import Signature, signature
-from math import isfinite
 from typing import Annotated, Any, Literal, get_type_hints
 
 from typer import Context, Exit, Option, Typer
@@ -80,8 +79,8 @@ def _options(group: type) -> list:
 def print_figures(figures: dict, as_json: bool, *lines: str) -> None:
     """Figures as JSON, where null is no finite number, or `lines` for reading, by default a line for each figure."""
     if as_json:
-        none = {name: None for name, value in figures.items() if isinstance(value, float) and not isfinite(value)}
-        print(json.dumps(figures | none, indent=2))
+        strict = json.loads(json.dumps(figures), parse_constant=lambda _: None)
+        print(json.dumps(strict, indent=2))
         return
     width = max(map(len, figures))
     values = {name: f"{value:,}" if isinstance(value, int) else value for name, value in figures.items()}

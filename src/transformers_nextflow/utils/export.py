@@ -1,4 +1,8 @@
-"""A checkpoint in the layout of the Hub, to be loaded by anyone who has the package installed."""
+"""A checkpoint in the layout of the Hub, to be loaded by anyone who has the package installed.
+
+What lies in several places becomes one first: adapters and the model that they are for, a checkpoint and the vision
+tokenizer that it refers to.
+"""
 
 import json
 import math
@@ -7,10 +11,14 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import torch
+from huggingface_hub import HfApi, snapshot_download
+
 from .files import output_folder
-from .loading import base_of, load_config, load_generation_config, load_processor
-from .merging import merge, write_whole
-from .safetensors_folder import INDEX, SafetensorsFolder
+from .loading import base_of, load_config, load_generation_config, load_merged, load_processor
+from .safetensors_folder import SafetensorsFolder
+
+README, SCORES = "README.md", "scores.json"
 
 PIPELINE = {
     "_class_name": "NextFlowPipeline",
@@ -82,6 +90,45 @@ The folder that this was exported from says nothing of them.
 No evaluation came with these weights. Weights that were converted draw nothing before the new parts are trained.
 """
 
+MERGED = """\
+# {name}
+
+## Licence and sources
+
+The weights of {base} with the adapters of {adapters} added. The licences of both apply.
+"""
+
+
+def merge(adapters: str, output: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Write the model that adapters make of another, with its processor, into a new folder.
+
+    Args:
+        adapters: folder or Hub id.
+        dtype: of the weights; by default as those of the model below are stored. Codebook, code embeddings and vision
+            tokenizer stay float32.
+
+    Raises:
+        ValueError: if there are no adapters, or they do not fit the model that they name.
+        FileExistsError: if there is something at `output`.
+    """
+    base = base_of(adapters)
+    if base is None:
+        raise ValueError(f"{adapters} holds no adapters: there is no adapter_config.json")
+    with output_folder(output) as folder:
+        write_whole(adapters, folder, dtype)
+        names = {"name": Path(output).name, "base": Path(base).name, "adapters": Path(adapters).resolve().name}
+        (folder / README).write_text(MERGED.format(**names), encoding="utf-8")
+
+
+def write_whole(name: str, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Write the whole model that a folder or Hub id holds a part of, with its processor, README.md and scores."""
+    load_merged(name, dtype).save_pretrained(folder)
+    load_processor(name).save_pretrained(folder)
+    source = Path(name) if Path(name).is_dir() else Path(snapshot_download(name, allow_patterns=[README, SCORES]))
+    for file in (README, SCORES):
+        if (source / file).is_file():
+            shutil.copyfile(source / file, folder / file)
+
 
 def export(folder: str | Path, to: str, push: bool = False) -> str:
     """Write a NextFlow checkpoint in the Hub's layout.
@@ -99,8 +146,6 @@ def export(folder: str | Path, to: str, push: bool = False) -> str:
         ValueError: if the folder's weights are damaged, or other than safetensors.
         FileExistsError: if the new folder exists.
     """
-    from huggingface_hub import HfApi, snapshot_download
-
     name = str(folder)
     is_adapter = base_of(name) is not None
     if load_config(name).vision_tokenizer is not None or is_adapter:
@@ -125,14 +170,14 @@ def _write(folder: Path, output: Path, name: str) -> None:
     config, processor = load_config(str(folder)), load_processor(str(folder))
     for part in (config, processor, load_generation_config(folder, config)):
         part.save_pretrained(output)
-    beside = [file for file in (INDEX, "scores.json") if (folder / file).is_file()]
-    for file in [*weights.files, *beside]:
+    scores = [SCORES] if (folder / SCORES).is_file() else []
+    for file in weights.files + scores:
         shutil.copyfile(folder / file, output / file)
     (output / "model_index.json").write_text(json.dumps(PIPELINE, indent=2) + "\n", encoding="utf-8")
     (output / "pipeline.py").write_text(PIPELINE_CODE, encoding="utf-8")
     (output / "handler.py").write_text(ENDPOINT_CODE, encoding="utf-8")
     (output / "requirements.txt").write_text("transformers-nextflow[diffusers]\n", encoding="utf-8")
-    (output / "README.md").write_text(model_card(folder, config, weights, name), encoding="utf-8")
+    (output / README).write_text(model_card(folder, config, weights, name), encoding="utf-8")
 
 
 def model_card(folder: Path, config, weights: SafetensorsFolder, name: str) -> str:
@@ -141,7 +186,7 @@ def model_card(folder: Path, config, weights: SafetensorsFolder, name: str) -> s
     Of the README's front matter, every line is kept; `library_name`, `pipeline_tag`, `tags` and
     `widget` are added where absent.
     """
-    readme = folder / "README.md"
+    readme = folder / README
     text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
     found = re.match(r"---\n(.*?)\n---\n", text, flags=re.DOTALL)
     lines = found[1].splitlines() if found else []

@@ -1,12 +1,16 @@
-"""Files and folders that are written whole or not at all, and JSON files that are read whole or named."""
+"""Files and folders that are written whole or not at all, PNG among them; JSON files that are read whole or named."""
 
 import json
 import os
 import shutil
+from base64 import b64encode
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from uuid import uuid4
+
+from PIL import Image
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -25,6 +29,16 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def save_png(picture: Image.Image, path: Path) -> None:
+    write_atomically(path, lambda partial: picture.save(partial, format="PNG"))
+
+
+def png_base64(picture: Image.Image) -> str:
+    """A PNG file in base64."""
+    picture.save(file := BytesIO(), format="PNG")
+    return b64encode(file.getvalue()).decode()
 
 
 def read_json(path: Path) -> dict:

@@ -99,10 +99,8 @@ def load_model(
     """
     name = model_name(model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded, processor = load_merged(name, dtype).to(device).eval(), load_processor(name)
-    with naming(f"the processor in {root_of(name)}"):
-        processor.check_fits(loaded.config)
-    return loaded, processor
+    loaded = load_merged(name, dtype).to(device).eval()
+    return loaded, load_processor(name, loaded.config)
 
 
 def load_merged(name: str, dtype: torch.dtype | None = None) -> NextFlowForConditionalGeneration:
@@ -134,27 +132,34 @@ def load_config(name: str) -> NextFlowConfig:
         return NextFlowConfig.from_pretrained(name)
 
 
-def load_processor(name: str) -> NextFlowProcessor:
+def load_processor(name: str, config: NextFlowConfig | None = None) -> NextFlowProcessor:
+    """A model's processor; raises `ValueError` if it does not fit `config`."""
     name = root_of(name)
     with naming(f"the processor in {name}"):
-        return NextFlowProcessor.from_pretrained(name)
+        processor = NextFlowProcessor.from_pretrained(name)
+        if config is not None:
+            processor.check_fits(config)
+    return processor
 
 
 def load_generation_config(folder: Path, config: PreTrainedConfig) -> GenerationConfig:
     """A folder's own defaults of generation, or else those that follow from its configuration."""
     if (folder / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(folder)
+        with naming(f"the generation_config.json in {folder}"):
+            return GenerationConfig.from_pretrained(folder)
     return GenerationConfig.from_model_config(config)
 
 
 def check_model_type(name: str, *known: str) -> str:
-    """The model type in a model's `config.json`; of adapters, in that of the model below them.
+    """The model type in a model's `config.json`.
+
+    Args:
+        name: folder or Hub id of no adapters, see [`root_of`].
 
     Raises:
         ValueError: if it is none of `known`, or a JSON file of the folder is damaged.
         OSError: without a `config.json`.
     """
-    name = root_of(name)
     for path in filter(Path.is_file, (Path(name, file) for file in JSON_FILES)):
         read_json(path)
     values, _ = PreTrainedConfig.get_config_dict(name)
@@ -179,8 +184,7 @@ def load_vq_model(name: str) -> NextFlowVQModel:
     whole = load_config(name)
     if whole.vision_tokenizer is not None:
         return load_referred_to(whole)
-    if "quantization_config" not in whole.to_dict():
-        check_tensors(NextFlowForConditionalGeneration, whole, name)
+    check_tensors(NextFlowForConditionalGeneration, whole, name)
     vq_model = NextFlowVQModel(whole.vq_config)
     with naming(f"the weights in {name}"):
         vq_model.load_state_dict(dict(stored_tensors(name)))
@@ -189,11 +193,17 @@ def load_vq_model(name: str) -> NextFlowVQModel:
 
 def load_vision_tokenizer(model: str | None) -> tuple[NextFlowVQModel, NextFlowImageProcessor]:
     """The vision tokenizer of a model, or one saved alone, on the GPU where there is one, and its image processor."""
-    name = model_name(model)
+    name = root_of(model_name(model))
     vq_model = load_vq_model(name).to("cuda" if torch.cuda.is_available() else "cpu")
     if check_model_type(name, NextFlowConfig.model_type, NextFlowVQConfig.model_type) == NextFlowVQConfig.model_type:
         return vq_model, NextFlowImageProcessor.from_vq_config(vq_model.config)
     return vq_model, load_processor(name).image_processor
+
+
+def load_tokenizers(model: str, device: str = "cpu") -> tuple[NextFlowConfig, NextFlowProcessor, NextFlowVQModel]:
+    """What codes documents: configuration, processor and float32 vision tokenizer of a folder or Hub id."""
+    config = load_config(model)
+    return config, load_processor(model), load_vq_model(model).to(device)
 
 
 def begin_anew(model: PreTrainedModel, name: str, device: torch.device | str = "cpu") -> nn.Module:
@@ -223,8 +233,7 @@ def load_weights(model_class, name: str, dtype: torch.dtype | None = None):
     """
     with naming(f"the config.json of {name}"):
         config = model_class.config_class.from_pretrained(name)
-    if "quantization_config" not in config.to_dict():
-        check_tensors(model_class, config, name)
+    check_tensors(model_class, config, name)
     with naming(f"the weights in {name}"):
         model, report = model_class.from_pretrained(name, dtype=dtype or "auto", output_loading_info=True)
     if missing := report["missing_keys"]:
@@ -233,9 +242,11 @@ def load_weights(model_class, name: str, dtype: torch.dtype | None = None):
 
 
 def check_tensors(model_class, config, name: str) -> None:
-    """Compare the shapes that a local folder declares with the model's, before memory is taken for either."""
+    """Compare the shapes that a local folder declares with the model's, before memory is taken for either; those of
+    quantised weights are others."""
     folder = Path(name)
-    if not (folder / SINGLE).is_file() and not (folder / INDEX).is_file():
+    has_weights = (folder / SINGLE).is_file() or (folder / INDEX).is_file()
+    if not has_weights or "quantization_config" in config.to_dict():
         return
     with naming(f"the weights in {name}"):
         found = {key: list(shape) for key, shape in SafetensorsFolder(folder).shapes.items()}

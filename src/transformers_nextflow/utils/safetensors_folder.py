@@ -9,36 +9,23 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers.modeling_utils import str_to_torch_dtype
 
 from .files import read_json
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 
 class SafetensorsFolder:
-    """The tensors of a checkpoint folder, one file or shards with an index, read one by one.
+    """The tensors of a checkpoint folder, one file or else shards with an index, as transformers chooses, read one by
+    one.
 
     Raises:
         ValueError: if there are no safetensors, the index names files that are absent or outside of the folder, a file
             is truncated or declares sizes that it does not have, or index and files disagree.
 
     Attributes:
-        files: names, each once.
+        files: names, each once; of shards the index among them.
         shapes, dtypes: of every tensor, by name.
     """
 
@@ -50,8 +37,9 @@ class SafetensorsFolder:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         weight_map = self._weight_map()
-        self.files = list(dict.fromkeys(weight_map.values())) or [SINGLE]
-        for file in self.files:
+        shards = list(dict.fromkeys(weight_map.values()))
+        self.files = [*shards, INDEX] if shards else [SINGLE]
+        for file in shards or [SINGLE]:
             self._read_header(self.folder / file)
         for name, file in weight_map.items():
             if self._file_of.get(name) != self.folder / file:
@@ -61,10 +49,10 @@ class SafetensorsFolder:
 
     def _weight_map(self) -> dict[str, str]:
         path = self.folder / INDEX
-        if not path.is_file():
-            if not (self.folder / SINGLE).is_file():
-                raise ValueError(f"{self.folder} holds neither {INDEX} nor {SINGLE}; other formats are not read")
+        if (self.folder / SINGLE).is_file():  # saved after the shards of an index that is there still
             return {}
+        if not path.is_file():
+            raise ValueError(f"{self.folder} holds neither {INDEX} nor {SINGLE}; other formats are not read")
         weight_map = read_json(path).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{path} is no index of safetensors: weight_map must list tensors, got {weight_map!r}")
@@ -82,11 +70,11 @@ class SafetensorsFolder:
                 if name in self._file_of:
                     raise ValueError(f"{name} is in {self._file_of[name].name} and in {path.name}")
                 view = file.get_slice(name)
-                if view.get_dtype() not in TORCH_DTYPES:
+                if view.get_dtype() not in str_to_torch_dtype:
                     raise ValueError(f"{name} in {path} has the unsupported dtype {view.get_dtype()}")
                 self._file_of[name] = path
                 self.shapes[name] = tuple(view.get_shape())
-                self.dtypes[name] = TORCH_DTYPES[view.get_dtype()]
+                self.dtypes[name] = str_to_torch_dtype[view.get_dtype()]
 
     def __iter__(self) -> Iterator[str]:
         """Names in the order of the files."""

@@ -3,9 +3,7 @@
 Each is a callable in TRL's signature, see `rewards.py`.
 """
 
-import base64
 import difflib
-import io
 import json
 import time
 import urllib.error
@@ -15,6 +13,8 @@ from collections.abc import Callable, Sequence
 import torch
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
+
+from ...utils.files import png_base64
 
 
 def prompt_text(prompt: str | list[dict]) -> str:
@@ -105,7 +105,7 @@ class RewardServer:
         self.columns, self.__name__ = columns, "reward_server"
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence, **columns) -> list[float | None]:
-        body: dict = {"prompts": [prompt_text(prompt) for prompt in prompts], "images": list(map(_base64_png, images))}
+        body: dict = {"prompts": [prompt_text(prompt) for prompt in prompts], "images": list(map(png_base64, images))}
         body["columns"] = {name: columns[name] for name in self.columns}
         request = urllib.request.Request(
             self.url, json.dumps(body).encode(), headers={"Content-Type": "application/json"}
@@ -124,12 +124,6 @@ class RewardServer:
             if attempt < self.retries:
                 time.sleep(self.backoff * 2**attempt)
         raise ConnectionError(f"{self.url} failed {self.retries + 1} times, at last with: {failure}") from failure
-
-
-def _base64_png(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def _rewards_of(answer: bytes, url: str) -> list[float | None]:

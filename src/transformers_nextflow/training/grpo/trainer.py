@@ -19,7 +19,7 @@ from ...data.inspection import draw_sheet
 from ...lora import below_adapters
 from ...modeling_nextflow import NextFlowForConditionalGeneration
 from ...processing_nextflow import NextFlowProcessor
-from ...utils.files import write_atomically
+from ...utils.files import save_png, write_atomically
 from ..checkpoints import SavingTrainer
 from ..fsdp import whole_weights
 from ..loading import PrecisionTrainer, load_to_train
@@ -491,7 +491,7 @@ class NextFlowGRPOTrainer(PrecisionTrainer, SavingTrainer):
         captions, pictures = [f"{reward:.3g}: {text}" for text, _, reward in kept], [image for _, image, _ in kept]
         sheet = draw_sheet([(caption, [picture]) for caption, picture in zip(captions, pictures)])
         path = Path(self.args.output_dir) / "completions" / f"step-{self.state.global_step}.png"
-        write_atomically(path, lambda partial: sheet.save(partial, format="PNG"))
+        save_png(sheet, path)
         self._reports.log(self.args, self.state.global_step, pictures, captions)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
