@@ -71,11 +71,11 @@ CLIENTS := tests/test_app.py tests/test_serve.py tests/serving tests/comfyui tes
 	tests/diffusers/test_nextflow_pipeline.py tests/diffusers/test_remote_code.py
 LOGGED := -v --no-header -rs -W ignore
 
-# a sample of small faults in training and losses, which the tests should notice: make mutants SEED=1 NUMBER=30
+# a sample of small faults, which the tests should notice: make mutants SEED=1 NUMBER=30
 SEED := 0
 NUMBER := 30
 mutants: $(INSTALLED)
-	$(PYTHON) -m pip install -c constraints.txt cosmic-ray==8.7.0
+	$(PYTHON) -m pip install -c constraints.txt cosmic-ray==8.7.0 pytest-cov==7.1.0
 	$(PYTHON) -m benchmarks.mutants --seed $(SEED) --number $(NUMBER)
 
 # the pages of docs/ as a site in runs/site

@@ -161,6 +161,16 @@ def test_a_mask_counts_beside_documents(valid):
     assert not set(packed.supervised.tolist()) & set((valid == 0).flatten().nonzero().flatten().tolist())
 
 
+def test_labels_of_text_are_its_ids():
+    """The first and the last text row too; nothing else."""
+    top = CONFIG.text_vocab_size - 1
+    layout = build_layout(CONFIG, torch.tensor([[1, 0, top]]), labels=torch.tensor([[1, 0, top]]))
+    assert layout.targets.tolist() == [0, top]
+    for label in (-1, top + 1):
+        with pytest.raises(ValueError, match=rf"labels of text must be -100 or lie in \[0, {top + 1}\)"):
+            build_layout(CONFIG, torch.tensor([[1, 1]]), labels=torch.tensor([[1, label]]))
+
+
 def test_padding_of_a_pack_has_no_targets():
     """Whatever its labels say, of text and of images."""
     row = [A, CAT, *image()]

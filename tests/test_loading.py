@@ -329,6 +329,9 @@ def test_embeddings_in_place_of_ids(model):
         by_ids = model(input_ids=ids, labels=labels, **batch)
         by_embeds = model(inputs_embeds=embeds, labels=labels, **batch)
     assert torch.equal(by_embeds.logits, by_ids.logits) and torch.equal(by_embeds.loss, by_ids.loss)
+    near = embeds.clone()  # no marker is what is merely above or below one
+    near[0, 2] = model.get_input_embeddings().weight.amax(0) + 1
+    assert model.model.marker_ids(near)[0, 2] == -1 and model.model.marker_ids(near - 2)[0, 2] == -1
 
 
 def test_attention_is_set_on_every_part(model):
