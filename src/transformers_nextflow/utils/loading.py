@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import find_adapter_config_file
@@ -63,7 +64,8 @@ def model_name(model: str | None) -> str:
 
 
 def base_of(name: str, **revision: str) -> str | None:
-    """The model that the adapters of a folder or Hub id are for; `None` where it holds a model.
+    """The model that the adapters of a folder or Hub id are for, where they name a revision the folder that holds it;
+    `None` where it holds a model.
 
     Raises:
         ValueError: if it holds both, or the adapters name no model, or themselves, or one that is not there.
@@ -73,13 +75,17 @@ def base_of(name: str, **revision: str) -> str | None:
         return None
     if (Path(name) / "config.json").is_file():
         raise ValueError(f"{name} holds a model and adapters: keep adapters in a folder of their own")
-    base = read_json(Path(path)).get("base_model_name_or_path")
+    values = read_json(Path(path))
+    base, of_base = values.get("base_model_name_or_path"), values.get("revision")
     if not isinstance(base, str) or Path(base).resolve() == Path(name).resolve():
         raise ValueError(f"base_model_name_or_path in {path} must name the model that they are for, got {base!r}")
     try:
-        return model_name(base)
+        base = model_name(base)
     except (ValueError, NotADirectoryError) as error:
         raise ValueError(f"{name} holds adapters on another model, see adapter_config.json: {error}") from error
+    if of_base is None or Path(base).is_dir():
+        return base
+    return snapshot_download(base, revision=of_base, allow_patterns=["*.json", "*.jinja", "*.safetensors"])
 
 
 def root_of(name: str) -> str:

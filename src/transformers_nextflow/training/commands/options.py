@@ -79,6 +79,8 @@ class ModelOptions(ModelConfig):
             adapters.target_modules = DECODER_LINEARS
         if adapters.modules_to_save is None:
             adapters.modules_to_save = modules_to_save
+        if self.model_revision != "main":
+            adapters.revision = self.model_revision  # which opens them later
         return model, processor, adapters
 
     def _given(self, *beginnings: str) -> list[str]:
