@@ -158,7 +158,8 @@ def alike(model):
         (rolled, "wrong code offset"),
         (restarted, "code embeddings without order in part"),
         (alike, "control tokens reset"),
-        (lambda model: setattr(model.config, "condition_last_scale", False), "wrong condition_last_scale"),
+        (lambda model: setattr(model.config, "condition_last_scale", False), "processor of another model"),
+        (lambda model: setattr(model.config, "eoi_token_id", 7), "processor of another model"),
         (lambda model: setattr(model.generation_config, "eos_token_id", [150_000]), "wrong end of text"),
     ],
 )

@@ -18,7 +18,7 @@ from .findings import UNCHECKED, Check, Finding
 from .pictures import Picture, default_pictures
 
 CHECKS = (
-    *(weights.finite, tokenizer.pixels, shards.files, shards.whose, prompts.prompts),
+    *(weights.finite, prompts.prompts, shards.files, shards.whose),
     *(documents.frames, documents.varied),
     *(sampling.forced, sampling.guidance),
     *(tokenizer.reconstruction, tokenizer.parts, tokenizer.codes, tokenizer.semantics),

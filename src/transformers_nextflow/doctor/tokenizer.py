@@ -1,41 +1,20 @@
-"""Checks of the image processor and of the vision tokenizer, on pictures."""
+"""Checks of the vision tokenizer, on pictures."""
 
 from collections import defaultdict
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 
 from ..data.shards import decodable_codes
-from ..scales import Grid
 from ..training.metrics import psnr
 from .alterations import judge
 from .case import ROWS, Case
-from .findings import ENOUGH, SIGNIFICANT, Check, Finding, difference, tolerance, z_score
+from .findings import ENOUGH, SIGNIFICANT, Check, Finding, z_score
 from .shards import as_codes, stored_pictures
 
 DAMAGED = "damaged vision tokenizer"
-
-
-def pixels(check: Check, case: Case) -> Finding:
-    """A picture of a schedule's size reaches the tokenizer as pixel / 127.5 - 1, every pixel at its place, and comes
-    back the same."""
-    height, width = max((group.pixels.shape[-2:] for group in case.groups), key=lambda size: abs(size[0] - size[1]))
-    noise = np.random.default_rng(case.seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    _, pixels = case.pixels_of(Image.fromarray(noise))
-    expected = torch.from_numpy(noise).permute(2, 0, 1)[None].to(pixels) / 127.5 - 1
-    error = difference(pixels, expected)
-    back = np.asarray(case.processor.image_processor.postprocess(expected.cpu())[0])
-    if error <= tolerance(pixels.dtype) and np.array_equal(back, noise):
-        return check.passed(f"the largest difference is {error:.1e}, and the way back gives the same picture")
-    step = "compare processor_config.json with the one the model was trained with"
-    measured = f"pixels of a picture of noise lie in {float(pixels.min()):.2f} to {float(pixels.max()):.2f}"
-    both = [each.flatten().cpu() for each in (pixels, expected)]
-    is_alike = pixels.shape == expected.shape and np.corrcoef(*both)[0, 1] > 0.99
-    fault = "wrong normalisation of pixels" if is_alike else "pixels differ"
-    return check.failed(measured, fault, "the processor changes pixels in another way than training did", step)
 
 
 def reconstruction(check: Check, case: Case) -> Finding:
@@ -127,18 +106,14 @@ def semantics(check: Check, case: Case) -> Finding:
     if made[0].shape != wanted[0].shape:
         return check.unchecked("its teacher is another model than its encoder")
     mean = torch.cat([features.flatten(0, 1) for features in wanted]).mean(0)
-    near = lambda features: torch.cat([_cosine(*pair) for pair in zip(wanted, features)])  # noqa: E731
+    cosine = lambda pair: F.cosine_similarity(*pair, dim=-1).mean(1).cpu()  # noqa: E731
+    near = lambda features: torch.cat([*map(cosine, zip(wanted, features))])  # noqa: E731
     own, plain = near(made), near([mean.expand_as(features) for features in wanted])
     measured = f"cosine {float(own.mean()):.2f}, of the mean {float(plain.mean()):.2f}"
     if len(own) < ENOUGH or z_score(own - plain) > SIGNIFICANT:
         return check.passed(measured)
     cause = "the semantic half of the codes says nothing of the picture: the branch is damaged, or not trained"
     return check.warned(measured, "semantic branch lost", cause, "were semantic encoder or decoder reset?")
-
-
-def _cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """(B, N, D) twice -> (B,)"""
-    return F.cosine_similarity(a, b, dim=-1).mean(1).cpu()
 
 
 def parts(check: Check, case: Case) -> Finding:
@@ -155,14 +130,11 @@ def parts(check: Check, case: Case) -> Finding:
     }
     movable = {}
     if case.packs is not None:  # of plain shapes some channels say nothing
-        rows = [_shown(case, *picture) for picture in stored_pictures(case, ROWS)]
+        stored = [(grid, as_codes(case, decodable_codes(*each))) for grid, *each in stored_pictures(case, ROWS)]
+        rows = [case.vq_model.decode(codes, grid) for grid, codes in stored]
         movable = {name: module for name, module in modules.items() if name.startswith("pixel_encoder")}
     measure = lambda rows: -torch.cat([_rebuilt(case, pixels) for pixels in rows])  # noqa: E731
     return judge(check, measure, rows, [], modules, movable, case.seed)
-
-
-def _shown(case: Case, grid: Grid, targets: np.ndarray, inputs: np.ndarray) -> torch.Tensor:
-    return case.vq_model.decode(as_codes(case, decodable_codes(targets, inputs)), grid)
 
 
 def _rebuilt(case: Case, pixels: torch.Tensor) -> torch.Tensor:
