@@ -70,7 +70,7 @@ def copy_repository(target: Path) -> str:
 def command_of(tests: list[str], folder: Path) -> str:
     """pytest on tests in this order, which a file names: there may be thousands."""
     (folder / "chosen.txt").write_text("\n".join(tests))
-    return shlex.join([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "@chosen.txt"])
+    return shlex.join([sys.executable, "-m", "pytest", "-x", "-q", "@chosen.txt"])
 
 
 def main() -> None:

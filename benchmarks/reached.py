@@ -44,14 +44,12 @@ def run_all(folder: Path, output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     settings, data = output / "settings.ini", output / "lines.sqlite"
     settings.write_text(SETTINGS.format(folder=folder, data=data))
-    plugins = ["-p", "no:cacheprovider", "-p", "benchmarks.reached"]
-    options = ["-q", "-n", "2", f"--cov-config={settings}", "--cov", "--cov-context=test", "--cov-report="]
+    options = ["-q", "-n", "2", "-p", "benchmarks.reached"]
+    options += [f"--cov-config={settings}", "--cov", "--cov-context=test", "--cov-report="]
     noted = output / "partial.json"
     environment = os.environ | {"OMP_NUM_THREADS": "1", NOTED: str(noted)}
     # tests that fail under a tracer are not chosen, so the status is no matter
-    subprocess.run(
-        [sys.executable, "-m", "pytest", *plugins, *options], cwd=folder, env=environment, stdout=sys.stderr
-    )
+    subprocess.run([sys.executable, "-m", "pytest", *options], cwd=folder, env=environment, stdout=sys.stderr)
     noted.replace(output / "seconds.json")
 
 
