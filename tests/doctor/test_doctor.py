@@ -4,6 +4,7 @@ import copy
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -327,6 +328,34 @@ def reading(factor: float, scale: float, text: float) -> Reading:
     return Reading((factor * logits).log_softmax(-1), codes, scales, words.log_softmax(-1), values(words, text))
 
 
+def of_readings(readings: list[Reading]) -> SimpleNamespace:
+    """What [`familiar`] needs of a case."""
+    nothing = {"input_ids": np.empty(0, int), "supervised": np.empty(0, bool)}
+    case = SimpleNamespace(rows=range(16), documents=[nothing] * len(readings), row_of=lambda documents: None)
+    case.config, order = SimpleNamespace(image_token_id=5), iter(readings)
+    case.read = lambda row, with_text=True: next(order)
+    return case
+
+
+def test_what_costs_more_in_the_first_scales_alone_is_the_texts_fault():
+    """Of a third of the documents some codes of the first two scales of eight are any, as of texts wrong in part."""
+    torch.manual_seed(0)
+    wholes = [[reading(1, 0, 0) for _ in range(4)] for _ in range(96)]
+    for parts in wholes[::3]:
+        parts[0] = replace(parts[0], codes=torch.where(torch.rand(40) < 0.3, torch.randint(64, (40,)), parts[0].codes))
+    whole = [
+        Reading(
+            torch.cat([part.log_probs for part in parts]),
+            torch.cat([part.codes for part in parts]),
+            torch.arange(160) // 20,
+            parts[0].text_log_probs,
+            parts[0].tokens,
+        )
+        for parts in wholes
+    ]
+    assert familiar(Check("familiar", "toy", ""), of_readings(whole)).fault == "texts do not fit their pictures"
+
+
 @pytest.mark.parametrize(
     "factor, scale, text, faults",
     [
@@ -344,14 +373,10 @@ def test_what_costs_more_than_expected_is_named(factor, scale, text, faults):
     torch.manual_seed(0)
     factors = factor if isinstance(factor, list) else [factor] * 96
     readings = [reading(each, scale, text) for each in factors]
-    nothing = {"input_ids": np.empty(0, int), "supervised": np.empty(0, bool)}
-    case = SimpleNamespace(rows=range(16), documents=[nothing] * 96, row_of=lambda documents: None)
-    case.config = SimpleNamespace(image_token_id=5)
-    check = Check("losses", "toy", "")
-    case.read = lambda row, with_text=True: readings[row]
+    check, case = Check("losses", "toy", ""), of_readings(readings)
+    of_documents, case.read = case.read, lambda row, with_text=True: readings[row]
     found = [confidence(check, case).fault]
-    order = iter(readings)
-    case.read = lambda row, with_text=True: next(order)
+    case.read = of_documents
     found.append(familiar(check, case).fault)
     assert faults <= set(found) <= {*faults, None, "unfamiliar pictures"}
     assert (found[0] is None) is (factors[0] == 1)

@@ -202,7 +202,7 @@ class Case:
             ids, images = document["input_ids"].tolist(), images_of(document, self.spec, self.variants)
             if len(images) == 1 and len(images[0][2]) and ids[: len(head)] == head:
                 words = ids[len(head) : ids.index(image)]  # compact, without <boi>
-                if words[-len(tail) :] == tail:
+                if len(words) > len(tail) and words[-len(tail) :] == tail:  # not one whose text was left out
                     grid, targets, inputs = images[0]
                     codes = torch.from_numpy(decodable_codes(targets, inputs))[None].to(self.model.device)
                     text = self.processor.tokenizer.decode(words[: -len(tail)])

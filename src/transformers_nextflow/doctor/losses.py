@@ -10,7 +10,8 @@ from .findings import ENOUGH, MATERIAL, SIGNIFICANT, Check, Finding, z_score
 from .tokenizer import turned
 from .weights import COMPARE
 
-FAMILIAR, FEW = 96, 0.04  # documents that are read, and the share of them that may be strange
+FAMILIAR, FEW = 192, 0.04  # documents that are read, and the share of them that may be strange
+COARSE = 2  # scales, in which what texts say shows
 SURPRISING = 0.6  # nats above the expected: what the model drew itself and is coded anew may cost 0.5 more
 
 
@@ -85,13 +86,17 @@ def familiar(check: Check, case: Case) -> Finding:
     """Codes of every scale, and texts, cost what the model itself expects (its entropy) or less, as those do that it
     was trained on; of all documents, not the most alone."""
     surprises: dict[str, list[torch.Tensor]] = defaultdict(list)
-    wholes = []
+    wholes, coarser = [], []
     for document in case.documents[:FAMILIAR]:
         reading = case.read(case.row_of([document]))
         wholes += [float(_surprise(reading.log_probs, reading.codes))] if len(reading.codes) else []
+        own = []
         for scale in reading.scales.unique().tolist():
             at = reading.scales == scale
-            surprises[f"scale {scale + 1}"].append(_surprise(reading.log_probs[at], reading.codes[at]))
+            own.append(_surprise(reading.log_probs[at], reading.codes[at]))
+            surprises[f"scale {scale + 1}"].append(own[-1])
+        if len(own) > 2 * COARSE:
+            coarser.append(torch.stack(own[:COARSE]).mean() - torch.stack(own[COARSE:]).mean())
         if len(reading.tokens):
             surprises["texts"].append(_surprise(reading.text_log_probs, reading.tokens))
     values = {name: torch.stack(each) for name, each in sorted(surprises.items())}
@@ -101,7 +106,14 @@ def familiar(check: Check, case: Case) -> Finding:
     strange = [name for name in means if means[name] > SURPRISING and z_score(values[name]) > SIGNIFICANT]
     whole = torch.tensor(wholes)
     outliers, mean = int((whole > 2 * SURPRISING).sum()), float(whole.mean()) if len(whole) else 0.0
-    if mean > SURPRISING / 2 and z_score(whole) > SIGNIFICANT or outliers > FEW * len(whole):
+    by_pictures = mean > SURPRISING / 2 and z_score(whole) > SIGNIFICANT or outliers > FEW * len(whole)
+    apart = torch.stack(coarser) if coarser else torch.zeros(1)
+    if not by_pictures and float(apart.mean()) > SURPRISING and z_score(apart) > SIGNIFICANT:
+        measured += f"; the first {COARSE} scales {float(apart.mean()):+.2f} above the others"
+        cause = "what texts say shows in the first scales, and they say other things than their pictures show: they "
+        cause += "were cut, or joined to other pictures in part, or are of things that training never saw"
+        return check.warned(measured, "texts do not fit their pictures", cause, LOOK, surprise=means)
+    if by_pictures:
         strange = strange or ["whole pictures"]
     if not strange:
         return check.passed(measured, surprise=means)
@@ -111,7 +123,7 @@ def familiar(check: Check, case: Case) -> Finding:
         cause = f"the codes of {strange[0]} are in another order there, or of another table, or no codes at all"
         return check.warned(measured, f"codes of {strange[0]} in disorder", cause, LOOK, surprise=means)
     what = "pictures" if "texts" not in strange else "texts" if len(strange) == 1 else "documents"
-    if what == "pictures" and (way := _likelier(case)):
+    if what == "pictures" and (way := _likelier(case, mean)):
         cause = f"the model finds the pictures likelier {way}: what read or drew them turned them so"
         return check.warned(measured, f"pictures {way}", cause, LOOK, surprise=means)
     cause = f"{what} are unlike those of training: they were changed on the way here (pixels, words, or how they are "
@@ -119,8 +131,8 @@ def familiar(check: Check, case: Case) -> Finding:
     return check.warned(measured, f"unfamiliar {what}", cause, LOOK, surprise=means)
 
 
-def _likelier(case: Case) -> str | None:
-    """What, done to all pictures, makes drawn ones likelier."""
+def _likelier(case: Case, excess: float) -> str | None:
+    """What, done to all pictures, makes drawn ones likelier, by half of the nats that they cost too much."""
     costs: dict[str, list[torch.Tensor]] = defaultdict(list)
     for document in case.documents[:FAMILIAR]:
         if document["supervised"][document["input_ids"] == case.config.image_token_id].tolist() != [True]:
@@ -136,7 +148,9 @@ def _likelier(case: Case) -> str | None:
     own = costs.pop("as they are", [])
     gains = {way: torch.stack(own) - torch.stack(values) for way, values in costs.items() if len(values) == len(own)}
     best = max(gains, key=lambda way: float(gains[way].mean()), default=None)
-    return best if best is not None and z_score(gains[best]) > SIGNIFICANT / 2 else None
+    if best is None or float(gains[best].mean()) < excess / 2 or z_score(gains[best]) < SIGNIFICANT / 2:
+        return None
+    return best
 
 
 def _surprise(log_probs: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
