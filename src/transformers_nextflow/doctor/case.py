@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from ..data.loading import PackReader, collate, unfold
 from ..data.sequences import SequenceSpec
-from ..data.shards import decodable_codes, images_of, open_shards, sequence_spec
+from ..data.shards import decodable_codes, documents_of, images_of, open_shards, sequence_spec
 from ..layout import num_image_slots
 from ..losses import IGNORE
 from ..modeling_nextflow import NextFlowForConditionalGeneration
@@ -108,22 +108,16 @@ class Case:
             schedule = self.vq_model.schedules.by_grid(grid)
             count = pictures_at_once(self.vq_model.schedules.image_size(schedule))
             for first in range(0, len(members), count):
-                pictures, pixels = zip(*members[first : first + count])
-                output = self.vq_model(torch.cat(pixels).float())
+                pictures, each = zip(*members[first : first + count])
+                output = self.vq_model(pixels := torch.cat(each).float())
                 codes = output.quantization.target_codes
-                groups.append(Coded(schedule, list(pictures), torch.cat(pixels).float(), codes, output))
+                groups.append(Coded(schedule, list(pictures), pixels, codes, output))
         return groups
 
     def pixels_of(self, image) -> tuple[Grid, torch.Tensor]:
-        """A picture as the processor gives it: final grid, and (1, 3, H, W) put together from its patches here."""
-        inputs = self.processor.image_processor(image, return_tensors="pt")
-        grid = tuple(inputs["image_grid_hw"][0].tolist())
-        values = inputs["pixel_values"].to(self.model.device)
-        if self.config.vq_config.image_size is None:
-            size = self.config.vq_config.patch_size
-            values = values.view(*grid, size, size, 3).permute(4, 0, 2, 1, 3)
-            values = values.reshape(1, 3, grid[0] * size, grid[1] * size)
-        return grid, values
+        """A picture as the processor gives it: final grid, and (1, 3, H, W)."""
+        grid, pixels = self.processor.image_processor.whole(self.processor.image_processor(image, return_tensors="pt"))
+        return grid, pixels.to(self.model.device)
 
     @cached_property
     def shards(self) -> tuple[Path, dict]:
@@ -204,7 +198,7 @@ class Case:
                 words = ids[len(head) : ids.index(image)]  # compact, without <boi>
                 if len(words) > len(tail) and words[-len(tail) :] == tail:  # not one whose text was left out
                     grid, targets, inputs = images[0]
-                    codes = torch.from_numpy(decodable_codes(targets, inputs))[None].to(self.model.device)
+                    codes = as_codes(self, decodable_codes(targets, inputs))
                     text = self.processor.tokenizer.decode(words[: -len(tail)])
                     yield text, codes, self.vq_model.schedules.by_grid(grid)
 
@@ -261,17 +255,18 @@ def _losses_of(reading: Reading) -> torch.Tensor:
     return torch.stack([cost.nan_to_num(30).clamp(max=30).mean() for cost in costs]).cpu()
 
 
+def as_codes(case: Case, stored: np.ndarray) -> torch.Tensor:
+    """(L,) of shards -> (1, L) int64 where the model is."""
+    return torch.from_numpy(stored.astype(np.int64))[None].to(case.model.device)
+
+
 def stored_documents(case: Case) -> Iterator[dict[str, np.ndarray]]:
     """Documents of the shards, row by row in a random order, each as a row of shards that holds it alone."""
     folder, manifest = case.shards
     reader, none = PackReader(folder, manifest, case.spec), np.empty(0, np.int64)
     for index in np.random.default_rng(case.seed).permutation(len(reader)):
-        row = reader.row(int(index))
-        images = iter(images_of(row, case.spec, case.variants))
-        ends = np.cumsum(row.get("document_lengths", [len(row["input_ids"])]))[:-1]
-        for ids, flags in zip(np.split(row["input_ids"], ends), np.split(row["supervised"], ends)):
-            shown = list(islice(images, int((ids == case.spec.special.image).sum())))
-            arrays = zip(*shown) if shown else ((), (), ())
+        for _, _, ids, flags, images in documents_of(reader.row(int(index)), case.spec, case.variants):
+            arrays = zip(*images) if images else ((), (), ())
             grids, targets, inputs = (np.concatenate([none, *map(np.ravel, each)]) for each in arrays)
             yield {
                 "input_ids": ids,

@@ -74,7 +74,7 @@ def draws(check: Check, case: Case) -> Finding:
     plain ones (their entropy), and no less after the null prompt."""
     expected, cost, without, rows = [], [], [], []
     schedules = case.vq_model.schedules
-    level = str(case.config.image_generation["level"] or list(schedules.levels)[-1])
+    level = schedules.level_name(case.config.image_generation["level"])
     of_level = [each for each in case.answers if schedules.level_of(each.schedule.final_grid) == level]
     for number, answer in enumerate((of_level or case.answers)[:DRAWN]):
         controls = {"seed": case.seed * 1000 + number, "num_images_per_prompt": 2}
@@ -98,9 +98,9 @@ def draws(check: Check, case: Case) -> Finding:
     measured += "" if of_level else f"; none of the level {level}, which the settings are for"
     figures = {"drawn": float(cost.mean()), "expected": float(expected.mean()), "null": float(without.mean())}
     if astray > SIGNIFICANT:
-        cause = "with the checkpoint's settings pictures are drawn away from their prompt: guidance below 1, or its "
+        cause = "the checkpoint's settings draw pictures away from their prompt: guidance below 1, or its sign"
         step = "look at `guidance_scale` of `image_generation` in config.json"
-        return check.warned(measured, "drawn against the prompt", cause + "sign", step, **figures)
+        return check.warned(measured, "drawn against the prompt", cause, step, **figures)
     if of_level and harm > SIGNIFICANT:
         cause = "guidance, temperature, top-k and top-p draw codes that the model itself holds unlikely"
         step = "set `image_generation` in config.json back to temperature 1 and guidance 1, then raise guidance slowly"

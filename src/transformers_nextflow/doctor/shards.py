@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from ..data.shards import check_identity, decodable_codes, identity_of, images_of, verify
 from ..quantizer import resize_features, to_map, to_sequence
-from .case import Case
+from .case import Case, as_codes
 from .findings import ENOUGH, SIGNIFICANT, Check, Finding, z_score
 
 ANEW = "extract the shards anew, and look at whatever wrote or changed them"
@@ -48,11 +48,6 @@ def stored_pictures(case: Case, limit: int, corrected: bool = False) -> list[tup
     of those alone that have inputs of their own."""
     images = (image for document in case.documents for image in images_of(document, case.spec, case.variants))
     return list(islice((image for image in images if len(image[2]) or not corrected), limit))
-
-
-def as_codes(case: Case, stored: np.ndarray) -> torch.Tensor:
-    """(L,) of shards -> (1, L) int64 where the model is."""
-    return torch.from_numpy(stored.astype(np.int64))[None].to(case.model.device)
 
 
 def codes(check: Check, case: Case) -> Finding:
@@ -164,4 +159,4 @@ def _nearness(case: Case, pictures: list[tuple]) -> float:
     table, changed = case.vq_model.quantizer().float().cpu(), inputs != targets
     apart = lambda others: (table[others] - table[targets]).square().sum(-1)[changed]  # noqa: E731
     others = torch.from_numpy(np.random.default_rng(case.seed).integers(len(table), size=len(targets)))
-    return float((apart(inputs) < apart(others)).float().mean())
+    return float((apart(inputs) < apart(others)).float().mean()) if changed.any() else 1.0

@@ -10,9 +10,9 @@ from torch import nn
 from ..data.shards import decodable_codes
 from ..training.metrics import psnr
 from .alterations import judge
-from .case import ROWS, Case
+from .case import ROWS, Case, as_codes
 from .findings import ENOUGH, SIGNIFICANT, Check, Finding, z_score
-from .shards import as_codes, stored_pictures
+from .shards import stored_pictures
 
 DAMAGED = "damaged vision tokenizer"
 
