@@ -190,7 +190,10 @@ MAPS = {
     "tokenizer apart": {part: SECOND if "vq_model" in part else FIRST for part in PARTS},
     "offloaded": {part: (FIRST, "cpu")[index % 2] for index, part in enumerate(PARTS)},
 }
-BY_MAP = pytest.mark.parametrize("places", MAPS.values(), ids=MAPS)
+BY_MAP = pytest.mark.parametrize(
+    "places",
+    [pytest.param(MAPS[name], marks=[pytest.mark.slow] * name.endswith("other way"), id=name) for name in MAPS],
+)
 
 
 @contextmanager
