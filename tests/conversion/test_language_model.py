@@ -15,7 +15,7 @@ from tests.conversion.text_models import LLAMA_TEMPLATE, llama, llama_tokenizer,
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor
 from transformers_nextflow.cli import main as command
 from transformers_nextflow.conversion.decoder import hub_key
-from transformers_nextflow.conversion.language_model import convert
+from transformers_nextflow.conversion.language_model import convert, convert_back
 from transformers_nextflow.conversion.text_tokenizer import ImageTokens
 
 ROOT = Path(__file__).parents[2]
@@ -221,6 +221,27 @@ def test_it_draws_and_reads_pictures_in_the_text_models_own_chats(vq_folder, tmp
     assert (inputs["input_ids"] == model.config.image_token_id).sum() == 4 + 9 + 9
     answer = model.generate(**inputs, do_sample=False, max_new_tokens=4)
     assert answer.shape[1] > inputs["input_ids"].shape[1]
+
+
+def test_what_came_back_becomes_a_nextflow_again(vq_folder, tiny_checkpoint, tmp_path, capsys):
+    """With chats of a template of its own, and with the processor's."""
+    tokenizer = llama_tokenizer()
+    save(llama(tokenizer), tokenizer, tmp_path / "source")
+    convert(tmp_path / "source", vq_folder, tmp_path / "first")
+    chat = [{"role": "user", "content": "a red circle"}]
+    for number, first in enumerate((tmp_path / "first", tiny_checkpoint)):
+        text, again = tmp_path / f"text-{number}", tmp_path / f"again-{number}"
+        convert_back(first, text)
+        convert(text, vq_folder, again)
+        before, after = map(NextFlowProcessor.from_pretrained, (first, again))
+        for mode in ("text", "image"):
+            prompts = [
+                each.apply_chat_template(chat, generation_mode=mode, tokenize=False) for each in (before, after)
+            ]
+            assert prompts[0] == prompts[1]
+    others = ["--boi", "<spare_2>", "--eoi", "<spare_0>", "--image", "<spare_1>"]
+    assert main([str(tmp_path / "text-0"), str(vq_folder), str(tmp_path / "other"), *others]) == 2
+    assert "the chat template has tokens of pictures, <spare_2>, <spare_0>, <spare_1> not" in capsys.readouterr().err
 
 
 def test_a_tokenizer_without_a_chat_template_speaks_chatml_if_it_has_its_tokens(source, vq_folder, tmp_path, capsys):
