@@ -386,11 +386,12 @@ def flops(
     guided_scales = len(schedule) if guided_scales is None else guided_scales
     passes += null_passes(schedule, prompt_tokens, guided_scales)
     cost = model_cost(config.text_config, config.vq_config.codebook_size, passes)
+    kind = getattr(torch, dtype)
     with torch.device("meta"):
-        weights = NextFlowForConditionalGeneration(config).num_parameters()
-    bytes_each = getattr(torch, dtype).itemsize
+        whole = NextFlowForConditionalGeneration(config).to(kind)  # but for what stays float32
+    weights = sum(parameter.nbytes for parameter in whole.parameters())
     cache = num_images * cache_size(config.text_config, schedule, prompt_tokens, guided_scales)
-    memory = {"weights": weights * bytes_each, "cache": cache * bytes_each}
+    memory = {"weights": weights, "cache": cache * kind.itemsize}
     ratios = {str(h): mmdit.flops(h) / nextflow.flops(h) for h in PAPER_WIDTHS}
     parts = asdict(cost) | {"total": cost.total}
     height, width = table.image_size(schedule)
