@@ -14,6 +14,7 @@ from hub_stand_in import run_fresh
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_models import enlarge_
+from transformers.utils import logging
 
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor, NextFlowVQModel
 from transformers_nextflow.cli import main
@@ -247,6 +248,16 @@ def test_evaluate_is_the_loss_of_all_targets(further, start, capsys):
     assert {"loss", "loss_text", "loss_vision", "loss_scale_1"} <= losses.keys()
     run("evaluate", "loss", "packs", "--model", "start", "--dtype", "float32", "--json")
     assert json.loads(capsys.readouterr().out)["loss"] > losses["loss"]
+
+
+def test_evaluate_prints_its_figures_alone(start, capsys):
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # where transformers' trainer prints what it measured
+    try:
+        run("evaluate", "loss", "packs", "--model", start, "--json")
+    finally:
+        logging.set_verbosity(verbosity)
+    assert json.loads(capsys.readouterr().out)["loss"] > 0
 
 
 SAVED = ("--save_strategy", "steps", "--save_steps", "1", "--learning_rate", "1e-2", "--ema_decay", "0.5")
