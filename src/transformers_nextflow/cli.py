@@ -448,7 +448,8 @@ def doctor(
         list[str] | None,
         Argument(
             metavar="DATA",
-            help="Folder of training shards, or of pictures with name.txt beside name.png; default: drawn pictures.",
+            help="Folder of training shards, or a Hub dataset of them, or a folder of pictures with name.txt beside "
+            "name.png; default: drawn pictures.",
         ),
     ] = None,
     report: Annotated[str | None, Option(metavar="FOLDER", help="Gets report.html.")] = None,
@@ -457,12 +458,15 @@ def doctor(
 ) -> None:
     """What is wrong with a checkpoint or its training shards; exits with 1 on alarms."""
     with needing_extra("train", "doctor"):
+        from .data import open_shards
         from .doctor import examine, read_pictures, tables, write_report
 
-    data = data or []
-    for folder in data:
-        if not Path(folder).is_dir():
-            raise NotADirectoryError(f"there is no folder {folder}")
+    data = list(data or [])
+    for number, name in enumerate(data):
+        if not Path(name).is_dir():
+            if name.count("/") != 1:
+                raise NotADirectoryError(f"there is no folder {name}")
+            data[number] = str(open_shards(name, hashes=False)[0])  # on the Hub
     packs = [folder for folder in data if (Path(folder) / "manifest.json").is_file()]
     pictures = [folder for folder in data if folder not in packs]
     if len(packs) > 1 or len(pictures) > 1:
