@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from hub_stand_in import run_fresh
 from PIL import Image
 
 from transformers_nextflow.cli import main
@@ -232,3 +233,28 @@ def test_serve_names_its_extra(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     status, _, error = run("serve")
     assert status == 2 and "pip install 'transformers-nextflow[serve]'" in error
+
+
+OF_TRAINING = {
+    "data extract": ("photos", "--output", "out"),
+    "data pack": ("documents", "--output", "out"),
+    "data verify": ("packs",),
+    "data inspect": ("packs",),
+    "evaluate loss": ("packs",),
+    "finetune": ("photos", "--output", "out"),
+    "replace-tokenizer": ("tokenizer", "--output", "out"),
+}
+
+
+def test_commands_of_training_name_their_extra(tmp_path):
+    commands = [[*name.split(), *rest] for name, rest in OF_TRAINING.items()]
+    script = f"""
+import sys
+sys.modules |= dict.fromkeys(("datasets", "pyarrow"))
+sys.stderr = sys.stdout
+from transformers_nextflow.cli import main
+assert {{main(command) for command in {commands}}} == {{2}}
+"""
+    for name, line in zip(OF_TRAINING, run_fresh(script, tmp_path).splitlines(), strict=True):
+        assert line.startswith(f"error: {name} needs a package that is not installed"), line
+        assert line.endswith("pip install 'transformers-nextflow[train]'")

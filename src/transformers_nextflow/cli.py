@@ -511,7 +511,8 @@ def replace_tokenizer(
     json: Json = False,
 ) -> None:
     """A trained vision tokenizer into a trained model; says what must be trained again."""
-    from .replace_tokenizer import replace_vision_tokenizer  # may need packages of training
+    with needing_extra("train", "replace-tokenizer"):
+        from .replace_tokenizer import replace_vision_tokenizer
 
     report = replace_vision_tokenizer(model_name(model), model_name(tokenizer), output)
     new, again = report["new"], report["train_again"]

@@ -46,8 +46,9 @@ def loss(
     json: Json = False,
 ) -> None:
     """Of packs: over all targets, of text, of pictures, and of each scale."""
-    from .data import PackCollator, PackedDataset
-    from .training import NextFlowTrainer, NextFlowTrainingArguments
+    with needing_extra("train", "evaluate loss"):
+        from .data import PackCollator, PackedDataset
+        from .training import NextFlowTrainer, NextFlowTrainingArguments
 
     loaded, processor = load_model(model, dtype and getattr(torch, dtype))
     dataset = PackedDataset(packs, loaded, processor)
