@@ -9,6 +9,7 @@ import torch
 from hub_stand_in import run_fresh
 from PIL import Image
 
+from transformers_nextflow import cli
 from transformers_nextflow.cli import main
 from transformers_nextflow.utils import loading
 
@@ -148,6 +149,22 @@ def test_interleave_writes_text_and_pictures_in_order(run, photo, tiny_model, ti
     assert status == 0 and "picture-1.png  32x16 pixels" in out
     if isinstance(parts[0], str):
         assert parts[0].split()[0] in out, "text is printed as it comes"
+
+
+def test_a_text_is_printed_to_its_end_before_its_picture(run, tiny_model, tiny_processor, monkeypatch):
+    """And the one after it begins a line."""
+    monkeypatch.setattr(cli, "load_model", lambda name: (tiny_model, tiny_processor))
+    boi, eos = tiny_model.config.boi_token_id, tiny_processor.tokenizer.eos_token_id
+    ids = [*tiny_processor.tokenizer("red circle")["input_ids"], boi, *tiny_processor.tokenizer("a star")["input_ids"]]
+    steps = iter([*ids, eos])
+
+    def say(module, args, logits):
+        return logits.index_fill(-1, torch.tensor(next(steps)), 1e3)
+
+    handle = tiny_model.lm_head.register_forward_hook(say)
+    _, out, _ = run("interleave", "a", "--output", "story")
+    handle.remove()
+    assert out.splitlines()[:2] == ["red circle", "a star"]
 
 
 def test_reconstruct_shows_both_and_their_psnr(run, photo, tiny_model, tmp_path):

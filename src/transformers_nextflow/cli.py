@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 from rich.console import Console
 from tqdm import tqdm
-from transformers import TextStreamer
 from typer import Argument, Exit, Option, Typer
 
 from .configuration_nextflow import NextFlowConfig
@@ -27,6 +26,7 @@ from .evaluate import app as evaluate_app
 from .evaluate import reconstructions, scores
 from .flops import PAPER_WIDTHS, cache_size, image_passes, mmdit_passes, model_cost, null_passes, paper_layer_cost
 from .image_processing_nextflow import open_picture
+from .interleaved import AnswerStreamer
 from .modeling_nextflow import NextFlowForConditionalGeneration
 from .modeling_nextflow_vq import NextFlowVQModel
 from .processing_nextflow import NextFlowProcessor, user_message
@@ -296,7 +296,6 @@ def interleave(
     mode: dict = {"generation_mode": "interleaved"}
     inputs = chat_inputs(processor, images, prompt, negative_prompt=guidance.negative_prompt, **mode)
     drawing = vars(size) | {"guidance_scale": guidance.guidance_scale, "image_guidance_scale": image_guidance_scale}
-    streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     start = time.perf_counter()
     with tqdm(desc="scales", unit="scale", disable=None, leave=False) as progress:
         answer = nextflow.generate(
@@ -306,7 +305,7 @@ def interleave(
             image_generation={name: value for name, value in drawing.items() if value is not None},
             max_new_images=max_images,
             seed=seed,
-            streamer=None if json else streamer,
+            streamer=None if json else AnswerStreamer(processor),
             on_scale_end=lambda *scale: progress.update(),
         )
     drawn = nextflow.decode_images(answer.image_codes, answer.image_grid_hw)
