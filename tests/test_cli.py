@@ -201,6 +201,9 @@ def test_reconstruct_shows_both_and_their_psnr(run, photo, tiny_model, tmp_path)
         (("generate", "a", "--num-images", "0"), "num_images_per_prompt must be at least 1, got 0"),
         (("generate", "a", "--output", "a.jpg"), "--output must end in .png, got a.jpg"),
         (("generate", "a", "--output", "text.png/a.png"), ""),
+        (("generate", "a", "--output", "folder.png"), "--output must be a file, got the folder folder.png"),
+        (("generate", "a", "--output", "folder.png", "--num-images", "2"), "--output must be a file, got the folder "),
+        (("reconstruct", "photo.png", "--output", "folder.png"), "--output must be a file, got the folder folder.png"),
         (("interleave", "a", "--output", "text.png"), "--output must be a folder, got the file text.png"),
         (("interleave", "a", "--image", "missing.png"), "there is no image file missing.png"),
         (("interleave", "a", "--max-images", "-1"), "max_new_images must be at least 0, got -1"),
@@ -209,6 +212,8 @@ def test_reconstruct_shows_both_and_their_psnr(run, photo, tiny_model, tmp_path)
 def test_user_errors_are_one_line_and_status_2(run, photo, tmp_path, arguments, message):
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "half.png").write_bytes(photo.read_bytes()[:300])
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "folder-1.png").mkdir()
     before = sorted(tmp_path.iterdir())
     status, out, error = run(*arguments)
     assert (status, out) == (2, "")

@@ -460,6 +460,8 @@ def doctor(
         from .data import open_shards
         from .doctor import examine, read_pictures, tables, write_report
 
+    if report is not None and Path(report).is_file():
+        raise NotADirectoryError(f"--report must be a folder, got the file {report}")
     data = list(data or [])
     for number, name in enumerate(data):
         if not Path(name).is_dir():
@@ -587,7 +589,10 @@ def output_paths(output: str, count: int) -> list[Path]:
     path = Path(output)
     if path.suffix.lower() != ".png":
         raise ValueError(f"--output must end in .png, got {output}")
-    return [path] if count == 1 else [path.with_stem(f"{path.stem}-{index}") for index in range(count)]
+    paths = [path] if count == 1 else [path.with_stem(f"{path.stem}-{index}") for index in range(count)]
+    if folders := list(filter(Path.is_dir, paths)):
+        raise IsADirectoryError(f"--output must be a file, got the folder {folders[0]}")
+    return paths
 
 
 def save_text(text: str, path: Path) -> None:
