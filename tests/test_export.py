@@ -149,6 +149,17 @@ NAME, PNG, TRUST = "someone/pushed", "pushed.png", {{}}
     assert 'from_pretrained("someone/exported"' in hub.repositories["someone/exported"]["README.md"].decode()
 
 
+def test_a_hub_that_does_not_answer_is_an_error_of_one_line(tiny_checkpoint, tmp_path):
+    script = f"""
+import sys
+from transformers_nextflow.cli import main
+sys.stderr = sys.stdout
+assert main(["export", {str(tiny_checkpoint)!r}, "--to", "someone/exported", "--push"]) == 2
+"""
+    out = run_fresh(script, tmp_path, HF_ENDPOINT="http://127.0.0.1:9", HF_TOKEN="hf_none", HF_HUB_OFFLINE="0")
+    assert out.startswith("error: the Hub does not answer: ") and out.count("\n") == 1
+
+
 def truncated(folder):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])

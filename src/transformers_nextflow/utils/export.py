@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HTTPError
 
 from .files import output_folder
 from .loading import base_of, load_config, load_generation_config, load_merged, load_processor
@@ -145,6 +146,7 @@ def export(folder: str | Path, to: str, push: bool = False) -> str:
     Raises:
         ValueError: if the folder's weights are damaged, or other than safetensors.
         FileExistsError: if the new folder exists.
+        OSError: if the Hub does not answer, or refuses.
     """
     name = str(folder)
     is_adapter = base_of(name) is not None
@@ -161,8 +163,13 @@ def export(folder: str | Path, to: str, push: bool = False) -> str:
         if not push:
             return to
         api = HfApi()
-        api.create_repo(to, exist_ok=True)
-        return str(api.upload_folder(repo_id=to, folder_path=partial, commit_message="Export").commit_url)
+        try:
+            api.create_repo(to, exist_ok=True)
+            return str(api.upload_folder(repo_id=to, folder_path=partial, commit_message="Export").commit_url)
+        except OSError:  # what the Hub answers
+            raise
+        except HTTPError as error:
+            raise ConnectionError(f"the Hub does not answer: {error}") from error
 
 
 def _write(folder: Path, output: Path, name: str) -> None:
