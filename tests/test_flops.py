@@ -187,13 +187,17 @@ def test_command_tells_memory(capsys):
     assert memory["float32"]["weights"] > 4 * 8e9
 
 
-def test_weights_are_as_large_as_the_models(tiny_checkpoint, capsys):
-    """Vision tokenizer and code embeddings stay float32."""
+def test_weights_are_as_large_as_the_models(tiny_checkpoint, tmp_path, capsys):
+    """Vision tokenizer, wherever it lies, and code embeddings stay float32."""
+    settings = json.loads((tiny_checkpoint / "config.json").read_text())
+    settings["vision_tokenizer"] = {"model": str(tiny_checkpoint), "sha256": "0"}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
     for dtype in ("float32", "bfloat16"):
-        assert main(["flops", "--json", "--model", str(tiny_checkpoint), "--dtype", dtype]) == 0
-        told = json.loads(capsys.readouterr().out)["memory_in_bytes"]["weights"]
         model, _ = load_model(str(tiny_checkpoint), getattr(torch, dtype))
-        assert told == sum(parameter.nbytes for parameter in model.parameters())
+        for folder in (tiny_checkpoint, tmp_path):
+            assert main(["flops", "--json", "--model", str(folder), "--dtype", dtype]) == 0
+            told = json.loads(capsys.readouterr().out)["memory_in_bytes"]["weights"]
+            assert told == sum(parameter.nbytes for parameter in model.parameters())
 
 
 def test_command_prints_a_table(capsys):

@@ -386,6 +386,7 @@ def flops(
     passes += null_passes(schedule, prompt_tokens, guided_scales)
     cost = model_cost(config.text_config, config.vq_config.codebook_size, passes)
     kind = getattr(torch, dtype)
+    config.vision_tokenizer = None  # it counts wherever it lies
     with torch.device("meta"):
         whole = NextFlowForConditionalGeneration(config).to(kind)  # but for what stays float32
     weights = sum(parameter.nbytes for parameter in whole.parameters())
