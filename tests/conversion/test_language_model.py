@@ -223,6 +223,35 @@ def test_it_draws_and_reads_pictures_in_the_text_models_own_chats(vq_folder, tmp
     assert answer.shape[1] > inputs["input_ids"].shape[1]
 
 
+@pytest.mark.parametrize("opening", ["", "Be brief.</s>"])
+@torch.no_grad()
+def test_a_next_turn_is_in_the_text_models_own_template(opening, vq_folder, tmp_path):
+    """What the template begins a chat with does not come again."""
+    tokenizer = llama_tokenizer(LLAMA_TEMPLATE.replace("bos_token }}", "bos_token }}" + opening))
+    save(llama(tokenizer), tokenizer, tmp_path / "source")
+    convert(tmp_path / "source", vq_folder, tmp_path / "out")
+    model = NextFlowForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
+    processor = NextFlowProcessor.from_pretrained(tmp_path / "out")
+    chats = [[{"role": "user", "content": text}] for text in ("a red circle", "17")]
+    inputs = processor.apply_chat_template(chats, generation_mode="interleaved")
+    output = model.generate(**inputs, generation_mode="interleaved", max_new_tokens=3, max_new_images=0)
+    output.sequences[0, -1] = tokenizer.eos_token_id  # of an answer that ended by itself
+    turn = [[{"role": "user", "content": text}] for text in ("42", "a blue square")]
+    following = model.next_turn(output, **processor.apply_next_turn(output, turn, negative_prompt="a star"))
+
+    def texts(of, name: str) -> list[str]:
+        rows = zip(of[f"{name}input_ids"], of[f"{name}attention_mask"].bool())
+        return [processor.tokenizer.decode(ids[mask]) for ids, mask in rows]
+
+    whole = {"input_ids": output.sequences, "attention_mask": output.attention_mask}
+    first, second = texts(whole, "")
+    goes_on = "\n[user] {}</s>\n[assistant]"
+    assert first.endswith("</s>") and not second.endswith("</s>")
+    assert texts(following, "") == [first + goes_on.format("42"), second + "</s>" + goes_on.format("a blue square")]
+    nulls = [null + "</s>" + goes_on.format("a star") for null in texts(inputs, "negative_")]
+    assert texts(following, "negative_") == nulls
+
+
 def test_what_came_back_becomes_a_nextflow_again(vq_folder, tiny_checkpoint, tmp_path, capsys):
     """With chats of a template of its own, and with the processor's."""
     tokenizer = llama_tokenizer()
