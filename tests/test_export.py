@@ -149,6 +149,23 @@ NAME, PNG, TRUST = "someone/pushed", "pushed.png", {{}}
     assert 'from_pretrained("someone/exported"' in hub.repositories["someone/exported"]["README.md"].decode()
 
 
+def test_a_link_to_an_empty_folder_stays_one(tiny_checkpoint, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to("disk", target_is_directory=True)
+    assert main(["export", str(tiny_checkpoint), "--to", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out").is_symlink() and (tmp_path / "disk" / "config.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "out"]
+
+
+def test_a_volume_is_told_before_anything_is_written(tiny_checkpoint, tmp_path, monkeypatch, capsys):
+    """To rename a folder to it fails, in the end."""
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "out")
+    assert main(["export", str(tiny_checkpoint), "--to", str(tmp_path / "out")]) == 2
+    assert "is the root of a file system; name a new folder in it" in capsys.readouterr().err
+    assert not any((tmp_path / "out").iterdir())
+
+
 def test_a_hub_that_does_not_answer_is_an_error_of_one_line(tiny_checkpoint, tmp_path):
     script = f"""
 import sys
