@@ -251,7 +251,7 @@ class NextFlowProcessor(ProcessorBringsCode, ProcessorMixin):
         if generation_mode == "text" and negative_prompt is not None:
             raise ValueError('negative_prompt guides pictures: it needs generation_mode="image" or "interleaved"')
         render = {"chat_template": chat_template, "add_generation_prompt": add_generation_prompt, **kwargs}
-        processor_kwargs = dict(processor_kwargs or {})
+        processor_kwargs = {"add_special_tokens": False, **(processor_kwargs or {})}  # the template writes them
         if generation_mode == "image":
             if not add_generation_prompt:
                 raise ValueError('generation_mode="image" needs add_generation_prompt=True')

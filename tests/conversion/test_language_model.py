@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conversion.text_models import LLAMA_TEMPLATE, llama, llama_tokenizer, qwen2, qwen2_5_vl, save
@@ -198,6 +199,23 @@ def test_chats_are_the_text_models_own(chat, template, vq_folder, tmp_path):
     assert processor.apply_chat_template(CHATS[chat], tokenize=False) == expected
     ids = tokenizer.apply_chat_template(plain, add_generation_prompt=asks, return_dict=True)["input_ids"]
     assert processor.apply_chat_template(CHATS[chat])["input_ids"].tolist() == [ids]
+
+
+@pytest.mark.parametrize("template", [LLAMA_TEMPLATE, LLAMA_TEMPLATE.replace("{{- bos_token }}", "")])
+def test_chats_begin_as_the_template_says_whatever_the_tokenizer_adds_to_texts(template, vq_folder, tmp_path):
+    tokenizer = llama_tokenizer(template)
+    begins = {"special_tokens": [("<s>", tokenizer.bos_token_id)]}
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", pair="<s> $A $B", **begins)
+    save(llama(tokenizer), tokenizer, tmp_path / "source")
+    convert(tmp_path / "source", vq_folder, tmp_path / "out")
+    processor = NextFlowProcessor.from_pretrained(tmp_path / "out")
+    assert processor(text="a")["input_ids"][0][0] == tokenizer.bos_token_id
+    chat = [{"role": "user", "content": SENTENCE}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert processor.apply_chat_template(chat)["input_ids"].tolist() == [ids]
+    inputs = processor.apply_chat_template(chat, generation_mode="image")
+    assert inputs["input_ids"].tolist() == [[*ids, processor.boi_token_id]]
+    assert inputs["negative_input_ids"][0].tolist().count(tokenizer.bos_token_id) == ids.count(tokenizer.bos_token_id)
 
 
 @torch.no_grad()
