@@ -299,11 +299,12 @@ class NextFlowProcessor(ProcessorBringsCode, ProcessorMixin):
         # after an answer, so that what the template begins a chat with does not come again
         answered = [{"role": "user", "content": "."}, {"role": "assistant", "content": "."}]
         rendered = self.apply_chat_template(answered, chat_template=kwargs.get("chat_template"), tokenize=False)
-        ids = self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
-        ends = [token for token in ids if token in self.tokenizer.added_tokens_decoder]
-        if not ends:
+        before, _, after = rendered.rpartition(".")
+        before, after = (self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (before, after))
+        end = next((token for token in after if token in self.tokenizer.added_tokens_decoder), None)
+        if end is None:
             raise ValueError("the chat template must end an answer by a token of its own")
-        end, count, eos = ends[-1], ends.count(ends[-1]), self.tokenizer.eos_token_id
+        count, eos = before.count(end) + 1, self.tokenizer.eos_token_id
         inputs = self.apply_chat_template(
             [[*answered, *chat] for chat in chats], generation_mode="interleaved", **kwargs
         ).to(output.sequences.device)

@@ -268,6 +268,9 @@ def test_a_next_turn_is_in_the_text_models_own_template(opening, vq_folder, tmp_
     assert texts(following, "") == [first + goes_on.format("42"), second + "</s>" + goes_on.format("a blue square")]
     nulls = [null + "</s>" + goes_on.format("a star") for null in texts(inputs, "negative_")]
     assert texts(following, "negative_") == nulls
+    endless = LLAMA_TEMPLATE.replace("{{ eos_token }}", "")
+    with pytest.raises(ValueError, match="the chat template must end an answer by a token of its own"):
+        processor.apply_next_turn(output, turn, chat_template=endless)
 
 
 def test_what_came_back_becomes_a_nextflow_again(vq_folder, tiny_checkpoint, tmp_path, capsys):
