@@ -253,6 +253,22 @@ def test_a_stream_that_is_refused_has_the_status(address):
     assert refused.value.param == "messages"
 
 
+def test_a_stream_that_fails_in_its_midst_ends_in_an_error_of_openais(address, tiny_model):
+    number = 0
+
+    def fails_at_the_fourth(module, args, logits):
+        nonlocal number
+        number += 1
+        return logits * float("nan") if number >= 4 else logits
+
+    handle = tiny_model.lm_head.register_forward_hook(fails_at_the_fourth)
+    stream = client(address).chat.completions.create(**SETTINGS, stream=True)
+    with pytest.raises(openai.APIError, match="the logits are not finite") as failed:
+        list(stream)
+    handle.remove()
+    assert failed.value.param == "messages"
+
+
 def test_an_answer_goes_back_as_it_came(address, tiny_model, tiny_processor):
     """Its pictures stand where its text says, and the next turn reads them."""
     asked = client(address).chat.completions.create
