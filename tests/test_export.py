@@ -4,6 +4,7 @@ import base64
 import importlib.util
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,13 @@ def test_a_readme_of_the_folder_is_kept(tiny_checkpoint, tmp_path):
     assert "license: mit" in head and "tags: [mine]" in head and "tags: [nextflow]" not in head
     assert "Score: 0.5. Made of {nothing}." in card
     assert (tmp_path / "out" / "scores.json").exists() and not (tmp_path / "out" / "pytorch_model.bin").exists()
+
+
+def test_a_readme_of_front_matter_alone_is_kept(tiny_checkpoint, tmp_path):
+    source = Path(shutil.copytree(tiny_checkpoint, tmp_path / "source"))
+    (source / "README.md").write_text("---\nlicense: mit\n---")
+    assert main(["export", str(source), "--to", str(tmp_path / "out")]) == 0
+    assert yaml.safe_load((tmp_path / "out" / "README.md").read_text().split("---\n")[1])["license"] == "mit"
 
 
 def test_pushing_and_loading_from_the_hub(tiny_checkpoint, picture, tmp_path):

@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HTTPError
 
-from .files import output_folder
+from .files import output_folder, read_text
 from .loading import base_of, load_config, load_generation_config, load_merged, load_processor
 from .safetensors_folder import SafetensorsFolder
 
@@ -194,8 +194,8 @@ def model_card(folder: Path, config, weights: SafetensorsFolder, name: str) -> s
     `widget` are added where absent.
     """
     readme = folder / README
-    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
-    found = re.match(r"---\n(.*?)\n---\n", text, flags=re.DOTALL)
+    text = read_text(readme) if readme.is_file() else ""
+    found = re.match(r"---\n(.*?)\n---(?:\n|$)", text, flags=re.DOTALL)
     lines = found[1].splitlines() if found else []
     given = {line.split(":")[0] for line in lines}
     defaults = {"library_name": "transformers", "pipeline_tag": "any-to-any", "tags": "[nextflow]"}

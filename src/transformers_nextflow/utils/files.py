@@ -41,6 +41,14 @@ def png_base64(picture: Image.Image) -> str:
     return b64encode(file.getvalue()).decode()
 
 
+def read_text(path: Path) -> str:
+    """A text in UTF-8; raises `ValueError` with the file's name for anything else."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: {error}") from error
+
+
 def read_json(path: Path) -> dict:
     """A JSON object; raises `ValueError` with the file's name for anything else."""
     try:
