@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -106,6 +107,15 @@ def test_new_parts_are_at_their_initialisation(source, vq_folder, tmp_path):
     assert model.model.connector[0].weight.std() > 0
     assert not model.model.scale_embedding.index.weight.any()
     assert not model.model.scale_embedding.length.weight.any()
+
+
+def test_the_card_names_sources_in_the_hubs_cache_by_their_ids(source, vq_folder, tmp_path):
+    snapshot = tmp_path / "models--owner--text-1.5B" / "snapshots" / ("0" * 40)
+    shutil.copytree(source, snapshot)
+    convert(snapshot, vq_folder, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Text decoder and text tokenizer: owner/text-1.5B. " in card
+    assert f"Vision tokenizer: {vq_folder.name}. " in card
 
 
 def test_the_vision_tokenizer_of_a_whole_nextflow_is_taken(source, tiny_checkpoint, tiny_model, tmp_path):

@@ -16,7 +16,7 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HTTPError
 
 from .files import output_folder, read_text
-from .loading import base_of, load_config, load_generation_config, load_merged, load_processor
+from .loading import base_of, load_config, load_generation_config, load_merged, load_processor, source_name
 from .safetensors_folder import SafetensorsFolder
 
 README, SCORES = "README.md", "scores.json"
@@ -117,7 +117,7 @@ def merge(adapters: str, output: str | Path, dtype: torch.dtype | None = None) -
         raise ValueError(f"{adapters} holds no adapters: there is no adapter_config.json")
     with output_folder(output) as folder:
         write_whole(adapters, folder, dtype)
-        names = {"name": Path(output).name, "base": Path(base).name, "adapters": Path(adapters).resolve().name}
+        names = {"name": Path(output).name, "base": source_name(base), "adapters": source_name(adapters)}
         (folder / README).write_text(MERGED.format(**names), encoding="utf-8")
 
 
