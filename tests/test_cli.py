@@ -167,6 +167,16 @@ def test_a_text_is_printed_to_its_end_before_its_picture(run, tiny_model, tiny_p
     assert out.splitlines()[:2] == ["red circle", "a star"]
 
 
+def test_an_answer_takes_the_place_of_an_earlier_ones_pictures_alone(tmp_path):
+    red, blue = (Image.new("RGB", (8, 8), colour) for colour in ("red", "blue"))
+    red.save(tmp_path / "picture-2.png")  # as `generate --num-images` leaves them
+    cli.save_answer(["two", red, blue], tmp_path)
+    cli.save_answer(["one", blue], tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["answer.md", "picture-0.png", "picture-2.png"]
+    cli.save_answer(["none"], tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["answer.md", "picture-2.png"]
+
+
 def test_reconstruct_shows_both_and_their_psnr(run, photo, tiny_model, tmp_path):
     status, out, _ = run("reconstruct", photo, "--output", "pair.png", "--json")
     assert status == 0

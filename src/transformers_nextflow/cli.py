@@ -323,6 +323,8 @@ def interleave(
 def save_answer(parts: list[str | Image.Image], folder: Path) -> list[dict]:
     """Write answer.md and its pictures, in place of those of an earlier answer; returns what is in it."""
     listed: list[dict] = []
+    answer = folder / "answer.md"
+    earlier = answer.read_text(encoding="utf-8", errors="replace") if answer.is_file() else ""
     paths = (folder / f"picture-{number}.png" for number in count())
     for part in parts:
         if isinstance(part, str):
@@ -330,10 +332,10 @@ def save_answer(parts: list[str | Image.Image], folder: Path) -> list[dict]:
         else:
             save_png(part, path := next(paths))
             listed.append({"path": str(path), "width": part.width, "height": part.height})
-    for stale in takewhile(Path.is_file, paths):  # of an earlier, longer answer
-        stale.unlink()
+    for stale in takewhile(lambda path: f"![]({path.name})" in earlier, paths):  # of a longer one
+        stale.unlink(missing_ok=True)
     lines = (f"![]({Path(entry['path']).name})" if "path" in entry else entry["text"] for entry in listed)
-    save_text("\n\n".join(lines), folder / "answer.md")
+    save_text("\n\n".join(lines), answer)
     return listed
 
 
