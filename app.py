@@ -15,10 +15,10 @@ from typing import Any
 
 import gradio as gr
 from PIL import Image
-from transformers import TextStreamer
 
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor
 from transformers_nextflow.image_processing_nextflow import open_picture
+from transformers_nextflow.interleaved import AnswerStreamer
 from transformers_nextflow.processing_nextflow import user_message
 from transformers_nextflow.rewriting import Rewriting
 from transformers_nextflow.text_generation import text_sampling
@@ -54,11 +54,11 @@ def streamed(work: Callable[[Callable[[Any], None]], None]) -> Iterator:
             unread.set()
 
 
-class Words(TextStreamer):
+class Words(AnswerStreamer):
     """Puts text as it is written."""
 
-    def __init__(self, tokenizer, put: Callable[[str], None]):
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    def __init__(self, processor: NextFlowProcessor, put: Callable[[str], None]):
+        super().__init__(processor)
         self.on_finalized_text = lambda text, stream_end=False: put(text)
 
 
@@ -95,9 +95,7 @@ class Studio:
         """Words of the answer."""
         inputs = self._inputs([user_message(question, [picture])], "text")
         sampling = text_sampling(self.model, self.processor, MAX_TOKENS)
-        return streamed(
-            lambda put: self.model.generate(**inputs, **sampling, streamer=Words(self.processor.tokenizer, put))
-        )
+        return streamed(lambda put: self.model.generate(**inputs, **sampling, streamer=Words(self.processor, put)))
 
     def chat(self, chat: list[dict], seed: int) -> Iterator[list[str | Image.Image]]:
         """The answer so far, texts and pictures in turn."""
@@ -111,7 +109,7 @@ class Studio:
                 generation_mode="interleaved",
                 max_new_images=MAX_IMAGES,
                 seed=seed,
-                streamer=Words(self.processor.tokenizer, put),
+                streamer=Words(self.processor, put),
                 on_scale_end=lambda row, scale, codes: put((scale, preview(codes))),
             )
 

@@ -45,11 +45,18 @@ def inpaint(
     model, processor, picture: Image.Image, prompt: str, box: tuple[int, int, int, int], seed: int = 0
 ) -> Image.Image:
     """The picture drawn anew inside `box` (left, top, right, bottom, in pixels of the model's picture): every code
-    that touches what lies outside stays."""
+    that touches what lies outside stays.
+
+    Raises:
+        ValueError: if the box does not lie within that picture.
+    """
     codes, grid = read_codes(model, processor, picture)
     schedule = model.model.schedules.by_grid(grid)
     keep = torch.ones(model.model.schedules.image_size(schedule), dtype=torch.bool)
     left, top, right, bottom = box
+    height, width = keep.shape
+    if not (0 <= left < right <= width and 0 <= top < bottom <= height):
+        raise ValueError(f"the box must lie within the model's picture of {width}x{height} pixels, got {box}")
     keep[top:bottom, left:right] = False
     content = [{"type": "text", "text": prompt}]
     mask = codes_of_region(keep, schedule)

@@ -10,7 +10,8 @@ from PIL import Image, ImageChops
 gradio_client = pytest.importorskip("gradio_client", reason="the extra [app] is not installed")
 pytest.importorskip("gradio", reason="the extra [app] is not installed")
 
-from app import CSS, create_app  # noqa: E402
+from app import CSS, Studio, create_app  # noqa: E402
+from transformers_nextflow.processing_nextflow import user_message  # noqa: E402
 from transformers_nextflow.text_generation import text_sampling  # noqa: E402
 
 
@@ -93,6 +94,21 @@ def test_describes(client, photo, tiny_model, tiny_processor):
 def test_errors_are_in_words(client, call, message):
     with pytest.raises(Exception, match=re.escape(message)):
         call(client)
+
+
+def test_a_text_of_a_chat_ends_before_its_picture(tiny_model, tiny_processor):
+    tokens = [tiny_processor.tokenizer(text)["input_ids"] for text in ("red circle", "a star")]
+    end = tiny_processor.tokenizer.eos_token_id
+    steps = iter([*tokens[0], tiny_model.config.boi_token_id, *tokens[1], end])
+
+    def say(module, args, logits):
+        return logits.index_fill(-1, torch.tensor(next(steps)), 1e3)
+
+    handle = tiny_model.lm_head.register_forward_hook(say)
+    answers = [list(parts) for parts in Studio(tiny_model, tiny_processor).chat([user_message("a")], seed=0)]
+    handle.remove()
+    first, picture, second = answers[-1]
+    assert (first, second) == ("red circle", "a star") and isinstance(picture, Image.Image)
 
 
 @pytest.fixture(scope="module")

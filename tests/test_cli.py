@@ -6,8 +6,10 @@ import sys
 import numpy as np
 import pytest
 import torch
+from hub_stand_in import run_fresh
 from PIL import Image
 
+from transformers_nextflow import cli
 from transformers_nextflow.cli import main
 from transformers_nextflow.utils import loading
 
@@ -149,6 +151,32 @@ def test_interleave_writes_text_and_pictures_in_order(run, photo, tiny_model, ti
         assert parts[0].split()[0] in out, "text is printed as it comes"
 
 
+def test_a_text_is_printed_to_its_end_before_its_picture(run, tiny_model, tiny_processor, monkeypatch):
+    """And the one after it begins a line."""
+    monkeypatch.setattr(cli, "load_model", lambda name: (tiny_model, tiny_processor))
+    boi, eos = tiny_model.config.boi_token_id, tiny_processor.tokenizer.eos_token_id
+    ids = [*tiny_processor.tokenizer("red circle")["input_ids"], boi, *tiny_processor.tokenizer("a star")["input_ids"]]
+    steps = iter([*ids, eos])
+
+    def say(module, args, logits):
+        return logits.index_fill(-1, torch.tensor(next(steps)), 1e3)
+
+    handle = tiny_model.lm_head.register_forward_hook(say)
+    _, out, _ = run("interleave", "a", "--output", "story")
+    handle.remove()
+    assert out.splitlines()[:2] == ["red circle", "a star"]
+
+
+def test_an_answer_takes_the_place_of_an_earlier_ones_pictures_alone(tmp_path):
+    red, blue = (Image.new("RGB", (8, 8), colour) for colour in ("red", "blue"))
+    red.save(tmp_path / "picture-2.png")  # as `generate --num-images` leaves them
+    cli.save_answer(["two", red, blue], tmp_path)
+    cli.save_answer(["one", blue], tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["answer.md", "picture-0.png", "picture-2.png"]
+    cli.save_answer(["none"], tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["answer.md", "picture-2.png"]
+
+
 def test_reconstruct_shows_both_and_their_psnr(run, photo, tiny_model, tmp_path):
     status, out, _ = run("reconstruct", photo, "--output", "pair.png", "--json")
     assert status == 0
@@ -183,6 +211,9 @@ def test_reconstruct_shows_both_and_their_psnr(run, photo, tiny_model, tmp_path)
         (("generate", "a", "--num-images", "0"), "num_images_per_prompt must be at least 1, got 0"),
         (("generate", "a", "--output", "a.jpg"), "--output must end in .png, got a.jpg"),
         (("generate", "a", "--output", "text.png/a.png"), ""),
+        (("generate", "a", "--output", "folder.png"), "--output must be a file, got the folder folder.png"),
+        (("generate", "a", "--output", "folder.png", "--num-images", "2"), "--output must be a file, got the folder "),
+        (("reconstruct", "photo.png", "--output", "folder.png"), "--output must be a file, got the folder folder.png"),
         (("interleave", "a", "--output", "text.png"), "--output must be a folder, got the file text.png"),
         (("interleave", "a", "--image", "missing.png"), "there is no image file missing.png"),
         (("interleave", "a", "--max-images", "-1"), "max_new_images must be at least 0, got -1"),
@@ -191,6 +222,8 @@ def test_reconstruct_shows_both_and_their_psnr(run, photo, tiny_model, tmp_path)
 def test_user_errors_are_one_line_and_status_2(run, photo, tmp_path, arguments, message):
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "half.png").write_bytes(photo.read_bytes()[:300])
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "folder-1.png").mkdir()
     before = sorted(tmp_path.iterdir())
     status, out, error = run(*arguments)
     assert (status, out) == (2, "")
@@ -232,3 +265,28 @@ def test_serve_names_its_extra(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     status, _, error = run("serve")
     assert status == 2 and "pip install 'transformers-nextflow[serve]'" in error
+
+
+OF_TRAINING = {
+    "data extract": ("photos", "--output", "out"),
+    "data pack": ("documents", "--output", "out"),
+    "data verify": ("packs",),
+    "data inspect": ("packs",),
+    "evaluate loss": ("packs",),
+    "finetune": ("photos", "--output", "out"),
+    "replace-tokenizer": ("tokenizer", "--output", "out"),
+}
+
+
+def test_commands_of_training_name_their_extra(tmp_path):
+    commands = [[*name.split(), *rest] for name, rest in OF_TRAINING.items()]
+    script = f"""
+import sys
+sys.modules |= dict.fromkeys(("datasets", "pyarrow"))
+sys.stderr = sys.stdout
+from transformers_nextflow.cli import main
+assert {{main(command) for command in {commands}}} == {{2}}
+"""
+    for name, line in zip(OF_TRAINING, run_fresh(script, tmp_path).splitlines(), strict=True):
+        assert line.startswith(f"error: {name} needs a package that is not installed"), line
+        assert line.endswith("pip install 'transformers-nextflow[train]'")

@@ -4,6 +4,7 @@ import base64
 import importlib.util
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,13 @@ def test_a_readme_of_the_folder_is_kept(tiny_checkpoint, tmp_path):
     assert (tmp_path / "out" / "scores.json").exists() and not (tmp_path / "out" / "pytorch_model.bin").exists()
 
 
+def test_a_readme_of_front_matter_alone_is_kept(tiny_checkpoint, tmp_path):
+    source = Path(shutil.copytree(tiny_checkpoint, tmp_path / "source"))
+    (source / "README.md").write_text("---\nlicense: mit\n---")
+    assert main(["export", str(source), "--to", str(tmp_path / "out")]) == 0
+    assert yaml.safe_load((tmp_path / "out" / "README.md").read_text().split("---\n")[1])["license"] == "mit"
+
+
 def test_pushing_and_loading_from_the_hub(tiny_checkpoint, picture, tmp_path):
     """Create, upload, commit, download, load: by the command, and by the methods of model and processor."""
     script = f"""
@@ -147,6 +155,34 @@ NAME, PNG, TRUST = "someone/pushed", "pushed.png", {{}}
     assert "POST /api/models/someone/exported/commit/main" in hub.calls
     assert any(call.startswith("PUT /upload/") for call in hub.calls)
     assert 'from_pretrained("someone/exported"' in hub.repositories["someone/exported"]["README.md"].decode()
+
+
+def test_a_link_to_an_empty_folder_stays_one(tiny_checkpoint, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to("disk", target_is_directory=True)
+    assert main(["export", str(tiny_checkpoint), "--to", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out").is_symlink() and (tmp_path / "disk" / "config.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "out"]
+
+
+def test_a_volume_is_told_before_anything_is_written(tiny_checkpoint, tmp_path, monkeypatch, capsys):
+    """To rename a folder to it fails, in the end."""
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "out")
+    assert main(["export", str(tiny_checkpoint), "--to", str(tmp_path / "out")]) == 2
+    assert "is the root of a file system; name a new folder in it" in capsys.readouterr().err
+    assert not any((tmp_path / "out").iterdir())
+
+
+def test_a_hub_that_does_not_answer_is_an_error_of_one_line(tiny_checkpoint, tmp_path):
+    script = f"""
+import sys
+from transformers_nextflow.cli import main
+sys.stderr = sys.stdout
+assert main(["export", {str(tiny_checkpoint)!r}, "--to", "someone/exported", "--push"]) == 2
+"""
+    out = run_fresh(script, tmp_path, HF_ENDPOINT="http://127.0.0.1:9", HF_TOKEN="hf_none", HF_HUB_OFFLINE="0")
+    assert out.startswith("error: the Hub does not answer: ") and out.count("\n") == 1
 
 
 def truncated(folder):

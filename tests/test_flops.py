@@ -26,6 +26,7 @@ from transformers_nextflow.flops import (
     paper_layer_cost,
 )
 from transformers_nextflow.scales import PAPER_LEVELS, ScaleSchedule, ScheduleTable, paper_schedules
+from transformers_nextflow.utils.loading import load_model
 
 SQUARE_1024 = ScheduleTable(paper_schedules(), PAPER_LEVELS, patch_size=16).by_aspect_ratio("1:1", "1024")
 TINY_SCHEDULE = ScaleSchedule(((1, 1), (2, 2), (3, 4)))
@@ -183,7 +184,20 @@ def test_command_tells_memory(capsys):
         memory[dtype] = json.loads(capsys.readouterr().out)["memory_in_bytes"]
     each = 2 * 28 * 512 * (10_184 - 64 * 64)
     assert memory["bfloat16"]["cache"] == 3 * each * 2 and memory["float32"]["cache"] == 3 * 2 * each * 4
-    assert memory["float32"]["weights"] == 2 * memory["bfloat16"]["weights"] > 4 * 8e9
+    assert memory["float32"]["weights"] > 4 * 8e9
+
+
+def test_weights_are_as_large_as_the_models(tiny_checkpoint, tmp_path, capsys):
+    """Vision tokenizer, wherever it lies, and code embeddings stay float32."""
+    settings = json.loads((tiny_checkpoint / "config.json").read_text())
+    settings["vision_tokenizer"] = {"model": str(tiny_checkpoint), "sha256": "0"}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    for dtype in ("float32", "bfloat16"):
+        model, _ = load_model(str(tiny_checkpoint), getattr(torch, dtype))
+        for folder in (tiny_checkpoint, tmp_path):
+            assert main(["flops", "--json", "--model", str(folder), "--dtype", dtype]) == 0
+            told = json.loads(capsys.readouterr().out)["memory_in_bytes"]["weights"]
+            assert told == sum(parameter.nbytes for parameter in model.parameters())
 
 
 def test_command_prints_a_table(capsys):

@@ -45,3 +45,9 @@ def test_a_locked_edit_keeps_the_first_scales(tiny_model, tiny_processor, pictur
     locked_edit(tiny_model, tiny_processor, picture, "make it blue", 2)
     same = drawn[-1][0] - tiny_model.config.text_vocab_size == codes[0]
     assert same[:5].all() and not same.all()
+
+
+@pytest.mark.parametrize("box", [(100, 100, 200, 200), (-8, 0, 8, 8), (8, 8, 8, 24)])
+def test_a_box_outside_of_the_picture_is_refused(tiny_model, tiny_processor, picture, box):
+    with pytest.raises(ValueError, match="the box must lie within the model's picture of 24x24 pixels"):
+        inpaint(tiny_model, tiny_processor, picture, "a", box)

@@ -157,6 +157,12 @@ def test_odd_folders(console, tmp_path):
     assert status == 2 and "a.png" in err
 
 
+def test_files_that_pillow_only_writes_are_no_pictures(console, folder, pictures):
+    pictures[0].save(folder / "0.pdf")
+    status, out, _ = console("evaluate", "psnr", folder, "--json")
+    assert status == 0 and json.loads(out)["pictures"] == len(pictures)
+
+
 def test_weights_that_are_something_else(console, folder, tmp_path):
     pytest.importorskip("torchmetrics", reason="torchmetrics is not installed")
     torch.save(Path("code"), tmp_path / "odd.pth")

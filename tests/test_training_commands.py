@@ -14,6 +14,7 @@ from hub_stand_in import run_fresh
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_models import enlarge_
+from transformers.utils import logging
 
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor, NextFlowVQModel
 from transformers_nextflow.cli import main
@@ -249,6 +250,16 @@ def test_evaluate_is_the_loss_of_all_targets(further, start, capsys):
     assert json.loads(capsys.readouterr().out)["loss"] > losses["loss"]
 
 
+def test_evaluate_prints_its_figures_alone(start, capsys):
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # where transformers' trainer prints what it measured
+    try:
+        run("evaluate", "loss", "packs", "--model", start, "--json")
+    finally:
+        logging.set_verbosity(verbosity)
+    assert json.loads(capsys.readouterr().out)["loss"] > 0
+
+
 SAVED = ("--save_strategy", "steps", "--save_steps", "1", "--learning_rate", "1e-2", "--ema_decay", "0.5")
 
 
@@ -447,14 +458,17 @@ print(vision_identity(type(model).from_pretrained("checkpoint").model.vq_model))
 from peft import get_peft_model
 from transformers_nextflow.data.shards import vision_identity
 from transformers_nextflow.training.commands.options import ModelOptions
+from transformers_nextflow.utils.export import merge
 from transformers_nextflow.utils.loading import load_model
 options = ModelOptions("owner/name", model_revision="v1", use_peft=True)
 model, _, adapters = options.load(modules_to_save=["code_head"])
 get_peft_model(model, adapters).save_pretrained("adapters")
+merge("adapters", "merged")
 print(vision_identity(load_model("adapters")[0].model.vq_model))
 """
     printed = run_fresh(script, tmp_path, HF_HOME=str(tmp_path / "hub"), HF_HUB_OFFLINE="1").split()
     assert printed[-1] == tokenizers["v1"]
+    assert "The weights of owner/name with the adapters of adapters" in (tmp_path / "merged" / "README.md").read_text()
 
 
 def test_a_tokenizer_that_is_gone_or_another_is_named(start, apart, tmp_path, capsys):

@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 from rich.console import Console
 from tqdm import tqdm
-from transformers import TextStreamer
 from typer import Argument, Exit, Option, Typer
 
 from .configuration_nextflow import NextFlowConfig
@@ -27,6 +26,7 @@ from .evaluate import app as evaluate_app
 from .evaluate import reconstructions, scores
 from .flops import PAPER_WIDTHS, cache_size, image_passes, mmdit_passes, model_cost, null_passes, paper_layer_cost
 from .image_processing_nextflow import open_picture
+from .interleaved import AnswerStreamer
 from .modeling_nextflow import NextFlowForConditionalGeneration
 from .modeling_nextflow_vq import NextFlowVQModel
 from .processing_nextflow import NextFlowProcessor, user_message
@@ -296,7 +296,6 @@ def interleave(
     mode: dict = {"generation_mode": "interleaved"}
     inputs = chat_inputs(processor, images, prompt, negative_prompt=guidance.negative_prompt, **mode)
     drawing = vars(size) | {"guidance_scale": guidance.guidance_scale, "image_guidance_scale": image_guidance_scale}
-    streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     start = time.perf_counter()
     with tqdm(desc="scales", unit="scale", disable=None, leave=False) as progress:
         answer = nextflow.generate(
@@ -306,7 +305,7 @@ def interleave(
             image_generation={name: value for name, value in drawing.items() if value is not None},
             max_new_images=max_images,
             seed=seed,
-            streamer=None if json else streamer,
+            streamer=None if json else AnswerStreamer(processor),
             on_scale_end=lambda *scale: progress.update(),
         )
     drawn = nextflow.decode_images(answer.image_codes, answer.image_grid_hw)
@@ -324,6 +323,8 @@ def interleave(
 def save_answer(parts: list[str | Image.Image], folder: Path) -> list[dict]:
     """Write answer.md and its pictures, in place of those of an earlier answer; returns what is in it."""
     listed: list[dict] = []
+    answer = folder / "answer.md"
+    earlier = answer.read_text(encoding="utf-8", errors="replace") if answer.is_file() else ""
     paths = (folder / f"picture-{number}.png" for number in count())
     for part in parts:
         if isinstance(part, str):
@@ -331,10 +332,10 @@ def save_answer(parts: list[str | Image.Image], folder: Path) -> list[dict]:
         else:
             save_png(part, path := next(paths))
             listed.append({"path": str(path), "width": part.width, "height": part.height})
-    for stale in takewhile(Path.is_file, paths):  # of an earlier, longer answer
-        stale.unlink()
+    for stale in takewhile(lambda path: f"![]({path.name})" in earlier, paths):  # of a longer one
+        stale.unlink(missing_ok=True)
     lines = (f"![]({Path(entry['path']).name})" if "path" in entry else entry["text"] for entry in listed)
-    save_text("\n\n".join(lines), folder / "answer.md")
+    save_text("\n\n".join(lines), answer)
     return listed
 
 
@@ -386,11 +387,13 @@ def flops(
     guided_scales = len(schedule) if guided_scales is None else guided_scales
     passes += null_passes(schedule, prompt_tokens, guided_scales)
     cost = model_cost(config.text_config, config.vq_config.codebook_size, passes)
+    kind = getattr(torch, dtype)
+    config.vision_tokenizer = None  # it counts wherever it lies
     with torch.device("meta"):
-        weights = NextFlowForConditionalGeneration(config).num_parameters()
-    bytes_each = getattr(torch, dtype).itemsize
+        whole = NextFlowForConditionalGeneration(config).to(kind)  # but for what stays float32
+    weights = sum(parameter.nbytes for parameter in whole.parameters())
     cache = num_images * cache_size(config.text_config, schedule, prompt_tokens, guided_scales)
-    memory = {"weights": weights * bytes_each, "cache": cache * bytes_each}
+    memory = {"weights": weights, "cache": cache * kind.itemsize}
     ratios = {str(h): mmdit.flops(h) / nextflow.flops(h) for h in PAPER_WIDTHS}
     parts = asdict(cost) | {"total": cost.total}
     height, width = table.image_size(schedule)
@@ -447,7 +450,8 @@ def doctor(
         list[str] | None,
         Argument(
             metavar="DATA",
-            help="Folder of training shards, or of pictures with name.txt beside name.png; default: drawn pictures.",
+            help="Folder of training shards, or a Hub dataset of them, or a folder of pictures with name.txt beside "
+            "name.png; default: drawn pictures.",
         ),
     ] = None,
     report: Annotated[str | None, Option(metavar="FOLDER", help="Gets report.html.")] = None,
@@ -456,12 +460,17 @@ def doctor(
 ) -> None:
     """What is wrong with a checkpoint or its training shards; exits with 1 on alarms."""
     with needing_extra("train", "doctor"):
+        from .data import open_shards
         from .doctor import examine, read_pictures, tables, write_report
 
-    data = data or []
-    for folder in data:
-        if not Path(folder).is_dir():
-            raise NotADirectoryError(f"there is no folder {folder}")
+    if report is not None and Path(report).is_file():
+        raise NotADirectoryError(f"--report must be a folder, got the file {report}")
+    data = list(data or [])
+    for number, name in enumerate(data):
+        if not Path(name).is_dir():
+            if name.count("/") != 1:
+                raise NotADirectoryError(f"there is no folder {name}")
+            data[number] = str(open_shards(name, hashes=False)[0])  # on the Hub
     packs = [folder for folder in data if (Path(folder) / "manifest.json").is_file()]
     pictures = [folder for folder in data if folder not in packs]
     if len(packs) > 1 or len(pictures) > 1:
@@ -506,7 +515,8 @@ def replace_tokenizer(
     json: Json = False,
 ) -> None:
     """A trained vision tokenizer into a trained model; says what must be trained again."""
-    from .replace_tokenizer import replace_vision_tokenizer  # may need packages of training
+    with needing_extra("train", "replace-tokenizer"):
+        from .replace_tokenizer import replace_vision_tokenizer
 
     report = replace_vision_tokenizer(model_name(model), model_name(tokenizer), output)
     new, again = report["new"], report["train_again"]
@@ -582,7 +592,10 @@ def output_paths(output: str, count: int) -> list[Path]:
     path = Path(output)
     if path.suffix.lower() != ".png":
         raise ValueError(f"--output must end in .png, got {output}")
-    return [path] if count == 1 else [path.with_stem(f"{path.stem}-{index}") for index in range(count)]
+    paths = [path] if count == 1 else [path.with_stem(f"{path.stem}-{index}") for index in range(count)]
+    if folders := list(filter(Path.is_dir, paths)):
+        raise IsADirectoryError(f"--output must be a file, got the folder {folders[0]}")
+    return paths
 
 
 def save_text(text: str, path: Path) -> None:

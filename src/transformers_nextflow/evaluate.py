@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
+from transformers import PrinterCallback
 from typer import Argument, Option, Typer
 
 from .image_processing_nextflow import NextFlowImageProcessor, open_picture
@@ -45,14 +46,16 @@ def loss(
     json: Json = False,
 ) -> None:
     """Of packs: over all targets, of text, of pictures, and of each scale."""
-    from .data import PackCollator, PackedDataset
-    from .training import NextFlowTrainer, NextFlowTrainingArguments
+    with needing_extra("train", "evaluate loss"):
+        from .data import PackCollator, PackedDataset
+        from .training import NextFlowTrainer, NextFlowTrainingArguments
 
     loaded, processor = load_model(model, dtype and getattr(torch, dtype))
     dataset = PackedDataset(packs, loaded, processor)
     with tempfile.TemporaryDirectory() as folder:
         arguments = NextFlowTrainingArguments(folder, per_device_eval_batch_size=batch_size, report_to="none")
         trainer = NextFlowTrainer(loaded, arguments, PackCollator(dataset), eval_dataset=dataset)
+        trainer.remove_callback(PrinterCallback)  # which is there where transformers shows no bars
         measured = trainer.evaluate()
     losses = {name: value for name, value in measured.items() if name.startswith("eval_loss")}
     print_figures({name.removeprefix("eval_"): value for name, value in losses.items()}, json)
@@ -137,7 +140,8 @@ def reconstructions_of(folder: str, model: str | None, level: str | None, batch_
     if not Path(folder).is_dir():
         raise NotADirectoryError(f"there is no folder {folder}")
     files = filter(Path.is_file, Path(folder).iterdir())
-    paths = sorted(path for path in files if path.suffix.lower() in Image.registered_extensions())
+    formats = Image.registered_extensions()
+    paths = sorted(path for path in files if formats.get(path.suffix.lower()) in Image.OPEN)
     if not paths:
         raise ValueError(f"{folder} holds no pictures")
     vq_model, image_processor = load_vision_tokenizer(model)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers import LogitsProcessorList, StoppingCriteriaList, TextStreamer
 from transformers.generation import GenerationMixin
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
@@ -274,6 +274,19 @@ def answer(
         on_scale_end=on_scale_end,
     )
     return _output(model, prompts, pictures, answers, schedule, grow(), pad_id)
+
+
+class AnswerStreamer(TextStreamer):
+    """transformers', of the answer alone: a text is put to its end before the picture that follows it."""
+
+    def __init__(self, processor):
+        super().__init__(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.boi_token_id = processor.boi_token_id
+
+    def put(self, value: torch.Tensor) -> None:
+        super().put(value)
+        if value.tolist() == [self.boi_token_id]:
+            self.end()  # the picture's `<eoi>` is skipped then as a prompt would be
 
 
 def picture_ids(config: NextFlowConfig, schedule: ScaleSchedule) -> list[int]:

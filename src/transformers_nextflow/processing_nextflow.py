@@ -251,7 +251,7 @@ class NextFlowProcessor(ProcessorBringsCode, ProcessorMixin):
         if generation_mode == "text" and negative_prompt is not None:
             raise ValueError('negative_prompt guides pictures: it needs generation_mode="image" or "interleaved"')
         render = {"chat_template": chat_template, "add_generation_prompt": add_generation_prompt, **kwargs}
-        processor_kwargs = dict(processor_kwargs or {})
+        processor_kwargs = {"add_special_tokens": False, **(processor_kwargs or {})}  # the template writes them
         if generation_mode == "image":
             if not add_generation_prompt:
                 raise ValueError('generation_mode="image" needs add_generation_prompt=True')
@@ -288,20 +288,36 @@ class NextFlowProcessor(ProcessorBringsCode, ProcessorMixin):
 
         Returns:
             The inputs of the new messages, which begin by ending the answer where it was cut short.
+
+        Raises:
+            ValueError: if there is not one chat for each row, or no token of the chat template ends an answer.
         """
-        device, eos = output.sequences.device, self.tokenizer.eos_token_id
-        inputs = self.apply_chat_template(conversation, generation_mode="interleaved", **kwargs).to(device)
-        if len(inputs["input_ids"]) != len(output.sequences):
-            raise ValueError(f"the output has {len(output.sequences)} rows, got {len(inputs['input_ids'])} chats")
-        last = [ids[mask][-1] for ids, mask in zip(output.sequences, output.attention_mask.bool())]
-        line = self.tokenizer("\n", add_special_tokens=False)["input_ids"]
-        is_cut = torch.tensor([[int(token != eos)] for token in last], device=device)
-        end = torch.tensor([[eos, *line]] * len(last), device=device)
+        _check_chats(conversation)
+        chats, _ = self._normalize_conversations(conversation)
+        if len(chats) != len(output.sequences):
+            raise ValueError(f"the output has {len(output.sequences)} rows, got {len(chats)} chats")
+        # after an answer, so that what the template begins a chat with does not come again
+        answered = [{"role": "user", "content": "."}, {"role": "assistant", "content": "."}]
+        rendered = self.apply_chat_template(answered, chat_template=kwargs.get("chat_template"), tokenize=False)
+        before, _, after = rendered.rpartition(".")
+        before, after = (self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (before, after))
+        end = next((token for token in after if token in self.tokenizer.added_tokens_decoder), None)
+        if end is None:
+            raise ValueError("the chat template must end an answer by a token of its own")
+        count, eos = before.count(end) + 1, self.tokenizer.eos_token_id
+        inputs = self.apply_chat_template(
+            [[*answered, *chat] for chat in chats], generation_mode="interleaved", **kwargs
+        ).to(output.sequences.device)
+        last = [int(ids[mask][-1]) for ids, mask in zip(output.sequences, output.attention_mask.bool())]
+        is_cut = torch.tensor([[token not in (end, eos)] for token in last], device=output.sequences.device)
         # a null prompt lacks the answer's text, and so its end too
-        for prefix, masked in (("", is_cut), ("negative_", torch.ones_like(is_cut))):
-            inputs[prefix + "input_ids"] = torch.cat([end, inputs[prefix + "input_ids"]], dim=1)
-            masks = [masked, torch.ones_like(end[:, 1:]), inputs[prefix + "attention_mask"]]
-            inputs[prefix + "attention_mask"] = torch.cat(masks, dim=1)
+        for prefix, lacks_end in (("", is_cut), ("negative_", torch.ones_like(is_cut))):
+            ids, mask = inputs[prefix + "input_ids"], inputs[prefix + "attention_mask"].bool()
+            is_end = (ids == end) & mask
+            place = is_end.cumsum(dim=1)
+            mask &= (place >= count) & (lacks_end | ~is_end | (place > count))
+            first = int(mask.any(dim=0).int().argmax())
+            inputs[prefix + "input_ids"], inputs[prefix + "attention_mask"] = ids[:, first:], mask[:, first:].long()
         return inputs
 
     def _render_null_prompts(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conversion.text_models import LLAMA_TEMPLATE, llama, llama_tokenizer, qwen2, qwen2_5_vl, save
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor
 from transformers_nextflow.cli import main as command
 from transformers_nextflow.conversion.decoder import hub_key
-from transformers_nextflow.conversion.language_model import convert
+from transformers_nextflow.conversion.language_model import convert, convert_back
 from transformers_nextflow.conversion.text_tokenizer import ImageTokens
 
 ROOT = Path(__file__).parents[2]
@@ -105,6 +107,15 @@ def test_new_parts_are_at_their_initialisation(source, vq_folder, tmp_path):
     assert model.model.connector[0].weight.std() > 0
     assert not model.model.scale_embedding.index.weight.any()
     assert not model.model.scale_embedding.length.weight.any()
+
+
+def test_the_card_names_sources_in_the_hubs_cache_by_their_ids(source, vq_folder, tmp_path):
+    snapshot = tmp_path / "models--owner--text-1.5B" / "snapshots" / ("0" * 40)
+    shutil.copytree(source, snapshot)
+    convert(snapshot, vq_folder, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Text decoder and text tokenizer: owner/text-1.5B. " in card
+    assert f"Vision tokenizer: {vq_folder.name}. " in card
 
 
 def test_the_vision_tokenizer_of_a_whole_nextflow_is_taken(source, tiny_checkpoint, tiny_model, tmp_path):
@@ -200,6 +211,23 @@ def test_chats_are_the_text_models_own(chat, template, vq_folder, tmp_path):
     assert processor.apply_chat_template(CHATS[chat])["input_ids"].tolist() == [ids]
 
 
+@pytest.mark.parametrize("template", [LLAMA_TEMPLATE, LLAMA_TEMPLATE.replace("{{- bos_token }}", "")])
+def test_chats_begin_as_the_template_says_whatever_the_tokenizer_adds_to_texts(template, vq_folder, tmp_path):
+    tokenizer = llama_tokenizer(template)
+    begins = {"special_tokens": [("<s>", tokenizer.bos_token_id)]}
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", pair="<s> $A $B", **begins)
+    save(llama(tokenizer), tokenizer, tmp_path / "source")
+    convert(tmp_path / "source", vq_folder, tmp_path / "out")
+    processor = NextFlowProcessor.from_pretrained(tmp_path / "out")
+    assert processor(text="a")["input_ids"][0][0] == tokenizer.bos_token_id
+    chat = [{"role": "user", "content": SENTENCE}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert processor.apply_chat_template(chat)["input_ids"].tolist() == [ids]
+    inputs = processor.apply_chat_template(chat, generation_mode="image")
+    assert inputs["input_ids"].tolist() == [[*ids, processor.boi_token_id]]
+    assert inputs["negative_input_ids"][0].tolist().count(tokenizer.bos_token_id) == ids.count(tokenizer.bos_token_id)
+
+
 @torch.no_grad()
 def test_it_draws_and_reads_pictures_in_the_text_models_own_chats(vq_folder, tmp_path):
     tokenizer = llama_tokenizer()
@@ -221,6 +249,59 @@ def test_it_draws_and_reads_pictures_in_the_text_models_own_chats(vq_folder, tmp
     assert (inputs["input_ids"] == model.config.image_token_id).sum() == 4 + 9 + 9
     answer = model.generate(**inputs, do_sample=False, max_new_tokens=4)
     assert answer.shape[1] > inputs["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize("opening", ["", "Be brief.</s>"])
+@torch.no_grad()
+def test_a_next_turn_is_in_the_text_models_own_template(opening, vq_folder, tmp_path):
+    """What the template begins a chat with does not come again."""
+    tokenizer = llama_tokenizer(LLAMA_TEMPLATE.replace("bos_token }}", "bos_token }}" + opening))
+    save(llama(tokenizer), tokenizer, tmp_path / "source")
+    convert(tmp_path / "source", vq_folder, tmp_path / "out")
+    model = NextFlowForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
+    processor = NextFlowProcessor.from_pretrained(tmp_path / "out")
+    chats = [[{"role": "user", "content": text}] for text in ("a red circle", "17")]
+    inputs = processor.apply_chat_template(chats, generation_mode="interleaved")
+    output = model.generate(**inputs, generation_mode="interleaved", max_new_tokens=3, max_new_images=0)
+    output.sequences[0, -1] = tokenizer.eos_token_id  # of an answer that ended by itself
+    turn = [[{"role": "user", "content": text}] for text in ("42", "a blue square")]
+    following = model.next_turn(output, **processor.apply_next_turn(output, turn, negative_prompt="a star"))
+
+    def texts(of, name: str) -> list[str]:
+        rows = zip(of[f"{name}input_ids"], of[f"{name}attention_mask"].bool())
+        return [processor.tokenizer.decode(ids[mask]) for ids, mask in rows]
+
+    whole = {"input_ids": output.sequences, "attention_mask": output.attention_mask}
+    first, second = texts(whole, "")
+    goes_on = "\n[user] {}</s>\n[assistant]"
+    assert first.endswith("</s>") and not second.endswith("</s>")
+    assert texts(following, "") == [first + goes_on.format("42"), second + "</s>" + goes_on.format("a blue square")]
+    nulls = [null + "</s>" + goes_on.format("a star") for null in texts(inputs, "negative_")]
+    assert texts(following, "negative_") == nulls
+    endless = LLAMA_TEMPLATE.replace("{{ eos_token }}", "")
+    with pytest.raises(ValueError, match="the chat template must end an answer by a token of its own"):
+        processor.apply_next_turn(output, turn, chat_template=endless)
+
+
+def test_what_came_back_becomes_a_nextflow_again(vq_folder, tiny_checkpoint, tmp_path, capsys):
+    """With chats of a template of its own, and with the processor's."""
+    tokenizer = llama_tokenizer()
+    save(llama(tokenizer), tokenizer, tmp_path / "source")
+    convert(tmp_path / "source", vq_folder, tmp_path / "first")
+    chat = [{"role": "user", "content": "a red circle"}]
+    for number, first in enumerate((tmp_path / "first", tiny_checkpoint)):
+        text, again = tmp_path / f"text-{number}", tmp_path / f"again-{number}"
+        convert_back(first, text)
+        convert(text, vq_folder, again)
+        before, after = map(NextFlowProcessor.from_pretrained, (first, again))
+        for mode in ("text", "image"):
+            prompts = [
+                each.apply_chat_template(chat, generation_mode=mode, tokenize=False) for each in (before, after)
+            ]
+            assert prompts[0] == prompts[1]
+    others = ["--boi", "<spare_2>", "--eoi", "<spare_0>", "--image", "<spare_1>"]
+    assert main([str(tmp_path / "text-0"), str(vq_folder), str(tmp_path / "other"), *others]) == 2
+    assert "the chat template has tokens of pictures, <spare_2>, <spare_0>, <spare_1> not" in capsys.readouterr().err
 
 
 def test_a_tokenizer_without_a_chat_template_speaks_chatml_if_it_has_its_tokens(source, vq_folder, tmp_path, capsys):

@@ -389,6 +389,20 @@ except ValueError as error:
     assert all((Path(folder) / path).read_bytes() == (packs / path).read_bytes() for path in sent)
 
 
+def test_the_doctor_examines_shards_on_the_hub(packs, data_checkpoint, tmp_path):
+    shutil.copytree(packs, tmp_path / "packs")
+    script = f"""
+from transformers_nextflow.cli import main
+from transformers_nextflow.data import push_to_hub
+push_to_hub("packs", "someone/packs")
+main(["doctor", {str(data_checkpoint)!r}, "someone/packs", "--json"])
+"""
+    with hub_stand_in() as hub:
+        findings = json.loads(run_fresh(script, tmp_path, **hub.environment))["findings"]
+    (files,) = (finding for finding in findings if finding["check"] == "files")
+    assert files["severity"] == "ok"
+
+
 # Command line
 
 

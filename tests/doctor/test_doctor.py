@@ -560,6 +560,14 @@ def test_the_command_writes_figures_and_a_report_and_exits_with_1_on_alarms(
     assert figures["fault"] == UNTRAINED
     assert {"check", "measured", "expected", "severity", "cause", "next_step"} <= set(figures["findings"][0])
     assert UNTRAINED in (tmp_path / "report" / "report.html").read_text()
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "1.txt").write_bytes("ein Bär".encode("latin-1"))
+    assert cli.main(["doctor", str(tiny_checkpoint), "."]) == 2
+    assert "1.txt is no text in UTF-8" in capsys.readouterr().err
+    (tmp_path / "1.txt").unlink()
+    assert len(read_pictures(tmp_path)) == 3
+    assert cli.main(["doctor", str(tiny_checkpoint), ".", "--report", "0.png"]) == 2
+    assert "--report must be a folder, got the file 0.png" in capsys.readouterr().err
     assert cli.main(["doctor", str(tiny_checkpoint), "nowhere"]) == 2
     assert "there is no folder nowhere" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()

@@ -201,6 +201,23 @@ def test_a_streamed_answer_is_the_whole_one(address, tiny_model, modalities):
         assert len(between) > 1
 
 
+def test_half_a_character_before_a_picture_is_streamed_too(address, tiny_model, text_tokenizer):
+    boi, half, number = tiny_model.config.boi_token_id, text_tokenizer.convert_tokens_to_ids("\u00e2"), 0
+
+    def opens_after_half_a_character(module, args, logits):
+        nonlocal number
+        number += 1
+        return likely(logits, {2: half, 3: boi}[number]) if number in (2, 3) else logits
+
+    body = {"extra_body": {"modalities": ["text", "image"]}}
+    handle = tiny_model.lm_head.register_forward_hook(opens_after_half_a_character)
+    whole = client(address).chat.completions.create(**SETTINGS | body)
+    number = 0
+    _, content, _ = streamed(address, **body)
+    handle.remove()
+    assert content == whole.choices[0].message.content and "\ufffd\n\n![](picture-0)" in content
+
+
 def test_a_stream_comes_while_it_is_written(tiny_model, tiny_processor):
     """And who leaves it leaves the queue."""
     written, let_go = 0, threading.Event()
@@ -234,6 +251,22 @@ def test_a_stream_that_is_refused_has_the_status(address):
     with pytest.raises(openai.BadRequestError, match="positions") as refused:
         client(address).chat.completions.create(**SETTINGS | {"messages": sent("a " * 5000)}, stream=True)
     assert refused.value.param == "messages"
+
+
+def test_a_stream_that_fails_in_its_midst_ends_in_an_error_of_openais(address, tiny_model):
+    number = 0
+
+    def fails_at_the_fourth(module, args, logits):
+        nonlocal number
+        number += 1
+        return logits * float("nan") if number >= 4 else logits
+
+    handle = tiny_model.lm_head.register_forward_hook(fails_at_the_fourth)
+    stream = client(address).chat.completions.create(**SETTINGS, stream=True)
+    with pytest.raises(openai.APIError, match="the logits are not finite") as failed:
+        list(stream)
+    handle.remove()
+    assert failed.value.param == "messages"
 
 
 def test_an_answer_goes_back_as_it_came(address, tiny_model, tiny_processor):

@@ -28,7 +28,7 @@ from .. import (
     NextFlowVQModel,
 )
 from ..utils.files import output_folder
-from ..utils.loading import begin_anew, load_config, load_generation_config, load_vq_model, naming
+from ..utils.loading import begin_anew, load_config, load_generation_config, load_vq_model, naming, source_name
 from ..utils.safetensors_folder import SafetensorsFolder
 from .checkpoints import write_shards
 from .decoder import EMBEDDING, TextDecoder, hub_key, shared_fields, text_config_of
@@ -125,7 +125,7 @@ def convert(
                 partial, plan, lambda name: first.pop(name) if name in first else decoder.tensor(name), max_shard_size
             )
             processor.save_pretrained(partial)
-            names = {"name": Path(output).name, "text": Path(text_model).resolve().name, "vq": Path(vq).resolve().name}
+            names = {"name": Path(output).name, "text": source_name(text_model), "vq": source_name(vq)}
             (partial / "README.md").write_text(README.format(**names), encoding="utf-8")
             load_generation_config(folder, config).save_pretrained(partial)
             config.save_pretrained(partial)

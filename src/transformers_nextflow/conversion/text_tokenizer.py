@@ -82,11 +82,11 @@ def load_text_tokenizer(folder: str | Path, chosen: ImageTokens | None = None) -
 
 
 def chat_template_of(tokenizer, tokens: ImageTokens) -> str | None:
-    """The tokenizer's own chat template with pictures in it; `None`, the processor's ChatML, for a tokenizer without
-    one that has ChatML's tokens.
+    """The tokenizer's own chat template with pictures in it, which it has already where it comes out of a NextFlow;
+    `None`, the processor's ChatML, for a tokenizer without one that has ChatML's tokens.
 
     Raises:
-        ValueError: if it has neither.
+        ValueError: if it has neither, or its pictures are of other tokens.
     """
     if tokenizer.chat_template is None:
         if set(CHATML_TOKENS) <= tokenizer.get_added_vocab().keys():
@@ -95,7 +95,12 @@ def chat_template_of(tokenizer, tokens: ImageTokens) -> str | None:
             f"the text tokenizer has neither a chat template nor the tokens {' and '.join(CHATML_TOKENS)} of the "
             f"default one: put a chat_template.jinja beside it"
         )
+    template = tokenizer.get_chat_template().removesuffix("\n")
+    if "generation_mode" in template:
+        if others := [token for token in tokens if token not in template]:
+            raise ValueError(f"the chat template has tokens of pictures, {', '.join(others)} not among them")
+        return template
     before, after = PICTURES, OPENING
     for name, token in tokens._asdict().items():
         before, after = (part.replace(f"<{name}>", token) for part in (before, after))
-    return before + tokenizer.get_chat_template().removesuffix("\n") + after
+    return before + template + after

@@ -9,6 +9,7 @@ from typer import Argument, Option, Typer
 
 from ..utils.commands import Json, Model, command, print_figures
 from ..utils.files import read_json
+from ..utils.lazy import needing_extra
 from ..utils.loading import load_config, model_name
 
 app = Typer()
@@ -106,9 +107,10 @@ def extract(
     json: Json = False,
 ) -> None:
     """Documents to shards of ids and image codes; resumes."""
-    from ..quantizer import SelfCorrection
-    from .extraction import ExtractionSettings, Source
-    from .extraction import extract as run
+    with needing_extra("train", "data extract"):
+        from ..quantizer import SelfCorrection
+        from .extraction import ExtractionSettings, Source
+        from .extraction import extract as run
 
     self_correction = None
     if not correction.no_self_correction:
@@ -163,9 +165,10 @@ def pack(
     json: Json = False,
 ) -> None:
     """Shards of documents to shards of packs; resumes."""
-    from .costs import CostModel
-    from .packing import BatchPadding, ComputeBudget, FixedLength
-    from .packing import pack as run
+    with needing_extra("train", "data pack"):
+        from .costs import CostModel
+        from .packing import BatchPadding, ComputeBudget, FixedLength
+        from .packing import pack as run
 
     if costs.cost_model:
         cost_model = CostModel.from_dict(read_json(Path(costs.cost_model)))
@@ -193,7 +196,8 @@ def pack(
 @command(app)
 def verify(shards: Shards, model: Model = None, json: Json = False) -> None:
     """Every hash and row, and that samples decode to their inputs."""
-    from .shards import verify as run
+    with needing_extra("train", "data verify"):
+        from .shards import verify as run
 
     print_figures(run(shards, model_name(model)), json)
 
@@ -208,7 +212,8 @@ def inspect(
     json: Json = False,
 ) -> None:
     """Statistics; with --output a cost plot and decoded pictures."""
-    from .inspection import contact_sheet, summarize
+    with needing_extra("train", "data inspect"):
+        from .inspection import contact_sheet, summarize
 
     summary = contact_sheet(shards, model_name(model), output, count, seed) if output else summarize(shards)
     summary.pop("costs")

@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw
 
 from ..image_processing_nextflow import open_picture
 from ..scales import ScaleSchedule, ScheduleTable
+from ..utils.files import read_text
 
 COLOURS = {"red": (214, 40, 40), "green": (40, 160, 70), "blue": (40, 80, 210)}
 COLOURS |= {"yellow": (240, 200, 40), "purple": (140, 60, 170), "orange": (240, 140, 30)}
@@ -51,13 +52,14 @@ def read_pictures(folder: str | Path, limit: int = 48) -> list[Picture]:
     """The pictures of a folder; `name.txt` beside `name.png` describes it.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is none, or a file is no picture, or no text in UTF-8.
     """
-    paths = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in FILES)[:limit]
+    files = filter(Path.is_file, Path(folder).iterdir())
+    paths = sorted(path for path in files if path.suffix.lower() in FILES)[:limit]
     if not paths:
         raise ValueError(f"{folder} holds no pictures ({', '.join(FILES)})")
     texts = [path.with_suffix(".txt") for path in paths]
     return [
-        Picture(open_picture(path), text.read_text(encoding="utf-8").strip() if text.is_file() else None)
+        Picture(open_picture(path), read_text(text).strip() if text.is_file() else None)
         for path, text in zip(paths, texts)
     ]

@@ -21,7 +21,7 @@ from ..utils.files import png_base64
 from .batching import Batcher
 from .bodies import Route
 from .chats import message_of, read_chat
-from .errors import RequestError, add_error_handlers
+from .errors import RequestError, add_error_handlers, body_of
 from .gate import Gate
 from .jobs import Answer, Job, Studio
 from .limits import Limits
@@ -153,9 +153,13 @@ def create_app(
 
         async def events() -> AsyncIterator[str]:
             yield event(head | choices(None, delta=opening))
-            async with aclosing(deltas):
-                async for delta, answer in deltas:
-                    yield event(head | choices(answer, delta=delta))
+            try:
+                async with aclosing(deltas):
+                    async for delta, answer in deltas:
+                        yield event(head | choices(answer, delta=delta))
+            except Exception as error:
+                yield event(body_of(error))
+                raise
             if asked.stream_options is not None and asked.stream_options.include_usage:
                 yield event(head | {"choices": []} | usage(answer))
             yield "data: [DONE]\n\n"

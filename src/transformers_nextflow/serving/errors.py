@@ -26,12 +26,23 @@ class RequestError(HTTPException):
         self.param, self.code = param, code
 
 
-def error_response(
-    status: int, message: str, param: str | None = None, code: str | None = None, headers: Mapping | None = None
-) -> JSONResponse:
+def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict:
     """OpenAI's form of an error."""
     kind = TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
-    return JSONResponse({"error": {"message": message, "type": kind, "param": param, "code": code}}, status, headers)
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def body_of(error: Exception) -> dict:
+    """OpenAI's form of what was raised."""
+    if isinstance(error, RequestError):
+        return error_body(error.status_code, error.detail, error.param, error.code)
+    if isinstance(error, HTTPException):
+        return error_body(error.status_code, error.detail)
+    return error_body(500, "the server failed; its log says why")
+
+
+def error_response(status: int, message: str, param: str | None = None, code: str | None = None) -> JSONResponse:
+    return JSONResponse(error_body(status, message, param, code), status)
 
 
 def add_error_handlers(app: FastAPI) -> None:
@@ -50,12 +61,11 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> JSONResponse:
-        of_field = (error.param, error.code) if isinstance(error, RequestError) else ()
-        return error_response(error.status_code, str(error.detail), *of_field, headers=error.headers)
+        return JSONResponse(body_of(error), error.status_code, error.headers)
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> JSONResponse:
-        return error_response(500, "the server failed; its log says why")
+        return JSONResponse(body_of(error), 500)
 
 
 def field_name(location: Sequence[str | int]) -> str | None:

@@ -269,10 +269,9 @@ class Growing(BaseStreamer):
             self.texts.append([])
         elif token != self.config.eoi_token_id:
             self.texts[-1].append(token)
-        # half a character shows as U+FFFD
-        first, *others = (
-            self.tokenizer.decode(text, skip_special_tokens=True).strip().rstrip("\ufffd") for text in self.texts
-        )
+        texts = [self.tokenizer.decode(text, skip_special_tokens=True).strip() for text in self.texts]
+        texts[-1] = texts[-1].rstrip("\ufffd")  # half a character, of which the rest may come
+        first, *others = texts
         parts = [first, *(part for text in others for part in (None, text))]
         self.tell([part for part in parts if part != ""])
 

@@ -11,6 +11,8 @@ from typer import Argument, Option, Typer
 
 from ..utils import export
 from ..utils.commands import Dtype, Json, Model, command, forward, print_figures
+from ..utils.files import read_text
+from ..utils.lazy import needing_extra
 from ..utils.loading import model_name
 from .finetune_settings import RATE_OF_ADAPTERS, RATE_OF_ALL, FinetuneSettings
 
@@ -94,11 +96,12 @@ def finetune(
     json: Json = False,
 ) -> None:
     """Pictures and their captions to a model that draws them; resumes."""
-    from ..data import Source
-    from . import finetune as run
+    with needing_extra("train", "finetune"):
+        from ..data import Source
+        from . import finetune as run
 
     of_pictures = {name: getattr(pictures, name) for name in ("level", "held_out", "drop_captions")}
-    prior = [] if tuning.prior is None else Path(tuning.prior).read_text(encoding="utf-8").splitlines()
+    prior = [] if tuning.prior is None else read_text(Path(tuning.prior)).splitlines()
     given = vars(tuning) | of_pictures | {"prior": tuple(filter(str.strip, prior))}
     settings = FinetuneSettings(**given)
     source = Source(photos, pictures.split, pictures.config)

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HTTPError
 
-from .files import output_folder
-from .loading import base_of, load_config, load_generation_config, load_merged, load_processor
+from .files import output_folder, read_text
+from .loading import base_of, load_config, load_generation_config, load_merged, load_processor, source_name
 from .safetensors_folder import SafetensorsFolder
 
 README, SCORES = "README.md", "scores.json"
@@ -116,7 +117,7 @@ def merge(adapters: str, output: str | Path, dtype: torch.dtype | None = None) -
         raise ValueError(f"{adapters} holds no adapters: there is no adapter_config.json")
     with output_folder(output) as folder:
         write_whole(adapters, folder, dtype)
-        names = {"name": Path(output).name, "base": Path(base).name, "adapters": Path(adapters).resolve().name}
+        names = {"name": Path(output).name, "base": source_name(base), "adapters": source_name(adapters)}
         (folder / README).write_text(MERGED.format(**names), encoding="utf-8")
 
 
@@ -145,6 +146,7 @@ def export(folder: str | Path, to: str, push: bool = False) -> str:
     Raises:
         ValueError: if the folder's weights are damaged, or other than safetensors.
         FileExistsError: if the new folder exists.
+        OSError: if the Hub does not answer, or refuses.
     """
     name = str(folder)
     is_adapter = base_of(name) is not None
@@ -161,8 +163,13 @@ def export(folder: str | Path, to: str, push: bool = False) -> str:
         if not push:
             return to
         api = HfApi()
-        api.create_repo(to, exist_ok=True)
-        return str(api.upload_folder(repo_id=to, folder_path=partial, commit_message="Export").commit_url)
+        try:
+            api.create_repo(to, exist_ok=True)
+            return str(api.upload_folder(repo_id=to, folder_path=partial, commit_message="Export").commit_url)
+        except OSError:  # what the Hub answers
+            raise
+        except HTTPError as error:
+            raise ConnectionError(f"the Hub does not answer: {error}") from error
 
 
 def _write(folder: Path, output: Path, name: str) -> None:
@@ -187,8 +194,8 @@ def model_card(folder: Path, config, weights: SafetensorsFolder, name: str) -> s
     `widget` are added where absent.
     """
     readme = folder / README
-    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
-    found = re.match(r"---\n(.*?)\n---\n", text, flags=re.DOTALL)
+    text = read_text(readme) if readme.is_file() else ""
+    found = re.match(r"---\n(.*?)\n---(?:\n|$)", text, flags=re.DOTALL)
     lines = found[1].splitlines() if found else []
     given = {line.split(":")[0] for line in lines}
     defaults = {"library_name": "transformers", "pipeline_tag": "any-to-any", "tags": "[nextflow]"}

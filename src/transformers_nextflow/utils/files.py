@@ -41,6 +41,14 @@ def png_base64(picture: Image.Image) -> str:
     return b64encode(file.getvalue()).decode()
 
 
+def read_text(path: Path) -> str:
+    """A text in UTF-8; raises `ValueError` with the file's name for anything else."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: {error}") from error
+
+
 def read_json(path: Path) -> dict:
     """A JSON object; raises `ValueError` with the file's name for anything else."""
     try:
@@ -57,11 +65,14 @@ def output_folder(path: str | Path) -> Iterator[Path]:
     """A hidden folder beside `path`, which becomes `path` when everything in it is written.
 
     Raises:
-        FileExistsError: if there is something at `path` already.
+        FileExistsError: if there is something at `path` already, or a file system.
     """
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{path} exists already; name a new folder")
+    if path.is_mount():  # as volumes of containers are, which nothing can take the place of
+        raise FileExistsError(f"{path} is the root of a file system; name a new folder in it")
+    path = path.resolve()  # a link stays one
     partial = path.with_name(f".{path.name}.{uuid4().hex}.partial")
     partial.mkdir(parents=True)
     try:

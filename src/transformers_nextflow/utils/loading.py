@@ -63,6 +63,16 @@ def model_name(model: str | None) -> str:
     return model
 
 
+def source_name(name: str | Path) -> str:
+    """What a card calls a source: a Hub id, also where its folder in the Hub's cache was named; of other folders the
+    last part of the path."""
+    if not Path(name).exists():
+        return str(name)
+    path = Path(name).resolve()
+    found = re.search(r"/models--([^/]+?)--([^/]+)/snapshots/[^/]+$", path.as_posix())
+    return "/".join(found.groups()) if found else path.name
+
+
 def base_of(name: str, **revision: str) -> str | None:
     """The model that the adapters of a folder or Hub id are for, where they name a revision the folder that holds it;
     `None` where it holds a model.
