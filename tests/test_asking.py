@@ -4,7 +4,9 @@ import copy
 import json
 import pickle
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
@@ -19,9 +21,11 @@ from tiny_models import (
     EOS,
     IMAGE,
     PAD,
+    SCHEDULES,
     SQUARE,
     TEXT_ROWS,
     WIDE,
+    Picture,
     batch_of,
     relative,
     shown,
@@ -39,8 +43,10 @@ from transformers_nextflow import (
     NextFlowForConditionalGeneration,
     NextFlowImageProcessor,
     ScaleInterval,
+    SelfCorrection,
 )
 from transformers_nextflow.cli import main
+from transformers_nextflow.features import scale_taps
 from transformers_nextflow.layout import build_layout
 
 PROMPTS = [[10, 11, 12, BOI], [13, BOI], [14, 15, BOI]]
@@ -61,6 +67,51 @@ def guided(model, prompts=PROMPTS, nulls=NULLS) -> dict:
 
 
 # No call leaves a trace
+
+
+@contextmanager
+def torch_with(default: torch.dtype | str) -> Iterator[None]:
+    """While another dtype or device is torch's default; `"meta"` shows all that would be made there."""
+    if isinstance(default, str):
+        with torch.device(default):
+            yield
+        return
+    torch.set_default_dtype(default)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64, "meta"], ids=str)
+def test_torchs_defaults_change_nothing(model, default):
+    """Neither while scripts, or models that other threads load, have set them, nor afterwards."""
+    pixels = torch.rand(2, 3, 12, 12, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    ids = batch_of(model, [10, Picture(SQUARE, 1), 11], [12, Picture(WIDE, 2), 13, 14])
+    ids["labels"] = ids["input_ids"].masked_fill(ids["attention_mask"] == 0, -100)
+    chat, prompts = batch_of(model, [10, shown(SQUARE, 1), 11], [12, 13]), guided(model)
+    writing = {"max_new_tokens": 2, "max_new_images": 1, "seed": 0, "height": 12, "width": 12}
+    writing |= {"generation_mode": "interleaved", "forced_eos_token_id": [BOI], "output_logits": True}
+    processor = NextFlowImageProcessor(4, SCHEDULES, {"12": 3}, image_mean=[0.48, 0.46, 0.41])
+
+    def everything() -> list[torch.Tensor]:
+        scale_taps.cache_clear()
+        with torch.no_grad():
+            read = model(**ids)
+        drawn = model.generate(**prompts, **PLAIN | {"guidance_scale": 2.0}, num_images_per_prompt=2)
+        written = model.generate(**chat, **writing)
+        codes = model.model.vq_model.encode(pixels, SelfCorrection(), seed=0, keys=["a", "b"])
+        decoded = model.model.vq_model.decode(codes[0], SQUARE)
+        pictures = [torch.from_numpy(np.array(picture)) for picture in processor.postprocess(decoded)]
+        return [read.loss, read.logits, drawn, *written.logits[0], written.image_codes, *codes, decoded, *pictures]
+
+    expected = everything()
+    with torch_with(default):
+        changed = everything()
+    with torch.no_grad():
+        kept = model(**ids).logits
+    for got, wanted in zip([*changed, kept], [*expected, expected[1]], strict=True):
+        assert got.dtype == wanted.dtype and torch.equal(got, wanted)
 
 
 def test_threads_on_one_model_draw_as_alone(model):

@@ -90,7 +90,7 @@ class Answer:
 
     def stream(self, token_id: int) -> None:
         if self.streamer is not None:
-            self.streamer.put(torch.tensor([token_id]))
+            self.streamer.put(torch.tensor([token_id], device="cpu"))
 
 
 @dataclass

@@ -91,7 +91,8 @@ class ScaleEmbedding(nn.Module):
         """(...) scale indices and numbers of scales, both at least 1 -> (..., D)."""
         indices = self.index(scale_ids)
         half = self.length.in_features // 2
-        frequencies = torch.exp(torch.arange(half, device=num_scales.device) * (-math.log(10_000) / half))
+        places = torch.arange(half, dtype=torch.float32, device=num_scales.device)
+        frequencies = torch.exp(places * (-math.log(10_000) / half))
         angles = torch.arange(self.max_scales + 1, device=num_scales.device)[:, None] * frequencies
         waves = torch.cat([angles.sin(), angles.cos()], dim=-1)  # one row for each number of scales
         return indices + F.embedding(num_scales, self.length(waves.to(indices.dtype)))
