@@ -521,6 +521,24 @@ def test_guidance_of_a_generation_config_is_that_of_the_keyword(model):
         assert torch.equal(model.generate(**inputs, generation_config=said, **over), plain)
 
 
+def test_a_generation_config_of_ones_own_leaves_the_rest_to_the_models(tmp_path, model):
+    """As for text: what it does not say; and what the call itself says goes over both."""
+    model.save_pretrained(tmp_path)
+    other = type(model).from_pretrained(tmp_path)
+    controls = {"guidance_scale": 1.0, "temperature": 0.7, "aspect_ratio": "2:1"}
+    other.generation_config.update(pad_token_id=PAD, image_generation=controls, allow_custom_entries=True)
+    inputs = batch_of(model, *PROMPTS)
+    padded = {"input_ids": inputs["input_ids"], "generation_mode": "image", "seed": 0}
+    for said in ({"max_new_tokens": 4}, {"guidance_scale": 9.0}, {"image_generation": {"top_k": 3}}):
+        options = {"aspect_ratio": "2:1", "temperature": 0.7} | said.get("image_generation", said)
+        expected = model.generate(**inputs, **PLAIN | options)
+        drawn = other.generate(**padded, pad_token_id=None, generation_config=GenerationConfig(**said))
+        assert torch.equal(drawn, expected)
+    greedy = model.generate(**inputs, **PLAIN, aspect_ratio="2:1", temperature=0.0)
+    assert torch.equal(other.generate(**padded, do_sample=False), greedy)
+    assert other.drawn_grid() == WIDE and other.drawn_grid(aspect_ratio="1:1") == SQUARE
+
+
 def test_defaults_that_are_none(model):
     with pytest.raises(ValueError, match="image_generation must be an ImageGenerationConfig or a dict"):
         model.generate(**batch_of(model, *PROMPTS), generation_mode="image", image_generation=["top_k"])
