@@ -370,6 +370,18 @@ def test_static_cache_is_dynamic_cache(model):
         assert torch.equal(static, dynamic)
 
 
+@pytest.mark.parametrize("is_read", [False, True], ids=["no cache", "cache"])
+def test_pictures_without_their_grids_are_not_taken_for_text(model, is_read):
+    """As they would be, at other positions than those they were read at."""
+    batch, options = batch_of(model, *ROWS), {"max_new_tokens": 2, "do_sample": False}
+    ids, cache = batch["input_ids"], {}
+    if is_read:
+        first = model.generate(**batch, **options, return_dict_in_generate=True)
+        ids, cache = first.sequences, {"past_key_values": first.past_key_values}
+    with pytest.raises(ValueError, match="hold <image> tokens, but no image_grid_hw came"):
+        model.generate(ids, **cache, **options)
+
+
 def test_text_continues_from_a_cache_that_holds_its_pictures(model):
     batch = batch_of(model, ROWS[0])
     options = {"do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}

@@ -117,7 +117,9 @@ class NextFlowGenerationMixin(ImageCodesMixin, TextGenerationMixin):
         if kwargs.get("input_ids") is None:
             raise ValueError(f'generation_mode="{generation_mode}" reads prompts as input_ids, got none')
         # as in transformers, one's own says what it says, and the model's the rest
-        configs = [config for config in (self.generation_config, kwargs.get("generation_config")) if config is not None]
+        configs = [
+            config for config in (self.generation_config, kwargs.get("generation_config")) if config is not None
+        ]
         pad_token_ids = [config.pad_token_id for config in configs] + [kwargs.get("pad_token_id")]
         pad_token_id = next((token for token in reversed(pad_token_ids) if token is not None), None)
         prompts = Prompts(**{name: kwargs.pop(name) for name in names}).checked(self.config, pad_token_id)
