@@ -32,7 +32,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
-from .attention import FLEX, Apart, Part, refuse_dense_mask, sequence_mask
+from .attention import Apart, Part, is_decoders_alone, refuse_dense_mask, sequence_mask
 from .block_attention import Segments, attend_by_segments
 from .cache_name import CACHE, takes_cache
 from .configuration_nextflow import NextFlowConfig
@@ -142,10 +142,11 @@ class NextFlowPreTrainedModel(LibraryModel):
         return super().train(mode)
 
     def set_attn_implementation(self, attn_implementation: str | dict, **kwargs) -> None:
-        """As of the library's models; flex attention is the decoder's alone, see [`NextFlowModel`]."""
-        if attn_implementation == FLEX:
-            self.base_model.language_model.set_attn_implementation(FLEX, **kwargs)
-            self.config._attn_implementation = {"": FLEX}
+        """As of the library's models; flex and FlashAttention are the decoder's alone, see [`NextFlowModel`]."""
+        if isinstance(attn_implementation, str) and is_decoders_alone(attn_implementation):
+            decoder = self.base_model.language_model
+            decoder.set_attn_implementation(attn_implementation, **kwargs)
+            self.config._attn_implementation = {"": decoder.config._attn_implementation}
         else:
             super().set_attn_implementation(attn_implementation, **kwargs)
 
@@ -227,13 +228,14 @@ class NextFlowModelOutput(BaseModelOutputWithPast):
 class NextFlowModel(NextFlowPreTrainedModel):
     """The decoder with its visual inputs, without heads.
 
-    Under `attn_implementation="flex_attention"` the vision tokenizer stays with SDPA: its attention has no masks that
-    blocks could be left out of, and its codes must not depend on the decoder's attention.
+    Under `attn_implementation="flex_attention"` or FlashAttention the vision tokenizer stays with SDPA: its attention
+    has no masks that blocks could be left out of, it is float32, which FlashAttention does not take, and its codes must
+    not depend on the decoder's attention.
     """
 
     def __init__(self, config: NextFlowConfig):
         super().__init__(config)
-        if config._attn_implementation == FLEX:
+        if is_decoders_alone(config._attn_implementation):
             config.vq_config._attn_implementation = "sdpa"
         width, code_dim = config.text_config.hidden_size, config.vq_config.code_dim
         self.language_model = NextFlowTextModel(config.text_config)

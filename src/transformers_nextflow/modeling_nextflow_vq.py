@@ -276,7 +276,6 @@ class NextFlowVQModel(Float32, LibraryModel):
         *("semantic_encoder", "semantic_to_code", "pixel_encoder", "quantizer", "semantic_decoder", "pixel_decoder")
     ]
     _supports_sdpa = True
-    _supports_flash_attn = True
     supports_gradient_checkpointing = True
 
     def __init__(self, config: NextFlowVQConfig):
