@@ -2,6 +2,8 @@
 and a hook that lets each module have its weights only while it runs."""
 
 import copy
+import json
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -11,6 +13,7 @@ from pretended_devices import DEVICES, PretendedDevices
 from tiny_models import BOI, EOS, PATCH, SQUARE, WIDE, Picture, batch_of, relative, shown, tiny_config, tiny_model
 
 from transformers_nextflow import NextFlowForConditionalGeneration
+from transformers_nextflow.data.shards import vision_identity
 
 accelerate = pytest.importorskip("accelerate")
 
@@ -172,6 +175,28 @@ def test_parts_on_disk(model, use, part, tmp_path):
     )
     other.generation_config = model.generation_config
     assert_same(use, model, other)
+
+
+@pytest.mark.parametrize("is_all", [False, True], ids=["decoder", "all"])
+def test_a_vision_tokenizer_of_another_folder_beside_parts_on_disk(is_all, tmp_path):
+    """As checkpoints of a training refer to it."""
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "model")
+    reference = {"model": str(tmp_path / "model"), "sha256": vision_identity(model.model.vq_model)}
+    shutil.copytree(tmp_path / "model", tmp_path / "checkpoint")
+    config = json.loads((tmp_path / "model" / "config.json").read_text()) | {"vision_tokenizer": reference}
+    (tmp_path / "checkpoint" / "config.json").write_text(json.dumps(config))
+    names = ("lm_head", "code_head", "model.code_embeddings", "model.connector", "model.scale_embedding")
+    places = dict.fromkeys(names, "disk" if is_all else "cpu") | {
+        "model.language_model": "disk",
+        "model.vq_model": "cpu",
+    }
+    options = {"device_map": places, "offload_folder": tmp_path / "offloaded"}
+    other = NextFlowForConditionalGeneration.from_pretrained(tmp_path / "checkpoint", **options)
+    pixels = torch.rand(2, 3, 12, 12, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    codes = model.model.vq_model.encode(pixels)
+    assert torch.equal(other.model.vq_model.encode(pixels), codes)
+    assert torch.equal(other.model.vq_model.decode(codes, SQUARE), model.model.vq_model.decode(codes, SQUARE))
 
 
 # Several devices

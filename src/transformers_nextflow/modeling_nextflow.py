@@ -229,8 +229,8 @@ class NextFlowModel(NextFlowPreTrainedModel):
     """The decoder with its visual inputs, without heads.
 
     Under `attn_implementation="flex_attention"` or FlashAttention the vision tokenizer stays with SDPA: its attention
-    has no masks that blocks could be left out of, it is float32, which FlashAttention does not take, and its codes must
-    not depend on the decoder's attention.
+    has no masks that blocks could be left out of, it is float32, which FlashAttention does not take, and its codes
+    must not depend on the decoder's attention.
     """
 
     def __init__(self, config: NextFlowConfig):
@@ -254,7 +254,9 @@ class NextFlowModel(NextFlowPreTrainedModel):
             ValueError: if it is not there, or another one is.
         """
         if self.config.vision_tokenizer is not None:
-            self.vq_model = load_referred_to(self.config).to(self.device)
+            devices = (parameter.device for parameter in self.parameters())  # "meta" of what is offloaded
+            device = next((device for device in devices if device.type != "meta"), "cpu")
+            self.vq_model = load_referred_to(self.config).to(device)
             self.config.vision_tokenizer = None
 
     @contextmanager
