@@ -32,6 +32,7 @@ from tests.tiny_models import (
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowModel, NextFlowVQModel
 from transformers_nextflow.cli import main
 from transformers_nextflow.data.shards import vision_identity
+from transformers_nextflow.layout import build_layout
 from transformers_nextflow.utils import loading
 from transformers_nextflow.utils.loading import load_vq_model
 
@@ -380,6 +381,30 @@ def test_pictures_without_their_grids_are_not_taken_for_text(model, is_read):
         ids, cache = first.sequences, {"past_key_values": first.past_key_values}
     with pytest.raises(ValueError, match="hold <image> tokens, but no image_grid_hw came"):
         model.generate(ids, **cache, **options)
+
+
+def test_positions_behind_pictures_are_not_guessed(model):
+    """In a loop of one's own, and where `generate` gets the new text alone; behind text they follow from the cache."""
+    for row, names in (([10, 11, 12], []), (ROWS[0], ["image_grid_hw", "image_codes"])):
+        batch = batch_of(model, row)
+        whole = torch.cat([batch["input_ids"], torch.tensor([[20, 21]])], dim=1)
+        images = {name: batch[name] for name in names}
+        positions = build_layout(model.config, whole, images.get("image_grid_hw")).position_ids[..., -2:]
+        with torch.no_grad():
+            cache = model(**batch, use_cache=True).past_key_values
+            expected = model(whole, **images).logits[:, -2:]
+            given = model(whole[:, -2:], position_ids=positions, past_key_values=copy.deepcopy(cache)).logits
+            assert relative(given, expected) < 1e-5
+        options = {"past_key_values": cache, "max_new_tokens": 3, "do_sample": False}
+        if names:
+            with pytest.raises(ValueError, match="past_key_values hold images"):
+                model(whole[:, -2:], past_key_values=cache)
+            with pytest.raises(ValueError, match="past_key_values hold images"):
+                model.generate(whole[:, -2:], attention_mask=torch.ones_like(whole), **options)
+        else:
+            assert relative(model(whole[:, -2:], past_key_values=copy.deepcopy(cache)).logits, expected) < 1e-5
+            continued = model.generate(whole[:, -2:], attention_mask=torch.ones_like(whole), **options)
+            assert torch.equal(continued[:, 2:], model.generate(whole, max_new_tokens=3, do_sample=False)[:, -3:])
 
 
 def test_text_continues_from_a_cache_that_holds_its_pictures(model):

@@ -21,6 +21,7 @@ from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
+from transformers.cache_utils import Cache
 
 from .configuration_nextflow import NextFlowConfig
 from .features import Taps, join, scale_taps
@@ -183,6 +184,16 @@ def check_text(pixel_values: torch.Tensor | None, image_codes: torch.Tensor | No
     if pixel_values is not None or image_codes is not None:
         name = "image_codes" if pixel_values is None else "pixel_values"
         raise ValueError(f"{name} came without image_grid_hw, the final grid of each image")
+
+
+def check_cache_of_text(cache: Cache | None) -> None:
+    """Raise a `ValueError` where a cache has read images, behind which positions are not its length."""
+    if getattr(cache, "holds_images", False) and cache.get_seq_length() > 0:
+        raise ValueError(
+            "past_key_values hold images, behind which positions do not follow from their length: give position_ids, "
+            "the last ones of the whole sequence's layout, see `build_layout`; to `generate`, give the whole chat with "
+            "its images"
+        )
 
 
 def final_grids(image_grid_hw: torch.Tensor | Sequence) -> list[Grid]:

@@ -42,6 +42,7 @@ from .layout import (
     ImageSpan,
     SequenceLayout,
     build_layout,
+    check_cache_of_text,
     check_codes,
     check_rows,
     check_text,
@@ -397,7 +398,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
             input_ids: (B, L); or (B, L, D) `inputs_embeds`, in which images stand where the rows of `<boi>`, `<image>`
                 and `<eoi>` do.
             attention_mask: (B, past + L), 0 at padding; of text alone also (B, 1, L, keys).
-            position_ids: (3, B, L) rows (s, i, j); computed from the ids where absent.
+            position_ids: (3, B, L) rows (s, i, j); computed from the ids where absent, as behind a cache of text.
             pixel_values: (sum of final-grid cells, p*p*3) in [-1, 1], patches row-major, images in the order of
                 `<boi>`; (images, 3, H, W) for a vision tokenizer with an `image_size`.
             image_codes: (sum of codes,), scale by scale, instead of `pixel_values`; of an image that ends its row cut
@@ -421,6 +422,8 @@ class NextFlowModel(NextFlowPreTrainedModel):
         # who says of every pair whether it is seen, as a server of many requests does, lays the text out too
         is_continued = prepared or (isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4)
         valid = None if is_continued else attention_mask
+        if position_ids is None:
+            check_cache_of_text(past_key_values)
         needs_positions = position_ids is None and valid is not None  # without padding the decoder knows them
         if needs_positions or not is_text or self.training:  # a compiled step must not ask for the cache's length
             is_continued = is_continued or _is_filled(past_key_values)
@@ -480,6 +483,8 @@ class NextFlowModel(NextFlowPreTrainedModel):
             **{CACHE: past_key_values},
             **kwargs,
         )
+        if layout is not None and isinstance(outputs.get(CACHE), Cache):
+            outputs[CACHE].holds_images = bool(len(layout.slot_places))
         return NextFlowModelOutput(**outputs, **laid_out) if has_targets and laid_out else outputs
 
 

@@ -9,7 +9,7 @@ from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_masks_for_generate
 
 from .cache_name import CACHE
-from .layout import build_layout, check_text, find_images
+from .layout import build_layout, check_cache_of_text, check_text, find_images
 from .prompts import check_last_scale, check_prompt
 from .sampling import COLDEST, SAMPLING_LIMITS, per_scale, plain
 
@@ -114,6 +114,7 @@ class TextGenerationMixin(GenerationMixin):
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
         grids, mask = model_kwargs.get("image_grid_hw"), model_kwargs.get("attention_mask")
         if grids is None:
+            check_cache_of_text(model_kwargs.get(CACHE))
             positions = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
             self.check_reach(positions)
             return positions[None].expand(3, *positions.shape)
