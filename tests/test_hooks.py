@@ -2,18 +2,28 @@
 and a hook that lets each module have its weights only while it runs."""
 
 import copy
-import json
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
 import torch
 from pretended_devices import DEVICES, PretendedDevices
-from tiny_models import BOI, EOS, PATCH, SQUARE, WIDE, Picture, batch_of, relative, shown, tiny_config, tiny_model
+from tiny_models import (
+    BOI,
+    EOS,
+    PATCH,
+    SQUARE,
+    WIDE,
+    Picture,
+    batch_of,
+    refer_to,
+    relative,
+    shown,
+    tiny_config,
+    tiny_model,
+)
 
 from transformers_nextflow import NextFlowForConditionalGeneration
-from transformers_nextflow.data.shards import vision_identity
 
 accelerate = pytest.importorskip("accelerate")
 
@@ -182,10 +192,7 @@ def test_a_vision_tokenizer_of_another_folder_beside_parts_on_disk(is_all, tmp_p
     """As checkpoints of a training refer to it."""
     model = tiny_model()
     model.save_pretrained(tmp_path / "model")
-    reference = {"model": str(tmp_path / "model"), "sha256": vision_identity(model.model.vq_model)}
-    shutil.copytree(tmp_path / "model", tmp_path / "checkpoint")
-    config = json.loads((tmp_path / "model" / "config.json").read_text()) | {"vision_tokenizer": reference}
-    (tmp_path / "checkpoint" / "config.json").write_text(json.dumps(config))
+    refer_to(str(tmp_path / "model"), model, tmp_path / "checkpoint")
     names = ("lm_head", "code_head", "model.code_embeddings", "model.connector", "model.scale_embedding")
     places = dict.fromkeys(names, "disk" if is_all else "cpu") | {
         "model.language_model": "disk",

@@ -24,6 +24,7 @@ from tests.tiny_models import (
     WIDE,
     Picture,
     batch_of,
+    refer_to,
     relative,
     shown,
     tiny_config,
@@ -165,6 +166,18 @@ def test_codes_stay_float32_in_a_half_model(model, folder, dtype):
     assert logits.dtype == dtype and relative(logits.float(), logits_of(model, batch_of(model, *ROWS))) < 0.1
     codes = loaded.generate(**batch_of(model, [10, BOI]), generation_mode="image", guidance_scale=1.0, seed=0)
     assert codes.min() >= TEXT_ROWS and loaded.decode_image_tokens(codes).dtype == torch.float32
+
+
+def test_a_vision_tokenizer_on_the_hub_comes_from_where_the_model_does(model, tmp_path):
+    """From the cache that is named, without a call where none is wanted."""
+    refer_to("owner/name", model, tmp_path / "checkpoint")
+    stored = tmp_path / "cache" / "models--owner--name"
+    model.save_pretrained(stored / "snapshots" / ("0" * 40))
+    (stored / "refs").mkdir()
+    (stored / "refs" / "main").write_text("0" * 40)
+    options = {"cache_dir": tmp_path / "cache", "local_files_only": True}
+    loaded = NextFlowForConditionalGeneration.from_pretrained(tmp_path / "checkpoint", **options)
+    assert vision_identity(loaded.model.vq_model) == vision_identity(model.model.vq_model)
 
 
 def test_missing_weights_are_initialised_as_at_the_start(folder, warnings_of_the_library):

@@ -191,8 +191,8 @@ def check_cache_of_text(cache: Cache | None) -> None:
     if getattr(cache, "holds_images", False) and cache.get_seq_length() > 0:
         raise ValueError(
             "past_key_values hold images, behind which positions do not follow from their length: give position_ids, "
-            "the last ones of the whole sequence's layout, see `build_layout`; to `generate`, give the whole chat with "
-            "its images"
+            "the last ones of the whole sequence's layout, see `build_layout`; to `generate`, the whole chat with its "
+            "images"
         )
 
 

@@ -127,7 +127,8 @@ class NextFlowPreTrainedModel(LibraryModel):
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if vision_tokenizer:
-            model.base_model.bring_vision_tokenizer()
+            hub = {name: kwargs[name] for name in ("cache_dir", "local_files_only", "token") if name in kwargs}
+            model.base_model.bring_vision_tokenizer(**hub)
         model.base_model.vq_model.requires_grad_(False)  # loading replaces parameters and thaws them
         return loaded
 
@@ -248,8 +249,9 @@ class NextFlowModel(NextFlowPreTrainedModel):
         self.scale_embedding = ScaleEmbedding(self.schedules.max_scales, width)
         self.post_init()
 
-    def bring_vision_tokenizer(self) -> None:
-        """Load the vision tokenizer where `config.vision_tokenizer` refers to one, see there.
+    def bring_vision_tokenizer(self, **hub) -> None:
+        """Load the vision tokenizer where `config.vision_tokenizer` refers to one, see there; `hub`: arguments of
+        `snapshot_download`.
 
         Raises:
             ValueError: if it is not there, or another one is.
@@ -257,7 +259,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
         if self.config.vision_tokenizer is not None:
             devices = (parameter.device for parameter in self.parameters())  # "meta" of what is offloaded
             device = next((device for device in devices if device.type != "meta"), "cpu")
-            self.vq_model = load_referred_to(self.config).to(device)
+            self.vq_model = load_referred_to(self.config, **hub).to(device)
             self.config.vision_tokenizer = None
 
     @contextmanager
