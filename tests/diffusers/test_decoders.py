@@ -252,6 +252,23 @@ def test_model_offload(family):
         assert torch.equal(pipe(**arguments, generator=seeded()).images, expected)
 
 
+@pytest.mark.parametrize("family", ["unet", "flux", "qwenimage"])
+def test_a_backbone_that_is_cast_layer_by_layer(family):
+    """Before the decoder is made of it, as diffusers' documentation does, or afterwards."""
+    dtypes = {"storage_dtype": torch.bfloat16, "compute_dtype": torch.float32}
+    components, pictures = stock_components(family), []
+    components["unet" if family == "unet" else "transformer"].enable_layerwise_casting(**dtypes)
+    before, after = decoder(family, **components), decoder(family)
+    getattr(after, after.backbone).enable_layerwise_casting(**dtypes)
+    for pipe in (before, after):
+        let_condition_speak(pipe)
+        pictures.append(pipe("a cat", random_codes(1), WIDE, generator=seeded(), **TWO_STEPS).images)
+    torch.testing.assert_close(pictures[0], pictures[1], rtol=0, atol=0.02)
+    assert not torch.equal(
+        pictures[0], before("a cat", random_codes(1, seed=1), WIDE, generator=seeded(), **TWO_STEPS).images
+    )
+
+
 @every_family
 def test_half_precision(family):
     whole = decoder(family, trained=True)
