@@ -569,6 +569,17 @@ def test_defaults_are_one_object(settings, tmp_path, model):
         assert torch.equal(output.image_grid_hw, expected.image_grid_hw)
 
 
+@pytest.mark.parametrize("value", [RAMP, INTERVAL], ids=str)
+def test_values_over_scales_beside_the_texts_defaults_are_saved(value, tmp_path, model):
+    model.save_pretrained(tmp_path)
+    other = type(model).from_pretrained(tmp_path)
+    other.generation_config.image_generation = {"guidance_scale": value}
+    other.save_pretrained(tmp_path)
+    inputs = batch_of(model, *PROMPTS) | {"generation_mode": "image", "seed": 0}
+    drawn = type(model).from_pretrained(tmp_path).generate(**inputs)
+    assert torch.equal(drawn, model.generate(**inputs, guidance_scale=value))
+
+
 def test_values_over_scales_of_a_file():
     with pytest.raises(ValueError, match="guidance_scale over the scales must have the fields of a LinearRamp or"):
         ImageGenerationConfig(guidance_scale={"start": 1.0, "stop": 2.0})

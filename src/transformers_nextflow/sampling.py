@@ -7,8 +7,9 @@ import hashlib
 import operator
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import inf, isfinite
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,8 +53,15 @@ def check_seed(seed: int) -> int:
     return integer("seed", seed, -(2**63), 2**64 - 1)
 
 
+class OverScales:
+    """Values over scales, which a `GenerationConfig` saves by their `to_dict`."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
 @dataclass(frozen=True)
-class LinearRamp:
+class LinearRamp(OverScales):
     """A value that grows linearly over the scales, from `start` at scale 1 to `end` at scale K."""
 
     start: float
@@ -65,7 +73,7 @@ class LinearRamp:
 
 
 @dataclass(frozen=True)
-class ScaleInterval:
+class ScaleInterval(OverScales):
     """A value on the scales `first` to `last` (0-based, inclusive), and `outside` on the others.
 
     As a guidance scale it confines guidance to these scales. Null rows are run up to the last guided scale: before the
