@@ -53,6 +53,7 @@ def check_seed(seed: int) -> int:
     return integer("seed", seed, -(2**63), 2**64 - 1)
 
 
+@dataclass(frozen=True)
 class OverScales:
     """Values over scales, which a `GenerationConfig` saves by their `to_dict`."""
 
