@@ -80,6 +80,11 @@ def logits(model) -> torch.Tensor:
     return model(**inputs_of(model, *ROWS)).logits
 
 
+def logits_of_an_open_image(model) -> torch.Tensor:
+    inputs = inputs_of(model, [10, 11, BOI])
+    return model(**inputs, image_grid_hw=torch.tensor([SQUARE], device=home(model))).logits
+
+
 def logits_of_embeddings(model) -> torch.Tensor:
     inputs = inputs_of(model, *ROWS)
     embeds = model.get_input_embeddings()(inputs.pop("input_ids"))
@@ -129,8 +134,8 @@ def tokenize(model) -> torch.Tensor:
     return model.model.vq_model(pixels(model)).semantic_features
 
 
-USES = [loss, token_losses, logits, logits_of_embeddings, draw, draw_refined, edit, describe, interleave, encode]
-USES += [decode, decoder_conditions, tokenize]
+USES = [loss, token_losses, logits, logits_of_an_open_image, logits_of_embeddings, draw, draw_refined, edit]
+USES += [describe, interleave, encode, decode, decoder_conditions, tokenize]
 BY_USE = pytest.mark.parametrize("use", USES, ids=lambda use: use.__name__)
 
 

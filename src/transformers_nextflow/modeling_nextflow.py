@@ -292,9 +292,13 @@ class NextFlowModel(NextFlowPreTrainedModel):
         return self.connector(features_lNC.transpose(0, 1)).to(codes.device)
 
     def image_codes_of(
-        self, images: Sequence[ImageSpan], pixel_values: torch.Tensor | None, image_codes: torch.Tensor | None
+        self,
+        images: Sequence[ImageSpan],
+        pixel_values: torch.Tensor | None,
+        image_codes: torch.Tensor | None,
+        device: torch.device,
     ) -> torch.Tensor:
-        """The images' flat codes, as given or by encoding flat patches; open images have none."""
+        """The images' flat codes, as given or by encoding flat patches; open images have none, on `device`."""
         if pixel_values is not None and image_codes is not None:
             raise ValueError("give either pixel_values or image_codes, not both")
         if image_codes is not None:
@@ -304,7 +308,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
         if pixel_values is None and closed:
             raise ValueError(f"input_ids hold {len(closed)} images, but neither pixel_values nor image_codes came")
         if pixel_values is None:
-            return joined([], self.device)
+            return joined([], device)
         for image in closed:
             if image.num_scales < len(image.schedule):
                 raise ValueError(
@@ -349,7 +353,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
             raise ValueError("an exported forward with images or labels takes a layout, see `build_layout`, got none")
         if image_codes is None or pixel_values is not None:
             images = find_images(self.config, input_ids, image_grid_hw)
-            image_codes = self.image_codes_of(images, pixel_values, image_codes)
+            image_codes = self.image_codes_of(images, pixel_values, image_codes, input_ids.device)
         layout = build_layout(self.config, input_ids, image_grid_hw, image_codes=image_codes, **inputs)
         return layout, image_codes
 
