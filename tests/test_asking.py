@@ -369,7 +369,9 @@ def test_numbers_of_numpy_and_torch(model, half):
     drawn = model.generate(**batch_of(model, *PROMPTS), **PLAIN, **controls)
     plain = {"temperature": 0.5, "top_k": 5, "num_images_per_prompt": 2}
     assert torch.equal(drawn, model.generate(**batch_of(model, *PROMPTS), **PLAIN, **plain))
-    for ramp in (np.linspace(1, 0.5, 3), torch.linspace(1, 0.5, 3)):
+    ramps = [np.linspace(1, 0.5, 3), torch.linspace(1, 0.5, 3)]
+    ramps += [LinearRamp(np.float32(1), np.float32(0.5)), LinearRamp(torch.tensor(1), torch.tensor(0.5))]
+    for ramp in ramps:
         drawn = model.generate(**batch_of(model, *PROMPTS), **PLAIN, temperature=ramp)
         assert torch.equal(drawn, model.generate(**batch_of(model, *PROMPTS), **PLAIN, temperature=[1, 0.75, 0.5]))
     expected = model.generate(**batch_of(model, *PROMPTS), **PLAIN | {"seed": [1, 2, 3]})

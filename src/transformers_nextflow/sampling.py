@@ -7,7 +7,7 @@ import hashlib
 import operator
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from math import inf, isfinite
 from typing import Any
 
@@ -55,7 +55,11 @@ def check_seed(seed: int) -> int:
 
 @dataclass(frozen=True)
 class OverScales:
-    """Values over scales, which a `GenerationConfig` saves by their `to_dict`."""
+    """Values over scales, of Python's, NumPy's or torch's numbers; a `GenerationConfig` saves them by `to_dict`."""
+
+    def __post_init__(self):
+        for entry in fields(self):
+            object.__setattr__(self, entry.name, plain(getattr(self, entry.name)))
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
