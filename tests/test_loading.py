@@ -11,7 +11,7 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch._dynamo.testing import CompileCounter
-from transformers import BitsAndBytesConfig, pipeline
+from transformers import BitsAndBytesConfig, StaticCache, pipeline
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -418,6 +418,15 @@ def test_positions_behind_pictures_are_not_guessed(model):
             assert relative(model(whole[:, -2:], past_key_values=copy.deepcopy(cache)).logits, expected) < 1e-5
             continued = model.generate(whole[:, -2:], attention_mask=torch.ones_like(whole), **options)
             assert torch.equal(continued[:, 2:], model.generate(whole, max_new_tokens=3, do_sample=False)[:, -3:])
+
+
+def test_a_cache_that_was_reset_holds_text(model):
+    cache = StaticCache(config=model.config.text_config, max_cache_len=64)
+    options = {"past_key_values": cache, "max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
+    model.generate(**batch_of(model, ROWS[0]), **options)
+    cache.reset()
+    first = model.generate(torch.tensor([[10, 11]]), **options)
+    assert torch.equal(model.generate(first, **options), model.generate(first, **options | {"past_key_values": None}))
 
 
 def test_text_continues_from_a_cache_that_holds_its_pictures(model):

@@ -188,7 +188,10 @@ def check_text(pixel_values: torch.Tensor | None, image_codes: torch.Tensor | No
 
 def check_cache_of_text(cache: Cache | None) -> None:
     """Raise a `ValueError` where a cache has read images, behind which positions are not its length."""
-    if getattr(cache, "holds_images", False) and cache.get_seq_length() > 0:
+    if not getattr(cache, "holds_images", False):
+        return
+    cache.holds_images = cache.get_seq_length() > 0  # or it was reset
+    if cache.holds_images:
         raise ValueError(
             "past_key_values hold images, behind which positions do not follow from their length: give position_ids, "
             "the last ones of the whole sequence's layout, see `build_layout`; to `generate`, the whole chat with its "
