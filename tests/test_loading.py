@@ -420,6 +420,19 @@ def test_positions_behind_pictures_are_not_guessed(model):
             assert torch.equal(continued[:, 2:], model.generate(whole, max_new_tokens=3, do_sample=False)[:, -3:])
 
 
+@pytest.mark.parametrize("is_static", [False, True], ids=["dynamic", "static"])
+def test_padded_texts_continue_at_their_own_positions(model, is_static):
+    """In a loop of one's own, which gives the mask of all that was read."""
+    batch, new = batch_of(model, [10, 11, 12, 13], [14, 15]), torch.tensor([[20, 21], [22, 23]])
+    mask = torch.cat([batch["attention_mask"], torch.ones_like(new)], dim=1)
+    cache = StaticCache(config=model.config.text_config, max_cache_len=8) if is_static else None
+    with torch.no_grad():
+        expected = model(torch.cat([batch["input_ids"], new], dim=1), attention_mask=mask).logits[:, -2:]
+        cache = model(**batch, past_key_values=cache, use_cache=True).past_key_values
+        continued = model(new, attention_mask=mask, past_key_values=cache).logits
+    assert relative(continued, expected) < 1e-5
+
+
 def test_a_cache_that_was_reset_holds_text(model):
     cache = StaticCache(config=model.config.text_config, max_cache_len=64)
     options = {"past_key_values": cache, "max_new_tokens": 3, "do_sample": False, "eos_token_id": None}

@@ -446,12 +446,13 @@ def _targets(
     return {"supervised": supervised_N} | {name: each.flatten()[supervised_N] for name, each in tensors.items()}
 
 
-def text_positions(inputs: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+def text_positions(inputs: torch.Tensor, valid: torch.Tensor, past: int = 0) -> torch.Tensor:
     """(B, L) ids or (B, L, D) embeddings of text alone -> (3, B, L) float32 positions, as [`build_layout`] gives them.
 
     Args:
-        valid: (B, L), 0 at padding.
+        valid: (B, past + L), 0 at padding.
+        past: positions that a cache holds already.
     """
-    check_shape(inputs, attention_mask=valid)
+    check_shape(inputs, attention_mask=valid[:, past:])
     valid = valid.bool()
-    return (valid.cumsum(1) - 1).masked_fill(~valid, 0).float().expand(3, -1, -1)
+    return (valid.cumsum(1) - 1).masked_fill(~valid, 0).float()[:, past:].expand(3, -1, -1)

@@ -455,8 +455,10 @@ class NextFlowModel(NextFlowPreTrainedModel):
             )
             laid_out = {"layout": layout, "image_codes": image_codes}
         if reads_text:
-            if needs_positions and not is_continued:
-                position_ids = text_positions(input_ids if inputs_embeds is None else inputs_embeds, valid)
+            inputs = input_ids if inputs_embeds is None else inputs_embeds
+            past = past_key_values.get_seq_length() if needs_positions and is_continued else 0
+            if needs_positions and (not past or valid.shape[1] == past + inputs.shape[1]):
+                position_ids = text_positions(inputs, valid, past)
             refuse_dense_mask(
                 self.config.text_config, attention_mask["full_attention"] if prepared else attention_mask
             )
