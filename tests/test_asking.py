@@ -4,7 +4,9 @@ import copy
 import json
 import pickle
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
@@ -19,9 +21,11 @@ from tiny_models import (
     EOS,
     IMAGE,
     PAD,
+    SCHEDULES,
     SQUARE,
     TEXT_ROWS,
     WIDE,
+    Picture,
     batch_of,
     relative,
     shown,
@@ -39,8 +43,10 @@ from transformers_nextflow import (
     NextFlowForConditionalGeneration,
     NextFlowImageProcessor,
     ScaleInterval,
+    SelfCorrection,
 )
 from transformers_nextflow.cli import main
+from transformers_nextflow.features import scale_taps
 from transformers_nextflow.layout import build_layout
 
 PROMPTS = [[10, 11, 12, BOI], [13, BOI], [14, 15, BOI]]
@@ -61,6 +67,51 @@ def guided(model, prompts=PROMPTS, nulls=NULLS) -> dict:
 
 
 # No call leaves a trace
+
+
+@contextmanager
+def torch_with(default: torch.dtype | str) -> Iterator[None]:
+    """While another dtype or device is torch's default; `"meta"` shows all that would be made there."""
+    if isinstance(default, str):
+        with torch.device(default):
+            yield
+        return
+    torch.set_default_dtype(default)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64, "meta"], ids=str)
+def test_torchs_defaults_change_nothing(model, default):
+    """Neither while scripts, or models that other threads load, have set them, nor afterwards."""
+    pixels = torch.rand(2, 3, 12, 12, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    ids = batch_of(model, [10, Picture(SQUARE, 1), 11], [12, Picture(WIDE, 2), 13, 14])
+    ids["labels"] = ids["input_ids"].masked_fill(ids["attention_mask"] == 0, -100)
+    chat, prompts = batch_of(model, [10, shown(SQUARE, 1), 11], [12, 13]), guided(model)
+    writing = {"max_new_tokens": 2, "max_new_images": 1, "seed": 0, "height": 12, "width": 12}
+    writing |= {"generation_mode": "interleaved", "forced_eos_token_id": [BOI], "output_logits": True}
+    processor = NextFlowImageProcessor(4, SCHEDULES, {"12": 3}, image_mean=[0.48, 0.46, 0.41])
+
+    def everything() -> list[torch.Tensor]:
+        scale_taps.cache_clear()
+        with torch.no_grad():
+            read = model(**ids)
+        drawn = model.generate(**prompts, **PLAIN | {"guidance_scale": 2.0}, num_images_per_prompt=2)
+        written = model.generate(**chat, **writing)
+        codes = model.model.vq_model.encode(pixels, SelfCorrection(), seed=0, keys=["a", "b"])
+        decoded = model.model.vq_model.decode(codes[0], SQUARE)
+        pictures = [torch.from_numpy(np.array(picture)) for picture in processor.postprocess(decoded)]
+        return [read.loss, read.logits, drawn, *written.logits[0], written.image_codes, *codes, decoded, *pictures]
+
+    expected = everything()
+    with torch_with(default):
+        changed = everything()
+    with torch.no_grad():
+        kept = model(**ids).logits
+    for got, wanted in zip([*changed, kept], [*expected, expected[1]], strict=True):
+        assert got.dtype == wanted.dtype and torch.equal(got, wanted)
 
 
 def test_threads_on_one_model_draw_as_alone(model):
@@ -318,7 +369,9 @@ def test_numbers_of_numpy_and_torch(model, half):
     drawn = model.generate(**batch_of(model, *PROMPTS), **PLAIN, **controls)
     plain = {"temperature": 0.5, "top_k": 5, "num_images_per_prompt": 2}
     assert torch.equal(drawn, model.generate(**batch_of(model, *PROMPTS), **PLAIN, **plain))
-    for ramp in (np.linspace(1, 0.5, 3), torch.linspace(1, 0.5, 3)):
+    ramps = [np.linspace(1, 0.5, 3), torch.linspace(1, 0.5, 3)]
+    ramps += [LinearRamp(np.float32(1), np.float32(0.5)), LinearRamp(torch.tensor(1), torch.tensor(0.5))]
+    for ramp in ramps:
         drawn = model.generate(**batch_of(model, *PROMPTS), **PLAIN, temperature=ramp)
         assert torch.equal(drawn, model.generate(**batch_of(model, *PROMPTS), **PLAIN, temperature=[1, 0.75, 0.5]))
     expected = model.generate(**batch_of(model, *PROMPTS), **PLAIN | {"seed": [1, 2, 3]})
@@ -470,6 +523,24 @@ def test_guidance_of_a_generation_config_is_that_of_the_keyword(model):
         assert torch.equal(model.generate(**inputs, generation_config=said, **over), plain)
 
 
+def test_a_generation_config_of_ones_own_leaves_the_rest_to_the_models(tmp_path, model):
+    """As for text: what it does not say; and what the call itself says goes over both."""
+    model.save_pretrained(tmp_path)
+    other = type(model).from_pretrained(tmp_path)
+    controls = {"guidance_scale": 1.0, "temperature": 0.7, "aspect_ratio": "2:1"}
+    other.generation_config.update(pad_token_id=PAD, image_generation=controls, allow_custom_entries=True)
+    inputs = batch_of(model, *PROMPTS)
+    padded = {"input_ids": inputs["input_ids"], "generation_mode": "image", "seed": 0}
+    for said in ({"max_new_tokens": 4}, {"guidance_scale": 9.0}, {"image_generation": {"top_k": 3}}):
+        options = {"aspect_ratio": "2:1", "temperature": 0.7} | said.get("image_generation", said)
+        expected = model.generate(**inputs, **PLAIN | options)
+        drawn = other.generate(**padded, pad_token_id=None, generation_config=GenerationConfig(**said))
+        assert torch.equal(drawn, expected)
+    greedy = model.generate(**inputs, **PLAIN, aspect_ratio="2:1", temperature=0.0)
+    assert torch.equal(other.generate(**padded, do_sample=False), greedy)
+    assert other.drawn_grid() == WIDE and other.drawn_grid(aspect_ratio="1:1") == SQUARE
+
+
 def test_defaults_that_are_none(model):
     with pytest.raises(ValueError, match="image_generation must be an ImageGenerationConfig or a dict"):
         model.generate(**batch_of(model, *PROMPTS), generation_mode="image", image_generation=["top_k"])
@@ -498,6 +569,17 @@ def test_defaults_are_one_object(settings, tmp_path, model):
     for output in drawn:
         assert torch.equal(output.sequences, expected.sequences)
         assert torch.equal(output.image_grid_hw, expected.image_grid_hw)
+
+
+@pytest.mark.parametrize("value", [RAMP, INTERVAL], ids=str)
+def test_values_over_scales_beside_the_texts_defaults_are_saved(value, tmp_path, model):
+    model.save_pretrained(tmp_path)
+    other = type(model).from_pretrained(tmp_path)
+    other.generation_config.image_generation = {"guidance_scale": value}
+    other.save_pretrained(tmp_path)
+    inputs = batch_of(model, *PROMPTS) | {"generation_mode": "image", "seed": 0}
+    drawn = type(model).from_pretrained(tmp_path).generate(**inputs)
+    assert torch.equal(drawn, model.generate(**inputs, guidance_scale=value))
 
 
 def test_values_over_scales_of_a_file():

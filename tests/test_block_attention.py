@@ -316,18 +316,20 @@ def test_compiled_layers_take_the_next_batches_block_mask(model, monkeypatch):
         assert graphs.frame_count == 1, "for both layers"
 
 
-def test_flex_attention_is_the_decoders_alone(model, tmp_path):
+@pytest.mark.parametrize("implementation", ["flex_attention", FLASH])
+def test_some_attention_is_the_decoders_alone(model, implementation, tmp_path, monkeypatch):
     """Named at loading or set later; the vision tokenizer keeps its attention, and gives the same codes."""
+    monkeypatch.setattr("transformers.modeling_utils.lazy_import_flash_attention", lambda *args, **kwargs: None)
     model.save_pretrained(tmp_path)
-    loaded = NextFlowForConditionalGeneration.from_pretrained(tmp_path, attn_implementation="flex_attention")
+    loaded = NextFlowForConditionalGeneration.from_pretrained(tmp_path, attn_implementation=implementation)
     changed = NextFlowForConditionalGeneration.from_pretrained(tmp_path)
-    changed.set_attn_implementation("flex_attention")
+    changed.set_attn_implementation(implementation)
     pixels = torch.rand(1, 3, 12, 12)
-    for flex in (loaded, changed):
-        vision = flex.model.vq_model
-        parts = (flex, flex.model.language_model, vision, vision.semantic_encoder, vision.semantic_decoder.layers)
+    for other in (loaded, changed):
+        vision = other.model.vq_model
+        parts = (other, other.model.language_model, vision, vision.semantic_encoder, vision.semantic_decoder.layers)
         used = [part.config._attn_implementation for part in parts]
-        assert used == ["flex_attention"] * 2 + ["sdpa"] * 3
+        assert used == [implementation] * 2 + ["sdpa"] * 3
         assert torch.equal(vision.encode(pixels), model.model.vq_model.encode(pixels))
     changed.set_attn_implementation("blocks")
     assert changed.model.vq_model.config._attn_implementation == "blocks"

@@ -8,7 +8,20 @@ from contextlib import contextmanager
 import pytest
 import torch
 from pretended_devices import DEVICES, PretendedDevices
-from tiny_models import BOI, EOS, PATCH, SQUARE, WIDE, Picture, batch_of, relative, shown, tiny_config, tiny_model
+from tiny_models import (
+    BOI,
+    EOS,
+    PATCH,
+    SQUARE,
+    WIDE,
+    Picture,
+    batch_of,
+    refer_to,
+    relative,
+    shown,
+    tiny_config,
+    tiny_model,
+)
 
 from transformers_nextflow import NextFlowForConditionalGeneration
 
@@ -67,6 +80,11 @@ def logits(model) -> torch.Tensor:
     return model(**inputs_of(model, *ROWS)).logits
 
 
+def logits_of_an_open_image(model) -> torch.Tensor:
+    inputs = inputs_of(model, [10, 11, BOI])
+    return model(**inputs, image_grid_hw=torch.tensor([SQUARE], device=home(model))).logits
+
+
 def logits_of_embeddings(model) -> torch.Tensor:
     inputs = inputs_of(model, *ROWS)
     embeds = model.get_input_embeddings()(inputs.pop("input_ids"))
@@ -116,8 +134,8 @@ def tokenize(model) -> torch.Tensor:
     return model.model.vq_model(pixels(model)).semantic_features
 
 
-USES = [loss, token_losses, logits, logits_of_embeddings, draw, draw_refined, edit, describe, interleave, encode]
-USES += [decode, decoder_conditions, tokenize]
+USES = [loss, token_losses, logits, logits_of_an_open_image, logits_of_embeddings, draw, draw_refined, edit]
+USES += [describe, interleave, encode, decode, decoder_conditions, tokenize]
 BY_USE = pytest.mark.parametrize("use", USES, ids=lambda use: use.__name__)
 
 
@@ -172,6 +190,25 @@ def test_parts_on_disk(model, use, part, tmp_path):
     )
     other.generation_config = model.generation_config
     assert_same(use, model, other)
+
+
+@pytest.mark.parametrize("is_all", [False, True], ids=["decoder", "all"])
+def test_a_vision_tokenizer_of_another_folder_beside_parts_on_disk(is_all, tmp_path):
+    """As checkpoints of a training refer to it."""
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "model")
+    refer_to(str(tmp_path / "model"), model, tmp_path / "checkpoint")
+    names = ("lm_head", "code_head", "model.code_embeddings", "model.connector", "model.scale_embedding")
+    places = dict.fromkeys(names, "disk" if is_all else "cpu") | {
+        "model.language_model": "disk",
+        "model.vq_model": "cpu",
+    }
+    options = {"device_map": places, "offload_folder": tmp_path / "offloaded"}
+    other = NextFlowForConditionalGeneration.from_pretrained(tmp_path / "checkpoint", **options)
+    pixels = torch.rand(2, 3, 12, 12, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    codes = model.model.vq_model.encode(pixels)
+    assert torch.equal(other.model.vq_model.encode(pixels), codes)
+    assert torch.equal(other.model.vq_model.decode(codes, SQUARE), model.model.vq_model.decode(codes, SQUARE))
 
 
 # Several devices

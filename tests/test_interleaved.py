@@ -343,7 +343,7 @@ def test_scales_of_a_batch_name_their_rows(model):
 
 def test_limits(model):
     inputs = batch_of(model, *PROMPTS)
-    none = answer(model, inputs, max_new_images=0)
+    none = answer(model, inputs, max_new_images=0, max_length=None)
     assert (none.sequences[:, none.prompt_length :] != BOI).all()
     one = answer(model, inputs, max_new_images=1)
     assert ((one.sequences[:, one.prompt_length :] == BOI).sum(dim=1) <= 1).all()

@@ -11,7 +11,7 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch._dynamo.testing import CompileCounter
-from transformers import BitsAndBytesConfig, pipeline
+from transformers import BitsAndBytesConfig, StaticCache, pipeline
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -24,6 +24,7 @@ from tests.tiny_models import (
     WIDE,
     Picture,
     batch_of,
+    refer_to,
     relative,
     shown,
     tiny_config,
@@ -32,6 +33,7 @@ from tests.tiny_models import (
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowModel, NextFlowVQModel
 from transformers_nextflow.cli import main
 from transformers_nextflow.data.shards import vision_identity
+from transformers_nextflow.layout import build_layout
 from transformers_nextflow.utils import loading
 from transformers_nextflow.utils.loading import load_vq_model
 
@@ -164,6 +166,18 @@ def test_codes_stay_float32_in_a_half_model(model, folder, dtype):
     assert logits.dtype == dtype and relative(logits.float(), logits_of(model, batch_of(model, *ROWS))) < 0.1
     codes = loaded.generate(**batch_of(model, [10, BOI]), generation_mode="image", guidance_scale=1.0, seed=0)
     assert codes.min() >= TEXT_ROWS and loaded.decode_image_tokens(codes).dtype == torch.float32
+
+
+def test_a_vision_tokenizer_on_the_hub_comes_from_where_the_model_does(model, tmp_path):
+    """From the cache that is named, without a call where none is wanted."""
+    refer_to("owner/name", model, tmp_path / "checkpoint")
+    stored = tmp_path / "cache" / "models--owner--name"
+    model.save_pretrained(stored / "snapshots" / ("0" * 40))
+    (stored / "refs").mkdir()
+    (stored / "refs" / "main").write_text("0" * 40)
+    options = {"cache_dir": tmp_path / "cache", "local_files_only": True}
+    loaded = NextFlowForConditionalGeneration.from_pretrained(tmp_path / "checkpoint", **options)
+    assert vision_identity(loaded.model.vq_model) == vision_identity(model.model.vq_model)
 
 
 def test_missing_weights_are_initialised_as_at_the_start(folder, warnings_of_the_library):
@@ -368,6 +382,64 @@ def test_static_cache_is_dynamic_cache(model):
         # compiled on accelerators; here the masks are what is compared
         static = model.generate(**batch, **options, cache_implementation="static", disable_compile=True)
         assert torch.equal(static, dynamic)
+
+
+@pytest.mark.parametrize("is_read", [False, True], ids=["no cache", "cache"])
+def test_pictures_without_their_grids_are_not_taken_for_text(model, is_read):
+    """As they would be, at other positions than those they were read at."""
+    batch, options = batch_of(model, *ROWS), {"max_new_tokens": 2, "do_sample": False}
+    ids, cache = batch["input_ids"], {}
+    if is_read:
+        first = model.generate(**batch, **options, return_dict_in_generate=True)
+        ids, cache = first.sequences, {"past_key_values": first.past_key_values}
+    with pytest.raises(ValueError, match="hold <image> tokens, but no image_grid_hw came"):
+        model.generate(ids, **cache, **options)
+
+
+def test_positions_behind_pictures_are_not_guessed(model):
+    """In a loop of one's own, and where `generate` gets the new text alone; behind text they follow from the cache."""
+    for row, names in (([10, 11, 12], []), (ROWS[0], ["image_grid_hw", "image_codes"])):
+        batch = batch_of(model, row)
+        whole = torch.cat([batch["input_ids"], torch.tensor([[20, 21]])], dim=1)
+        images = {name: batch[name] for name in names}
+        positions = build_layout(model.config, whole, images.get("image_grid_hw")).position_ids[..., -2:]
+        with torch.no_grad():
+            cache = model(**batch, use_cache=True).past_key_values
+            expected = model(whole, **images).logits[:, -2:]
+            given = model(whole[:, -2:], position_ids=positions, past_key_values=copy.deepcopy(cache)).logits
+            assert relative(given, expected) < 1e-5
+        options = {"past_key_values": cache, "max_new_tokens": 3, "do_sample": False}
+        if names:
+            with pytest.raises(ValueError, match="past_key_values hold images"):
+                model(whole[:, -2:], past_key_values=cache)
+            with pytest.raises(ValueError, match="past_key_values hold images"):
+                model.generate(whole[:, -2:], attention_mask=torch.ones_like(whole), **options)
+        else:
+            assert relative(model(whole[:, -2:], past_key_values=copy.deepcopy(cache)).logits, expected) < 1e-5
+            continued = model.generate(whole[:, -2:], attention_mask=torch.ones_like(whole), **options)
+            assert torch.equal(continued[:, 2:], model.generate(whole, max_new_tokens=3, do_sample=False)[:, -3:])
+
+
+@pytest.mark.parametrize("is_static", [False, True], ids=["dynamic", "static"])
+def test_padded_texts_continue_at_their_own_positions(model, is_static):
+    """In a loop of one's own, which gives the mask of all that was read."""
+    batch, new = batch_of(model, [10, 11, 12, 13], [14, 15]), torch.tensor([[20, 21], [22, 23]])
+    mask = torch.cat([batch["attention_mask"], torch.ones_like(new)], dim=1)
+    cache = StaticCache(config=model.config.text_config, max_cache_len=8) if is_static else None
+    with torch.no_grad():
+        expected = model(torch.cat([batch["input_ids"], new], dim=1), attention_mask=mask).logits[:, -2:]
+        cache = model(**batch, past_key_values=cache, use_cache=True).past_key_values
+        continued = model(new, attention_mask=mask, past_key_values=cache).logits
+    assert relative(continued, expected) < 1e-5
+
+
+def test_a_cache_that_was_reset_holds_text(model):
+    cache = StaticCache(config=model.config.text_config, max_cache_len=64)
+    options = {"past_key_values": cache, "max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
+    model.generate(**batch_of(model, ROWS[0]), **options)
+    cache.reset()
+    first = model.generate(torch.tensor([[10, 11]]), **options)
+    assert torch.equal(model.generate(first, **options), model.generate(first, **options | {"past_key_values": None}))
 
 
 def test_text_continues_from_a_cache_that_holds_its_pictures(model):

@@ -1,10 +1,13 @@
 """Tiny models with random weights large enough to matter, and batches for them."""
 
+import json
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from transformers_nextflow import NextFlowConfig, NextFlowForConditionalGeneration
+from transformers_nextflow.stored_tokenizer import vision_tokenizer_hash
 
 TEXT_ROWS, CODES = 48, 24
 PAD, EOS, BOI, EOI, IMAGE = 0, 44, 45, 46, 47
@@ -91,6 +94,15 @@ def enlarge_(model: NextFlowForConditionalGeneration) -> NextFlowForConditionalG
     model.model.vq_model.semantic_to_code[-1].weight.mul_(50)
     model.model.vq_model.pixel_encoder.to_code.weight.mul_(50)
     return model
+
+
+def refer_to(name: str, model: NextFlowForConditionalGeneration, folder: Path) -> None:
+    """Save `model` as a training does, whose checkpoints have the vision tokenizer of the model `name`."""
+    model.save_pretrained(folder)
+    tensors = sorted(model.model.vq_model.state_dict().items())
+    reference = {"model": name, "sha256": vision_tokenizer_hash(tensors, model.config.vq_config)}
+    config = json.loads((folder / "config.json").read_text()) | {"vision_tokenizer": reference}
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def codes_of(model, picture: Picture) -> torch.Tensor:

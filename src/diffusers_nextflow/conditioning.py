@@ -139,13 +139,16 @@ def widen_conv_in(unet: UNet2DConditionModel, latent_channels: int, width: int) 
 
 
 class ReadsCondition:
-    """Of a linear layer: input channels beyond its own are added to its output."""
+    """Of a linear layer: input channels beyond its own are added to its output.
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    In `__call__`, as hooks that a backbone has already (layerwise casting, offload) hold its `forward`.
+    """
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         if hidden.shape[-1] == self.in_features:
-            return super().forward(hidden)
+            return super().__call__(hidden)
         latents, condition = hidden.split([self.in_features, self.out_features], dim=-1)
-        return super().forward(latents) + condition
+        return super().__call__(latents) + condition
 
 
 @cache

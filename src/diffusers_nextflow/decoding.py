@@ -119,7 +119,7 @@ class NextFlowDecoderMixin(StableNames):
             grid: their final grid; may be absent where only one schedule has as many codes.
             features: instead of codes: (B, C, h, w), `torch.cat(vq_model.condition_features(codes, grid), dim=1)`, or
                 B tensors (C, h, w). Needs no vision tokenizer.
-            image: instead of codes: what `NextFlowImageProcessor` reads (float tensors in [0, 1]), of one grid. Beside
+            image: instead of codes: what `NextFlowImageProcessor` reads (floats in [0, 1]), of one grid. Beside
                 codes or features: what `strength` below 1 starts from.
             upscale: edge of the output as a multiple of what was coded, default the conditioner's.
             strength: in (0, 1]; 1 starts from noise, less from the vision tokenizer's picture (brought to the output's
@@ -253,7 +253,7 @@ class NextFlowDecoderMixin(StableNames):
     def _pixels(self, image) -> tuple[torch.Tensor, Grid]:
         """Pictures to (B, 3, H, W) in [-1, 1] of one grid, and that grid."""
         entries = image if isinstance(image, (list, tuple)) else [image]
-        is_float = all(isinstance(entry, torch.Tensor) and entry.is_floating_point() for entry in entries)
+        is_float = any("float" in str(getattr(entry, "dtype", "")) for entry in entries)
         processor = NextFlowImageProcessor.from_vq_config(self.vq_model.config)
         grid, pixels = processor.whole(processor(image, return_tensors="pt", do_rescale=not is_float))
         return pixels, grid

@@ -95,7 +95,7 @@ def disturb(
     """
     noise = randn_tensor(latents.shape, generator, latents.device, latents.dtype)
     steps = scheduler.config.num_train_timesteps
-    indices = torch.randint(steps, (len(latents),), generator=generator)
+    indices = torch.randint(steps, (len(latents),), generator=generator, device=generator.device)
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         timesteps = scheduler.timesteps[indices].to(latents.device)
         sigmas = scheduler.sigmas[indices].to(latents).view(-1, *[1] * (latents.ndim - 1))

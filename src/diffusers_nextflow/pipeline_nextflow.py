@@ -88,7 +88,7 @@ class NextFlowPipeline(StableNames, DiffusionPipeline):
         prompt: str | Sequence[str],
         image: PipelineImageInput | Sequence[Sequence] | None = None,
         negative_prompt: str | Sequence[str] | None = None,
-        num_images_per_prompt: int = 1,
+        num_images_per_prompt: int | None = None,
         seed: int | Sequence[int] | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         output_type: str = "pil",
@@ -148,6 +148,8 @@ class NextFlowPipeline(StableNames, DiffusionPipeline):
             sanitize_control_tokens=True,
             processor_kwargs={"do_rescale": False},
         )
+        if num_images_per_prompt is None:
+            num_images_per_prompt = self.model.config.image_generation["num_images_per_prompt"]
         generator = None if seed is not None else generator
         generators = RowGenerators.create(len(prompts), num_images_per_prompt, seed, generator).generators
         of_decoder = [each.clone_state() for each in generators]

@@ -71,7 +71,7 @@ def sequence_mask(
     """
     if block_ids is None and document_ids is None:
         return attention_mask
-    needs_segments = config._attn_implementation == BLOCKS or is_flash(config)
+    needs_segments = config._attn_implementation == BLOCKS or is_flash(config._attn_implementation)
     is_free = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
     if needs_segments or (config._attn_implementation == "sdpa" and is_free):
         documents = torch.zeros_like(block_ids) if document_ids is None else document_ids
@@ -99,6 +99,11 @@ def sequence_mask(
         **{CACHE: past_key_values},
     )
     return {"full_attention": mask}
+
+
+def is_decoders_alone(attn_implementation: str | None) -> bool:
+    """Whether the vision tokenizer keeps SDPA beside it."""
+    return attn_implementation == FLEX or is_flash(attn_implementation)
 
 
 def refuse_dense_mask(config: PreTrainedConfig, mask: torch.Tensor | None) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -72,9 +72,9 @@ def segments_of(block_ids: torch.Tensor, document_ids: torch.Tensor) -> Segments
     return Segments(tuple(map(tuple, documents)))
 
 
-def is_flash(config: PreTrainedConfig) -> bool:
+def is_flash(attn_implementation: str | None) -> bool:
     """Whether attention takes no masks; what is causal then ends with the last key."""
-    return "flash" in (config._attn_implementation or "")
+    return "flash" in (attn_implementation or "")
 
 
 @torch.compiler.disable  # every layout would be a graph of its own
@@ -111,7 +111,12 @@ def attend_by_segments(
         for segment, part in zip(document, queries.split([segment.length for segment in document], dim=2)):
             start, stop = stop, stop + segment.length
             mask = None  # blocks and a lone position see all keys so far; SDPA's own causal mask begins at the first
-            if start and segment.length > 1 and not segment.is_block and not is_flash(module.config):
+            if (
+                start
+                and segment.length > 1
+                and not segment.is_block
+                and not is_flash(module.config._attn_implementation)
+            ):
                 mask = torch.ones(segment.length, stop, dtype=torch.bool, device=query.device).tril(start)
             seen = keys[:, :, :stop], values[:, :, :stop]
             outputs.append(attend(module, part, *seen, mask, is_causal=not segment.is_block, **kwargs)[0])

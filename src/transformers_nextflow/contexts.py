@@ -176,5 +176,5 @@ def _rows_of(cache: Cache, rows: list[int] | None) -> Cache:
     taken = copy(cache)
     taken.layers = list(map(copy, cache.layers))
     if rows is not None:
-        taken.batch_select_indices(torch.tensor(rows))
+        taken.batch_select_indices(torch.tensor(rows, device="cpu"))
     return taken

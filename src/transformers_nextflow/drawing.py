@@ -229,7 +229,7 @@ def draw_pictures(
     num_forced = forced.num_scales(schedule) if forced is not None else 0
 
     device = contexts.hidden_RlD.device
-    numbers = torch.arange(num_prompts * count).view(num_prompts, count)
+    numbers = torch.arange(num_prompts * count, device="cpu").view(num_prompts, count)
     codes_BL = torch.empty(num_prompts, 0, dtype=torch.long, device=device)
     tell = telling(on_scale_end, numbers.tolist())
     scales, rest = range(num_forced), range(num_forced, len(schedule))

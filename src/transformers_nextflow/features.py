@@ -47,7 +47,7 @@ def join(parts: list[Taps], row_offsets: list[int]) -> Taps:
         Taps(part.places + offset, part.weights, part.starts + before)
         for part, offset, before in zip(parts, row_offsets, taps_before)
     ]
-    nothing = Taps(torch.empty(0, dtype=torch.long), torch.empty(0), torch.empty(0, dtype=torch.long))
+    nothing = Taps(*(torch.empty(0, dtype=dtype, device="cpu") for dtype in (torch.long, torch.float32, torch.long)))
     return Taps(*map(torch.cat, zip(nothing, *moved)))
 
 
@@ -70,14 +70,14 @@ def scale_taps(
         weights = row_weights[:, None, :, None] * column_weights[:, None]
         parts.append((schedule.offsets[scale] + places.flatten(2).flatten(0, 1), weights.flatten(2).flatten(0, 1)))
     places_lt, weights_lt = (torch.cat(each, dim=1) for each in zip(*parts))
-    starts_l = torch.arange(len(places_lt)) * places_lt.shape[1]
+    starts_l = torch.arange(len(places_lt), device="cpu") * places_lt.shape[1]
     return Taps(*(each.flatten().to(device) for each in (places_lt, weights_lt, starts_l)))
 
 
 def _axis(source: int, via: int | None, target: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Both resizes work on rows and columns apart. Of each of `target` cells in a line: (target, t) which of `source`
     cells count, and how much, bicubic, or bicubic to `via` cells and then by area."""
-    unit_maps = torch.eye(source)[None, :, :, None]
+    unit_maps = torch.eye(source, dtype=torch.float32, device="cpu")[None, :, :, None]
     maps = resize_features(unit_maps, (target if via is None else via, 1))
     matrix = F.interpolate(maps, size=(target, 1), mode="area")[0, :, :, 0].T
     counts = matrix != 0

@@ -116,22 +116,24 @@ class NextFlowGenerationMixin(ImageCodesMixin, TextGenerationMixin):
         names = Prompts.__dataclass_fields__.keys() & kwargs.keys()
         if kwargs.get("input_ids") is None:
             raise ValueError(f'generation_mode="{generation_mode}" reads prompts as input_ids, got none')
-        of_text = kwargs.get("generation_config") or self.generation_config
-        pad_token_id = kwargs.get("pad_token_id", of_text.pad_token_id)
+        # as in transformers, one's own says what it says, and the model's the rest
+        configs = [
+            config for config in (self.generation_config, kwargs.get("generation_config")) if config is not None
+        ]
+        pad_token_ids = [config.pad_token_id for config in configs] + [kwargs.get("pad_token_id")]
+        pad_token_id = next((token for token in reversed(pad_token_ids) if token is not None), None)
         prompts = Prompts(**{name: kwargs.pop(name) for name in names}).checked(self.config, pad_token_id)
         shared = {"temperature", "top_k", "top_p"} if generation_mode == "interleaved" else set()
         keywords = {name: kwargs.pop(name) for name in (IMAGE_KEYWORDS & kwargs.keys()) - shared}
-        by_text_names = _by_text_names(kwargs, of_text) if generation_mode == "image" else {}
-        layers = (getattr(of_text, "image_generation", None), image_generation, keywords)
-        given = [by_text_names, *(_said(controls, by_text_names) for controls in layers)]
-        settings, names_said = ImageGenerationConfig(**self.config.image_generation), set().union(*given)
-        for said in given:
-            settings = settings.updated(**said)
+        layers = [(_of_config(config), getattr(config, "image_generation", None)) for config in configs]
+        layers += [(_of_call(kwargs), image_generation), ({}, keywords)]
+        if generation_mode == "interleaved":
+            layers = [({}, controls) for _, controls in layers]
+        settings, names_said = self._asked(layers)
         count = settings.num_images_per_prompt
         if generation_mode == "interleaved" and "num_images_per_prompt" in names_said and count != 1:
             raise ValueError(f"num_images_per_prompt is of pictures alone, an answer draws its own, got {count}")
-        if generation_mode == "image" and kwargs.pop("num_return_sequences", None) not in (None, count):
-            asked = by_text_names["num_images_per_prompt"]
+        if generation_mode == "image" and (asked := kwargs.pop("num_return_sequences", None)) not in (None, count):
             raise ValueError(f"num_return_sequences and num_images_per_prompt are the same, got {asked} and {count}")
         with torch.no_grad():
             pictures = prompts.pictures(self)
@@ -144,9 +146,25 @@ class NextFlowGenerationMixin(ImageCodesMixin, TextGenerationMixin):
     def drawn_grid(self, image_grid_hw: torch.Tensor | None = None, **settings: Unpack[ImageGenerationKwargs]) -> Grid:
         """The final grid of the picture that [`~NextFlowGenerationMixin.generate`] draws for a prompt with these
         images and settings, which `decode_preview` asks for before the picture is done."""
-        firsts, said = [] if image_grid_hw is None else final_grids(image_grid_hw)[:1], _said(settings)
-        asked = ImageGenerationConfig(**self.config.image_generation).updated(**said)
-        return _schedule(asked, said.keys(), firsts or [None], self.model.schedules).final_grid
+        firsts = [] if image_grid_hw is None else final_grids(image_grid_hw)[:1]
+        of_model = getattr(self.generation_config, "image_generation", None)
+        asked, names_said = self._asked([({}, of_model), ({}, settings)])
+        return _schedule(asked, names_said, firsts or [None], self.model.schedules).final_grid
+
+    def _asked(
+        self, layers: Sequence[tuple[dict, Mapping | ImageGenerationConfig | None]]
+    ) -> tuple[ImageGenerationConfig, set[str]]:
+        """How pictures are drawn, and which of it is said beside the model's configuration.
+
+        Args:
+            layers: what arguments of transformers say, and controls that go over them; each goes over those before it.
+        """
+        elsewhere = set().union(*(by_text_names for by_text_names, _ in layers))
+        given = [each for by_text_names, controls in layers for each in (by_text_names, _said(controls, elsewhere))]
+        settings = ImageGenerationConfig(**self.config.image_generation)
+        for said in given:
+            settings = settings.updated(**said)
+        return settings, set().union(*given)
 
     def _draw(
         self,
@@ -250,11 +268,14 @@ def _said(controls: Mapping | ImageGenerationConfig | None, elsewhere: Collectio
     return {name: value for name, value in (controls or {}).items() if value is not None}
 
 
-def _by_text_names(of_call: dict, generation_config: GenerationConfig) -> dict:
-    """What arguments of transformers' `generate` say about pictures, under the names it has for them."""
-    count = of_call.get("num_return_sequences")
-    if count is None and (generation_config.num_return_sequences or 1) > 1:
-        count = generation_config.num_return_sequences
-    temperature = 0.0 if of_call.pop("do_sample", None) is False else None
-    guidance_scale = generation_config.guidance_scale
-    return _said({"num_images_per_prompt": count, "guidance_scale": guidance_scale, "temperature": temperature})
+# What transformers' own arguments say about pictures, under the names that these have for them.
+
+
+def _of_config(config: GenerationConfig) -> dict:
+    count = config.num_return_sequences if (config.num_return_sequences or 1) > 1 else None
+    return _said({"num_images_per_prompt": count, "guidance_scale": config.guidance_scale})
+
+
+def _of_call(arguments: dict) -> dict:
+    temperature = 0.0 if arguments.get("do_sample") is False else None
+    return _said({"num_images_per_prompt": arguments.get("num_return_sequences"), "temperature": temperature})

@@ -324,15 +324,18 @@ class NextFlowImageProcessor(ProcessorBringsCode, PilBackend):
 
     def postprocess(self, pixel_values: torch.Tensor | Sequence[torch.Tensor]) -> list[Image.Image]:
         """(B, 3, H, W) pixels as the model has them, in [-1, 1], or (3, H, W) ones of any sizes -> pictures."""
-        mean, std = (torch.as_tensor(v).expand(3)[:, None, None] for v in (self.image_mean, self.image_std))
+        mean, std = (
+            torch.as_tensor(v, dtype=torch.float32, device="cpu").expand(3)[:, None, None]
+            for v in (self.image_mean, self.image_std)
+        )
         pictures = []
-        for pixels in map(torch.as_tensor, pixel_values):
+        for pixels in (torch.as_tensor(each, device="cpu") for each in pixel_values):
             if pixels.ndim != 3 or len(pixels) != 3:
                 got = tuple(getattr(pixel_values, "shape", pixels.shape))
                 raise ValueError(f"pixel_values must be (B, 3, H, W), got {got}")
             if not pixels.isfinite().all():
                 raise ValueError("pixel_values are not finite: the weights of the vision tokenizer are damaged")
-            values = (pixels.detach().float().cpu() * std + mean) / self.rescale_factor
+            values = (pixels.detach().float() * std + mean) / self.rescale_factor
             eight_bits = values.round().clamp(0, 255).to(torch.uint8)
             pictures.append(Image.fromarray(eight_bits.permute(1, 2, 0).numpy()))
         return pictures

@@ -90,7 +90,7 @@ class Answer:
 
     def stream(self, token_id: int) -> None:
         if self.streamer is not None:
-            self.streamer.put(torch.tensor([token_id]))
+            self.streamer.put(torch.tensor([token_id], device="cpu"))
 
 
 @dataclass
@@ -220,7 +220,7 @@ def answer(
     processors = kwargs.pop("logits_processor", None) or LogitsProcessorList()
     criteria = kwargs.pop("stopping_criteria", None) or StoppingCriteriaList()
     tokenizer = kwargs.pop("tokenizer", None)
-    if "max_length" in kwargs:
+    if kwargs.pop("max_length", None) is not None:
         raise ValueError("interleaved answers are bounded by max_new_tokens and max_new_images, got max_length")
     generation_config, unknown = model._prepare_generation_config(generation_config, **kwargs)
     if unknown := {name: value for name, value in unknown.items() if value is not None}:

@@ -21,6 +21,7 @@ from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
+from transformers.cache_utils import Cache
 
 from .configuration_nextflow import NextFlowConfig
 from .features import Taps, join, scale_taps
@@ -129,7 +130,8 @@ class SequenceLayout:
 def scale_coordinates(grid: tuple[int, int], finest_edge: float) -> torch.Tensor:
     """(2, h*w) float32 coordinates (i, j) of a grid's cells, row-major (NextFlow eq. 1)."""
     h, w = grid
-    rows, columns = ((torch.arange(n, dtype=torch.float64) + 0.5) * (finest_edge / (h * w) ** 0.5) for n in grid)
+    cells = (torch.arange(n, dtype=torch.float64, device="cpu") + 0.5 for n in grid)
+    rows, columns = (each * (finest_edge / (h * w) ** 0.5) for each in cells)
     return torch.stack([rows.repeat_interleave(w), columns.repeat(h)]).float()
 
 
@@ -182,6 +184,19 @@ def check_text(pixel_values: torch.Tensor | None, image_codes: torch.Tensor | No
     if pixel_values is not None or image_codes is not None:
         name = "image_codes" if pixel_values is None else "pixel_values"
         raise ValueError(f"{name} came without image_grid_hw, the final grid of each image")
+
+
+def check_cache_of_text(cache: Cache | None) -> None:
+    """Raise a `ValueError` where a cache has read images, behind which positions are not its length."""
+    if not getattr(cache, "holds_images", False):
+        return
+    cache.holds_images = cache.get_seq_length() > 0  # or it was reset
+    if cache.holds_images:
+        raise ValueError(
+            "past_key_values hold images, behind which positions do not follow from their length: give position_ids, "
+            "the last ones of the whole sequence's layout, see `build_layout`; to `generate`, the whole chat with its "
+            "images"
+        )
 
 
 def final_grids(image_grid_hw: torch.Tensor | Sequence) -> list[Grid]:
@@ -270,9 +285,9 @@ def _blocks(
     blocks = [(scale, scale - 1, scale, accumulate) for scale in range(1, num_scales)]
     if last_scale:
         blocks.append((num_scales, num_scales - 1, num_scales - 1, False))
-    scale_ids, cells, taps = [torch.empty(0, dtype=torch.long)], [torch.empty(2, 0)], []
+    scale_ids, cells, taps = [torch.empty(0, dtype=torch.long, device="cpu")], [torch.empty(2, 0, device="cpu")], []
     for scale, source, target, accumulates in blocks:
-        scale_ids.append(torch.full((schedule.lengths[target],), scale + 1))
+        scale_ids.append(torch.full((schedule.lengths[target],), scale + 1, device="cpu"))
         cells.append(scale_coordinates(schedule[target], finest_edge))
         taps.append(scale_taps(schedule, source, target, accumulates))
     return torch.cat(scale_ids), torch.cat(cells, dim=1), join(taps, [0] * len(taps))
@@ -317,12 +332,12 @@ def build_layout(
         check_codes(config, "image_input_codes", image_input_codes, length)
 
     shape = input_ids.shape
-    scale_BL, scales_BL = torch.zeros(2, *shape, dtype=torch.long)
-    block_BL = torch.full(shape, -1)
-    cells_2BL = torch.zeros(2, *shape)
+    scale_BL, scales_BL = torch.zeros(2, *shape, dtype=torch.long, device="cpu")
+    block_BL = torch.full(shape, -1, device="cpu")
+    cells_2BL = torch.zeros(2, *shape, dtype=torch.float32, device="cpu")
     table, accumulates = config.vq_config.schedule_table(), config.feature_mode == "accumulated"
     code_starts = [0, *accumulate(image.num_codes for image in images)]
-    taps, coarse = [], [torch.empty(0, dtype=torch.long)]
+    taps, coarse = [], [torch.empty(0, dtype=torch.long, device="cpu")]
     for number, (image, first) in enumerate(zip(images, code_starts)):
         row, slots = image.row, slice(image.start + 1, image.outputs.stop)
         scale_ids, cells, own_taps = _blocks(
@@ -334,16 +349,17 @@ def build_layout(
         block_BL[row, slots] = scale_ids + number * (table.max_scales + 2)
         cells_2BL[:, row, slots] = cells
         taps.append(own_taps)
-        coarse.append(torch.arange(first, first + image.num_coarse_codes))
+        coarse.append(torch.arange(first, first + image.num_coarse_codes, device="cpu"))
 
-    valid_BL = torch.ones(shape, dtype=torch.bool) if attention_mask is None else attention_mask.cpu().bool()
+    valid_BL = block_BL.new_ones(shape) if attention_mask is None else attention_mask.cpu()
+    valid_BL = valid_BL.bool()
     if document_ids is not None:
         document_ids = document_ids.cpu()
         valid_BL = valid_BL & (document_ids >= 0)
     in_block_BL = block_BL >= 0
     # how far the counter moves on arriving here, and where it is then at 0
     step_BL = torch.where(in_block_BL, F.pad(scale_BL.diff(dim=1), (1, 0)), 1) * valid_BL
-    total_BL, base_BL = step_BL.cumsum(1), torch.ones(shape, dtype=torch.long)
+    total_BL, base_BL = step_BL.cumsum(1), torch.ones_like(step_BL)
     if document_ids is not None:
         starts_BL = F.pad(document_ids.diff(dim=1) != 0, (1, 0), value=True)
         base_BL = torch.where(starts_BL, total_BL - step_BL + 1, 0).cummax(1).values  # padding may come first
@@ -400,7 +416,7 @@ def _targets(
         code_starts: each image's first code among all.
     """
     codes_BL = torch.full_like(shift_BL, -1)
-    weights_BL = torch.ones(shift_BL.shape)
+    weights_BL = torch.ones_like(shift_BL, dtype=torch.float32)
     for image, first in zip(images, code_starts):
         supervised = shift_BL[image.row, image.outputs] != IGNORE
         if image.is_open or not supervised.any():
@@ -415,12 +431,10 @@ def _targets(
                 f"an image that carries its last scale as input cannot be supervised: row {image.row}, "
                 f"<boi> at {image.start}"
             )
-        codes_BL[image.row, image.outputs] = torch.arange(first, first + image.num_codes)
+        codes_BL[image.row, image.outputs] = torch.arange(first, first + image.num_codes, device="cpu")
         predicted = image.schedule.prefix(image.num_scales)
-        weights = torch.tensor(predicted.weights(config.scale_loss_alpha)).repeat_interleave(
-            torch.tensor(predicted.lengths)
-        )
-        weights_BL[image.row, image.outputs] = weights
+        weights, lengths = map(weights_BL.new_tensor, (predicted.weights(config.scale_loss_alpha), predicted.lengths))
+        weights_BL[image.row, image.outputs] = weights.repeat_interleave(lengths.long())
     text = shift_BL[(shift_BL != IGNORE) & (codes_BL < 0)]
     if text.numel() and not 0 <= text.min() <= text.max() < config.text_vocab_size:
         raise ValueError(
@@ -432,12 +446,13 @@ def _targets(
     return {"supervised": supervised_N} | {name: each.flatten()[supervised_N] for name, each in tensors.items()}
 
 
-def text_positions(inputs: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+def text_positions(inputs: torch.Tensor, valid: torch.Tensor, past: int = 0) -> torch.Tensor:
     """(B, L) ids or (B, L, D) embeddings of text alone -> (3, B, L) float32 positions, as [`build_layout`] gives them.
 
     Args:
-        valid: (B, L), 0 at padding.
+        valid: (B, past + L), 0 at padding.
+        past: positions that a cache holds already.
     """
-    check_shape(inputs, attention_mask=valid)
+    check_shape(inputs, attention_mask=valid[:, past:])
     valid = valid.bool()
-    return (valid.cumsum(1) - 1).masked_fill(~valid, 0).float().expand(3, -1, -1)
+    return (valid.cumsum(1) - 1).masked_fill(~valid, 0).float()[:, past:].expand(3, -1, -1)

@@ -32,7 +32,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
-from .attention import FLEX, Apart, Part, refuse_dense_mask, sequence_mask
+from .attention import Apart, Part, is_decoders_alone, refuse_dense_mask, sequence_mask
 from .block_attention import Segments, attend_by_segments
 from .cache_name import CACHE, takes_cache
 from .configuration_nextflow import NextFlowConfig
@@ -42,6 +42,7 @@ from .layout import (
     ImageSpan,
     SequenceLayout,
     build_layout,
+    check_cache_of_text,
     check_codes,
     check_rows,
     check_text,
@@ -91,7 +92,8 @@ class ScaleEmbedding(nn.Module):
         """(...) scale indices and numbers of scales, both at least 1 -> (..., D)."""
         indices = self.index(scale_ids)
         half = self.length.in_features // 2
-        frequencies = torch.exp(torch.arange(half, device=num_scales.device) * (-math.log(10_000) / half))
+        places = torch.arange(half, dtype=torch.float32, device=num_scales.device)
+        frequencies = torch.exp(places * (-math.log(10_000) / half))
         angles = torch.arange(self.max_scales + 1, device=num_scales.device)[:, None] * frequencies
         waves = torch.cat([angles.sin(), angles.cos()], dim=-1)  # one row for each number of scales
         return indices + F.embedding(num_scales, self.length(waves.to(indices.dtype)))
@@ -125,7 +127,8 @@ class NextFlowPreTrainedModel(LibraryModel):
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if vision_tokenizer:
-            model.base_model.bring_vision_tokenizer()
+            hub = {name: kwargs[name] for name in ("cache_dir", "local_files_only", "token") if name in kwargs}
+            model.base_model.bring_vision_tokenizer(**hub)
         model.base_model.vq_model.requires_grad_(False)  # loading replaces parameters and thaws them
         return loaded
 
@@ -141,10 +144,11 @@ class NextFlowPreTrainedModel(LibraryModel):
         return super().train(mode)
 
     def set_attn_implementation(self, attn_implementation: str | dict, **kwargs) -> None:
-        """As of the library's models; flex attention is the decoder's alone, see [`NextFlowModel`]."""
-        if attn_implementation == FLEX:
-            self.base_model.language_model.set_attn_implementation(FLEX, **kwargs)
-            self.config._attn_implementation = {"": FLEX}
+        """As of the library's models; flex and FlashAttention are the decoder's alone, see [`NextFlowModel`]."""
+        if isinstance(attn_implementation, str) and is_decoders_alone(attn_implementation):
+            decoder = self.base_model.language_model
+            decoder.set_attn_implementation(attn_implementation, **kwargs)
+            self.config._attn_implementation = {"": decoder.config._attn_implementation}
         else:
             super().set_attn_implementation(attn_implementation, **kwargs)
 
@@ -226,13 +230,14 @@ class NextFlowModelOutput(BaseModelOutputWithPast):
 class NextFlowModel(NextFlowPreTrainedModel):
     """The decoder with its visual inputs, without heads.
 
-    Under `attn_implementation="flex_attention"` the vision tokenizer stays with SDPA: its attention has no masks that
-    blocks could be left out of, and its codes must not depend on the decoder's attention.
+    Under `attn_implementation="flex_attention"` or FlashAttention the vision tokenizer stays with SDPA: its attention
+    has no masks that blocks could be left out of, it is float32, which FlashAttention does not take, and its codes
+    must not depend on the decoder's attention.
     """
 
     def __init__(self, config: NextFlowConfig):
         super().__init__(config)
-        if config._attn_implementation == FLEX:
+        if is_decoders_alone(config._attn_implementation):
             config.vq_config._attn_implementation = "sdpa"
         width, code_dim = config.text_config.hidden_size, config.vq_config.code_dim
         self.language_model = NextFlowTextModel(config.text_config)
@@ -244,14 +249,17 @@ class NextFlowModel(NextFlowPreTrainedModel):
         self.scale_embedding = ScaleEmbedding(self.schedules.max_scales, width)
         self.post_init()
 
-    def bring_vision_tokenizer(self) -> None:
-        """Load the vision tokenizer where `config.vision_tokenizer` refers to one, see there.
+    def bring_vision_tokenizer(self, **hub) -> None:
+        """Load the vision tokenizer where `config.vision_tokenizer` refers to one, see there; `hub`: arguments of
+        `snapshot_download`.
 
         Raises:
             ValueError: if it is not there, or another one is.
         """
         if self.config.vision_tokenizer is not None:
-            self.vq_model = load_referred_to(self.config).to(self.device)
+            devices = (parameter.device for parameter in self.parameters())  # "meta" of what is offloaded
+            device = next((device for device in devices if device.type != "meta"), "cpu")
+            self.vq_model = load_referred_to(self.config, **hub).to(device)
             self.config.vision_tokenizer = None
 
     @contextmanager
@@ -284,9 +292,13 @@ class NextFlowModel(NextFlowPreTrainedModel):
         return self.connector(features_lNC.transpose(0, 1)).to(codes.device)
 
     def image_codes_of(
-        self, images: Sequence[ImageSpan], pixel_values: torch.Tensor | None, image_codes: torch.Tensor | None
+        self,
+        images: Sequence[ImageSpan],
+        pixel_values: torch.Tensor | None,
+        image_codes: torch.Tensor | None,
+        device: torch.device,
     ) -> torch.Tensor:
-        """The images' flat codes, as given or by encoding flat patches; open images have none."""
+        """The images' flat codes, as given or by encoding flat patches; open images have none, on `device`."""
         if pixel_values is not None and image_codes is not None:
             raise ValueError("give either pixel_values or image_codes, not both")
         if image_codes is not None:
@@ -296,7 +308,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
         if pixel_values is None and closed:
             raise ValueError(f"input_ids hold {len(closed)} images, but neither pixel_values nor image_codes came")
         if pixel_values is None:
-            return joined([], self.device)
+            return joined([], device)
         for image in closed:
             if image.num_scales < len(image.schedule):
                 raise ValueError(
@@ -341,7 +353,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
             raise ValueError("an exported forward with images or labels takes a layout, see `build_layout`, got none")
         if image_codes is None or pixel_values is not None:
             images = find_images(self.config, input_ids, image_grid_hw)
-            image_codes = self.image_codes_of(images, pixel_values, image_codes)
+            image_codes = self.image_codes_of(images, pixel_values, image_codes, input_ids.device)
         layout = build_layout(self.config, input_ids, image_grid_hw, image_codes=image_codes, **inputs)
         return layout, image_codes
 
@@ -392,7 +404,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
             input_ids: (B, L); or (B, L, D) `inputs_embeds`, in which images stand where the rows of `<boi>`, `<image>`
                 and `<eoi>` do.
             attention_mask: (B, past + L), 0 at padding; of text alone also (B, 1, L, keys).
-            position_ids: (3, B, L) rows (s, i, j); computed from the ids where absent.
+            position_ids: (3, B, L) rows (s, i, j); computed from the ids where absent, as behind a cache of text.
             pixel_values: (sum of final-grid cells, p*p*3) in [-1, 1], patches row-major, images in the order of
                 `<boi>`; (images, 3, H, W) for a vision tokenizer with an `image_size`.
             image_codes: (sum of codes,), scale by scale, instead of `pixel_values`; of an image that ends its row cut
@@ -416,6 +428,8 @@ class NextFlowModel(NextFlowPreTrainedModel):
         # who says of every pair whether it is seen, as a server of many requests does, lays the text out too
         is_continued = prepared or (isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4)
         valid = None if is_continued else attention_mask
+        if position_ids is None:
+            check_cache_of_text(past_key_values)
         needs_positions = position_ids is None and valid is not None  # without padding the decoder knows them
         if needs_positions or not is_text or self.training:  # a compiled step must not ask for the cache's length
             is_continued = is_continued or _is_filled(past_key_values)
@@ -441,8 +455,10 @@ class NextFlowModel(NextFlowPreTrainedModel):
             )
             laid_out = {"layout": layout, "image_codes": image_codes}
         if reads_text:
-            if needs_positions and not is_continued:
-                position_ids = text_positions(input_ids if inputs_embeds is None else inputs_embeds, valid)
+            inputs = input_ids if inputs_embeds is None else inputs_embeds
+            past = past_key_values.get_seq_length() if needs_positions and is_continued else 0
+            if needs_positions and (not past or valid.shape[1] == past + inputs.shape[1]):
+                position_ids = text_positions(inputs, valid, past)
             refuse_dense_mask(
                 self.config.text_config, attention_mask["full_attention"] if prepared else attention_mask
             )
@@ -475,6 +491,8 @@ class NextFlowModel(NextFlowPreTrainedModel):
             **{CACHE: past_key_values},
             **kwargs,
         )
+        if layout is not None and isinstance(outputs.get(CACHE), Cache):
+            outputs[CACHE].holds_images = bool(len(layout.slot_places))
         return NextFlowModelOutput(**outputs, **laid_out) if has_targets and laid_out else outputs
 
 

@@ -193,7 +193,7 @@ class NaflexEncoder(HiddenStates, Siglip2VisionModel):
 
     def embed(self, pixel_values: torch.Tensor) -> torch.Tensor:
         size = self.config.patch_size
-        grid = torch.tensor([[length // size for length in pixel_values.shape[-2:]]])
+        grid = torch.tensor([[length // size for length in pixel_values.shape[-2:]]], device="cpu")
         return self.embeddings(patchify(pixel_values, size), grid)
 
 
@@ -276,7 +276,6 @@ class NextFlowVQModel(Float32, LibraryModel):
         *("semantic_encoder", "semantic_to_code", "pixel_encoder", "quantizer", "semantic_decoder", "pixel_decoder")
     ]
     _supports_sdpa = True
-    _supports_flash_attn = True
     supports_gradient_checkpointing = True
 
     def __init__(self, config: NextFlowVQConfig):
@@ -315,7 +314,7 @@ class NextFlowVQModel(Float32, LibraryModel):
         self._schedule_of(pixel_values)
         if self.config.semantic_mean is not None:
             shift, scale = (
-                torch.tensor(values, device=pixel_values.device)[:, None, None]
+                torch.tensor(values, dtype=torch.float32, device=pixel_values.device)[:, None, None]
                 for values in (self.config.semantic_mean, self.config.semantic_deviation)
             )
             pixel_values = (((pixel_values + 1) * 127.5).clamp(0, 255) / 255 - shift) / scale

@@ -113,7 +113,7 @@ class Prompts:
         ids, _ = padded(rows, config.eoi_token_id, self.input_ids.device)
         images = find_images(config, ids, grids)
         check_last_scale(images, config)
-        flat_codes = model.model.image_codes_of(images, self.pixel_values, self.image_codes)
+        flat_codes = model.model.image_codes_of(images, self.pixel_values, self.image_codes, ids.device)
         pictures: list[list[Picture]] = [[] for _ in rows]
         for image, codes in zip(images, flat_codes.split([image.num_codes for image in images])):
             pictures[image.row].append((image.schedule.final_grid, codes))

@@ -90,14 +90,14 @@ class SelfCorrection:
         """
         low, high = self.share_range
         last = len(schedule) - 1 if self.last_scale is None else self.last_scale
-        share_S = torch.tensor([float(self.first_scale <= scale <= last) for scale in range(len(schedule))])
-        lengths = torch.tensor(schedule.lengths)
+        takes_part = [float(self.first_scale <= scale <= last) for scale in range(len(schedule))]
+        share_S, lengths = (torch.tensor(each, device="cpu") for each in (takes_part, schedule.lengths))
         disturb, pick = [], []
         for key in keys:
             digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-            chosen, *shares = torch.rand(1 + len(schedule), generator=generator, dtype=torch.float64)
-            uniform = torch.rand(2, schedule.num_codes, generator=generator)
+            chosen, *shares = torch.rand(1 + len(schedule), generator=generator, dtype=torch.float64, device="cpu")
+            uniform = torch.rand(2, schedule.num_codes, generator=generator, dtype=torch.float32, device="cpu")
             share = share_S * (low + (high - low) * torch.stack(shares)) * (chosen < self.probability)
             disturb.append(uniform[0] < share.repeat_interleave(lengths))
             pick.append(uniform[1])

@@ -7,8 +7,9 @@ import hashlib
 import operator
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from math import inf, isfinite
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,7 +54,19 @@ def check_seed(seed: int) -> int:
 
 
 @dataclass(frozen=True)
-class LinearRamp:
+class OverScales:
+    """Values over scales, of Python's, NumPy's or torch's numbers; a `GenerationConfig` saves them by `to_dict`."""
+
+    def __post_init__(self):
+        for entry in fields(self):
+            object.__setattr__(self, entry.name, plain(getattr(self, entry.name)))
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class LinearRamp(OverScales):
     """A value that grows linearly over the scales, from `start` at scale 1 to `end` at scale K."""
 
     start: float
@@ -65,7 +78,7 @@ class LinearRamp:
 
 
 @dataclass(frozen=True)
-class ScaleInterval:
+class ScaleInterval(OverScales):
     """A value on the scales `first` to `last` (0-based, inclusive), and `outside` on the others.
 
     As a guidance scale it confines guidance to these scales. Null rows are run up to the last guided scale: before the

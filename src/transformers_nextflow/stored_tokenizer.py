@@ -51,25 +51,26 @@ def vision_tokenizer_hash(tensors: Iterable[tuple[str, torch.Tensor]], config: N
     return digest.hexdigest()
 
 
-def stored_tensors(model: str, revision: str | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+def stored_tensors(model: str, revision: str | None = None, **hub) -> Iterator[tuple[str, torch.Tensor]]:
     """The vision tokenizer's tensors in float32, by name and in the order of the names, one at a time.
 
     Args:
         model: folder or Hub id of a NextFlow.
         revision: of the id.
+        hub: of `snapshot_download`, where to get it and how.
     """
     if not Path(model).is_dir():
         from huggingface_hub import snapshot_download
 
-        model = snapshot_download(model, revision=revision, allow_patterns=["*.json", "*.safetensors"])
+        model = snapshot_download(model, revision=revision, allow_patterns=["*.json", "*.safetensors"], **hub)
     folder = SafetensorsFolder(model)
     for name in sorted(name for name in folder if name.startswith(PREFIX)):
         tensor = folder.tensor(name)
         yield name.removeprefix(PREFIX), tensor.float() if tensor.is_floating_point() else tensor
 
 
-def tensors_referred_to(config: NextFlowConfig) -> dict[str, torch.Tensor]:
-    """The tensors that `config.vision_tokenizer` refers to.
+def tensors_referred_to(config: NextFlowConfig, **hub) -> dict[str, torch.Tensor]:
+    """The tensors that `config.vision_tokenizer` refers to; `hub` as in [`stored_tensors`].
 
     Raises:
         ValueError: if it is not there, or another one is.
@@ -77,7 +78,7 @@ def tensors_referred_to(config: NextFlowConfig) -> dict[str, torch.Tensor]:
     model = config.vision_tokenizer["model"]
     remedy = "name the folder that has it as `vision_tokenizer` in config.json"
     try:
-        tensors = dict(stored_tensors(model, config.vision_tokenizer.get("revision")))
+        tensors = dict(stored_tensors(model, config.vision_tokenizer.get("revision"), **hub))
     except (OSError, ValueError) as error:
         raise ValueError(f"the vision tokenizer of this checkpoint is that of {model}, {error}: {remedy}") from error
     if vision_tokenizer_hash(tensors.items(), config.vq_config) != config.vision_tokenizer["sha256"]:
@@ -85,8 +86,8 @@ def tensors_referred_to(config: NextFlowConfig) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def load_referred_to(config: NextFlowConfig) -> NextFlowVQModel:
-    """The vision tokenizer that `config.vision_tokenizer` refers to; raises as [`tensors_referred_to`]."""
+def load_referred_to(config: NextFlowConfig, **hub) -> NextFlowVQModel:
+    """The vision tokenizer that `config.vision_tokenizer` refers to; see [`tensors_referred_to`]."""
     model = NextFlowVQModel(config.vq_config)
-    model.load_state_dict(tensors_referred_to(config))
+    model.load_state_dict(tensors_referred_to(config, **hub))
     return model.eval().requires_grad_(False)

@@ -9,7 +9,7 @@ from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_masks_for_generate
 
 from .cache_name import CACHE
-from .layout import build_layout, find_images
+from .layout import build_layout, check_cache_of_text, check_text, find_images
 from .prompts import check_last_scale, check_prompt
 from .sampling import COLDEST, SAMPLING_LIMITS, per_scale, plain
 
@@ -71,6 +71,13 @@ class TextGenerationMixin(GenerationMixin):
             mask = kwargs.get("attention_mask") if cache is None else None
             mask = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
             check_prompt(input_ids, mask, self.config.text_vocab_size)
+            if kwargs.get("image_grid_hw") is None:
+                check_text(kwargs.get("pixel_values"), kwargs.get("image_codes"))
+                if (input_ids == self.config.image_token_id).any():
+                    raise ValueError(
+                        "input_ids hold <image> tokens, but no image_grid_hw came: pass all that the processor gives, "
+                        "also where past_key_values hold the images already"
+                    )
         return super().generate(input_ids, *args, **kwargs)
 
     def check_keeps_caches(self) -> None:
@@ -107,6 +114,7 @@ class TextGenerationMixin(GenerationMixin):
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
         grids, mask = model_kwargs.get("image_grid_hw"), model_kwargs.get("attention_mask")
         if grids is None:
+            check_cache_of_text(model_kwargs.get(CACHE))
             positions = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
             self.check_reach(positions)
             return positions[None].expand(3, *positions.shape)

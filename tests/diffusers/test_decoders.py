@@ -3,9 +3,11 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 pytest.importorskip("diffusers", reason="the diffusion decoder needs diffusers")
 
@@ -135,6 +137,11 @@ def test_codes_pictures_and_features_say_the_same(family):
     assert torch.equal(draw(features=list(condition(codes))), expected)
     assert torch.equal(draw(image=pixels), expected)
     assert torch.equal(draw(image=list(pixels)), expected)
+    arrays = pixels.permute(0, 2, 3, 1).numpy()  # as `output_type="np"` gives them
+    assert torch.equal(draw(image=arrays), expected) and torch.equal(draw(image=list(arrays)), expected)
+    bytes_ = (arrays * 255).round().astype(np.uint8)
+    picture, floats = Image.fromarray(bytes_[0]), torch.from_numpy(bytes_[1] / np.float32(255)).permute(2, 0, 1)
+    assert torch.equal(draw(image=[picture, floats]), draw(image=list(bytes_)))
     assert pipe("", codes[:1], output_type="pil", num_inference_steps=1).images[0].size == (64, 32)  # the only grid
     latents = draw(codes=codes, grid=WIDE, latents=first_noise(pipe, codes))
     assert torch.equal(latents, expected)
@@ -243,6 +250,23 @@ def test_model_offload(family):
     pipe.enable_model_cpu_offload(device="cpu")
     for _ in range(2):
         assert torch.equal(pipe(**arguments, generator=seeded()).images, expected)
+
+
+@pytest.mark.parametrize("family", ["unet", "flux", "qwenimage"])
+def test_a_backbone_that_is_cast_layer_by_layer(family):
+    """Before the decoder is made of it, as diffusers' documentation does, or afterwards."""
+    dtypes = {"storage_dtype": torch.bfloat16, "compute_dtype": torch.float32}
+    components, pictures = stock_components(family), []
+    components["unet" if family == "unet" else "transformer"].enable_layerwise_casting(**dtypes)
+    before, after = decoder(family, **components), decoder(family)
+    getattr(after, after.backbone).enable_layerwise_casting(**dtypes)
+    for pipe in (before, after):
+        let_condition_speak(pipe)
+        pictures.append(pipe("a cat", random_codes(1), WIDE, generator=seeded(), **TWO_STEPS).images)
+    torch.testing.assert_close(pictures[0], pictures[1], rtol=0, atol=0.02)
+    assert not torch.equal(
+        pictures[0], before("a cat", random_codes(1, seed=1), WIDE, generator=seeded(), **TWO_STEPS).images
+    )
 
 
 @every_family

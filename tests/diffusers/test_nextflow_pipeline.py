@@ -38,6 +38,10 @@ def test_pictures_are_those_of_generate(pipe):
     torch.testing.assert_close(pictures, (pixels + 1) / 2)
     codes = pipe(PROMPTS, seed=3, num_images_per_prompt=2, output_type="latent").images
     assert torch.equal(codes, tokens - pipe.model.config.text_vocab_size)
+    pipe = NextFlowPipeline(copy.deepcopy(pipe.model), pipe.processor)
+    pipe.model.config.image_generation = {"num_images_per_prompt": 2}
+    for said in ({}, {"num_images_per_prompt": None}):  # which says nothing
+        assert torch.equal(pipe(PROMPTS, seed=3, **said, output_type="latent").images, codes)
     generated = pipe(PROMPTS[0], generator=torch.Generator().manual_seed(1), aspect_ratio="2:1").images[0]
     assert generated.width == 2 * generated.height
 
