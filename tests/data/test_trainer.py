@@ -269,6 +269,16 @@ on_ranks(work)
 """
 
 
+def test_several_gpus_of_one_process_are_one(dataset, data_model, tmp_path, caplog):
+    """They would get rows of a batch without their codes."""
+    arguments = NextFlowTrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    arguments._n_gpu = 2  # as where there are two
+    arguments.__post_init__()
+    trainer = NextFlowTrainer(data_model, arguments, train_dataset=dataset)
+    assert trainer._wrap_model(trainer.model) is trainer.model and trainer.args.train_batch_size == 1
+    assert "1 of 2 GPUs is used: start by `accelerate launch` to use all" in caplog.text
+
+
 def test_metrics_of_logits_are_refused(dataset, data_model, tmp_path):
     with pytest.raises(ValueError, match="compute_metrics needs logits, which this trainer never makes"):
         NextFlowTrainer(data_model, NextFlowTrainingArguments(str(tmp_path)), compute_metrics=lambda prediction: {})
@@ -322,7 +332,14 @@ def test_batches_are_not_cut_for_the_devices(tmp_path):
         NextFlowTrainingArguments(str(tmp_path), accelerator_config={"dispatch_batches": True})
 
 
-@pytest.mark.parametrize("option", [{"label_smoothing_factor": 0.5}, {"train_sampling_strategy": "group_by_length"}])
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"label_smoothing_factor": 0.5},
+        {"train_sampling_strategy": "group_by_length"},
+        {"average_tokens_across_devices": False},
+    ],
+)
 def test_options_that_would_not_be_heeded_are_refused(option, tmp_path):
     ((name, value),) = option.items()
     with pytest.raises(ValueError, match=f"{name} is not for this trainer: leave .*, got {value!r}"):

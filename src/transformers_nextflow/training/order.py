@@ -6,9 +6,12 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.utils import logging
 
 from ..sampling import integer
 from .checkpoints import SavingTrainer
+
+logger = logging.get_logger(__name__)
 
 
 class EpochOrder(Sampler[int]):
@@ -88,6 +91,8 @@ OF_BATCHES |= {"bf16_full_eval": False, "fp16_full_eval": False}
 def check_heeded(arguments: TrainingArguments, **others) -> None:
     """Raise a `ValueError` for options that the trainers of this package would not heed, and sizes below 1.
 
+    Of several GPUs in one process all but the first are left alone: `DataParallel` would cut tensors by rows.
+
     Args:
         others: the only values of further options that this trainer heeds.
     """
@@ -103,6 +108,9 @@ def check_heeded(arguments: TrainingArguments, **others) -> None:
             "dispatch_batches is not for this trainer: it cuts tensors by rows, which pictures of a batch have others "
             "than texts; leave it out, every device loads its own"
         )
+    if arguments.n_gpu > 1:
+        logger.warning(f"1 of {arguments.n_gpu} GPUs is used: start by `accelerate launch` to use all")
+        arguments._n_gpu = 1
 
 
 def refuse_shared_weights(trainer: Trainer) -> None:
