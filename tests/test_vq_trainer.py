@@ -444,7 +444,7 @@ def test_what_is_logged_of_each_scale(model, tmp_path):
     run = trainer(prepare_vq_stage(model, "pixel"), tmp_path, max_steps=1, scale_drop=0.0, logging_steps=1)
     run.train()
     row = run.state.log_history[0]
-    index = list(run._order)[0]
+    index = list(run._get_train_sampler())[0]
     pixels = Pictures()[index]["pixel_values"]
     schedule = model.schedules.by_size(*pixels.shape[-2:])
     scales = range(1, len(schedule) + 1)
@@ -464,7 +464,7 @@ def test_what_is_logged_is_of_all_pictures_since_the_last_log(model, tmp_path):
     values = {"max_steps": 4, "logging_steps": 2, "learning_rate": 0.0, "scale_drop": 0.0}
     run = trainer(prepare_vq_stage(model, "pixel"), tmp_path, **values)
     run.train()
-    order = list(run._order)
+    order = list(run._get_train_sampler())
     for row, indices in zip(run.state.log_history, (order[:2], order[2:4])):
         errors, values, codes, residuals = [], [], {}, {}
         for index in indices:

@@ -12,6 +12,7 @@ from pathlib import Path
 from zipfile import is_zipfile
 
 from safetensors import SafetensorError, safe_open
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
@@ -118,8 +119,22 @@ class DataOrder(TrainerCallback, ExportableState):
                 )
 
 
+class Epochs(TrainerCallback):
+    """Tells the order of the data which epoch it is, below whatever wraps it: the libraries do not reach it where two
+    or more processes go on within an epoch."""
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        sampler = train_dataloader.batch_sampler
+        while hasattr(sampler, "batch_sampler"):
+            sampler = sampler.batch_sampler
+        order = getattr(sampler, "sampler", None)  # streams have none
+        if hasattr(order, "set_epoch"):
+            order.set_epoch(int(state.epoch))
+
+
 class SavingTrainer(Trainer):
-    """Trainer that goes on from whole checkpoints alone, and saves the average of an [`EMACallback`] beside the model.
+    """Trainer that goes on from whole checkpoints alone, where these were in the order of the data, and saves the
+    average of an [`EMACallback`] beside the model.
 
     Of a model without its vision tokenizer, `save_model` brings it into the folder, and so do checkpoints that go to
     the Hub, while others refer to it.
@@ -134,6 +149,7 @@ class SavingTrainer(Trainer):
         per_step = own.train_batch_size * own.world_size * own.gradient_accumulation_steps
         self._data_order = DataOrder(seed, per_step)
         self.add_callback(self._data_order)
+        self.add_callback(Epochs())
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """See `Trainer.train`. `True` goes on from the newest whole checkpoint in `output_dir`, whatever a killed run
@@ -145,6 +161,13 @@ class SavingTrainer(Trainer):
         self.args.resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         if self.args.resume_from_checkpoint and not (self.args.ignore_data_skip or self.args.auto_find_batch_size):
             self._data_order.check(self.args.resume_from_checkpoint)
+        shares_weights = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if self.args.world_size > 1 and not (
+            shares_weights or isinstance(self.model_wrapped, DistributedDataParallel)
+        ):
+            # an evaluation has prepared the model to be evaluated, and devices would not share their gradients
+            self.model_wrapped = self.model
+            self.model.__dict__.pop("_is_accelerate_prepared", None)
         return super().train(self.args.resume_from_checkpoint, *args, **kwargs)
 
     def _run_epoch(self, *args, **kwargs) -> None:

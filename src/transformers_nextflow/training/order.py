@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 from torch.utils.data import Dataset, Sampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
 
 from ..sampling import integer
@@ -35,6 +35,9 @@ class WithEpoch(Sampler[tuple[int, int]]):
 
     def __init__(self, order: EpochOrder):
         self.order = order
+
+    def set_epoch(self, epoch: int) -> None:
+        self.order.set_epoch(epoch)
 
     def __len__(self) -> int:
         return len(self.order)
@@ -135,10 +138,6 @@ class OrderedTrainer(SavingTrainer):
     Datasets with `set_epoch` are told the epoch, in every worker. Devices share an evaluation by [`EvenShares`].
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.add_callback(_Epochs(self))
-
     def blank(self, item: dict) -> dict:
         """An item of an evaluation that does not count."""
         raise NotImplementedError
@@ -162,15 +161,4 @@ class OrderedTrainer(SavingTrainer):
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        self._order = EpochOrder(len(self.train_dataset if train_dataset is None else train_dataset), seed)
-        return self._order
-
-
-class _Epochs(TrainerCallback):
-    """Tells the order which epoch it is, below whatever wraps it in a resumed or distributed run."""
-
-    def __init__(self, trainer: OrderedTrainer):
-        self.trainer = trainer
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self.trainer._order.set_epoch(int(state.epoch))
+        return EpochOrder(len(self.train_dataset if train_dataset is None else train_dataset), seed)
