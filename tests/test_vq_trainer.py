@@ -68,10 +68,10 @@ class Pictures(torch.utils.data.Dataset):
 
 
 class OneSize(Pictures):
-    """As many batches of one size, so that however they are split a step's loss is their mean."""
+    """As many batches of one size, of one, two and three pictures."""
 
     def __getitem__(self, index):
-        return super().__getitem__(2 * index + 1)
+        return {"pixel_values": super().__getitem__(2 * index + 1)["pixel_values"][: 1 + index % 3]}
 
 
 class Large(torch.utils.data.Dataset):
@@ -582,6 +582,20 @@ def test_items_of_a_batch_count_by_their_pictures(model, tmp_path):
         run.args.per_device_eval_batch_size, run.args.dataloader_drop_last = count, drop_last
         metrics.append(run.evaluate(Pictures()))
     assert all(metrics[0] == pytest.approx(other, rel=1e-5) for other in metrics[1:])
+
+
+def test_every_picture_of_a_step_counts_as_much_however_it_is_split(model, tmp_path):
+    after = []
+    for split in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        prepared = prepare_vq_stage(copy.deepcopy(model), "pixel")
+        values = {"optim": "sgd", "learning_rate": 0.02, "max_steps": 2, "scale_drop": 0.0, split: 3}
+        run = trainer(prepared, tmp_path, OneSize(), **values)
+        run.train()
+        after.append(([row["loss"] for row in run.state.log_history if "loss" in row], state(prepared)))
+    (losses, expected), (split_losses, got) = after
+    assert split_losses == pytest.approx(losses, rel=1e-5)
+    assert moved(state(model), got)
+    assert max(float((expected[name] - got[name]).abs().max()) for name in expected) < 1e-5
 
 
 def test_checkpointing_gives_the_same_gradients(model, tmp_path):

@@ -402,6 +402,22 @@ def test_batches_of_a_forward_count_by_their_pictures(tmp_path):
     torch.testing.assert_close(together, (2 * losses[0] + losses[1]) / 3)
 
 
+def test_every_picture_of_a_step_counts_as_much_however_it_is_split(tmp_path):
+    class Uneven(Batches):
+        def __getitem__(self, number):
+            batch, count = super().__getitem__(number), 1 + number % 2
+            return batch | {name: batch[name][:count] for name in ("pixel_values", "codes", "captions")}
+
+    logs = []
+    for split in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        pipe = decoder("unet", vq_model=tiny_vq_model())
+        trainer = train(pipe, Uneven(), arguments(tmp_path, optim="sgd", **{split: 3}))
+        logs.append([(row["loss"], row["grad_norm"]) for row in trainer.state.log_history if "grad_norm" in row])
+    assert len(logs[0]) == 2
+    for one, other in zip(*logs):
+        assert other == pytest.approx(one, rel=1e-4)
+
+
 def test_a_loss_that_is_no_number_ends_the_training(tmp_path):
     pipe = decoder("unet", vq_model=copy.deepcopy(tiny_vq_model()))
     with torch.no_grad():

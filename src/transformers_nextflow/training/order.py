@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterator
 
 import numpy as np
+import torch
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
@@ -162,3 +163,18 @@ class OrderedTrainer(SavingTrainer):
     def _get_train_sampler(self, train_dataset=None) -> Sampler:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return EpochOrder(len(self.train_dataset if train_dataset is None else train_dataset), seed)
+
+
+class PicturesTrainer(OrderedTrainer):
+    """[`OrderedTrainer`] on batches of pictures, each of which counts as much in a step, however it is split."""
+
+    loss_is_scaled_for_ga = True
+
+    def count(self, inputs: dict) -> int:
+        """The pictures of a forward."""
+        raise NotImplementedError
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:
+        """The mean over devices, whose gradients' mean is taken, too."""
+        own = torch.tensor([sum(map(self.count, batch_samples))], device=device)
+        return self.accelerator.gather(own).float().mean()

@@ -22,7 +22,7 @@ from ..sampling import integer
 from ..utils.files import output_folder, save_png
 from .checkpoints import output_field
 from .metrics import lpips, psnr, ssim
-from .order import OF_BATCHES, OrderedTrainer, check_heeded, judge_by_losses, refuse_shared_weights
+from .order import OF_BATCHES, PicturesTrainer, check_heeded, judge_by_losses, refuse_shared_weights
 from .teacher import FOLDER as TEACHER
 from .vq_losses import (
     PatchDiscriminator,
@@ -193,7 +193,7 @@ class VQTraining(nn.Module):
         return output, {"adversarial": adversarial_loss(deceived), "discriminator": discriminator_loss(real, fake)}
 
 
-class NextFlowVQTrainer(OrderedTrainer):
+class NextFlowVQTrainer(PicturesTrainer):
     """Trains [`NextFlowVQModel`] on pictures, in one of the stages that [`prepare_vq_stage`] makes it ready for.
 
     Logged beside `loss`: each loss by its name (`loss_reconstruction`, `loss_codebook`, ..), `psnr` in dB, and for
@@ -269,15 +269,18 @@ class NextFlowVQTrainer(OrderedTrainer):
         return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The mean over the pictures of `pixel_values`, or over those of a list of such."""
-        batches = inputs["pixel_values"]
-        batches = batches if isinstance(batches, list) else [batches]
+        """The mean over the pictures of `pixel_values`, or over those of a list of such; in training a forward's part
+        of the mean over a step's."""
+        pictures = self.count(inputs) if num_items_in_batch is None else float(num_items_in_batch)
         total, outputs = 0.0, []
-        for pixel_values in batches:
+        for pixel_values in _sizes(inputs):
             loss, output = self._loss_of_size(model, pixel_values)
-            total = total + loss * len(pixel_values) / sum(map(len, batches))
+            total = total + loss * (len(pixel_values) / pictures)
             outputs.append(output)
         return (total, outputs) if return_outputs else total
+
+    def count(self, inputs: dict) -> int:
+        return sum(map(len, _sizes(inputs)))
 
     def _loss_of_size(self, model, pixel_values: torch.Tensor) -> tuple[torch.Tensor, NextFlowVQOutput]:
         args = self.args
@@ -458,6 +461,12 @@ class Restarts(TrainerCallback):
         if not self.pixel_only:
             self.quantizer.semantic_codebook[dead] = semantic
         self.chosen.zero_()
+
+
+def _sizes(inputs: dict) -> list[torch.Tensor]:
+    """The pictures of a forward, those of one size together."""
+    batches = inputs["pixel_values"]
+    return batches if isinstance(batches, list) else [batches]
 
 
 def _by_size(items: list[dict]) -> dict:
