@@ -377,6 +377,9 @@ def test_a_run_is_not_resumed_on_data_in_another_order(dataset, data_model, tmp_
     other = resume | {"gradient_accumulation_steps": 2, "data_seed": 6}
     with pytest.raises(ValueError, match="checkpoint-1 was trained with seed 5, with 6 its epoch"):
         train(copy.deepcopy(data_model), dataset, tmp_path, **other)
+    fewer = Subset(dataset, range(6)), tmp_path, resume["resume"], None, PackCollator(dataset)
+    with pytest.raises(ValueError, match="checkpoint-1 was trained with items 8, with 6 its epoch"):
+        train(copy.deepcopy(data_model), *fewer, **run, gradient_accumulation_steps=2)
     assert train(copy.deepcopy(data_model), dataset, tmp_path, **other, ignore_data_skip=True).state.global_step == 4
 
 

@@ -5,7 +5,7 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import field
 from pathlib import Path
@@ -101,11 +101,12 @@ def of_this_training(checkpoint: str) -> Iterator[None]:
 class DataOrder(TrainerCallback, ExportableState):
     """Notes in checkpoints what it follows from which data comes next."""
 
-    def __init__(self, seed: int, items_per_step: int):
-        self.seed, self.items_per_step = seed, items_per_step
+    def __init__(self, seed: int, items_per_step: int, items: int | None = None):
+        self.seed, self.items_per_step, self.items = seed, items_per_step, items
 
     def state(self) -> dict:
-        return {"args": {"seed": self.seed, "items_per_step": self.items_per_step}, "attributes": {}}
+        names = ("seed", "items_per_step", "items")
+        return {"args": {name: getattr(self, name) for name in names}, "attributes": {}}
 
     def check(self, checkpoint: str) -> None:
         """Raise a `ValueError` for a checkpoint whose data came in another order."""
@@ -147,7 +148,8 @@ class SavingTrainer(Trainer):
         own = self.args
         seed = own.seed if own.data_seed is None else own.data_seed
         per_step = own.train_batch_size * own.world_size * own.gradient_accumulation_steps
-        self._data_order = DataOrder(seed, per_step)
+        count = len(self.train_dataset) if isinstance(self.train_dataset, Sized) else None  # of streams
+        self._data_order = DataOrder(seed, per_step, count)
         self.add_callback(self._data_order)
         self.add_callback(Epochs())
 
