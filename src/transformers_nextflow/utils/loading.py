@@ -83,9 +83,14 @@ def base_of(name: str, **revision: str) -> str | None:
         base = model_name(base)
     except (ValueError, NotADirectoryError) as error:
         raise ValueError(f"{name} holds adapters on another model, see adapter_config.json: {error}") from error
-    if of_base is None or Path(base).is_dir():
-        return base
-    return snapshot_download(base, revision=of_base, allow_patterns=["*.json", "*.jinja", "*.safetensors"])
+    return base if of_base is None else folder_of(base, of_base)
+
+
+def folder_of(name: str, revision: str) -> str:
+    """The folder that holds a revision of a Hub model; a local folder is one itself."""
+    if Path(name).is_dir():
+        return name
+    return snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.jinja", "*.safetensors"])
 
 
 def root_of(name: str) -> str:
