@@ -296,6 +296,16 @@ def test_the_best_by_any_loss_is_the_lowest(dataset, data_model, tmp_path):
     assert trainer.evaluate()["eval_loss_vision"] == pytest.approx(min(evaluated), rel=1e-6)
 
 
+def test_a_log_after_an_evaluation_has_all_losses(dataset, data_model, tmp_path):
+    """At the end of an epoch, whose last step was evaluated."""
+    run = {"eval_strategy": "steps", "eval_steps": 8, "logging_strategy": "epoch", "num_train_epochs": 1}
+    arguments = NextFlowTrainingArguments(str(tmp_path), use_cpu=True, report_to="none", save_strategy="no", **run)
+    trainer = NextFlowTrainer(copy.deepcopy(data_model), arguments, train_dataset=dataset, eval_dataset=dataset)
+    trainer.train()
+    (row,) = (row for row in trainer.state.log_history if "loss" in row)
+    assert {"loss_text", "loss_vision", "loss_scale_1", "tokens_per_second"} <= row.keys()
+
+
 def test_held_out_packs_alone_are_evaluated(dataset, data_model, tmp_path):
     arguments = NextFlowTrainingArguments(str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True)
     alone = NextFlowTrainer(data_model, arguments, eval_dataset={"a": dataset}).evaluate()

@@ -172,7 +172,7 @@ class NextFlowTrainer(PrecisionTrainer, OrderedTrainer):
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self.model.training:
+        if "loss" in logs:
             logs = logs | self._measured.pop(self.accelerator, self._costs, self.args)
         super().log(logs, start_time)
 
