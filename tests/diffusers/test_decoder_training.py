@@ -674,6 +674,16 @@ def test_shards_of_another_tokenizer_or_source(source, vq_model, model_folder, t
         shard_pictures(tmp_path, source, source.load().select([1, 2, 3, 4]), vq_model)
 
 
+def test_rows_of_one_key_are_not_taken_for_each_other(source, vq_model, model_folder, tmp_path):
+    """As those of tars that each count from 0."""
+    lines = Path(source.name).read_text().replace("key 3", "key 1")
+    same = Source(str(Path(source.name).with_name("same.jsonl")))
+    Path(same.name).write_text(lines)
+    extract(same, model_folder, tmp_path, ExtractionSettings("text-to-image"))
+    with pytest.raises(ValueError, match="2 rows of the source have the key key 1: the shards cannot tell which is"):
+        shard_pictures(tmp_path, same, same.load(), vq_model)
+
+
 @pytest.mark.parametrize("upscale", [1, 2])
 def test_a_row_that_lost_pictures_since_they_were_coded_is_named(upscale, vq_model, model_folder, tmp_path):
     """Also one whose further documents are gone, which ends no epoch unsaid."""
