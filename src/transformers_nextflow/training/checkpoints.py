@@ -12,7 +12,6 @@ from pathlib import Path
 from zipfile import is_zipfile
 
 from safetensors import SafetensorError, safe_open
-from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
@@ -164,12 +163,9 @@ class SavingTrainer(Trainer):
         if self.args.resume_from_checkpoint and not (self.args.ignore_data_skip or self.args.auto_find_batch_size):
             self._data_order.check(self.args.resume_from_checkpoint)
         shares_weights = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if self.args.world_size > 1 and not (
-            shares_weights or isinstance(self.model_wrapped, DistributedDataParallel)
-        ):
-            # an evaluation has prepared the model to be evaluated, and devices would not share their gradients
+        if self.args.world_size > 1 and not shares_weights and "_is_accelerate_prepared" in vars(self.model):
+            del self.model._is_accelerate_prepared  # for an evaluation, after which devices would share no gradients
             self.model_wrapped = self.model
-            self.model.__dict__.pop("_is_accelerate_prepared", None)
         return super().train(self.args.resume_from_checkpoint, *args, **kwargs)
 
     def _run_epoch(self, *args, **kwargs) -> None:
