@@ -406,6 +406,13 @@ def test_a_checkpoint_of_another_training_is_not_resumed(dataset, data_model, tm
         train(copy.deepcopy(data_model), dataset, tmp_path, resume=True, max_steps=2, optim="adafactor")
 
 
+def test_weights_alone_are_not_resumed(dataset, data_model, tmp_path):
+    """Whose optimizer and learning rate would begin anew."""
+    train(copy.deepcopy(data_model), dataset, tmp_path, save_strategy="steps", save_steps=1, save_only_model=True)
+    with pytest.raises(ValueError, match="checkpoint-1 holds weights alone, by save_only_model: begin with it as the"):
+        train(copy.deepcopy(data_model), dataset, tmp_path, resume=True, max_steps=2)
+
+
 def test_every_epoch_sees_all_packs_in_an_order_of_its_own(dataset, data_model, tmp_path, monkeypatch):
     seen, read = [], PackedDataset.__getitem__
     monkeypatch.setattr(PackedDataset, "__getitem__", lambda self, index: (seen.append(index), read(self, index))[1])

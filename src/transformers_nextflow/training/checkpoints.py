@@ -183,6 +183,8 @@ class SavingTrainer(Trainer):
         super()._load_from_checkpoint(checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not any(Path(str(checkpoint)).glob("rng_state*.pth")):  # which every other checkpoint has
+            raise ValueError(f"{checkpoint} holds weights alone, by save_only_model: begin with it as the model")
         with of_this_training(str(checkpoint)):
             super()._load_optimizer_and_scheduler(checkpoint)
         options = getattr(self.optimizer, "defaults", {}).keys()
