@@ -277,6 +277,20 @@ def test_held_out_answers_count_by_their_targets(model, tiny_processor, tmp_path
     assert losses == pytest.approx([expected] * 3, rel=1e-5)
 
 
+def test_this_packages_trainer_judges_chats_too(model, tiny_processor, tmp_path):
+    """Also where the last batch is to be a full one: a row fills it that does not count again."""
+    losses = []
+    for batch_size in (3, 2):
+        options = {"per_device_eval_batch_size": batch_size, "dataloader_drop_last": True}
+        args = NextFlowTrainingArguments(str(tmp_path), use_cpu=True, report_to="none", **options)
+        trainer = NextFlowTrainer(model, args, ChatCollator(tiny_processor), eval_dataset=Dataset.from_list(CHATS))
+        losses.append(trainer.evaluate())
+    whole, filled = losses
+    assert {name: filled[name] for name in whole if "loss" in name} == pytest.approx(
+        {name: whole[name] for name in whole if "loss" in name}, rel=1e-5
+    )
+
+
 @pytest.fixture(scope="module")
 def by_processes(data_checkpoint, tmp_path_factory) -> list[dict]:
     """What [`main`] writes of one process, and of two."""

@@ -159,6 +159,8 @@ class NextFlowTrainer(PrecisionTrainer, OrderedTrainer):
         return args.logging_strategy == "steps" and step % self.state.logging_steps == 0
 
     def blank(self, item: dict) -> dict:
+        if "shift_labels" not in item:  # a row of chats
+            return item | {"counts": False}
         return item | {"shift_labels": np.full_like(item["shift_labels"], IGNORE)}
 
     def evaluation_loop(
