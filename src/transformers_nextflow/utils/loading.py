@@ -123,7 +123,7 @@ def load_merged(name: str, dtype: torch.dtype | None = None) -> NextFlowForCondi
     with needing_extra("train", f"{name}, which holds adapters,"):
         from peft import PeftConfig, PeftModel
     model = load_merged(base, dtype)
-    dtypes = {path: parameter.dtype for path, parameter in model.named_parameters()}
+    dtypes = {path: parameter.dtype for path, parameter in model.named_parameters(remove_duplicate=False)}
     with naming(f"the adapters in {name}"):
         adapted = PeftModel(model, PeftConfig.from_pretrained(name), low_cpu_mem_usage=True)
         report = adapted.load_adapter(name, adapted.active_adapter, low_cpu_mem_usage=True)
