@@ -591,7 +591,11 @@ def test_every_picture_of_a_step_counts_as_much_however_it_is_split(model, tmp_p
         values = {"optim": "sgd", "learning_rate": 0.02, "max_steps": 2, "scale_drop": 0.0, split: 3}
         run = trainer(prepared, tmp_path, OneSize(), **values)
         run.train()
-        after.append(([row["loss"] for row in run.state.log_history if "loss" in row], state(prepared)))
+        rows = [row for row in run.state.log_history if "loss" in row]
+        after.append(([row["loss"] for row in rows], state(prepared)))
+        for row in rows:
+            parts = row["loss_reconstruction"] + row["loss_codebook"] + 0.25 * row["loss_commitment"]
+            assert row["loss"] == pytest.approx(parts, rel=1e-5)
     (losses, expected), (split_losses, got) = after
     assert split_losses == pytest.approx(losses, rel=1e-5)
     assert moved(state(model), got)

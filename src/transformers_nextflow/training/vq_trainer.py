@@ -388,16 +388,17 @@ class MeasuredCodes:
 
     def reset(self) -> None:
         scales = self.schedules.max_scales
-        self.losses: dict[str, tuple[float, int]] = {}  # sums, and of how many batches: some begin late
+        self.losses: dict[str, tuple[float, int]] = {}  # sums, and of how many pictures: some begin late
         self.chosen = torch.zeros(scales, self.entries, dtype=torch.int64)
         self.residuals = torch.zeros(2, scales, dtype=torch.float64)  # sums, and how many
 
     def add(self, losses: dict[str, torch.Tensor], output: NextFlowVQOutput, pixel_values: torch.Tensor) -> None:
         rebuilt = output.reconstruction.detach().float().clamp(-1, 1)
         values = {f"loss_{name}": float(loss.detach()) for name, loss in losses.items()}
+        count = len(pixel_values)
         for name, value in (values | {"psnr": float(psnr(rebuilt, pixel_values).mean())}).items():
-            total, batches = self.losses.get(name, (0.0, 0))
-            self.losses[name] = total + value, batches + 1
+            total, pictures = self.losses.get(name, (0.0, 0))
+            self.losses[name] = total + value * count, pictures + count
         schedule = self.schedules.by_size(*pixel_values.shape[-2:])
         codes = output.quantization.target_codes.cpu()
         for scale in range(len(schedule)):
@@ -415,7 +416,7 @@ class MeasuredCodes:
             for values in (sums, self.chosen, self.residuals)
         )
         self.reset()
-        logs = {name: float(total / batches) for name, (total, batches) in zip(names, sums)}
+        logs = {name: float(total / pictures) for name, (total, pictures) in zip(names, sums)}
         for scale, counts in enumerate(chosen):
             if not counts.sum():
                 continue
