@@ -13,7 +13,7 @@ import pytest
 import torch
 from flash_stand_in import FLASH
 from torch._dynamo.testing import CompileCounter
-from torch.utils.data import Subset
+from torch.utils.data import ConcatDataset, Subset
 from trainings import largest_difference, losses, parameters, train
 from transformers import set_seed
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
@@ -230,7 +230,7 @@ def test_a_step_does_not_depend_on_how_it_is_split(dataset, data_model, tmp_path
 TWO_PROCESSES = """
 import json, sys, torch
 from pathlib import Path
-from torch.utils.data import Subset
+from torch.utils.data import ConcatDataset, Subset
 from tests.ranks import on_ranks
 from transformers_nextflow import NextFlowForConditionalGeneration
 from transformers_nextflow.data import PackCollator
@@ -460,6 +460,17 @@ def test_workers_that_outlive_an_epoch_are_told_the_next(dataset, data_model, tm
     assert losses(workers) == losses(alone)
     first, second = (row["loss"] for row in losses(alone))
     assert first != pytest.approx(second, rel=1e-4)
+
+
+def test_packs_in_torchs_datasets_are_told_the_epoch(dataset, data_model, tmp_path):
+    """Parts of them, and several put together."""
+    run = {"max_steps": 2, "gradient_accumulation_steps": 8, "learning_rate": 0.0}
+    halves = [Subset(dataset, range(4)), Subset(dataset, range(4, 8))]
+    alone, joined = (
+        losses(train(copy.deepcopy(data_model), each, tmp_path, collator=PackCollator(dataset), **run))
+        for each in (dataset, ConcatDataset(halves))
+    )
+    assert joined == alone and joined[0]["loss"] != joined[1]["loss"]
 
 
 def test_the_attention_is_not_watched_if_asked(dataset, data_model, tmp_path, monkeypatch):

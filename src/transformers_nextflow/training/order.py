@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import ConcatDataset, Dataset, Sampler, Subset
 from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
 
@@ -48,12 +48,21 @@ class WithEpoch(Sampler[tuple[int, int]]):
             yield self.order.epoch, index
 
 
+def told_epochs(dataset: Dataset) -> list:
+    """The datasets with `set_epoch` that one is, or that torch's own consist of."""
+    if isinstance(dataset, ConcatDataset):
+        return [each for part in dataset.datasets for each in told_epochs(part)]
+    if isinstance(dataset, Subset):
+        return told_epochs(dataset.dataset)
+    return [dataset] if hasattr(dataset, "set_epoch") else []
+
+
 class ToldEpochs(Dataset):
-    """A dataset with `set_epoch` as items of (epoch, index): each index says its epoch, since workers that outlive an
-    epoch see nothing of what the main process sets."""
+    """A dataset of [`told_epochs`] as items of (epoch, index): each index says its epoch, since workers that outlive
+    an epoch see nothing of what the main process sets."""
 
     def __init__(self, dataset: Dataset):
-        self.dataset = dataset
+        self.dataset, self.told = dataset, told_epochs(dataset)
         self.epoch: int | None = None
 
     def __len__(self) -> int:
@@ -62,7 +71,8 @@ class ToldEpochs(Dataset):
     def __getitem__(self, place: tuple[int, int]):
         epoch, index = place
         if epoch != self.epoch:
-            self.dataset.set_epoch(epoch)
+            for each in self.told:
+                each.set_epoch(epoch)
             self.epoch = epoch
         return self.dataset[index]
 
@@ -136,7 +146,8 @@ def judge_by_losses(arguments: TrainingArguments) -> None:
 class OrderedTrainer(SavingTrainer):
     """Trainer whose data comes in an [`EpochOrder`], by `data_seed` or else `seed`.
 
-    Datasets with `set_epoch` are told the epoch, in every worker. Devices share an evaluation by [`EvenShares`].
+    Datasets with `set_epoch` are told the epoch, in every worker, inside of torch's `Subset` and `ConcatDataset` too.
+    Devices share an evaluation by [`EvenShares`].
     """
 
     def blank(self, item: dict) -> dict:
@@ -153,7 +164,7 @@ class OrderedTrainer(SavingTrainer):
         return super().get_eval_dataloader(eval_dataset)
 
     def _get_dataloader(self, dataset, description, batch_size, sampler_fn=None, is_training=False, **kwargs):
-        if not is_training or not hasattr(dataset, "set_epoch"):
+        if not is_training or not told_epochs(dataset):
             return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, **kwargs)
         order = WithEpoch(sampler_fn(dataset))
         return super()._get_dataloader(
