@@ -25,7 +25,13 @@ from transformers import TrainingArguments
 from transformers_nextflow import NextFlowVQModel
 from transformers_nextflow.training.checkpoints import output_field
 from transformers_nextflow.training.ema import EMACallback
-from transformers_nextflow.training.order import OF_BATCHES, PicturesTrainer, check_heeded, refuse_shared_weights
+from transformers_nextflow.training.order import (
+    OF_BATCHES,
+    PicturesTrainer,
+    check_heeded,
+    refuse_shared_weights,
+    told_epochs,
+)
 from transformers_nextflow.training.samples import DrawingCallback
 from transformers_nextflow.utils.precision import without_autocast
 
@@ -215,8 +221,8 @@ class Numbered(Dataset):
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
-        if hasattr(self.dataset, "set_epoch"):
-            self.dataset.set_epoch(epoch)
+        for each in told_epochs(self.dataset):
+            each.set_epoch(epoch)
 
     def __getitem__(self, index: int) -> dict:
         return self.dataset[index] | {"number": self.epoch * len(self) + index}

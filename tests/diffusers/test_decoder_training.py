@@ -23,7 +23,7 @@ from accelerate.state import AcceleratorState
 from diffusers import DDIMScheduler, DDPMScheduler, FluxTransformer2DModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from transformers import TrainerState
 
 from diffusers_nextflow import NextFlowConditioner, NextFlowDecoderPipeline, NextFlowFluxDecoderPipeline
@@ -390,6 +390,14 @@ def test_every_epoch_draws_noise_of_its_own():
         numbers += [batches[place]["number"] for place in range(3)]
     assert numbers == list(range(9))
     assert len({draw_seed(seed, number) for seed in range(3) for number in numbers}) == 27
+
+
+def test_a_part_of_batches_is_told_the_epoch(source, vq_model):
+    table, processor = source.load(), NextFlowImageProcessor.from_vq_config(vq_model.config)
+    reader = DocumentReader("text-to-image", root=source.root)
+    batches = PictureBatches(table, reader.read, source_pictures(table, reader, processor), processor, 2)
+    Numbered(Subset(batches, range(2))).set_epoch(3)
+    assert batches.epoch == 3
 
 
 def test_batches_of_a_forward_count_by_their_pictures(tmp_path):
