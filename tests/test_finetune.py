@@ -212,6 +212,12 @@ def test_a_prior_is_what_the_model_drew_before(capsys):
         assert [picture.tobytes() for picture in pictures] == drawn[first : first + 2]
 
 
+def test_one_picture_is_trained_on_whatever_is_held_out(capsys):
+    options = ("--held-out", 0.99, "--steps", 1, "--evaluations", 1)
+    figures = tune(capsys, "photos", "held-out", *options)
+    assert (figures["pictures"], figures["held out"]) == (8, 7)
+
+
 @pytest.mark.parametrize("prompt", ["  ", "\ud800"])
 def test_a_prior_that_is_nothing_to_draw_is_named_before_anything_is_drawn(prompt, monkeypatch):
     monkeypatch.setattr(finetuning, "load_model", None)

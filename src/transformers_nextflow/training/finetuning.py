@@ -150,7 +150,7 @@ def _write_documents(
         documents.append(document)
     _check_enough(len(documents))
     documents.sort(key=lambda document: draw(settings.seed, "held out", document.key))
-    count = max(1, round(settings.held_out * len(documents)))
+    count = min(max(1, round(settings.held_out * len(documents))), len(documents) - 1)
     held_out, training = documents[:count], documents[count:]
     for split, members in zip(SPLITS, (_mixed(training, prior, settings.batch_size), held_out)):
         rows = datasets.Dataset.from_list([_embedded(document) for document in members])
