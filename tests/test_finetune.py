@@ -21,7 +21,7 @@ from transformers_nextflow.utils.loading import load_model
 pytest.importorskip("peft")
 
 COLOURS = {"red": (200, 30, 30), "blue": (30, 30, 200), "green": (30, 160, 30), "grey": (120, 120, 120)}
-PRIOR = ("a cat", "a dog", "a house", "a car", "a tree")
+PRIOR = ("a cat", "a cat", "a house", "a car", "a tree")
 OPTIONS = ("--steps", 8, "--batch-size", 2, "--evaluations", 2, "--samples", 2, "--held-out", 0.25, "--json")
 
 
@@ -201,13 +201,21 @@ def test_a_prior_is_what_the_model_drew_before(capsys):
     keys = rows["key"]
     assert len(keys) == 12 and len(set(keys)) == 12 and sum(key.startswith("prior/") for key in keys) == 5
     model, processor = load_model("start")
-    for first in (0, 2, 4):  # two prompts at once, each batch by a seed of its own
+    drawn = [Image.open(f"with-prior/data/prior/{place:04}.png").tobytes() for place in range(5)]
+    assert len(set(drawn)) == 5  # of a prompt that comes again other pictures
+    for first in (0, 2, 4):  # two prompts at once, each picture by a seed of its own
         chats = [[{"role": "user", "content": prompt}] for prompt in PRIOR[first : first + 2]]
         inputs = processor.apply_chat_template(chats, generation_mode="image")
-        drawn = model.generate(**inputs, generation_mode="image", seed=5 + first)
-        pictures = processor.post_process_image(model.decode_image_tokens(drawn, (3, 3)))
-        for place, picture in enumerate(pictures, first):
-            assert Image.open(f"with-prior/data/prior/{place:04}.png").tobytes() == picture.tobytes()
+        seeds = [5 + place for place in range(first, first + len(chats))]
+        tokens = model.generate(**inputs, generation_mode="image", seed=seeds)
+        pictures = processor.post_process_image(model.decode_image_tokens(tokens, (3, 3)))
+        assert [picture.tobytes() for picture in pictures] == drawn[first : first + 2]
+
+
+def test_one_picture_is_trained_on_whatever_is_held_out(capsys):
+    options = ("--held-out", 0.99, "--steps", 1, "--evaluations", 1)
+    figures = tune(capsys, "photos", "held-out", *options)
+    assert (figures["pictures"], figures["held out"]) == (8, 7)
 
 
 @pytest.mark.parametrize("prompt", ["  ", "\ud800"])

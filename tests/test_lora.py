@@ -13,6 +13,7 @@ from tests.adapters import added_by_transformers
 from transformers_nextflow import NextFlowForConditionalGeneration
 from transformers_nextflow.lora import DECODER_LINEARS, LEFT_OUT, lora_config
 from transformers_nextflow.training import load_stages
+from transformers_nextflow.utils.loading import load_merged
 
 peft = pytest.importorskip("peft")
 
@@ -123,6 +124,21 @@ def add_by_transformers(model, config):
 
 ADAPTER = {add_by_peft: "peft_config", add_by_transformers: "adapter_config"}
 BY_DOOR = pytest.mark.parametrize("add", [add_by_peft, pytest.param(add_by_transformers, marks=added_by_transformers)])
+
+
+@pytest.mark.parametrize("part", ["lm_head", "embed_tokens"])
+def test_a_head_or_embedding_that_is_trained_whole_is_merged_where_they_were_one(part, tmp_path):
+    tiny_model(tiny_config(tie_word_embeddings=True)).save_pretrained(tmp_path / "base")
+    base = NextFlowForConditionalGeneration.from_pretrained(tmp_path / "base")
+    adapted = peft.get_peft_model(base, lora_config(r=4, modules_to_save=[part]))
+    before = logits(adapted.eval())
+    train(adapted, batch(base), rate=0.05)
+    expected = logits(adapted)
+    adapted.save_pretrained(tmp_path / "adapters")
+    merged = load_merged(str(tmp_path / "adapters")).eval()
+    assert relative(logits(merged), expected) < 1e-5 < relative(before, expected)
+    merged.save_pretrained(tmp_path / "merged")
+    assert torch.equal(logits(load_merged(str(tmp_path / "merged")).eval()), logits(merged))
 
 
 @BY_DOOR

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
-from transformers import GenerationConfig
+from transformers import GenerationConfig, TrainingArguments
 
 PACKAGES = ("transformers_nextflow", "diffusers_nextflow")
 SOURCES = Path(__file__).parents[1] / "src"
@@ -52,9 +52,11 @@ READ = {
     "torch.distributed.fsdp.FSDPModule": {"_get_fsdp_state"},
 }
 UNWRITTEN = ("_abc_impl", "_backward_cls", "_is_protocol", "_cached_value")  # ends of what libraries put on classes
-OF_INSTANCES = {  # settings of generation; torch's modules, nodes of its graphs, states of its sharding; named tuples
+# settings of generation and of trainings; torch's modules, nodes of its graphs, states of its sharding; named tuples;
+# what accelerate leaves on modules
+OF_INSTANCES = {
     *("_forward_hooks", "_forward_pre_hooks", "_saved_self", "_auto_reshard_after_forward", "_fsdp_param_groups"),
-    *("_from_model_config", "_lazy_init", "_asdict", "_replace"),
+    *("_from_model_config", "_lazy_init", "_asdict", "_replace", "_n_gpu", "_is_accelerate_prepared"),
 }
 
 
@@ -130,4 +132,7 @@ def test_the_libraries_have_what_is_named_here(owner):
 def test_instances_have_what_is_named_here():
     product = torch.ones(1, 1, requires_grad=True) @ torch.ones(1, 1)
     of_torch = {*vars(torch.nn.Module()), *dir(product.grad_fn), *vars(FSDPState()), *dir(FSDPState)}
-    assert OF_INSTANCES <= {*vars(GenerationConfig()), *of_torch, *dir(namedtuple("Pair", "a b"))}
+    accelerate = pytest.importorskip("accelerate")
+    of_accelerate = vars(accelerate.Accelerator(cpu=True).prepare_model(torch.nn.Linear(1, 1), evaluation_mode=True))
+    of_training = {*vars(TrainingArguments(use_cpu=True)), *of_accelerate}
+    assert OF_INSTANCES <= {*vars(GenerationConfig()), *of_torch, *of_training, *dir(namedtuple("Pair", "a b"))}

@@ -469,6 +469,24 @@ print(vision_identity(load_model("adapters")[0].model.vq_model))
     printed = run_fresh(script, tmp_path, HF_HOME=str(tmp_path / "hub"), HF_HUB_OFFLINE="1").split()
     assert printed[-1] == tokenizers["v1"]
     assert "The weights of owner/name with the adapters of adapters" in (tmp_path / "merged" / "README.md").read_text()
+    script = """
+import datasets
+from transformers_nextflow.data.shards import vision_identity
+from transformers_nextflow.training.commands import transformer
+
+class Told:
+    def __init__(self, *args, train_dataset, **kwargs):
+        print(vision_identity(train_dataset.extractor.vq_model))
+        raise SystemExit
+
+transformer.NextFlowTrainer = Told
+chat = [{"role": role, "content": "a"} for role in ("user", "assistant")]
+datasets.Dataset.from_list([{"messages": chat}]).to_parquet("chats.parquet")
+options = "--model owner/name --model_revision v1 --documents chats.parquet --output run --use_cpu --report_to none"
+transformer.main(options.split())
+"""
+    printed = run_fresh(script, tmp_path, HF_HOME=str(tmp_path / "hub"), HF_HUB_OFFLINE="1").split()
+    assert printed[-1] == tokenizers["v1"]
 
 
 def test_a_tokenizer_that_is_gone_or_another_is_named(start, apart, tmp_path, capsys):

@@ -68,10 +68,10 @@ class Pictures(torch.utils.data.Dataset):
 
 
 class OneSize(Pictures):
-    """As many batches of one size, so that however they are split a step's loss is their mean."""
+    """As many batches of one size, of one, two and three pictures."""
 
     def __getitem__(self, index):
-        return super().__getitem__(2 * index + 1)
+        return {"pixel_values": super().__getitem__(2 * index + 1)["pixel_values"][: 1 + index % 3]}
 
 
 class Large(torch.utils.data.Dataset):
@@ -444,7 +444,7 @@ def test_what_is_logged_of_each_scale(model, tmp_path):
     run = trainer(prepare_vq_stage(model, "pixel"), tmp_path, max_steps=1, scale_drop=0.0, logging_steps=1)
     run.train()
     row = run.state.log_history[0]
-    index = list(run._order)[0]
+    index = list(run._get_train_sampler())[0]
     pixels = Pictures()[index]["pixel_values"]
     schedule = model.schedules.by_size(*pixels.shape[-2:])
     scales = range(1, len(schedule) + 1)
@@ -464,7 +464,7 @@ def test_what_is_logged_is_of_all_pictures_since_the_last_log(model, tmp_path):
     values = {"max_steps": 4, "logging_steps": 2, "learning_rate": 0.0, "scale_drop": 0.0}
     run = trainer(prepare_vq_stage(model, "pixel"), tmp_path, **values)
     run.train()
-    order = list(run._order)
+    order = list(run._get_train_sampler())
     for row, indices in zip(run.state.log_history, (order[:2], order[2:4])):
         errors, values, codes, residuals = [], [], {}, {}
         for index in indices:
@@ -582,6 +582,24 @@ def test_items_of_a_batch_count_by_their_pictures(model, tmp_path):
         run.args.per_device_eval_batch_size, run.args.dataloader_drop_last = count, drop_last
         metrics.append(run.evaluate(Pictures()))
     assert all(metrics[0] == pytest.approx(other, rel=1e-5) for other in metrics[1:])
+
+
+def test_every_picture_of_a_step_counts_as_much_however_it_is_split(model, tmp_path):
+    after = []
+    for split in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        prepared = prepare_vq_stage(copy.deepcopy(model), "pixel")
+        values = {"optim": "sgd", "learning_rate": 0.02, "max_steps": 2, "scale_drop": 0.0, split: 3}
+        run = trainer(prepared, tmp_path, OneSize(), **values)
+        run.train()
+        rows = [row for row in run.state.log_history if "loss" in row]
+        after.append(([row["loss"] for row in rows], state(prepared)))
+        for row in rows:
+            parts = row["loss_reconstruction"] + row["loss_codebook"] + 0.25 * row["loss_commitment"]
+            assert row["loss"] == pytest.approx(parts, rel=1e-5)
+    (losses, expected), (split_losses, got) = after
+    assert split_losses == pytest.approx(losses, rel=1e-5)
+    assert moved(state(model), got)
+    assert max(float((expected[name] - got[name]).abs().max()) for name in expected) < 1e-5
 
 
 def test_checkpointing_gives_the_same_gradients(model, tmp_path):

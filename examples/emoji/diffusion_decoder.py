@@ -27,6 +27,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from diffusers_nextflow import NextFlowConditioner, NextFlowDecoderPipeline, PixelAutoencoder
 from diffusers_nextflow.training import DecoderTrainingArguments, NextFlowDecoderTrainer
 from transformers_nextflow import NextFlowVQModel
+from transformers_nextflow.training.checkpoints import newest_checkpoint
 from transformers_nextflow.utils.files import output_folder
 from transformers_nextflow.utils.loading import load_vq_model, model_name
 
@@ -196,7 +197,7 @@ def main() -> None:
     pipe = new_decoder(load_vq_model(model_name(arguments.model)), frequency_scales_of(batches))
     pipe.unet.to(memory_format=torch.channels_last)
     trainer = NextFlowDecoderTrainer(pipe, settings(arguments.output, arguments.steps), batches, samples=batches[0])
-    trainer.train(resume_from_checkpoint=any(arguments.output.glob("checkpoint-*")))
+    trainer.train(resume_from_checkpoint=newest_checkpoint(arguments.output))
     trainer.save_model()
     if not (arguments.output / "decoder").exists():
         with output_folder(arguments.output / "decoder") as folder:

@@ -13,7 +13,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
+
+from transformers_nextflow.training.checkpoints import newest_checkpoint
 
 FINISHED = "finished"
 LOGGING_STEPS = 25
@@ -107,13 +108,13 @@ def is_finished(folder: Path) -> bool:
 
 
 def finish(trainer: Trainer, before_saving: Callable[[], None] | None = None) -> None:
-    """Train from the last checkpoint if there is one, and save the model, after `before_saving`."""
+    """Train from the newest whole checkpoint if there is one, and save the model, after `before_saving`."""
     folder = Path(trainer.args.output_dir)
     trainer.add_callback(Log(folder.parent / "log.jsonl", folder.name))
     trainer.add_callback(Trim())
     # fused attention has a slow backward at these lengths on a CPU
     with sdpa_kernel(SDPBackend.MATH):
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.exists() else None)
+        trainer.train(resume_from_checkpoint=newest_checkpoint(folder))
     if before_saving is not None:
         before_saving()
     trainer.save_model()

@@ -25,7 +25,13 @@ from transformers import TrainingArguments
 from transformers_nextflow import NextFlowVQModel
 from transformers_nextflow.training.checkpoints import output_field
 from transformers_nextflow.training.ema import EMACallback
-from transformers_nextflow.training.order import OF_BATCHES, OrderedTrainer, check_heeded, refuse_shared_weights
+from transformers_nextflow.training.order import (
+    OF_BATCHES,
+    PicturesTrainer,
+    check_heeded,
+    refuse_shared_weights,
+    told_epochs,
+)
 from transformers_nextflow.training.samples import DrawingCallback
 from transformers_nextflow.utils.precision import without_autocast
 
@@ -215,14 +221,14 @@ class Numbered(Dataset):
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
-        if hasattr(self.dataset, "set_epoch"):
-            self.dataset.set_epoch(epoch)
+        for each in told_epochs(self.dataset):
+            each.set_epoch(epoch)
 
     def __getitem__(self, index: int) -> dict:
         return self.dataset[index] | {"number": self.epoch * len(self) + index}
 
 
-class NextFlowDecoderTrainer(OrderedTrainer):
+class NextFlowDecoderTrainer(PicturesTrainer):
     """Trains a decoder pipeline on batches of pictures, as [`prepare`] says what of it.
 
     A checkpoint holds the weights that are trained in `trained.safetensors`, not those of the frozen backbone.
@@ -266,11 +272,13 @@ class NextFlowDecoderTrainer(OrderedTrainer):
             self.add_callback(DecoderSamples(self, samples))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The mean over the pictures of all batches."""
-        batches = inputs["batches"]
-        pictures = sum(len(batch["captions"]) for batch in batches)
-        loss = sum(self._loss_of(model, batch) * (len(batch["captions"]) / pictures) for batch in batches)
+        """The mean over the pictures of all batches; in training a forward's part of the mean over a step's."""
+        pictures = self.count(inputs) if num_items_in_batch is None else float(num_items_in_batch)
+        loss = sum(self._loss_of(model, batch) * (len(batch["captions"]) / pictures) for batch in inputs["batches"])
         return (loss, {}) if return_outputs else loss
+
+    def count(self, inputs: dict) -> int:
+        return sum(len(batch["captions"]) for batch in inputs["batches"])
 
     def _loss_of(self, model, batch: Mapping) -> torch.Tensor:
         generator = torch.Generator().manual_seed(draw_seed(self.args.seed, batch["number"]))

@@ -7,6 +7,7 @@ Shape suffixes: B pictures of one grid, L codes, H W pixels of the coded picture
 """
 
 import random
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -214,7 +215,7 @@ def shard_pictures(name: str | Path, source: Source, table, vq_model: NextFlowVQ
 
     Raises:
         ValueError: if they were made with another vision tokenizer or of several sources read differently, or the
-            source lacks a document.
+            source lacks a document or has one key twice.
     """
     folder, manifest = open_shards(name)
     if manifest["identity"]["vision_tokenizer"] != vision_identity(vq_model):
@@ -232,7 +233,11 @@ def shard_pictures(name: str | Path, source: Source, table, vq_model: NextFlowVQ
 
     named = [name for name in (settings.columns.get("key", "key"), "__key__") if name in table.column_names]
     keys = table.select_columns(named) if named else [{}] * len(table)
-    rows = {reader.key_of(keys[row], row): row for row in range(len(table))}
+    of_rows = [reader.key_of(keys[row], row) for row in range(len(table))]
+    (key, count), *_ = Counter(of_rows).most_common(1)
+    if count > 1:
+        raise ValueError(f"{count} rows of the source have the key {key}: the shards cannot tell which is whose")
+    rows = {key: row for row, key in enumerate(of_rows)}
     spec, pictures = sequence_spec(manifest["identity"]), []
     for entry in manifest["shards"]:
         shard = Shard(folder / "data" / entry["file"])

@@ -277,16 +277,46 @@ def test_held_out_answers_count_by_their_targets(model, tiny_processor, tmp_path
     assert losses == pytest.approx([expected] * 3, rel=1e-5)
 
 
-def test_two_processes_judge_held_out_answers_as_one(model, tiny_processor, tmp_path):
-    """Three rows, of which one fills the second process's share and is not to count again."""
-    model.save_pretrained(tmp_path)
-    tiny_processor.save_pretrained(tmp_path)
+def test_this_packages_trainer_judges_chats_too(model, tiny_processor, tmp_path):
+    """Also where the last batch is to be a full one: a row fills it that does not count again."""
+    losses = []
+    for batch_size in (3, 2):
+        options = {"per_device_eval_batch_size": batch_size, "dataloader_drop_last": True}
+        args = NextFlowTrainingArguments(str(tmp_path), use_cpu=True, report_to="none", **options)
+        trainer = NextFlowTrainer(model, args, ChatCollator(tiny_processor), eval_dataset=Dataset.from_list(CHATS))
+        losses.append(trainer.evaluate())
+    whole, filled = losses
+    assert {name: filled[name] for name in whole if "loss" in name} == pytest.approx(
+        {name: whole[name] for name in whole if "loss" in name}, rel=1e-5
+    )
+
+
+@pytest.fixture(scope="module")
+def by_processes(data_checkpoint, tmp_path_factory) -> list[dict]:
+    """What [`main`] writes of one process, and of two."""
+    folder = tmp_path_factory.mktemp("processes")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    run = [sys.executable, "-m", "tests.data.test_chats", str(tmp_path)]
+    run = [sys.executable, "-m", "tests.data.test_chats", data_checkpoint, str(folder)]
     done = subprocess.run(run, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    one, two = (json.loads((tmp_path / f"{processes}.json").read_text()) for processes in (1, 2))
+    return [json.loads((folder / f"{processes}.json").read_text()) for processes in (1, 2)]
+
+
+def test_two_processes_judge_held_out_answers_as_one(by_processes):
+    """Three rows, of which one fills the second process's share and is not to count again."""
+    one, two = (processes["held out"] for processes in by_processes)
     assert two == pytest.approx(one, rel=1e-6)
+
+
+def test_processes_go_on_in_the_order_of_their_epoch(by_processes):
+    """The second, which is cut after three of its four steps."""
+    for processes in by_processes:
+        assert len(processes["whole"]) == 8 and processes["resumed"] == processes["whole"]
+
+
+def test_an_evaluation_before_does_not_leave_devices_to_themselves(by_processes):
+    one, two = (processes["whole"] for processes in by_processes)
+    assert two == pytest.approx(one, rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["answers", "preferences"])
@@ -396,18 +426,27 @@ def test_the_page_of_trainings_runs(tmp_path, monkeypatch):
     assert names["trainer"].state.global_step == 2
 
 
-def main(folder: Path) -> None:
-    """Evaluate a row at a time, in one of one or two processes."""
-    model, processor = (each.from_pretrained(folder) for each in (NextFlowForConditionalGeneration, NextFlowProcessor))
-    data = {"train_dataset": Dataset.from_list(CHATS), "eval_dataset": Dataset.from_list(CHATS)}
-    args = SFTConfig(**options(folder / "run", per_device_eval_batch_size=1))
-    trainer = NextFlowSFTTrainer(model, args, processing_class=processor, **data)
-    loss = trainer.evaluate()["eval_loss"]
+def main(checkpoint: Path, folder: Path) -> None:
+    """Evaluate a row at a time, and train for two epochs and once more for the end of them, in one of one or two
+    processes."""
+    models = (NextFlowForConditionalGeneration, NextFlowProcessor)
+    chats = [CHATS[0] | {"messages": [asks(f"{number} circles"), answers(None)]} for number in range(8)]
+    data = {"train_dataset": Dataset.from_list(chats), "eval_dataset": Dataset.from_list(CHATS)}
+    steps = {"max_steps": 8, "save_strategy": "steps", "save_steps": 7, "lr_scheduler_type": "constant"}
+    results = {}
+    for name in ("whole", "resumed"):
+        model, processor = (each.from_pretrained(checkpoint) for each in models)
+        args = SFTConfig(**options(folder / "run", per_device_eval_batch_size=1, **steps))
+        args.per_device_train_batch_size = 2 // args.world_size
+        trainer = NextFlowSFTTrainer(model, args, processing_class=processor, **data)
+        results.setdefault("held out", trainer.evaluate()["eval_loss"])
+        trainer.train(resume_from_checkpoint=name == "resumed" and str(folder / "run" / "checkpoint-7"))
+        results[name] = logged(trainer)
     if trainer.is_world_process_zero():
-        (folder / f"{trainer.args.world_size}.json").write_text(json.dumps(loss))
+        (folder / f"{trainer.args.world_size}.json").write_text(json.dumps(results))
     trainer.accelerator.wait_for_everyone()
 
 
 if __name__ == "__main__":
     for processes in (1, 2):
-        on_ranks(lambda: main(Path(sys.argv[1])), processes)
+        on_ranks(lambda: main(*map(Path, sys.argv[1:])), processes)

@@ -271,6 +271,26 @@ def test_a_batch_is_not_coded_twice(document_source, data_checkpoint, extracted,
     assert files_of(tmp_path / "out") == files_of(extracted)
 
 
+def test_a_picture_that_was_mended_meanwhile_moves_no_codes(photo_folder, data_checkpoint, tmp_path, monkeypatch):
+    """To another picture's place in a batch that was coded before."""
+    settings = dataclasses.replace(T2I, documents_per_shard=8)
+    whole = (photo_folder / "0.png").read_bytes()
+    (photo_folder / "0.png").write_bytes(b"")
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(extraction, "write_shard", stop)
+        extract(Source(str(photo_folder)), data_checkpoint, tmp_path / "out", settings)
+    (photo_folder / "0.png").write_bytes(whole)
+    for folder in ("out", "expected"):
+        extract(Source(str(photo_folder)), data_checkpoint, tmp_path / folder, settings)
+    for key in ("0", "1", "2"):
+        ((_, codes, _),), ((_, expected, _),) = (codes_of(tmp_path / folder, key) for folder in ("out", "expected"))
+        assert np.array_equal(codes, expected), key
+
+
 def test_a_repeated_picture_is_encoded_once_and_drawn_by_each_document(data_checkpoint, tmp_path, monkeypatch):
     """Ten documents of two pictures: each gets what it gets where pictures do not repeat."""
     chat = Message("user", ("it",)), Message("assistant", (None,))
@@ -374,11 +394,12 @@ def test_several_processes_write_the_same_shards(document_source, data_checkpoin
         ({"num_proc": 0}, "num_proc must be at least 1, got 0"),
         ({"num_workers": -1}, "num_workers must be at least 0, got -1"),
         ({"devices": ()}, "devices must name one or more, got none"),
+        ({"settings": dataclasses.replace(SETTINGS, max_images=0)}, "max_images must be positive, got 0"),
     ],
 )
 def test_nobody_to_do_the_work(values, message, document_source, data_checkpoint, tmp_path):
     with pytest.raises(ValueError, match=message):
-        extract(document_source, data_checkpoint, tmp_path / "out", SETTINGS, **values)
+        extract(document_source, data_checkpoint, tmp_path / "out", **{"settings": SETTINGS} | values)
     assert not (tmp_path / "out").exists()
 
 

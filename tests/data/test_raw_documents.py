@@ -11,7 +11,7 @@ import torch
 from data_samples import SETTINGS, documents
 from PIL import Image
 
-from transformers_nextflow.data import CostModel, FixedLength, RawDocuments, Source, extract, pack
+from transformers_nextflow.data import CostModel, FixedLength, PackCollator, RawDocuments, Source, extract, pack
 from transformers_nextflow.data.loading import PackReader, unfold
 from transformers_nextflow.data.shards import Shard, open_shards
 from transformers_nextflow.training import NextFlowTrainer, NextFlowTrainingArguments, load_stages
@@ -55,6 +55,17 @@ def test_the_trainer_takes_them(raw, data_model, tmp_path):
     trainer.train()
     assert all(np.isfinite(row["loss"]) for row in trainer.state.log_history if "loss" in row)
     assert not torch.equal(model.lm_head.weight, data_model.lm_head.weight)
+
+
+@pytest.mark.parametrize("collator", [None, PackCollator])
+def test_a_stage_says_how_scales_weigh(collator, raw, data_model, tmp_path):
+    model = copy.deepcopy(data_model)
+    dataclasses.replace(load_stages()["ct"], level="24", scale_loss_alpha=2.0).prepare(model, raw)
+    arguments = NextFlowTrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    trainer = NextFlowTrainer(model, arguments, collator and collator(raw), train_dataset=raw)
+    weights = torch.cat([batch["layout"].weights for batch in trainer.get_train_dataloader()])
+    expected = {1.0, *(weight for schedule in raw.spec.schedules.of_level(24) for weight in schedule.weights(2.0))}
+    assert sorted(set(weights.tolist())) == pytest.approx(sorted(expected))
 
 
 @pytest.mark.parametrize("level", [24, "24", None])

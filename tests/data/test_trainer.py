@@ -13,7 +13,7 @@ import pytest
 import torch
 from flash_stand_in import FLASH
 from torch._dynamo.testing import CompileCounter
-from torch.utils.data import Subset
+from torch.utils.data import ConcatDataset, Subset
 from trainings import largest_difference, losses, parameters, train
 from transformers import set_seed
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
@@ -230,7 +230,7 @@ def test_a_step_does_not_depend_on_how_it_is_split(dataset, data_model, tmp_path
 TWO_PROCESSES = """
 import json, sys, torch
 from pathlib import Path
-from torch.utils.data import Subset
+from torch.utils.data import ConcatDataset, Subset
 from tests.ranks import on_ranks
 from transformers_nextflow import NextFlowForConditionalGeneration
 from transformers_nextflow.data import PackCollator
@@ -269,6 +269,16 @@ on_ranks(work)
 """
 
 
+def test_several_gpus_of_one_process_are_one(dataset, data_model, tmp_path, caplog):
+    """They would get rows of a batch without their codes."""
+    arguments = NextFlowTrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    arguments._n_gpu = 2  # as where there are two
+    arguments.__post_init__()
+    trainer = NextFlowTrainer(data_model, arguments, train_dataset=dataset)
+    assert trainer._wrap_model(trainer.model) is trainer.model and trainer.args.train_batch_size == 1
+    assert "1 of 2 GPUs is used: start by `accelerate launch` to use all" in caplog.text
+
+
 def test_metrics_of_logits_are_refused(dataset, data_model, tmp_path):
     with pytest.raises(ValueError, match="compute_metrics needs logits, which this trainer never makes"):
         NextFlowTrainer(data_model, NextFlowTrainingArguments(str(tmp_path)), compute_metrics=lambda prediction: {})
@@ -284,6 +294,16 @@ def test_the_best_by_any_loss_is_the_lowest(dataset, data_model, tmp_path):
     evaluated = [row["eval_loss_vision"] for row in trainer.state.log_history if "eval_loss_vision" in row]
     assert trainer.state.best_metric == min(evaluated) < max(evaluated)
     assert trainer.evaluate()["eval_loss_vision"] == pytest.approx(min(evaluated), rel=1e-6)
+
+
+def test_a_log_after_an_evaluation_has_all_losses(dataset, data_model, tmp_path):
+    """At the end of an epoch, whose last step was evaluated."""
+    run = {"eval_strategy": "steps", "eval_steps": 8, "logging_strategy": "epoch", "num_train_epochs": 1}
+    arguments = NextFlowTrainingArguments(str(tmp_path), use_cpu=True, report_to="none", save_strategy="no", **run)
+    trainer = NextFlowTrainer(copy.deepcopy(data_model), arguments, train_dataset=dataset, eval_dataset=dataset)
+    trainer.train()
+    (row,) = (row for row in trainer.state.log_history if "loss" in row)
+    assert {"loss_text", "loss_vision", "loss_scale_1", "tokens_per_second"} <= row.keys()
 
 
 def test_held_out_packs_alone_are_evaluated(dataset, data_model, tmp_path):
@@ -322,7 +342,14 @@ def test_batches_are_not_cut_for_the_devices(tmp_path):
         NextFlowTrainingArguments(str(tmp_path), accelerator_config={"dispatch_batches": True})
 
 
-@pytest.mark.parametrize("option", [{"label_smoothing_factor": 0.5}, {"train_sampling_strategy": "group_by_length"}])
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"label_smoothing_factor": 0.5},
+        {"train_sampling_strategy": "group_by_length"},
+        {"average_tokens_across_devices": False},
+    ],
+)
 def test_options_that_would_not_be_heeded_are_refused(option, tmp_path):
     ((name, value),) = option.items()
     with pytest.raises(ValueError, match=f"{name} is not for this trainer: leave .*, got {value!r}"):
@@ -360,6 +387,9 @@ def test_a_run_is_not_resumed_on_data_in_another_order(dataset, data_model, tmp_
     other = resume | {"gradient_accumulation_steps": 2, "data_seed": 6}
     with pytest.raises(ValueError, match="checkpoint-1 was trained with seed 5, with 6 its epoch"):
         train(copy.deepcopy(data_model), dataset, tmp_path, **other)
+    fewer = Subset(dataset, range(6)), tmp_path, resume["resume"], None, PackCollator(dataset)
+    with pytest.raises(ValueError, match="checkpoint-1 was trained with items 8, with 6 its epoch"):
+        train(copy.deepcopy(data_model), *fewer, **run, gradient_accumulation_steps=2)
     assert train(copy.deepcopy(data_model), dataset, tmp_path, **other, ignore_data_skip=True).state.global_step == 4
 
 
@@ -374,6 +404,13 @@ def test_a_checkpoint_of_another_training_is_not_resumed(dataset, data_model, tm
             train(model, dataset, tmp_path, resume=True, max_steps=2)
     with pytest.raises(ValueError, match="checkpoint-1 has the state of another optimizer than Adafactor"):
         train(copy.deepcopy(data_model), dataset, tmp_path, resume=True, max_steps=2, optim="adafactor")
+
+
+def test_weights_alone_are_not_resumed(dataset, data_model, tmp_path):
+    """Whose optimizer and learning rate would begin anew."""
+    train(copy.deepcopy(data_model), dataset, tmp_path, save_strategy="steps", save_steps=1, save_only_model=True)
+    with pytest.raises(ValueError, match="checkpoint-1 holds weights alone, by save_only_model: begin with it as the"):
+        train(copy.deepcopy(data_model), dataset, tmp_path, resume=True, max_steps=2)
 
 
 def test_every_epoch_sees_all_packs_in_an_order_of_its_own(dataset, data_model, tmp_path, monkeypatch):
@@ -423,6 +460,17 @@ def test_workers_that_outlive_an_epoch_are_told_the_next(dataset, data_model, tm
     assert losses(workers) == losses(alone)
     first, second = (row["loss"] for row in losses(alone))
     assert first != pytest.approx(second, rel=1e-4)
+
+
+def test_packs_in_torchs_datasets_are_told_the_epoch(dataset, data_model, tmp_path):
+    """Parts of them, and several put together."""
+    run = {"max_steps": 2, "gradient_accumulation_steps": 8, "learning_rate": 0.0}
+    halves = [Subset(dataset, range(4)), Subset(dataset, range(4, 8))]
+    alone, joined = (
+        losses(train(copy.deepcopy(data_model), each, tmp_path, collator=PackCollator(dataset), **run))
+        for each in (dataset, ConcatDataset(halves))
+    )
+    assert joined == alone and joined[0]["loss"] != joined[1]["loss"]
 
 
 def test_the_attention_is_not_watched_if_asked(dataset, data_model, tmp_path, monkeypatch):

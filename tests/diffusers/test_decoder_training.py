@@ -23,7 +23,7 @@ from accelerate.state import AcceleratorState
 from diffusers import DDIMScheduler, DDPMScheduler, FluxTransformer2DModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from transformers import TrainerState
 
 from diffusers_nextflow import NextFlowConditioner, NextFlowDecoderPipeline, NextFlowFluxDecoderPipeline
@@ -392,6 +392,14 @@ def test_every_epoch_draws_noise_of_its_own():
     assert len({draw_seed(seed, number) for seed in range(3) for number in numbers}) == 27
 
 
+def test_a_part_of_batches_is_told_the_epoch(source, vq_model):
+    table, processor = source.load(), NextFlowImageProcessor.from_vq_config(vq_model.config)
+    reader = DocumentReader("text-to-image", root=source.root)
+    batches = PictureBatches(table, reader.read, source_pictures(table, reader, processor), processor, 2)
+    Numbered(Subset(batches, range(2))).set_epoch(3)
+    assert batches.epoch == 3
+
+
 def test_batches_of_a_forward_count_by_their_pictures(tmp_path):
     trainer = NextFlowDecoderTrainer(decoder("unet", vq_model=tiny_vq_model()), arguments(tmp_path), Batches())
     batches = [Batches()[number] | {"number": number} for number in (0, 1)]
@@ -400,6 +408,22 @@ def test_batches_of_a_forward_count_by_their_pictures(tmp_path):
     losses = [trainer.compute_loss(trainer.model, {"batches": [batch]}) for batch in batches]
     together = trainer.compute_loss(trainer.model, trainer.data_collator(batches))
     torch.testing.assert_close(together, (2 * losses[0] + losses[1]) / 3)
+
+
+def test_every_picture_of_a_step_counts_as_much_however_it_is_split(tmp_path):
+    class Uneven(Batches):
+        def __getitem__(self, number):
+            batch, count = super().__getitem__(number), 1 + number % 2
+            return batch | {name: batch[name][:count] for name in ("pixel_values", "codes", "captions")}
+
+    logs = []
+    for split in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        pipe = decoder("unet", vq_model=tiny_vq_model())
+        trainer = train(pipe, Uneven(), arguments(tmp_path, optim="sgd", **{split: 3}))
+        logs.append([(row["loss"], row["grad_norm"]) for row in trainer.state.log_history if "grad_norm" in row])
+    assert len(logs[0]) == 2
+    for one, other in zip(*logs):
+        assert other == pytest.approx(one, rel=1e-4)
 
 
 def test_a_loss_that_is_no_number_ends_the_training(tmp_path):
@@ -656,6 +680,16 @@ def test_shards_of_another_tokenizer_or_source(source, vq_model, model_folder, t
         shard_pictures(tmp_path, source, source.load(), other)
     with pytest.raises(ValueError, match="the source has no document key 0"):
         shard_pictures(tmp_path, source, source.load().select([1, 2, 3, 4]), vq_model)
+
+
+def test_rows_of_one_key_are_not_taken_for_each_other(source, vq_model, model_folder, tmp_path):
+    """As those of tars that each count from 0."""
+    lines = Path(source.name).read_text().replace("key 3", "key 1")
+    same = Source(str(Path(source.name).with_name("same.jsonl")))
+    Path(same.name).write_text(lines)
+    extract(same, model_folder, tmp_path, ExtractionSettings("text-to-image"))
+    with pytest.raises(ValueError, match="2 rows of the source have the key key 1: the shards cannot tell which is"):
+        shard_pictures(tmp_path, same, same.load(), vq_model)
 
 
 @pytest.mark.parametrize("upscale", [1, 2])

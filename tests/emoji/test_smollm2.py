@@ -111,13 +111,16 @@ def test_the_curve_has_every_step(folders):
     assert all(row["loss_vision"] > 0 and "loss_text" not in row for row in result["curve"])
 
 
-def test_the_same_command_goes_on_where_it_was_stopped(command, folders):
+@pytest.mark.parametrize("stopped", ["before a checkpoint", "while it wrote one"])
+def test_the_same_command_goes_on_where_it_was_stopped(stopped, command, folders):
     folder = folders[1]
     log, expected = (folder / "log.jsonl").read_text(), load_file(folder / "adapter" / ADAPTER)
     drawings = json.loads((folder / "smollm2.json").read_text())["drawings"]
     for name in ("finished", ADAPTER):
         (folder / "adapter" / name).unlink()
-    for lost in (folder / "adapter" / f"checkpoint-{STEPS}", folder / "trained"):
+    last = folder / "adapter" / f"checkpoint-{STEPS}"
+    (last / "trainer_state.json").unlink()  # which is written last
+    for lost in (folder / "trained", *([last] if stopped == "before a checkpoint" else [])):
         shutil.rmtree(lost)
     ran(command)
     again = load_file(folder / "adapter" / ADAPTER)

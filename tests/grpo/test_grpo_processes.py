@@ -58,6 +58,14 @@ def test_two_processes_train_pictures_alone_as_one(policy, tiny_processor, tmp_p
     assert not differences(train(policy, tiny_processor, tmp_path, ONE, **PICTURES), by_two["pictures"])
 
 
+def test_two_processes_go_on_in_the_order_of_their_epoch(by_two):
+    """Of prompts: one that begins anew knows no epoch but the first."""
+    whole, again = by_two["epochs"], by_two["resumed"]
+    assert [row["epoch"] for row in again["log"]] == [0.5, 1.0, 1.5, 2.0, 2.5]
+    assert len(again["codes"]) == 2
+    assert not differences(whole | {name: whole[name][3:] for name in ("codes", "advantages")}, again)
+
+
 def test_a_reward_that_dies_on_one_process_ends_both_with_what_was_trained(
     policy, tiny_processor, tmp_path, by_two, folder
 ):

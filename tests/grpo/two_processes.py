@@ -26,6 +26,7 @@ SETTINGS = {
     "learning_rate": 1e-3,
 }
 PICTURES = {"optimize": "image", "logprob_mode": "behaviour", "guidance_scale": 2.0, "gradient_checkpointing": True}
+EPOCHS = {"optimize": "image", "num_iterations": 1, "max_steps": 5}  # of two steps
 ONE = {"per_device_train_batch_size": 2 * ROWS}
 ACCUMULATED = {"per_device_train_batch_size": ROWS, "gradient_accumulation_steps": 2}
 TWO = {"per_device_train_batch_size": ROWS, "ddp_backend": "gloo"}
@@ -163,6 +164,10 @@ def main() -> None:
     processor = NextFlowProcessor.from_pretrained(policy_folder)
     results = {bug: train(policy, processor, folder / "run", TWO, bug) for bug in (None, *BUGS)}
     results["pictures"] = train(policy, processor, folder / "run", TWO, **PICTURES)
+    results["epochs"] = train(policy, processor, folder / "cut", TWO, **EPOCHS, save_strategy="steps", save_steps=3)
+    results["resumed"] = train(
+        policy, processor, folder / "cut", TWO, resume=str(folder / "cut/checkpoint-3"), **EPOCHS
+    )
     try:
         train(policy, processor, folder / "died", TWO, reward=dies_on_the_second_process())
     except RewardError as error:

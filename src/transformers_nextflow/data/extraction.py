@@ -6,6 +6,7 @@ and the shards come out the same. A picture that cannot be read costs its docume
 """
 
 import functools
+import hashlib
 import json
 import shutil
 from collections import Counter
@@ -109,7 +110,8 @@ class ExtractionSettings:
 
     def reader(self, schedules: ScheduleTable, root: str | None) -> DocumentReader:
         """Of rows, whose images lie in `root`."""
-        max_images = self.max_images or MAX_IMAGES.get(schedules.level_name(self.level))
+        default = MAX_IMAGES.get(schedules.level_name(self.level))
+        max_images = default if self.max_images is None else self.max_images
         return DocumentReader(self.task, self.columns, max_images, root)
 
     @property
@@ -272,7 +274,10 @@ class Extractor:
         coded: dict[tuple[int, int], dict] = {}
         broken: dict[int, str] = {}
         sample: dict | None = None
-        batches = [(work / f"{number:05d}.npz", batch) for number, batch in enumerate(self._batches(documents))]
+        batches = [
+            (work / f"{number:05d}-{_names_hash(documents, batch[2])}.npz", batch)
+            for number, batch in enumerate(self._batches(documents))
+        ]
         read = self._read_ahead(documents, [batch for path, batch in batches if not path.exists()])
         for path, (schedule, supervised, pictures) in batches:
             if not path.exists():
@@ -397,7 +402,7 @@ class Extractor:
                 errors += [picture] * len(places)
             else:
                 pixels.append(picture)
-                keys.append([f"{documents[number][0].key}/{image}" for number, image in places])
+                keys.append(_names(documents, places))
             first += len(places)
         variants = range(self.settings.num_variants if supervised else 0)
         codes, inputs = self.code(pixels, schedule, keys, variants)
@@ -503,6 +508,17 @@ class PictureReader(Dataset):
             return pixels_of(self.image_processor, *self.images[index])
         except DAMAGED as error:
             return f"{type(error).__name__}: {error}"
+
+
+def _names(documents, places: Sequence[tuple[int, int]]) -> list[str]:
+    """Of a picture in each of its places, as (document, image)."""
+    return [f"{documents[number][0].key}/{image}" for number, image in places]
+
+
+def _names_hash(documents, pictures) -> str:
+    """Of a batch: one that a stopped run has coded may hold others, where pictures were mended meanwhile."""
+    names = [_names(documents, places) for places in pictures]
+    return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
 
 
 def _log(key: str, reason: str, detail: str) -> dict:

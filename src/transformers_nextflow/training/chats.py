@@ -58,7 +58,9 @@ class ChatCollator:
             (B, L) int64 `input_ids`, `attention_mask`, `document_ids`, `labels` and the same aligned with the outputs,
             `shift_labels`, padded on the right; with pictures `pixel_values` and `image_grid_hw`.
         """
-        return self.collate([as_chat(row, f"row {place}") for place, row in enumerate(rows)])
+        batch = self.collate([as_chat(row, f"row {place}") for place, row in enumerate(rows)])
+        blank = torch.tensor([row.get("counts") is False for row in rows])  # fills a share of an evaluation
+        return batch | {name: batch[name].masked_fill(blank[:, None], IGNORE) for name in ("labels", "shift_labels")}
 
     def collate(self, chats: Sequence[list[dict]]) -> dict[str, torch.Tensor]:
         """Messages with their pictures in them, a row for each chat."""

@@ -5,7 +5,7 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import field
 from pathlib import Path
@@ -100,11 +100,12 @@ def of_this_training(checkpoint: str) -> Iterator[None]:
 class DataOrder(TrainerCallback, ExportableState):
     """Notes in checkpoints what it follows from which data comes next."""
 
-    def __init__(self, seed: int, items_per_step: int):
-        self.seed, self.items_per_step = seed, items_per_step
+    def __init__(self, seed: int, items_per_step: int, items: int | None = None):
+        self.seed, self.items_per_step, self.items = seed, items_per_step, items
 
     def state(self) -> dict:
-        return {"args": {"seed": self.seed, "items_per_step": self.items_per_step}, "attributes": {}}
+        names = ("seed", "items_per_step", "items")
+        return {"args": {name: getattr(self, name) for name in names}, "attributes": {}}
 
     def check(self, checkpoint: str) -> None:
         """Raise a `ValueError` for a checkpoint whose data came in another order."""
@@ -118,8 +119,22 @@ class DataOrder(TrainerCallback, ExportableState):
                 )
 
 
+class Epochs(TrainerCallback):
+    """Tells the order of the data which epoch it is, below whatever wraps it: the libraries do not reach it where two
+    or more processes go on within an epoch."""
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        sampler = train_dataloader.batch_sampler
+        while hasattr(sampler, "batch_sampler"):
+            sampler = sampler.batch_sampler
+        order = getattr(sampler, "sampler", None)  # streams have none
+        if hasattr(order, "set_epoch"):
+            order.set_epoch(int(state.epoch))
+
+
 class SavingTrainer(Trainer):
-    """Trainer that goes on from whole checkpoints alone, and saves the average of an [`EMACallback`] beside the model.
+    """Trainer that goes on from whole checkpoints alone, where these were in the order of the data, and saves the
+    average of an [`EMACallback`] beside the model.
 
     Of a model without its vision tokenizer, `save_model` brings it into the folder, and so do checkpoints that go to
     the Hub, while others refer to it.
@@ -132,8 +147,10 @@ class SavingTrainer(Trainer):
         own = self.args
         seed = own.seed if own.data_seed is None else own.data_seed
         per_step = own.train_batch_size * own.world_size * own.gradient_accumulation_steps
-        self._data_order = DataOrder(seed, per_step)
+        count = len(self.train_dataset) if isinstance(self.train_dataset, Sized) else None  # of streams
+        self._data_order = DataOrder(seed, per_step, count)
         self.add_callback(self._data_order)
+        self.add_callback(Epochs())
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """See `Trainer.train`. `True` goes on from the newest whole checkpoint in `output_dir`, whatever a killed run
@@ -145,6 +162,10 @@ class SavingTrainer(Trainer):
         self.args.resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         if self.args.resume_from_checkpoint and not (self.args.ignore_data_skip or self.args.auto_find_batch_size):
             self._data_order.check(self.args.resume_from_checkpoint)
+        shares_weights = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if self.args.world_size > 1 and not shares_weights and "_is_accelerate_prepared" in vars(self.model):
+            del self.model._is_accelerate_prepared  # for an evaluation, after which devices would share no gradients
+            self.model_wrapped = self.model
         return super().train(self.args.resume_from_checkpoint, *args, **kwargs)
 
     def _run_epoch(self, *args, **kwargs) -> None:
@@ -162,6 +183,8 @@ class SavingTrainer(Trainer):
         super()._load_from_checkpoint(checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not any(Path(str(checkpoint)).glob("rng_state*.pth")):  # which every other checkpoint has
+            raise ValueError(f"{checkpoint} holds weights alone, by save_only_model: begin with it as the model")
         with of_this_training(str(checkpoint)):
             super()._load_optimizer_and_scheduler(checkpoint)
         options = getattr(self.optimizer, "defaults", {}).keys()

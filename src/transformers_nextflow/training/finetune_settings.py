@@ -17,7 +17,7 @@ class FinetuneSettings:
         batch_size: pictures of a step.
         evaluations: how often on the way the held-out loss is measured and pictures are drawn.
         patience: evaluations without a better held-out loss after which training stops.
-        held_out: share of the pictures that are not trained on, at least one.
+        held_out: share of the pictures that are not trained on, at least one and never all.
         level: of the scale schedules; by default the one that the model draws at.
         drop_captions: share of pictures without a caption, for guidance.
         prior: prompts whose pictures, drawn before by the model itself, are trained on too, so that what it could draw

@@ -150,7 +150,7 @@ def _write_documents(
         documents.append(document)
     _check_enough(len(documents))
     documents.sort(key=lambda document: draw(settings.seed, "held out", document.key))
-    count = max(1, round(settings.held_out * len(documents)))
+    count = min(max(1, round(settings.held_out * len(documents))), len(documents) - 1)
     held_out, training = documents[:count], documents[count:]
     for split, members in zip(SPLITS, (_mixed(training, prior, settings.batch_size), held_out)):
         rows = datasets.Dataset.from_list([_embedded(document) for document in members])
@@ -206,7 +206,8 @@ def _draw_prior(model: str, level: str, prior: list[Document], settings: Finetun
         for start in tqdm(range(0, len(missing), settings.batch_size), desc="prior", disable=None):
             places = missing[start : start + settings.batch_size]
             prompts = [settings.prior[place] for place in places]
-            samples = SamplesCallback(processor, prompts, seed=settings.seed + places[0], level=level)
+            seeds = [settings.seed + place for place in places]  # of a prompt that comes again other pictures
+            samples = SamplesCallback(processor, prompts, seed=seeds, level=level)
             for place, picture in zip(places, samples.draw(drawing)):
                 save_png(picture, paths[place])
 

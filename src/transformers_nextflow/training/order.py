@@ -4,11 +4,15 @@ import re
 from collections.abc import Callable, Iterator
 
 import numpy as np
-from torch.utils.data import Dataset, Sampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+import torch
+from torch.utils.data import ConcatDataset, Dataset, Sampler, Subset
+from transformers import Trainer, TrainingArguments
+from transformers.utils import logging
 
 from ..sampling import integer
 from .checkpoints import SavingTrainer
+
+logger = logging.get_logger(__name__)
 
 
 class EpochOrder(Sampler[int]):
@@ -33,6 +37,9 @@ class WithEpoch(Sampler[tuple[int, int]]):
     def __init__(self, order: EpochOrder):
         self.order = order
 
+    def set_epoch(self, epoch: int) -> None:
+        self.order.set_epoch(epoch)
+
     def __len__(self) -> int:
         return len(self.order)
 
@@ -41,12 +48,21 @@ class WithEpoch(Sampler[tuple[int, int]]):
             yield self.order.epoch, index
 
 
+def told_epochs(dataset: Dataset) -> list:
+    """The datasets with `set_epoch` that one is, or that torch's own consist of."""
+    if isinstance(dataset, ConcatDataset):
+        return [each for part in dataset.datasets for each in told_epochs(part)]
+    if isinstance(dataset, Subset):
+        return told_epochs(dataset.dataset)
+    return [dataset] if hasattr(dataset, "set_epoch") else []
+
+
 class ToldEpochs(Dataset):
-    """A dataset with `set_epoch` as items of (epoch, index): each index says its epoch, since workers that outlive an
-    epoch see nothing of what the main process sets."""
+    """A dataset of [`told_epochs`] as items of (epoch, index): each index says its epoch, since workers that outlive
+    an epoch see nothing of what the main process sets."""
 
     def __init__(self, dataset: Dataset):
-        self.dataset = dataset
+        self.dataset, self.told = dataset, told_epochs(dataset)
         self.epoch: int | None = None
 
     def __len__(self) -> int:
@@ -55,7 +71,8 @@ class ToldEpochs(Dataset):
     def __getitem__(self, place: tuple[int, int]):
         epoch, index = place
         if epoch != self.epoch:
-            self.dataset.set_epoch(epoch)
+            for each in self.told:
+                each.set_epoch(epoch)
             self.epoch = epoch
         return self.dataset[index]
 
@@ -88,6 +105,8 @@ OF_BATCHES |= {"bf16_full_eval": False, "fp16_full_eval": False}
 def check_heeded(arguments: TrainingArguments, **others) -> None:
     """Raise a `ValueError` for options that the trainers of this package would not heed, and sizes below 1.
 
+    Of several GPUs in one process all but the first are left alone: `DataParallel` would cut tensors by rows.
+
     Args:
         others: the only values of further options that this trainer heeds.
     """
@@ -103,6 +122,9 @@ def check_heeded(arguments: TrainingArguments, **others) -> None:
             "dispatch_batches is not for this trainer: it cuts tensors by rows, which pictures of a batch have others "
             "than texts; leave it out, every device loads its own"
         )
+    if arguments.n_gpu > 1:
+        logger.warning(f"1 of {arguments.n_gpu} GPUs is used: start by `accelerate launch` to use all")
+        arguments._n_gpu = 1
 
 
 def refuse_shared_weights(trainer: Trainer) -> None:
@@ -124,12 +146,9 @@ def judge_by_losses(arguments: TrainingArguments) -> None:
 class OrderedTrainer(SavingTrainer):
     """Trainer whose data comes in an [`EpochOrder`], by `data_seed` or else `seed`.
 
-    Datasets with `set_epoch` are told the epoch, in every worker. Devices share an evaluation by [`EvenShares`].
+    Datasets with `set_epoch` are told the epoch, in every worker, inside of torch's `Subset` and `ConcatDataset` too.
+    Devices share an evaluation by [`EvenShares`].
     """
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.add_callback(_Epochs(self))
 
     def blank(self, item: dict) -> dict:
         """An item of an evaluation that does not count."""
@@ -145,7 +164,7 @@ class OrderedTrainer(SavingTrainer):
         return super().get_eval_dataloader(eval_dataset)
 
     def _get_dataloader(self, dataset, description, batch_size, sampler_fn=None, is_training=False, **kwargs):
-        if not is_training or not hasattr(dataset, "set_epoch"):
+        if not is_training or not told_epochs(dataset):
             return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, **kwargs)
         order = WithEpoch(sampler_fn(dataset))
         return super()._get_dataloader(
@@ -154,15 +173,19 @@ class OrderedTrainer(SavingTrainer):
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        self._order = EpochOrder(len(self.train_dataset if train_dataset is None else train_dataset), seed)
-        return self._order
+        return EpochOrder(len(self.train_dataset if train_dataset is None else train_dataset), seed)
 
 
-class _Epochs(TrainerCallback):
-    """Tells the order which epoch it is, below whatever wraps it in a resumed or distributed run."""
+class PicturesTrainer(OrderedTrainer):
+    """[`OrderedTrainer`] on batches of pictures, each of which counts as much in a step, however it is split."""
 
-    def __init__(self, trainer: OrderedTrainer):
-        self.trainer = trainer
+    loss_is_scaled_for_ga = True
 
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self.trainer._order.set_epoch(int(state.epoch))
+    def count(self, inputs: dict) -> int:
+        """The pictures of a forward."""
+        raise NotImplementedError
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:
+        """The mean over devices, whose gradients' mean is taken, too."""
+        own = torch.tensor([sum(map(self.count, batch_samples))], device=device)
+        return self.accelerator.gather(own).float().mean()

@@ -106,7 +106,7 @@ class SamplesCallback(DrawingCallback):
         prompts: a picture is drawn for each.
         every: optimizer steps from one drawing to the next.
         images: condition images of each prompt, in order; default none.
-        seed: of the pictures.
+        seed: of the pictures, or one for each prompt.
         generation: guidance, sampling and size, as [`~NextFlowForConditionalGeneration.generate`] takes them.
 
     Raises:
@@ -119,7 +119,7 @@ class SamplesCallback(DrawingCallback):
         prompts: Sequence[str],
         every: int = 500,
         images: Sequence[Sequence[Image.Image]] | None = None,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         **generation,
     ):
         if isinstance(prompts, str) or not prompts:

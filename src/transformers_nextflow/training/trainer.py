@@ -54,7 +54,7 @@ class NextFlowTrainingArguments(TrainingArguments):
             self.bf16, self.fp16 = (os.environ.get("ACCELERATE_MIXED_PRECISION") == name for name in ("bf16", "fp16"))
         judge_by_losses(self)
         super().__post_init__()
-        check_heeded(self)
+        check_heeded(self, average_tokens_across_devices=True)
         if not 0 <= self.z_loss < inf:
             raise ValueError(f"z_loss must be a finite number of at least 0, got {self.z_loss}")
 
@@ -101,6 +101,8 @@ class NextFlowTrainer(PrecisionTrainer, OrderedTrainer):
             kind = type(train_dataset).__name__
             raise ValueError(f"train_dataset must have a length and items by number, got {kind}")
         super().__init__(model, args, data_collator, train_dataset, **kwargs)
+        if isinstance(self.data_collator, PackCollator):
+            self.data_collator.config = self._nextflow.config  # whose scale weights a stage may have changed
         per_step = self._data_order.items_per_step
         if train_dataset is not None and len(train_dataset) % per_step:
             raise ValueError(
@@ -157,6 +159,8 @@ class NextFlowTrainer(PrecisionTrainer, OrderedTrainer):
         return args.logging_strategy == "steps" and step % self.state.logging_steps == 0
 
     def blank(self, item: dict) -> dict:
+        if "shift_labels" not in item:  # a row of chats
+            return item | {"counts": False}
         return item | {"shift_labels": np.full_like(item["shift_labels"], IGNORE)}
 
     def evaluation_loop(
@@ -170,7 +174,7 @@ class NextFlowTrainer(PrecisionTrainer, OrderedTrainer):
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self.model.training:
+        if "loss" in logs:
             logs = logs | self._measured.pop(self.accelerator, self._costs, self.args)
         super().log(logs, start_time)
 

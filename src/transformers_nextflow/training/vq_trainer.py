@@ -22,7 +22,7 @@ from ..sampling import integer
 from ..utils.files import output_folder, save_png
 from .checkpoints import output_field
 from .metrics import lpips, psnr, ssim
-from .order import OF_BATCHES, OrderedTrainer, check_heeded, judge_by_losses, refuse_shared_weights
+from .order import OF_BATCHES, PicturesTrainer, check_heeded, judge_by_losses, refuse_shared_weights
 from .teacher import FOLDER as TEACHER
 from .vq_losses import (
     PatchDiscriminator,
@@ -193,7 +193,7 @@ class VQTraining(nn.Module):
         return output, {"adversarial": adversarial_loss(deceived), "discriminator": discriminator_loss(real, fake)}
 
 
-class NextFlowVQTrainer(OrderedTrainer):
+class NextFlowVQTrainer(PicturesTrainer):
     """Trains [`NextFlowVQModel`] on pictures, in one of the stages that [`prepare_vq_stage`] makes it ready for.
 
     Logged beside `loss`: each loss by its name (`loss_reconstruction`, `loss_codebook`, ..), `psnr` in dB, and for
@@ -269,15 +269,18 @@ class NextFlowVQTrainer(OrderedTrainer):
         return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The mean over the pictures of `pixel_values`, or over those of a list of such."""
-        batches = inputs["pixel_values"]
-        batches = batches if isinstance(batches, list) else [batches]
+        """The mean over the pictures of `pixel_values`, or over those of a list of such; in training a forward's part
+        of the mean over a step's."""
+        pictures = self.count(inputs) if num_items_in_batch is None else float(num_items_in_batch)
         total, outputs = 0.0, []
-        for pixel_values in batches:
+        for pixel_values in _sizes(inputs):
             loss, output = self._loss_of_size(model, pixel_values)
-            total = total + loss * len(pixel_values) / sum(map(len, batches))
+            total = total + loss * (len(pixel_values) / pictures)
             outputs.append(output)
         return (total, outputs) if return_outputs else total
+
+    def count(self, inputs: dict) -> int:
+        return sum(map(len, _sizes(inputs)))
 
     def _loss_of_size(self, model, pixel_values: torch.Tensor) -> tuple[torch.Tensor, NextFlowVQOutput]:
         args = self.args
@@ -385,16 +388,17 @@ class MeasuredCodes:
 
     def reset(self) -> None:
         scales = self.schedules.max_scales
-        self.losses: dict[str, tuple[float, int]] = {}  # sums, and of how many batches: some begin late
+        self.losses: dict[str, tuple[float, int]] = {}  # sums, and of how many pictures: some begin late
         self.chosen = torch.zeros(scales, self.entries, dtype=torch.int64)
         self.residuals = torch.zeros(2, scales, dtype=torch.float64)  # sums, and how many
 
     def add(self, losses: dict[str, torch.Tensor], output: NextFlowVQOutput, pixel_values: torch.Tensor) -> None:
         rebuilt = output.reconstruction.detach().float().clamp(-1, 1)
         values = {f"loss_{name}": float(loss.detach()) for name, loss in losses.items()}
+        count = len(pixel_values)
         for name, value in (values | {"psnr": float(psnr(rebuilt, pixel_values).mean())}).items():
-            total, batches = self.losses.get(name, (0.0, 0))
-            self.losses[name] = total + value, batches + 1
+            total, pictures = self.losses.get(name, (0.0, 0))
+            self.losses[name] = total + value * count, pictures + count
         schedule = self.schedules.by_size(*pixel_values.shape[-2:])
         codes = output.quantization.target_codes.cpu()
         for scale in range(len(schedule)):
@@ -412,7 +416,7 @@ class MeasuredCodes:
             for values in (sums, self.chosen, self.residuals)
         )
         self.reset()
-        logs = {name: float(total / batches) for name, (total, batches) in zip(names, sums)}
+        logs = {name: float(total / pictures) for name, (total, pictures) in zip(names, sums)}
         for scale, counts in enumerate(chosen):
             if not counts.sum():
                 continue
@@ -458,6 +462,12 @@ class Restarts(TrainerCallback):
         if not self.pixel_only:
             self.quantizer.semantic_codebook[dead] = semantic
         self.chosen.zero_()
+
+
+def _sizes(inputs: dict) -> list[torch.Tensor]:
+    """The pictures of a forward, those of one size together."""
+    batches = inputs["pixel_values"]
+    return batches if isinstance(batches, list) else [batches]
 
 
 def _by_size(items: list[dict]) -> dict:

@@ -93,9 +93,14 @@ def base_of(name: str, **revision: str) -> str | None:
         base = model_name(base)
     except (ValueError, NotADirectoryError) as error:
         raise ValueError(f"{name} holds adapters on another model, see adapter_config.json: {error}") from error
-    if of_base is None or Path(base).is_dir():
-        return base
-    return snapshot_download(base, revision=of_base, allow_patterns=["*.json", "*.jinja", "*.safetensors"])
+    return base if of_base is None else folder_of(base, of_base)
+
+
+def folder_of(name: str, revision: str) -> str:
+    """The folder that holds a revision of a Hub model; a local folder is one itself."""
+    if Path(name).is_dir():
+        return name
+    return snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.jinja", "*.safetensors"])
 
 
 def root_of(name: str) -> str:
@@ -128,7 +133,7 @@ def load_merged(name: str, dtype: torch.dtype | None = None) -> NextFlowForCondi
     with needing_extra("train", f"{name}, which holds adapters,"):
         from peft import PeftConfig, PeftModel
     model = load_merged(base, dtype)
-    dtypes = {path: parameter.dtype for path, parameter in model.named_parameters()}
+    dtypes = {path: parameter.dtype for path, parameter in model.named_parameters(remove_duplicate=False)}
     with naming(f"the adapters in {name}"):
         adapted = PeftModel(model, PeftConfig.from_pretrained(name), low_cpu_mem_usage=True)
         report = adapted.load_adapter(name, adapted.active_adapter, low_cpu_mem_usage=True)

@@ -19,7 +19,7 @@ from transformers import HfArgumentParser, set_seed
 from ...data import ExtractionSettings, PackedDataset, RawDocuments, Source
 from ...data.sources import task_of
 from ...lora import CODE_MODULES
-from ...utils.loading import model_name
+from ...utils.loading import folder_of, model_name
 from .. import EMACallback, NextFlowTrainer, NextFlowTrainingArguments, SamplesCallback, load_stages
 from .options import ModelOptions
 
@@ -68,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         source = Source(options.documents)
         task, columns = task_of(source.load())
         settings = ExtractionSettings(task, columns, stage and stage.level, seed=arguments.seed)
-        dataset = RawDocuments(source, model_name(of_model.model_name_or_path), settings)
+        coding = folder_of(model_name(of_model.model_name_or_path), of_model.model_revision)
+        dataset = RawDocuments(source, coding, settings)
     held_out = None if options.eval_packs is None else PackedDataset(options.eval_packs, model, processor)
     if adapters is not None:
         from peft import get_peft_model

@@ -51,7 +51,6 @@ class PromptOrder(Sampler[int]):
         self.num_generations, self.repeats, self.seed, self.epoch = num_generations, repeats, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by the data loader."""
         self.epoch = epoch
 
     def __len__(self) -> int:
