@@ -105,18 +105,14 @@ def attend_by_segments(
     # splits rather than slices: the backward of a slice fills zeros of the whole length
     rows = (states[:, :, :length].transpose(0, 1).flatten(1, 2)[None] for states in (query, key, value))
     per_document = zip(*(row.split(lengths, dim=2) for row in rows))
+    takes_masks = not is_flash(module.config._attn_implementation)
     outputs = []
     for document, (queries, keys, values) in zip(segments.documents, per_document):
         stop = 0
         for segment, part in zip(document, queries.split([segment.length for segment in document], dim=2)):
             start, stop = stop, stop + segment.length
             mask = None  # blocks and a lone position see all keys so far; SDPA's own causal mask begins at the first
-            if (
-                start
-                and segment.length > 1
-                and not segment.is_block
-                and not is_flash(module.config._attn_implementation)
-            ):
+            if start and segment.length > 1 and not segment.is_block and takes_masks:
                 mask = torch.ones(segment.length, stop, dtype=torch.bool, device=query.device).tril(start)
             seen = keys[:, :, :stop], values[:, :, :stop]
             outputs.append(attend(module, part, *seen, mask, is_causal=not segment.is_block, **kwargs)[0])
