@@ -317,7 +317,9 @@ def test_pictures_and_answers_that_repeat_are_named(question, picture, fault, ti
 @pytest.mark.parametrize("correction", [None, SelfCorrection()])
 def test_prompts_are_those_of_the_shards_self_corrected_or_not(correction, tiny_checkpoint, tmp_path):
     prompts = [f"thing number {number}" for number in range(4)]
-    rows = [{"text": text, "image": png(Image.new("RGB", (64, 64), (60 * n, 90, 30)))} for n, text in enumerate(prompts)]
+    rows = [
+        {"text": text, "image": png(Image.new("RGB", (64, 64), (60 * n, 90, 30)))} for n, text in enumerate(prompts)
+    ]
     datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "source.parquet"))
     settings = ExtractionSettings("text-to-image", self_correction=correction)
     extract(Source(str(tmp_path / "source.parquet")), str(tiny_checkpoint), tmp_path / "documents", settings)
