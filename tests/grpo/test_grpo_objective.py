@@ -15,6 +15,7 @@ from transformers_nextflow.training.grpo.objective import (
     group_advantages,
     kl_to_reference,
     log_ratios,
+    nanstd,
     normalized_sum_advantages,
     num_prefix_scales,
     prefix_values,
@@ -208,7 +209,7 @@ def test_groups_of_equal_rewards_say_nothing_however_large_they_are():
     for scale_rewards in ("group", "batch", "none"):
         advantages, _ = group_advantages(rewards, 7, scale_rewards)
         assert not advantages[:7].any() and advantages[7] < 0 < advantages[8]
-    assert group_advantages(rewards, 7)[1][0] == 0
+    assert group_advantages(rewards, 7)[1][0] == 0 and nanstd(rewards[None, :7]) == 0
     advantages, _ = normalized_sum_advantages(rewards[:, None].expand(-1, 2), torch.tensor([1.0, 0.5]), 7)
     assert advantages[:7].abs().max() < 1e-6 and advantages[7] < 0 < advantages[8]
     assert not normalized_sum_advantages(rewards[:7, None], torch.ones(1), 7)[0].any()

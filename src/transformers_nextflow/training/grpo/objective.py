@@ -92,7 +92,8 @@ def prefix_values(rewards_NK: torch.Tensor, eta: float) -> torch.Tensor:
 
 
 def nanstd(values: torch.Tensor) -> torch.Tensor:
-    """(G, N, ...) -> (G, 1, ...): Bessel's deviation of what is not NaN, 0 of a single value."""
+    """(G, N, ...) -> (G, 1, ...) float64: Bessel's deviation of what is not NaN, 0 of a single value."""
+    values = values.double()  # in which equal ones of float32 have none
     count = values.isfinite().sum(dim=1, keepdim=True)
     squares = (values - values.nanmean(dim=1, keepdim=True)).square().nansum(dim=1, keepdim=True)
     return (squares / (count - 1).clamp(min=1)).sqrt()
