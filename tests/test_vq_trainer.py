@@ -541,6 +541,20 @@ def test_evaluation_measures_whole_pictures_and_draws_a_sheet(model, tmp_path):
     assert (expected[:12] == drawn[:12]).mean() > 0.99
 
 
+def test_a_picture_that_comes_back_equal_has_no_psnr(model, tmp_path):
+    """White ones of a decoder that leaves the range of pixels."""
+    with torch.no_grad():
+        model.pixel_decoder.conv_out.weight.zero_()
+        model.pixel_decoder.conv_out.bias.fill_(3.0)
+    grey, white = torch.full((1, 3, 12, 12), 0.5), torch.ones(2, 3, 12, 12)
+    batches = [{"pixel_values": torch.cat([white, grey])}, {"pixel_values": white}]
+    run = trainer(prepare_vq_stage(model, "pixel"), tmp_path, batches, max_steps=2, logging_steps=2, learning_rate=0.0)
+    expected = pytest.approx(10 * np.log10(4 / 0.25))
+    assert run.evaluate(batches)["eval_psnr"] == expected
+    run.train()
+    assert next(row for row in run.state.log_history if "loss" in row)["psnr"] == expected
+
+
 def test_pictures_of_several_kinds_are_evaluated_apart(model, tmp_path):
     kinds = {name: torch.utils.data.Subset(Pictures(), range(at, 6, 2)) for at, name in enumerate(("square", "wide"))}
     run = trainer(prepare_vq_stage(model, "pixel"), tmp_path, eval_dataset=kinds)
