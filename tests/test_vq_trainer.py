@@ -663,6 +663,21 @@ def test_ssim_is_wangs_and_lpips_is_measured_where_a_network_is(model, tmp_path)
     assert run.evaluate(Pictures())["eval_lpips"] == pytest.approx(np.mean(values), rel=1e-5)
 
 
+@pytest.mark.parametrize("dims", [(0, 1, 2, 3), (1, 2, 3), (1,)], ids=["one value", "one a picture", "maps"])
+def test_a_perceptual_network_says_the_distance_of_pictures_by_its_mean(dims, model, tmp_path):
+    class Distance(torch.nn.Module):
+        def forward(self, first, second):
+            return (first - second).abs().mean(dims)
+
+    run = trainer(prepare_vq_stage(model, "pixel"), tmp_path)
+    run.perceptual, values = Distance(), []
+    for index in range(6):
+        pixels = OneSize()[index]["pixel_values"]
+        rebuilt = model(pixels, pixel_only=True).reconstruction.clamp(-1, 1)
+        values += (rebuilt - pixels).abs().flatten(1).mean(1).tolist()
+    assert run.evaluate(OneSize())["eval_lpips"] == pytest.approx(np.mean(values), rel=1e-5)
+
+
 def test_ssim_of_small_pictures_has_the_largest_window_that_fits():
     """5 x 6 and 4 x 6 pixels: windows of 5 and 3, wherever they fit whole; twice the pixel range of [0, 1]."""
     one, other = torch.rand(2, 1, 3, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2 - 1

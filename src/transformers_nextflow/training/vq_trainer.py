@@ -338,7 +338,8 @@ class NextFlowVQTrainer(PicturesTrainer):
             for batch in self.get_eval_dataloader(eval_dataset):
                 for pixels in batch["pixel_values"]:
                     rebuilt = model(pixels, pixel_only=pixel_only).reconstruction.float().clamp(-1, 1)
-                    sums += torch.stack([_finite_sum(measure(rebuilt, pixels)) for measure in measures.values()])
+                    measured = (measure(rebuilt, pixels) for measure in measures.values())
+                    sums += torch.stack([_finite_sum(values, len(pixels)) for values in measured])
                     shown += list(zip(pixels.cpu(), rebuilt.cpu()))[: SHEET_PICTURES - len(shown)]
         sums = self.accelerator.reduce(sums, reduction="sum").tolist()
         means = {name: total / count if count else inf for name, (total, count) in zip(measures, sums)}
@@ -396,8 +397,9 @@ class MeasuredCodes:
     def add(self, losses: dict[str, torch.Tensor], output: NextFlowVQOutput, pixel_values: torch.Tensor) -> None:
         rebuilt = output.reconstruction.detach().float().clamp(-1, 1)
         count = len(pixel_values)
-        sums = {f"loss_{name}": (float(loss.detach()) * count, count) for name, loss in losses.items()}
-        for name, (value, number) in (sums | {"psnr": _finite_sum(psnr(rebuilt, pixel_values)).tolist()}).items():
+        sums = {f"loss_{name}": [float(loss.detach()) * count, count] for name, loss in losses.items()}
+        sums["psnr"] = _finite_sum(psnr(rebuilt, pixel_values), count).tolist()
+        for name, (value, number) in sums.items():
             total, pictures = self.losses.get(name, (0.0, 0))
             self.losses[name] = total + value, pictures + number
         schedule = self.schedules.by_size(*pixel_values.shape[-2:])
@@ -465,10 +467,11 @@ class Restarts(TrainerCallback):
         self.chosen.zero_()
 
 
-def _finite_sum(values: torch.Tensor) -> torch.Tensor:
-    """(2,) float64: the sum of those that are not infinite, as the PSNR of equal pictures is, and their number."""
+def _finite_sum(values: torch.Tensor, pictures: int) -> torch.Tensor:
+    """(2,) float64: of a measure of so many pictures, one value or several for each or one for all, the sum of those
+    that are not infinite, as the PSNR of equal pictures is, and of how many."""
     kept = values.double()[~values.isinf()]
-    return torch.stack([kept.sum(), kept.new_tensor(kept.numel())])
+    return torch.stack([kept.sum(), kept.new_tensor(kept.numel())]) * (pictures / values.numel())
 
 
 def _sizes(inputs: dict) -> list[torch.Tensor]:
