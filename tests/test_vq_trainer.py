@@ -488,6 +488,16 @@ def test_what_is_logged_is_of_all_pictures_since_the_last_log(model, tmp_path):
             assert row[f"residual_scale_{scale + 1}"] == pytest.approx(np.mean(residuals[scale]), rel=1e-5)
 
 
+def test_residuals_are_means_over_pictures(model, tmp_path):
+    values = {"max_steps": 2, "logging_steps": 2, "learning_rate": 0.0, "scale_drop": 0.0}
+    batches = [{"pixel_values": OneSize()[0]["pixel_values"] * 0.1}, OneSize()[2]]  # of one picture, and of three
+    run = trainer(prepare_vq_stage(model, "pixel"), tmp_path, batches, **values)
+    run.train()
+    one, three = (model(each["pixel_values"], pixel_only=True).quantization.residual_norms[0] for each in batches)
+    row = next(row for row in run.state.log_history if "loss" in row)
+    assert row["residual_scale_1"] == pytest.approx(float(one + 3 * three) / 4, rel=1e-5)
+
+
 def test_unused_entries_restart_from_what_was_looked_up(model, tmp_path):
     with torch.no_grad():
         model.quantizer.pixel_codebook[7:] = 100.0  # normalised they are all alike, the first of them wins

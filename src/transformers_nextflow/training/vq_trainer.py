@@ -407,8 +407,8 @@ class MeasuredCodes:
         for scale in range(len(schedule)):
             self.chosen[scale] += codes[:, schedule.slice(scale)].flatten().bincount(minlength=self.entries)
         norms = output.quantization.residual_norms.cpu().double()
-        self.residuals[0, : len(norms)] += norms
-        self.residuals[1, : len(norms)] += 1
+        self.residuals[0, : len(norms)] += norms * count
+        self.residuals[1, : len(norms)] += count
 
     def pop(self, accelerator) -> dict[str, float]:
         """Means and counts over all devices since the last call."""
