@@ -488,6 +488,16 @@ def test_what_is_logged_is_of_all_pictures_since_the_last_log(model, tmp_path):
             assert row[f"residual_scale_{scale + 1}"] == pytest.approx(np.mean(residuals[scale]), rel=1e-5)
 
 
+def test_residuals_are_means_over_pictures(model, tmp_path):
+    values = {"max_steps": 2, "logging_steps": 2, "learning_rate": 0.0, "scale_drop": 0.0}
+    batches = [{"pixel_values": OneSize()[0]["pixel_values"] * 0.1}, OneSize()[2]]  # of one picture, and of three
+    run = trainer(prepare_vq_stage(model, "pixel"), tmp_path, batches, **values)
+    run.train()
+    one, three = (model(each["pixel_values"], pixel_only=True).quantization.residual_norms[0] for each in batches)
+    row = next(row for row in run.state.log_history if "loss" in row)
+    assert row["residual_scale_1"] == pytest.approx(float(one + 3 * three) / 4, rel=1e-5)
+
+
 def test_unused_entries_restart_from_what_was_looked_up(model, tmp_path):
     with torch.no_grad():
         model.quantizer.pixel_codebook[7:] = 100.0  # normalised they are all alike, the first of them wins
@@ -539,6 +549,20 @@ def test_evaluation_measures_whole_pictures_and_draws_a_sheet(model, tmp_path):
             expected[12 * row : 12 * row + height, 16 * column : 16 * column + width] = np.round(levels)
     assert np.abs(drawn.astype(int) - expected).max() <= 1  # of 255, where rounding may go either way
     assert (expected[:12] == drawn[:12]).mean() > 0.99
+
+
+def test_a_picture_that_comes_back_equal_has_no_psnr(model, tmp_path):
+    """White ones of a decoder that leaves the range of pixels."""
+    with torch.no_grad():
+        model.pixel_decoder.conv_out.weight.zero_()
+        model.pixel_decoder.conv_out.bias.fill_(3.0)
+    grey, white = torch.full((1, 3, 12, 12), 0.5), torch.ones(2, 3, 12, 12)
+    batches = [{"pixel_values": torch.cat([white, grey])}, {"pixel_values": white}]
+    run = trainer(prepare_vq_stage(model, "pixel"), tmp_path, batches, max_steps=2, logging_steps=2, learning_rate=0.0)
+    expected = pytest.approx(10 * np.log10(4 / 0.25))
+    assert run.evaluate(batches)["eval_psnr"] == expected
+    run.train()
+    assert next(row for row in run.state.log_history if "loss" in row)["psnr"] == expected
 
 
 def test_pictures_of_several_kinds_are_evaluated_apart(model, tmp_path):
@@ -647,6 +671,21 @@ def test_ssim_is_wangs_and_lpips_is_measured_where_a_network_is(model, tmp_path)
             (model(pixels, pixel_only=True).reconstruction.clamp(-1, 1) - pixels).abs().flatten(1).sum(1).tolist()
         )
     assert run.evaluate(Pictures())["eval_lpips"] == pytest.approx(np.mean(values), rel=1e-5)
+
+
+@pytest.mark.parametrize("dims", [(0, 1, 2, 3), (1, 2, 3), (1,)], ids=["one value", "one a picture", "maps"])
+def test_a_perceptual_network_says_the_distance_of_pictures_by_its_mean(dims, model, tmp_path):
+    class Distance(torch.nn.Module):
+        def forward(self, first, second):
+            return (first - second).abs().mean(dims)
+
+    run = trainer(prepare_vq_stage(model, "pixel"), tmp_path)
+    run.perceptual, values = Distance(), []
+    for index in range(6):
+        pixels = OneSize()[index]["pixel_values"]
+        rebuilt = model(pixels, pixel_only=True).reconstruction.clamp(-1, 1)
+        values += (rebuilt - pixels).abs().flatten(1).mean(1).tolist()
+    assert run.evaluate(OneSize())["eval_lpips"] == pytest.approx(np.mean(values), rel=1e-5)
 
 
 def test_ssim_of_small_pictures_has_the_largest_window_that_fits():

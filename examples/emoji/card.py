@@ -145,13 +145,14 @@ def training_table(log: list[dict]) -> str:
     for stage, lines in stage_rows(log).items():
         last = lines[-1]
         total += last["seconds"]
-        batch = f"{PICTURES} pictures"
+        steps, batch = last["step"], f"{PICTURES} pictures"
         if stage in TRAININGS:
             training = TRAININGS[stage]
+            steps = training.steps  # the last of which may stand between two logs
             batch = f"{2 * training.packs} packs of {training.pack_length} positions, {training.documents:,} documents"
         elif stage == "teacher":
             batch = f"{PAIRS} pictures with their names"
-        rows.append([stage, f"{last['step']:,}", batch, f"{last['seconds'] / 3600:.2f}"])
+        rows.append([stage, f"{steps:,}", batch, f"{last['seconds'] / 3600:.2f}"])
     return table(["stage", "steps", "of", "hours"], [*rows, ["all", "", "", f"{total / 3600:.2f}"]])
 
 

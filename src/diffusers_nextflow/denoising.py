@@ -79,9 +79,18 @@ class DecoderLoss(nn.Module):
 
 
 def training_scheduler(scheduler) -> DDPMScheduler | FlowMatchEulerDiscreteScheduler:
-    """The noise that a sampler's scheduler undoes."""
+    """The noise that a sampler's scheduler undoes.
+
+    Raises:
+        ValueError: for a scheduler that undoes another kind, as of EDM.
+    """
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         return FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise ValueError(
+            "a decoder is trained with the noise of DDPM and its like, or of FlowMatchEulerDiscreteScheduler, got "
+            f"{type(scheduler).__name__}"
+        )
     return DDPMScheduler.from_config(scheduler.config)
 
 

@@ -196,8 +196,9 @@ def kept_codes(logits_BlV: torch.Tensor, top_k: int, top_p: float) -> tuple[torc
     _check_finite(kept.values[..., 0])
     probabilities = kept.values.softmax(dim=-1)
     cumulative = probabilities.cumsum(dim=-1)
-    # the code that reaches top_p still belongs to the set
-    last = (cumulative - probabilities < top_p).sum(dim=-1, keepdim=True) - 1
+    # the code that reaches top_p still belongs to the set; 1.0 is reached by rounding before the last
+    belongs = (cumulative - probabilities < top_p) | (top_p == 1.0)
+    last = belongs.sum(dim=-1, keepdim=True) - 1
     return kept.indices, last, cumulative
 
 

@@ -89,7 +89,7 @@ def test_the_figures_of_packing_are_the_committed_ones():
         "batch padding, dense mask": "padding",
         "batch padding, `blocks`": "padding, blocks",
         "concatenate and cut": "concatenate and cut",
-        "first fit by length": "length",
+        "best fit by length": "length",
     }
     docs = (ROOT / "docs" / "data.md").read_text()
     for title, name in rows.items():

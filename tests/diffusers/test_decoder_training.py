@@ -20,7 +20,13 @@ pytest.importorskip("accelerate")
 
 import datasets
 from accelerate.state import AcceleratorState
-from diffusers import DDIMScheduler, DDPMScheduler, FluxTransformer2DModel
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    EDMEulerScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FluxTransformer2DModel,
+)
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Subset
@@ -87,6 +93,16 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 # The loss
+
+
+@pytest.mark.parametrize(
+    ("family", "scheduler"), [("xl", EDMEulerScheduler()), ("flux", FlowMatchHeunDiscreteScheduler())]
+)
+def test_schedulers_of_another_noise_are_refused(family, scheduler):
+    pipe = decoder(family)
+    pipe.scheduler = scheduler
+    with pytest.raises(ValueError, match=f"the noise of DDPM and its like.*got {type(scheduler).__name__}"):
+        DecoderLoss(pipe)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from torch import nn
 from transformers import TrainerState, TrainingArguments
 
-from transformers_nextflow import cli
+from transformers_nextflow import SelfCorrection, cli
 from transformers_nextflow.data import ExtractionSettings, Source, extract
 from transformers_nextflow.data.shards import images_of, sequence_spec
 from transformers_nextflow.doctor import DoctorCallback, examine, read_pictures, to_html, to_text
@@ -312,6 +312,21 @@ def test_pictures_and_answers_that_repeat_are_named(question, picture, fault, ti
     model, processor = loading.load_model(str(tiny_checkpoint))
     case = Case(model, processor, [], tmp_path / "documents")
     assert varied(Check("varied", "toy", ""), case).fault == fault
+
+
+@pytest.mark.parametrize("correction", [None, SelfCorrection()])
+def test_prompts_are_those_of_the_shards_self_corrected_or_not(correction, tiny_checkpoint, tmp_path):
+    prompts = [f"thing number {number}" for number in range(4)]
+    rows = [
+        {"text": text, "image": png(Image.new("RGB", (64, 64), (60 * n, 90, 30)))} for n, text in enumerate(prompts)
+    ]
+    datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "source.parquet"))
+    settings = ExtractionSettings("text-to-image", self_correction=correction)
+    extract(Source(str(tmp_path / "source.parquet")), str(tiny_checkpoint), tmp_path / "documents", settings)
+    model, processor = loading.load_model(str(tiny_checkpoint))
+    case = Case(model, processor, [], tmp_path / "documents")
+    shown = [processor.tokenizer.decode(answer.prompt["input_ids"][0]) for answer in case.answers]
+    assert len(shown) == 4 and all(any(text in each for each in shown) for text in prompts)
 
 
 def reading(factor: float, scale: float, text: float) -> Reading:

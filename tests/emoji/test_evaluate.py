@@ -369,6 +369,11 @@ def test_the_card_holds_every_figure_between_its_comments(scores):
     assert "| 25 | 1.25 | 3.00 |" in found["curve"]
 
 
+def test_the_card_counts_the_steps_of_a_stage_beyond_its_last_log():
+    table = card.training_table([{"stage": "alignment", "step": step, "seconds": 2.0 * step} for step in (25, 50)])
+    assert "| alignment | 60 | 32 packs of 192 positions, 4,000 documents | 0.03 |" in table
+
+
 def test_blocks_of_a_text_are_renewed_and_the_rest_is_kept():
     text = "a <!-- scores -->\nold\n<!-- /scores --> b <!-- data -->\nold\n<!-- /data -->"
     renewed = card.renewed(text, {"scores": r"new \1", "other": "unused"})

@@ -15,6 +15,7 @@ from transformers_nextflow.training.grpo.objective import (
     group_advantages,
     kl_to_reference,
     log_ratios,
+    nanstd,
     normalized_sum_advantages,
     num_prefix_scales,
     prefix_values,
@@ -202,6 +203,18 @@ def test_advantages_are_eq_4_and_silent_rewards_do_not_count():
     assert not silent[3:].any()
 
 
+def test_groups_of_equal_rewards_say_nothing_however_large_they_are():
+    """In float32 the mean of seven rewards of 98765.4 is another number."""
+    rewards = torch.tensor([98765.4] * 7 + [98765.4, *[98766.4] * 6])
+    for scale_rewards in ("group", "batch", "none"):
+        advantages, _ = group_advantages(rewards, 7, scale_rewards)
+        assert not advantages[:7].any() and advantages[7] < 0 < advantages[8]
+    assert group_advantages(rewards, 7)[1][0] == 0 and nanstd(rewards[None, :7]) == 0
+    advantages, _ = normalized_sum_advantages(rewards[:, None].expand(-1, 2), torch.tensor([1.0, 0.5]), 7)
+    assert advantages[:7].abs().max() < 1e-6 and advantages[7] < 0 < advantages[8]
+    assert not normalized_sum_advantages(rewards[:7, None], torch.ones(1), 7)[0].any()
+
+
 def test_each_functions_rewards_are_normalised_in_their_groups():
     rewards_NF = torch.tensor([[1.0, 9], [2, 9], [6, 0], [0, 4], [math.nan, 2], [3, math.nan]])  # two groups
     advantages, deviation = normalized_sum_advantages(rewards_NF, torch.tensor([1.0, 0.5]), 3)
@@ -250,6 +263,20 @@ def test_values_of_prefixes_leave_out_what_has_no_reward():
     assert torch.equal(prefix_values(rewards[:1, :1], 0.5), rewards[0, :1])
 
 
+def test_a_soft_value_of_prefixes_is_the_mean_of_their_rewards():
+    rewards = torch.tensor([[0.1, 0.2, 0.4], [0.3, 0.3, 0.3]])
+    torch.testing.assert_close(prefix_values(rewards, 1e6), rewards.mean(dim=1), rtol=1e-5, atol=0)
+
+
+def test_codes_that_do_not_count_have_no_part_in_the_ratio_of_their_scale():
+    logps, old = torch.randn(2, 5, requires_grad=True), torch.randn(2, 5)
+    counts = torch.tensor([[True, True, False, False, True], [False] * 5])
+    ratios = log_ratios(logps, old, (1, 4), "scale", counts)
+    (gradient,) = torch.autograd.grad(ratios[counts].sum(), logps)
+    assert not gradient[~counts].any()
+    torch.testing.assert_close(ratios[0, 1:], (logps - old)[0, [1, 4]].mean().expand(4))
+
+
 def test_log_probabilities_are_renormalised_over_the_support():
     logits = torch.tensor([[[2.0, 1.0, 0.0, -1.0]]])
     support = torch.tensor([[[True, False, True, False]]])
@@ -274,6 +301,13 @@ def test_the_support_and_its_probabilities_are_those_of_sampling():
         temperature, several = torch.full((codes.shape[1],), controls[0]), codes.shape[1]
         logps, _ = code_logps(logits.expand(1, several, 9), codes, temperature, support.expand(1, several, 9))
         torch.testing.assert_close(logps.exp()[0], frequencies[codes[0]], rtol=0, atol=2 / draws)
+
+
+def test_all_codes_can_be_drawn_at_a_scale_without_filters():
+    """Another scale has them; from the most likely on, probabilities sum up to 1 before the last."""
+    logits = torch.tensor([-20.0, 0.0]).expand(1, 1, 2)
+    assert sample(logits, 1.0, 0, 1.0, torch.zeros(1, 1)) == 0
+    assert sampling_support([logits, logits], [1.0, 1.0], [0, 0], [1.0, 0.9]).tolist() == [[[True] * 2, [False, True]]]
 
 
 def test_the_prefix_is_the_most_scales_that_fit():

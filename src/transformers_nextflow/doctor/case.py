@@ -194,7 +194,7 @@ class Case:
         (head, tail), image = self.frame, self.spec.special.image
         for document in self.documents:
             ids, images = document["input_ids"].tolist(), images_of(document, self.spec, self.variants)
-            if len(images) == 1 and len(images[0][2]) and ids[: len(head)] == head:
+            if len(images) == 1 and document["supervised"][ids.index(image)] and ids[: len(head)] == head:
                 words = ids[len(head) : ids.index(image)]  # compact, without <boi>
                 if len(words) > len(tail) and words[-len(tail) :] == tail:  # not one whose text was left out
                     grid, targets, inputs = images[0]

@@ -325,23 +325,25 @@ class NextFlowVQTrainer(PicturesTrainer):
         return item | {"counts": False}
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Mean `psnr` (dB), `ssim` and, with a perceptual network, `lpips` of reconstructions over all pictures."""
+        """Mean `psnr` (dB), `ssim` and, with a perceptual network, `lpips` of reconstructions over all pictures, but
+        for those that come back equal, which have no PSNR."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, dict):
             return self.evaluate_each(dataset, ignore_keys, metric_key_prefix)
         model = self.vq_model.eval()
         pixel_only, shown = self.args.stage == "pixel", []
         measures = {"psnr": psnr, "ssim": ssim} | ({} if self.perceptual is None else {"lpips": self.perceptual})
-        sums = torch.zeros(1 + len(measures), dtype=torch.float64, device=self.args.device)
+        sums = torch.zeros(len(measures), 2, dtype=torch.float64, device=self.args.device)  # and of how many pictures
         with torch.no_grad():
             for batch in self.get_eval_dataloader(eval_dataset):
                 for pixels in batch["pixel_values"]:
                     rebuilt = model(pixels, pixel_only=pixel_only).reconstruction.float().clamp(-1, 1)
-                    values = [measure(rebuilt, pixels).double().sum() for measure in measures.values()]
-                    sums += torch.stack([*values, values[0].new_tensor(len(pixels))])
+                    measured = (measure(rebuilt, pixels) for measure in measures.values())
+                    sums += torch.stack([_finite_sum(values, len(pixels)) for values in measured])
                     shown += list(zip(pixels.cpu(), rebuilt.cpu()))[: SHEET_PICTURES - len(shown)]
-        *sums, count = self.accelerator.reduce(sums, reduction="sum").tolist()
-        metrics = {f"{metric_key_prefix}_{name}": value / count for name, value in zip(measures, sums)}
+        sums = self.accelerator.reduce(sums, reduction="sum").tolist()
+        means = {name: total / count if count else inf for name, (total, count) in zip(measures, sums)}
+        metrics = {f"{metric_key_prefix}_{name}": mean for name, mean in means.items()}
         if self.is_world_process_zero():
             sheet = _sheet(shown)
             name = f"step-{self.state.global_step}{metric_key_prefix.removeprefix('eval')}.png"
@@ -388,24 +390,25 @@ class MeasuredCodes:
 
     def reset(self) -> None:
         scales = self.schedules.max_scales
-        self.losses: dict[str, tuple[float, int]] = {}  # sums, and of how many pictures: some begin late
+        self.losses: dict[str, tuple[float, float]] = {}  # sums, and of how many pictures: some begin late
         self.chosen = torch.zeros(scales, self.entries, dtype=torch.int64)
         self.residuals = torch.zeros(2, scales, dtype=torch.float64)  # sums, and how many
 
     def add(self, losses: dict[str, torch.Tensor], output: NextFlowVQOutput, pixel_values: torch.Tensor) -> None:
         rebuilt = output.reconstruction.detach().float().clamp(-1, 1)
-        values = {f"loss_{name}": float(loss.detach()) for name, loss in losses.items()}
         count = len(pixel_values)
-        for name, value in (values | {"psnr": float(psnr(rebuilt, pixel_values).mean())}).items():
+        sums = {f"loss_{name}": [float(loss.detach()) * count, count] for name, loss in losses.items()}
+        sums["psnr"] = _finite_sum(psnr(rebuilt, pixel_values), count).tolist()
+        for name, (value, number) in sums.items():
             total, pictures = self.losses.get(name, (0.0, 0))
-            self.losses[name] = total + value * count, pictures + count
+            self.losses[name] = total + value, pictures + number
         schedule = self.schedules.by_size(*pixel_values.shape[-2:])
         codes = output.quantization.target_codes.cpu()
         for scale in range(len(schedule)):
             self.chosen[scale] += codes[:, schedule.slice(scale)].flatten().bincount(minlength=self.entries)
         norms = output.quantization.residual_norms.cpu().double()
-        self.residuals[0, : len(norms)] += norms
-        self.residuals[1, : len(norms)] += 1
+        self.residuals[0, : len(norms)] += norms * count
+        self.residuals[1, : len(norms)] += count
 
     def pop(self, accelerator) -> dict[str, float]:
         """Means and counts over all devices since the last call."""
@@ -416,7 +419,7 @@ class MeasuredCodes:
             for values in (sums, self.chosen, self.residuals)
         )
         self.reset()
-        logs = {name: float(total / pictures) for name, (total, pictures) in zip(names, sums)}
+        logs = {name: float(total / pictures) for name, (total, pictures) in zip(names, sums) if pictures}
         for scale, counts in enumerate(chosen):
             if not counts.sum():
                 continue
@@ -462,6 +465,13 @@ class Restarts(TrainerCallback):
         if not self.pixel_only:
             self.quantizer.semantic_codebook[dead] = semantic
         self.chosen.zero_()
+
+
+def _finite_sum(values: torch.Tensor, pictures: int) -> torch.Tensor:
+    """(2,) float64: of a measure of so many pictures, one value or several for each or one for all, the sum of those
+    that are not infinite, as the PSNR of equal pictures is, and of how many."""
+    kept = values.double()[~values.isinf()]
+    return torch.stack([kept.sum(), kept.new_tensor(kept.numel())]) * (pictures / values.numel())
 
 
 def _sizes(inputs: dict) -> list[torch.Tensor]:

@@ -55,12 +55,12 @@ def group_advantages(
         (N,), and (groups, 1) or (1, 1) deviations, of all rewards for `"batch"`, else of each group. A deviation is
         Bessel's; 1e-4 is added to what divides, as in TRL.
     """
-    groups = rewards.view(-1, num_generations)
-    deviations = nanstd(rewards[None] if scale_rewards == "batch" else groups)
+    groups = rewards.double().view(-1, num_generations)  # in which the mean of equal rewards is equal to them
+    deviations = nanstd(groups.view(1, -1) if scale_rewards == "batch" else groups)
     centred = groups - groups.nanmean(dim=1, keepdim=True)
     if scale_rewards != "none":
         centred = centred / (deviations + 1e-4)
-    return centred.nan_to_num(0.0).flatten(), deviations
+    return centred.nan_to_num(0.0).flatten().float(), deviations.float()
 
 
 def normalized_sum_advantages(
@@ -75,7 +75,7 @@ def normalized_sum_advantages(
     Returns:
         (N,), and the (1, 1) deviation of the sums.
     """
-    groups = rewards_NF.view(-1, num_generations, rewards_NF.shape[1])
+    groups = rewards_NF.double().view(-1, num_generations, rewards_NF.shape[1])
     normalized = (groups - groups.nanmean(dim=1, keepdim=True)) / (nanstd(groups) + 1e-4)
     sums = combine(normalized.flatten(0, 1), weights_F)
     return group_advantages(sums, len(sums), "batch")
@@ -87,12 +87,13 @@ def prefix_values(rewards_NK: torch.Tensor, eta: float) -> torch.Tensor:
     if rewards_NK.shape[1] == 1:
         return rewards_NK[:, 0]
     spoken = ~rewards_NK.isnan()
-    scaled = (rewards_NK / eta).masked_fill(~spoken, -torch.inf)
-    return eta * (scaled.logsumexp(dim=1) - spoken.sum(dim=1).log())
+    scaled = (rewards_NK.double() / eta).masked_fill(~spoken, -torch.inf)  # of a large eta nearly 0
+    return (eta * (scaled.logsumexp(dim=1) - spoken.sum(dim=1).double().log())).to(rewards_NK)
 
 
 def nanstd(values: torch.Tensor) -> torch.Tensor:
-    """(G, N, ...) -> (G, 1, ...): Bessel's deviation of what is not NaN, 0 of a single value."""
+    """(G, N, ...) -> (G, 1, ...) float64: Bessel's deviation of what is not NaN, 0 of a single value."""
+    values = values.double()  # in which equal ones of float32 have none
     count = values.isfinite().sum(dim=1, keepdim=True)
     squares = (values - values.nanmean(dim=1, keepdim=True)).square().nansum(dim=1, keepdim=True)
     return (squares / (count - 1).clamp(min=1)).sqrt()
@@ -146,16 +147,26 @@ def code_logps(
     return logps_BnV.gather(-1, codes_Bn[..., None]).squeeze(-1), entropies
 
 
-def log_ratios(logps_Bn: torch.Tensor, old_logps_Bn: torch.Tensor, lengths: Sequence[int], level: str) -> torch.Tensor:
+def log_ratios(
+    logps_Bn: torch.Tensor,
+    old_logps_Bn: torch.Tensor,
+    lengths: Sequence[int],
+    level: str,
+    counts_Bn: torch.Tensor | None = None,
+) -> torch.Tensor:
     """(B, n) logarithms of r_t: of each code (`"token"`), or of its scale's geometric mean (`"scale"`), for scales of
-    these lengths.
+    these lengths; over the codes that count alone, if not all do.
 
     Differs from eq. 3, whose ratio is the product over a scale: over 64 codes it leaves any clip range.
     """
     ratios = logps_Bn - old_logps_Bn
     if level == "token":
         return ratios
-    means = [part.mean(dim=1, keepdim=True).expand_as(part) for part in ratios.split(list(lengths), dim=1)]
+    counts_Bn = torch.ones_like(ratios, dtype=torch.bool) if counts_Bn is None else counts_Bn
+    means = [
+        ((part * counts).sum(dim=1, keepdim=True) / counts.sum(dim=1, keepdim=True).clamp(min=1)).expand_as(part)
+        for part, counts in zip(*(each.split(list(lengths), dim=1) for each in (ratios, counts_Bn)))
+    ]
     return torch.cat(means, dim=1)
 
 

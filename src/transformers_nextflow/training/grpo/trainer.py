@@ -433,7 +433,7 @@ class NextFlowGRPOTrainer(PrecisionTrainer, SavingTrainer):
 
     def _part_loss(self, part: Part, advantages, logps, old, ref, sampling_logps, entropies) -> torch.Tensor:
         args, metrics, name, sampled = self.args, self._metrics, part.name, part.sampled
-        ratios = log_ratios(logps, old, part.lengths, args.importance_sampling_level)
+        ratios = log_ratios(logps, old, part.lengths, args.importance_sampling_level, sampled)
         high = args.epsilon if args.epsilon_high is None else args.epsilon_high
         losses, clipped_low, clipped_high = clipped_policy_loss(ratios, advantages, args.epsilon, high)
         loss = (losses * part.weights).sum(dim=1).mean()
