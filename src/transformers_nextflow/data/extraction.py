@@ -154,10 +154,7 @@ def extract(
     extractor = Extractor(source, str(model), settings, devices[0], num_workers)
     plan = extractor.plan()
     check_plan(output, plan)
-    if (output / MANIFEST).exists():
-        manifest = read_manifest(output)
-        check_files(output, manifest)
-        shutil.rmtree(output / "work", ignore_errors=True)
+    if (manifest := finished(output)) is not None:
         return manifest
     todo = [index for index in range(plan["num_shards"]) if not _report_path(output, index).exists()]
     if engine == "ray":
@@ -170,7 +167,7 @@ def extract(
     else:
         arguments = (source, str(model), settings, list(devices), num_proc, output, todo, num_workers)
         torch.multiprocessing.spawn(_worker, arguments, nprocs=num_proc)
-    return _finish(output, plan, extractor.identity)
+    return finished(output) or _finish(output, plan, extractor.identity)  # another process may have done the same
 
 
 def _worker(rank: int, source, model, settings, devices, num_proc, output, todo, num_workers) -> None:
@@ -198,6 +195,16 @@ def check_plan(output: Path, plan: dict) -> None:
                     f"{output} was begun with another {name.replace('_', ' ')}; continue it with the same, or choose "
                     "another folder"
                 )
+
+
+def finished(output: Path) -> dict | None:
+    """The manifest of a complete folder of shards, whose files are checked; None of one that is still to be made."""
+    if not (output / MANIFEST).exists():
+        return None
+    manifest = read_manifest(output)
+    check_files(output, manifest)
+    shutil.rmtree(output / "work", ignore_errors=True)
+    return manifest
 
 
 def _report_path(output: Path, index: int) -> Path:
@@ -228,7 +235,7 @@ def _finish(output: Path, plan: dict, identity: dict) -> dict:
         "shards": shards,
     }
     write_manifest(output, manifest)
-    shutil.rmtree(output / "work")
+    shutil.rmtree(output / "work", ignore_errors=True)
     return manifest
 
 

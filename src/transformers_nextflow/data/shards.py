@@ -280,7 +280,8 @@ def push_to_hub(folder: str | Path, repo_id: str, private: bool = True) -> str:
     folder, _ = open_shards(folder)
     api = HfApi()
     url = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
-    api.upload_folder(repo_id=repo_id, repo_type="dataset", folder_path=folder, ignore_patterns=[".*", "work/**"])
+    unfinished = [".*", "*/.*", "work/**"]
+    api.upload_folder(repo_id=repo_id, repo_type="dataset", folder_path=folder, ignore_patterns=unfinished)
     return str(url)
 
 
