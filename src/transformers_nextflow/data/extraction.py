@@ -157,17 +157,23 @@ def extract(
     if (manifest := finished(output)) is not None:
         return manifest
     todo = [index for index in range(plan["num_shards"]) if not _report_path(output, index).exists()]
-    if engine == "ray":
-        from .ray_engine import run_on_ray
+    try:
+        if engine == "ray":
+            from .ray_engine import run_on_ray
 
-        run_on_ray(functools.partial(Extractor, source, str(model), settings), devices[0], num_proc, output, todo)
-    elif num_proc == 1:
-        for index in tqdm(todo, desc="shards", disable=not todo):
-            extractor.extract_shard(index, output)
-    else:
-        arguments = (source, str(model), settings, list(devices), num_proc, output, todo, num_workers)
-        torch.multiprocessing.spawn(_worker, arguments, nprocs=num_proc)
-    return finished(output) or _finish(output, plan, extractor.identity)  # another process may have done the same
+            run_on_ray(functools.partial(Extractor, source, str(model), settings), devices[0], num_proc, output, todo)
+        elif num_proc == 1:
+            for index in tqdm(todo, desc="shards", disable=not todo):
+                extractor.extract_shard(index, output)
+        else:
+            arguments = (source, str(model), settings, list(devices), num_proc, output, todo, num_workers)
+            torch.multiprocessing.spawn(_worker, arguments, nprocs=num_proc)
+        return _finish(output, plan, extractor.identity)
+    except FileNotFoundError:  # of what another run of the same has cleared away, which was done before
+        manifest = finished(output)
+        if manifest is None:
+            raise
+        return manifest
 
 
 def _worker(rank: int, source, model, settings, devices, num_proc, output, todo, num_workers) -> None:
