@@ -30,7 +30,7 @@ OVERRIDDEN = {
     "transformers.Trainer": {
         *("_get_dataloader", "_get_num_items_in_batch", "_get_train_sampler", "_load_best_model"),
         *("_load_from_checkpoint", "_load_optimizer_and_scheduler", "_prepare_inputs", "_run_epoch", "_save"),
-        "_save_rng_state",
+        *("_save_checkpoint", "_save_rng_state"),
     },
     "diffusers.DiffusionPipeline": {"_exclude_from_cpu_offload", "_optional_components"},
     "torch.nn.Module": {"_apply", "_load_from_state_dict"},
@@ -44,7 +44,6 @@ READ = {
     "transformers.ProcessorMixin": {
         *("_check_special_mm_tokens", "_merge_kwargs", "_normalize_conversations", "_resolve_chat_template"),
     },
-    "transformers.Trainer": {"_save_checkpoint"},
     "diffusers.DiffusionPipeline": {"_execution_device"},
     "diffusers.FluxImg2ImgPipeline": {"_encode_vae_image", "_pack_latents", "_prepare_latent_image_ids"},
     "diffusers.StableDiffusionXLImg2ImgPipeline": {"_get_add_time_ids"},

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -17,7 +18,8 @@ class ChatModel(ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.status, self.asked = 200, []
+        self.status, self.asked, self.answers = 200, [], threading.Event()
+        self.answers.set()
         self.body = {"choices": [{"message": {"role": "assistant", "content": " a red apple\n"}}]}
         self.address = f"http://127.0.0.1:{self.server_port}/v1"
 
@@ -26,6 +28,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.asked.append((self.path, self.headers["Authorization"], asked))
+        self.server.answers.wait()
         body = self.server.body if isinstance(self.server.body, bytes) else json.dumps(self.server.body).encode()
         self.send_response(self.server.status)
         self.send_header("Content-Length", str(len(body)))
@@ -70,6 +73,22 @@ def test_a_server_tells_the_rewritten_prompt(tiny_model, tiny_processor, chat_mo
         with pytest.raises(servers.openai.InternalServerError) as refused:
             servers.client(address).images.generate(prompt=PROMPT)
         assert refused.value.status_code == 502 and refused.value.param == "prompt" and "429" in str(refused.value)
+
+
+def test_a_chat_model_that_hangs_holds_up_nobody_who_did_not_ask_for_it(tiny_model, tiny_processor, chat_model):
+    servers = pytest.importorskip("tests.serving.servers")
+    rewriting, many = Rewriting(chat_model.address, "writer"), 41  # more than there are threads for reading
+    chat_model.answers.clear()
+    with servers.running(tiny_model, tiny_processor, rewriting) as address, ThreadPoolExecutor(many) as threads:
+        client = servers.client(address)
+        try:
+            asked = [threads.submit(client.images.generate, prompt=PROMPT) for _ in range(many)]
+            servers.until(lambda: len(chat_model.asked) >= many - 1)
+            chat = [{"role": "user", "content": "what?"}]
+            client.chat.completions.create(model="tiny", messages=chat, max_tokens=2, timeout=20)
+        finally:
+            chat_model.answers.set()
+        assert all(each.result().data[0].revised_prompt == "a red apple" for each in asked)
 
 
 @pytest.mark.parametrize(

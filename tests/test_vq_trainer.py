@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import datasets
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageFile
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file
-from transformers import EarlyStoppingCallback, TrainerState
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
 
 from tests.tiny_models import tiny_config
 from transformers_nextflow import NextFlowImageProcessor, NextFlowVQModel, cli
@@ -373,6 +374,30 @@ def test_a_second_joint_stage_has_the_teacher_of_the_first(model, tmp_path):
         assert not moved(before, state(load_teacher(loaded, str(tmp_path / "copy"), str(tmp_path / named))))
 
 
+def test_a_joint_stage_that_goes_on_in_its_folder_does_not_lose_its_teacher(model, tmp_path, monkeypatch):
+    """Wherever it is killed: there is no other."""
+    teacher = load_teacher(model, "")
+    first = trainer(prepare_vq_stage(model, "joint"), tmp_path, teacher=teacher, stage="joint")
+    first.train()
+    first.save_model()
+    loaded = load_vq_model(str(tmp_path))
+    teacher = load_teacher(loaded, str(tmp_path))
+    again = trainer(prepare_vq_stage(loaded, "joint"), tmp_path, teacher=teacher, stage="joint")
+
+    def die(folder):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as killed, suppress(KeyboardInterrupt):
+        killed.setattr(teacher, "save_pretrained", die)
+        again.train()
+    assert not moved(state(teacher), state(load_teacher(loaded, str(tmp_path))))
+    other = copy.deepcopy(teacher)
+    with torch.no_grad():
+        next(other.parameters()).add_(1)
+    trainer(prepare_vq_stage(loaded, "joint"), tmp_path, teacher=other, stage="joint").train()
+    assert not moved(state(other), state(load_teacher(loaded, str(tmp_path))))
+
+
 def test_a_teacher_fits_the_semantic_encoder(model, coarse_model, tmp_path):
     coarse_model.semantic_encoder.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="a teacher of mine has the patch_size 4, .* has 8"):
@@ -496,6 +521,29 @@ def test_residuals_are_means_over_pictures(model, tmp_path):
     one, three = (model(each["pixel_values"], pixel_only=True).quantization.residual_norms[0] for each in batches)
     row = next(row for row in run.state.log_history if "loss" in row)
     assert row["residual_scale_1"] == pytest.approx(float(one + 3 * three) / 4, rel=1e-5)
+
+
+def test_what_was_interrupted_between_two_logs_is_not_logged_later(model, tmp_path):
+    class Interrupted(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                raise KeyboardInterrupt
+
+    values = {"max_steps": 2, "logging_steps": 2, "learning_rate": 0.0, "scale_drop": 0.0}
+    prepared, interrupted = prepare_vq_stage(model, "pixel"), Interrupted()
+    whole, again = (trainer(prepared, tmp_path, **values) for _ in range(2))
+    whole.train()
+    again.add_callback(interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        again.train()
+    again.remove_callback(interrupted)
+    again.train()
+    logged = ("loss", "psnr", "usage")
+    expected, got = (
+        [{name: row[name] for name in row if name.startswith(logged)} for row in run.state.log_history]
+        for run in (whole, again)
+    )
+    assert got == expected
 
 
 def test_unused_entries_restart_from_what_was_looked_up(model, tmp_path):

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback
 
 from transformers_nextflow.training.checkpoints import newest_checkpoint
+from transformers_nextflow.utils.files import write_atomically
 
 FINISHED = "finished"
 LOGGING_STEPS = 25
@@ -89,8 +90,8 @@ class Log(TrainerCallback):
         row = {"stage": self.stage, "step": state.global_step}
         row["seconds"] = round(time.perf_counter() - self.started, 1)
         row |= {name: round(value, 4) for name, value in logs.items()}
-        with open(self.path, "a") as file:
-            file.write(json.dumps(row) + "\n")
+        text = self.path.read_text() if self.path.exists() else ""
+        write_atomically(self.path, lambda partial: partial.write_text(text + json.dumps(row) + "\n"))
 
 
 class Trim(TrainerCallback):

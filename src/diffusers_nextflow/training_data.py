@@ -10,6 +10,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +53,8 @@ class Picture:
         key: of the row's document that shows it.
         place: among that document's pictures.
         grid: final grid of its schedule.
-        codes: (L,) int64; None where it is coded in training.
+        codes: of its first variant (1, L) targets and (1 or 0, l) inputs, which stay in the shard's file until they
+            are read; None where it is coded in training.
         images: pictures of that document, where that is known.
     """
 
@@ -60,7 +62,7 @@ class Picture:
     key: str
     place: int
     grid: Grid
-    codes: np.ndarray | None = None
+    codes: tuple[np.ndarray, np.ndarray] | None = None
     images: int | None = None
 
 
@@ -150,7 +152,7 @@ class PictureBatches(SizedBatches):
         item = {"pixel_values": target, "captions": "" if is_empty else document.text}
         if picture.codes is None:
             return item | {"coded_pixels": coded}
-        return item | {"codes": torch.from_numpy(picture.codes), "grid": picture.grid}
+        return item | {"codes": torch.from_numpy(decodable_codes(*picture.codes)), "grid": picture.grid}
 
     def collate(self, pictures: list[dict]) -> dict:
         batch: dict = {name: [picture[name] for picture in pictures] for name in pictures[0]}
@@ -228,9 +230,6 @@ def shard_pictures(name: str | Path, source: Source, table, vq_model: NextFlowVQ
     reader = settings.reader(vq_model.schedules, source.root)
     reader.check_columns(table.column_names)
 
-    def read(row: Mapping, index: int) -> list[Document]:
-        return [settings.transformations(document)[0] for document in reader.read(row, index)]
-
     named = [name for name in (settings.columns.get("key", "key"), "__key__") if name in table.column_names]
     keys = table.select_columns(named) if named else [{}] * len(table)
     of_rows = [reader.key_of(keys[row], row) for row in range(len(table))]
@@ -243,7 +242,11 @@ def shard_pictures(name: str | Path, source: Source, table, vq_model: NextFlowVQ
         shard = Shard(folder / "data" / entry["file"])
         for index in range(len(shard)):
             pictures += _row_pictures(shard.row(index), spec, manifest["variants"], rows)
-    return pictures, read
+    return pictures, partial(_read, settings, reader)
+
+
+def _read(settings: ExtractionSettings, reader: DocumentReader, row: Mapping, index: int) -> list[Document]:
+    return [settings.transformations(document)[0] for document in reader.read(row, index)]
 
 
 def _row_pictures(row: Mapping, spec, variants: int, rows: Mapping[str, int]) -> list[Picture]:
@@ -256,7 +259,7 @@ def _row_pictures(row: Mapping, spec, variants: int, rows: Mapping[str, int]) ->
         if source_row is None:
             raise ValueError(f"the source has no document {key}, whose codes the shards hold")
         pictures += [
-            Picture(source_row, key, place, grid, decodable_codes(targets, inputs), len(images))
+            Picture(source_row, key, place, grid, (targets[:1], inputs[:1]), len(images))
             for place, (grid, targets, inputs) in enumerate(images)
             if supervised[place]
         ]

@@ -5,6 +5,7 @@ import inspect
 import json
 import math
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -131,6 +132,12 @@ def test_both_forms_of_labels_are_the_same_targets(model, tiny_processor):
     assert ((by_labels.token_losses > 0) == (shifted != -100)).all()
 
 
+def test_collators_go_to_workers_that_are_spawned(tiny_processor):
+    collator = ChatCollator(tiny_processor)
+    expected, got = collator(CHATS), pickle.loads(pickle.dumps(collator))(CHATS)
+    assert torch.equal(expected["input_ids"], got["input_ids"]) and expected.keys() == got.keys()
+
+
 def test_prompts_with_completions_are_chats(tiny_processor):
     rows = [
         {"prompt": "a red circle", "completion": [answers(None)], "image": picture("red")},
@@ -191,6 +198,18 @@ def test_a_plain_trainer_learns_to_draw(model, tiny_processor, tmp_path):
     trainer.train()
     assert trainer.evaluate()["eval_loss"] < 0.9 * first
     assert not torch.equal(model.code_head.weight, before)
+
+
+def test_a_copy_of_a_model_in_training_has_weights_of_its_own(model, tiny_processor, tmp_path):
+    data = {"train_dataset": Dataset.from_list(CHATS), "processing_class": tiny_processor}
+    NextFlowSFTTrainer(model, SFTConfig(**options(tmp_path)), **data)
+    copied, batch = copy.deepcopy(model).eval(), ChatCollator(tiny_processor)(CHATS)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values", "image_grid_hw")}
+    with torch.no_grad():
+        expected = model.eval()(**inputs).logits
+        model.lm_head.weight.zero_()
+        got = copied(**inputs).logits
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("adapted", [False, True])

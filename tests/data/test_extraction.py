@@ -12,6 +12,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from data_samples import SETTINGS, documents, files_of, picture
@@ -245,6 +246,23 @@ def test_killed_runs_resume_to_the_same_bytes(document_source, data_checkpoint, 
         run(tmp_path / "killed" / name)
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
     assert files_of(tmp_path / "whole" / "documents") == files_of(extracted)
+
+
+def test_a_run_that_another_overtakes_in_its_folder_is_the_same(
+    document_source, data_checkpoint, extracted, tmp_path, monkeypatch
+):
+    """While it writes its second shard, as where a job is started again and the first still runs."""
+    output, begun, new_stream = tmp_path / "documents", [], pa.ipc.new_stream
+
+    def overtaken(*args):
+        begun.append(args)
+        if len(begun) == 2:  # before anything is in the file
+            extract(document_source, data_checkpoint, output, SETTINGS)
+        return new_stream(*args)
+
+    monkeypatch.setattr(pa.ipc, "new_stream", overtaken)
+    extract(document_source, data_checkpoint, output, SETTINGS)
+    assert files_of(output) == files_of(extracted)
 
 
 def test_a_batch_is_not_coded_twice(document_source, data_checkpoint, extracted, tmp_path, monkeypatch):

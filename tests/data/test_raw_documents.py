@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import io
+import pickle
 
 import datasets
 import numpy as np
@@ -36,6 +37,13 @@ def test_items_are_what_extraction_stores(raw, extracted):
             assert stored.keys() == item.keys()
             for name, values in stored.items():
                 assert np.array_equal(values, item[name]), (row["key"], name)
+
+
+def test_documents_go_to_workers_that_are_spawned(raw):
+    raw.set_epoch(0)
+    expected = raw[0]
+    got = pickle.loads(pickle.dumps(raw))[0]
+    assert expected.keys() == got.keys() and all(np.array_equal(expected[name], got[name]) for name in expected)
 
 
 def test_self_correction_is_drawn_anew_in_every_epoch(raw):

@@ -1,5 +1,6 @@
 """A training that is killed, twice, and resumed is the undisturbed one."""
 
+import copy
 import json
 import os
 import random
@@ -10,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from trainings import with_dropout
+from trainings import train, with_dropout
+from transformers import TrainerCallback
 
+from transformers_nextflow.training import EMACallback, NextFlowTrainer
 from transformers_nextflow.training.checkpoints import checkpoint_to_resume
 
 ROOT = Path(__file__).parents[2]
@@ -98,6 +101,30 @@ assert in_a_process(killed_while_saving) == -signal.SIGKILL
 shutil.copytree(output / "killed", output / "left")
 assert in_a_process(run, output / "killed", [], True) == 0
 """
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_a_checkpoint_that_takes_anothers_place_is_whole_when_all_of_it_is_there(
+    averaged, dataset, data_model, tmp_path, monkeypatch
+):
+    """Killed before it is, there is the one before them, not weights of this and an optimizer of that training."""
+    run = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    callbacks = [EMACallback(0.5)] if averaged else []
+    train(copy.deepcopy(data_model), dataset, tmp_path, callbacks=callbacks, **run)
+    first = str(tmp_path / "checkpoint-1")
+
+    def die(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    class Killed(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            die()
+
+    monkeypatch.setattr(NextFlowTrainer, "_save_optimizer_and_scheduler", die)
+    callbacks += [Killed()] * averaged  # as in an evaluation, which follows the average
+    with pytest.raises(KeyboardInterrupt):
+        train(copy.deepcopy(data_model), dataset, tmp_path, resume=first, callbacks=callbacks, **run)
+    assert checkpoint_to_resume(True, str(tmp_path)) == first
 
 
 def test_the_checkpoint_to_go_on_from_is_the_newest_whole_one(tmp_path):

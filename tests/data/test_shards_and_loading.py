@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 import shutil
 from pathlib import Path
 
@@ -438,3 +439,12 @@ def test_contact_sheet_shows_the_decoded_inputs(extracted, data_checkpoint, data
     shown = np.asarray(picture.resize((128, 64)))
     starts = np.argwhere((sheet == shown[0, 0]).all(axis=-1))
     assert any(np.array_equal(sheet[y : y + 64, x : x + 128], shown) for y, x in starts), "the picture is on the sheet"
+
+
+def test_packs_go_to_workers_that_are_spawned(packs, data_model, tiny_processor):
+    """Which get them, and what makes batches of them, pickled."""
+    dataset = PackedDataset(packs, data_model, tiny_processor)
+    dataset[0]  # with a shard open
+    sent, collate = pickle.loads(pickle.dumps((dataset, PackCollator(dataset))))
+    expected, got = PackCollator(dataset)([dataset[0]]), collate([sent[0]])
+    assert all(torch.equal(expected[name], got[name]) for name in expected if name != "layout")

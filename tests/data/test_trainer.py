@@ -15,7 +15,7 @@ from flash_stand_in import FLASH
 from torch._dynamo.testing import CompileCounter
 from torch.utils.data import ConcatDataset, Subset
 from trainings import largest_difference, losses, parameters, train
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
 
 from transformers_nextflow import NextFlowModel
@@ -304,6 +304,22 @@ def test_a_log_after_an_evaluation_has_all_losses(dataset, data_model, tmp_path)
     trainer.train()
     (row,) = (row for row in trainer.state.log_history if "loss" in row)
     assert {"loss_text", "loss_vision", "loss_scale_1", "tokens_per_second"} <= row.keys()
+
+
+def test_what_was_interrupted_between_two_logs_is_not_logged_later(dataset, data_model, tmp_path):
+    class Interrupted(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                raise KeyboardInterrupt
+
+    run = {"learning_rate": 0.0, "logging_steps": 2, "max_steps": 4}
+    whole, interrupted = train(copy.deepcopy(data_model), dataset, tmp_path, **run), Interrupted()
+    again = NextFlowTrainer(copy.deepcopy(data_model), whole.args, None, dataset, callbacks=[interrupted])
+    with pytest.raises(KeyboardInterrupt):
+        again.train()
+    again.remove_callback(interrupted)
+    again.train()
+    assert losses(again) == losses(whole)
 
 
 def test_held_out_packs_alone_are_evaluated(dataset, data_model, tmp_path):

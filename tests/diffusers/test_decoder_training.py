@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -648,6 +649,17 @@ def test_codes_of_shards_are_those_of_the_pictures(source, vq_model, model_folde
     assert 0 < captions.count("") < 5 and len(captions) == 5  # dropped as in the transformer's training
     twice = PictureBatches(table, read, pictures, processor, 2, upscale=2)
     assert {picture.key for picture in twice.pictures} == {f"key {number}" for number in range(4)}
+
+
+def test_batches_of_shards_go_to_workers_that_are_spawned(source, vq_model, model_folder, tmp_path):
+    """And hold no codes until they are asked for, of which there may be more than memory has room for."""
+    extract(source, model_folder, tmp_path, ExtractionSettings("text-to-image", variants=2))
+    table = source.load()
+    pictures, read = shard_pictures(tmp_path, source, table, vq_model)
+    assert not any(values.flags.owndata for picture in pictures for values in picture.codes)
+    batches = PictureBatches(table, read, pictures, NextFlowImageProcessor.from_vq_config(vq_model.config), 2)
+    sent = pickle.loads(pickle.dumps(batches))
+    assert torch.equal(sent[0]["codes"], batches[0]["codes"]) and sent[0]["captions"] == batches[0]["captions"]
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -1,18 +1,23 @@
 """A tiny Llama learns to draw by the one command: what is trained, what is kept, what is scored, what goes on."""
 
 import json
+import resource
 import shutil
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import TrainerState
 
 from examples.emoji.scoring import MODEL, TOKENIZER
 from examples.emoji.splits import PAIR, SEEN
+from examples.emoji.stages import Log
 from examples.smollm2 import run
 from examples.smollm2.questions import QUESTIONS
+from examples.smollm2.run import curve
 from examples.smollm2.training import PICTURES, PicturesAlone, train
 from tests.conversion.text_models import llama, llama_tokenizer, save
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor
@@ -137,3 +142,20 @@ def test_less_than_one_is_refused(option, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run.main()
     assert f"{option} must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_a_log_on_a_full_disk_is_one_to_go_on_with(tmp_path):
+    state = TrainerState(global_step=1)
+    for number in range(2):
+        log = Log(tmp_path / "log.jsonl", "stage")
+        log.on_train_begin(None, state, None)
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        full = (tmp_path / "log.jsonl").stat().st_size + 10 if number else limits[0]
+        with pytest.raises(OSError, match="File too large") if number else nullcontext():
+            resource.setrlimit(resource.RLIMIT_FSIZE, (full, limits[1]))
+            try:
+                log.on_log(None, state, None, {"loss": 1.0})
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    Log(tmp_path / "log.jsonl", "stage").on_train_begin(None, state, None)
+    assert [row["loss"] for row in curve(tmp_path / "log.jsonl")] == [1.0]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from grpo_samples import chat, picture, policy_of
+from transformers import TrainerCallback
 from trl import GRPOConfig
 
 from transformers_nextflow.lora import lora_config
@@ -658,3 +659,44 @@ def test_what_rewards_log_in_evaluation_is_not_trainings(policy, tiny_processor,
     run.train()
     assert [row["pictures"] for row in run.state.log_history if "pictures" in row] == [8.5, 8.5]
     assert [row["eval_pictures"] for row in run.state.log_history if "eval_pictures" in row] == [4.5, 4.5]
+
+
+def test_what_was_cut_off_is_not_logged_of_what_follows(policy, tiny_processor, tmp_path):
+    """Of an evaluation whose reward fails, and of a training that is interrupted between two logs."""
+    failing = []
+
+    def reward(images, log_metric, **kwargs):
+        log_metric("pictures", len(images))
+        if failing:
+            raise failing.pop()
+        return redness(images)
+
+    values = {"learning_rate": 0.0, "max_steps": 2, "logging_steps": 2, "per_device_eval_batch_size": 4}
+    values |= {"num_generations_eval": 2}
+    whole, again = (trainer(policy, tiny_processor, tmp_path, reward=reward, **values) for _ in range(2))
+    evaluated = whole.evaluate(rows(3))
+    whole.train()
+    failing.append(ConnectionError("server gone"))
+    with pytest.raises(RewardError, match="server gone"):
+        again.evaluate(rows(3))
+    assert again.evaluate(rows(3)) == evaluated
+    failing.append(KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        again.evaluate(rows(3))
+    stopping = StopAfterFirst()
+    again.add_callback(stopping)
+    with pytest.raises(KeyboardInterrupt):
+        again.train()
+    again.remove_callback(stopping)
+    again.train()
+    timed = ("step_time", "rollout_share")
+    expected, got = (
+        [{k: v for k, v in row.items() if k not in timed} for row in run.state.log_history if "loss" in row]
+        for run in (whole, again)
+    )
+    assert got == expected
+
+
+class StopAfterFirst(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        raise KeyboardInterrupt

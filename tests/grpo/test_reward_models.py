@@ -1,6 +1,7 @@
 """Shipped rewards, with real models at tiny sizes and a server on loopback."""
 
 import base64
+import gc
 import io
 import json
 import threading
@@ -16,6 +17,7 @@ from transformers import CLIPConfig, CLIPModel
 
 from transformers_nextflow.training.grpo import RewardError, reward_models
 from transformers_nextflow.training.grpo.reward_models import ClipScore, RewardServer, TextMatch
+from transformers_nextflow.training.grpo.rewards import Rewards
 
 
 class TinyProcessor:
@@ -154,3 +156,17 @@ def test_a_server_that_dies_in_mid_run_loses_no_step(server, tiny_model, tiny_pr
     again = trainer(policy, tiny_processor, tmp_path / "died", **values)
     again.train(resume_from_checkpoint=True)
     assert not moved(state(whole.model), state(again.model)) and moved(state(policy), state(again.model))
+
+
+def test_the_thread_of_rewards_that_are_awaited_ends_with_them():
+    async def reward(images, **kwargs):
+        return [1.0] * len(images)
+
+    before = {*threading.enumerate()}
+    rewards = Rewards(reward)
+    assert rewards(2, images=[None, None]).tolist() == [[1.0], [1.0]]
+    (thread,) = {*threading.enumerate()} - before
+    del rewards
+    gc.collect()
+    thread.join(20)
+    assert not thread.is_alive()

@@ -1,5 +1,6 @@
 """Who is let in, who leaves, and what is still answered at the end."""
 
+import asyncio
 import http.client
 import json
 import os
@@ -9,14 +10,21 @@ import socket
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.serving.servers import accepted, client, draw, held, metric, openai, pictures_of, running, until
+from transformers_nextflow.serving.batching import Batcher
+from transformers_nextflow.serving.errors import RequestError
+from transformers_nextflow.serving.jobs import Answer, Job
+from transformers_nextflow.serving.limits import Limits
+from transformers_nextflow.serving.metrics import Metrics
 
 ROOT = Path(__file__).parents[2]
 
@@ -114,6 +122,36 @@ def test_nothing_goes_on_for_nobody(tiny_model, tiny_processor, path):
             let_go.set()
             until(lambda: metric(address, "nextflow_requests_running") == 0)
             assert len(calls) == 2 and asking(address, path, 1) and len(calls) > 2
+
+
+def test_a_batch_that_failed_takes_no_memory_from_those_after_it():
+    """Nor does a request alone, which memory may have failed for."""
+    held, alive = [], []
+
+    def run(jobs) -> list[Answer]:
+        alive.append([memory() is not None for memory in held])
+        memory = torch.zeros(8)  # of all that is drawn
+        held.append(weakref.ref(memory))
+        try:
+            if len(jobs) > 1 or jobs[0].seed == 0:
+                raise ValueError("out of memory")
+        except ValueError as error:
+            raise RequestError(str(error)) from error
+        return [Answer([], True, 0, len(memory))]
+
+    async def ask() -> None:
+        batcher = Batcher(run, Limits(), Metrics())
+        jobs = [Job([], "image", {}, seed, "", 1, "prompt") for seed in range(3)]
+        asked = [asyncio.ensure_future(batcher.answer(job)) for job in jobs]
+        await asyncio.sleep(0)  # all wait
+        work = asyncio.ensure_future(batcher.work())
+        outcomes = await asyncio.gather(*asked, return_exceptions=True)
+        assert [isinstance(outcome, RequestError) for outcome in outcomes] == [True, False, False]
+        await batcher.answer(jobs[1])
+        work.cancel()
+
+    asyncio.run(ask())
+    assert alive == [[False] * len(each) for each in alive] and len(alive) == 5
 
 
 HELD = """

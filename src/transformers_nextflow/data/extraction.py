@@ -154,23 +154,26 @@ def extract(
     extractor = Extractor(source, str(model), settings, devices[0], num_workers)
     plan = extractor.plan()
     check_plan(output, plan)
-    if (output / MANIFEST).exists():
-        manifest = read_manifest(output)
-        check_files(output, manifest)
-        shutil.rmtree(output / "work", ignore_errors=True)
+    if (manifest := finished(output)) is not None:
         return manifest
     todo = [index for index in range(plan["num_shards"]) if not _report_path(output, index).exists()]
-    if engine == "ray":
-        from .ray_engine import run_on_ray
+    try:
+        if engine == "ray":
+            from .ray_engine import run_on_ray
 
-        run_on_ray(functools.partial(Extractor, source, str(model), settings), devices[0], num_proc, output, todo)
-    elif num_proc == 1:
-        for index in tqdm(todo, desc="shards", disable=not todo):
-            extractor.extract_shard(index, output)
-    else:
-        arguments = (source, str(model), settings, list(devices), num_proc, output, todo, num_workers)
-        torch.multiprocessing.spawn(_worker, arguments, nprocs=num_proc)
-    return _finish(output, plan, extractor.identity)
+            run_on_ray(functools.partial(Extractor, source, str(model), settings), devices[0], num_proc, output, todo)
+        elif num_proc == 1:
+            for index in tqdm(todo, desc="shards", disable=not todo):
+                extractor.extract_shard(index, output)
+        else:
+            arguments = (source, str(model), settings, list(devices), num_proc, output, todo, num_workers)
+            torch.multiprocessing.spawn(_worker, arguments, nprocs=num_proc)
+        return _finish(output, plan, extractor.identity)
+    except FileNotFoundError:  # of what another run of the same has cleared away, which was done before
+        manifest = finished(output)
+        if manifest is None:
+            raise
+        return manifest
 
 
 def _worker(rank: int, source, model, settings, devices, num_proc, output, todo, num_workers) -> None:
@@ -198,6 +201,16 @@ def check_plan(output: Path, plan: dict) -> None:
                     f"{output} was begun with another {name.replace('_', ' ')}; continue it with the same, or choose "
                     "another folder"
                 )
+
+
+def finished(output: Path) -> dict | None:
+    """The manifest of a complete folder of shards, whose files are checked; None of one that is still to be made."""
+    if not (output / MANIFEST).exists():
+        return None
+    manifest = read_manifest(output)
+    check_files(output, manifest)
+    shutil.rmtree(output / "work", ignore_errors=True)
+    return manifest
 
 
 def _report_path(output: Path, index: int) -> Path:
@@ -228,7 +241,7 @@ def _finish(output: Path, plan: dict, identity: dict) -> dict:
         "shards": shards,
     }
     write_manifest(output, manifest)
-    shutil.rmtree(output / "work")
+    shutil.rmtree(output / "work", ignore_errors=True)
     return manifest
 
 

@@ -19,15 +19,13 @@ from transformers.utils import logging
 
 from ..utils.files import read_json
 from .costs import CostModel
-from .extraction import check_plan
+from .extraction import check_plan, finished
 from .shards import (
     FORMAT_VERSION,
     MANIFEST,
     Shard,
-    check_files,
     list_schema,
     open_shards,
-    read_manifest,
     sha256_of,
     write_json,
     write_manifest,
@@ -255,10 +253,7 @@ def pack(
     }
     inputs = [sha256_of(folder / MANIFEST) for folder, _ in sources]
     check_plan(output, {"settings": settings, "documents": {"manifests": inputs}})
-    if (output / MANIFEST).exists():
-        manifest = read_manifest(output)
-        check_files(output, manifest)
-        shutil.rmtree(output / "work", ignore_errors=True)
+    if (manifest := finished(output)) is not None:
         return manifest
 
     shards = [Shard(folder / "data" / entry["file"]) for folder, manifest in sources for entry in manifest["shards"]]
@@ -291,7 +286,7 @@ def pack(
         "shards": entries,
     }
     write_manifest(output, manifest)
-    shutil.rmtree(output / "work")
+    shutil.rmtree(output / "work", ignore_errors=True)
     return manifest
 
 

@@ -49,6 +49,9 @@ class DocumentTokenizer:
         tokens = sorted((str(token) for token in self.tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
         self._control_tokens = re.compile(f"((?:{'|'.join(map(re.escape, tokens))})+)")
 
+    def __reduce__(self):
+        return type(self), (self.processor, self.eos_id)  # workers that are spawned render for themselves
+
     def __call__(self, document: Document) -> tuple[np.ndarray, np.ndarray]:
         """(C,) int32 compact ids and (C,) bool supervision."""
         if document.messages[0].role is None:
@@ -176,16 +179,14 @@ class SequenceSpec:
 
     def __init__(self, schedules: ScheduleTable, special: SpecialIds, condition_last_scale: bool):
         self.schedules, self.special, self.condition_last_scale = schedules, special, condition_last_scale
-        self._blocks_of = lru_cache(maxsize=None)(self._blocks)
 
     def num_slots(self, grid: Grid, supervised: bool) -> int:
         return num_image_slots(self.schedules.by_grid(grid), self.condition_last_scale and not supervised)
 
-    def _blocks(self, grid: Grid, supervised: bool) -> np.ndarray:
+    def _blocks(self, grid: Grid, supervised: bool) -> tuple[int, ...]:
         """Lengths of an image's scale blocks."""
         lengths = self.schedules.by_grid(grid).lengths
-        last = lengths[-1:] if self.condition_last_scale and not supervised else ()
-        return np.array([*lengths[1:], *last], dtype=np.int64)
+        return lengths[1:] + (lengths[-1:] if self.condition_last_scale and not supervised else ())
 
     def measure(self, ids: np.ndarray, supervised: np.ndarray, grids: np.ndarray) -> Extent:
         """The extent of one compact document; `grids` is (images, 2)."""
@@ -194,7 +195,7 @@ class SequenceSpec:
             before = int(place) - done + 1  # texts and <boi>, causal
             pairs += before * position + before * (before + 1) // 2
             position += before
-            for length in self._blocks_of((int(grid[0]), int(grid[1])), bool(supervised[place])).tolist():
+            for length in self._blocks((int(grid[0]), int(grid[1])), bool(supervised[place])):
                 position += length
                 pairs += length * position
             position += 1  # <eoi>

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable
 from contextlib import aclosing, asynccontextmanager
 from typing import Annotated, TypeVar
 
-from anyio import create_task_group
+from anyio import CapacityLimiter, create_task_group, to_thread
 from fastapi import FastAPI, Form, Request, Response
 from fastapi.responses import StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -55,6 +55,7 @@ def create_app(
     limits, rewriting = limits or Limits(), rewriting or Rewriting()
     studio, metrics = Studio(model, processor, limits), Metrics()
     batcher = Batcher(studio.run, limits, metrics)
+    rewriters = CapacityLimiter(limits.max_queue)  # threads of their own: a chat model that hangs takes no others
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -93,7 +94,7 @@ def create_app(
         """Pictures for a prompt."""
         check_model(asked.model)
         try:
-            prompt = await run_in_threadpool(rewriting, asked.prompt)
+            prompt = await to_thread.run_sync(rewriting, asked.prompt, limiter=rewriters)
         except ConnectionError as error:
             raise RequestError(str(error), "prompt", 502) from error
         response = await drawn(request, studio.picture_job(asked, [user_message(prompt)], "prompt"))

@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from traceback import clear_frames
 from typing import Any
 
 from .errors import RequestError
@@ -88,4 +89,12 @@ class Batcher:
         except InterruptedError as error:  # none of them is awaited
             return [error] * len(jobs)
         except Exception as error:
+            let_go(error)
             return [error] if len(jobs) == 1 else [outcome for job in jobs for outcome in self._outcomes([job])]
+
+
+def let_go(error: BaseException | None) -> None:
+    """Free what the calls that an error has ended had in memory: all of a batch, for as long as somebody knows it."""
+    while error is not None:
+        clear_frames(error.__traceback__)
+        error = error.__context__

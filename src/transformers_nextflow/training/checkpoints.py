@@ -14,13 +14,12 @@ from zipfile import is_zipfile
 from safetensors import SafetensorError, safe_open
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..lora import below_adapters
 from ..stored_tokenizer import PREFIX, tensors_referred_to
 from ..utils.files import read_json
-from .ema import FOLDER, EMACallback
-
-STATE = "trainer_state.json"  # the Trainer writes it last
+from .ema import FOLDER, STATE, EMACallback, end_whole
 
 
 def output_field():
@@ -191,6 +190,11 @@ class SavingTrainer(Trainer):
         if any(options - group.keys() for group in self.optimizer.param_groups):  # what was loaded took their place
             own = type(self.optimizer.optimizer).__name__
             raise ValueError(f"{checkpoint} has the state of another optimizer than {own}: resume with the one it has")
+
+    def _save_checkpoint(self, model, trial) -> None:
+        if self.args.should_save:
+            end_whole(Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"))
+        super()._save_checkpoint(model, trial)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """See `Trainer.save_model`. The average of an [`EMACallback`] is saved too, in the folder `ema` beside."""

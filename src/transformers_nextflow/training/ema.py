@@ -16,6 +16,7 @@ from .fsdp import let_go, local_part, sharded_like, whole_tensor
 
 FILE = "ema.safetensors"
 FOLDER = "ema"
+STATE = "trainer_state.json"  # the Trainer writes it last
 
 
 class EMACallback(TrainerCallback):
@@ -99,6 +100,8 @@ class EMACallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if control.should_save:  # before the Trainer's files, so that a checkpoint that looks whole has it
+            if args.should_save:
+                end_whole(_checkpoint(args, state))
             self._save(args, state)
 
     on_epoch_end = on_step_end
@@ -134,3 +137,8 @@ class EMACallback(TrainerCallback):
 
 def _checkpoint(args, state) -> Path:
     return Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+
+
+def end_whole(checkpoint: Path) -> None:
+    """Let a checkpoint of an earlier run look whole no more, before another takes its place file by file."""
+    (checkpoint / STATE).unlink(missing_ok=True)

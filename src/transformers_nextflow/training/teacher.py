@@ -1,6 +1,7 @@
 """The teacher of the vision tokenizer's joint stage, whose features are distilled (NextFlow sec. 3.1)."""
 
 import copy
+import shutil
 from pathlib import Path
 
 import torch
@@ -8,7 +9,8 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from ..configuration_nextflow import NextFlowConfig, NextFlowVQConfig
 from ..modeling_nextflow_vq import NextFlowVQModel
-from ..utils.loading import load_vq_model, model_name, naming
+from ..utils.files import output_folder
+from ..utils.loading import load_vq_model, model_name, naming, same_weights
 
 FOLDER = "teacher"  # in the output folder of a joint stage
 
@@ -42,6 +44,16 @@ def load_teacher(model: NextFlowVQModel, name: str, teacher: str | None = None) 
         if getattr(its, field) != expected:
             raise ValueError(f"a teacher of {name} has the {field} {expected}, {teacher} has {getattr(its, field)}")
     return found
+
+
+def keep_teacher(teacher: PreTrainedModel, folder: Path) -> None:
+    """Leave a stage's teacher in a folder; one that is there already is the only one, perhaps, and stays."""
+    if folder.is_dir():
+        if same_weights(_named(str(folder)), teacher):
+            return
+        shutil.rmtree(folder)
+    with output_folder(folder) as partial:
+        teacher.save_pretrained(partial)
 
 
 def _named(teacher: str) -> PreTrainedModel:

@@ -245,6 +245,9 @@ class _Clock(TrainerCallback):
     def __init__(self, trainer: NextFlowTrainer):
         self.trainer = trainer
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer._measured.reset()  # of what a training before this has seen since its last log
+
     def on_step_begin(self, args, state, control, **kwargs):
         self.begun = time.perf_counter()
 

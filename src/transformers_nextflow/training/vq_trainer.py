@@ -1,7 +1,6 @@
 """[`NextFlowVQTrainer`]: transformers' Trainer for the vision tokenizer, in NextFlow's three stages (sec. 3.1)."""
 
 import copy
-import shutil
 from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
@@ -19,11 +18,12 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from ..modeling_nextflow_vq import AttnBlock, NextFlowVQModel, NextFlowVQOutput, ResidualBlock
 from ..quantizer import CODEBOOK_LOSSES, QuantizerOutput
 from ..sampling import integer
-from ..utils.files import output_folder, save_png
+from ..utils.files import save_png
 from .checkpoints import output_field
 from .metrics import lpips, psnr, ssim
 from .order import OF_BATCHES, PicturesTrainer, check_heeded, judge_by_losses, refuse_shared_weights
 from .teacher import FOLDER as TEACHER
+from .teacher import keep_teacher
 from .vq_losses import (
     PatchDiscriminator,
     adaptive_weight,
@@ -249,11 +249,9 @@ class NextFlowVQTrainer(PicturesTrainer):
             self.add_callback(self._restarts)
 
     def train(self, *args, **kwargs):
+        self._measured.reset()  # of what a training before this has seen since its last log
         if self.args.stage == "joint" and self.is_world_process_zero():
-            folder = Path(self.args.output_dir) / TEACHER
-            shutil.rmtree(folder, ignore_errors=True)
-            with output_folder(folder) as partial:
-                self.teacher.save_pretrained(partial)
+            keep_teacher(self.teacher, Path(self.args.output_dir) / TEACHER)
         return super().train(*args, **kwargs)
 
     @property

@@ -14,9 +14,9 @@ from PIL import Image
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """`write` a neighbouring file, bring it to disk, and rename it to `path`."""
+    """`write` a neighbouring file, which nobody else writes, bring it to disk, and rename it to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{uuid4().hex}.partial")
     try:
         write(partial)
         with open(partial, "rb") as file:

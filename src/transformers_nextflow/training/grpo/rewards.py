@@ -11,6 +11,7 @@ import concurrent.futures
 import inspect
 import signal
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
@@ -86,7 +87,8 @@ class Rewards:
     @cached_property
     def _loop(self) -> asyncio.AbstractEventLoop:
         loop = asyncio.new_event_loop()
-        threading.Thread(target=loop.run_forever, name="rewards", daemon=True).start()
+        threading.Thread(target=_run, args=[loop], name="rewards", daemon=True).start()
+        weakref.finalize(self, loop.call_soon_threadsafe, loop.stop)
         return loop
 
     def __call__(self, num_pictures: int, **arguments) -> torch.Tensor:
@@ -152,6 +154,12 @@ def time_limit(seconds: float | None) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    """Until it is stopped."""
+    loop.run_forever()
+    loop.close()
 
 
 async def _outcome(awaitable):

@@ -160,11 +160,15 @@ class NextFlowGRPOTrainer(PrecisionTrainer, SavingTrainer):
             self.add_callback(FollowPolicy(self.reference))
         self._step, self._logged_at, self._buffer = 0, 0, []
         self._fault: RewardError | None = None
-        self._metrics, self._from_rewards = Metrics(), defaultdict(list)
-        self._seconds = {"rollout": 0.0, "step": 0.0}
+        self._begin_logs()
         self._pictures: list[tuple[str, Image.Image, float]] = []
         self._reports = PictureReports("completions")
         self.add_callback(_Resume(self))
+
+    def _begin_logs(self) -> None:
+        """Of a training; one before it may have ended between two logs, or in an evaluation."""
+        self._metrics, self._from_rewards = Metrics(), defaultdict(list)
+        self._seconds = {"rollout": 0.0, "step": 0.0}
 
     @staticmethod
     def _evaluations(eval_dataset) -> dict:
@@ -507,6 +511,7 @@ class NextFlowGRPOTrainer(PrecisionTrainer, SavingTrainer):
         at_once = max(self.args.per_device_eval_batch_size // count, 1)
         own = range(self.accelerator.process_index, len(dataset), self.accelerator.num_processes)
         of_training, self._metrics = self._metrics, Metrics()
+        self._from_rewards = defaultdict(list)  # also where one before this failed
         self.model.eval()
         rewards = [torch.empty(0, len(self.rewards.functions))]
         for start in range(0, len(own), at_once):
@@ -570,6 +575,7 @@ class _Resume(TrainerCallback):
             trainer.reference.shard(trainer.model)
         trainer._step = trainer._batches_so_far()
         trainer._logged_at = state.global_step
+        trainer._begin_logs()
         if not state.global_step:
             return
         if trainer._step % trainer._batches_of_generation:
