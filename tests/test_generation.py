@@ -426,6 +426,18 @@ def test_forcing_what_is_drawn_anyway_changes_nothing(request, features, guided,
         assert torch.equal(kept.sequences, free.sequences)
 
 
+def test_logits_of_forced_codes_do_not_depend_on_other_rows(model):
+    """Those of the last pass, whether or not another row is free there."""
+    codes = draw(model, *PROMPTS, seed=3).sequences - TEXT_ROWS
+    mask = torch.ones_like(codes, dtype=torch.bool)
+    mask[1, 3:] = False
+    kwargs = {"refine_top_k": (4, 2), "guidance_scale": 2.0}
+    together = draw(model, *PROMPTS, nulls=NULLS, forced_codes=codes, forced_mask=mask, **kwargs)
+    alone = draw(model, PROMPTS[0], nulls=NULLS[:1], forced_codes=codes[:1], **kwargs)
+    assert torch.equal(alone.sequences, together.sequences[:1])
+    assert relative(joined(together)[:1], joined(alone)) < 1e-5
+
+
 @pytest.mark.parametrize(("length", "rows_read"), [(1, [3, 3, 12]), (5, [3, 3, 3])], ids=["one scale", "two scales"])
 @pytest.mark.parametrize("features", ["model", "accumulated"])
 def test_variations_share_a_prefix_and_its_cost(request, features, length, rows_read):

@@ -96,7 +96,6 @@ class Prompts:
         prompts = self.guided(config)
         nulls = prompts.rows("negative_")
         bare = [[t for span in texts_of(ids, config) for t in ids[span]] for ids in nulls] if num_roles == 3 else []
-        bare = [ids or [config.boi_token_id] for ids in bare]
         return [*self.rows(), *nulls, *bare], prompts
 
     def pictures(self, model: "NextFlowForConditionalGeneration") -> list[list[Picture]]:
@@ -204,5 +203,4 @@ def null_prompt(ids: list[int], config: NextFlowConfig) -> list[int]:
     length = len(answer) - answer.index(ids[0]) if ids[0] in answer and len(ids) > 1 else 0
     head = ids[: min([length, last, *(span.start for span in spans)])]
     images = [token for span in spans if span.start < last for token in ids[span]]
-    null = [*head, *images, *tail]
-    return null or [config.boi_token_id]
+    return [*head, *images, *tail]
