@@ -95,7 +95,7 @@ def _embed(
 def _alike(
     contexts: Contexts, rows: Sequence[list[int]], layout: SequenceLayout, num_prompts: int
 ) -> list[tuple[list[int], list[Segment]]]:
-    """Rows of one cache that go on alike, and the runs by which they do; of what is beside the prompts, some by none."""
+    """Rows of one cache that go on alike, and the runs by which they do; null prompts may go on by none."""
     alike: dict[tuple, list[int]] = {}
     blocks_RL = layout.block_ids.cpu()
     for group, (members, _) in enumerate(contexts.groups):
