@@ -101,13 +101,13 @@ def _alike(
     for group, (members, _) in enumerate(contexts.groups):
         length = len(contexts.token_ids[members[0]])
         for row in members:
-            ids, runs = rows[row], ()
-            num_new = len(ids) - length
+            ids, num_new = rows[row], len(rows[row]) - length
             if ids[:length] != contexts.token_ids[row] or (not num_new and row < num_prompts):
                 raise ValueError(
                     f"row {row} must begin with the {length} tokens that contexts hold of it and go on, got "
                     f"{len(ids)} tokens"
                 )
+            runs: tuple[Segment, ...] = ()
             if num_new:
                 blocks_1l = blocks_RL[row : row + 1, -num_new:]
                 (runs,) = segments_of(blocks_1l, torch.zeros_like(blocks_1l)).documents
