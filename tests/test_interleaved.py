@@ -391,6 +391,10 @@ def test_decoded_pictures_are_in_order(model):
         ({"colour": "red"}, "does not know the arguments colour"),
         ({"image_generation": {"colour": "red"}}, "controls of pictures do not include colour"),
         ({"max_new_images": -1}, "max_new_images must be at least 0, got -1"),
+        (
+            {"contexts": NextFlowInterleavedOutput()},
+            "contexts must be those of an interleaved output, got NextFlowInter",
+        ),
         ({"input_ids": torch.tensor([[10, BOI]])}, "must not end in <boi>"),
         (
             {"negative_input_ids": torch.tensor([[10, BOI]]), "image_generation": {"guidance_scale": 2.0}},

@@ -69,6 +69,8 @@ class Forced(NamedTuple):
             raise ValueError(f"forced_codes must have the shape ({num_prompts}, codes), got {tuple(codes.shape)}")
         num_scales_of(codes, schedule)
         mask = torch.ones_like(codes, dtype=torch.bool) if mask is None else mask
+        if not isinstance(mask, torch.Tensor):
+            raise ValueError(f"forced_mask must be a tensor, got {type(mask).__name__}")
         if mask.dtype != torch.bool or mask.shape not in (codes.shape, codes.shape[1:]):
             raise ValueError(
                 f"forced_mask must be bool of the shape {tuple(codes.shape)}, got {mask.dtype} {tuple(mask.shape)}"

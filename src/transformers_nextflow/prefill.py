@@ -51,6 +51,8 @@ def read_prompts(
     if names and len(names) != len(pictures):
         raise ValueError(f"adapter_names must hold one for each of {len(pictures)} prompts, got {len(names)}")
     names = names and [names[row % len(names)] for row in range(len(rows))]
+    if not isinstance(held, Contexts | None):
+        raise ValueError(f"contexts must be those of an interleaved output, got {type(held).__name__}")
     contexts = replace(held or Contexts.empty(model, len(rows), device), adapters=names)
     if (num_held := len(contexts)) != len(rows):
         raise ValueError(

@@ -146,6 +146,8 @@ def check_prompt(
     check_range(name, input_ids, limit, "; codes go into image_codes")
     if attention_mask is None:
         return
+    if not isinstance(attention_mask, torch.Tensor):
+        raise ValueError(f"the attention mask of {name} must be a tensor, got {type(attention_mask).__name__}")
     if attention_mask.shape != input_ids.shape:
         shape, expected = tuple(attention_mask.shape), tuple(input_ids.shape)
         raise ValueError(f"the attention mask of {name} must have their shape {expected}, got {shape}")
