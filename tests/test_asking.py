@@ -860,8 +860,10 @@ def test_marks_in_a_users_text_name_the_remedy(tiny_model, tiny_processor, mode,
 
 def test_a_second_answer_replaces_the_first(console, tmp_path):
     (tmp_path / "answer").mkdir()
-    for number in range(30):
-        (tmp_path / "answer" / f"picture-{number}.png").write_bytes(b"of an earlier answer")
+    names = [f"picture-{number}.png" for number in range(30)]
+    for name in names:
+        (tmp_path / "answer" / name).write_bytes(b"of an earlier answer")
+    (tmp_path / "answer" / "answer.md").write_text("\n\n".join(f"![]({name})" for name in names))
     status, out, err = console("interleave", "a", "--max-new-tokens", 3, "--seed", 0, "--json")
     assert status == 0, err
     pictures = sorted(path.name for path in (tmp_path / "answer").glob("*.png"))

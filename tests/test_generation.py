@@ -149,6 +149,15 @@ def test_drafted_text_is_the_models_own(model, drafts, chat):
     assert len(expected[0, -12:].unique()) > 3
 
 
+@pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
+@pytest.mark.parametrize("slots", [0, 4, 13], ids=["open", "cut", "whole"])
+def test_text_does_not_follow_a_picture_that_is_not_over(paper, slots, use_cache):
+    picture = {"image_grid_hw": torch.tensor([SQUARE]), "image_codes": torch.arange({0: 0, 4: 5, 13: 14}[slots])}
+    ids = torch.tensor([[10, BOI, *[IMAGE] * slots]])
+    with pytest.raises(ValueError, match="a prompt of text must not end within a picture"):
+        paper.generate(ids, **picture, max_new_tokens=2, use_cache=use_cache)
+
+
 def test_a_batch_of_captions_is_each_alone(model):
     together = model.generate(**batch_of(model, *CHATS), **TEXT_ONLY)
     for row, chat in zip(together, CHATS):
@@ -424,6 +433,18 @@ def test_forcing_what_is_drawn_anyway_changes_nothing(request, features, guided,
         mask = torch.rand(3, 14, generator=torch.Generator().manual_seed(0)) < 0.5
         kept = draw(model, *PROMPTS, forced_codes=codes, forced_mask=mask, **kwargs)
         assert torch.equal(kept.sequences, free.sequences)
+
+
+def test_logits_of_forced_codes_do_not_depend_on_other_rows(model):
+    """Those of the last pass, whether or not another row is free there."""
+    codes = draw(model, *PROMPTS, seed=3).sequences - TEXT_ROWS
+    mask = torch.ones_like(codes, dtype=torch.bool)
+    mask[1, 3:] = False
+    kwargs = {"refine_top_k": (4, 2), "guidance_scale": 2.0}
+    together = draw(model, *PROMPTS, nulls=NULLS, forced_codes=codes, forced_mask=mask, **kwargs)
+    alone = draw(model, PROMPTS[0], nulls=NULLS[:1], forced_codes=codes[:1], **kwargs)
+    assert torch.equal(alone.sequences, together.sequences[:1])
+    assert relative(joined(together)[:1], joined(alone)) < 1e-5
 
 
 @pytest.mark.parametrize(("length", "rows_read"), [(1, [3, 3, 12]), (5, [3, 3, 3])], ids=["one scale", "two scales"])
@@ -774,6 +795,17 @@ def test_ambiguous_pictures_must_be_named():
         ({"top_k": 2.5}, r"top_k must be an integer of at least 0, got 2\.5"),
         ({"top_k": [1, 1, 1, 1]}, "top_k must have one value for each of the 3 scales, got 4"),
         ({"image_guidance_scale": -1.0}, r"image_guidance_scale must .* got -1\.0"),
+        ({"guidance_scale": {"start": "3", "end": 1.0}}, "guidance_scale must be a number of at least 0.0, got '3'"),
+        ({"top_p": LinearRamp(0.5, None)}, r"top_p must be a number in \[1e-06, 1.0\], got None"),
+        ({"temperature": LinearRamp(10**400, 1)}, "temperature must be a number of at least 0.0, got 10000"),
+        ({"guidance_scale": ScaleInterval(3.0, 0.5, 1)}, "first of an interval of scales must be an integer, got 0.5"),
+        ({"guidance_scale": ScaleInterval(3.0, 0, "1")}, "last of an interval of scales must be an integer, got '1'"),
+        ({"top_k": True}, "top_k must be an integer of at least 0, got True"),
+        ({"attention_mask": [[1, 1]]}, "the attention mask of input_ids must be a tensor, got list"),
+        (
+            {"forced_codes": torch.zeros(1, 1, dtype=torch.long), "forced_mask": [[True]]},
+            "forced_mask must be a tensor",
+        ),
         ({"refine_top_k": [-1]}, "refine_top_k must be an integer of at least 0, got -1"),
         ({"forced_codes": torch.zeros(2, 5, dtype=torch.long)}, r"shape \(1, codes\), got \(2, 5\)"),
         ({"forced_codes": torch.zeros(1, 6, dtype=torch.long)}, "have 1, 5, 14 codes, got 6"),

@@ -161,6 +161,26 @@ def test_a_picture_of_further_passes_is_read_as_first_predicted(model):
         assert relative(output.logits[row][-1][0], last) < 1e-5
 
 
+@pytest.mark.parametrize("image_generation", [{"guidance_scale": 2.0}, GUIDED], ids=["guided", "by images"])
+def test_nothing_may_be_left_of_a_null_prompt(model, image_generation):
+    """Of ids without a template: the pictures of image mode, and of a next turn with and without what was read."""
+    prompts = [[10, 11], [12, Picture(WIDE, 2), 13]]
+    bias = {"sequence_bias": {(BOI,): 50.0}, "max_new_tokens": 4, "max_new_images": 1, "do_sample": False}
+    output = answer(model, batch_of(model, *prompts), image_generation, **bias)
+    controls = {"aspect_ratio": "2:1", "output_logits": True, "return_dict_in_generate": True, "seed": 0}
+    for row, prompt in enumerate(prompts):
+        inputs = batch_of(model, [*prompt, BOI])
+        drawn = model.generate(**inputs, generation_mode="image", **controls, **image_generation)
+        steps = output.logits[row][1:4]
+        assert all(relative(mine, scale[0]) < 1e-5 for mine, scale in zip(steps, drawn.logits, strict=True))
+    inputs = model.next_turn(output, **with_nulls(model, [[30], [31, Picture(WIDE, 3)]], [[20], [Picture(WIDE, 3)]]))
+    cached = answer(model, inputs, image_generation, **bias)
+    anew = answer(model, inputs | {"contexts": None}, image_generation, **bias)
+    assert torch.equal(cached.image_codes, anew.image_codes) and len(cached.image_grid_hw) == 6
+    for mine, others in zip(cached.logits, anew.logits):
+        assert all(relative(one, other) < 1e-5 for one, other in zip(mine, others, strict=True))
+
+
 @BY_GUIDANCE
 def test_a_batch_is_each_prompt_alone(model, image_generation):
     inputs = with_nulls(model, PROMPTS, NULLS)
@@ -371,7 +391,15 @@ def test_decoded_pictures_are_in_order(model):
         ({"colour": "red"}, "does not know the arguments colour"),
         ({"image_generation": {"colour": "red"}}, "controls of pictures do not include colour"),
         ({"max_new_images": -1}, "max_new_images must be at least 0, got -1"),
+        (
+            {"contexts": NextFlowInterleavedOutput()},
+            "contexts must be those of an interleaved output, got NextFlowInter",
+        ),
         ({"input_ids": torch.tensor([[10, BOI]])}, "must not end in <boi>"),
+        (
+            {"negative_input_ids": torch.tensor([[10, BOI]]), "image_generation": {"guidance_scale": 2.0}},
+            "and their null prompts, must not end in <boi>",
+        ),
         (
             {"input_ids": torch.tensor([[10], [11]]), "streamer": Recorder()},
             "a streamer follows one prompt, got 1 for 2",

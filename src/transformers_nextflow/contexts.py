@@ -49,7 +49,7 @@ class Contexts:
     @classmethod
     def empty(cls, model: "NextFlowForConditionalGeneration", num_rows: int, device: torch.device) -> "Contexts":
         config, rows = model.config.text_config, list(range(num_rows))
-        hidden = torch.empty(num_rows, 0, config.hidden_size, device=device)
+        hidden = torch.zeros(num_rows, 1, config.hidden_size, device=device, dtype=model.model.language_model.dtype)
         groups = [(rows, DynamicCache(config=config))]
         return cls(model, groups, torch.zeros(num_rows, device=device), [[] for _ in rows], hidden)
 

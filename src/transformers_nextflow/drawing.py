@@ -69,6 +69,8 @@ class Forced(NamedTuple):
             raise ValueError(f"forced_codes must have the shape ({num_prompts}, codes), got {tuple(codes.shape)}")
         num_scales_of(codes, schedule)
         mask = torch.ones_like(codes, dtype=torch.bool) if mask is None else mask
+        if not isinstance(mask, torch.Tensor):
+            raise ValueError(f"forced_mask must be a tensor, got {type(mask).__name__}")
         if mask.dtype != torch.bool or mask.shape not in (codes.shape, codes.shape[1:]):
             raise ValueError(
                 f"forced_mask must be bool of the shape {tuple(codes.shape)}, got {mask.dtype} {tuple(mask.shape)}"
@@ -112,10 +114,7 @@ class Sampler:
         codes_Bl, logits = self._draw(contexts, scale, self.controls.top_k[scale])
         refine_top_k = self.controls.refine_top_k if scale else ()
         for top_k in refine_top_k:
-            again = contexts.take(range(len(contexts)))
-            again.rewind(codes_Bl.shape[1])
-            again.read_scale(torch.cat([codes_BL, codes_Bl], dim=1), self.controls.schedule, scale)
-            codes_Bl, logits = self._draw(again, scale, top_k)
+            codes_Bl, logits = self._draw(self._read_again(contexts, codes_BL, codes_Bl, scale), scale, top_k)
         if scale < self.num_logits:
             self.logits.append(torch.cat(logits, dim=1))
         return codes_Bl
@@ -124,11 +123,21 @@ class Sampler:
         """As a call, for a scale that is forced as a whole: the pictures of a prompt are still one, and the random
         numbers go by, so that the others are drawn as if nothing was forced."""
         at = self.controls.schedule.slice(scale)
-        for _ in range(1 + len(self.controls.refine_top_k) if scale else 1):
+        codes_Bl = self.forced.codes[:, at]
+        num_further = len(self.controls.refine_top_k) if scale else 0
+        for _ in range(1 + num_further):
             self.generators.uniform(at.stop - at.start, torch.device("cpu"))
         if scale < self.num_logits:
-            self.logits.append(torch.cat(list(self._predict(contexts, len(codes_BL), scale)), dim=1))
-        return self.forced.codes[:, at]
+            last = self._read_again(contexts, codes_BL, codes_Bl, scale) if num_further else contexts
+            self.logits.append(torch.cat(list(self._predict(last, len(codes_BL), scale)), dim=1))
+        return codes_Bl
+
+    def _read_again(self, contexts: Contexts, codes_BL: torch.Tensor, codes_Bl: torch.Tensor, scale: int) -> Contexts:
+        """The contexts as a further pass needs them, which have read the scale's own codes instead of its block."""
+        again = contexts.take(range(len(contexts)))
+        again.rewind(codes_Bl.shape[1])
+        again.read_scale(torch.cat([codes_BL, codes_Bl], dim=1), self.controls.schedule, scale)
+        return again
 
     def _draw(self, contexts: Contexts, scale: int, top_k: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """One pass: (B, l) codes, and the logits if they are to be kept."""

@@ -195,7 +195,7 @@ class NextFlowGenerationMixin(ImageCodesMixin, TextGenerationMixin):
             forced = Forced.of_call(forced_codes, forced_mask, num_prompts, schedule, codebook_size, device)
         elif forced_mask is not None:
             raise ValueError("forced_mask needs forced_codes")
-        rows = [ids if ids[-1] == boi else [*ids, boi] for ids in rows]
+        rows = [ids if ids[-1:] == [boi] else [*ids, boi] for ids in rows]
         contexts = read_prompts(self, rows, pictures, schedule, device)
         num_logits = len(schedule) if output_logits is True else int(output_logits)
         sampler = Sampler(self, controls, generators, forced, num_logits)

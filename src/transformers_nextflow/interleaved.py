@@ -241,8 +241,8 @@ def answer(
     check_unguided(generation_config)
     schedule, generators = controls.schedule, RowGenerators.create(len(ids), 1, seed, generator)
     rows, prompts = prompts.contexts(model.config, controls.roles_from(0))
-    if any(row[-1] == model.config.boi_token_id for row in rows[: len(ids)]):
-        raise ValueError("a prompt of interleaved generation must not end in <boi>")
+    if any(row[-1:] == [model.config.boi_token_id] for row in rows):
+        raise ValueError("prompts of interleaved generation, and their null prompts, must not end in <boi>")
     model._prepare_special_tokens(generation_config, True, device=ids.device, batch_size=len(ids))
     for own, prompt in zip(streamers, ids.cpu().split(1)):
         if own is not None:

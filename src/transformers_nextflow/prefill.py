@@ -45,12 +45,14 @@ def read_prompts(
         held: contexts that have read the beginnings of the rows; they stay as they are.
 
     Raises:
-        ValueError: if a context holds anything but the beginning of its rows, or a row brings nothing new.
+        ValueError: if a context holds anything but the beginning of its rows, or a prompt brings nothing new.
     """
     names = adapter_names(model)
     if names and len(names) != len(pictures):
         raise ValueError(f"adapter_names must hold one for each of {len(pictures)} prompts, got {len(names)}")
     names = names and [names[row % len(names)] for row in range(len(rows))]
+    if not isinstance(held, Contexts | None):
+        raise ValueError(f"contexts must be those of an interleaved output, got {type(held).__name__}")
     contexts = replace(held or Contexts.empty(model, len(rows), device), adapters=names)
     if (num_held := len(contexts)) != len(rows):
         raise ValueError(
@@ -58,7 +60,9 @@ def read_prompts(
             f"got {num_held}"
         )
     layout, embeds_RLD = _embed(model, rows, pictures, schedule, names, device)
-    reading = [(contexts.take(members), members, runs) for members, runs in _alike(contexts, rows, layout)]
+    reading = [
+        (contexts.take(members), members, runs) for members, runs in _alike(contexts, rows, layout, len(pictures))
+    ]
     for step in range(max(len(runs) for _, _, runs in reading)):
         now = [(each, members, runs[step]) for each, members, runs in reading if step < len(runs)]
         _read(now, rows, layout, embeds_RLD)
@@ -79,7 +83,7 @@ def _embed(
     grids, codes = [], [input_ids.new_empty(0)]
     for row, ids in enumerate(rows):
         own = pictures[row % len(pictures)] if row < 2 * len(pictures) else []
-        grids += [grid for grid, _ in own] + [schedule.final_grid] * (ids[-1] == boi)
+        grids += [grid for grid, _ in own] + [schedule.final_grid] * (ids[-1:] == [boi])
         codes += [each for _, each in own]
     layout = build_layout(model.config, input_ids, grids, attention_mask)
     model.check_reach(layout.position_ids[0], len(schedule) - 1 if rows[0][-1] == boi else 0)
@@ -91,24 +95,26 @@ def _embed(
 
 
 def _alike(
-    contexts: Contexts, rows: Sequence[list[int]], layout: SequenceLayout
+    contexts: Contexts, rows: Sequence[list[int]], layout: SequenceLayout, num_prompts: int
 ) -> list[tuple[list[int], list[Segment]]]:
-    """Rows of one cache that go on alike, and the runs by which they do."""
+    """Rows of one cache that go on alike, and the runs by which they do; null prompts may go on by none."""
     alike: dict[tuple, list[int]] = {}
     blocks_RL = layout.block_ids.cpu()
     for group, (members, _) in enumerate(contexts.groups):
         length = len(contexts.token_ids[members[0]])
         for row in members:
-            ids = rows[row]
-            if ids[:length] != contexts.token_ids[row] or len(ids) <= length:
+            ids, num_new = rows[row], len(rows[row]) - length
+            if ids[:length] != contexts.token_ids[row] or (not num_new and row < num_prompts):
                 raise ValueError(
                     f"row {row} must begin with the {length} tokens that contexts hold of it and go on, got "
                     f"{len(ids)} tokens"
                 )
-            blocks_1l = blocks_RL[row : row + 1, length - len(ids) :]
-            (runs,) = segments_of(blocks_1l, torch.zeros_like(blocks_1l)).documents
-            if not length:  # behind a cache runs are read one by one
-                runs = (Segment(len(ids), any(run.is_block for run in runs)),)
+            runs: tuple[Segment, ...] = ()
+            if num_new:
+                blocks_1l = blocks_RL[row : row + 1, -num_new:]
+                (runs,) = segments_of(blocks_1l, torch.zeros_like(blocks_1l)).documents
+                if not length:  # behind a cache runs are read one by one
+                    runs = (Segment(num_new, any(run.is_block for run in runs)),)
             alike.setdefault((group, *runs), []).append(row)
     return [(members, runs) for (_, *runs), members in alike.items()]
 

@@ -96,7 +96,6 @@ class Prompts:
         prompts = self.guided(config)
         nulls = prompts.rows("negative_")
         bare = [[t for span in texts_of(ids, config) for t in ids[span]] for ids in nulls] if num_roles == 3 else []
-        bare = [ids or [config.boi_token_id] for ids in bare]
         return [*self.rows(), *nulls, *bare], prompts
 
     def pictures(self, model: "NextFlowForConditionalGeneration") -> list[list[Picture]]:
@@ -147,6 +146,8 @@ def check_prompt(
     check_range(name, input_ids, limit, "; codes go into image_codes")
     if attention_mask is None:
         return
+    if not isinstance(attention_mask, torch.Tensor):
+        raise ValueError(f"the attention mask of {name} must be a tensor, got {type(attention_mask).__name__}")
     if attention_mask.shape != input_ids.shape:
         shape, expected = tuple(attention_mask.shape), tuple(input_ids.shape)
         raise ValueError(f"the attention mask of {name} must have their shape {expected}, got {shape}")
@@ -204,5 +205,4 @@ def null_prompt(ids: list[int], config: NextFlowConfig) -> list[int]:
     length = len(answer) - answer.index(ids[0]) if ids[0] in answer and len(ids) > 1 else 0
     head = ids[: min([length, last, *(span.start for span in spans)])]
     images = [token for span in spans if span.start < last for token in ids[span]]
-    null = [*head, *images, *tail]
-    return null or [config.boi_token_id]
+    return [*head, *images, *tail]

@@ -8,7 +8,7 @@ import operator
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from math import inf, isfinite
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -91,7 +91,9 @@ class ScaleInterval(OverScales):
     outside: float = 1.0
 
     def over(self, num_scales: int) -> list[float]:
-        if not 0 <= self.first <= self.last < num_scales:
+        for name in ("first", "last"):
+            integer(f"{name} of an interval of scales", getattr(self, name), 0)
+        if not self.first <= self.last < num_scales:
             raise ValueError(f"an interval of {num_scales} scales lies within 0 to {num_scales - 1}, got {self}")
         return [self.value if self.first <= scale <= self.last else self.outside for scale in range(num_scales)]
 
@@ -111,9 +113,10 @@ def per_scale(
     """
     value = plain(value)
     if isinstance(value, LinearRamp | ScaleInterval):
+        numbers = (value.start, value.end) if isinstance(value, LinearRamp) else (value.value, value.outside)
+        per_scale(name, numbers, 2, low, high)
         values = value.over(num_scales)
-        if whole and all(map(isfinite, values)):
-            values = list(map(round, values))
+        values = list(map(round, values)) if whole else values
     elif isinstance(value, Sequence) and not isinstance(value, str):
         values = list(value)
         if len(values) != num_scales:
@@ -122,7 +125,7 @@ def per_scale(
         values = [value] * num_scales
     for entry in values:
         # NaN fails the comparison; an integer may be longer than any float
-        is_kind = isinstance(entry, int) or (isinstance(entry, float) and not whole)
+        is_kind = type(entry) is int or (type(entry) is float and not whole)  # True is no number
         if not is_kind or not low <= entry <= high or (entry > sys.float_info.max and not whole):
             kind = "an integer" if whole else "a number"
             limits = f"of at least {low}" if high == inf else f"in [{low}, {high}]"

@@ -119,7 +119,13 @@ class TextGenerationMixin(GenerationMixin):
             self.check_reach(positions)
             return positions[None].expand(3, *positions.shape)
         ids = self._prompt_ids(model_kwargs.get("input_ids"), inputs_tensor)
-        check_last_scale(find_images(self.config, ids, grids), self.config)
+        images = find_images(self.config, ids, grids)
+        if any(image.outputs.stop == ids.shape[1] for image in images):
+            raise ValueError(
+                'a prompt of text must not end within a picture: generation_mode="image" draws one that is open, and '
+                "<eoi> ends one that is whole"
+            )
+        check_last_scale(images, self.config)
         layout = build_layout(self.config, ids, grids, mask)
         self.check_reach(layout.position_ids[0])
         return layout.position_ids
