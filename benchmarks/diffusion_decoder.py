@@ -24,11 +24,10 @@ from PIL import Image, ImageFilter
 import diffusers_nextflow  # noqa: F401, lets DiffusionPipeline load its pipelines
 from examples.emoji.diffusion_decoder import SAMPLING_STEPS, UPSCALE, EmojiBatches, caption_of
 from examples.emoji.judge import Judge
+from examples.emoji.panels import in_rows
 from examples.emoji.splits import PAIR
 from examples.emoji.world import World, to_pixel_values
-from transformers_nextflow.cli import DEFAULT_DECODER
 
-from .figures import draw_strips
 from .harness import interval, machine, report
 
 BATCH = 25
@@ -138,12 +137,12 @@ def over_pictures(values: list[float]) -> dict:
 def sheet(drawn: dict[str, list[np.ndarray]], captions: list[str]) -> Image.Image:
     """The first pictures, one row for each way to draw; nothing is picked by hand."""
     strips = {text: Image.fromarray(np.concatenate(drawn[name][:COLUMNS], axis=1)) for name, text in ROWS.items()}
-    return draw_strips(strips, captions[:COLUMNS], cell=132)
+    return in_rows(strips, captions[:COLUMNS], edge=128)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--decoder", default=str(DEFAULT_DECODER), metavar="NAME", help="default: the repository's")
+    parser.add_argument("--decoder", default="runs/emoji-decoder/decoder", metavar="NAME", help="default: %(default)s")
     parser.add_argument("--data", type=Path, default=Path("runs/emoji/data"), help="default: %(default)s")
     parser.add_argument("--large", type=Path, default=Path("runs/emoji/data-128"), help="default: %(default)s")
     parser.add_argument("--pictures", type=int, default=200, metavar="N", help="default: %(default)s")

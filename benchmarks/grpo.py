@@ -33,7 +33,7 @@ from trl import SFTConfig
 from benchmarks.harness import in_processes, machine, report
 from examples.emoji.artist import Artist
 from examples.emoji.intervals import paired_difference
-from examples.emoji.panels import panel, stacked
+from examples.emoji.panels import in_rows
 from examples.emoji.rewards import judge_of, margin, prompts
 from examples.emoji.splits import PAIR
 from examples.emoji.stages import bfloat16_is_fast
@@ -274,16 +274,6 @@ def curves(arms: dict[str, list[dict]], before: list[float]) -> Figure:
     return figure
 
 
-def sheet(strips: dict[str, Image.Image], texts: list[str]) -> Image.Image:
-    """A row of pictures for the checkpoint and each arm, under the prompts."""
-    blank, edge = Image.new("RGB", (1, 1), "white"), next(iter(strips.values())).width // len(texts)
-    rows = [[panel([blank.resize((96, 1))], text, 4, 1) for text in ("", *texts)]]
-    for name, strip in strips.items():
-        cells = [strip.crop((edge * place, 0, edge * (place + 1), strip.height)) for place in range(len(texts))]
-        rows.append([panel([blank.resize((96, 40))], name, 1, 40), *(panel([cell], "", 0) for cell in cells)])
-    return stacked(rows)
-
-
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of the checkpoint")
@@ -350,7 +340,7 @@ def main(arguments: list[str] | None = None) -> None:
     strips = {arm: path_of(options, arm, seeds[0], each).with_suffix(".png") for arm, each in first + second}
     tasks = Tasks.of(judge_of(options.data).world)
     titles = [tasks.draw("text-to-image", "train", number, seeds[0]).user[0] for number in range(SHOWN)]
-    pictures = sheet({arm: Image.open(path) for arm, path in strips.items()}, titles)
+    pictures = in_rows({arm: Image.open(path) for arm, path in strips.items()}, titles)
     figure = curves(arms, [float(np.mean(each[UNGUIDED][OWN])) for each in before])
     for name, save in {"curves": figure.savefig, "pictures": pictures.save}.items():
         path = options.output.with_name(f"{options.output.stem}_{name}.png")

@@ -51,3 +51,17 @@ def stacked(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
             left += cell.width + GAP
         top += height
     return sheet
+
+
+def in_rows(strips: dict[str, Image.Image], texts: Sequence[str], edge: int = EDGE) -> Image.Image:
+    """A row of pictures for each name, strips of as many square pictures as there are texts, which stand above."""
+
+    def words(text: str, width: int, lines: int, height: int = 1) -> Image.Image:
+        return panel([Image.new("RGB", (width, height), "white")], text, lines, height)
+
+    rows = [[words("", EDGE, 4), *(words(text, edge, 4) for text in texts)]]
+    for name, strip in strips.items():
+        size = strip.width // len(texts)
+        cells = [strip.crop((size * place, 0, size * (place + 1), strip.height)) for place in range(len(texts))]
+        rows.append([words(name, EDGE, 1, 40), *(panel([cell], "", 0, edge) for cell in cells)])
+    return stacked(rows)

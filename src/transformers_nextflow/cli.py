@@ -40,12 +40,11 @@ from .utils import export as exporting
 from .utils.commands import Json, Level, Model, command, print_figures
 from .utils.files import save_png, write_atomically
 from .utils.lazy import needing_extra
-from .utils.loading import DEFAULT_MODEL, load_config, load_model, load_vision_tokenizer, model_name, same_weights
+from .utils.loading import load_config, load_model, load_vision_tokenizer, model_name, same_weights
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-DEFAULT_DECODER = DEFAULT_MODEL.with_name("nextflow-emoji-decoder")
 DECODER_GROUP = "transformers_nextflow.decoders"  # of entry points: each loads decoders of its name from a folder
 
 app = Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -158,7 +157,7 @@ def make_pictures(
     """Generate from pictures and a text, write the files, say what was made."""
     paths = output_paths(drawing.output, drawing.num_images)
     model, processor = load_model(drawing.model)
-    pipeline = load_decoder(decoder, drawing.model, model.model.vq_model)
+    pipeline = load_decoder(decoder, model.model.vq_model)
     seed = new_seed(drawing.seed)
     inputs = chat_inputs(processor, images, text, generation_mode="image", negative_prompt=guidance.negative_prompt)
     start = time.perf_counter()
@@ -195,7 +194,7 @@ def make_pictures(
     )
 
 
-def load_decoder(decoder: Decoder, model: str | None, vq_model: NextFlowVQModel) -> "DiffusionPipeline | None":
+def load_decoder(decoder: Decoder, vq_model: NextFlowVQModel) -> "DiffusionPipeline | None":
     """The diffusion decoder that the options name, or None for the vision tokenizer's.
 
     Raises:
@@ -208,8 +207,6 @@ def load_decoder(decoder: Decoder, model: str | None, vq_model: NextFlowVQModel)
         if name is not None or steps is not None:
             raise ValueError("--decoder-model and --decoder-steps belong to --decoder diffusion")
         return None
-    if name is None and model is None and DEFAULT_DECODER.is_dir():
-        name = str(DEFAULT_DECODER)
     if name is None:
         raise ValueError("--decoder diffusion needs --decoder-model, a folder or Hub id")
     if steps is not None:

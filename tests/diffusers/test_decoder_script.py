@@ -20,7 +20,6 @@ from PIL import Image
 from diffusers_nextflow import NextFlowPipeline, training_command
 from tests.diffusers.tiny_decoders import decoder, stock_components, stock_pipeline, tiny_vq_model
 from transformers_nextflow import cli
-from transformers_nextflow.utils import loading
 
 ROOT = Path(__file__).parents[2]
 
@@ -125,17 +124,6 @@ def test_generate_ends_in_the_decoder(console, folder, pipe, tiny_checkpoint, in
     expected = whole("a red circle", seed=3, num_images_per_prompt=2, decoder_kwargs=steps).images
     for number in (0, 1):
         assert Image.open(f"picture-{number}.png").tobytes() == expected[number].tobytes()
-
-
-def test_the_default_model_has_a_decoder_of_its_own(console, folder, tiny_checkpoint, install, monkeypatch):
-    install()
-    monkeypatch.setattr(loading, "DEFAULT_MODEL", tiny_checkpoint)
-    monkeypatch.setattr(cli, "DEFAULT_DECODER", folder / "trained")
-    options = ("generate", "a red circle", "--seed", 3, "--decoder", "diffusion", "--decoder-steps", 2)
-    for name, more in (("own.png", ()), ("named.png", ("--decoder-model", folder / "trained"))):
-        status, _, err = console(*options, *more, "--output", name, model=None)
-        assert status == 0, err
-    assert Image.open("own.png").tobytes() == Image.open("named.png").tobytes()
 
 
 @pytest.mark.parametrize(
