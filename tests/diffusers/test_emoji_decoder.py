@@ -138,4 +138,5 @@ def test_benchmark(trained, folders):
         errors = [edge_error(picture, truth) for picture, truth in zip(drawn[name], drawn["truth"])]
         assert figures[name]["edge_error"]["mean"] == pytest.approx(np.mean(errors), abs=1e-4)
         assert 0 <= figures[name]["right"] <= 1
-    assert sheet(drawn, captions).height == 64 + 4 * 132
+    last = np.asarray(sheet(drawn, captions))[-128 - 8 : -8, -128 - 8 : -8]  # beside two margins of 4
+    assert np.array_equal(last, drawn["diffusion"][-1])
