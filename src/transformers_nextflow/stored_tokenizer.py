@@ -2,14 +2,13 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from .configuration_nextflow import NextFlowConfig, NextFlowVQConfig
 from .modeling_nextflow_vq import NextFlowVQModel
-from .utils.safetensors_folder import SafetensorsFolder
+from .utils.safetensors_folder import SafetensorsFolder, folder_of
 
 PREFIX = "model.vq_model."
 DECODERS = ("pixel_decoder", "semantic_decoder")
@@ -57,13 +56,9 @@ def stored_tensors(model: str, revision: str | None = None, **hub) -> Iterator[t
     Args:
         model: folder or Hub id of a NextFlow.
         revision: of the id.
-        hub: of `snapshot_download`, where to get it and how.
+        hub: see [`folder_of`].
     """
-    if not Path(model).is_dir():
-        from huggingface_hub import snapshot_download
-
-        model = snapshot_download(model, revision=revision, allow_patterns=["*.json", "*.safetensors"], **hub)
-    folder = SafetensorsFolder(model)
+    folder = SafetensorsFolder(folder_of(model, revision, **hub))
     for name in sorted(name for name in folder if name.startswith(PREFIX)):
         tensor = folder.tensor(name)
         yield name.removeprefix(PREFIX), tensor.float() if tensor.is_floating_point() else tensor

@@ -194,12 +194,17 @@ CHATS = {
 SPACED_TEMPLATE = "\n  > " + LLAMA_TEMPLATE.replace("{{-", "{{") + "  \n"
 
 
+def convert_llama(tokenizer, vq_folder: Path, folder: Path) -> None:
+    """A tiny Llama in `source`, and the NextFlow that it becomes in `out`."""
+    save(llama(tokenizer), tokenizer, folder / "source")
+    convert(folder / "source", vq_folder, folder / "out")
+
+
 @pytest.mark.parametrize("template", [LLAMA_TEMPLATE, SPACED_TEMPLATE], ids=["plain", "spaced"])
 @pytest.mark.parametrize("chat", CHATS)
 def test_chats_are_the_text_models_own(chat, template, vq_folder, tmp_path):
     tokenizer = llama_tokenizer(template)
-    save(llama(tokenizer), tokenizer, tmp_path / "source")
-    convert(tmp_path / "source", vq_folder, tmp_path / "out")
+    convert_llama(tokenizer, vq_folder, tmp_path)
     processor = NextFlowProcessor.from_pretrained(tmp_path / "out")
     plain = CHATS[chat]
     if chat == "parts":
@@ -216,8 +221,7 @@ def test_chats_begin_as_the_template_says_whatever_the_tokenizer_adds_to_texts(t
     tokenizer = llama_tokenizer(template)
     begins = {"special_tokens": [("<s>", tokenizer.bos_token_id)]}
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", pair="<s> $A $B", **begins)
-    save(llama(tokenizer), tokenizer, tmp_path / "source")
-    convert(tmp_path / "source", vq_folder, tmp_path / "out")
+    convert_llama(tokenizer, vq_folder, tmp_path)
     processor = NextFlowProcessor.from_pretrained(tmp_path / "out")
     assert processor(text="a")["input_ids"][0][0] == tokenizer.bos_token_id
     chat = [{"role": "user", "content": SENTENCE}]
@@ -231,8 +235,7 @@ def test_chats_begin_as_the_template_says_whatever_the_tokenizer_adds_to_texts(t
 @torch.no_grad()
 def test_it_draws_and_reads_pictures_in_the_text_models_own_chats(vq_folder, tmp_path):
     tokenizer = llama_tokenizer()
-    save(llama(tokenizer), tokenizer, tmp_path / "source")
-    convert(tmp_path / "source", vq_folder, tmp_path / "out")
+    convert_llama(tokenizer, vq_folder, tmp_path)
     model = NextFlowForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
     processor = NextFlowProcessor.from_pretrained(tmp_path / "out")
     chats = [[{"role": "user", "content": text}] for text in ("a red circle", "17")]
@@ -256,8 +259,7 @@ def test_it_draws_and_reads_pictures_in_the_text_models_own_chats(vq_folder, tmp
 def test_a_next_turn_is_in_the_text_models_own_template(opening, vq_folder, tmp_path):
     """What the template begins a chat with does not come again."""
     tokenizer = llama_tokenizer(LLAMA_TEMPLATE.replace("bos_token }}", "bos_token }}" + opening))
-    save(llama(tokenizer), tokenizer, tmp_path / "source")
-    convert(tmp_path / "source", vq_folder, tmp_path / "out")
+    convert_llama(tokenizer, vq_folder, tmp_path)
     model = NextFlowForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
     processor = NextFlowProcessor.from_pretrained(tmp_path / "out")
     chats = [[{"role": "user", "content": text}] for text in ("a red circle", "17")]

@@ -14,7 +14,6 @@ from zipfile import is_zipfile
 from safetensors import SafetensorError, safe_open
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..lora import below_adapters
 from ..stored_tokenizer import PREFIX, tensors_referred_to
@@ -193,7 +192,7 @@ class SavingTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         if self.args.should_save:
-            end_whole(Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"))
+            end_whole(self.args, self.state)
         super()._save_checkpoint(model, trial)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -101,7 +101,7 @@ class EMACallback(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if control.should_save:  # before the Trainer's files, so that a checkpoint that looks whole has it
             if args.should_save:
-                end_whole(_checkpoint(args, state))
+                end_whole(args, state)
             self._save(args, state)
 
     on_epoch_end = on_step_end
@@ -139,6 +139,6 @@ def _checkpoint(args, state) -> Path:
     return Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
 
-def end_whole(checkpoint: Path) -> None:
-    """Let a checkpoint of an earlier run look whole no more, before another takes its place file by file."""
-    (checkpoint / STATE).unlink(missing_ok=True)
+def end_whole(args, state) -> None:
+    """Let a checkpoint of an earlier run look whole no more, before that of this step takes its place file by file."""
+    (_checkpoint(args, state) / STATE).unlink(missing_ok=True)

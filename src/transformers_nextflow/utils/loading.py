@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import find_adapter_config_file
@@ -19,7 +18,7 @@ from ..processing_nextflow import NextFlowProcessor
 from ..stored_tokenizer import load_referred_to, stored_tensors
 from .files import read_json
 from .lazy import needing_extra
-from .safetensors_folder import INDEX, SINGLE, SafetensorsFolder
+from .safetensors_folder import INDEX, SINGLE, SafetensorsFolder, folder_of
 
 DEFAULT_MODEL = Path(__file__).parents[3] / "checkpoints" / "nextflow-emoji"  # in a checkout of the repository
 
@@ -94,13 +93,6 @@ def base_of(name: str, **revision: str) -> str | None:
     except (ValueError, NotADirectoryError) as error:
         raise ValueError(f"{name} holds adapters on another model, see adapter_config.json: {error}") from error
     return base if of_base is None else folder_of(base, of_base)
-
-
-def folder_of(name: str, revision: str) -> str:
-    """The folder that holds a revision of a Hub model; a local folder is one itself."""
-    if Path(name).is_dir():
-        return name
-    return snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.jinja", "*.safetensors"])
 
 
 def root_of(name: str) -> str:

@@ -8,12 +8,22 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers.modeling_utils import str_to_torch_dtype
 
 from .files import read_json
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+def folder_of(name: str, revision: str | None = None, **hub) -> str:
+    """The folder that holds a Hub model, of a revision if one is named; a local folder is one itself. `hub`: arguments
+    of `snapshot_download`, where to get it and how."""
+    if Path(name).is_dir():
+        return name
+    patterns = ["*.json", "*.jinja", "*.safetensors"]
+    return snapshot_download(name, revision=revision, allow_patterns=patterns, **hub)
 
 
 class SafetensorsFolder:

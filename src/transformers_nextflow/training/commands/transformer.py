@@ -19,7 +19,8 @@ from transformers import HfArgumentParser, set_seed
 from ...data import ExtractionSettings, PackedDataset, RawDocuments, Source
 from ...data.sources import task_of
 from ...lora import CODE_MODULES
-from ...utils.loading import folder_of, model_name
+from ...utils.loading import model_name
+from ...utils.safetensors_folder import folder_of
 from .. import EMACallback, NextFlowTrainer, NextFlowTrainingArguments, SamplesCallback, load_stages
 from .options import ModelOptions
 
