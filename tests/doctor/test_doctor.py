@@ -4,7 +4,6 @@ import copy
 import json
 import re
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,12 +33,10 @@ from transformers_nextflow.doctor.alterations import (
     times,
 )
 from transformers_nextflow.doctor.case import Case, Reading
-from transformers_nextflow.doctor.documents import frames, varied
-from transformers_nextflow.doctor.findings import Check, Finding
-from transformers_nextflow.doctor.losses import confidence, familiar
+from transformers_nextflow.doctor.documents import confidence, familiar, frames, varied
+from transformers_nextflow.doctor.findings import Finding
 from transformers_nextflow.doctor.pictures import default_pictures
-from transformers_nextflow.doctor.prompts import prompts
-from transformers_nextflow.doctor.sampling import draws
+from transformers_nextflow.doctor.sampling import draws, prompts
 from transformers_nextflow.doctor.weights import spectra, values
 from transformers_nextflow.utils import loading
 
@@ -263,7 +260,7 @@ def test_another_chat_template_is_named(change, shown, tiny_model, tiny_processo
     other = copy.deepcopy(tiny_processor)
     other.chat_template = change(other.chat_template)
     assert (other.chat_template != tiny_processor.chat_template) is (shown is not None)
-    found = frames(Check("frames", "toy", ""), Case(tiny_model, other, [], packs))
+    found = frames(Finding("frames", "toy", ""), Case(tiny_model, other, [], packs))
     fault = "roles exchanged" if change is exchange_roles else "another chat template"
     assert found.fault == (shown and fault) and (not shown or shown in found.measured)
 
@@ -274,7 +271,7 @@ def test_texts_that_are_cut_at_random_are_named(tiny_model, tiny_processor):
     backend["model"]["dropout"] = 0.5
     other.tokenizer._tokenizer = Tokenizer.from_str(json.dumps(backend))
     case = Case(tiny_model, other, default_pictures(tiny_model.model.schedules, 0))
-    assert prompts(Check("prompts", "toy", ""), case).fault == "text tokenizer at random"
+    assert prompts(Finding("prompts", "toy", ""), case).fault == "text tokenizer at random"
 
 
 @torch.no_grad()
@@ -282,9 +279,9 @@ def test_drawings_away_from_the_prompt_are_named(trained, monkeypatch):
     """Guidance of 0 draws as the null prompt does."""
     model, processor = trained
     case = Case(model, processor, default_pictures(model.model.schedules, 0))
-    assert draws(Check("draws", "toy", ""), case).fault is None
+    assert draws(Finding("draws", "toy", ""), case).fault is None
     monkeypatch.setitem(model.config.image_generation, "guidance_scale", 0.0)
-    assert draws(Check("draws", "toy", ""), case).fault == "drawn against the prompt"
+    assert draws(Finding("draws", "toy", ""), case).fault == "drawn against the prompt"
 
 
 @pytest.mark.parametrize(
@@ -311,7 +308,7 @@ def test_pictures_and_answers_that_repeat_are_named(question, picture, fault, ti
     extract(Source(str(tmp_path / "source.parquet")), str(tiny_checkpoint), tmp_path / "documents", settings)
     model, processor = loading.load_model(str(tiny_checkpoint))
     case = Case(model, processor, [], tmp_path / "documents")
-    assert varied(Check("varied", "toy", ""), case).fault == fault
+    assert varied(Finding("varied", "toy", ""), case).fault == fault
 
 
 @pytest.mark.parametrize("correction", [None, SelfCorrection()])
@@ -325,50 +322,35 @@ def test_prompts_are_those_of_the_shards_self_corrected_or_not(correction, tiny_
     extract(Source(str(tmp_path / "source.parquet")), str(tiny_checkpoint), tmp_path / "documents", settings)
     model, processor = loading.load_model(str(tiny_checkpoint))
     case = Case(model, processor, [], tmp_path / "documents")
-    shown = [processor.tokenizer.decode(answer.prompt["input_ids"][0]) for answer in case.answers]
+    shown = [processor.tokenizer.decode(document.prompt) for document in case.asked]
     assert len(shown) == 4 and all(any(text in each for each in shown) for text in prompts)
 
 
-def reading(factor: float, scale: float, text: float) -> Reading:
-    """Codes and tokens drawn from logits: the model's are `factor` times those; codes of the second of two scales and
-    tokens are any in the shares `scale` and `text`."""
+def reading(factor: float, scale: float, text: float, count: int = 2, disturbed: int = 1) -> Reading:
+    """Codes and tokens drawn from logits: the model's are `factor` times those; codes of one of `count` scales, and
+    tokens, are any in the shares `scale` and `text`."""
 
     def values(logits, share):
         drawn = logits.softmax(-1).multinomial(1)[:, 0]
         return torch.where(torch.rand(len(drawn)) < share, torch.randint(logits.shape[1], drawn.shape), drawn)
 
-    logits, words = 3 * torch.randn(40, 64), 3 * torch.randn(20, 64)
-    scales = torch.arange(40) // 20
-    codes = torch.where(scales == 1, values(logits, scale), values(logits, 0.0))
-    return Reading((factor * logits).log_softmax(-1), codes, scales, words.log_softmax(-1), values(words, text))
+    logits, words = 3 * torch.randn(20 * count, 64), 3 * torch.randn(20, 64)
+    scales = torch.arange(20 * count) // 20
+    codes = torch.where(scales == disturbed, values(logits, scale), values(logits, 0.0))
+    scales = torch.cat([scales, torch.full((20,), -1)])
+    return Reading.of(torch.cat([factor * logits, words]), torch.cat([codes, values(words, text)]), scales)
 
 
 def of_readings(readings: list[Reading]) -> SimpleNamespace:
-    """What [`familiar`] needs of a case."""
-    nothing = {"input_ids": np.empty(0, int), "supervised": np.empty(0, bool)}
-    case = SimpleNamespace(rows=range(16), documents=[nothing] * len(readings), row_of=lambda documents: None)
-    case.config, order = SimpleNamespace(image_token_id=5), iter(readings)
-    case.read = lambda row, with_text=True: next(order)
-    return case
+    """What checks of costs need of a case."""
+    return SimpleNamespace(readings=readings, documents=[])
 
 
 def test_what_costs_more_in_the_first_scales_alone_is_the_texts_fault():
-    """Of a third of the documents some codes of the first two scales of eight are any, as of texts wrong in part."""
+    """Of a third of the documents some codes of the first of eight scales are any, as of texts wrong in part."""
     torch.manual_seed(0)
-    wholes = [[reading(1, 0, 0) for _ in range(4)] for _ in range(96)]
-    for parts in wholes[::3]:
-        parts[0] = replace(parts[0], codes=torch.where(torch.rand(40) < 0.3, torch.randint(64, (40,)), parts[0].codes))
-    whole = [
-        Reading(
-            torch.cat([part.log_probs for part in parts]),
-            torch.cat([part.codes for part in parts]),
-            torch.arange(160) // 20,
-            parts[0].text_log_probs,
-            parts[0].tokens,
-        )
-        for parts in wholes
-    ]
-    assert familiar(Check("familiar", "toy", ""), of_readings(whole)).fault == "texts do not fit their pictures"
+    whole = [reading(1, 0.0 if number % 3 else 0.7, 0, count=8, disturbed=number % 2) for number in range(96)]
+    assert familiar(Finding("familiar", "toy", ""), of_readings(whole)).fault == "texts do not fit their pictures"
 
 
 @pytest.mark.parametrize(
@@ -387,12 +369,8 @@ def test_what_costs_more_than_expected_is_named(factor, scale, text, faults):
     """Of logits at fault, surprise is a consequence, and may be found as well."""
     torch.manual_seed(0)
     factors = factor if isinstance(factor, list) else [factor] * 96
-    readings = [reading(each, scale, text) for each in factors]
-    check, case = Check("losses", "toy", ""), of_readings(readings)
-    of_documents, case.read = case.read, lambda row, with_text=True: readings[row]
-    found = [confidence(check, case).fault]
-    case.read = of_documents
-    found.append(familiar(check, case).fault)
+    case, check = of_readings([reading(each, scale, text) for each in factors]), Finding("losses", "toy", "")
+    found = [confidence(check, case).fault, familiar(check, case).fault]
     assert faults <= set(found) <= {*faults, None, "unfamiliar pictures"}
     assert (found[0] is None) is (factors[0] == 1)
 
@@ -413,7 +391,7 @@ class Sum(nn.Module):
     def finding(self):
         rows = [torch.randn(4, 64, generator=torch.Generator().manual_seed(seed)) for seed in range(16)]
         named = {f"layers.{number}": layer for number, layer in enumerate(self.layers)}
-        return judge(Check("parts", "toy", ""), self.losses, rows, [], named, named, 0)
+        return judge(Finding("parts", "toy", ""), self.losses, rows, [], named, named, 0)
 
 
 @pytest.mark.parametrize(
@@ -453,7 +431,7 @@ def test_a_spectrum_unlike_chance_on_either_side_is_a_trained_one(train, alarmed
         for layer in model:
             layer.weight[:, 0].mul_(20)
         train(model[1].weight)
-    found = spectra(Check("spectra", "weights", ""), SimpleNamespace(model=model, seed=0))
+    found = spectra(Finding("spectra", "weights", ""), SimpleNamespace(model=model, seed=0))
     assert (found.fault == "re-initialised weights") is alarmed, found.measured
 
 
@@ -464,7 +442,7 @@ def test_of_the_vision_tokenizer_kernels_have_spectra_and_matrices_need_not():
     with torch.no_grad():
         for kernel in parts[:2]:
             kernel.weight[:, 0].mul_(20)
-    found = spectra(Check("spectra", "weights", ""), SimpleNamespace(model=model, seed=0))
+    found = spectra(Finding("spectra", "weights", ""), SimpleNamespace(model=model, seed=0))
     assert found.fault == "re-initialised weights" and found.measured.startswith("model.vq_model.2.weight of 3")
 
 
@@ -506,7 +484,7 @@ def test_a_matrix_that_is_not_whole_is_named(do, check, fault):
         for layer in model:
             layer.weight[:, ::12].mul_(4)
         do(model[2].weight)
-    found = check(Check(check.__name__, "weights", ""), SimpleNamespace(model=model, seed=0))
+    found = check(Finding(check.__name__, "weights", ""), SimpleNamespace(model=model, seed=0))
     assert found.fault == fault and (fault is None or found.measured.startswith("2.weight of 4")), found.measured
 
 
@@ -523,7 +501,7 @@ def test_what_does_better_at_its_mean_is_named(kind, fault):
         return torch.stack([(module(row) - wanted(row)).square().mean() + 0.01 for row in rows])
 
     def finding():
-        return judge(Check("parts", "toy", ""), losses, rows, [levelled("the table", module)], {}, {}, 0)
+        return judge(Finding("parts", "toy", ""), losses, rows, [levelled("the table", module)], {}, {}, 0)
 
     assert finding().fault is None
     permute(module.weight)
@@ -538,10 +516,10 @@ def test_what_is_better_one_row_on_is_named():
     table.weight.copy_(wanted.roll(1, 0))
     rows = [torch.randint(15, (32,)) for _ in range(16)]
     losses = lambda rows: torch.stack([(table(row) - wanted[row]).square().mean() + 0.01 for row in rows])  # noqa: E731
-    found = judge(Check("parts", "toy", ""), losses, rows, [*reordered("the table", table)], {}, {}, 0)
+    found = judge(Finding("parts", "toy", ""), losses, rows, [*reordered("the table", table)], {}, {}, 0)
     assert found.fault == "rows in disorder" and "the table one on" in found.measured
     table.weight.copy_(wanted)
-    assert judge(Check("parts", "toy", ""), losses, rows, [*reordered("the table", table)], {}, {}, 0).fault is None
+    assert judge(Finding("parts", "toy", ""), losses, rows, [*reordered("the table", table)], {}, {}, 0).fault is None
 
 
 @torch.no_grad()

@@ -1,9 +1,7 @@
 """Why the loss falls and the pictures look bad: [`examine`] a checkpoint, its shards, and its sampling.
 
 - `findings.py`: what a finding is. `case.py`: what is examined. `pictures.py`: pictures to examine it with.
-- `alterations.py`: whether something else than what the checkpoint holds would do better.
-- `weights.py`, `tokenizer.py`, `shards.py`, `prompts.py`, `transformer.py`, `losses.py`, `documents.py` and
-  `sampling.py`: the checks.
+- `weights.py`, `alterations.py`, `tokenizer.py`, `shards.py`, `documents.py` and `sampling.py`: the checks.
 - `examination.py`: their order. `report.py`: text and HTML. `callback.py`: every N steps of a training.
 """
 

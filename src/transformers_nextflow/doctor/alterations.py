@@ -1,42 +1,48 @@
-"""Damage shows as this: something else than what the checkpoint holds would do better.
+"""Whether something else than what the checkpoint holds would do better, and the check of the transformer by it.
 
-In a trained model no part is better at another size, and every matrix matters: with its outputs in another order, the
-loss rises. Both hold whatever the model was trained on, and both end where a part was reset, permuted, scaled,
-exchanged, or taken from elsewhere. Alterations are hooks on outputs of modules, so they work on weights of any kind,
-sharded and quantised ones too, and leave no trace.
+Alterations are hooks on outputs of modules, so they work on weights of any kind, sharded and quantised ones too, and
+leave no trace.
 """
 
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from heapq import nlargest
+from itertools import combinations, starmap
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.activations import ACT2FN
 
-from .findings import ENOUGH, MATERIAL, SIGNIFICANT, Check, Finding, z_score
-from .weights import COMPARE, kind_of
+from .case import Case
+from .findings import ENOUGH, MATERIAL, SIGNIFICANT, Finding, z_score
+from .weights import usual_of_kind
 
+MOST_LAYERS = 8  # every two of which are exchanged
+KNOWS = 0.8  # of the loss of a model that knows nothing
+# of all layers; other matrices are at another size where these are
+FACTORS = {"q_proj": (0.125, 0.5, 2, 8), "o_proj": (0, 0.5, 2, 8), "down_proj": (0, 0.125, 0.5, 2, 8)}
 FEW = 3  # rows that alterations are first tried on
 CONFIRMED = 4  # of them, which are tried on all rows
 
-Measure = Callable[[Sequence], torch.Tensor]
-"""(R,) losses of rows, lower is better."""
 
-
-@dataclass(frozen=True)
-class Alteration:
-    """One thing that a checkpoint might have had otherwise: in words, the fault and its cause if the altered model is
-    better, and a context in which it is altered."""
+class Alteration(NamedTuple):
+    """One thing that a checkpoint might have had otherwise: in words, the fault if the altered model is better, and a
+    context in which it is altered."""
 
     what: str
     fault: str
-    cause: str
     apply: Callable[[], AbstractContextManager]
+
+    @classmethod
+    def of(cls, what: str, fault: str, change: Callable, *modules: nn.Module) -> "Alteration":
+        """Of what modules give, see [`hooked`]."""
+        return cls(what, fault, partial(hooked, change, *modules))
 
 
 @contextmanager
@@ -77,20 +83,17 @@ def setting(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 @contextmanager
 def exchanged(layers: nn.ModuleList, first: int, second: int) -> Iterator[None]:
-    a, b = layers[first], layers[second]
-    layers[first], layers[second] = b, a
+    layers[first], layers[second] = layers[second], layers[first]
     try:
         yield
     finally:
-        layers[first], layers[second] = a, b
+        layers[first], layers[second] = layers[second], layers[first]
 
 
 def resized(name: str, module: nn.Module) -> Iterator[Alteration]:
     """A module's output at half, and at twice its size."""
-    for factor, size, much in ((0.5, "large", "much"), (2.0, "small", "little")):
-        cause = f"{name} adds too {much}: its weights, or those before it, were scaled, reset, or come from elsewhere"
-        apply = partial(times, factor, module)
-        yield Alteration(f"with {name} times {factor:g}", f"weights too {size}", cause, apply)
+    for factor, size in ((0.5, "large"), (2.0, "small")):
+        yield Alteration(f"with {name} times {factor:g}", f"weights too {size}", partial(times, factor, module))
 
 
 def levelled(name: str, module: nn.Module) -> Alteration:
@@ -98,96 +101,136 @@ def levelled(name: str, module: nn.Module) -> Alteration:
     weight = module.weight.detach()
     mean, what = weight.mean(dim=0), "weight" if weight.ndim == 1 else "row"
     even = (lambda output: output / weight * mean) if weight.ndim == 1 else mean.expand_as
-    apply = partial(hooked, lambda module, inputs, output: even(output), module)
-    cause = f"{name}: its {what}s are in another order than in training, were reset, or come from elsewhere"
-    return Alteration(f"with one {what} throughout in {name}", f"{what}s in disorder", cause, apply)
+    change = lambda module, inputs, output: even(output)  # noqa: E731
+    return Alteration.of(f"with one {what} throughout in {name}", f"{what}s in disorder", change, module)
 
 
 def reordered(name: str, module: nn.Embedding) -> Iterator[Alteration]:
     """An embedding's rows the other way round, or one further."""
     last = module.num_embeddings - 1
-    cause = f"{name}: its rows are in another order than in training, or ids are off"
     ways = {"in reverse": lambda ids: last - ids, "one on": lambda ids: ids + 1, "one back": lambda ids: ids - 1}
     for what, way in ways.items():
         change = lambda table, inputs, _, way=way: F.embedding(way(inputs[0]).clamp(0, last), table.weight)  # noqa: E731
-        apply = partial(hooked, change, module)
-        yield Alteration(f"with the rows of {name} {what}", "rows in disorder", cause, apply)
-
-
-def search(measure: Measure, rows: Sequence, alterations: Iterable[Alteration], before: float, least: float):
-    """The best alteration, where one is better than none, by more than chance and by `least`: it, and the mean losses
-    as it is and altered. All are tried on a `FEW` rows, whose mean is `before`, the most promising on all."""
-    gains = [(before - float(_altered(measure, rows[:FEW], each.apply()).mean()), each) for each in alterations]
-    promising = sorted((pair for pair in gains if pair[0] > least), key=lambda pair: -pair[0])[:CONFIRMED]
-    own_R, found = measure(rows) if promising else None, []
-    for _, alteration in promising:
-        gain_R = own_R - _altered(measure, rows, alteration.apply())
-        if z_score(gain_R) > SIGNIFICANT and float(gain_R.mean()) > least:
-            found.append((alteration, float(own_R.mean()), float((own_R - gain_R).mean())))
-    return min(found, key=lambda better: better[2], default=None)
-
-
-def _altered(measure: Measure, rows: Sequence, alteration: AbstractContextManager) -> torch.Tensor:
-    with alteration:
-        return measure(rows)
-
-
-def without_effect(
-    measure: Measure, rows: Sequence, modules: dict[str, nn.Module], seed: int, before: float, least: float
-) -> dict[str, float]:
-    """Modules whose output features can be in another order without loss, or by chance, and at a tenth of what this
-    costs others of their kind, where that is `least` and more; with what it costs."""
-    own_R, found = None, {}
-    kinds: dict[str, list[str]] = defaultdict(list)
-    for name in modules:
-        kinds[kind_of(name)].append(name)
-    for names in kinds.values():
-        altered = {name: _altered(measure, rows[:FEW], shuffled(modules[name], seed)) for name in names}
-        rises = {name: float(losses.mean()) - before for name, losses in altered.items()}
-        usual = float(torch.tensor(list(rises.values())).median())
-        for name in (name for name, rise in rises.items() if rise < usual / 10 and usual > least and len(rises) > 2):
-            own_R = measure(rows) if own_R is None else own_R
-            rise_R = _altered(measure, rows, shuffled(modules[name], seed)) - own_R
-            if float(rise_R.mean()) < usual / 10 and z_score(rise_R) < SIGNIFICANT:
-                found[name] = float(rise_R.mean())
-    return found
+        yield Alteration.of(f"with the rows of {name} {what}", "rows in disorder", change, module)
 
 
 def judge(
-    check: Check,
-    measure: Measure,
-    rows: Sequence,
-    whole: list[Alteration],
-    resizable: dict,
-    movable: dict,
-    seed: int,
-    hopeless: float = math.inf,
+    check: Finding, measure: Callable, rows: Sequence, whole, resizable, movable, seed: int, hopeless=math.inf
 ) -> Finding:
-    """The finding of a model's parts.
-
-    Args:
-        whole: alterations that concern more than one part.
-        resizable, movable: modules whose outputs are tried at other sizes, and in other orders, by name.
-        hopeless: loss of a model so bad that no order of anything would matter.
-    """
+    """The finding of a model's parts by the (R,) losses that `measure` gives of rows: of alterations of the `whole`,
+    of modules at other sizes, and in other orders, by name; of a model as bad as `hopeless` no order matters."""
     if len(rows) < ENOUGH:
         return check.unchecked(f"{len(rows)} rows are too few")
-    before = float(measure(rows[:FEW]).mean())
-    least = MATERIAL * abs(before)
-    better = search(measure, rows, whole, before, least)
-    idle = {}
-    if better is None and before < hopeless:
-        idle = without_effect(measure, rows, movable, seed, before, least / 4)
-    if idle:
-        names = ", ".join(idle)
-        measured = f"the outputs of {names} can be in another order at {max(idle.values()):+.3f} ({len(rows)} rows)"
-        cause = f"{names}: weights were reset, their rows are in disorder, or they come from another model"
-        return check.warned(measured, "weights without effect", cause, COMPARE)
+    own_R = measure(rows)
+    least = MATERIAL * float(own_R.mean().abs())
+
+    def gain(altered: AbstractContextManager, count: int | None = None) -> torch.Tensor:
+        with altered:
+            return own_R[:count] - measure(rows[:count])
+
+    def best(alterations: Iterable[Alteration]) -> tuple[Alteration, float] | None:
+        """The one that saves most, surely, of those that promise most on few rows."""
+        few = [(each, float(gain(each.apply(), FEW).mean())) for each in alterations]
+        promising = nlargest(CONFIRMED, [pair for pair in few if pair[1] > least], key=itemgetter(1))
+        gains = [(each, gain(each.apply())) for each, _ in promising]
+        sure = [(each, float(gain_R.mean())) for each, gain_R in gains if z_score(gain_R) > SIGNIFICANT]
+        return max((pair for pair in sure if pair[1] > least), key=itemgetter(1), default=None)
+
+    measured = f"{len({*resizable, *movable})} parts over {len(rows)} rows, loss {float(own_R.mean()):.2f}"
+    better = best(whole)
+    if better is None and float(own_R.mean()) < hopeless:
+        rises = {name: -float(gain(shuffled(module, seed), FEW).mean()) for name, module in movable.items()}
+        usual, idle = usual_of_kind(rises), {}
+        for name in (name for name in rises if rises[name] < usual[name] / 10 and usual[name] > least / 4):
+            gain_R = gain(shuffled(movable[name], seed))
+            if -gain_R.mean() < usual[name] / 10 and -z_score(gain_R) < SIGNIFICANT:
+                idle[name] = -float(gain_R.mean())
+        if idle:
+            measured += f"; outputs of {', '.join(idle)} can be in another order at {max(idle.values()):+.3f}"
+            return check.verdict(measured, {"weights without effect": True})
+    better = better or best(each for name, module in resizable.items() for each in resized(name, module))
     if better is None:
-        sizes = [each for name, module in resizable.items() for each in resized(name, module)]
-        better = search(measure, rows, sizes, before, least)
-    if better is None:
-        return check.passed(f"so it is with {len({*resizable, *movable})} parts over {len(rows)} rows")
-    alteration, before, after = better
-    measured = f"{before:.2f} as it is, {after:.2f} {alteration.what} ({len(rows)} rows)"
-    return check.warned(measured, alteration.fault, alteration.cause, COMPARE)
+        return check.verdict(measured, {})
+    return check.verdict(f"{measured}, {better[1]:.2f} less {better[0].what}", {better[0].fault: True})
+
+
+def parts(check: Finding, case: Case) -> Finding:
+    """No part predicts better at half or twice its size, no norm or scale at its mean or another's, no two layers
+    exchanged, not all of them without biases, attention or MLP, no setting of config.json otherwise; and no matrix can
+    have its outputs in another order without loss, where the model is better than one that knows nothing."""
+    inner = case.model.model
+    names = ("connector", "code_embeddings", "scale_embedding", "scale_embedding.index", "scale_embedding.length")
+    named = {f"layers.{name}": module for name, module in inner.language_model.layers.named_modules()}
+    norms = {name: module for name, module in named.items() if name.endswith("layernorm")}
+    adding = {name: module for name, module in named.items() if name.endswith(("o_proj", "down_proj"))}
+    movable = {name: module for name, module in named.items() if isinstance(module, nn.Linear)}
+    index = {"scale_embedding.index": inner.scale_embedding.index}
+    level = starmap(levelled, {**norms, **index, "norm": inner.language_model.norm}.items())
+    whole = [*_other_settings(case), *_of_all_layers(case), *level, *reordered(*index.popitem())]
+    resizable = {**{name: inner.get_submodule(name) for name in names}, **adding, **norms}
+    hopeless = KNOWS * math.log(inner.config.vq_config.codebook_size)
+    return judge(check, case.losses, case.rows, whole, resizable, movable, case.seed, hopeless)
+
+
+def _other_settings(case: Case) -> Iterator[Alteration]:
+    """Settings of config.json that weights do not show."""
+    config, rotary = case.config, case.model.model.language_model.rotary_emb
+    half = len(rotary.inv_freq)
+    places = torch.arange(half, device=rotary.inv_freq.device) / half
+    bases = (1e-3, 1e-2, 0.1, 10, 100, 1e3) if rotary.rope_type == "default" else ()
+    settings = [
+        *(("feature mode", config, "feature_mode", mode) for mode in ("accumulated", "residual")),
+        ("position scale", config, "position_scale", None),
+        ("rotary sections", rotary, "mrope_section", [1] * half),
+        ("rotary sections", rotary, "mrope_section", [half // 4, 3 * half // 8, half - half // 4 - 3 * half // 8]),
+        *(("rotary base", rotary, "inv_freq", rotary.inv_freq * factor**-places) for factor in bases),
+    ]
+    for name, owner, attribute, value in settings:
+        yield Alteration(f"with another {name}", f"wrong {name}", partial(setting, owner, attribute, value))
+    for name in ("silu", "gelu", "relu"):
+        change = lambda module, inputs, _, name=name: ACT2FN[name](inputs[0])  # noqa: E731
+        activations = [layer.mlp.act_fn for layer in case.model.model.language_model.layers]
+        yield Alteration.of(f"with the activation {name}", "wrong activation", change, *activations)
+
+
+def _of_all_layers(case: Case) -> Iterator[Alteration]:
+    """What conversion and merging get wrong in all layers at once: sizes, biases, square matrices, the rotary order of
+    queries and keys, halves of code embeddings; and every two layers, of many neighbours, in each other's place."""
+    inner = case.model.model
+    layers, kinds = inner.language_model.layers, defaultdict(list)
+    for name, module in layers.named_modules():
+        kinds[name.rpartition(".")[2]].append(module)
+    for kind, factors in FACTORS.items():
+        for factor in factors:
+            fault = "wrong scale of weights" if factor else f"damaged {'MLPs' if kind == 'down_proj' else 'attention'}"
+            apply = partial(times, factor, *kinds[kind])
+            yield Alteration(f"with {kind} of all layers times {factor:g}", fault, apply)
+    biased = [kind for kind, members in kinds.items() if getattr(members[0], "bias", None) is not None]
+    for kind in biased:
+        change = lambda module, inputs, output: output - module.bias  # noqa: E731
+        yield Alteration.of(f"without the biases of {kind}", "wrong biases", change, *kinds[kind])
+    turned = lambda module, inputs, _: F.linear(inputs[0].to(module.weight), module.weight.T, module.bias)  # noqa: E731
+    for where, found in (("the layers", [layers]), ("all parts", [layers, inner.connector, inner.scale_embedding])):
+        linear = [each for part in found for each in part.modules() if isinstance(each, nn.Linear)]
+        square = [x for x in linear if x.weight.shape == 2 * (x.in_features,) and x.weight.is_floating_point()]
+        yield Alteration.of(f"with square matrices of {where} transposed", "transposed weights", turned, *square)
+    order = torch.arange(layers[0].self_attn.head_dim).view(2, -1).T.flatten()
+    for what, of_biases in (("q and k", False), ("the biases of q and k", True))[: 1 + ("q_proj" in biased)]:
+        for way in (order, order.argsort()):
+            change = partial(_rotated, order=way, of_biases=of_biases)
+            members = kinds["q_proj"] + kinds["k_proj"]
+            yield Alteration.of(f"with {what} in the other rotary order", "wrong rotary order", change, *members)
+    for width in {inner.config.vq_config.semantic_dim, inner.config.vq_config.pixel_dim}:
+        change = lambda module, inputs, output, width=width: output.roll(width, -1)  # noqa: E731
+        what = "with the halves of code_embeddings exchanged"
+        yield Alteration.of(what, "halves exchanged", change, inner.code_embeddings)
+    numbers = range(len(layers))
+    for a, b in combinations(numbers, 2) if len(layers) <= MOST_LAYERS else zip(numbers, numbers[1:]):
+        yield Alteration(f"with layers {a} and {b} exchanged", "layers exchanged", partial(exchanged, layers, a, b))
+
+
+def _rotated(module: nn.Module, inputs: tuple, output: torch.Tensor, order: torch.Tensor, of_biases: bool):
+    """Each head's features, or the biases' alone, in an order."""
+    if of_biases:
+        return output + module.bias.view(-1, len(order))[:, order].flatten() - module.bias
+    return output.unflatten(-1, (-1, len(order)))[..., order].flatten(-2)

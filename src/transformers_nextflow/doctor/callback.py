@@ -17,9 +17,7 @@ logger = logging.get_logger(__name__)
 class DoctorCallback(TrainerCallback):
     """Examines the model every `every` steps, writes `doctor/step-N/report.html` in the output folder, and warns of
     the first alarm. Training goes on as if it had not been there: mode, random state and gradients are left alone.
-
-    Every process examines, since sharded weights take all of them, which FSDP2's are gathered for; the first one
-    writes.
+    Every process examines, since sharded weights take all of them; the first one writes.
 
     Args:
         processor: the model's [`NextFlowProcessor`].
@@ -28,10 +26,6 @@ class DoctorCallback(TrainerCallback):
 
     Attributes:
         diagnoses: by step.
-
-    Raises:
-        ValueError: for `every` below 1; in training for weights that DeepSpeed's ZeRO-3 shards.
-        ImportError: without matplotlib, which reports need.
     """
 
     def __init__(self, processor, every: int, packs: str | Path | None = None):

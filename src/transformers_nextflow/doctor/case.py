@@ -1,167 +1,192 @@
-"""What is examined: a model, its processor, pictures, perhaps shards, and the sequences that its loss is measured on.
+"""What is examined: a model, its processor, pictures, documents, and what the model makes of them.
 
-Shape suffixes: B batch, L codes of a picture, N supervised codes of a row, V codes of the table, R rows.
+Shape suffixes: L codes of a picture, N supervised targets, T temperatures, V codes of the table, R rows.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice
+from itertools import starmap
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from ..data.loading import PackReader, collate, unfold
 from ..data.sequences import SequenceSpec
-from ..data.shards import decodable_codes, documents_of, images_of, open_shards, sequence_spec
-from ..layout import num_image_slots
-from ..losses import IGNORE
+from ..data.shards import decodable_codes, documents_of, identity_of, open_shards, sequence_spec
 from ..modeling_nextflow import NextFlowForConditionalGeneration
-from ..modeling_nextflow_vq import NextFlowVQOutput, pictures_at_once
+from ..modeling_nextflow_vq import NextFlowVQOutput
 from ..processing_nextflow import user_message
 from ..scales import Grid, ScaleSchedule
 from .pictures import Picture, default_pictures
 
-ROWS, DOCUMENTS = 16, 2  # rows that losses are measured on, and documents of shards in each
-LOOKED_THROUGH = 2**12  # documents, for those of a kind
-LEAST_DESCRIBED = 3  # pictures with a text; others are drawn where fewer have one
-CODES = {"image_codes", "image_input_codes"}
-LOOK = "read some documents beside their pictures (`transformers-nextflow data inspect`)"
-TEMPERATURES = 2.0 ** torch.linspace(-1, 1, 5)
+ROWS, DOCUMENTS = 16, 2  # rows that parts are tried on, and documents of shards in each
+LOOKED_THROUGH, READ = 2**12, 192  # documents of shards, and those of them that the model reads
+TEMPERATURES = (0.5, 0.5**0.5, 1.0, 2.0**0.5, 2.0)
+AS_IT_IS = 2  # of the temperatures
+IMPOSSIBLE = 30.0  # nats, which nothing costs more than
+TEXT = -1  # in the place of a scale
+CODES = ("image_codes", "image_input_codes")
+
+Row = dict[str, torch.Tensor]  # what the model's forward takes
 
 
-@dataclass(frozen=True)
-class Coded:
-    """Pictures of one grid, as the vision tokenizer sees them: (B, 3, H, W) pixels in [-1, 1], (B, L) codes, and all
-    that its forward gives."""
+class Document(NamedTuple):
+    """Compact ids and whether each is supervised; of each picture its final grid, (variants or 1, L) targets and
+    (variants or 0, coarse) inputs, and whether it is drawn, not shown."""
 
-    schedule: ScaleSchedule
-    pictures: list[Picture]
-    pixels: torch.Tensor
-    codes: torch.Tensor
-    output: NextFlowVQOutput
+    ids: np.ndarray
+    flags: np.ndarray
+    images: list[tuple[Grid, np.ndarray, np.ndarray]]
+    draws: list[bool]
 
+    @property
+    def prompt(self) -> np.ndarray:
+        """Ids before what is supervised."""
+        return self.ids[: self.flags.argmax()]
 
-@dataclass(frozen=True)
-class Answer:
-    """A prompt, as `generate` takes it, and the picture of (1, L) codes that answers it, supervised in a row of the
-    model's forward; its `<boi>` is at `start`."""
-
-    prompt: dict[str, torch.Tensor]
-    row: dict[str, torch.Tensor]
-    codes: torch.Tensor
-    schedule: ScaleSchedule
-    start: int
-
-    def after(self, prompt_ids: torch.Tensor) -> "Answer":
-        """The same picture after another prompt, (1, l) ids that end in `<boi>`."""
-        ids = torch.cat([prompt_ids, self.row["input_ids"][:, self.start + 1 :]], dim=1)
-        return replace(self, row=self.row | {"input_ids": ids}, start=prompt_ids.shape[1] - 1)
+    def after(self, prompt: np.ndarray) -> "Document":
+        """What is supervised here, after another prompt."""
+        first = len(self.prompt)
+        flags = np.append(np.zeros(len(prompt), bool), self.flags[first:])
+        return self._replace(ids=np.append(prompt, self.ids[first:]), flags=flags)
 
 
-@dataclass(frozen=True)
-class Reading:
-    """What the model makes of a row: (N, V) float32 log probabilities over codes at its supervised codes, (N,) which
-    these are, their scales, 0-based; the same of text: (T, words) log probabilities, (T,) tokens."""
+class Reading(NamedTuple):
+    """What the model makes of supervised targets: (N,) codes or ids, their scales, 0-based or [`TEXT`], what they cost
+    at each temperature, and what the model expects that they cost (its entropy), in nats."""
 
-    log_probs: torch.Tensor
-    codes: torch.Tensor
-    scales: torch.Tensor
-    text_log_probs: torch.Tensor
-    tokens: torch.Tensor
+    targets_N: torch.Tensor
+    scales_N: torch.Tensor
+    costs_TN: torch.Tensor
+    expected_N: torch.Tensor
+
+    @classmethod
+    def of(cls, logits_NV: torch.Tensor, targets_N: torch.Tensor, scales_N: torch.Tensor) -> "Reading":
+        costs = [F.cross_entropy(logits_NV / t, targets_N, reduction="none") for t in TEMPERATURES]
+        costs_TN = torch.stack(costs).nan_to_num(IMPOSSIBLE).clamp(max=IMPOSSIBLE)
+        expected_N = torch.special.entr(logits_NV.softmax(-1)).sum(-1)
+        return cls(*(each.cpu() for each in (targets_N, scales_N, costs_TN, expected_N)))
+
+    def where(self, chosen_N: torch.Tensor) -> "Reading":
+        return Reading(*(each[..., chosen_N] for each in self))
+
+    @property
+    def codes(self) -> "Reading":
+        return self.where(self.scales_N != TEXT)
+
+    @property
+    def cost(self) -> torch.Tensor:
+        """Mean, not a number without targets; so is `surprise`, what they cost above the expected."""
+        return self.costs_TN[AS_IT_IS].mean()
+
+    @property
+    def surprise(self) -> torch.Tensor:
+        return self.cost - self.expected_N.mean()
 
 
+def by_part(readings: Sequence[Reading]) -> dict[str, list[Reading]]:
+    """Readings of texts and of every scale, of the documents that have such."""
+    parts = {}
+    for scale in torch.cat([reading.scales_N for reading in readings]).unique().tolist():
+        each = [reading.where(reading.scales_N == scale) for reading in readings]
+        name = "text" if scale == TEXT else f"scale {scale + 1}"
+        parts[name] = [reading for reading in each if len(reading.targets_N)]
+    return parts
+
+
+@dataclass
 class Case:
-    """A model under examination.
+    """A model under examination, in eval mode, with its processor; a dozen pictures at least for means over them; the
+    folder of its training's shards; the seed of everything drawn; and pictures in rows and curves for the report."""
 
-    Args:
-        model, processor: as loaded, the model in eval mode.
-        pictures: a dozen at least for means over pictures.
-        packs: folder of training shards.
-        seed: of everything drawn.
-    """
+    model: NextFlowForConditionalGeneration
+    processor: Any
+    pictures: list[Picture]
+    packs: Path | None = None
+    seed: int = 0
+    images: dict[str, list[list[Image.Image]]] = field(default_factory=dict)
+    curves: dict[str, dict[str, list[float]]] = field(default_factory=dict)
 
-    def __init__(
-        self,
-        model: NextFlowForConditionalGeneration,
-        processor,
-        pictures: list[Picture],
-        packs: Path | None = None,
-        seed: int = 0,
-    ):
-        self.model, self.processor, self.pictures, self.packs, self.seed = model, processor, pictures, packs, seed
-        self.config, self.vq_model = model.config, model.model.vq_model
-        self.images: dict[str, list] = {}  # rows of pictures for the report
-        self.curves: dict[str, dict[str, list[float]]] = {}  # per scale, for the report
+    def __post_init__(self):
+        self.config, self.vq_model = self.model.config, self.model.model.vq_model
+        self.schedules, self.image_id = self.vq_model.schedules, self.config.image_token_id
 
     @cached_property
-    def groups(self) -> list[Coded]:
-        """All pictures, by grid, as many at once as fit."""
-        by_grid: dict[Grid, list[tuple[Picture, torch.Tensor]]] = {}
-        for picture in self.pictures:
-            grid, pixels = self.pixels_of(picture.image)
-            by_grid.setdefault(grid, []).append((picture, pixels))
-        groups = []
-        for grid, members in by_grid.items():
-            schedule = self.vq_model.schedules.by_grid(grid)
-            count = pictures_at_once(self.vq_model.schedules.image_size(schedule))
-            for first in range(0, len(members), count):
-                pictures, each = zip(*members[first : first + count])
-                output = self.vq_model(pixels := torch.cat(each).float())
-                codes = output.quantization.target_codes
-                groups.append(Coded(schedule, list(pictures), pixels, codes, output))
-        return groups
+    def coded(self) -> list[tuple[torch.Tensor, ScaleSchedule, NextFlowVQOutput]]:
+        """(1, 3, H, W) pixels of every picture, its schedule, and what the vision tokenizer makes of it."""
+        each = [self.pixels_of(picture.image) for picture in self.pictures]
+        return [(pixels, self.schedules.by_grid(grid), self.vq_model(pixels)) for grid, pixels in each]
 
-    def pixels_of(self, image) -> tuple[Grid, torch.Tensor]:
+    def pixels_of(self, image: Image.Image) -> tuple[Grid, torch.Tensor]:
         """A picture as the processor gives it: final grid, and (1, 3, H, W)."""
         grid, pixels = self.processor.image_processor.whole(self.processor.image_processor(image, return_tensors="pt"))
         return grid, pixels.to(self.model.device)
 
     @cached_property
-    def shards(self) -> tuple[Path, dict]:
-        """Folder and manifest of the shards."""
-        return open_shards(self.packs, hashes=False)
+    def shards(self) -> tuple[Path | None, dict]:
+        """Folder and manifest of the shards, if any."""
+        if self.packs is not None:
+            return open_shards(self.packs, hashes=False)
+        return None, {"identity": identity_of(self.config, self.processor, self.vq_model), "variants": 0}
 
     @cached_property
     def spec(self) -> SequenceSpec:
-        """Special ids and schedules that the shards were made with."""
+        """Special ids and schedules that the documents were made with."""
         return sequence_spec(self.shards[1]["identity"])
 
-    @property
-    def variants(self) -> int:
-        """Codings of every drawn picture in the shards."""
-        return self.shards[1]["variants"]
-
     @cached_property
-    def rows(self) -> list[dict[str, torch.Tensor]]:
-        """What the loss is measured on, one row of the model's forward each: some documents of the shards, as in
-        training; else described pictures."""
-        if self.packs is None:
-            return [answer.row for answer in self.answers]
-        rows = []
-        for first in range(0, len(self.documents), DOCUMENTS):
-            row = self.row_of(self.documents[first : first + DOCUMENTS])
-            markers = row["shift_labels"][row["input_ids"] == self.config.boi_token_id]
-            if (markers != IGNORE).any():  # without a picture to predict it says nothing of codes
-                rows.append(row)
-            if len(rows) == ROWS:
+    def documents(self) -> list[Document]:
+        """Of the shards, row by row in a random order; without shards those of pictures."""
+        folder, manifest = self.shards
+        if folder is None:
+            return self.described
+        reader, documents = PackReader(folder, manifest, self.spec), []
+        for index in np.random.default_rng(self.seed).permutation(len(reader)):
+            for _, _, ids, flags, images in documents_of(reader.row(int(index)), self.spec, manifest["variants"]):
+                flags = flags.astype(bool)
+                documents.append(Document(ids, flags, images, flags[ids == self.image_id].tolist()))
+            if len(documents) >= LOOKED_THROUGH:
                 break
-        return rows
+        return documents
 
     @cached_property
-    def documents(self) -> list[dict[str, np.ndarray]]:
-        """Those of the shards that are looked through, see [`stored_documents`]."""
-        return list(islice(stored_documents(self), LOOKED_THROUGH))
+    def described(self) -> list[Document]:
+        """Pictures that have a text, or drawn ones, after their texts."""
+        described = [each for each in self.pictures if each.caption] or default_pictures(self.schedules, self.seed)
+        chosen = np.random.default_rng(self.seed).permutation(len(described))[:ROWS]
+        return [self.document(described[at].caption, described[at].image) for at in chosen]
 
-    def row_of(self, documents: Sequence[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
-        """Documents of the shards as one row of the model's forward."""
-        row = {name: np.concatenate([each[name] for each in documents]) for name in documents[0]}
-        lengths = np.array([len(each["input_ids"]) for each in documents])
-        picks = np.random.default_rng(self.seed).integers(max(self.variants, 1), size=len(row["image_grid_hw"]) // 2)
-        batch = collate([unfold(row, lengths, self.spec, self.variants, picks)], 0, False)
-        return {name: values.to(self.model.device) for name, values in batch.items()}
+    def document(self, text: str, *images: Image.Image) -> Document:
+        """A text and pictures, the last of which answers them; all its codings are alike."""
+        prompt = self.processor.apply_chat_template([user_message(text, images[:-1])], generation_mode="image")
+        ids, variants = np.append(self.compact(prompt["input_ids"]), self.image_id), self.shards[1]["variants"]
+        pictures = []
+        for grid, pixels in map(self.pixels_of, images):
+            codes, coarse = self.vq_model.encode(pixels).cpu().numpy(), self.schedules.by_grid(grid).offsets[-1]
+            pictures.append((grid, codes, codes[:0, :coarse]))
+        drawn = (grid, codes.repeat(max(variants, 1), 0), codes[:, :coarse].repeat(variants, 0))
+        draws = [False] * (len(images) - 1) + [True]
+        return Document(ids, np.arange(len(ids)) == len(ids) - 1, [*pictures[:-1], drawn], draws)
+
+    def compact(self, prompt_ids: torch.Tensor) -> np.ndarray:
+        """(1, l) ids of a prompt with one `<image>` for each picture, without the `<boi>` at the end."""
+        ids = prompt_ids[0].cpu().numpy()
+        is_more = (ids == self.image_id) & (np.roll(ids, 1) == self.image_id)
+        return ids[~is_more & ~np.isin(ids, (self.config.boi_token_id, self.config.eoi_token_id))]
+
+    @property
+    def stored(self) -> list[tuple[Grid, np.ndarray, np.ndarray]]:
+        """Pictures of all documents."""
+        return [image for document in self.documents for image in document.images]
+
+    def codes_of(self, targets: np.ndarray, inputs: np.ndarray) -> torch.Tensor:
+        """(1, L) codes of a picture of a document that show it."""
+        return torch.from_numpy(decodable_codes(targets, inputs))[None].to(self.model.device)
 
     @cached_property
     def frame(self) -> tuple[list[int], list[int]]:
@@ -171,107 +196,69 @@ class Case:
         return prompts[0][: same.index(False)], prompts[0][len(same) - same[::-1].index(False) :]
 
     @cached_property
-    def answers(self) -> list[Answer]:
-        """Texts that a picture answers: those of the shards, else the examined pictures that have a text, else drawn
-        ones."""
-        found = [] if self.packs is None else list(islice(self._asked_for(), ROWS))
-        if len(found) < LEAST_DESCRIBED:
-            found = [
-                (picture.caption, codes[None], group.schedule)
-                for group in self.groups
-                for picture, codes in zip(group.pictures, group.codes)
-                if picture.caption
-            ]
-        if len(found) < LEAST_DESCRIBED:
-            for picture in default_pictures(self.vq_model.schedules, self.seed):
-                grid, pixels = self.pixels_of(picture.image)
-                found.append((picture.caption, self.vq_model.encode(pixels), self.vq_model.schedules.by_grid(grid)))
-        chosen = np.random.default_rng(self.seed).permutation(len(found))[:ROWS]
-        return [self.answer(*found[int(at)]) for at in chosen]
+    def asked(self) -> list[Document]:
+        """Prompts of texts and the picture that answers each: those of the shards, else described pictures."""
+        null, (head, _) = self.compact(self.null_prompt).tolist(), self.frame
+        drawn = [(document.prompt.tolist(), document) for document in self.documents if document.draws == [True]]
+        asked = [document for prompt, document in drawn if prompt != null and prompt[: len(head)] == head]
+        return asked[:ROWS] or self.described
 
-    def _asked_for(self) -> Iterator[tuple[str, torch.Tensor, ScaleSchedule]]:
-        """Text, (1, L) codes and schedule of documents of the shards that are a prompt and a picture."""
-        (head, tail), image = self.frame, self.spec.special.image
-        for document in self.documents:
-            ids, images = document["input_ids"].tolist(), images_of(document, self.spec, self.variants)
-            if len(images) == 1 and document["supervised"][ids.index(image)] and ids[: len(head)] == head:
-                words = ids[len(head) : ids.index(image)]  # compact, without <boi>
-                if len(words) > len(tail) and words[-len(tail) :] == tail:  # not one whose text was left out
-                    grid, targets, inputs = images[0]
-                    codes = as_codes(self, decodable_codes(targets, inputs))
-                    text = self.processor.tokenizer.decode(words[: -len(tail)])
-                    yield text, codes, self.vq_model.schedules.by_grid(grid)
+    @cached_property
+    def null_prompt(self) -> torch.Tensor:
+        """(1, l) ids with which prompts of text alone are guided."""
+        inputs = self.processor.apply_chat_template([user_message("a text")], generation_mode="image")
+        return inputs["negative_input_ids"].to(self.model.device)
 
-    def answer(self, text: str, codes: torch.Tensor, schedule: ScaleSchedule, conditions: Sequence = ()) -> Answer:
-        """`text`, after the pictures `conditions`, answered by the picture of (1, L) `codes`."""
-        chat = [user_message(text, conditions)]
-        prompt = dict(self.processor.apply_chat_template(chat, generation_mode="image").to(self.model.device))
-        prompt.pop("mm_token_type_ids", None)
-        ids = prompt["input_ids"]
-        slots = [self.config.image_token_id] * num_image_slots(schedule)
-        row = {"input_ids": torch.cat([ids, ids.new_tensor([[*slots, self.config.eoi_token_id]])], dim=1)}
-        grids, all_codes = ids.new_tensor([schedule.final_grid]), codes[0]
-        if "image_grid_hw" in prompt:
-            given = self.model.encode_images(prompt["pixel_values"], prompt["image_grid_hw"])
-            grids = torch.cat([prompt["image_grid_hw"].to(ids.device), grids])
-            all_codes = torch.cat([given.to(ids.device), all_codes])
-        row |= {"image_grid_hw": grids, "image_codes": all_codes}
-        start = ids.shape[1] - 1
-        row["shift_labels"] = torch.full_like(row["input_ids"], IGNORE)
-        row["shift_labels"][:, start : start + schedule.num_codes] = self.config.image_token_id
-        return Answer(prompt, row, codes, schedule, start)
+    def row_of(self, *documents: Document) -> Row:
+        """Documents as one row of the model's forward."""
+        images = [image for document in documents for image in document.images]
+        columns = ([np.empty(0, np.int64), *(np.ravel(image[at]) for image in images)] for at in range(3))
+        row = dict(zip(("image_grid_hw", *CODES), map(np.concatenate, columns)))
+        row["input_ids"], row["supervised"] = (np.concatenate([each[at] for each in documents]) for at in (0, 1))
+        lengths, variants = np.array([len(each.ids) for each in documents]), self.shards[1]["variants"]
+        picks = np.random.default_rng(self.seed).integers(max(variants, 1), size=len(images))
+        batch = collate([unfold(row, lengths, self.spec, variants, picks)], 0, False)
+        return {name: values.to(self.model.device) for name, values in batch.items()}
 
-    def code_logits(self, answer: Answer) -> torch.Tensor:
-        """(L, V) float32 teacher-forced logits of the answer's codes."""
-        inputs = {name: values for name, values in answer.row.items() if name != "shift_labels"}
-        logits = self.model(**inputs, logits_over="codes", use_cache=False).logits[0]
-        return logits[answer.start : answer.start + answer.schedule.num_codes].float()
+    @cached_property
+    def rows(self) -> list[Row]:
+        """What parts are tried on: documents that draw, as in training."""
+        drawing = [document for document in self.documents if any(document.draws)]
+        step = DOCUMENTS if self.packs else 1
+        return [self.row_of(*drawing[first : first + step]) for first in range(0, len(drawing), step)[:ROWS]]
 
-    def read(self, row: dict[str, torch.Tensor], with_text: bool = True) -> Reading:
-        """A row as the model reads it in training."""
+    @cached_property
+    def readings(self) -> list[Reading]:
+        """Of the first [`READ`] documents."""
+        return [self.read(self.row_of(document)) for document in self.documents[:READ]]
+
+    def logits(self, row: Row) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Of a row's supervised codes, and of its text: float32 logits around 0, targets and scales."""
         layout, codes = self.model.model.lay_out(**row)
-        inputs = {name: values for name, values in row.items() if name != "shift_labels"}
-        hidden_ND = self.model.model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)[layout.supervised]
-        is_code = layout.target_codes >= 0
-        is_text = ~is_code & with_text
-        return Reading(
-            self.model.code_head(hidden_ND[is_code]).float().log_softmax(-1),
-            codes[layout.target_codes[is_code]],
-            layout.scale_ids.flatten()[layout.supervised[is_code]] - 1,
-            self.model.lm_head(hidden_ND[is_text]).float().log_softmax(-1),
-            layout.targets[is_text],
-        )
+        output = self.model.model(**row | {"image_codes": codes}, layout=layout, use_cache=False)
+        scales_N, is_code = layout.scale_ids.flatten()[layout.supervised] - 1, layout.target_codes >= 0
+        hidden_ND = output.last_hidden_state.flatten(0, 1)[layout.supervised]
+        of_codes = self.model.code_head(hidden_ND[is_code]), codes[layout.target_codes[is_code]], scales_N[is_code]
+        of_text = self.model.lm_head(hidden_ND[~is_code]), layout.targets[~is_code], scales_N[~is_code]
+        return [(each.float() - each.float().mean(-1, keepdim=True), *others) for each, *others in (of_codes, of_text)]
 
-    def losses(self, rows: Sequence[dict[str, torch.Tensor]]) -> torch.Tensor:
+    def read(self, row: Row) -> Reading:
+        """A row as the model reads it in training."""
+        return Reading(*(torch.cat(pair, dim=-1) for pair in zip(*starmap(Reading.of, self.logits(row)))))
+
+    def losses(self, rows: Sequence[Row]) -> torch.Tensor:
         """(R,) nats a code of each row, at the temperature that suits all rows together best: whether the model knows
         which codes are likelier, apart from how sure it is."""
-        losses_TR = torch.stack([_losses_of(self.read(row, with_text=False)) for row in rows], dim=1)
+        losses_TR = torch.stack([self.read(row).codes.costs_TN.mean(dim=1) for row in rows], dim=1)
         return losses_TR[losses_TR.mean(dim=1).argmin()]
 
 
-def _losses_of(reading: Reading) -> torch.Tensor:
-    """(temperatures,) mean costs of the codes; one that is all but impossible counts no more than 30 nats."""
-    costs = [F.cross_entropy(reading.log_probs / t, reading.codes, reduction="none") for t in TEMPERATURES.tolist()]
-    return torch.stack([cost.nan_to_num(30).clamp(max=30).mean() for cost in costs]).cpu()
+def decoded(row: Row) -> torch.Tensor:
+    """(1, L) codes that show the picture of a row of one."""
+    inputs = row["image_input_codes"]
+    return torch.cat([inputs, row["image_codes"][len(inputs) :]])[None]
 
 
-def as_codes(case: Case, stored: np.ndarray) -> torch.Tensor:
-    """(L,) of shards -> (1, L) int64 where the model is."""
-    return torch.from_numpy(stored.astype(np.int64))[None].to(case.model.device)
-
-
-def stored_documents(case: Case) -> Iterator[dict[str, np.ndarray]]:
-    """Documents of the shards, row by row in a random order, each as a row of shards that holds it alone."""
-    folder, manifest = case.shards
-    reader, none = PackReader(folder, manifest, case.spec), np.empty(0, np.int64)
-    for index in np.random.default_rng(case.seed).permutation(len(reader)):
-        for _, _, ids, flags, images in documents_of(reader.row(int(index)), case.spec, case.variants):
-            arrays = zip(*images) if images else ((), (), ())
-            grids, targets, inputs = (np.concatenate([none, *map(np.ravel, each)]) for each in arrays)
-            yield {
-                "input_ids": ids,
-                "supervised": flags,
-                "image_grid_hw": grids,
-                "image_codes": targets,
-                "image_input_codes": inputs,
-            }
+def redrawn(row: Row, codes: torch.Tensor) -> Row:
+    """A row of one picture with other (L,) codes; as inputs the last scale's are left out."""
+    return row | {name: codes[: len(row[name])] for name in CODES}

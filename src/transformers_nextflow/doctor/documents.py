@@ -1,56 +1,54 @@
-"""Checks of what documents of shards hold: frames of chats, ends of texts, pictures and what asks for them."""
+"""Checks of documents of shards: what they hold, and what they cost, against what the model expects and the simple."""
 
 import math
 from collections import defaultdict
+from collections.abc import Iterable
 from functools import partial
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from ..data.shards import decodable_codes, images_of
-from .case import CODES, LOOK, ROWS, Case
-from .findings import ENOUGH, SIGNIFICANT, Check, Finding, z_score
+from ..data.shards import decodable_codes
+from .case import AS_IT_IS, CODES, READ, ROWS, Case, Reading, by_part, decoded, redrawn
+from .findings import ENOUGH, MATERIAL, SIGNIFICANT, Finding, z_score
+from .tokenizer import turned
 
 ALLOWED, FEW = 0.2, 0.05  # share of documents that may be otherwise, and where none should be
 COMPARED = 512  # pictures that are compared with each other
 LONG = 10  # letters of an answer that is found again by no chance
+EXCHANGED = "shown and drawn pictures in each other's place"
+COARSE = 2  # scales, in which what texts say shows
+SURPRISING = 0.6  # nats above the expected: what the model drew itself and is coded anew may cost 0.5 more
 
 
-def frames(check: Check, case: Case) -> Finding:
+def frames(check: Finding, case: Case) -> Finding:
     """Chats of the shards open, and turn to the answer, as a prompt of the processor does, and what the user says is
     no target."""
     tokenizer, special = case.processor.tokenizer, case.spec.special
     control = {*tokenizer.added_tokens_decoder} - {special.boi, special.eoi, special.image, special.eos, special.pad}
-    chats = [document for document in case.documents if control & {*document["input_ids"].tolist()}]
+    chats = [(ids, each.flags) for each in case.documents if control & {*(ids := each.ids.tolist())}]
     if len(chats) < ENOUGH:
         return check.unchecked(f"{len(chats)} documents are chats")
     head, tail = case.frame
     answer = tail[len(tail) - 1 - tail[::-1].index(head[0]) :] if head[0] in tail else tail
-    all_ids = [document["input_ids"].tolist() for document in chats]
-    for name, frame in (("open", head), ("turn to the answer", tail)):
-        others = [ids for ids in all_ids if not any(at == 0 or frame is tail for at in _starts(ids, frame))]
-        if len(others) > ALLOWED * len(chats):
-            measured = f"{len(others)} of {len(chats)} chats do not {name} with {tokenizer.decode(frame)!r}, as "
-            measured += repr(tokenizer.decode(others[0][:24]))
-            if sum(ids[: len(answer)] == answer for ids in all_ids) > ALLOWED * len(chats):
-                cause = "the roles of user and assistant were exchanged, so the model learns to ask"
-                return check.warned(measured, "roles exchanged", cause, "look at the roles in the documents' source")
-            cause = "shards were made with another chat template, or a system message that prompts have not"
-            step = "extract the shards with this processor, or save the one that made them with the model"
-            return check.warned(measured, "another chat template", cause, step)
-    measured = f"{len(chats)} chats, with {tokenizer.decode(head)!r} and {tokenizer.decode(tail)!r}"
     asked = head[len(head) - 1 - head[::-1].index(head[0]) :]
-    wrong = sum(
-        document["supervised"][at : next((end for end in _starts(ids, answer) if end > at), None)].any()
-        for document, ids in zip(chats, all_ids)
+    name, frame, unlike = "open", head, [ids for ids, _ in chats if ids[: len(head)] != head]
+    if len(unlike) <= ALLOWED * len(chats):
+        name, frame, unlike = "turn to the answer", tail, [ids for ids, _ in chats if not _starts(ids, tail)]
+    supervised = [
+        flags[at : next((end for end in _starts(ids, answer) if end > at), None)].any()
+        for ids, flags in chats
         for at in _starts(ids, asked)
-    )
-    if wrong <= FEW * len(chats):
-        return check.passed(measured)
-    cause = "what the user says is a target too, in all turns or the later ones, so the model learns to ask"
-    step = "look at what sets `supervised`, and extract anew"
-    return check.warned(f"{measured}; {wrong} turns of users are supervised", "questions supervised", cause, step)
+    ]
+    measured = f"{len(unlike)} of {len(chats)} chats do not {name} with {tokenizer.decode(frame)!r}"
+    measured += f", as {tokenizer.decode(unlike[0][:24])!r}" if unlike else ""
+    is_other, answers_first = len(unlike) > ALLOWED * len(chats), sum(ids[: len(answer)] == answer for ids, _ in chats)
+    faults = {
+        "roles exchanged": is_other and answers_first > ALLOWED * len(chats),
+        "another chat template": is_other,
+        "questions supervised": sum(supervised) > FEW * len(chats),
+    }
+    return check.verdict(f"{measured}; {sum(supervised)} turns of users are supervised", faults)
 
 
 def _starts(ids: list[int], frame: list[int]) -> list[int]:
@@ -58,122 +56,176 @@ def _starts(ids: list[int], frame: list[int]) -> list[int]:
     return [at for at in range(len(ids) - len(frame) + 1) if ids[at : at + len(frame)] == frame]
 
 
-def ends(check: Check, case: Case) -> Finding:
-    """The end of a supervised text is supervised, and costs less than by how often texts end."""
-    end, ended, unsupervised, tokens, costs = case.processor.tokenizer.eos_token_id, 0, 0, 0, []
-    for document in case.documents:
-        ids, flags = document["input_ids"], document["supervised"].astype(bool)
-        if not flags.any() or flags[ids == case.config.image_token_id].any():
-            continue  # whose end follows from a picture
-        is_end = np.append(False, flags[:-1] & (ids[:-1] != end)) & (ids == end)
-        ended, unsupervised = ended + int(is_end.sum()), unsupervised + int((is_end & ~flags).sum())
-        if (is_end & flags).any() and len(costs) < 2 * ROWS:
-            reading = case.read(case.row_of([document]))
-            tokens += len(reading.tokens)
-            at_end = reading.tokens == end
-            costs.append(F.nll_loss(reading.text_log_probs[at_end], reading.tokens[at_end]).cpu())
-    measured = f"{unsupervised} of {ended} are not supervised"
-    if unsupervised > ALLOWED * ended:
-        cause = "a model learns what to say and never that an answer ends: padding was masked, and the end with it"
-        return check.warned(measured, "ends not supervised", cause, "look at what sets `supervised`, and extract anew")
-    if len(costs) < ENOUGH:
-        return check.unchecked(f"{len(costs)} documents end in a text")
-    usual, own = math.log(tokens / len(costs)), torch.stack(costs)
-    measured += f"; they cost {float(own.mean()):.2f} nats, by their frequency {usual:.2f}"
-    if z_score(own - usual) < SIGNIFICANT:
-        return check.passed(measured)
-    cause = "texts end where those of training went on: they were cut, or are of another form"
-    return check.warned(measured, "texts cut short", cause, LOOK)
-
-
-def conditions(check: Check, case: Case) -> Finding:
-    """What documents draw is another picture than what they show, and likelier after it than the other way round."""
-    gains, same = [], []
-    for document in case.documents:
-        grids = document["image_grid_hw"].reshape(-1, 2).tolist()
-        draws = document["supervised"][document["input_ids"] == case.config.image_token_id]
-        if len(gains) < 2 * ROWS and len(grids) == 2 and grids[0] == grids[1] and draws.tolist() == [False, True]:
-            row = case.row_of([document])
-            shown, drawn = row["image_codes"].chunk(2)
-            same.append(float((shown == drawn).float().mean()) > 0.5)  # codings differ by self-correction
-            codes = {name: row[name].roll(len(row[name]) // 2) for name in row.keys() & CODES}
-            gains.append(_rise(case, row, row | codes))
-    if len(gains) < ENOUGH:
-        return check.unchecked(f"{len(gains)} documents draw a picture after one of its size")
-    gain, score = float(np.mean(gains)), z_score(torch.tensor(gains))
-    measured = f"it saves {gain:.3f} nats a code over {len(gains)} documents"
-    if np.mean(same) > ALLOWED:
-        cause = "a buffer, a column or a file name served for several pictures"
-        measured = f"{sum(same)} of {len(same)} documents draw what they show"
-        return check.warned(measured, "pictures repeated", cause, "look at the documents' pictures side by side")
-    if score > -SIGNIFICANT:
-        return check.passed(measured, gain=gain)
-    cause = "the pictures that instructions are about and those that they ask for are in each other's place"
-    return check.warned(measured, "pictures exchanged", cause, "look at the columns that the documents were made of")
-
-
-def varied(check: Check, case: Case) -> Finding:
+def varied(check: Finding, case: Case) -> Finding:
     """No picture stands for a twentieth of all and four times as often as others, few documents are copies of others,
     and answers do not stand in what comes before them."""
     show = partial(case.processor.tokenizer.decode, skip_special_tokens=True)
-    pictures: dict[tuple, list[np.ndarray]] = defaultdict(list)
-    whole: set[bytes] = set()
-    given = answered = 0
+    pictures, wholes, total = defaultdict(list), set(), len(case.documents)
+    given, times = [], [0]
     for document in case.documents:
-        ids, flags = document["input_ids"], document["supervised"].astype(bool)
-        images = images_of(document, case.spec, case.variants)
-        whole.add(b"".join(values.tobytes() for values in document.values()))
+        ids, flags, images, draws = document
+        wholes.add((ids.tobytes(), *(targets.tobytes() for _, targets, _ in images)))
         for grid, targets, inputs in images:
             pictures[grid].append(decodable_codes(targets, inputs))
-        if flags.any() and not (ids[flags] == case.spec.special.image).any():
-            answer = show(ids[flags]).strip()
-            if len(answer) >= LONG:
-                answered, given = answered + 1, given + (answer in show(ids[: flags.argmax()]))
-    repeated, times = len(case.documents) - len(whole), [0]
+        if flags.any() and not any(draws) and len(answer := show(ids[flags]).strip()) >= LONG:
+            given.append(answer in show(document.prompt))
     for of_grid in pictures.values():
         first = np.stack(of_grid[:COMPARED])
         same = np.stack([(first == each).mean(1) for each in first])
         # one picture in several codings is alike in more than half of what is not so in any two
         times += (same > (1 + np.median(same)) / 2).sum(1).tolist()
-    shown, most, usual = len(times) - 1, max(times), float(np.quantile(times, 0.25))
-    measured = f"of {shown} pictures one stands {most} times; {repeated} of {len(case.documents)} documents are "
-    measured += f"copies of others; {given} of {answered} answers stand in what comes before"
-    if most > max(FEW * shown, 4 * usual, ENOUGH):
-        cause = "one picture, as a placeholder or the last of a buffer, stands in the place of many"
-        return check.warned(measured, "one picture many times", cause, LOOK)
-    if repeated > ALLOWED * len(case.documents):
-        cause = "a source that had ended began anew, or was written several times"
-        return check.warned(measured, "documents repeated", cause, "count the rows of every source, and extract anew")
-    if answered >= ENOUGH and given > ALLOWED * answered:
-        cause = "the answer is given away, so the model learns to copy it"
-        return check.warned(measured, "answers given away", cause, LOOK)
-    return check.passed(measured)
+    most, usual, repeated = max(times), float(np.quantile(times, 0.25)), total - len(wholes)
+    measured = f"of {len(times) - 1} pictures one stands {most} times; {repeated} of {total} documents are copies of "
+    measured += f"others; {sum(given)} of {len(given)} answers stand in what comes before"
+    faults = {
+        "one picture many times": most > max(FEW * len(times), 4 * usual, ENOUGH),
+        "documents repeated": repeated > ALLOWED * total,
+        "answers given away": len(given) >= ENOUGH and sum(given) > ALLOWED * len(given),
+    }
+    return check.verdict(measured, faults)
 
 
-def worth(check: Check, case: Case) -> Finding:
-    """Pictures are likelier after their own prompt than after another document's."""
-    drawn, gains = [], []
-    for document in case.documents:
-        at = np.flatnonzero(document["input_ids"] == case.config.image_token_id)
-        if len(at) == 1 and document["supervised"][at[0]] and len(drawn) <= 2 * ROWS:
-            drawn.append((at[0], document))
-    for (at, own), (other_at, other) in zip(drawn, drawn[1:]):
-        names = ("input_ids", "supervised")
-        changed = {name: np.concatenate([other[name][:other_at], own[name][at:]]) for name in names}
-        if own["input_ids"].tolist() != changed["input_ids"].tolist():
-            gains.append(_rise(case, case.row_of([own]), case.row_of([own | changed])))
-    if len(gains) < ENOUGH:
-        return check.unchecked(f"{len(gains)} documents answer a text by a picture")
-    gain, score = float(np.mean(gains)), z_score(torch.tensor(gains))
-    measured = f"own prompts save {gain:.3f} nats a code over {len(gains)} documents, {score:.1f} standard errors"
-    if score > SIGNIFICANT / 2:  # some texts say little of the picture
-        return check.passed(measured, gain=gain)
-    cause = "the texts are not these pictures', their ids are others than in training, or the model did not learn them"
-    return check.warned(measured, "prompt ignored", cause, LOOK, gain=gain)
+def ends(check: Finding, case: Case) -> Finding:
+    """The end of a supervised text is supervised, and costs less than by how often texts end."""
+    end, supervised = case.processor.tokenizer.eos_token_id, []
+    answers = [document.flags.any() and not any(document.draws) for document in case.documents]
+    for (ids, flags, _, _), is_text in zip(case.documents, answers):
+        is_end = np.append(False, flags[:-1] & (ids[:-1] != end)) & (ids == end)
+        supervised += flags[is_end].tolist() if is_text else []
+    texts = [reading for reading, is_text in zip(case.readings, answers) if is_text]
+    at_ends = [text.where(text.targets_N == end) for text in texts]
+    own = torch.tensor([each.cost for each in at_ends if len(each.targets_N)])
+    if not supervised:
+        return check.unchecked("no document ends in a text")
+    usual = math.log(max(sum(len(text.targets_N) for text in texts), 1) / max(len(own), 1))
+    measured = f"{sum(supervised)} of {len(supervised)} are supervised; {len(own)} cost {float(own.mean()):.2f} nats, "
+    faults = {
+        "ends not supervised": sum(supervised) < (1 - ALLOWED) * len(supervised),
+        "texts cut short": z_score(own - usual) >= SIGNIFICANT,
+    }
+    return check.verdict(f"{measured}by their frequency {usual:.2f}", faults)
 
 
-def _rise(case: Case, *rows: dict[str, torch.Tensor]) -> float:
-    """By how many nats a code the second of two rows costs more than the first."""
-    readings = [case.read(row, with_text=False) for row in rows]
-    own, changed = (float(F.nll_loss(reading.log_probs, reading.codes)) for reading in readings)
-    return changed - own
+def conditions(check: Finding, case: Case) -> Finding:
+    """What is supervised is likelier after its own prompt, and its own pictures, than after another document's; what
+    documents draw is another picture than what they show, and likelier after it than the other way round."""
+    rises, last, same = defaultdict(list), {}, []
+    for document, reading in zip(case.documents, case.readings):
+        images, draws = document.images, document.draws
+        shown, answer = draws.count(False), "pictures" if any(draws) else "texts"
+        if not document.flags.any() or any(draws[:shown]):
+            continue
+        key = answer, *(grid for grid, _, _ in images[:shown])
+        other, last[key], changed = last.get(key, document), document, {}
+        if other.prompt.tolist() != document.prompt.tolist():
+            changed[f"prompt before {answer}"] = case.row_of(document.after(other.prompt))
+        if shown and other is not document:
+            exchanged = document._replace(images=[*other.images[:shown], *images[shown:]])
+            changed[f"pictures before {answer}"] = case.row_of(exchanged)
+        if draws == [False, True] and images[0][0] == images[1][0]:
+            same.append(float((images[0][1][0] == images[1][1][0]).mean()) > 0.5)  # codings differ by self-correction
+            row = case.row_of(document)
+            changed[EXCHANGED] = row | {name: row[name].roll(len(row[name]) // 2) for name in CODES}
+        for name, row in changed.items():
+            if len(rises[name]) < 2 * ROWS:
+                own, others = ((it.codes if any(draws) else it).cost for it in (reading, case.read(row)))
+                rises[name].append(float(others - own))
+    scores = {name: z_score(torch.tensor(each)) for name, each in rises.items() if len(each) >= ENOUGH}
+    if not scores:
+        return check.unchecked(f"fewer than {ENOUGH} documents of a kind answer something")
+    measured = ", ".join(f"{name} {np.mean(rises[name]):+.3f}" for name in scores)
+    ignored = {name.partition(" ")[0] for name, z in scores.items() if z < SIGNIFICANT / 2}  # some say little
+    faults = {
+        "pictures repeated": len(same) >= ENOUGH and sum(same) > ALLOWED * len(same),
+        "pictures exchanged": scores.get(EXCHANGED, 0.0) < -SIGNIFICANT,
+        **{f"{what} ignored": what in ignored for what in ("prompt", "pictures")},
+    }
+    return check.verdict(f"others cost so many nats more: {measured}; {sum(same)} draw what they show", faults)
+
+
+def confidence(check: Finding, case: Case) -> Finding:
+    """Codes are not likelier with half or twice the logits, at every scale."""
+    of_scales = [torch.cat([*zip(*each)][2], dim=1) for name, each in by_part(case.readings).items() if name != "text"]
+    if not of_scales:
+        return check.unchecked("the shards draw no pictures")
+    costs_TS = torch.stack([costs_TN.mean(dim=1) for costs_TN in of_scales], dim=1)
+    twice, own, half = (costs_TS[at] for at in (0, AS_IT_IS, -1))
+    measured = (
+        f"{float(own.mean()):.2f} nats a code, the mean of scales, with half the logits {float(half.mean()):.2f}, "
+    )
+    better = [bool((other < own * (1 - MATERIAL)).all()) for other in (half, twice)]
+    faults = dict(zip(("logits too large", "logits too small"), better))
+    return check.verdict(f"{measured}with twice {float(twice.mean()):.2f}", faults)
+
+
+def scales(check: Finding, case: Case) -> Finding:
+    """Codes of every scale, and texts, cost less than codes and words drawn by their frequency in other documents
+    (unigram) would."""
+    costs = {}
+    for name, readings in by_part(case.readings).items():
+        size = case.config.text_vocab_size if name == "text" else case.config.vq_config.codebook_size
+        costs[name] = torch.stack([each.cost for each in readings]), _unigram(readings, size)
+    means = {name: [float(each.mean()) for each in pair] for name, pair in costs.items()}
+    of_scales = [pair for name, pair in means.items() if name != "text"]
+    case.curves["loss of each scale, nats a code"] = dict(zip(("loss", "unigram"), map(list, zip(*of_scales))))
+    above = [name for name, (loss, unigram) in costs.items() if z_score(loss - unigram) > SIGNIFICANT]
+    measured = ", ".join(f"{name} {loss:.2f} ({unigram:.2f})" for name, (loss, unigram) in means.items())
+    return check.verdict(f"loss (unigram): {measured}; above it: {above}", {"worse than the unigram": above})
+
+
+def _unigram(readings: list[Reading], size: int) -> torch.Tensor:
+    """(R,) mean cost of each document's targets by their frequency in the others."""
+    counts = torch.stack([each.targets_N.bincount(minlength=size).float() for each in readings])
+    rest = counts.sum(0) - counts
+    log_probs = ((rest + 0.5) / (rest.sum(1, keepdim=True) + 0.5 * size)).log()
+    return -(counts * log_probs).sum(1) / counts.sum(1)
+
+
+def familiar(check: Finding, case: Case) -> Finding:
+    """Codes of every scale, and texts, cost what the model itself expects (its entropy) or less, as those do that it
+    was trained on; of all documents, not the most alone."""
+    of_parts = {name: _surprises(readings) for name, readings in by_part(case.readings).items()}
+    means = {name: float(surprises.mean()) for name, surprises in of_parts.items()}
+    strange = [name for name in means if means[name] > SURPRISING and z_score(of_parts[name]) > SIGNIFICANT]
+    whole = _surprises(each.codes for each in case.readings)
+    coarse = _surprises(it.where((it.scales_N >= 0) & (it.scales_N < COARSE)) for it in case.readings)
+    fine = _surprises(it.where(it.scales_N >= COARSE) for it in case.readings)
+    apart = coarse - fine if len(coarse) == len(fine) else coarse[:0]  # none where there are fewer scales
+    outliers, mean = int((whole > 2 * SURPRISING).sum()), float(whole.mean())
+    measured = f"nats above the expected: {', '.join(f'{name} {x:+.2f}' for name, x in means.items())}; pictures "
+    measured += f"{mean:+.2f}, above {2 * SURPRISING:g} {outliers} of {len(whole)}; the first {COARSE} scales "
+    measured += f"{float(apart.mean()):+.2f} above the others"
+    by_pictures = mean > SURPRISING / 2 and z_score(whole) > SIGNIFICANT or outliers > FEW * len(whole)
+    is_strange, first = bool(strange or by_pictures), next(iter(strange), "")
+    usual = max((mean for name, mean in means.items() if name != first), default=0.0)
+    is_one_scale = len(strange) == 1 and first != "text" and usual < SURPRISING / 2 < 2 < means[first]
+    what = "pictures" if "text" not in strange else "texts" if len(strange) == 1 else "documents"
+    way = _likelier(case, mean) if is_strange and what == "pictures" and not is_one_scale else None
+    is_of_texts = not by_pictures and z_score(apart) > SIGNIFICANT and float(apart.mean()) > SURPRISING
+    faults = {
+        "texts do not fit their pictures": is_of_texts,
+        f"codes of {first} in disorder": is_one_scale,
+        f"pictures {way}": way,
+        f"unfamiliar {what}": is_strange,
+    }
+    return check.verdict(measured, faults)
+
+
+def _surprises(readings: Iterable[Reading]) -> torch.Tensor:
+    """Of those that have targets."""
+    return torch.tensor([float(reading.surprise) for reading in readings if len(reading.targets_N)])
+
+
+def _likelier(case: Case, excess: float) -> str | None:
+    """What, done to all pictures, makes drawn ones likelier, by half of the nats that they cost too much."""
+    costs = defaultdict(list)
+    for document in case.documents[:READ]:
+        if document.draws == [True]:
+            row = case.row_of(document)
+            pixels = case.vq_model.decode(decoded(row), document.images[0][0])
+            for way, seen in {"as they are": pixels, **turned(pixels)}.items():
+                costs[way].append(float(case.read(redrawn(row, case.vq_model.encode(seen)[0])).codes.cost))
+    own = torch.tensor(costs["as they are"])
+    gains = {way: own - torch.tensor(each) for way, each in costs.items() if len(each) == len(own)}
+    best = max(gains, key=lambda way: float(gains[way].mean()))
+    return best if float(gains[best].mean()) > excess / 2 and z_score(gains[best]) > SIGNIFICANT / 2 else None

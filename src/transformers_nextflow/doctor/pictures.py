@@ -7,13 +7,12 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from ..image_processing_nextflow import open_picture
-from ..scales import ScaleSchedule, ScheduleTable
+from ..scales import ScheduleTable
 from ..utils.files import read_text
 
-COLOURS = {"red": (214, 40, 40), "green": (40, 160, 70), "blue": (40, 80, 210)}
-COLOURS |= {"yellow": (240, 200, 40), "purple": (140, 60, 170), "orange": (240, 140, 30)}
+COLOURS = ("red", "green", "blue", "gold", "purple", "orange")
 SIDES = {"circle": 64, "square": 4, "triangle": 3}
-BACKGROUNDS = ((255, 255, 255), (20, 20, 20), (150, 150, 150), (225, 210, 180))
+GROUNDS = ("white", "black", "gray", "wheat")
 FILES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -25,27 +24,21 @@ class Picture:
     caption: str | None = None
 
 
-def sizes(table: ScheduleTable) -> list[ScaleSchedule]:
-    """A square, a wide and a tall schedule of the lowest level, as far as there are different ones."""
-    level = next(iter(table.levels))
-    wanted = ((600, 600), (1200, 1800), (1800, 1200))
-    return list({table.nearest_to_image(*size, level): None for size in wanted})
+def default_pictures(table: ScheduleTable, seed: int, each: int = 12) -> list[Picture]:
+    """`each` drawn pictures of a square, a wide and a tall schedule of the lowest level, as far as these differ."""
+    rng, level = random.Random(f"doctor {seed}"), next(iter(table.levels))
+    nearest = [table.nearest_to_image(*size, level) for size in ((600, 600), (1200, 1800), (1800, 1200))]
+    return [draw(rng, *table.image_size(schedule)) for schedule in dict.fromkeys(nearest) for _ in range(each)]
 
 
 def draw(rng: random.Random, height: int, width: int) -> Picture:
     """One shape in a colour, on a plain ground."""
-    kind, colour, scale = rng.choice(list(SIDES)), rng.choice(list(COLOURS)), 4
+    kind, colour, scale = rng.choice(list(SIDES)), rng.choice(COLOURS), 4
     radius = scale * min(height, width) * rng.uniform(0.25, 0.42)
     centre = [rng.uniform(radius, scale * length - radius) for length in (width, height)]
-    canvas = Image.new("RGB", (scale * width, scale * height), rng.choice(BACKGROUNDS))
-    ImageDraw.Draw(canvas).regular_polygon((*centre, radius), SIDES[kind], fill=COLOURS[colour])
+    canvas = Image.new("RGB", (scale * width, scale * height), rng.choice(GROUNDS))
+    ImageDraw.Draw(canvas).regular_polygon((*centre, radius), SIDES[kind], fill=colour)
     return Picture(canvas.resize((width, height), Image.Resampling.BOX), f"a {colour} {kind}")
-
-
-def default_pictures(table: ScheduleTable, seed: int, each: int = 12) -> list[Picture]:
-    """`each` drawn pictures of each of [`sizes`]."""
-    rng = random.Random(f"doctor {seed}")
-    return [draw(rng, *table.image_size(schedule)) for schedule in sizes(table) for _ in range(each)]
 
 
 def read_pictures(folder: str | Path, limit: int = 48) -> list[Picture]:

@@ -2,14 +2,14 @@
 
 import re
 from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import nn
 
 from .case import Case
-from .findings import ENOUGH, SIGNIFICANT, Check, Finding, z_score
+from .findings import ENOUGH, SIGNIFICANT, Finding, z_score
 
-COMPARE = "compare weights and config.json with the training's own checkpoint"
 COMPARED = 256  # entries of the table that are compared at once
 SMALLEST, LARGEST = 48, 256  # rows and columns of a matrix from which on it has a spectrum, and that are looked at
 FEWEST, CLIPPED = 12, 0.01  # different numbers among 16 neighbours; share of entries that may be at the largest
@@ -17,37 +17,39 @@ LOST = 0.25  # share of codes' rows that may be like none: those of codes that a
 LOOKED_AT, SAME = 4096, 0.999  # entries of two tensors, and their correlation if one is a copy
 
 
-def finite(check: Check, case: Case) -> Finding:
+def finite(check: Finding, case: Case) -> Finding:
     """Every weight is a finite number."""
     tensors = dict(case.model.named_parameters())
-    broken = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
-    if not broken:
-        return check.passed(f"all {len(tensors)} tensors are finite")
-    cause = "training diverged, a narrow dtype overflowed, or a file was damaged"
-    step = "go back to the last checkpoint without; look at the loss and the gradient norm before it"
-    return check.failed(f"{_some(broken)} of {len(tensors)} are not", "weights not finite", cause, step)
+    return _verdict(check, {"weights not finite": (tensors, lambda name: not tensors[name].isfinite().all())})
 
 
-def values(check: Check, case: Case) -> Finding:
+def _verdict(check: Finding, faults: Mapping[str, tuple[Collection[str], Callable]], measured: str = "") -> Finding:
+    """Faults by those that they are looked for in, by name, and whether a name has it."""
+    for fault, (names, has_it) in faults.items():
+        if found := [name for name in names if has_it(name)]:
+            shown = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+            return check.verdict(f"{shown} of {len(names)} are not{measured}", {fault: True})
+    return check.verdict(f"so are all of {max(len(names) for names, _ in faults.values())}{measured}", {})
+
+
+def values(check: Finding, case: Case) -> Finding:
     """No tensor, and no row or column of a matrix that is always read, holds one number throughout: biases begin at 0
     and norms at 1, and the first step moves every entry by itself. Few entries are the largest, as they are after
     clipping, and rows of matrices hold more values than 4 bits have."""
     tensors = {name: tensor for name, tensor in case.model.named_parameters() if tensor.numel() > 1}
-    wide = {name: weight for name, weight in matrices(case.model).items() if weight.shape[1] > 4 * FEWEST}
-    read = {name: weight for name, weight in wide.items() if not re.search("embed|head", name)}
-    stacked = {name: weight for name, weight in read.items() if kind_of(name) != name}  # of layers: others may be even
-    cut = lambda x: (x == x[:1]).all(0).any() or (x == x[:, :1]).all(1).any()  # noqa: E731
-    kinds = (
-        ("untrained weights", "one number throughout", tensors, lambda x: (x == x.flatten()[0]).all()),
-        ("weights cut off", "one number in a row or column", read, cut),
-        ("weights clipped", "often at one bound", wide, lambda x: (x.abs() == x.abs().max()).float().mean() > CLIPPED),
-        ("weights too coarse", "of 4 bits or less", stacked, lambda x: _different(x[:64]) < FEWEST),
-    )
-    for fault, what, members, is_so in kinds:
-        if found := [name for name, weight in members.items() if is_so(weight)]:
-            cause = "they were never trained, or reset, cut, rounded or left out in loading, merging or conversion"
-            return check.warned(f"{_some(found)} of {len(members)} are {what}", fault, cause, COMPARE)
-    return check.passed(f"so do all of {len(tensors)} tensors")
+    every = matrices(case.model)
+    wide = [name for name, weight in every.items() if weight.shape[1] > 4 * FEWEST]
+    read = [name for name in wide if not re.search("embed|head", name)]
+    stacked = [name for name in read if kind_of(name) != name]  # of layers: others may be even
+    same = lambda x, dim: (x == x.select(dim, 0).unsqueeze(dim)).all(dim).any()  # noqa: E731
+    bounded = lambda x: (x.abs() == x.abs().max()).float().mean()  # noqa: E731
+    faults = {
+        "untrained weights": (tensors, lambda name: same(tensors[name].flatten(), 0)),
+        "weights cut off": (read, lambda name: same(every[name], 0) or same(every[name], 1)),
+        "weights clipped": (wide, lambda name: bounded(every[name]) > CLIPPED),
+        "weights too coarse": (stacked, lambda name: _different(every[name][:64]) < FEWEST),
+    }
+    return _verdict(check, faults)
 
 
 def _different(weight: torch.Tensor) -> float:
@@ -56,29 +58,36 @@ def _different(weight: torch.Tensor) -> float:
     return float((rows.diff(dim=1) != 0).sum(dim=1).float().mean()) + 1
 
 
-def spectra(check: Check, case: Case) -> Finding:
+def copies(check: Finding, case: Case) -> Finding:
+    """No two matrices of one kind, as of two layers, hold the same numbers."""
+    kinds, same, every = defaultdict(dict), set(), matrices(case.model)
+    for name, weight in every.items():
+        kinds[kind_of(name), weight.shape][name] = weight.flatten()[:LOOKED_AT]
+    for members in kinds.values():
+        alike = torch.corrcoef(torch.stack([*members.values()])).reshape(len(members), -1) > SAME
+        same |= {name for name, row in zip(members, alike.triu(1).T) if row.any()}  # as one before it
+    return _verdict(check, {"copied weights": (every, same.__contains__)})
+
+
+def spectra(check: Finding, case: Case) -> Finding:
     """Singular values of a trained matrix or kernel are others than those of the same entries in random order, and its
     small ones are no tenth of its kind's."""
-    kinds: dict[str, dict[str, tuple[float, float]]] = defaultdict(dict)
     generator = torch.Generator().manual_seed(case.seed)
-    for name, weight in matrices(case.model).items():
-        if min(weight.shape) >= SMALLEST and (".vq_model." not in name or case.model.get_parameter(name).ndim > 2):
-            kinds[kind_of(name)][name] = _structure(weight[:LARGEST, :LARGEST].cpu(), generator)
-    if not kinds:
+    found = {
+        name: _structure(weight[:LARGEST, :LARGEST].cpu(), generator)
+        for name, weight in matrices(case.model).items()
+        if min(weight.shape) >= SMALLEST and (".vq_model." not in name or case.model.get_parameter(name).ndim > 2)
+    }
+    if not found:
         return check.unchecked(f"no matrix has {SMALLEST} rows and columns to tell training from chance")
-    usual = {kind: torch.tensor([*each.values()]).median(dim=0).values.tolist() for kind, each in kinds.items()}
-    every = {name: found for each in kinds.values() for name, found in each.items()}
-    if low := [name for name, (_, small) in every.items() if small < usual[kind_of(name)][1] / 10]:
-        cause = "they were compressed, cut, or replaced by a product of small matrices"
-        return check.warned(f"{_some(low)} of {len(every)} matrices are", "weights of low rank", cause, COMPARE)
-    scores = {name: score for name, (score, _) in every.items()}
-    random = [name for name, score in scores.items() if score < SIGNIFICANT]
-    measured = f"they are {min(scores.values()):.0f} to {max(scores.values()):.0f} deviations of chance apart"
-    if not random:
-        return check.passed(measured, deviations=scores)
-    measured = f"{_some(random)} of {len(scores)} matrices are not"
-    cause = "they were not loaded, merged or converted but initialised anew, or their entries are in disorder"
-    return check.warned(measured, "re-initialised weights", cause, COMPARE, deviations=scores)
+    scores, small = ({name: pair[at] for name, pair in found.items()} for at in (0, 1))
+    usual = usual_of_kind(small)
+    faults = {
+        "weights of low rank": (found, lambda name: small[name] < usual[name] / 10),
+        "re-initialised weights": (found, lambda name: scores[name] < SIGNIFICANT),
+    }
+    apart = f", {min(scores.values()):.0f} to {max(scores.values()):.0f} deviations of chance apart"
+    return _verdict(check, faults, apart)
 
 
 def _structure(weight: torch.Tensor, generator: torch.Generator, draws: int = 16) -> tuple[float, float]:
@@ -91,48 +100,27 @@ def _structure(weight: torch.Tensor, generator: torch.Generator, draws: int = 16
     return float(score), float(own[small] / mean[small].clamp(min=1e-30))
 
 
-def copies(check: Check, case: Case) -> Finding:
-    """No two matrices of one kind, as of two layers, hold the same numbers."""
-    kinds = defaultdict(list)
-    for name, weight in matrices(case.model).items():
-        kinds[kind_of(name), weight.shape].append((name, weight))
-    same = []
-    for members in kinds.values():
-        rows = torch.stack([weight.flatten()[:LOOKED_AT] for _, weight in members])
-        rows = rows - rows.mean(dim=1, keepdim=True)
-        rows = rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-12)
-        alike = ((rows @ rows.T).triu(1) > SAME).nonzero().tolist()
-        same += [f"{members[a][0]} and {members[b][0]}" for a, b in alike]
-    if not same:
-        return check.passed(f"none of {sum(map(len, kinds.values()))} matrices is a copy of another")
-    cause = "a layer was written in the place of another when weights were loaded, merged or converted"
-    return check.warned(f"{_some(same)} are the same", "copied weights", cause, COMPARE)
-
-
-def code_rows(check: Check, case: Case) -> Finding:
+def code_rows(check: Finding, case: Case) -> Finding:
     """Entries that are near each other in the vision tokenizer's table are so in the transformer's embeddings, which
     began with them, and in its code head, in every part of both."""
     entries = case.vq_model.quantizer().detach().float().cpu()
     if len(entries) < ENOUGH:
         return check.unchecked(f"{len(entries)} codes are too few")
-    measured = []
+    measured, faults = [], {}
     for name, module in (("code embeddings", case.model.model.code_embeddings), ("code head", case.model.code_head)):
         rows = module.weight.detach().float().cpu()
-        scores = {shift: _order(rows.roll(-shift, 0), entries) for shift in (0, -1, 1)}
-        own_V, shift = scores[0], max(scores, key=lambda shift: float(scores[shift].mean()))
-        of_parts = [z_score(part) for part in own_V.split(COMPARED)]
-        measured.append(f"{name} {min(of_parts):.0f} deviations above chance")
-        if shift and z_score(own_V) <= SIGNIFICANT < z_score(scores[shift]):
-            return check.warned(measured[-1], "wrong code offset", f"row c belongs to code c{-shift:+d}", COMPARE)
-        if min(of_parts) <= SIGNIFICANT:
-            cause = "they are reset or in another order, or the vision tokenizer's table is another than in training"
-            measured[-1] += f", of {COMPARED} rows from {COMPARED * of_parts.index(min(of_parts))} on"
-            return check.warned(measured[-1], f"{name} without order", cause, COMPARE)
-        if (lost := float((own_V < 1).float().mean())) > LOST:
-            cause = "entries of the table were restarted after the transformer was trained, or these rows were reset"
-            measured[-1] += f", {lost:.0%} of the rows as by chance"
-            return check.warned(measured[-1], f"{name} without order in part", cause, COMPARE)
-    return check.passed("; ".join(measured))
+        own_V, *shifted = (_order(rows.roll(-shift, 0), entries) for shift in (0, -1, 1))
+        of_parts, lost = [z_score(part) for part in own_V.split(COMPARED)], float((own_V < 1).float().mean())
+        at = f"in the {COMPARED} rows from {COMPARED * of_parts.index(min(of_parts))} on"
+        measured.append(
+            f"{name} {min(of_parts):.0f} deviations above chance {at}, {lost:.0%} of all rows as by chance"
+        )
+        faults["wrong code offset"] = faults.get("wrong code offset") or z_score(own_V) <= SIGNIFICANT < max(
+            map(z_score, shifted)
+        )
+        faults[f"{name} without order"] = min(of_parts) <= SIGNIFICANT
+        faults[f"{name} without order in part"] = lost > LOST
+    return check.verdict("; ".join(measured), faults)
 
 
 def _order(rows_VD: torch.Tensor, entries_VC: torch.Tensor) -> torch.Tensor:
@@ -143,7 +131,7 @@ def _order(rows_VD: torch.Tensor, entries_VC: torch.Tensor) -> torch.Tensor:
         for part in pair:
             likeness = (part - part.mean(0)) @ (part - part.mean(0)).T
             likeness = likeness.fill_diagonal_(0) - likeness.mean(1, keepdim=True)
-            profiles.append(likeness / likeness.norm(dim=1, keepdim=True).clamp(min=1e-12))
+            profiles.append(nn.functional.normalize(likeness, dim=1))
         fit = profiles[0] @ profiles[1].T
         scores.append((fit.diagonal() - fit.mean(1)) / fit.std(1).clamp(min=1e-12))
     return torch.cat(scores)
@@ -163,5 +151,9 @@ def kind_of(name: str) -> str:
     return re.sub(r"\d+", "*", name)
 
 
-def _some(names: list[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def usual_of_kind(values: dict[str, float]) -> dict[str, float]:
+    """By name, the median of its kind."""
+    kinds = defaultdict(list)
+    for name, value in values.items():
+        kinds[kind_of(name)].append(value)
+    return {name: float(torch.tensor(kinds[kind_of(name)]).median()) for name in values}
