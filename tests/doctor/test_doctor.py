@@ -32,8 +32,8 @@ from transformers_nextflow.doctor.alterations import (
     shuffled,
     times,
 )
-from transformers_nextflow.doctor.case import Case, Reading
-from transformers_nextflow.doctor.documents import confidence, familiar, frames, varied
+from transformers_nextflow.doctor.case import Case, Document, Reading
+from transformers_nextflow.doctor.documents import conditions, confidence, familiar, frames, varied
 from transformers_nextflow.doctor.findings import Finding
 from transformers_nextflow.doctor.pictures import default_pictures
 from transformers_nextflow.doctor.sampling import draws, prompts
@@ -373,6 +373,27 @@ def test_what_costs_more_than_expected_is_named(factor, scale, text, faults):
     found = [confidence(check, case).fault, familiar(check, case).fault]
     assert faults <= set(found) <= {*faults, None, "unfamiliar pictures"}
     assert (found[0] is None) is (factors[0] == 1)
+
+
+@pytest.mark.parametrize(
+    "heeded, fault",
+    [({"prompt", "picture"}, None), ({"picture"}, "prompt ignored"), ({"prompt"}, "pictures ignored")],
+)
+def test_what_answers_do_not_depend_on_is_named(heeded, fault):
+    """Of documents whose prompt and picture both say the answer, read by what heeds some of it."""
+
+    def read(document):
+        said = {"prompt": document.ids[0], "picture": document.images[0][1][0, 0]}
+        wrong = sum(said[name] != document.ids[-1] for name in heeded)
+        return Reading(torch.tensor([0]), torch.tensor([-1]), torch.full((5, 1), 1.0 + wrong), torch.ones(1))
+
+    documents = [
+        Document(np.array([n, 5, n]), np.array([False, False, True]), [((1, 1), np.array([[n]]), None)], [False])
+        for n in range(24)
+    ]
+    case = SimpleNamespace(documents=documents, readings=[read(each) for each in documents], read=read)
+    case.row_of = lambda document: document
+    assert conditions(Finding("conditions", "toy", ""), case).fault == fault
 
 
 class Sum(nn.Module):

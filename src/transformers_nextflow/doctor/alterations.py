@@ -28,7 +28,7 @@ KNOWS = 0.8  # of the loss of a model that knows nothing
 # of all layers; other matrices are at another size where these are
 FACTORS = {"q_proj": (0.125, 0.5, 2, 8), "o_proj": (0, 0.5, 2, 8), "down_proj": (0, 0.125, 0.5, 2, 8)}
 FEW = 3  # rows that alterations are first tried on
-CONFIRMED = 4  # of them, which are tried on all rows
+CONFIRMED, ALMOST = 4, 0.8  # of them, which are tried on all rows; share of what the best saves that counts as much
 
 
 class Alteration(NamedTuple):
@@ -129,12 +129,13 @@ def judge(
             return own_R[:count] - measure(rows[:count])
 
     def best(alterations: Iterable[Alteration]) -> tuple[Alteration, float] | None:
-        """The one that saves most, surely, of those that promise most on few rows."""
+        """The one that surely saves most, of those that promise most on few rows; of almost equal ones the first."""
         few = [(each, float(gain(each.apply(), FEW).mean())) for each in alterations]
         promising = nlargest(CONFIRMED, [pair for pair in few if pair[1] > least], key=itemgetter(1))
-        gains = [(each, gain(each.apply())) for each, _ in promising]
+        gains = [(pair[0], gain(pair[0].apply())) for pair in few if pair in promising]
         sure = [(each, float(gain_R.mean())) for each, gain_R in gains if z_score(gain_R) > SIGNIFICANT]
-        return max((pair for pair in sure if pair[1] > least), key=itemgetter(1), default=None)
+        enough = max([least, *(ALMOST * saved for _, saved in sure)])
+        return next((pair for pair in sure if pair[1] > enough), None)
 
     measured = f"{len({*resizable, *movable})} parts over {len(rows)} rows, loss {float(own_R.mean()):.2f}"
     better = best(whole)

@@ -220,6 +220,12 @@ class Case:
         batch = collate([unfold(row, lengths, self.spec, variants, picks)], 0, False)
         return {name: values.to(self.model.device) for name, values in batch.items()}
 
+    def decoded(self, row: Row) -> torch.Tensor:
+        """(1, L) codes that show a row's last picture: its inputs, which lack the last scale."""
+        schedule = self.schedules.by_grid(row["image_grid_hw"][-1])
+        inputs = row["image_input_codes"][-schedule.offsets[-1] :]
+        return torch.cat([inputs, row["image_codes"][-schedule.lengths[-1] :]])[None]
+
     @cached_property
     def rows(self) -> list[Row]:
         """What parts are tried on: documents that draw, as in training."""
@@ -251,12 +257,6 @@ class Case:
         which codes are likelier, apart from how sure it is."""
         losses_TR = torch.stack([self.read(row).codes.costs_TN.mean(dim=1) for row in rows], dim=1)
         return losses_TR[losses_TR.mean(dim=1).argmin()]
-
-
-def decoded(row: Row) -> torch.Tensor:
-    """(1, L) codes that show the picture of a row of one."""
-    inputs = row["image_input_codes"]
-    return torch.cat([inputs, row["image_codes"][len(inputs) :]])[None]
 
 
 def redrawn(row: Row, codes: torch.Tensor) -> Row:

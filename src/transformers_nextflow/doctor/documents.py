@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ..data.shards import decodable_codes
-from .case import AS_IT_IS, CODES, READ, ROWS, Case, Reading, by_part, decoded, redrawn
+from .case import AS_IT_IS, CODES, READ, ROWS, Case, Reading, by_part, redrawn
 from .findings import ENOUGH, MATERIAL, SIGNIFICANT, Finding, z_score
 from .tokenizer import turned
 
@@ -222,7 +222,7 @@ def _likelier(case: Case, excess: float) -> str | None:
     for document in case.documents[:READ]:
         if document.draws == [True]:
             row = case.row_of(document)
-            pixels = case.vq_model.decode(decoded(row), document.images[0][0])
+            pixels = case.vq_model.decode(case.decoded(row), document.images[0][0])
             for way, seen in {"as they are": pixels, **turned(pixels)}.items():
                 costs[way].append(float(case.read(redrawn(row, case.vq_model.encode(seen)[0])).codes.cost))
     own = torch.tensor(costs["as they are"])

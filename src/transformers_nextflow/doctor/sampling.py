@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from .case import Case, Document, Row, decoded, redrawn
+from .case import Case, Document, Row, redrawn
 from .findings import SIGNIFICANT, Finding, difference, tolerance, z_score
 from .weights import SAME
 
@@ -64,7 +64,7 @@ def forced(check: Finding, case: Case) -> Finding:
     image, worst, is_same = case.pictures[0].image, 0.0, True
     for document in (case.asked[0], case.document("draw it again", image, image)):
         row = case.row_of(document)
-        own = decoded(row)[:, -document.images[-1][1].shape[1] :]
+        own = case.decoded(row)
         codes, logits = generate(case, row, forced_codes=own, **PLAIN, **UNGUIDED)
         is_same &= torch.equal(codes, own)
         worst = max(worst, difference(logits, case.logits(row)[0][0]))
@@ -78,7 +78,7 @@ def guidance(check: Finding, case: Case) -> Finding:
     conditional, unconditional = (case.logits(each)[0][0] for each in (row, null))
     lengths = case.schedules.by_grid(row["image_grid_hw"][0]).lengths
     scales = [2.0 + scale / len(lengths) for scale in range(len(lengths))]
-    controls = PLAIN | UNGUIDED | {"guidance_scale": scales, "forced_codes": decoded(row)}
+    controls = PLAIN | UNGUIDED | {"guidance_scale": scales, "forced_codes": case.decoded(row)}
     _, guided = generate(case, row, **controls)
     s = torch.tensor(scales).repeat_interleave(torch.tensor(lengths))[:, None].to(guided)
     effect = difference(conditional, unconditional)
@@ -108,7 +108,7 @@ def draws(check: Finding, case: Case) -> Finding:
             with_prompt, without = (case.read(redrawn(row, codes)).codes for row in (own, null))
             costs.append(torch.stack([with_prompt.cost, with_prompt.expected_N.mean(), without.cost]))
         if number < SHOWN:
-            pixels = case.vq_model.decode(torch.cat([decoded(own), drawn]), document.images[0][0])
+            pixels = case.vq_model.decode(torch.cat([case.decoded(own), drawn]), document.images[0][0])
             rows.append(case.processor.image_processor.postprocess(pixels.cpu()))
     case.images["a described picture as its codes keep it, and two drawn for its text"] = rows
     cost, expected, after_null = torch.stack(costs).T
