@@ -118,7 +118,7 @@ def conditions(check: Finding, case: Case) -> Finding:
         key = answer, *(grid for grid, _, _ in images[:shown])
         other, last[key], changed = last.get(key, document), document, {}
         if other.prompt.tolist() != document.prompt.tolist():
-            changed[f"prompt before {answer}"] = case.row_of(document.after(other.prompt))
+            changed[f"prompt ({shown} shown) before {answer}"] = case.row_of(document.after(other.prompt))
         if shown and other is not document:
             exchanged = document._replace(images=[*other.images[:shown], *images[shown:]])
             changed[f"pictures before {answer}"] = case.row_of(exchanged)
