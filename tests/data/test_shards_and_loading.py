@@ -4,6 +4,7 @@ import copy
 import json
 import pickle
 import shutil
+import sys
 from pathlib import Path
 
 import datasets
@@ -187,6 +188,49 @@ def test_plans_hold_every_document_once(strategy, multiple_of):
     assert len(planned) % multiple_of == 0 and all(planned)
     if not strategy.padded:
         assert max(extents.num_tokens[members].sum() for members in planned) <= 8192
+
+
+def of_any_cost(count: int) -> Extents:
+    """Documents whose cost does not follow from their length."""
+    rng = np.random.default_rng(0)
+    return Extents(rng.integers(1, 4000, count), rng.integers(1, 10**7, count), rng.integers(1, 4000, count))
+
+
+def test_a_document_goes_into_the_cheapest_pack_with_room():
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        extents = Extents(rng.integers(1, 40, 60), rng.integers(1, 9, 60) * 100, rng.integers(0, 3, 60))
+        planned = ComputeBudget(64, fill=0.97).plan(extents, COST_MODEL, 1, seed=0)
+        costs = COST_MODEL.document_costs(*extents.of(slice(None)), row_length=64 * 0.97)
+        filled, lengths, expected = [0.0] * len(planned), [0] * len(planned), [[] for _ in planned]
+        for document in np.argsort(-costs, kind="stable").tolist():
+            with_room = [n for n, length in enumerate(lengths) if length + extents.num_tokens[document] <= 64]
+            cheapest = min(with_room, key=lambda pack: filled[pack])
+            expected[cheapest].append(document)
+            filled[cheapest] += costs[document]
+            lengths[cheapest] += extents.num_tokens[document]
+        assert planned == expected
+
+
+def test_a_plans_work_grows_as_its_documents():
+    """Also where packs are nearly full, of documents whose length and cost are independent."""
+
+    def work_of(count: int) -> int:
+        calls = 0
+
+        def count_calls(frame, event, argument):
+            nonlocal calls
+            calls += 1
+
+        extents = of_any_cost(count)
+        sys.setprofile(count_calls)
+        try:
+            ComputeBudget(8192, fill=0.97).plan(extents, COST_MODEL, 1, seed=0)
+        finally:
+            sys.setprofile(None)
+        return calls
+
+    assert work_of(8000) < 5 * work_of(2000)
 
 
 def test_budget_evens_out_what_ranks_wait_for():
