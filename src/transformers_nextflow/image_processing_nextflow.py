@@ -293,9 +293,8 @@ class NextFlowImageProcessor(ProcessorBringsCode, PilBackend):
             raise ValueError(f"pixels are not finite: {rescale_factor=}, {image_mean=}, {image_std=}")
         patches, grids = [], []
         for image in images:
-            height, width = (image.height, image.width) if isinstance(image, Image.Image) else image.shape[1:]
-            schedule = self.schedule_of(height, width, level) if do_resize else table.by_size(height, width)
-            image = _fit(image, table.image_size(schedule), resample)
+            image = self._fit(image, level, do_resize, resample)
+            grids.append(table.by_size(*size_of(image)).final_grid)
             if isinstance(image, Image.Image):
                 planes = np.moveaxis(np.asarray(image), -1, 0)
                 values = np.stack([row[0].astype(np.float32)[plane] for row, plane in zip(of_bytes, planes)])
@@ -303,9 +302,26 @@ class NextFlowImageProcessor(ProcessorBringsCode, PilBackend):
                 values = ((image.astype(np.float64) - mean) / std).astype(np.float32)
             pixels = torch.from_numpy(values)[None]
             patches.append(pixels if self.image_size else patchify(pixels, self.patch_size)[0])
-            grids.append(schedule.final_grid)
         data = {"pixel_values": torch.cat(patches).numpy(), "image_grid_hw": np.array(grids, dtype=np.int64)}
         return BatchFeature(data, tensor_type=return_tensors)
+
+    def fit(self, image: ImageInput) -> Image.Image | np.ndarray:
+        """A picture as this processor reads it, in the size that it brings it to: an RGB one of 8 bits, or (3, H, W)
+        float32 in [0, 1] where it holds more. With `do_rescale=False` it is read as the picture itself is."""
+        image = self.process_image(image, self.do_convert_rgb, self.do_rescale, self.rescale_factor)
+        return self._fit(image, self.level, self.do_resize, self.resample)
+
+    def _fit(
+        self, image: Image.Image | np.ndarray, level: str | int | None, do_resize: bool, resample: int
+    ) -> Image.Image | np.ndarray:
+        """Scale until the size of its schedule is covered, aspect ratio kept, and crop around the centre."""
+        table, size = self.schedule_table(), size_of(image)
+        schedule = self.schedule_of(*size, level) if do_resize else table.by_size(*size)
+        height, width = table.image_size(schedule)
+        if isinstance(image, Image.Image):
+            return ImageOps.fit(image, (width, height), resample)
+        channels = [ImageOps.fit(Image.fromarray(channel), (width, height), resample) for channel in image]
+        return np.stack([np.asarray(channel) for channel in channels]).clip(0, 1)
 
     def whole(self, inputs: Mapping[str, torch.Tensor]) -> tuple[Grid, torch.Tensor]:
         """What this processor made of pictures of one size: their final grid, and (B, 3, H, W) pixels, as the vision
@@ -345,6 +361,11 @@ class NextFlowImageProcessor(ProcessorBringsCode, PilBackend):
         return self.schedule_of(height, width, (images_kwargs or {}).get("level", self.level)).lengths[-1]
 
 
+def size_of(image: Image.Image | np.ndarray) -> tuple[int, int]:
+    """(height, width) of a picture as [`~NextFlowImageProcessor.fit`] gives it."""
+    return (image.height, image.width) if isinstance(image, Image.Image) else image.shape[1:]
+
+
 def _to_rgb(image: Image.Image, do_convert_rgb: bool | None = True) -> Image.Image:
     """Any mode of 8 bits a channel to RGB; what is transparent shows white."""
     if image.mode != "RGB" and not do_convert_rgb:
@@ -366,12 +387,3 @@ def _channels_last(image: np.ndarray, input_data_format) -> np.ndarray:
         )
     layout = input_data_format or infer_channel_dimension_format(image, num_channels=CHANNELS)
     return np.moveaxis(image, 0, -1) if layout == "channels_first" else image
-
-
-def _fit(image: Image.Image | np.ndarray, size: tuple[int, int], resample: int) -> Image.Image | np.ndarray:
-    """Scale until (height, width) is covered, aspect ratio kept, and crop around the centre."""
-    height, width = size
-    if isinstance(image, Image.Image):
-        return ImageOps.fit(image, (width, height), resample)
-    channels = [ImageOps.fit(Image.fromarray(channel), (width, height), resample) for channel in image]
-    return np.stack([np.asarray(channel) for channel in channels]).clip(0, 1)
