@@ -3,7 +3,9 @@
 import os
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from base64 import decodebytes
+from collections.abc import Callable, Mapping, Sequence
+from io import BytesIO
 from math import inf
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import numpy as np
 import torch
 from huggingface_hub.dataclasses import validate_typed_dict
 from PIL import Image, ImageOps
-from transformers import BatchFeature
+from transformers import BatchFeature, image_utils
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import ImageInput, infer_channel_dimension_format, is_valid_image
 from transformers.processing_utils import ImagesKwargs, Unpack
@@ -48,11 +50,22 @@ def open_picture(path: str | Path) -> Image.Image:
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"there is no image file {path}")
+    return _opened(lambda: path, path)
+
+
+def _opened(file: Callable[[], str | Path | BytesIO], name: str | Path) -> Image.Image:
     try:
-        with Image.open(path) as image:
+        with Image.open(file()) as image:
             return _upright(image)
     except DAMAGED as error:
-        raise ValueError(f"cannot read the image {path}: {error}") from error
+        raise ValueError(f"cannot read the image {name}: {error}") from error
+
+
+def _file_at(address: str) -> BytesIO:
+    """What a URL leads to, or a data URL or bare base64 holds."""
+    if address.startswith(("http://", "https://")):
+        return BytesIO(image_utils.httpx.get(address, timeout=None, follow_redirects=True).content)
+    return BytesIO(decodebytes(address.rpartition(",")[2].encode()))
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -63,8 +76,8 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """(height, width) of a picture once it is upright, by its header alone."""
-    lies = _may_have_exif(image) and image.getexif().get(ORIENTATION) in LYING
+    """(height, width) of a picture once it is upright, by its header alone; of TIFF, Pillow says it already."""
+    lies = image.format != "TIFF" and _may_have_exif(image) and image.getexif().get(ORIENTATION) in LYING
     return (image.width, image.height) if lies else (image.height, image.width)
 
 
@@ -174,7 +187,7 @@ class NextFlowImageProcessor(ProcessorBringsCode, PilBackend):
         return (fitting[-1:] or nearest)[0]
 
     def fetch_images(self, image_url_or_urls):
-        """Open paths, give grey (H, W) arrays their channel; other pictures pass, nested as they come."""
+        """Open paths and addresses, give grey (H, W) arrays their channel; others pass, nested as they come."""
         if isinstance(image_url_or_urls, (list, tuple)):
             return [self.fetch_images(entry) for entry in image_url_or_urls]
         image, kind = image_url_or_urls, type(image_url_or_urls).__name__
@@ -182,9 +195,11 @@ class NextFlowImageProcessor(ProcessorBringsCode, PilBackend):
             return open_picture(image)
         if isinstance(image, (np.ndarray, torch.Tensor)) and image.ndim == 2:  # the channel where none mistakes it
             return image[..., None] if image.shape[1] in CHANNELS else image[None]
-        if not isinstance(image, str) and not is_valid_image(image):
+        if isinstance(image, str):  # the library's reader would lose transparency and more than 8 bits
+            return _opened(lambda: _file_at(image), f"{image[:80]}, which is no file here, as a URL or base64")
+        if not is_valid_image(image):
             raise TypeError(f"a picture is a PIL image, an array, a tensor, a path or a URL, got {kind}")
-        return super().fetch_images(image_url_or_urls)
+        return image
 
     def process_image(
         self,
