@@ -30,6 +30,7 @@ from transformers_nextflow.data import (
     shards,
     verify,
 )
+from transformers_nextflow.data.inspection import contact_sheet
 from transformers_nextflow.data.packing import Extents, efficiency, pack_costs
 
 COST_MODEL = CostModel("blocks", 1.0, 3e-4, 0.5)  # about a model of width 512
@@ -166,6 +167,16 @@ def test_extraction_of_another_model_is_not_packed_with_it(extracted, tmp_path):
     change_identity("code_offset", 1000)(other)
     with pytest.raises(ValueError, match="was made with another code_offset than"):
         pack([extracted, other], tmp_path / "out", ComputeBudget(300), COST_MODEL)
+
+
+def test_a_seed_below_zero_is_refused(extracted, data_checkpoint, tmp_path):
+    for refused in (
+        lambda: pack([extracted], tmp_path / "packs", ComputeBudget(300), COST_MODEL, seed=-1),
+        lambda: contact_sheet(extracted, data_checkpoint, tmp_path / "sheet", seed=-1),
+    ):
+        with pytest.raises(ValueError, match="seed must be at least 0, got -1"):
+            refused()
+    assert not list(tmp_path.iterdir())
 
 
 # Plans

@@ -18,6 +18,7 @@ import numpy as np
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from ..sampling import integer
 from ..utils.files import read_json
 from .costs import CostModel
 from .extraction import check_plan, finished
@@ -268,6 +269,7 @@ def pack(
     for name, value in (("multiple_of", multiple_of), ("packs_per_shard", packs_per_shard)):
         if value < 1:
             raise ValueError(f"{name} must be positive, got {value}")
+    integer("seed", seed, 0)
     if not folders:
         raise ValueError("name at least one folder of documents to pack")
     sources = [open_shards(folder, "documents") for folder in folders]
