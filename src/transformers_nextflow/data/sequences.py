@@ -19,7 +19,12 @@ from .documents import Document, is_supervised
 
 # private-use characters where a text of the chat goes, between spaces that a template takes away where it trims it
 PLACEHOLDER = re.compile("(\u2003?)\ue000([0-9]+)\ue001(\u2003?)")
-TRIMS = {(True, True): str, (False, True): str.lstrip, (True, False): str.rstrip, (False, False): str.strip}
+TRIMS: dict[tuple[bool, bool], Callable[[str], str]] = {
+    (True, True): str,
+    (False, True): str.lstrip,
+    (True, False): str.rstrip,
+    (False, False): str.strip,
+}
 
 
 @dataclass(frozen=True)
