@@ -56,7 +56,7 @@ def check_unguided(generation_config: GenerationConfig) -> None:
 class TextGenerationMixin(GenerationMixin):
     """Text by next token."""
 
-    def write_text(self, *args, input_ids=None, **kwargs):
+    def write_text(self, input_ids=None, **kwargs):
         """`generate` of transformers."""
         for name in ("negative_input_ids", "negative_attention_mask"):
             kwargs.pop(name, None)  # what the processor gives for guidance
@@ -78,7 +78,7 @@ class TextGenerationMixin(GenerationMixin):
                         "input_ids hold <image> tokens, but no image_grid_hw came: pass all that the processor gives, "
                         "also where past_key_values hold the images already"
                     )
-        return super().generate(input_ids, *args, **kwargs)
+        return super().generate(input_ids, **kwargs)
 
     def check_keeps_caches(self) -> None:
         """Raise a `ValueError` where layers drop what they have just read, as they do for a backward."""
