@@ -713,6 +713,8 @@ def test_prompts_with_pictures_are_not_read_in_chunks(model):
     for more in (options | CHUNKED, {"generation_config": said}):
         with pytest.raises(ValueError, match="read in one go, got prefill_chunk_size=2"):
             model.generate(**batch_of(model, [10, shown(SQUARE), 11]), **more)
+    with pytest.raises(ValueError, match="reads text alone, got cache_implementation='paged' and pictures"):
+        model.generate(**batch_of(model, [10, shown(SQUARE), 11]), **options, cache_implementation="paged")
 
 
 @pytest.mark.parametrize("mode", ["text", "image", "interleaved"])

@@ -34,6 +34,9 @@ ABOUT_TEXT = {
     *vars(GenerationConfig()),
     *("generation_config", "logits_processor", "stopping_criteria", "tokenizer", "assistant_model"),
     *("assistant_tokenizer", "synced_gpus", "prefix_allowed_tokens_fn"),
+} - {
+    *("min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"),
+    *("output_attentions", "output_hidden_states", "output_scores"),
 }
 """Arguments of `generate` that pipelines pass whatever the mode, and that say nothing about pictures."""
 
@@ -191,7 +194,8 @@ class NextFlowGenerationMixin(ImageCodesMixin, TextGenerationMixin):
         streamer: BaseStreamer | None = None,
         **of_text,
     ) -> torch.LongTensor | NextFlowImageOutput:
-        if unknown := sorted({name for name, value in of_text.items() if value is not None} - ABOUT_TEXT):
+        asked = {name for name, value in of_text.items() if value is not None and value is not False}
+        if unknown := sorted(asked - ABOUT_TEXT):
             raise ValueError(f"image generation does not know the arguments {', '.join(unknown)}")
         device, boi = prompts.input_ids.device, self.config.boi_token_id
         schedule, num_prompts = controls.schedule, len(pictures)
