@@ -5,13 +5,14 @@ What is asked is in `prompts.py` and `image_generation.py`; what runs, in `prefi
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 
 import torch
 from transformers import GenerationConfig
+from transformers.generation import GenerationMixin
 from transformers.generation.streamers import BaseStreamer
 from transformers.processing_utils import Unpack
 
-from .cache_name import CACHE
 from .drawing import Forced, NextFlowOutputWithPictures, Sampler, draw_pictures
 from .image_codes import ImageCodesMixin
 from .image_generation import ImageControls, ImageGenerationConfig, ImageGenerationKwargs
@@ -26,10 +27,16 @@ from .text_generation import TextGenerationMixin
 
 IMAGE_KEYWORDS = ImageGenerationKwargs.__annotations__.keys()
 
+BY_PLACE = list(signature(GenerationMixin.generate).parameters)[2:]
+"""Arguments of transformers' `generate` after `inputs`, which may be given without their names."""
+
 ABOUT_TEXT = {
     *vars(GenerationConfig()),
     *("generation_config", "logits_processor", "stopping_criteria", "tokenizer", "assistant_model"),
-    *("assistant_tokenizer", "synced_gpus", "prefix_allowed_tokens_fn", "past_key_values", CACHE),
+    *("assistant_tokenizer", "synced_gpus", "prefix_allowed_tokens_fn"),
+} - {
+    *("min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"),
+    *("output_attentions", "output_hidden_states", "output_scores"),
 }
 """Arguments of `generate` that pipelines pass whatever the mode, and that say nothing about pictures."""
 
@@ -63,7 +70,8 @@ class NextFlowGenerationMixin(ImageCodesMixin, TextGenerationMixin):
         """Generate text, pictures, or both in turn.
 
         Args:
-            inputs: (B, L) prompt ids; also as `input_ids`.
+            inputs: (B, L) prompt ids; also as `input_ids`. What follows by place is transformers', as a
+                `generation_config`.
             generation_mode: `"text"`, with every argument of transformers' `generate`; `<boi>`, `<image>` and `<eoi>`
                 are not sampled. `"image"`: pictures scale by scale, for prompts that may end in `<boi>` or not.
                 `"interleaved"`: text until `<boi>` is sampled, then a picture, `<eoi>`, and text again.
@@ -100,8 +108,11 @@ class NextFlowGenerationMixin(ImageCodesMixin, TextGenerationMixin):
             ValueError: for ids that are no text rows, prompts beyond the decoder's positions, and arguments that are
                 unknown or out of range.
         """
-        if inputs is not None:
-            kwargs["input_ids"] = inputs
+        named = {} if inputs is None else {"input_ids": inputs}
+        for name, value in (named | dict(zip(BY_PLACE, args))).items():
+            if kwargs.get(name) is not None:
+                raise ValueError(f"{name} is given twice")
+            kwargs[name] = value
         if not isinstance(given := kwargs.get("generation_config"), GenerationConfig | None):
             raise ValueError(f"generation_config must be a GenerationConfig, got {given!r}")
         for name in ("token_type_ids", "mm_token_type_ids"):  # of processors; ids alone say what they are
@@ -109,7 +120,7 @@ class NextFlowGenerationMixin(ImageCodesMixin, TextGenerationMixin):
         if generation_mode != "text" or kwargs.get("image_grid_hw") is not None:
             check_no_learned_prompt(self)
         if generation_mode == "text":
-            return self.write_text(*args, **kwargs)
+            return self.write_text(**kwargs)
         if generation_mode not in ("image", "interleaved"):
             raise ValueError(f'generation_mode must be "text", "image" or "interleaved", got {generation_mode!r}')
         self.check_keeps_caches()
@@ -183,7 +194,8 @@ class NextFlowGenerationMixin(ImageCodesMixin, TextGenerationMixin):
         streamer: BaseStreamer | None = None,
         **of_text,
     ) -> torch.LongTensor | NextFlowImageOutput:
-        if unknown := sorted({name for name, value in of_text.items() if value is not None} - ABOUT_TEXT):
+        asked = {name for name, value in of_text.items() if value is not None and value is not False}
+        if unknown := sorted(asked - ABOUT_TEXT):
             raise ValueError(f"image generation does not know the arguments {', '.join(unknown)}")
         device, boi = prompts.input_ids.device, self.config.boi_token_id
         schedule, num_prompts = controls.schedule, len(pictures)
