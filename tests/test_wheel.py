@@ -100,15 +100,15 @@ def photos(folder: Path) -> None:
 def test_pictures_become_a_model_that_is_exported(environment, tiny_checkpoint, tmp_path):
     photos(tmp_path / "photos")
     finetune = ("finetune", "photos", "--output", "tuned", "--steps", 2, "--batch-size", 2, "--evaluations", 1)
-    run(environment, tmp_path, "transformers-nextflow", *finetune, "--model", tiny_checkpoint)
+    finetune += ("--model", str(tiny_checkpoint))
     train = ("train", "transformer", "--packs", "tuned/data/training-packs", "--model", "tuned", "--output", "on")
     loss = ("evaluate", "loss", "tuned/data/held-out-packs", "--json", "--model")
-    lines = [(*train, *ONE), ("merge", "on", "--output", "whole"), (*loss, "on"), (*loss, "whole")]
+    lines = [finetune, (*train, *ONE), ("merge", "on", "--output", "whole"), (*loss, "on"), (*loss, "whole")]
     lines.append(("export", "whole", "--to", "exported"))
+    lines.append(("generate", "red", "--model", "exported", "--seed", 0))
     out = run(environment, tmp_path, "python", "-c", IN_TURN, json.dumps(lines)).split("\f")
-    losses = [json.loads(part) for part in out[2:4]]
+    losses = [json.loads(part) for part in out[3:5]]
     assert losses[0] == losses[1] and losses[0]["loss_vision"] > 0
-    run(environment, tmp_path, "transformers-nextflow", "generate", "red", "--model", "exported", "--seed", 0)
     assert Image.open(tmp_path / "picture.png").size == (24, 24)
 
 
