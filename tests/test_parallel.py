@@ -1,10 +1,5 @@
 """Two ranks do what one does: tensor parallelism, and weights sharded by FSDP2."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
@@ -13,9 +8,8 @@ from safetensors.torch import load_file
 from test_fixed_size import FIXED_SIZE
 from tiny_models import relative, tiny_config, tiny_model
 
+from tests.fresh import run
 from tests.two_ranks import MODES
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -25,10 +19,7 @@ def by_ranks(tmp_path_factory) -> dict[str, list[dict[str, torch.Tensor]]]:
     for mode in MODES:
         config = tiny_config(text={"num_key_value_heads": 2}) if mode == "tensor_parallel" else tiny_config()
         tiny_model(config).save_pretrained(folder / mode)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (*sys.path, ROOT))), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.two_ranks", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-5000:]
+    run("-m", "tests.two_ranks", folder)
     return {mode: [load_file(folder / mode / f"{ranks}.safetensors") for ranks in (1, 2)] for mode in MODES}
 
 

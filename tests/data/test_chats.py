@@ -7,7 +7,6 @@ import math
 import os
 import pickle
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from tiny_models import enlarge_
 from transformers import Trainer, TrainingArguments
 from trl import DPOConfig, SFTConfig
 
+from tests.fresh import run
 from tests.ranks import on_ranks
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowImageProcessor, NextFlowProcessor
 from transformers_nextflow.data import ExtractionSettings, RawDocuments, Source
@@ -314,10 +314,7 @@ def test_this_packages_trainer_judges_chats_too(model, tiny_processor, tmp_path)
 def by_processes(data_checkpoint, tmp_path_factory) -> list[dict]:
     """What [`main`] writes of one process, and of two."""
     folder = tmp_path_factory.mktemp("processes")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    run = [sys.executable, "-m", "tests.data.test_chats", data_checkpoint, str(folder)]
-    done = subprocess.run(run, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    run("-m", "tests.data.test_chats", data_checkpoint, folder, PYTHONPATH=os.pathsep.join(sys.path))
     return [json.loads((folder / f"{processes}.json").read_text()) for processes in (1, 2)]
 
 
