@@ -6,13 +6,17 @@ import shutil
 from base64 import b64encode
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from fcntl import LOCK_EX, LOCK_NB, LOCK_SH, flock
 from glob import escape
 from io import BytesIO
 from pathlib import Path
 from uuid import uuid4
 
 from PIL import Image
+
+try:
+    import fcntl
+except ImportError:  # of systems without these locks
+    fcntl = None
 
 
 @contextmanager
@@ -36,16 +40,17 @@ def _neighbour(path: Path, create: Callable[[Path], object]) -> Iterator[Path]:
 
     Whoever writes one holds a lock on it, which ends with the process; where there are no locks, what is left stays.
     """
-    for left in path.parent.glob(f".{escape(path.name)}.*.partial"):
+    for left in path.parent.glob(f".{escape(path.name)}.*.partial") if fcntl else ():
         with suppress(OSError), _opened(left) as descriptor:
-            flock(descriptor, LOCK_EX | LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _remove(left)
     unlocked = path.with_name(f".{path.name}.{uuid4().hex}")
     partial = unlocked.with_name(f"{unlocked.name}.partial")
     create(unlocked)
     with _opened(unlocked) as descriptor:
         with suppress(OSError):
-            flock(descriptor, LOCK_SH)
+            if fcntl:
+                fcntl.flock(descriptor, fcntl.LOCK_SH)
         unlocked.rename(partial)
         try:
             yield partial
