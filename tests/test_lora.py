@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from tiny_models import BOI, EOS, SQUARE, Picture, batch_of, relative, tiny_config, tiny_model
+from tiny_models import BOI, EOS, SQUARE, WIDE, Picture, batch_of, relative, tiny_config, tiny_model
 from transformers import BitsAndBytesConfig
 
 from tests.adapters import added_by_transformers
@@ -437,6 +437,39 @@ def test_each_description_has_its_adapter(two_adapters):
             two_adapters.set_adapter("a" if name == "__base__" else name)
             outputs = two_adapters(**batch_of(two_adapters.get_base_model(), CHATS[row]), logits_over="text")
         assert relative(together.logits[0][row], outputs.logits[0, -1]) < 1e-5, name
+
+
+def test_each_row_has_its_adapters_loss(two_adapters):
+    """Heads see the supervised positions of all rows as one."""
+    base = two_adapters.get_base_model()
+    chats = [[10, 11, 12], [13, Picture(WIDE), 14], [14, Picture(SQUARE, 1), 15], [16, Picture(SQUARE), 17]]
+
+    def losses(*rows: int, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs = batch_of(base, *(chats[row] for row in rows))
+        labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+        outputs = two_adapters(**inputs, labels=labels, num_items_in_batch=1.0, **kwargs)
+        return outputs.loss, outputs.token_losses
+
+    together, token_losses = losses(0, 1, 2, 3, adapter_names=NAMES)
+    alone = []
+    for row, name in enumerate(NAMES):
+        with two_adapters.disable_adapter() if name == "__base__" else nullcontext():
+            two_adapters.set_adapter("a" if name == "__base__" else name)
+            loss, own = losses(row)
+        assert relative(token_losses[row, -own.shape[1] :], own[0]) < 1e-5, name
+        alone.append(loss)
+    assert relative(together, sum(alone)) < 1e-5
+
+
+@pytest.mark.parametrize("targets", [["lm_head"], ["q_proj", "code_head"]])
+def test_the_loss_without_adapters_is_that_of_the_model_below(targets):
+    """Nothing is trained then, though weights of adapters are there to be."""
+    config = peft.LoraConfig(target_modules=targets, r=2, init_lora_weights=False)
+    adapted = peft.get_peft_model(tiny_model(), config)
+    inputs = batch(tiny_model())
+    with adapted.disable_adapter():
+        loss = adapted(**inputs, labels=inputs["input_ids"]).loss
+    assert torch.equal(loss, tiny_model()(**inputs, labels=inputs["input_ids"]).loss)
 
 
 def test_adapters_of_other_prompts_are_refused(two_adapters):

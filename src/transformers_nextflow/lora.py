@@ -175,6 +175,28 @@ def each_by_its_adapter(
     return torch.stack([by_adapter[name][row] for row, name in enumerate(names)])
 
 
+def sum_by_adapter(
+    model: nn.Module,
+    names: Sequence[str] | None,
+    rows_N: torch.Tensor,
+    run: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+    *tensors_N: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum, and its (N,) terms, that `run` gives of N positions, each position as by the adapter of its row;
+    `None`: as PEFT was told."""
+    if names is None:
+        return run(*tensors_N)
+    sums, terms, places = [], [], []
+    for name in dict.fromkeys(names):
+        has_it = torch.tensor([own == name for own in names], device=rows_N.device)
+        places.append(has_it[rows_N].nonzero()[:, 0])
+        with using_adapters(model, [name]):
+            total, terms_n = run(*(tensor[places[-1]] for tensor in tensors_N))
+        sums.append(total)
+        terms.append(terms_n)
+    return sum(sums), torch.cat(terms)[torch.cat(places).argsort()]
+
+
 def _told(module: nn.Module) -> dict:
     """Arguments that PEFT's hooks give a module."""
     hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, partial)]

@@ -51,7 +51,7 @@ from .layout import (
     joined,
     text_positions,
 )
-from .lora import adapter_names, are_placed, each_by_its_adapter, place_adapters
+from .lora import adapter_names, are_placed, each_by_its_adapter, place_adapters, sum_by_adapter
 from .losses import joint_cross_entropy
 from .modeling_nextflow_vq import NextFlowVQModel, unpatchify
 from .remote_code import LibraryModel
@@ -594,14 +594,15 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
             places_N, weights_N = layout.supervised, layout.weights
             if loss_weights is not None:
                 weights_N = loss_weights.flatten()[places_N]
-            total, losses_N = joint_cross_entropy(
-                hidden_BLD.flatten(0, 1)[places_N],
-                (self.lm_head, self.code_head),
-                self.config.text_vocab_size + self.config.vq_config.codebook_size,
-                self.targets_of(layout, image_codes),
-                weights_N,
-                z_loss,
-            )
+            heads = (self.lm_head, self.code_head)
+            num_rows = self.config.text_vocab_size + self.config.vq_config.codebook_size
+
+            def score(hidden_nD, targets_n, weights_n):
+                return joint_cross_entropy(hidden_nD, heads, num_rows, targets_n, weights_n, z_loss)
+
+            inputs = hidden_BLD.flatten(0, 1)[places_N], self.targets_of(layout, image_codes), weights_N
+            names = adapter_names(self.lm_head) or adapter_names(self.code_head)
+            total, losses_N = sum_by_adapter(self, names, places_N // hidden_BLD.shape[1], score, *inputs)
             loss = total / (weights_N.sum() if num_items_in_batch is None else num_items_in_batch)
             token_losses_BL = losses_N.new_zeros(hidden_BLD.shape[:2])
             token_losses_BL.view(-1)[places_N] = losses_N
