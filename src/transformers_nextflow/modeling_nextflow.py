@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from inspect import ismethod
 
 import torch
 import torch.nn.functional as F
@@ -136,6 +137,11 @@ class NextFlowPreTrainedModel(LibraryModel):
         if name == "peft_config":  # what PEFT sets on a model that it has just put adapters on
             place_adapters(self, value)
         super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict:
+        """Of copies and pickles. They have the forward of their class: one that a trainer has bound to this model, as
+        TRL's do, would run this model's weights."""
+        return {name: value for name, value in vars(self).items() if name != "forward" or not ismethod(value)}
 
     def train(self, mode: bool = True):
         """As of any module. Adapters that `PeftModel.add_adapter` has put on since find their places here."""
