@@ -107,8 +107,8 @@ class NextFlowPipeline(StableNames, DiffusionPipeline):
                 the processor reads; floats are in [0, 1], as of other pipelines, and a batch of arrays or tensors is
                 a list. Without a size, the output has that of each prompt's first picture.
             negative_prompt: what guidance leads away from.
-            num_images_per_prompt, kwargs: as in `generate` of the model, whose defaults are in its configuration; what
-                is None says nothing.
+            num_images_per_prompt, kwargs: as in `generate` of the model, with its other arguments too, as
+                `generation_config`; what is None says nothing.
             seed, generator: as there; the decoder's noise follows from them too. With both, as drivers of any
                 pipeline give them, the seed counts.
             num_inference_steps: of the decoder; the steps of the model are its scales, whatever this is.
@@ -134,6 +134,7 @@ class NextFlowPipeline(StableNames, DiffusionPipeline):
             raise ValueError(f"callback_on_step_end_tensor_inputs must be of {known}, got {', '.join(unknown)}")
         if not isinstance(prompt, (str, list, tuple)) or prompt in ([], ()):
             raise ValueError(f"prompt must be a text or a list of texts, got {prompt!r}")
+        kwargs["num_images_per_prompt"] = num_images_per_prompt
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         pictures = _pictures(image, len(prompts))
@@ -148,10 +149,9 @@ class NextFlowPipeline(StableNames, DiffusionPipeline):
             sanitize_control_tokens=True,
             processor_kwargs={"do_rescale": False},
         )
-        if num_images_per_prompt is None:
-            num_images_per_prompt = self.model.config.image_generation["num_images_per_prompt"]
+        num_images = self.model.image_settings(**kwargs)[0].num_images_per_prompt
         generator = None if seed is not None else generator
-        generators = RowGenerators.create(len(prompts), num_images_per_prompt, seed, generator).generators
+        generators = RowGenerators.create(len(prompts), num_images, seed, generator).generators
         of_decoder = [each.clone_state() for each in generators]
         if callback_on_step_end is not None:
             names = callback_on_step_end_tensor_inputs
@@ -164,7 +164,6 @@ class NextFlowPipeline(StableNames, DiffusionPipeline):
             self.model,
             **inputs.to(self._execution_device),
             generation_mode="image",
-            num_images_per_prompt=num_images_per_prompt,
             generator=generators,
             return_dict_in_generate=True,
             **kwargs,
@@ -175,7 +174,7 @@ class NextFlowPipeline(StableNames, DiffusionPipeline):
         elif self.decoder is not None:
             if num_inference_steps is not None:
                 decoder_kwargs = {"num_inference_steps": num_inference_steps} | (decoder_kwargs or {})
-            images = self._draw(prompts, codes, grid, num_images_per_prompt, of_decoder, output_type, decoder_kwargs)
+            images = self._draw(prompts, codes, grid, num_images, of_decoder, output_type, decoder_kwargs)
         else:
             pixels = self.model.model.vq_model.decode(codes, grid)
             if output_type == "pil":

@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("diffusers", reason="the diffusion decoder needs diffusers")
 
 from diffusers import DiffusionPipeline
+from transformers import GenerationConfig
 
 from diffusers_nextflow import NextFlowPipeline
 from tests.diffusers.tiny_decoders import decoder
@@ -42,6 +43,17 @@ def test_pictures_are_those_of_generate(pipe):
     pipe.model.config.image_generation = {"num_images_per_prompt": 2}
     for said in ({}, {"num_images_per_prompt": None}):  # which says nothing
         assert torch.equal(pipe(PROMPTS, seed=3, **said, output_type="latent").images, codes)
+    own = NextFlowPipeline(copy.deepcopy(pipe.model), pipe.processor)
+    own.model.config.image_generation = {"num_images_per_prompt": 1}
+    config = GenerationConfig(image_generation={"num_images_per_prompt": 2})
+    for said in (
+        {"generation_config": config},
+        {"image_generation": config.image_generation},
+        {"num_return_sequences": 2},
+    ):
+        assert torch.equal(own(PROMPTS, seed=3, **said, output_type="latent").images, codes)
+    own.model.generation_config = config
+    assert torch.equal(own(PROMPTS, seed=3, output_type="latent").images, codes)
     generated = pipe(PROMPTS[0], generator=torch.Generator().manual_seed(1), aspect_ratio="2:1").images[0]
     assert generated.width == 2 * generated.height
 
