@@ -1,6 +1,7 @@
 """The whole NextFlow model as one diffusers pipeline: prompt and pictures in, pictures out."""
 
 from collections.abc import Callable, Sequence
+from functools import wraps
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
@@ -16,6 +17,20 @@ from .decoding import NextFlowDecoderMixin, StableNames
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 MODEL_ARGUMENTS = ("use_safetensors", "variant", "device_map")
+
+
+def _with_decoder(name: str) -> Callable:
+    """A pipeline's method for all of its parts, which takes the decoder for none, since it is a pipeline itself."""
+    of_pipeline = getattr(DiffusionPipeline, name)
+
+    @wraps(of_pipeline)
+    def method(self, *args, **kwargs):
+        result = of_pipeline(self, *args, **kwargs)
+        if self.decoder is not None:
+            getattr(self.decoder, name)(*args, **kwargs)
+        return result
+
+    return method
 
 
 class NextFlowPipeline(StableNames, DiffusionPipeline):
@@ -63,7 +78,13 @@ class NextFlowPipeline(StableNames, DiffusionPipeline):
             )
             processor = NextFlowProcessor.from_pretrained(pretrained_model_name_or_path, **hub)
             return cls(model, processor, decoder)
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
+        if isinstance(dtype, dict):
+            dtype = dtype.get("decoder", dtype.get("default"))
+        if dtype is not None and pipe.decoder is not None and "decoder" not in kwargs:
+            pipe.decoder.to(dtype)  # diffusers loads a pipeline in the pipeline in float32
+        return pipe
 
     def save_pretrained(self, save_directory, *args, variant: str | None = None, **kwargs) -> None:
         """As of any pipeline; raises a `ValueError` for a `variant` with a decoder, which diffusers cannot load."""
@@ -71,16 +92,12 @@ class NextFlowPipeline(StableNames, DiffusionPipeline):
             raise ValueError(f"the decoder is a pipeline in the pipeline: save it apart for variant={variant!r}")
         super().save_pretrained(save_directory, *args, variant=variant, **kwargs)
 
-    def to(self, *args, **kwargs) -> "NextFlowPipeline":
-        super().to(*args, **kwargs)
-        if self.decoder is not None:
-            self.decoder.to(*args, **kwargs)
-        return self
-
-    def enable_model_cpu_offload(self, *args, **kwargs) -> None:
-        super().enable_model_cpu_offload(*args, **kwargs)
-        if self.decoder is not None:
-            self.decoder.enable_model_cpu_offload(*args, **kwargs)
+    to = _with_decoder("to")
+    set_progress_bar_config = _with_decoder("set_progress_bar_config")
+    remove_all_hooks = _with_decoder("remove_all_hooks")
+    enable_model_cpu_offload = _with_decoder("enable_model_cpu_offload")
+    enable_sequential_cpu_offload = _with_decoder("enable_sequential_cpu_offload")
+    enable_group_offload = _with_decoder("enable_group_offload")
 
     @torch.no_grad()
     def __call__(

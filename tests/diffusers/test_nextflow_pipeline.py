@@ -174,6 +174,34 @@ def test_offload(pipe):
         assert len(whole.decoder._all_hooks) == 4  # conditioner, text encoder, UNet, VAE
 
 
+def test_what_is_done_to_all_parts_is_done_to_the_decoder(pipe, tmp_path, capsys):
+    whole = NextFlowPipeline(copy.deepcopy(pipe.model), pipe.processor)
+    whole.decoder = decoder("unet", vq_model=whole.model.model.vq_model)
+    arguments = {"seed": 0, "output_type": "pt", "decoder_kwargs": {"num_inference_steps": 1}}
+    whole.set_progress_bar_config(disable=False)
+    expected = whole(PROMPTS[0], **arguments).images
+    assert "1/1" in capsys.readouterr().err
+    whole.set_progress_bar_config(disable=True)
+    whole.enable_model_cpu_offload(device="cpu")
+    whole.remove_all_hooks()
+    assert not any(hasattr(part, "_hf_hook") for part in whole.decoder.components.values())
+    whole.enable_group_offload("cpu", offload_type="leaf_level")
+    assert torch.equal(whole(PROMPTS[0], **arguments).images, expected)
+    assert any(hasattr(part, "_diffusers_hook") for part in whole.decoder.unet.modules())
+    assert "1/1" not in capsys.readouterr().err
+
+    NextFlowPipeline(pipe.model, pipe.processor, decoder("unet", vq_model=pipe.model.model.vq_model)).save_pretrained(
+        tmp_path
+    )
+    half = torch.bfloat16
+    for dtype, got in (
+        (half, half),
+        ({"default": half, "decoder": torch.float64}, torch.float64),
+        (None, torch.float32),
+    ):
+        assert NextFlowPipeline.from_pretrained(tmp_path, dtype=dtype).decoder.unet.dtype == got
+
+
 def conditioner_of(pipe):
     return decoder("unet", vq_model=pipe.model.model.vq_model).conditioner
 
