@@ -234,6 +234,35 @@ def test_an_adapter_that_peft_adds_later_is_placed_before_training():
     assert set(adapted.peft_config) == {"default", "second"}
 
 
+@pytest.mark.parametrize("active", ["default", ["default", "second"]])
+def test_adapters_stay_as_they_were_set_where_another_finds_its_places(active):
+    config = partial(peft.LoraConfig, target_modules="all-linear", r=2, init_lora_weights=False)
+    adapted = peft.get_peft_model(tiny_model(), config())
+    adapted.add_adapter("second", config())
+    adapted.eval().set_adapter("default")
+    adapted.add_adapter("third", config())
+    adapted.base_model.set_adapter(active)
+    expected = logits(adapted)
+    trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    assert torch.equal(logits(adapted.eval()), expected)
+    assert {name for name, parameter in adapted.named_parameters() if parameter.requires_grad} == trained
+    assert any("lm_head" in name and "third" in name for name in adapted.state_dict())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.LoHaConfig(target_modules="all-linear", r=2),
+        peft.OFTConfig(target_modules="all-linear", r=0, oft_block_size=2),
+    ],
+)
+def test_adapters_that_answer_in_float32_on_a_model_in_16_bits(config):
+    adapted = peft.get_peft_model(tiny_model().bfloat16(), config)
+    inputs = batch(adapted.get_base_model())
+    adapted(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert all(weight.grad is not None for weight in adapted.parameters() if weight.requires_grad)
+
+
 @BY_DOOR
 def test_what_users_leave_out_themselves_is_left_out(add):
     config = peft.LoraConfig(target_modules="all-linear", exclude_modules=["lm_head"], r=2)
@@ -505,6 +534,15 @@ def test_a_learned_prompt_is_of_text_alone(kind):
             model.generate(**inputs, generation_mode=mode)
     assert model.generate(**text, **greedy).shape == (2, 5)
     assert model.get_base_model().generate(**shown, **greedy).shape == (1, shown["input_ids"].shape[1] + 2)
+
+
+def test_a_learned_prompt_cannot_be_merged(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "base")
+    base = NextFlowForConditionalGeneration.from_pretrained(tmp_path / "base")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    peft.get_peft_model(base, config).save_pretrained(tmp_path / "prompt")
+    with pytest.raises(ValueError, match=r"a learned prompt \(PROMPT_TUNING\) cannot be merged"):
+        load_merged(str(tmp_path / "prompt"))
 
 
 @BY_DOOR

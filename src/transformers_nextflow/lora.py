@@ -105,11 +105,16 @@ def place_adapters(model: "NextFlowPreTrainedModel", configs: dict[str, "PeftCon
             continue
         config.exclude_modules = LEFT_OUT
         if linears - adapted == {"lm_head"} and not model.config.tie_word_embeddings:
-            from peft import inject_adapter_in_model
+            from peft.functional import inject_adapter_in_model, set_adapter
 
             of_head = copy.deepcopy(config)
             of_head.target_modules = {"lm_head"}
+            active = next(module.active_adapters for module in model.modules() if name in _adapters_on(module))
+            trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
             inject_adapter_in_model(of_head, model, name)
+            set_adapter(model, active, of_head.inference_mode)  # which was this one then, everywhere
+            for parameter, requires_grad in trained:
+                parameter.requires_grad_(requires_grad)
             config.target_modules = {*targets, "lm_head"}
 
 

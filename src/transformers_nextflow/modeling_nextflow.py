@@ -250,7 +250,9 @@ class NextFlowModel(NextFlowPreTrainedModel):
         vq_class = NextFlowVQModel if config.vision_tokenizer is None else AbsentVisionTokenizer
         self.vq_model = vq_class(config.vq_config).requires_grad_(False)
         self.code_embeddings = CodeEmbeddings(config.vq_config.codebook_size, code_dim, dtype=torch.float32)
-        self.connector = nn.Sequential(LinearInItsPrecision(code_dim, width), nn.GELU(), nn.Linear(width, width))
+        self.connector = nn.Sequential(
+            LinearInItsPrecision(code_dim, width), nn.GELU(), LinearInItsPrecision(width, width)
+        )
         self.schedules = self.vq_model.schedules
         self.scale_embedding = ScaleEmbedding(self.schedules.max_scales, width)
         self.post_init()
@@ -600,11 +602,11 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
             places_N, weights_N = layout.supervised, layout.weights
             if loss_weights is not None:
                 weights_N = loss_weights.flatten()[places_N]
-            heads = (self.lm_head, self.code_head)
+            both = (self.lm_head, self.code_head)
             num_rows = self.config.text_vocab_size + self.config.vq_config.codebook_size
 
             def score(hidden_nD, targets_n, weights_n):
-                return joint_cross_entropy(hidden_nD, heads, num_rows, targets_n, weights_n, z_loss)
+                return joint_cross_entropy(hidden_nD, both, num_rows, targets_n, weights_n, z_loss)
 
             inputs = hidden_BLD.flatten(0, 1)[places_N], self.targets_of(layout, image_codes), weights_N
             names = adapter_names(self.lm_head) or adapter_names(self.code_head)
