@@ -67,6 +67,21 @@ def test_a_copy_of_a_model_in_training_has_weights_of_its_own(tiny_checkpoint, t
     assert torch.equal(torch.load(tmp_path / "model.pt", weights_only=False).lm_head.weight, model.lm_head.weight)
 
 
+@pytest.mark.parametrize(
+    "packed", [{"padding_free": True, "max_length": None}, {"packing": True}], ids=["free", "packed"]
+)
+def test_texts_that_share_a_row_do_not_see_each_other(packed, tiny_checkpoint, text_tokenizer, tmp_path):
+    results = []
+    for option in ({}, packed):
+        model = NextFlowForConditionalGeneration.from_pretrained(tiny_checkpoint)
+        args = SFTConfig(**options(tmp_path) | {"optim": "sgd", "learning_rate": 0.5} | option)
+        trainer = SFTTrainer(model, args=args, train_dataset=TEXTS, processing_class=text_tokenizer)
+        results.append((losses(trainer), torch.cat([weight.flatten() for weight in model.parameters()])))
+    (alone, weights), (together, others) = results
+    assert together == pytest.approx(alone, rel=1e-4)
+    torch.testing.assert_close(others, weights, rtol=1e-4, atol=1e-6)
+
+
 def test_answers_judged_one_by_one(tiny_checkpoint, text_tokenizer, tmp_path):
     judged = [
         {"prompt": pair["prompt"], "completion": pair[name], "label": name == "chosen"}

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
+from transformers.masking_utils import find_packed_sequence_indices
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
@@ -412,7 +413,8 @@ class NextFlowModel(NextFlowPreTrainedModel):
             input_ids: (B, L); or (B, L, D) `inputs_embeds`, in which images stand where the rows of `<boi>`, `<image>`
                 and `<eoi>` do.
             attention_mask: (B, past + L), 0 at padding; of text alone also (B, 1, L, keys).
-            position_ids: (3, B, L) rows (s, i, j); computed from the ids where absent, as behind a cache of text.
+            position_ids: (3, B, L) rows (s, i, j); computed from the ids where absent, as behind a cache of text. Of
+                text alone also (B, L): where they begin again, another document does.
             pixel_values: (sum of final-grid cells, p*p*3) in [-1, 1], patches row-major, images in the order of
                 `<boi>`; (images, 3, H, W) for a vision tokenizer with an `image_size`.
             image_codes: (sum of codes,), scale by scale, instead of `pixel_values`; of an image that ends its row cut
@@ -426,6 +428,10 @@ class NextFlowModel(NextFlowPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        beside = (attention_mask, past_key_values, image_grid_hw, document_ids, layout)
+        if position_ids is not None and position_ids.ndim == 2 and all(each is None for each in beside):
+            shape = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+            document_ids = find_packed_sequence_indices(position_ids.expand(shape))  # as of the library's models
         targets = {name: kwargs.pop(name, None) for name in ("labels", "shift_labels")}
         has_targets = any(each is not None for each in targets.values())
         is_text = image_grid_hw is None and document_ids is None and layout is None and not has_targets
