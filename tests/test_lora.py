@@ -291,6 +291,21 @@ def test_rows_of_embeddings_are_trained_beside_adapters():
     assert not any("vq_model" in name for name in adapters_of(adapted))
 
 
+SHARED = {
+    "vblora_vector_bank": partial(peft.VBLoRAConfig, r=2, num_vectors=8, vector_length=8, topk=2),
+    "tinylora_v": partial(peft.TinyLoraConfig, r=2),
+}
+
+
+@pytest.mark.parametrize("shared", SHARED)
+def test_weights_that_adapters_share_are_trained(shared):
+    """Those on the vision tokenizer's layers of the same names, which come off, had them too."""
+    adapted = peft.get_peft_model(tiny_model(), SHARED[shared](target_modules=["q_proj"]))
+    before = train(adapted, batch(adapted.get_base_model()))
+    after = adapted.state_dict()
+    assert any(shared in name and not torch.equal(after[name], before[name]) for name in after)
+
+
 def test_methods_that_can_exclude_nothing():
     adapted = peft.get_peft_model(tiny_model(), peft.VeraConfig(target_modules="all-linear", r=2))
     layers = {name.split(".vera_")[0] for name, parameter in adapted.named_parameters() if parameter.requires_grad}

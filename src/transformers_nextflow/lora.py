@@ -68,12 +68,13 @@ def place_adapters(model: "NextFlowPreTrainedModel", configs: dict[str, "PeftCon
         ValueError: if no adapter is left, or a part to be saved whole is the vision tokenizer's alone, or adapters on
             it have changed its own weights where they began.
     """
-    model.base_model.vq_model.requires_grad_(False)  # `bias="all"` thaws some of it
     misplaced = set()
     for path, module in list(model.named_modules()):
         if hasattr(module, "base_layer") and re.fullmatch(LEFT_OUT, path):
             misplaced |= _adapters_on(module)
             model.set_submodule(path, module.base_layer)
+    # `bias="all"` thaws some of it; before, adapters on it would share weights with others
+    model.base_model.vq_model.requires_grad_(False)
     layers = {path: getattr(module, "base_layer", module) for path, module in model.named_modules()}
     inside = tuple(f"{path}." for path, module in model.named_modules() if hasattr(module, "base_layer"))
     linears = {
