@@ -17,7 +17,7 @@ def by_ranks(tmp_path_factory) -> dict[str, list[dict[str, torch.Tensor]]]:
     """What one rank comes to, and two, by what they do."""
     folder = tmp_path_factory.mktemp("ranks")
     for mode in MODES:
-        config = tiny_config(text={"num_key_value_heads": 2}) if mode == "tensor_parallel" else tiny_config()
+        config = tiny_config(text={"num_key_value_heads": 2}) if "tensor_parallel" in mode else tiny_config()
         tiny_model(config).save_pretrained(folder / mode)
     run("-m", "tests.two_ranks", folder)
     return {mode: [load_file(folder / mode / f"{ranks}.safetensors") for ranks in (1, 2)] for mode in MODES}
@@ -29,6 +29,14 @@ def test_tensor_parallel_loss_gradients_and_codes_are_one_ranks(by_ranks):
     assert torch.equal(two["codes"], one["codes"])
     for name, tensor in two.items():
         assert name == "codes" or relative(tensor, one[name]) < 1e-5, name
+
+
+def test_a_training_under_tensor_parallelism_is_one_ranks(by_ranks):
+    """Ranks that read the same batches count them once."""
+    one, two = by_ranks["tensor_parallel_training"]
+    assert two.keys() == one.keys() and {"logs", "held_out", "code_head.weight"} <= one.keys()
+    for name, tensor in two.items():
+        assert relative(tensor, one[name]) < 1e-5, name
 
 
 def test_a_bfloat16_model_trains_in_shards(by_ranks):
