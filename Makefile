@@ -3,7 +3,7 @@
 PYTHON := .venv/bin/python
 INSTALLED := .venv/.installed
 
-.PHONY: demo test slow-tests lint smollm2 common-tests pipeline-tests diffusers-tests compat doors doors-clients doors-lmms docs
+.PHONY: demo test tests slow-tests lint smollm2 common-tests pipeline-tests diffusers-tests compat doors doors-clients doors-lmms docs
 
 demo: $(INSTALLED)
 	$(PYTHON) -m examples.demo --output demo
@@ -17,9 +17,12 @@ runs/emoji/data: | $(INSTALLED)
 	$(PYTHON) -m pip install -c constraints.txt -e '.[emoji]'
 	PYTHONPATH=src:. $(PYTHON) -m examples.emoji.data --output $@
 
-# two files at a time, one thread each: what is tested is tiny
-test: lint
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist loadfile
+# two files at a time in the order of tests/conftest.py, one thread each: what is tested is tiny
+test: $(INSTALLED)
+	$(MAKE) --jobs 2 lint tests
+
+tests: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # those that take minutes each
 slow-tests: $(INSTALLED)

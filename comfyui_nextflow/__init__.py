@@ -1,9 +1,10 @@
 """Nodes for ComfyUI: link or copy this folder into `ComfyUI/custom_nodes`, and install the package beside ComfyUI.
 
-Pictures are ComfyUI's, (B, H, W, 3) float32 in [0, 1].
+Pictures are ComfyUI's, (B, H, W, 3) float32 in [0, 1], or with 1 or 4 channels to be read.
 """
 
 import torch
+from PIL import Image
 
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor
 from transformers_nextflow.processing_nextflow import user_message
@@ -124,10 +125,18 @@ NODE_DISPLAY_NAME_MAPPINGS = {
 
 
 def chat_inputs(processor: NextFlowProcessor, text: str, image: torch.Tensor | None, mode: str):
-    pictures = [] if image is None else processor.post_process_image(image.movedim(-1, 1) * 2 - 1)
+    pictures = [] if image is None else as_pictures(image)
     return processor.apply_chat_template(
         [user_message(text, pictures)], generation_mode=mode, sanitize_control_tokens=True
     )
+
+
+def as_pictures(image: torch.Tensor) -> list[Image.Image]:
+    """The pictures of ComfyUI, which may be grey or have an alpha, of 8 bits a channel."""
+    if not image.isfinite().all():
+        raise ValueError("the image is not finite")
+    pixels = (image.float() * 255).round().clamp(0, 255).byte().cpu().numpy()
+    return [Image.fromarray(each[..., 0] if each.shape[-1] == 1 else each) for each in pixels]
 
 
 def previews(model, processor, inputs, settings: dict):

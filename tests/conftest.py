@@ -1,5 +1,6 @@
 """A tiny checkpoint of the real classes, with random weights of a fixed seed, for tests of behaviour."""
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,14 @@ SCHEDULES = [
 ]
 LEVELS = {"24": 3}
 PATCH_SIZE = 8
+LONG = ("test_wheel.py", "test_from_pictures_to_a_model.py", "test_sharding.py")  # of few tests
+
+
+def pytest_collection_modifyitems(config, items):
+    """Among workers, long files first, then those of most tests: in the end none waits long for another."""
+    if hasattr(config, "workerinput"):
+        tests = Counter(item.path for item in items)
+        items.sort(key=lambda item: (item.path.name not in LONG, -tests[item.path]))
 
 
 @pytest.fixture(scope="session")

@@ -3,25 +3,10 @@
 import base64
 import hashlib
 import json
-import os
-import subprocess
-import sys
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from threading import Thread
 from urllib.parse import unquote, urlsplit
-
-ROOT = Path(__file__).parents[1]
-
-
-def run_fresh(script: str, folder: Path, **environment: str) -> str:
-    """Run a script in a new process, in `folder`, as someone who has the package installed."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "HF_HOME": str(folder / "hf")} | environment
-    run = [sys.executable, "-c", script]
-    done = subprocess.run(run, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 class HubStandIn:

@@ -32,7 +32,7 @@ from tiny_models import (
     tiny_config,
     tiny_model,
 )
-from transformers import GenerationConfig, TextIteratorStreamer
+from transformers import GenerationConfig, LogitsProcessorList, PrefixConstrainedLogitsProcessor, TextIteratorStreamer
 from transformers.testing_utils import CaptureLogger
 from transformers.utils import logging
 
@@ -359,6 +359,23 @@ def test_arguments_of_text_generation(model):
             model.generate(**inputs, **PLAIN, **{name: 2})
     with pytest.raises(ValueError, match="num_return_sequences and num_images_per_prompt are the same, got 2 and 3"):
         model.generate(**inputs, **PLAIN, num_return_sequences=2, num_images_per_prompt=3)
+
+
+@pytest.mark.parametrize("mode", ["text", "image", "interleaved"])
+def test_arguments_by_place(model, mode):
+    """As transformers' own models take them."""
+    ids, said = torch.tensor([[10, 11]]), GenerationConfig(image_generation={"aspect_ratio": "2:1"}, max_new_tokens=3)
+    options = {"generation_mode": mode} | ({} if mode == "text" else {"seed": 0, "guidance_scale": 1.0})
+    forced = LogitsProcessorList([PrefixConstrainedLogitsProcessor(lambda batch, ids: [BOI, 12], 1)])
+    named = model.generate(input_ids=ids, generation_config=said, logits_processor=forced, **options)
+    placed = model.generate(ids, said, forced, **options)
+    if mode == "interleaved":
+        assert placed.image_grid_hw.tolist() == [list(WIDE)] * 3
+        named, placed = named.sequences, placed.sequences
+    assert torch.equal(placed, named) and (mode != "text" or placed.tolist() == [[10, 11, 12, 12, 12]])
+    for name in ("input_ids", "generation_config"):
+        with pytest.raises(ValueError, match=f"{name} is given twice"):
+            model.generate(ids, said, **options, **{name: {"input_ids": ids, "generation_config": said}[name]})
 
 
 @pytest.mark.parametrize(
@@ -696,6 +713,8 @@ def test_prompts_with_pictures_are_not_read_in_chunks(model):
     for more in (options | CHUNKED, {"generation_config": said}):
         with pytest.raises(ValueError, match="read in one go, got prefill_chunk_size=2"):
             model.generate(**batch_of(model, [10, shown(SQUARE), 11]), **more)
+    with pytest.raises(ValueError, match="reads text alone, got cache_implementation='paged' and pictures"):
+        model.generate(**batch_of(model, [10, shown(SQUARE), 11]), **options, cache_implementation="paged")
 
 
 @pytest.mark.parametrize("mode", ["text", "image", "interleaved"])

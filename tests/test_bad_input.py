@@ -8,18 +8,22 @@ import io
 import json
 import shutil
 import struct
+import threading
 import zlib
+from base64 import b64encode
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 
 from transformers_nextflow import NextFlowConfig, NextFlowImageProcessor, NextFlowProcessor
 from transformers_nextflow.data import CostModel, Source
-from transformers_nextflow.data.documents import DocumentReader, Skipped
+from transformers_nextflow.data.documents import DocumentReader, Skipped, read_size
 from transformers_nextflow.data.shards import read_manifest
 
 NAN = float("nan")
@@ -182,6 +186,7 @@ def unusual() -> dict[str, tuple[bytes, np.ndarray]]:
         "bilevel": (encoded(Image.fromarray(grey > 127), "PNG"), (as_rgb > 127) * np.uint8(255)),
         "cmyk": (encoded(plain.convert("CMYK"), "TIFF"), np.asarray(plain.convert("CMYK").convert("RGB"))),
         "turned png": (encoded(turned, "PNG", exif=exif), rgb),
+        "turned tiff": (encoded(turned, "TIFF", exif=exif), rgb),
         "turned jpeg": (jpeg, upright),
         "animation": (encoded(palette, "GIF", save_all=True, append_images=[plain.quantize(2)]), None),
         "1x1": (encoded(Image.fromarray(tall[:1, :1]), "PNG"), tall),
@@ -202,10 +207,39 @@ def test_unusual_pictures_are_their_plain_rgb(console, tiny_processor, tmp_path,
     path.write_bytes(data)
     process = lambda image: tiny_processor.image_processor(image, return_tensors="pt")["pixel_values"]  # noqa: E731
     plain = process(Image.fromarray(expected))
-    for image in (path, str(path), Image.open(io.BytesIO(data))):
+    base64 = b64encode(data).decode()
+    for image in (path, str(path), Image.open(io.BytesIO(data)), base64, f"data:image/png;base64,{base64}"):
         assert torch.allclose(process(image), plain, atol=1e-6)
     assert console("reconstruct", path, "--output", "pair.png")[0] == 0
     assert np.array_equal(np.asarray(Image.open("pair.png"))[:, :24], expected)
+
+
+def test_pictures_at_an_address_are_those_of_files(tiny_processor, tmp_path):
+    path = tmp_path / "alpha.png"
+    path.write_bytes(UNUSUAL["alpha"][0])
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(tmp_path)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    ask = {"type": "text", "text": "describe"}
+    read, expected = (
+        tiny_processor.apply_chat_template(user([{"type": "image", "url": source}, ask]))["pixel_values"]
+        for source in (f"{address}/alpha.png", str(path))
+    )
+    assert torch.equal(read, expected)
+    with pytest.raises(ValueError, match=f"cannot read the image {address}/nowhere.png, which is no file here"):
+        tiny_processor.image_processor(f"{address}/nowhere.png")
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_headers_tell_the_size_of_the_upright_picture(form, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(Image.fromarray(noise(8, 20)), form, exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    assert upright.size == ((8, 20) if orientation > 4 else (20, 8)) and read_size(data) == upright.size[::-1]
 
 
 def test_a_pixel_in_an_array(tiny_processor):

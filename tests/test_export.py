@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from hub_stand_in import hub_stand_in, run_fresh
+from hub_stand_in import hub_stand_in
 from PIL import Image
 
 from diffusers_nextflow import NextFlowPipeline
+from tests.fresh import run_fresh
 from transformers_nextflow.cli import main
 
 PICTURE = """

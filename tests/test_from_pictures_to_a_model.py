@@ -4,9 +4,8 @@ A Qwen2.5-VL in bfloat16 -> convert -> alignment -> fine-tuning by LoRA -> GRPO 
 -> another process. Whatever one step writes is all that the next one gets.
 """
 
+import functools
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from tests import fresh
 from tests.conftest import build_config
 from tests.conversion.text_models import qwen2_5_vl, save
 from tests.tiny_tokenizer import tiny_text_tokenizer
@@ -168,6 +168,7 @@ def loss(model: str, level: str, capsys) -> float:
     return json.loads(capsys.readouterr().out)["loss"]
 
 
+@functools.cache
 def reward(model: str) -> float:
     """Of many pictures, drawn with the same random numbers whatever the model."""
     sys.path.insert(0, str(Path.cwd()))
@@ -180,8 +181,7 @@ def reward(model: str) -> float:
 
 
 def codes_of_another_process(model: str, output: str) -> torch.Tensor:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "HF_HUB_OFFLINE": "1"}
-    subprocess.run([sys.executable, "-c", FRESH, model, output, *CAPTIONS], check=True, env=environment)
+    fresh.run("-c", FRESH, model, output, *CAPTIONS)
     return torch.load(output, weights_only=True)
 
 

@@ -2,28 +2,19 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from tests import fuzzing
+from tests import fresh, fuzzing
 from transformers_nextflow import ScaleSchedule, image_generation, prompts, sampling
 from transformers_nextflow.data import documents
-
-ROOT = Path(__file__).parents[1]
 
 
 def test_five_thousand_mutated_inputs(tiny_checkpoint, tmp_path):
     """In a process of its own, whose memory is limited and measured."""
-    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
     output = tmp_path / "result.json"
-    command = [sys.executable, "-m", "tests.fuzzing", str(tiny_checkpoint), "--output", str(output)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
-    assert done.returncode == 0, done.stderr[-3000:]
+    fresh.run("-m", "tests.fuzzing", tiny_checkpoint, "--output", output)
     result = json.loads(output.read_text())
     assert result["failures"] == [], json.dumps(result["failures"][:10], indent=1)
     assert result["inputs"] == 5000

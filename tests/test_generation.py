@@ -21,6 +21,7 @@ from tiny_models import (
     tiny_config,
     tiny_model,
 )
+from transformers import DynamicCache
 
 from transformers_nextflow import LinearRamp, NextFlowImageOutput, ScaleInterval, codes_of_region
 from transformers_nextflow.cache_name import CACHE
@@ -828,6 +829,9 @@ def test_ambiguous_pictures_must_be_named():
         ({"image_grid_hw": torch.tensor([SQUARE])}, "hold 0 finished images, image_grid_hw has 1"),
         ({"image_codes": torch.zeros(14, dtype=torch.long)}, "image_codes must hold 0 rows"),
         ({"pixel_values": torch.zeros(9, 48)}, "pixel_values must hold 0 rows"),
+        ({"past_key_values": DynamicCache()}, "does not know the arguments past_key_values"),
+        ({"min_p": 0.1, "typical_p": 0.9}, "does not know the arguments min_p, typical_p"),
+        ({"output_hidden_states": True}, "does not know the arguments output_hidden_states"),
     ],
 )
 def test_wrong_requests_are_refused(model, change, message):

@@ -114,6 +114,12 @@ def test_without_pictures_it_is_text_generation(model):
     assert ours.sequences.shape[1] - ours.prompt_length >= 5
 
 
+def test_penalties_of_prompts_are_those_of_text_generation(model):
+    inputs, kwargs = batch_of(model, PROMPTS[0]), {"encoder_repetition_penalty": 50.0, "max_new_tokens": 9}
+    ours = answer(model, inputs, max_new_images=0, do_sample=False, **kwargs)
+    assert torch.equal(ours.sequences, model.generate(**inputs, **kwargs, **OFTEN))
+
+
 @BY_GUIDANCE
 def test_pictures_are_those_of_image_mode(model, image_generation):
     """Text is greedy, so that only pictures draw random numbers: the first picture of a row is that of image mode."""
@@ -386,7 +392,12 @@ def test_decoded_pictures_are_in_order(model):
     ("change", "message"),
     [
         ({"max_length": 9}, "bounded by max_new_tokens and max_new_images"),
-        ({"num_beams": 2}, "one answer for each prompt, got num_beams=2"),
+        ({"num_beams": 2}, "one answer for each prompt, got beam_search"),
+        ({"penalty_alpha": 0.6, "top_k": 4, "do_sample": False}, "one answer for each prompt, got contrastive_search"),
+        ({"dola_layers": "low"}, "one answer for each prompt, got dola_generation"),
+        ({"force_words_ids": [[20]]}, "one answer for each prompt, got constrained_beam_search"),
+        ({"output_scores": True}, "does not know the arguments output_scores"),
+        ({"token_healing": True}, "does not know the arguments token_healing"),
         ({"num_return_sequences": 2, "do_sample": True}, "num_return_sequences=2"),
         ({"colour": "red"}, "does not know the arguments colour"),
         ({"image_generation": {"colour": "red"}}, "controls of pictures do not include colour"),

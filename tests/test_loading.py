@@ -8,10 +8,20 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch._dynamo.testing import CompileCounter
-from transformers import BitsAndBytesConfig, StaticCache, pipeline
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    BitsAndBytesConfig,
+    StaticCache,
+    pipeline,
+)
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -178,6 +188,22 @@ def test_a_vision_tokenizer_on_the_hub_comes_from_where_the_model_does(model, tm
     options = {"cache_dir": tmp_path / "cache", "local_files_only": True}
     loaded = NextFlowForConditionalGeneration.from_pretrained(tmp_path / "checkpoint", **options)
     assert vision_identity(loaded.model.vq_model) == vision_identity(model.model.vq_model)
+
+
+@pytest.mark.parametrize(
+    "auto", [AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM]
+)
+def test_auto_classes_load_with_the_vision_tokenizer_or_without(model, auto, tmp_path):
+    """As the classes themselves, of a checkpoint that refers to its own; a configuration holds no such answer."""
+    model.save_pretrained(tmp_path / "whole")
+    refer_to(str(tmp_path / "whole"), model, tmp_path / "checkpoint")
+    for said, is_there in (({}, True), ({"vision_tokenizer": True}, True), ({"vision_tokenizer": False}, False)):
+        loaded = auto.from_pretrained(tmp_path / "checkpoint", **said)
+        assert isinstance(loaded.base_model.vq_model, NextFlowVQModel) == is_there
+        assert (loaded.config.vision_tokenizer is None) == is_there
+        assert isinstance(auto.from_pretrained(tmp_path / "whole", **said).base_model.vq_model, NextFlowVQModel)
+    with pytest.raises(StrictDataclassFieldValidationError, match="vision_tokenizer"):
+        AutoConfig.from_pretrained(tmp_path / "checkpoint", vision_tokenizer=False)
 
 
 def test_missing_weights_are_initialised_as_at_the_start(folder, warnings_of_the_library):

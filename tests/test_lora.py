@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from tiny_models import BOI, EOS, SQUARE, Picture, batch_of, relative, tiny_config, tiny_model
+from tiny_models import BOI, EOS, SQUARE, WIDE, Picture, batch_of, relative, tiny_config, tiny_model
 from transformers import BitsAndBytesConfig
 
 from tests.adapters import added_by_transformers
@@ -234,6 +234,35 @@ def test_an_adapter_that_peft_adds_later_is_placed_before_training():
     assert set(adapted.peft_config) == {"default", "second"}
 
 
+@pytest.mark.parametrize("active", ["default", ["default", "second"]])
+def test_adapters_stay_as_they_were_set_where_another_finds_its_places(active):
+    config = partial(peft.LoraConfig, target_modules="all-linear", r=2, init_lora_weights=False)
+    adapted = peft.get_peft_model(tiny_model(), config())
+    adapted.add_adapter("second", config())
+    adapted.eval().set_adapter("default")
+    adapted.add_adapter("third", config())
+    adapted.base_model.set_adapter(active)
+    expected = logits(adapted)
+    trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    assert torch.equal(logits(adapted.eval()), expected)
+    assert {name for name, parameter in adapted.named_parameters() if parameter.requires_grad} == trained
+    assert any("lm_head" in name and "third" in name for name in adapted.state_dict())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.LoHaConfig(target_modules="all-linear", r=2),
+        peft.OFTConfig(target_modules="all-linear", r=0, oft_block_size=2),
+    ],
+)
+def test_adapters_that_answer_in_float32_on_a_model_in_16_bits(config):
+    adapted = peft.get_peft_model(tiny_model().bfloat16(), config)
+    inputs = batch(adapted.get_base_model())
+    adapted(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert all(weight.grad is not None for weight in adapted.parameters() if weight.requires_grad)
+
+
 @BY_DOOR
 def test_what_users_leave_out_themselves_is_left_out(add):
     config = peft.LoraConfig(target_modules="all-linear", exclude_modules=["lm_head"], r=2)
@@ -260,6 +289,21 @@ def test_rows_of_embeddings_are_trained_beside_adapters():
     changed = {name for name, tensor in adapted.state_dict().items() if not torch.equal(tensor, before[name])}
     assert any("trainable_tokens_delta" in name for name in changed)
     assert not any("vq_model" in name for name in adapters_of(adapted))
+
+
+SHARED = {
+    "vblora_vector_bank": partial(peft.VBLoRAConfig, r=2, num_vectors=8, vector_length=8, topk=2),
+    "tinylora_v": partial(peft.TinyLoraConfig, r=2),
+}
+
+
+@pytest.mark.parametrize("shared", SHARED)
+def test_weights_that_adapters_share_are_trained(shared):
+    """Those on the vision tokenizer's layers of the same names, which come off, had them too."""
+    adapted = peft.get_peft_model(tiny_model(), SHARED[shared](target_modules=["q_proj"]))
+    before = train(adapted, batch(adapted.get_base_model()))
+    after = adapted.state_dict()
+    assert any(shared in name and not torch.equal(after[name], before[name]) for name in after)
 
 
 def test_methods_that_can_exclude_nothing():
@@ -439,6 +483,39 @@ def test_each_description_has_its_adapter(two_adapters):
         assert relative(together.logits[0][row], outputs.logits[0, -1]) < 1e-5, name
 
 
+def test_each_row_has_its_adapters_loss(two_adapters):
+    """Heads see the supervised positions of all rows as one."""
+    base = two_adapters.get_base_model()
+    chats = [[10, 11, 12], [13, Picture(WIDE), 14], [14, Picture(SQUARE, 1), 15], [16, Picture(SQUARE), 17]]
+
+    def losses(*rows: int, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs = batch_of(base, *(chats[row] for row in rows))
+        labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+        outputs = two_adapters(**inputs, labels=labels, num_items_in_batch=1.0, **kwargs)
+        return outputs.loss, outputs.token_losses
+
+    together, token_losses = losses(0, 1, 2, 3, adapter_names=NAMES)
+    alone = []
+    for row, name in enumerate(NAMES):
+        with two_adapters.disable_adapter() if name == "__base__" else nullcontext():
+            two_adapters.set_adapter("a" if name == "__base__" else name)
+            loss, own = losses(row)
+        assert relative(token_losses[row, -own.shape[1] :], own[0]) < 1e-5, name
+        alone.append(loss)
+    assert relative(together, sum(alone)) < 1e-5
+
+
+@pytest.mark.parametrize("targets", [["lm_head"], ["q_proj", "code_head"]])
+def test_the_loss_without_adapters_is_that_of_the_model_below(targets):
+    """Nothing is trained then, though weights of adapters are there to be."""
+    config = peft.LoraConfig(target_modules=targets, r=2, init_lora_weights=False)
+    adapted = peft.get_peft_model(tiny_model(), config)
+    inputs = batch(tiny_model())
+    with adapted.disable_adapter():
+        loss = adapted(**inputs, labels=inputs["input_ids"]).loss
+    assert torch.equal(loss, tiny_model()(**inputs, labels=inputs["input_ids"]).loss)
+
+
 def test_adapters_of_other_prompts_are_refused(two_adapters):
     with pytest.raises(ValueError, match="adapter_names must hold one for each of 4 prompts, got 2"):
         draw(two_adapters, "guided", [0, 1, 2, 3], adapter_names=["a", "b"])
@@ -472,6 +549,15 @@ def test_a_learned_prompt_is_of_text_alone(kind):
             model.generate(**inputs, generation_mode=mode)
     assert model.generate(**text, **greedy).shape == (2, 5)
     assert model.get_base_model().generate(**shown, **greedy).shape == (1, shown["input_ids"].shape[1] + 2)
+
+
+def test_a_learned_prompt_cannot_be_merged(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "base")
+    base = NextFlowForConditionalGeneration.from_pretrained(tmp_path / "base")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    peft.get_peft_model(base, config).save_pretrained(tmp_path / "prompt")
+    with pytest.raises(ValueError, match=r"a learned prompt \(PROMPT_TUNING\) cannot be merged"):
+        load_merged(str(tmp_path / "prompt"))
 
 
 @BY_DOOR

@@ -385,6 +385,18 @@ def test_training_after_inference_mode():
     assert model.model.connector[0].weight.grad.abs().max() > 0
 
 
+def test_gradients_by_a_function_of_the_weights(trainable):
+    """`torch.func`, inside of which new tensors have no memory to look at."""
+    inputs = batch_of(trainable, [10, Picture(SQUARE, 1), 11], [12, Picture(WIDE, 2), 13, 14])
+    weights = {name: each.detach() for name, each in trainable.named_parameters() if each.requires_grad}
+    of_weights = lambda given: torch.func.functional_call(trainable, given, (), inputs).logits.square().mean()  # noqa: E731
+    found = torch.func.grad(of_weights)(weights)
+    trainable.zero_grad()
+    trainable(**inputs).logits.square().mean().backward()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, trainable.get_parameter(name).grad)
+
+
 def test_gradient_checkpointing_changes_no_gradient(trainable):
     inputs = batch_of(trainable, [10, Picture(SQUARE), 11], [10, 12, Picture(WIDE)])
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
@@ -570,6 +582,10 @@ def test_inputs_that_do_not_match_are_refused(model, change, message):
     [
         ({"feature_mode": "summed"}, 'feature_mode must be "residual" or "accumulated", got \'summed\''),
         ({"text": rope([4, 5, 8])}, r"mrope_section must sum to half the head size, 8, got \[4, 5, 8\]"),
+        (
+            {"text": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}},
+            "scale blocks need layers of full attention, got sliding_attention",
+        ),
         ({"boi_token_id": TEXT_ROWS}, f"boi_token_id must be a text row, 0 to {TEXT_ROWS - 1}, got {TEXT_ROWS}"),
         ({"eoi_token_id": -1}, "eoi_token_id must be a text row"),
         ({"image_generation": {"cfg": 2.0}}, "controls of pictures do not include cfg, but guidance_scale, "),

@@ -1,10 +1,5 @@
 """Two ranks do what one does: tensor parallelism, and weights sharded by FSDP2."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
@@ -13,9 +8,8 @@ from safetensors.torch import load_file
 from test_fixed_size import FIXED_SIZE
 from tiny_models import relative, tiny_config, tiny_model
 
+from tests.fresh import run
 from tests.two_ranks import MODES
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -23,12 +17,9 @@ def by_ranks(tmp_path_factory) -> dict[str, list[dict[str, torch.Tensor]]]:
     """What one rank comes to, and two, by what they do."""
     folder = tmp_path_factory.mktemp("ranks")
     for mode in MODES:
-        config = tiny_config(text={"num_key_value_heads": 2}) if mode == "tensor_parallel" else tiny_config()
+        config = tiny_config(text={"num_key_value_heads": 2}) if "tensor_parallel" in mode else tiny_config()
         tiny_model(config).save_pretrained(folder / mode)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (*sys.path, ROOT))), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.two_ranks", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-5000:]
+    run("-m", "tests.two_ranks", folder)
     return {mode: [load_file(folder / mode / f"{ranks}.safetensors") for ranks in (1, 2)] for mode in MODES}
 
 
@@ -38,6 +29,14 @@ def test_tensor_parallel_loss_gradients_and_codes_are_one_ranks(by_ranks):
     assert torch.equal(two["codes"], one["codes"])
     for name, tensor in two.items():
         assert name == "codes" or relative(tensor, one[name]) < 1e-5, name
+
+
+def test_a_training_under_tensor_parallelism_is_one_ranks(by_ranks):
+    """Ranks that read the same batches count them once."""
+    one, two = by_ranks["tensor_parallel_training"]
+    assert two.keys() == one.keys() and {"logs", "held_out", "code_head.weight"} <= one.keys()
+    for name, tensor in two.items():
+        assert relative(tensor, one[name]) < 1e-5, name
 
 
 def test_a_bfloat16_model_trains_in_shards(by_ranks):

@@ -26,6 +26,7 @@ OVERRIDDEN = {
         *("_no_split_modules", "_skip_keys_device_placement", "_supports_attention_backend", "_supports_flash_attn"),
         *("_supports_flex_attn", "_supports_sdpa", "_tied_weights_keys", "_tp_plan"),
     },
+    "transformers.ProcessorMixin": {"_normalize_conversations"},
     "transformers.image_processing_utils.BaseImageProcessor": {"_preprocess", "_validate_preprocess_kwargs"},
     "transformers.Trainer": {
         *("_get_dataloader", "_get_num_items_in_batch", "_get_train_sampler", "_load_best_model"),
@@ -42,7 +43,7 @@ READ = {
     "transformers.PreTrainedConfig": {"_attn_implementation"},
     "transformers.PreTrainedTokenizerBase": {"_mark_chat_inputs"},
     "transformers.ProcessorMixin": {
-        *("_check_special_mm_tokens", "_merge_kwargs", "_normalize_conversations", "_resolve_chat_template"),
+        *("_check_special_mm_tokens", "_merge_kwargs", "_resolve_chat_template"),
     },
     "diffusers.DiffusionPipeline": {"_execution_device"},
     "diffusers.FluxImg2ImgPipeline": {"_encode_vae_image", "_pack_latents", "_prepare_latent_image_ids"},

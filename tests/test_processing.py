@@ -149,6 +149,23 @@ def test_chat_tokenized_is_the_rendered_chat_processed(tiny_processor):
     assert torch.equal(tiny_processor.apply_chat_template(chats, return_dict=False), expected["input_ids"])
 
 
+@pytest.mark.parametrize("mode", ["text", "image"])
+def test_chats_that_are_rows_of_a_dataset(mode, tiny_processor, tmp_path):
+    """There every item has every key."""
+    picture(16, 32).save(tmp_path / "a.png")
+    shown = {"type": "image", "path": str(tmp_path / "a.png")}
+    chat = [{"role": "system", "content": [{"type": "text", "text": "be exact"}]}, user("draw")]
+    chat[1]["content"].append(shown)
+    row = [
+        message | {"content": [dict.fromkeys(("image", "url", "path", "text")) | item for item in message["content"]]}
+        for message in chat
+    ]
+    inputs, expected = (tiny_processor.apply_chat_template(each, generation_mode=mode) for each in (row, chat))
+    assert inputs.keys() == expected.keys() and "pixel_values" in inputs
+    assert all(torch.equal(inputs[name], expected[name]) for name in expected)
+    assert row[1]["content"][0]["path"] is None, "the caller's chat is untouched"
+
+
 def test_null_prompt_keeps_pictures_and_drops_user_texts(tiny_processor):
     first, second = picture(), picture(16, 32, 1)
     chat = [

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
@@ -99,6 +100,27 @@ def test_other_sizes_and_schedules(replaced, tiny_model):
     size = [edge * config.patch_size for edge in grid]
     codes = loaded.generate(**inputs, generation_mode="image", height=size[0], width=size[1], seed=0)
     assert codes.shape[0] == 1
+
+
+@pytest.mark.parametrize("levels, kept", [({"24": 3}, "24"), ({"small": 3}, None)])
+def test_the_image_processor_stays_as_it_is_but_for_sizes(
+    levels, kept, console, tiny_checkpoint, tiny_model, tmp_path, caplog
+):
+    model = shutil.copytree(tiny_checkpoint, tmp_path / "model")
+    processor = NextFlowProcessor.from_pretrained(model)
+    own = {"level": "24", "resample": 2, "do_convert_rgb": False}
+    for name, value in own.items():
+        setattr(processor.image_processor, name, value)
+    processor.save_pretrained(model)
+    config = copy.deepcopy(tiny_model.config.vq_config)
+    config.scale_schedules, config.levels = config.scale_schedules[:1], levels
+    NextFlowVQModel(config).save_pretrained(tmp_path / "vq")
+    status, _, err = console("replace-tokenizer", "vq", "--output", "out", model=model)
+    assert status == 0, err
+    assert ("the levels small, not the image processor's 24" in caplog.text) == (kept is None)
+    images = NextFlowProcessor.from_pretrained(tmp_path / "out").image_processor
+    assert {name: getattr(images, name) for name in own} == own | {"level": kept}
+    assert [*images.schedule_table()] == [*config.schedule_table()] and images.levels == levels
 
 
 def test_adapters_are_merged_into_the_model_that_they_are_for(console, tiny_model, tiny_checkpoint, tmp_path):

@@ -3,8 +3,9 @@
 import json
 
 import pytest
-from hub_stand_in import hub_stand_in, run_fresh
+from hub_stand_in import hub_stand_in
 
+from tests.fresh import run_fresh
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowImageProcessor, NextFlowProcessor
 
 LOADED = """

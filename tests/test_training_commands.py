@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hub_stand_in import run_fresh
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_models import enlarge_
 from transformers.utils import logging
 
+from tests.fresh import run_fresh
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor, NextFlowVQModel
 from transformers_nextflow.cli import main
 from transformers_nextflow.data import PackedDataset, RawDocuments
@@ -445,38 +445,29 @@ def test_a_training_from_a_revision_keeps_that_revisions_tokenizer(start, tiny_m
             part.save_pretrained(repository / "snapshots" / commit)
         tokenizers[revision] = vision_identity(model.model.vq_model)
     script = """
-from transformers_nextflow.data.shards import vision_identity
-from transformers_nextflow.training.loading import load_to_train
-model, _ = load_to_train("owner/name", vision_tokenizer=False, revision="v1")
-print(model.config.vision_tokenizer["sha256"])
-model.save_pretrained("checkpoint")
-print(vision_identity(type(model).from_pretrained("checkpoint").model.vq_model))
-"""
-    printed = run_fresh(script, tmp_path, HF_HOME=str(tmp_path / "hub"), HF_HUB_OFFLINE="1").split()
-    assert printed[-2:] == [tokenizers["v1"]] * 2 != [tokenizers["main"]] * 2
-    script = """
+import datasets
 from peft import get_peft_model
 from transformers_nextflow.data.shards import vision_identity
+from transformers_nextflow.training.commands import transformer
 from transformers_nextflow.training.commands.options import ModelOptions
+from transformers_nextflow.training.loading import load_to_train
 from transformers_nextflow.utils.export import merge
 from transformers_nextflow.utils.loading import load_model
+
+model, _ = load_to_train("owner/name", vision_tokenizer=False, revision="v1")
+found = [model.config.vision_tokenizer["sha256"]]
+model.save_pretrained("checkpoint")
+found.append(vision_identity(type(model).from_pretrained("checkpoint").model.vq_model))
+
 options = ModelOptions("owner/name", model_revision="v1", use_peft=True)
 model, _, adapters = options.load(modules_to_save=["code_head"])
 get_peft_model(model, adapters).save_pretrained("adapters")
 merge("adapters", "merged")
-print(vision_identity(load_model("adapters")[0].model.vq_model))
-"""
-    printed = run_fresh(script, tmp_path, HF_HOME=str(tmp_path / "hub"), HF_HUB_OFFLINE="1").split()
-    assert printed[-1] == tokenizers["v1"]
-    assert "The weights of owner/name with the adapters of adapters" in (tmp_path / "merged" / "README.md").read_text()
-    script = """
-import datasets
-from transformers_nextflow.data.shards import vision_identity
-from transformers_nextflow.training.commands import transformer
+found.append(vision_identity(load_model("adapters")[0].model.vq_model))
 
 class Told:
     def __init__(self, *args, train_dataset, **kwargs):
-        print(vision_identity(train_dataset.extractor.vq_model))
+        print(*found, vision_identity(train_dataset.extractor.vq_model))
         raise SystemExit
 
 transformer.NextFlowTrainer = Told
@@ -486,7 +477,8 @@ options = "--model owner/name --model_revision v1 --documents chats.parquet --ou
 transformer.main(options.split())
 """
     printed = run_fresh(script, tmp_path, HF_HOME=str(tmp_path / "hub"), HF_HUB_OFFLINE="1").split()
-    assert printed[-1] == tokenizers["v1"]
+    assert printed[-4:] == [tokenizers["v1"]] * 4 != [tokenizers["main"]] * 4
+    assert "The weights of owner/name with the adapters of adapters" in (tmp_path / "merged" / "README.md").read_text()
 
 
 def test_a_tokenizer_that_is_gone_or_another_is_named(start, apart, tmp_path, capsys):

@@ -1,5 +1,7 @@
 """TRL's own trainers of text, by a model and by the path of one."""
 
+import copy
+
 import pytest
 import torch
 
@@ -49,6 +51,35 @@ def test_texts_by_a_path(tiny_checkpoint, text_tokenizer, tmp_path):
     assert type(trainer.model) is NextFlowForConditionalGeneration
     first, last = losses(trainer)
     assert last < first
+
+
+def test_a_copy_of_a_model_in_training_has_weights_of_its_own(tiny_checkpoint, text_tokenizer, tmp_path):
+    model = NextFlowForConditionalGeneration.from_pretrained(tiny_checkpoint)
+    ids = {"input_ids": torch.tensor([[1, 2, 3]])}
+    args = SFTConfig(**options(tmp_path))
+    SFTTrainer(model, args=args, train_dataset=TEXTS, processing_class=text_tokenizer)
+    copied = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        expected = model.eval()(**ids).logits
+        model.lm_head.weight.zero_()
+        assert torch.equal(copied(**ids).logits, expected)
+    torch.save(model, tmp_path / "model.pt")
+    assert torch.equal(torch.load(tmp_path / "model.pt", weights_only=False).lm_head.weight, model.lm_head.weight)
+
+
+@pytest.mark.parametrize(
+    "packed", [{"padding_free": True, "max_length": None}, {"packing": True}], ids=["free", "packed"]
+)
+def test_texts_that_share_a_row_do_not_see_each_other(packed, tiny_checkpoint, text_tokenizer, tmp_path):
+    results = []
+    for option in ({}, packed):
+        model = NextFlowForConditionalGeneration.from_pretrained(tiny_checkpoint)
+        args = SFTConfig(**options(tmp_path) | {"optim": "sgd", "learning_rate": 0.5} | option)
+        trainer = SFTTrainer(model, args=args, train_dataset=TEXTS, processing_class=text_tokenizer)
+        results.append((losses(trainer), torch.cat([weight.flatten() for weight in model.parameters()])))
+    (alone, weights), (together, others) = results
+    assert together == pytest.approx(alone, rel=1e-4)
+    torch.testing.assert_close(others, weights, rtol=1e-4, atol=1e-6)
 
 
 def test_answers_judged_one_by_one(tiny_checkpoint, text_tokenizer, tmp_path):

@@ -2,12 +2,8 @@
 
 import copy
 import json
-import os
 import re
-import subprocess
-import sys
 from contextlib import suppress
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -19,6 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
 
+from tests import fresh
 from tests.tiny_models import tiny_config
 from transformers_nextflow import NextFlowImageProcessor, NextFlowVQModel, cli
 from transformers_nextflow.image_processing_nextflow import upright_size
@@ -34,8 +31,6 @@ from transformers_nextflow.training import (
 from transformers_nextflow.training.metrics import ssim
 from transformers_nextflow.training.vq_losses import PatchDiscriminator, adaptive_weight, codebook_losses
 from transformers_nextflow.utils.loading import load_vq_model
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -763,10 +758,7 @@ def test_two_processes_train_and_evaluate_as_one(model, tmp_path):
     model.save_pretrained(tmp_path / "model")
     script = tmp_path / "two.py"
     script.write_text(TWO_PROCESSES)
-    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "OMP_NUM_THREADS": "1"}
-    run = [sys.executable, str(script), str(tmp_path)]
-    done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    fresh.run(script, tmp_path)
     together = json.loads((tmp_path / "two.json").read_text())
     for name in ("eval_psnr", "eval_ssim"):
         assert together[name] == pytest.approx(alone[name], rel=1e-6)

@@ -26,18 +26,11 @@ COMMANDS = [
     *("finetune", "data extract", "data pack", "data verify", "data inspect", "train transformer", "train tokenizer"),
     *("train grpo", "train decoder", "convert language-model", "convert tokenflow"),
 ]
-HELP = """
-import sys
+IN_TURN = r"""
+import json, sys
 from transformers_nextflow import __file__ as file
 from transformers_nextflow.cli import main
 assert file.startswith(sys.prefix), file
-for command in sys.argv[1:]:
-    print(command)
-    assert main([*command.split(), "--help"]) == 0
-"""
-IN_TURN = r"""
-import json, sys
-from transformers_nextflow.cli import main
 for words in json.loads(sys.argv[1]):
     assert main(list(map(str, words))) == 0
     print(end="\f", flush=True)
@@ -80,13 +73,6 @@ def run(environment: Path, folder: Path, program: str, *words) -> str:
     return done.stdout
 
 
-def test_every_command_is_in_it(environment, tmp_path):
-    pytest.importorskip("diffusers")
-    out = run(environment, tmp_path, "python", "-c", HELP, *COMMANDS)
-    for command in COMMANDS:
-        assert f"transformers-nextflow {command}" in out
-
-
 def photos(folder: Path) -> None:
     """Four with captions, of the size that the tiny tokenizer has."""
     folder.mkdir()
@@ -100,19 +86,19 @@ def photos(folder: Path) -> None:
 def test_pictures_become_a_model_that_is_exported(environment, tiny_checkpoint, tmp_path):
     photos(tmp_path / "photos")
     finetune = ("finetune", "photos", "--output", "tuned", "--steps", 2, "--batch-size", 2, "--evaluations", 1)
-    run(environment, tmp_path, "transformers-nextflow", *finetune, "--model", tiny_checkpoint)
+    finetune += ("--model", str(tiny_checkpoint))
     train = ("train", "transformer", "--packs", "tuned/data/training-packs", "--model", "tuned", "--output", "on")
     loss = ("evaluate", "loss", "tuned/data/held-out-packs", "--json", "--model")
-    lines = [(*train, *ONE), ("merge", "on", "--output", "whole"), (*loss, "on"), (*loss, "whole")]
+    lines = [finetune, (*train, *ONE), ("merge", "on", "--output", "whole"), (*loss, "on"), (*loss, "whole")]
     lines.append(("export", "whole", "--to", "exported"))
+    lines.append(("generate", "red", "--model", "exported", "--seed", 0))
     out = run(environment, tmp_path, "python", "-c", IN_TURN, json.dumps(lines)).split("\f")
-    losses = [json.loads(part) for part in out[2:4]]
+    losses = [json.loads(part) for part in out[3:5]]
     assert losses[0] == losses[1] and losses[0]["loss_vision"] > 0
-    run(environment, tmp_path, "transformers-nextflow", "generate", "red", "--model", "exported", "--seed", 0)
     assert Image.open(tmp_path / "picture.png").size == (24, 24)
 
 
-def test_every_training_and_the_conversion_run(environment, tiny_model, tiny_checkpoint, tmp_path):
+def test_every_command_is_in_it_and_every_training_runs(environment, tiny_model, tiny_checkpoint, tmp_path):
     """A text model gets a vision tokenizer, which is trained, as are what it draws and its decoder."""
     pytest.importorskip("diffusers")
     from tests.diffusers.tiny_decoders import decoder
@@ -132,11 +118,14 @@ def test_every_training_and_the_conversion_run(environment, tiny_model, tiny_che
     without = ("--perceptual_weight", 0, "--discriminator_weight", 0)
     small = ("--train_batch_size", 2, "--num_samples", 0)
     lines = [
+        *((*command.split(), "--help") for command in COMMANDS),
         ("convert", "language-model", "qwen", "vq", "converted"),
         train("tokenizer", "--model", "vq", "--images", "photos", "--stage", "pixel", *without),
         train("decoder", "--model", "new", "--dataset_name", "photos", *small),
     ]
-    run(environment, tmp_path, "python", "-c", IN_TURN, json.dumps(lines))
+    pages = run(environment, tmp_path, "python", "-c", IN_TURN, json.dumps(lines)).split("\f")
+    for command, page in zip(COMMANDS, pages):
+        assert f"transformers-nextflow {command}" in page
     rewards = ("--dataset_name", "prompts.jsonl", "--reward_funcs", "rewards.size", "--model", "converted")
     groups = ("--num_generations", 2, "--per_device_train_batch_size", 2)
     run(environment, tmp_path, "transformers-nextflow", *train("grpo", *rewards, *groups))

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import ParallelismConfig
 from safetensors.torch import save_file
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -16,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from tests.ranks import on_ranks
 from tests.tiny_models import BOI, CODES, EOS, PAD, SQUARE, TEXT_ROWS, WIDE, Picture, batch_of
 from transformers_nextflow import NextFlowForConditionalGeneration, losses
+from transformers_nextflow.training import NextFlowTrainer, NextFlowTrainingArguments
 
 
 def world() -> int:
@@ -46,6 +48,44 @@ def tensor_parallel(folder: Path) -> dict[str, torch.Tensor]:
     prompt = batch_of(model, [10, 11, BOI])
     codes = model.generate(**prompt, generation_mode="image", guidance_scale=1.0, seed=0)
     return results | {"loss": loss.detach(), "codes": codes}
+
+
+def tensor_parallel_training(folder: Path) -> dict[str, torch.Tensor]:
+    """Weights and logs of a training, and losses of an evaluation; every rank reads all batches."""
+    plan = {"tp_plan": "auto"} if world() > 1 else {}
+    model = NextFlowForConditionalGeneration.from_pretrained(folder, **plan)
+    ParallelismConfig._validate_accelerator = lambda self, accelerator: None  # which wants an accelerator
+    items = [ROWS[0], ROWS[1], ROWS[0][:3], ROWS[1][1:]]
+    arguments = {
+        "max_steps": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 0.1,
+        "optim": "sgd",
+        "max_grad_norm": 0.0,
+    }
+    arguments |= {
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    arguments = NextFlowTrainingArguments(str(folder / "output"), **arguments)
+
+    def collate(rows: list) -> dict:
+        batch = with_labels(model, *rows)
+        labels = torch.nn.functional.pad(batch.pop("labels")[:, 1:], (0, 1), value=-100)
+        return batch | {"shift_labels": labels, "document_ids": batch["attention_mask"] - 1}
+
+    trainer = NextFlowTrainer(model, arguments, collate, items, eval_dataset=items[:3])
+    trainer.train()
+    logs = [[row[name] for name in LOGGED] for row in trainer.state.log_history if "loss" in row]
+    held_out = torch.tensor([value for name, value in trainer.evaluate().items() if name.startswith("eval_loss")])
+    weights = {name: whole(weight) for name, weight in model.named_parameters() if weight.requires_grad}
+    return weights | {"logs": torch.tensor(logs), "held_out": held_out}
+
+
+LOGGED = ("loss", "loss_text", "loss_vision", "max_attention_logit")
 
 
 def sharded(folder: Path) -> dict[str, torch.Tensor]:
@@ -91,7 +131,12 @@ def sharded_heads(folder: Path) -> dict[str, torch.Tensor]:
     return {name: whole(weight.grad) for name, weight in model.named_parameters() if weight.grad is not None}
 
 
-MODES = {"tensor_parallel": tensor_parallel, "sharded": sharded, "sharded_heads": sharded_heads}
+MODES = {
+    "tensor_parallel": tensor_parallel,
+    "tensor_parallel_training": tensor_parallel_training,
+    "sharded": sharded,
+    "sharded_heads": sharded_heads,
+}
 
 
 def save(mode: str, folder: Path) -> None:

@@ -33,8 +33,8 @@ COMPARED = 64  # pictures
 SAMPLING = "sampling.json"
 
 
-def last_transformer(run: Path) -> tuple[NextFlowForConditionalGeneration, str]:
-    """The average of the last stage that saved anything, and where it comes from.
+def last_transformer(run: Path) -> tuple[NextFlowForConditionalGeneration, NextFlowProcessor, str]:
+    """The average of the last stage that saved anything, its processor, and where they come from.
 
     Raises:
         ValueError: if none did, or an average is of other weights than the model's.
@@ -42,13 +42,15 @@ def last_transformer(run: Path) -> tuple[NextFlowForConditionalGeneration, str]:
     for stage in reversed(TRAININGS):
         folder = run / stage
         if is_finished(folder):
-            return NextFlowForConditionalGeneration.from_pretrained(folder), f"{stage}, finished"
+            model = NextFlowForConditionalGeneration.from_pretrained(folder)
+            return model, NextFlowProcessor.from_pretrained(folder), f"{stage}, finished"
         if folder.exists() and (checkpoint := get_last_checkpoint(folder)):
             model = NextFlowForConditionalGeneration.from_pretrained(checkpoint)
+            processor = NextFlowProcessor.from_pretrained(checkpoint)
             report = model.load_state_dict(load_file(Path(checkpoint, AVERAGE)), strict=False)
             if report.unexpected_keys:
                 raise ValueError(f"the average in {checkpoint} holds weights unknown to the model: {report}")
-            return model, f"{stage}, the average at {Path(checkpoint).name}"
+            return model, processor, f"{stage}, the average at {Path(checkpoint).name}"
     raise ValueError(f"{run} holds no transformer; its stages are {', '.join(TRAININGS)}")
 
 
@@ -69,8 +71,8 @@ def with_larger_decoder(model: NextFlowForConditionalGeneration, folder: Path) -
 
 def assemble(run: Path) -> tuple[NextFlowForConditionalGeneration, NextFlowProcessor, dict]:
     """Model and processor of a run, in float32, and what they were put together from."""
-    model, transformer = last_transformer(run)
-    parts = {"transformer": transformer, "pixel decoder": "of the joint stage"}
+    model, processor, transformer = last_transformer(run)
+    parts = {"transformer": transformer, "pixel decoder": "as the transformer was trained with"}
     if is_finished(run / "decoder"):
         with_larger_decoder(model, run / "decoder")
         parts["pixel decoder"] = "of the decoder's stage"
@@ -78,7 +80,7 @@ def assemble(run: Path) -> tuple[NextFlowForConditionalGeneration, NextFlowProce
         best = read_json(run / SAMPLING)["best"]
         model.config.image_generation |= best
         parts["sampling"] = best
-    return model.eval(), NextFlowProcessor.from_pretrained(run / "start"), parts
+    return model.eval(), processor, parts
 
 
 def stored(name: str, tensor: torch.Tensor) -> torch.Tensor:

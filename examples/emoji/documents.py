@@ -9,7 +9,7 @@ import dataclasses
 import io
 import json
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ from .world import World, in_a_row
 
 INVERTED = 0.1  # share of text-to-image turned into captioning in late pretraining (NextFlow sec. 5)
 DOCUMENT_KINDS = {"question": "captioning", "analogy": "editing", "sequence": "video"}  # else the task's own name
+DIALOGUE = "dialogue"  # several items about one picture and its edit, for training alone
 SIZES = ScheduleTable(SCHEDULES, LEVELS, PATCH_SIZE)
 # All samples and 60% of the tokens, as the paper found best. Its multinomial is open: drawn uniformly, half of
 # all tokens are disturbed and 5% of the last scales' targets are what they are without; so, a quarter and 10%.
@@ -61,7 +62,7 @@ class Stage:
 
     Attributes:
         level: of all pictures.
-        mixture: share of each task in documents.
+        mixture: share of each task, or of "dialogue", in documents.
         split, part: of the targets, see [`Tasks.draw`]; those that are held out are for held-out losses alone.
     """
 
@@ -115,6 +116,24 @@ STAGES = {
             }
         ),
     ),
+    # dialogues read a picture four times for the price of an edit
+    "continued-64": Stage(
+        "64",
+        inverted(
+            {
+                "text-to-image": 0.36,
+                "captioning": 0.06,
+                "question": 0.05,
+                "dialogue": 0.22,
+                "editing": 0.08,
+                "analogy": 0.03,
+                "tags": 0.06,
+                "reasoning": 0.06,
+                "sequence": 0.03,
+                "arrangement": 0.05,
+            }
+        ),
+    ),
 }
 
 
@@ -124,14 +143,15 @@ def draw_picture(picture: Picture, world: World, level: str) -> np.ndarray:
     return in_a_row([world.pictures[row] for row in picture.rows], height, width)
 
 
-def to_document(key: str, item: Item, world: World, level: str) -> Document:
-    """An item in the pipeline's schema."""
+def to_document(key: str, kind: str, items: Sequence[Item], world: World, level: str) -> Document:
+    """Items of one conversation in the pipeline's schema."""
+    turns = [turn for item in items for turn in (("user", item.user), ("assistant", item.assistant))]
     messages = tuple(
-        Message(role, tuple(part if isinstance(part, str) else None for part in content))
-        for role, content in (("user", item.user), ("assistant", item.assistant))
+        Message(role, tuple(part if isinstance(part, str) else None for part in content)) for role, content in turns
     )
-    images = tuple(_png(draw_picture(picture, world, level)) for picture in (*item.read, *item.drawn))
-    return Document(key, DOCUMENT_KINDS.get(item.task, item.task), messages, images)
+    pictures = [part for _, content in turns for part in content if isinstance(part, Picture)]
+    images = tuple(_png(draw_picture(picture, world, level)) for picture in pictures)
+    return Document(key, kind, messages, images)
 
 
 def _png(pixels: np.ndarray) -> bytes:
@@ -146,8 +166,12 @@ def draw_rows(world: World, stage: Stage, count: int, seed: int) -> Iterator[dic
     for number in range(count):
         rng = random.Random(f"document {seed} {number}")
         task = rng.choices(list(stage.mixture), list(stage.mixture.values()))[0]
-        item = tasks.draw(task, stage.split, number, seed, stage.part)
-        yield to_document(f"emoji-{number}", item, world, stage.level).to_row()
+        if task == DIALOGUE:
+            kind, items = "chat", tasks.dialogue(number, seed)
+        else:
+            kind = DOCUMENT_KINDS.get(task, task)
+            items = [tasks.draw(task, stage.split, number, seed, stage.part)]
+        yield to_document(f"emoji-{number}", kind, items, world, stage.level).to_row()
 
 
 def _draw_rows(folder: str, stage: Stage, count: int, seed: int) -> Iterator[dict[str, Any]]:

@@ -24,7 +24,7 @@ that it asks for, or the one that it asks about.
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from .attributes import NUMBERS, VALUES, Thing, read_names
@@ -200,6 +200,26 @@ class Tasks:
             order = random.Random(name).sample(range(len(targets)), len(targets))
             target = targets[order[number % len(targets)]]
         return self._builders[task](_Draw(rng, split, part, kind, wording), target)
+
+    def dialogue(self, number: int, seed: int = 0) -> tuple[Item, ...]:
+        """Items of one conversation, for training: a seen picture is described, asked about and edited, and its edit
+        described. Texts of all but the first item are about the picture that came last."""
+        edit = self.draw("editing", "train", number, seed)
+        ((source,),) = (picture.rows for picture in edit.read)
+        (target,) = edit.targets
+        rng = random.Random(f"dialogue {seed} {number}")
+        before, after = (self._asked(rng, row, count) for row, count in ((source, 2), (target, 1)))
+        first, *others = *before, edit, *after
+        texts = [tuple(part for part in item.user if isinstance(part, str)) for item in others]
+        return first, *(replace(item, user=user) for item, user in zip(others, texts))
+
+    def _asked(self, rng: random.Random, row: int, count: int) -> list[Item]:
+        """A caption or questions about a seen picture, in any order; nothing where its name is not its own."""
+        if row in self.ambiguous:
+            return []
+        kinds = [kind for kind in ("", *KINDS["question"]) if self._answer(kind, row) is not None]
+        draws = [_Draw(rng, "train", SEEN, kind, 0) for kind in rng.sample(kinds, count)]
+        return [self._question(draw, row) if draw.kind else self._captioning(draw, row) for draw in draws]
 
     def targets(self, task: str, kind: str, split: str, part: str = SEEN) -> list[int] | list[tuple[int, ...]]:
         """Rows that items may be about; runs of rows where a kind has sequences or several of one thing."""

@@ -11,19 +11,25 @@ from .tasks import Tasks
 from .teacher import train_teacher
 from .text import VOCABULARY, train_text_tokenizer, training_texts
 from .tokenizer import train_decoder, train_joint, train_pixel
-from .transformer import train_transformer
+from .transformer import TRAININGS, train_stage, train_transformer
 from .world import World
 
 STAGES = ("pixel", "teacher", "joint", "transformer", "decoder")
+CONTINUED = list(TRAININGS)[-1]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("runs/emoji"), help="folder of checkpoints and log")
     parser.add_argument("--data", type=Path, help="of `examples.emoji.data` (default: data in the output)")
-    parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="last stage to run")
+    until = parser.add_mutually_exclusive_group()
+    until.add_argument("--until", choices=STAGES, default=STAGES[-1], help="last stage to run")
+    until.add_argument("--model", type=Path, help=f"run {CONTINUED} alone, from the model in this folder")
     arguments = parser.parse_args()
     folder, data = arguments.output, arguments.data or arguments.output / "data"
+    if arguments.model is not None:
+        train_stage(folder, CONTINUED, arguments.model, data)
+        return
     last, world = STAGES.index(arguments.until), World(data)
     vq_model = train_pixel(folder, world)
     if last >= 1:

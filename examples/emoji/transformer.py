@@ -55,6 +55,7 @@ TRAININGS = {
     "pretraining-32": Training(12_000, 192, 16, 200, 3e-3, 0.1, scale_loss_alpha=0.0),
     "pretraining-64": Training(72_000, 416, 10, 12_000, 3e-3, 1 / 3),
     "tuning-64": Training(24_000, 848, 5, 1_000, 1.5e-3, 0.9),
+    "continued-64": Training(36_000, 848, 5, 24_000, 2e-3, 0.2),
 }
 
 
@@ -76,8 +77,8 @@ def new_processor(model: NextFlowForConditionalGeneration, tokenizer: PreTrained
     return NextFlowProcessor(image_processor, tokenizer, condition_last_scale=model.config.condition_last_scale)
 
 
-def code_documents(folder: Path, start: Path, data: Path, stage: str) -> Path:
-    """Pack a stage's documents, coded by the tokenizers in `start`; returns the folder of packs. One process works,
+def code_documents(folder: Path, model: Path, data: Path, stage: str) -> Path:
+    """Pack a stage's documents, coded by the tokenizers of `model`; returns the folder of packs. One process works,
     on all cores, while the others wait."""
     training = TRAININGS[stage]
     state = PartialState(cpu=True, backend="gloo" if processes() > 1 else None)
@@ -85,7 +86,7 @@ def code_documents(folder: Path, start: Path, data: Path, stage: str) -> Path:
     with state.local_main_process_first():
         return build_packs(
             folder / f"{stage}-data",
-            start,
+            model,
             data,
             MIXTURES[stage],
             training.documents,
@@ -117,9 +118,9 @@ def train_stage(folder: Path, stage: str, before: Path, data: Path) -> Path:
     training, output = TRAININGS[stage], folder / stage
     if is_finished(output):
         return output
-    packs = code_documents(folder, folder / "start", data, stage)
-    model = NextFlowForConditionalGeneration.from_pretrained(before)
-    processor = NextFlowProcessor.from_pretrained(folder / "start")
+    packs = code_documents(folder, before, data, stage)
+    model = NextFlowForConditionalGeneration.from_pretrained(before, dtype=torch.float32)
+    processor = NextFlowProcessor.from_pretrained(before)
     mixture = dict(MIXTURES[stage].mixture)
     Stage(stage, training.trains, MIXTURES[stage].level, 1, training.peak, training.scale_loss_alpha, mixture).prepare(
         model

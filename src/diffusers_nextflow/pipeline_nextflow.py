@@ -1,6 +1,7 @@
 """The whole NextFlow model as one diffusers pipeline: prompt and pictures in, pictures out."""
 
 from collections.abc import Callable, Sequence
+from functools import wraps
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
@@ -16,6 +17,20 @@ from .decoding import NextFlowDecoderMixin, StableNames
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 MODEL_ARGUMENTS = ("use_safetensors", "variant", "device_map")
+
+
+def _with_decoder(name: str) -> Callable:
+    """A pipeline's method for all of its parts, which takes the decoder for none, since it is a pipeline itself."""
+    of_pipeline = getattr(DiffusionPipeline, name)
+
+    @wraps(of_pipeline)
+    def method(self, *args, **kwargs):
+        result = of_pipeline(self, *args, **kwargs)
+        if self.decoder is not None:
+            getattr(self.decoder, name)(*args, **kwargs)
+        return result
+
+    return method
 
 
 class NextFlowPipeline(StableNames, DiffusionPipeline):
@@ -63,7 +78,13 @@ class NextFlowPipeline(StableNames, DiffusionPipeline):
             )
             processor = NextFlowProcessor.from_pretrained(pretrained_model_name_or_path, **hub)
             return cls(model, processor, decoder)
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
+        if isinstance(dtype, dict):
+            dtype = dtype.get("decoder", dtype.get("default"))
+        if dtype is not None and pipe.decoder is not None and "decoder" not in kwargs:
+            pipe.decoder.to(dtype)  # diffusers loads a pipeline in the pipeline in float32
+        return pipe
 
     def save_pretrained(self, save_directory, *args, variant: str | None = None, **kwargs) -> None:
         """As of any pipeline; raises a `ValueError` for a `variant` with a decoder, which diffusers cannot load."""
@@ -71,16 +92,12 @@ class NextFlowPipeline(StableNames, DiffusionPipeline):
             raise ValueError(f"the decoder is a pipeline in the pipeline: save it apart for variant={variant!r}")
         super().save_pretrained(save_directory, *args, variant=variant, **kwargs)
 
-    def to(self, *args, **kwargs) -> "NextFlowPipeline":
-        super().to(*args, **kwargs)
-        if self.decoder is not None:
-            self.decoder.to(*args, **kwargs)
-        return self
-
-    def enable_model_cpu_offload(self, *args, **kwargs) -> None:
-        super().enable_model_cpu_offload(*args, **kwargs)
-        if self.decoder is not None:
-            self.decoder.enable_model_cpu_offload(*args, **kwargs)
+    to = _with_decoder("to")
+    set_progress_bar_config = _with_decoder("set_progress_bar_config")
+    remove_all_hooks = _with_decoder("remove_all_hooks")
+    enable_model_cpu_offload = _with_decoder("enable_model_cpu_offload")
+    enable_sequential_cpu_offload = _with_decoder("enable_sequential_cpu_offload")
+    enable_group_offload = _with_decoder("enable_group_offload")
 
     @torch.no_grad()
     def __call__(
@@ -107,8 +124,8 @@ class NextFlowPipeline(StableNames, DiffusionPipeline):
                 the processor reads; floats are in [0, 1], as of other pipelines, and a batch of arrays or tensors is
                 a list. Without a size, the output has that of each prompt's first picture.
             negative_prompt: what guidance leads away from.
-            num_images_per_prompt, kwargs: as in `generate` of the model, whose defaults are in its configuration; what
-                is None says nothing.
+            num_images_per_prompt, kwargs: as in `generate` of the model, with its other arguments too, as
+                `generation_config`; what is None says nothing.
             seed, generator: as there; the decoder's noise follows from them too. With both, as drivers of any
                 pipeline give them, the seed counts.
             num_inference_steps: of the decoder; the steps of the model are its scales, whatever this is.
@@ -134,6 +151,7 @@ class NextFlowPipeline(StableNames, DiffusionPipeline):
             raise ValueError(f"callback_on_step_end_tensor_inputs must be of {known}, got {', '.join(unknown)}")
         if not isinstance(prompt, (str, list, tuple)) or prompt in ([], ()):
             raise ValueError(f"prompt must be a text or a list of texts, got {prompt!r}")
+        kwargs["num_images_per_prompt"] = num_images_per_prompt
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         pictures = _pictures(image, len(prompts))
@@ -148,10 +166,9 @@ class NextFlowPipeline(StableNames, DiffusionPipeline):
             sanitize_control_tokens=True,
             processor_kwargs={"do_rescale": False},
         )
-        if num_images_per_prompt is None:
-            num_images_per_prompt = self.model.config.image_generation["num_images_per_prompt"]
+        num_images = self.model.image_settings(**kwargs)[0].num_images_per_prompt
         generator = None if seed is not None else generator
-        generators = RowGenerators.create(len(prompts), num_images_per_prompt, seed, generator).generators
+        generators = RowGenerators.create(len(prompts), num_images, seed, generator).generators
         of_decoder = [each.clone_state() for each in generators]
         if callback_on_step_end is not None:
             names = callback_on_step_end_tensor_inputs
@@ -164,7 +181,6 @@ class NextFlowPipeline(StableNames, DiffusionPipeline):
             self.model,
             **inputs.to(self._execution_device),
             generation_mode="image",
-            num_images_per_prompt=num_images_per_prompt,
             generator=generators,
             return_dict_in_generate=True,
             **kwargs,
@@ -175,7 +191,7 @@ class NextFlowPipeline(StableNames, DiffusionPipeline):
         elif self.decoder is not None:
             if num_inference_steps is not None:
                 decoder_kwargs = {"num_inference_steps": num_inference_steps} | (decoder_kwargs or {})
-            images = self._draw(prompts, codes, grid, num_images_per_prompt, of_decoder, output_type, decoder_kwargs)
+            images = self._draw(prompts, codes, grid, num_images, of_decoder, output_type, decoder_kwargs)
         else:
             pixels = self.model.model.vq_model.decode(codes, grid)
             if output_type == "pil":

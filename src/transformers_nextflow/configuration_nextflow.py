@@ -256,10 +256,21 @@ class NextFlowConfig(ConfigBringsCode, PreTrainedConfig):
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
 
+    @classmethod
+    def from_dict(cls, config_dict, return_unused_kwargs: bool = False, **kwargs):
+        """As of the library's configurations. To the Auto classes, which ask for what a configuration does not use,
+        `vision_tokenizer=False` is an argument of the model's `from_pretrained`."""
+        is_for_model = return_unused_kwargs and isinstance(kwargs.get("vision_tokenizer"), bool)
+        of_model = {"vision_tokenizer": kwargs.pop("vision_tokenizer")} if is_for_model else {}
+        config, unused = super().from_dict(config_dict, return_unused_kwargs=True, **kwargs)
+        return (config, unused | of_model) if return_unused_kwargs else config
+
     def __post_init__(self, **kwargs):
         if self.text_config is None:
             self.text_config = dict(QWEN2_5_7B_TEXT)
         super().__post_init__(**kwargs)
+        if others := set(self.text_config.layer_types) - {"full_attention"}:
+            raise ValueError(f"scale blocks need layers of full attention, got {', '.join(sorted(others))}")
         rope = self.text_config.rope_parameters
         half = self.text_config.hidden_size // self.text_config.num_attention_heads // 2
         if sum(rope.setdefault("mrope_section", [1] * half)) != half:

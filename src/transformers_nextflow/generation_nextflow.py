@@ -5,13 +5,14 @@ What is asked is in `prompts.py` and `image_generation.py`; what runs, in `prefi
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 
 import torch
 from transformers import GenerationConfig
+from transformers.generation import GenerationMixin
 from transformers.generation.streamers import BaseStreamer
 from transformers.processing_utils import Unpack
 
-from .cache_name import CACHE
 from .drawing import Forced, NextFlowOutputWithPictures, Sampler, draw_pictures
 from .image_codes import ImageCodesMixin
 from .image_generation import ImageControls, ImageGenerationConfig, ImageGenerationKwargs
@@ -25,11 +26,19 @@ from .scales import Grid, ScaleSchedule, ScheduleTable
 from .text_generation import TextGenerationMixin
 
 IMAGE_KEYWORDS = ImageGenerationKwargs.__annotations__.keys()
+OF_TEXTS_TOO = {"temperature", "top_k", "top_p"}
+"""Which of these an interleaved call means for its text."""
+
+BY_PLACE = list(signature(GenerationMixin.generate).parameters)[2:]
+"""Arguments of transformers' `generate` after `inputs`, which may be given without their names."""
 
 ABOUT_TEXT = {
     *vars(GenerationConfig()),
     *("generation_config", "logits_processor", "stopping_criteria", "tokenizer", "assistant_model"),
-    *("assistant_tokenizer", "synced_gpus", "prefix_allowed_tokens_fn", "past_key_values", CACHE),
+    *("assistant_tokenizer", "synced_gpus", "prefix_allowed_tokens_fn"),
+} - {
+    *("min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"),
+    *("output_attentions", "output_hidden_states", "output_scores"),
 }
 """Arguments of `generate` that pipelines pass whatever the mode, and that say nothing about pictures."""
 
@@ -63,7 +72,8 @@ class NextFlowGenerationMixin(ImageCodesMixin, TextGenerationMixin):
         """Generate text, pictures, or both in turn.
 
         Args:
-            inputs: (B, L) prompt ids; also as `input_ids`.
+            inputs: (B, L) prompt ids; also as `input_ids`. What follows by place is transformers', as a
+                `generation_config`.
             generation_mode: `"text"`, with every argument of transformers' `generate`; `<boi>`, `<image>` and `<eoi>`
                 are not sampled. `"image"`: pictures scale by scale, for prompts that may end in `<boi>` or not.
                 `"interleaved"`: text until `<boi>` is sampled, then a picture, `<eoi>`, and text again.
@@ -100,8 +110,11 @@ class NextFlowGenerationMixin(ImageCodesMixin, TextGenerationMixin):
             ValueError: for ids that are no text rows, prompts beyond the decoder's positions, and arguments that are
                 unknown or out of range.
         """
-        if inputs is not None:
-            kwargs["input_ids"] = inputs
+        named = {} if inputs is None else {"input_ids": inputs}
+        for name, value in (named | dict(zip(BY_PLACE, args))).items():
+            if kwargs.get(name) is not None:
+                raise ValueError(f"{name} is given twice")
+            kwargs[name] = value
         if not isinstance(given := kwargs.get("generation_config"), GenerationConfig | None):
             raise ValueError(f"generation_config must be a GenerationConfig, got {given!r}")
         for name in ("token_type_ids", "mm_token_type_ids"):  # of processors; ids alone say what they are
@@ -109,27 +122,19 @@ class NextFlowGenerationMixin(ImageCodesMixin, TextGenerationMixin):
         if generation_mode != "text" or kwargs.get("image_grid_hw") is not None:
             check_no_learned_prompt(self)
         if generation_mode == "text":
-            return self.write_text(*args, **kwargs)
+            return self.write_text(**kwargs)
         if generation_mode not in ("image", "interleaved"):
             raise ValueError(f'generation_mode must be "text", "image" or "interleaved", got {generation_mode!r}')
         self.check_keeps_caches()
         names = Prompts.__dataclass_fields__.keys() & kwargs.keys()
         if kwargs.get("input_ids") is None:
             raise ValueError(f'generation_mode="{generation_mode}" reads prompts as input_ids, got none')
-        # as in transformers, one's own says what it says, and the model's the rest
-        configs = [
-            config for config in (self.generation_config, kwargs.get("generation_config")) if config is not None
-        ]
-        pad_token_ids = [config.pad_token_id for config in configs] + [kwargs.get("pad_token_id")]
+        pad_token_ids = [config.pad_token_id for config in self._configs(kwargs)] + [kwargs.get("pad_token_id")]
         pad_token_id = next((token for token in reversed(pad_token_ids) if token is not None), None)
         prompts = Prompts(**{name: kwargs.pop(name) for name in names}).checked(self.config, pad_token_id)
-        shared = {"temperature", "top_k", "top_p"} if generation_mode == "interleaved" else set()
-        keywords = {name: kwargs.pop(name) for name in (IMAGE_KEYWORDS & kwargs.keys()) - shared}
-        layers = [(_of_config(config), getattr(config, "image_generation", None)) for config in configs]
-        layers += [(_of_call(kwargs), image_generation), ({}, keywords)]
-        if generation_mode == "interleaved":
-            layers = [({}, controls) for _, controls in layers]
-        settings, names_said = self._asked(layers)
+        settings, names_said = self.image_settings(generation_mode, image_generation, **kwargs)
+        read = IMAGE_KEYWORDS - OF_TEXTS_TOO if generation_mode == "interleaved" else IMAGE_KEYWORDS
+        kwargs = {name: value for name, value in kwargs.items() if name not in read}
         count = settings.num_images_per_prompt
         if generation_mode == "interleaved" and "num_images_per_prompt" in names_said and count != 1:
             raise ValueError(f"num_images_per_prompt is of pictures alone, an answer draws its own, got {count}")
@@ -147,24 +152,34 @@ class NextFlowGenerationMixin(ImageCodesMixin, TextGenerationMixin):
         """The final grid of the picture that [`~NextFlowGenerationMixin.generate`] draws for a prompt with these
         images and settings, which `decode_preview` asks for before the picture is done."""
         firsts = [] if image_grid_hw is None else final_grids(image_grid_hw)[:1]
-        of_model = getattr(self.generation_config, "image_generation", None)
-        asked, names_said = self._asked([({}, of_model), ({}, settings)])
+        asked, names_said = self.image_settings(image_generation=settings)
         return _schedule(asked, names_said, firsts or [None], self.model.schedules).final_grid
 
-    def _asked(
-        self, layers: Sequence[tuple[dict, Mapping | ImageGenerationConfig | None]]
+    def image_settings(
+        self,
+        generation_mode: str = "image",
+        image_generation: Mapping | ImageGenerationConfig | None = None,
+        **kwargs,
     ) -> tuple[ImageGenerationConfig, set[str]]:
-        """How pictures are drawn, and which of it is said beside the model's configuration.
-
-        Args:
-            layers: what arguments of transformers say, and controls that go over them; each goes over those before it.
-        """
+        """How a call of [`~NextFlowGenerationMixin.generate`] with these arguments draws pictures, and which of it is
+        said beside the model's configuration."""
+        layers = [(_of_config(each), getattr(each, "image_generation", None)) for each in self._configs(kwargs)]
+        layers += [(_of_call(kwargs), image_generation)]
+        keywords = IMAGE_KEYWORDS & kwargs.keys()
+        if generation_mode == "interleaved":
+            keywords -= OF_TEXTS_TOO
+            layers = [({}, controls) for _, controls in layers]
+        layers += [({}, {name: kwargs[name] for name in keywords})]
         elsewhere = set().union(*(by_text_names for by_text_names, _ in layers))
         given = [each for by_text_names, controls in layers for each in (by_text_names, _said(controls, elsewhere))]
         settings = ImageGenerationConfig(**self.config.image_generation)
         for said in given:
             settings = settings.updated(**said)
         return settings, set().union(*given)
+
+    def _configs(self, kwargs: Mapping) -> list[GenerationConfig]:
+        """As in transformers, one's own says what it says, and the model's the rest."""
+        return [each for each in (self.generation_config, kwargs.get("generation_config")) if each is not None]
 
     def _draw(
         self,
@@ -183,7 +198,8 @@ class NextFlowGenerationMixin(ImageCodesMixin, TextGenerationMixin):
         streamer: BaseStreamer | None = None,
         **of_text,
     ) -> torch.LongTensor | NextFlowImageOutput:
-        if unknown := sorted({name for name, value in of_text.items() if value is not None} - ABOUT_TEXT):
+        asked = {name for name, value in of_text.items() if value is not None and value is not False}
+        if unknown := sorted(asked - ABOUT_TEXT):
             raise ValueError(f"image generation does not know the arguments {', '.join(unknown)}")
         device, boi = prompts.input_ids.device, self.config.boi_token_id
         schedule, num_prompts = controls.schedule, len(pictures)

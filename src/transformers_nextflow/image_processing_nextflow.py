@@ -3,7 +3,9 @@
 import os
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from base64 import decodebytes
+from collections.abc import Callable, Mapping, Sequence
+from io import BytesIO
 from math import inf
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import numpy as np
 import torch
 from huggingface_hub.dataclasses import validate_typed_dict
 from PIL import Image, ImageOps
-from transformers import BatchFeature
+from transformers import BatchFeature, image_utils
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import ImageInput, infer_channel_dimension_format, is_valid_image
 from transformers.processing_utils import ImagesKwargs, Unpack
@@ -48,11 +50,22 @@ def open_picture(path: str | Path) -> Image.Image:
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"there is no image file {path}")
+    return _opened(lambda: path, path)
+
+
+def _opened(file: Callable[[], str | Path | BytesIO], name: str | Path) -> Image.Image:
     try:
-        with Image.open(path) as image:
+        with Image.open(file()) as image:
             return _upright(image)
     except DAMAGED as error:
-        raise ValueError(f"cannot read the image {path}: {error}") from error
+        raise ValueError(f"cannot read the image {name}: {error}") from error
+
+
+def _file_at(address: str) -> BytesIO:
+    """What a URL leads to, or a data URL or bare base64 holds."""
+    if address.startswith(("http://", "https://")):
+        return BytesIO(image_utils.httpx.get(address, timeout=None, follow_redirects=True).content)
+    return BytesIO(decodebytes(address.rpartition(",")[2].encode()))
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -63,8 +76,8 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """(height, width) of a picture once it is upright, by its header alone."""
-    lies = _may_have_exif(image) and image.getexif().get(ORIENTATION) in LYING
+    """(height, width) of a picture once it is upright, by its header alone; of TIFF, Pillow says it already."""
+    lies = image.format != "TIFF" and _may_have_exif(image) and image.getexif().get(ORIENTATION) in LYING
     return (image.width, image.height) if lies else (image.height, image.width)
 
 
@@ -174,7 +187,7 @@ class NextFlowImageProcessor(ProcessorBringsCode, PilBackend):
         return (fitting[-1:] or nearest)[0]
 
     def fetch_images(self, image_url_or_urls):
-        """Open paths, give grey (H, W) arrays their channel; other pictures pass, nested as they come."""
+        """Open paths and addresses, give grey (H, W) arrays their channel; others pass, nested as they come."""
         if isinstance(image_url_or_urls, (list, tuple)):
             return [self.fetch_images(entry) for entry in image_url_or_urls]
         image, kind = image_url_or_urls, type(image_url_or_urls).__name__
@@ -182,9 +195,11 @@ class NextFlowImageProcessor(ProcessorBringsCode, PilBackend):
             return open_picture(image)
         if isinstance(image, (np.ndarray, torch.Tensor)) and image.ndim == 2:  # the channel where none mistakes it
             return image[..., None] if image.shape[1] in CHANNELS else image[None]
-        if not isinstance(image, str) and not is_valid_image(image):
+        if isinstance(image, str):  # the library's reader would lose transparency and more than 8 bits
+            return _opened(lambda: _file_at(image), f"{image[:80]}, which is no file here, as a URL or base64")
+        if not is_valid_image(image):
             raise TypeError(f"a picture is a PIL image, an array, a tensor, a path or a URL, got {kind}")
-        return super().fetch_images(image_url_or_urls)
+        return image
 
     def process_image(
         self,
@@ -293,9 +308,8 @@ class NextFlowImageProcessor(ProcessorBringsCode, PilBackend):
             raise ValueError(f"pixels are not finite: {rescale_factor=}, {image_mean=}, {image_std=}")
         patches, grids = [], []
         for image in images:
-            height, width = (image.height, image.width) if isinstance(image, Image.Image) else image.shape[1:]
-            schedule = self.schedule_of(height, width, level) if do_resize else table.by_size(height, width)
-            image = _fit(image, table.image_size(schedule), resample)
+            image = self._fit(image, level, do_resize, resample)
+            grids.append(table.by_size(*size_of(image)).final_grid)
             if isinstance(image, Image.Image):
                 planes = np.moveaxis(np.asarray(image), -1, 0)
                 values = np.stack([row[0].astype(np.float32)[plane] for row, plane in zip(of_bytes, planes)])
@@ -303,9 +317,26 @@ class NextFlowImageProcessor(ProcessorBringsCode, PilBackend):
                 values = ((image.astype(np.float64) - mean) / std).astype(np.float32)
             pixels = torch.from_numpy(values)[None]
             patches.append(pixels if self.image_size else patchify(pixels, self.patch_size)[0])
-            grids.append(schedule.final_grid)
         data = {"pixel_values": torch.cat(patches).numpy(), "image_grid_hw": np.array(grids, dtype=np.int64)}
         return BatchFeature(data, tensor_type=return_tensors)
+
+    def fit(self, image: ImageInput) -> Image.Image | np.ndarray:
+        """A picture as this processor reads it, in the size that it brings it to: an RGB one of 8 bits, or (3, H, W)
+        float32 in [0, 1] where it holds more. With `do_rescale=False` it is read as the picture itself is."""
+        image = self.process_image(image, self.do_convert_rgb, self.do_rescale, self.rescale_factor)
+        return self._fit(image, self.level, self.do_resize, self.resample)
+
+    def _fit(
+        self, image: Image.Image | np.ndarray, level: str | int | None, do_resize: bool, resample: int
+    ) -> Image.Image | np.ndarray:
+        """Scale until the size of its schedule is covered, aspect ratio kept, and crop around the centre."""
+        table, size = self.schedule_table(), size_of(image)
+        schedule = self.schedule_of(*size, level) if do_resize else table.by_size(*size)
+        height, width = table.image_size(schedule)
+        if isinstance(image, Image.Image):
+            return ImageOps.fit(image, (width, height), resample)
+        channels = [ImageOps.fit(Image.fromarray(channel), (width, height), resample) for channel in image]
+        return np.stack([np.asarray(channel) for channel in channels]).clip(0, 1)
 
     def whole(self, inputs: Mapping[str, torch.Tensor]) -> tuple[Grid, torch.Tensor]:
         """What this processor made of pictures of one size: their final grid, and (B, 3, H, W) pixels, as the vision
@@ -345,6 +376,11 @@ class NextFlowImageProcessor(ProcessorBringsCode, PilBackend):
         return self.schedule_of(height, width, (images_kwargs or {}).get("level", self.level)).lengths[-1]
 
 
+def size_of(image: Image.Image | np.ndarray) -> tuple[int, int]:
+    """(height, width) of a picture as [`~NextFlowImageProcessor.fit`] gives it."""
+    return (image.height, image.width) if isinstance(image, Image.Image) else image.shape[1:]
+
+
 def _to_rgb(image: Image.Image, do_convert_rgb: bool | None = True) -> Image.Image:
     """Any mode of 8 bits a channel to RGB; what is transparent shows white."""
     if image.mode != "RGB" and not do_convert_rgb:
@@ -366,12 +402,3 @@ def _channels_last(image: np.ndarray, input_data_format) -> np.ndarray:
         )
     layout = input_data_format or infer_channel_dimension_format(image, num_channels=CHANNELS)
     return np.moveaxis(image, 0, -1) if layout == "channels_first" else image
-
-
-def _fit(image: Image.Image | np.ndarray, size: tuple[int, int], resample: int) -> Image.Image | np.ndarray:
-    """Scale until (height, width) is covered, aspect ratio kept, and crop around the centre."""
-    height, width = size
-    if isinstance(image, Image.Image):
-        return ImageOps.fit(image, (width, height), resample)
-    channels = [ImageOps.fit(Image.fromarray(channel), (width, height), resample) for channel in image]
-    return np.stack([np.asarray(channel) for channel in channels]).clip(0, 1)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessorList, StoppingCriteriaList, TextStreamer
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationMixin, GenerationMode
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
@@ -27,6 +27,9 @@ from .scales import ScaleSchedule
 from .text_generation import check_unguided
 
 logger = logging.get_logger(__name__)
+
+TOKEN_BY_TOKEN = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.ASSISTED_GENERATION)
+"""Modes of transformers' `generate` that write the same text one token after another, some of them faster."""
 
 
 @dataclass
@@ -223,12 +226,15 @@ def answer(
     if kwargs.pop("max_length", None) is not None:
         raise ValueError("interleaved answers are bounded by max_new_tokens and max_new_images, got max_length")
     generation_config, unknown = model._prepare_generation_config(generation_config, **kwargs)
-    if unknown := {name: value for name, value in unknown.items() if value is not None}:
-        raise ValueError(f"interleaved generation does not know the arguments {', '.join(sorted(unknown))}")
-    if (generation_config.num_beams or 1) > 1 or (generation_config.num_return_sequences or 1) > 1:
+    names = {name for name, value in unknown.items() if value is not None}
+    names |= {name for name in ("output_scores", "token_healing") if getattr(generation_config, name)}
+    if names:
+        raise ValueError(f"interleaved generation does not know the arguments {', '.join(sorted(names))}")
+    mode = generation_config.get_generation_mode()
+    if mode not in TOKEN_BY_TOKEN or (generation_config.num_return_sequences or 1) > 1:
         raise ValueError(
-            "interleaved generation samples one answer for each prompt, got num_beams="
-            f"{generation_config.num_beams}, num_return_sequences={generation_config.num_return_sequences}"
+            f"interleaved generation samples one answer for each prompt, got {mode.value}, num_return_sequences="
+            f"{generation_config.num_return_sequences}"
         )
     ids = prompts.input_ids
     streamer = [None] * len(ids) if streamer is None else streamer
@@ -251,17 +257,19 @@ def answer(
     pad_id = model.config.eoi_token_id if generation_config.pad_token_id is None else generation_config.pad_token_id
     answers = []
     for text_ids, own in zip(rows, streamers):
+        text_1L = torch.tensor([text_ids], device=ids.device)
         generation_config.max_length = len(text_ids) + generation_config.max_new_tokens
         of_row = GenerationMixin._get_logits_processor(
             model,
             generation_config,
             input_ids_seq_length=len(text_ids),
+            encoder_input_ids=text_1L,
             logits_processor=processors,
             device=ids.device,
             model_kwargs={},
         )
         ends = model._get_stopping_criteria(generation_config, criteria, tokenizer=tokenizer)
-        answers.append(Answer(torch.tensor([text_ids], device=ids.device), of_row, ends, own))
+        answers.append(Answer(text_1L, of_row, ends, own))
     grow = Interleaving(
         contexts,
         answers,

@@ -240,7 +240,7 @@ def find_images(
     marks_BL = torch.zeros_like(input_ids, dtype=torch.uint8)
     for token_id, mark in marks_of(config).items():
         marks_BL.masked_fill_(input_ids == token_id, mark)
-    rows, grids = [marks.tobytes() for marks in marks_BL.cpu().numpy()], final_grids(image_grid_hw)
+    rows, grids = list(map(bytes, marks_BL.tolist())), final_grids(image_grid_hw)
     found = [(row, match) for row, marks in enumerate(rows) for match in IMAGE.finditer(marks)]
     if len(found) != len(grids):
         counts = f"input_ids hold {len(found)} images (<boi> tokens), image_grid_hw has {len(grids)}"

@@ -68,12 +68,13 @@ def place_adapters(model: "NextFlowPreTrainedModel", configs: dict[str, "PeftCon
         ValueError: if no adapter is left, or a part to be saved whole is the vision tokenizer's alone, or adapters on
             it have changed its own weights where they began.
     """
-    model.base_model.vq_model.requires_grad_(False)  # `bias="all"` thaws some of it
     misplaced = set()
     for path, module in list(model.named_modules()):
         if hasattr(module, "base_layer") and re.fullmatch(LEFT_OUT, path):
             misplaced |= _adapters_on(module)
             model.set_submodule(path, module.base_layer)
+    # `bias="all"` thaws some of it; before, adapters on it would share weights with others
+    model.base_model.vq_model.requires_grad_(False)
     layers = {path: getattr(module, "base_layer", module) for path, module in model.named_modules()}
     inside = tuple(f"{path}." for path, module in model.named_modules() if hasattr(module, "base_layer"))
     linears = {
@@ -105,11 +106,16 @@ def place_adapters(model: "NextFlowPreTrainedModel", configs: dict[str, "PeftCon
             continue
         config.exclude_modules = LEFT_OUT
         if linears - adapted == {"lm_head"} and not model.config.tie_word_embeddings:
-            from peft import inject_adapter_in_model
+            from peft.functional import inject_adapter_in_model, set_adapter
 
             of_head = copy.deepcopy(config)
             of_head.target_modules = {"lm_head"}
+            active = next(module.active_adapters for module in model.modules() if name in _adapters_on(module))
+            trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
             inject_adapter_in_model(of_head, model, name)
+            set_adapter(model, active, of_head.inference_mode)  # which was this one then, everywhere
+            for parameter, requires_grad in trained:
+                parameter.requires_grad_(requires_grad)
             config.target_modules = {*targets, "lm_head"}
 
 
@@ -173,6 +179,28 @@ def each_by_its_adapter(
         with using_adapters(model, [name]):
             by_adapter[name] = run()
     return torch.stack([by_adapter[name][row] for row, name in enumerate(names)])
+
+
+def sum_by_adapter(
+    model: nn.Module,
+    names: Sequence[str] | None,
+    rows_N: torch.Tensor,
+    run: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+    *tensors_N: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum, and its (N,) terms, that `run` gives of N positions, each position as by the adapter of its row;
+    `None`: as PEFT was told."""
+    if names is None:
+        return run(*tensors_N)
+    sums, terms, places = [], [], []
+    for name in dict.fromkeys(names):
+        has_it = torch.tensor([own == name for own in names], device=rows_N.device)
+        places.append(has_it[rows_N].nonzero()[:, 0])
+        with using_adapters(model, [name]):
+            total, terms_n = run(*(tensor[places[-1]] for tensor in tensors_N))
+        sums.append(total)
+        terms.append(terms_n)
+    return sum(sums), torch.cat(terms)[torch.cat(places).argsort()]
 
 
 def _told(module: nn.Module) -> dict:

@@ -111,7 +111,8 @@ def _with_gradients(
         edges = [get_gradient_edge(part) for part in parts if part.requires_grad]
         total, losses_n = _weighted_cross_entropy(parts, targets_n, weights_n, z_loss)
         del parts
-        _add_gradients({hidden_nD: hidden_sums[-1]} | sums, hidden_nD, edges, torch.autograd.grad(total, edges))
+        of_logits = torch.autograd.grad(total, edges) if edges else ()  # none where adapters are switched off
+        _add_gradients({hidden_nD: hidden_sums[-1]} | sums, hidden_nD, edges, of_logits)
         totals.append(total.detach())
         losses.append(losses_n)
     gradients = [torch.cat(hidden_sums), *sums.values()]

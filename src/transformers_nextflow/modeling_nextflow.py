@@ -14,12 +14,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from inspect import ismethod
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
+from transformers.masking_utils import find_packed_sequence_indices
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
@@ -51,7 +53,7 @@ from .layout import (
     joined,
     text_positions,
 )
-from .lora import adapter_names, are_placed, each_by_its_adapter, place_adapters
+from .lora import adapter_names, are_placed, each_by_its_adapter, place_adapters, sum_by_adapter
 from .losses import joint_cross_entropy
 from .modeling_nextflow_vq import NextFlowVQModel, unpatchify
 from .remote_code import LibraryModel
@@ -136,6 +138,11 @@ class NextFlowPreTrainedModel(LibraryModel):
         if name == "peft_config":  # what PEFT sets on a model that it has just put adapters on
             place_adapters(self, value)
         super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict:
+        """Of copies and pickles. They have the forward of their class: one that a trainer has bound to this model, as
+        TRL's do, would run this model's weights."""
+        return {name: value for name, value in vars(self).items() if name != "forward" or not ismethod(value)}
 
     def train(self, mode: bool = True):
         """As of any module. Adapters that `PeftModel.add_adapter` has put on since find their places here."""
@@ -244,7 +251,9 @@ class NextFlowModel(NextFlowPreTrainedModel):
         vq_class = NextFlowVQModel if config.vision_tokenizer is None else AbsentVisionTokenizer
         self.vq_model = vq_class(config.vq_config).requires_grad_(False)
         self.code_embeddings = CodeEmbeddings(config.vq_config.codebook_size, code_dim, dtype=torch.float32)
-        self.connector = nn.Sequential(LinearInItsPrecision(code_dim, width), nn.GELU(), nn.Linear(width, width))
+        self.connector = nn.Sequential(
+            LinearInItsPrecision(code_dim, width), nn.GELU(), LinearInItsPrecision(width, width)
+        )
         self.schedules = self.vq_model.schedules
         self.scale_embedding = ScaleEmbedding(self.schedules.max_scales, width)
         self.post_init()
@@ -404,7 +413,8 @@ class NextFlowModel(NextFlowPreTrainedModel):
             input_ids: (B, L); or (B, L, D) `inputs_embeds`, in which images stand where the rows of `<boi>`, `<image>`
                 and `<eoi>` do.
             attention_mask: (B, past + L), 0 at padding; of text alone also (B, 1, L, keys).
-            position_ids: (3, B, L) rows (s, i, j); computed from the ids where absent, as behind a cache of text.
+            position_ids: (3, B, L) rows (s, i, j); computed from the ids where absent, as behind a cache of text. Of
+                text alone also (B, L): where they begin again, another document does.
             pixel_values: (sum of final-grid cells, p*p*3) in [-1, 1], patches row-major, images in the order of
                 `<boi>`; (images, 3, H, W) for a vision tokenizer with an `image_size`.
             image_codes: (sum of codes,), scale by scale, instead of `pixel_values`; of an image that ends its row cut
@@ -418,6 +428,10 @@ class NextFlowModel(NextFlowPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        beside = (attention_mask, past_key_values, image_grid_hw, document_ids, layout)
+        if position_ids is not None and position_ids.ndim == 2 and all(each is None for each in beside):
+            shape = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+            document_ids = find_packed_sequence_indices(position_ids.expand(shape))  # as of the library's models
         targets = {name: kwargs.pop(name, None) for name in ("labels", "shift_labels")}
         has_targets = any(each is not None for each in targets.values())
         is_text = image_grid_hw is None and document_ids is None and layout is None and not has_targets
@@ -594,14 +608,15 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
             places_N, weights_N = layout.supervised, layout.weights
             if loss_weights is not None:
                 weights_N = loss_weights.flatten()[places_N]
-            total, losses_N = joint_cross_entropy(
-                hidden_BLD.flatten(0, 1)[places_N],
-                (self.lm_head, self.code_head),
-                self.config.text_vocab_size + self.config.vq_config.codebook_size,
-                self.targets_of(layout, image_codes),
-                weights_N,
-                z_loss,
-            )
+            both = (self.lm_head, self.code_head)
+            num_rows = self.config.text_vocab_size + self.config.vq_config.codebook_size
+
+            def score(hidden_nD, targets_n, weights_n):
+                return joint_cross_entropy(hidden_nD, both, num_rows, targets_n, weights_n, z_loss)
+
+            inputs = hidden_BLD.flatten(0, 1)[places_N], self.targets_of(layout, image_codes), weights_N
+            names = adapter_names(self.lm_head) or adapter_names(self.code_head)
+            total, losses_N = sum_by_adapter(self, names, places_N // hidden_BLD.shape[1], score, *inputs)
             loss = total / (weights_N.sum() if num_items_in_batch is None else num_items_in_batch)
             token_losses_BL = losses_N.new_zeros(hidden_BLD.shape[:2])
             token_losses_BL.view(-1)[places_N] = losses_N

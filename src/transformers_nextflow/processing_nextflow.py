@@ -276,6 +276,16 @@ class NextFlowProcessor(ProcessorBringsCode, ProcessorMixin):
                 raise ValueError(f"{error}; {MARKS}") from error
             raise
 
+    def _normalize_conversations(self, conversation):
+        """As of the library, which leaves out what is None in messages; here in their items too, where rows of
+        `datasets` have every key."""
+        conversations, is_batched = super()._normalize_conversations(conversation)
+        for message in (message for chat in conversations for message in chat):
+            if not isinstance(message.get("content"), str | None):
+                items = [{key: value for key, value in item.items() if value is not None} for item in _items(message)]
+                message["content"] = items
+        return conversations, is_batched
+
     def apply_next_turn(
         self, output: NextFlowInterleavedOutput, conversation: list[dict] | list[list[dict]], **kwargs
     ) -> BatchFeature:

@@ -4,13 +4,17 @@ import copy
 from pathlib import Path
 
 import torch
+from transformers.utils import logging
 
+from .configuration_nextflow import NextFlowVQConfig
 from .data.shards import encoder_settings, vision_identity
 from .image_processing_nextflow import NextFlowImageProcessor
 from .modeling_nextflow import NextFlowForConditionalGeneration
 from .modeling_nextflow_vq import NextFlowVQModel
 from .utils.files import output_folder
 from .utils.loading import begin_anew, load_merged, load_processor, load_vq_model, same_weights
+
+logger = logging.get_logger(__name__)
 
 # parts of the transformer that depend on the vision tokenizer
 CODE_PARTS = ("model.code_embeddings", "model.connector", "model.scale_embedding", "code_head")
@@ -40,11 +44,22 @@ def replace_vision_tokenizer(model: str, tokenizer: str, output: str | Path) -> 
     whole, processor = load_merged(model), load_processor(model)
     vq_model = load_vq_model(tokenizer)
     report = put_in(whole, vq_model)
-    processor.image_processor = NextFlowImageProcessor.from_vq_config(vq_model.config)
+    processor.image_processor = fitted(processor.image_processor, vq_model.config)
     with output_folder(output) as folder:
         whole.save_pretrained(folder)
         processor.save_pretrained(folder)
     return report
+
+
+def fitted(images: NextFlowImageProcessor, config: NextFlowVQConfig) -> NextFlowImageProcessor:
+    """An image processor for the pictures of another vision tokenizer, which has no level of it that is not the
+    tokenizer's."""
+    sizes = {name: getattr(config, name) for name in ("patch_size", "scale_schedules", "levels", "image_size")}
+    levels = config.schedule_table().levels
+    if images.level is not None and str(images.level) not in levels:
+        logger.warning(f"the tokenizer has the levels {', '.join(levels)}, not the image processor's {images.level}")
+        sizes["level"] = None
+    return NextFlowImageProcessor.from_dict(images.to_dict(), **sizes)
 
 
 @torch.no_grad()

@@ -56,29 +56,32 @@ def check_unguided(generation_config: GenerationConfig) -> None:
 class TextGenerationMixin(GenerationMixin):
     """Text by next token."""
 
-    def write_text(self, *args, input_ids=None, **kwargs):
+    def write_text(self, input_ids=None, **kwargs):
         """`generate` of transformers."""
         for name in ("negative_input_ids", "negative_attention_mask"):
             kwargs.pop(name, None)  # what the processor gives for guidance
         settings = kwargs.get("generation_config") or self.generation_config
         if kwargs.get("use_cache", settings.use_cache) is not False:
             self.check_keeps_caches()
+        has_pictures = kwargs.get("image_grid_hw") is not None
         chunk_size = kwargs.get("prefill_chunk_size", settings.prefill_chunk_size)
-        if chunk_size is not None and kwargs.get("image_grid_hw") is not None:
+        if chunk_size is not None and has_pictures:
             raise ValueError(f"prompts with pictures are read in one go, got prefill_chunk_size={chunk_size}")
+        if kwargs.get("cache_implementation") == "paged" and has_pictures:
+            raise ValueError("continuous batching reads text alone, got cache_implementation='paged' and pictures")
         if input_ids is not None and kwargs.get("inputs_embeds") is None:
             cache = kwargs.get(CACHE, kwargs.get("past_key_values"))
             mask = kwargs.get("attention_mask") if cache is None else None
             mask = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
             check_prompt(input_ids, mask, self.config.text_vocab_size)
-            if kwargs.get("image_grid_hw") is None:
+            if not has_pictures:
                 check_text(kwargs.get("pixel_values"), kwargs.get("image_codes"))
                 if (input_ids == self.config.image_token_id).any():
                     raise ValueError(
                         "input_ids hold <image> tokens, but no image_grid_hw came: pass all that the processor gives, "
                         "also where past_key_values hold the images already"
                     )
-        return super().generate(input_ids, *args, **kwargs)
+        return super().generate(input_ids, **kwargs)
 
     def check_keeps_caches(self) -> None:
         """Raise a `ValueError` where layers drop what they have just read, as they do for a backward."""

@@ -1,7 +1,9 @@
 """ComfyUI's nodes, called as ComfyUI calls them: by the names in their mappings, with the types they declare."""
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import comfyui_nextflow
 from comfyui_nextflow import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
@@ -55,6 +57,18 @@ def test_edits_and_describes(tiny_model, tiny_processor):
     ids = tiny_model.generate(**inputs, max_new_tokens=5, do_sample=False)
     (expected,) = tiny_processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert text == expected.strip()
+
+
+def test_grey_pictures_and_those_with_an_alpha_are_read_as_files_are(tiny_model, tiny_processor):
+    rgba = np.random.default_rng(0).integers(0, 256, (20, 30, 4), dtype=np.uint8)
+    for pixels in (rgba, rgba[..., :1]):
+        picture = Image.fromarray(pixels if pixels.shape[-1] == 4 else pixels[..., 0])
+        image = torch.from_numpy(pixels).float()[None] / 255
+        (edited,) = run("NextFlowDraw", nextflow=(tiny_model, tiny_processor), text="make it red", image=image)
+        content = [{"type": "image", "image": picture}, {"type": "text", "text": "make it red"}]
+        assert torch.equal(edited, drawn(tiny_model, tiny_processor, content, seed=0))
+    with pytest.raises(ValueError, match="the image is not finite"):
+        run("NextFlowDescribe", nextflow=(tiny_model, tiny_processor), image=image * float("nan"))
 
 
 @pytest.mark.parametrize("settings", [{}, {"aspect_ratio": "2:1"}])

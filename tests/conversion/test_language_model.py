@@ -1,10 +1,7 @@
 """Text models into NextFlow and back: equal logits, equal texts, equal tensors, every layout, and what is refused."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,13 +11,13 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conversion.text_models import LLAMA_TEMPLATE, llama, llama_tokenizer, qwen2, qwen2_5_vl, save
+from tests.fresh import run, run_fresh
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor
 from transformers_nextflow.cli import main as command
 from transformers_nextflow.conversion.decoder import hub_key
 from transformers_nextflow.conversion.language_model import convert, convert_back
 from transformers_nextflow.conversion.text_tokenizer import ImageTokens
 
-ROOT = Path(__file__).parents[2]
 SENTENCE = "a red circle above a blue square"
 LLAMA3_ROPE = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 KINDS = {
@@ -344,16 +341,11 @@ for folder in ("out", "again"):
     model.save_pretrained("again")
     processor.save_pretrained("again")
 """
-    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}"}
-    run = [sys.executable, "-c", script]
-    done = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
+    run_fresh(script, tmp_path)
 
 
 def test_the_command_under_its_first_name(source, vq_folder, tmp_path):
-    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
-    run = [sys.executable, "-m", "conversion.qwen2_5_vl", str(source), str(vq_folder), str(tmp_path / "out")]
-    subprocess.run(run, env=environment, check=True, capture_output=True, timeout=600)
+    run("-m", "conversion.qwen2_5_vl", source, vq_folder, tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
@@ -676,9 +668,7 @@ os.fsync = lambda number: os._exit(9) if shards else shards.append(fsync(number)
 folders = {[str(source), str(vq_folder), str(tmp_path / "out")]!r}
 main(["convert", "language-model", *folders, "--max-shard-size", "40KB"])
 """
-    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, timeout=600)
-    assert done.returncode == 9
+    run("-c", script, status=9)
     (partial,) = tmp_path.iterdir()
     assert partial.name.startswith(".out.") and not (partial / "config.json").exists()
 

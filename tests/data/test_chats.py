@@ -7,7 +7,6 @@ import math
 import os
 import pickle
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from tiny_models import enlarge_
 from transformers import Trainer, TrainingArguments
 from trl import DPOConfig, SFTConfig
 
+from tests.fresh import run
 from tests.ranks import on_ranks
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowImageProcessor, NextFlowProcessor
 from transformers_nextflow.data import ExtractionSettings, RawDocuments, Source
@@ -310,14 +310,29 @@ def test_this_packages_trainer_judges_chats_too(model, tiny_processor, tmp_path)
     )
 
 
+def test_this_packages_trainer_learns_from_chats_too(model, tiny_processor, tmp_path):
+    """In one batch as in several, and the largest attention logit is that of all rows."""
+    logs, weights = [], []
+    for batch_size in (3, 1):
+        options = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": 3 // batch_size}
+        options |= {"max_steps": 2, "logging_steps": 1, "save_strategy": "no", "optim": "sgd", "learning_rate": 0.1}
+        args = NextFlowTrainingArguments(str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True, **options)
+        trainer = NextFlowTrainer(copy.deepcopy(model), args, ChatCollator(tiny_processor), Dataset.from_list(CHATS))
+        trainer.train()
+        logs.append([row for row in trainer.state.log_history if "loss" in row])
+        weights.append(torch.cat([weight.flatten() for weight in trainer.model.parameters()]))
+    for ours, theirs in zip(*logs):
+        kept = [name for name in ours if "loss" in name]
+        assert {name: ours[name] for name in kept} == pytest.approx({name: theirs[name] for name in kept}, rel=1e-4)
+        assert ours["max_attention_logit"] > 0
+    torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-6)
+
+
 @pytest.fixture(scope="module")
 def by_processes(data_checkpoint, tmp_path_factory) -> list[dict]:
     """What [`main`] writes of one process, and of two."""
     folder = tmp_path_factory.mktemp("processes")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    run = [sys.executable, "-m", "tests.data.test_chats", data_checkpoint, str(folder)]
-    done = subprocess.run(run, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    run("-m", "tests.data.test_chats", data_checkpoint, folder, PYTHONPATH=os.pathsep.join(sys.path))
     return [json.loads((folder / f"{processes}.json").read_text()) for processes in (1, 2)]
 
 

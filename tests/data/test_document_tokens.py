@@ -47,7 +47,12 @@ def prompt_ids(processor, content: list) -> list[int]:
 
 @pytest.mark.parametrize("question", QUESTIONS)
 @pytest.mark.parametrize("shape", ["text", "picture first", "picture last", "pictures around"])
-def test_prompts_have_the_same_ids_in_training(processor, question, shape):
+@pytest.mark.parametrize("trims", [False, True])
+def test_prompts_have_the_same_ids_in_training(processor, trims, question, shape):
+    """Also where a chat template trims its texts, as Llama's does."""
+    if trims:
+        template = processor.chat_template.replace("body + ", "body | trim + ")
+        processor = NextFlowProcessor(processor.image_processor, processor.tokenizer, template)
     pictures = {"text": (0, 0), "picture first": (1, 0), "picture last": (0, 1), "pictures around": (1, 1)}[shape]
     picture = Image.new("RGB", (24, 24))
     image, text = {"type": "image", "image": picture}, {"type": "text", "text": question}
@@ -59,6 +64,6 @@ def test_prompts_have_the_same_ids_in_training(processor, question, shape):
     prompt = int(np.argmax(supervised))
     assert ids[:prompt].tolist() == expected
     # an answer begins with a token of its own, since a prompt ends before it
-    answer = processor.tokenizer.encode("\nyes") + [processor.tokenizer.eos_token_id]
+    answer = processor.tokenizer.encode("yes" if trims else "\nyes") + [processor.tokenizer.eos_token_id]
     assert ids[prompt : prompt + len(answer)].tolist() == answer
     assert supervised[prompt:].tolist() == [True] * len(answer) + [False] * (len(ids) - prompt - len(answer))

@@ -32,7 +32,7 @@ from transformers_nextflow.data import (
     pack,
     verify,
 )
-from transformers_nextflow.data.documents import Skipped
+from transformers_nextflow.data.documents import Skipped, read_size
 from transformers_nextflow.data.shards import Shard, decodable_codes, images_of, read_manifest, sequence_spec
 
 
@@ -121,6 +121,12 @@ def test_broken_pictures_are_counted_logged_and_skipped(photo_folder, data_check
     assert sorted(rows_of(tmp_path / "out")) == ["0", "1", "2"]
     assert all(row["image_grid_hw"].tolist() == [2, 4] for row in rows_of(tmp_path / "out").values())
     assert verify(tmp_path / "out", data_checkpoint)["rows"] == 3
+
+
+def test_a_reason_does_not_depend_on_the_run():
+    with pytest.raises(Skipped) as skipped:
+        read_size(b"no picture")  # Pillow names a place in memory
+    assert str(skipped.value) == "unreadable image: cannot identify image file"
 
 
 def test_a_source_without_rows_is_refused(data_checkpoint, tmp_path):

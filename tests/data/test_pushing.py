@@ -3,8 +3,10 @@
 import json
 from pathlib import Path
 
-from hub_stand_in import hub_stand_in, run_fresh
+from hub_stand_in import hub_stand_in
 from safetensors.torch import load
+
+from tests.fresh import run_fresh
 
 ROOT = Path(__file__).parents[2]
 TRAININGS = """

@@ -4,8 +4,6 @@ import copy
 import json
 import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from trainings import train, with_dropout
 from transformers import TrainerCallback
 
+from tests.fresh import run
 from transformers_nextflow.training import EMACallback, NextFlowTrainer
 from transformers_nextflow.training.checkpoints import checkpoint_to_resume
 
@@ -28,10 +27,8 @@ def test_a_killed_training_resumes_as_if_nothing_had_happened(dataset, data_mode
     step = random.Random(4).randrange(SAVE_STEPS + 1, STEPS - SAVE_STEPS)
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
-    run = [sys.executable, str(script), str(dataset.folder), str(tmp_path), str(STEPS), str(SAVE_STEPS), str(step)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT / "src", ROOT / "tests" / "data")))}
-    done = subprocess.run(run, env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
+    path = os.pathsep.join(map(str, (ROOT / "src", ROOT / "tests" / "data")))
+    run(script, dataset.folder, tmp_path, STEPS, SAVE_STEPS, step, PYTHONPATH=path)
 
     left = {path.name: {file.name for file in path.iterdir()} for path in tmp_path.glob("left/checkpoint-*")}
     newest = f"checkpoint-{((step - 1) // SAVE_STEPS + 1) * SAVE_STEPS}"

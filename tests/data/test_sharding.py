@@ -1,8 +1,6 @@
 """Two processes that share a model by FSDP2 train as one does; the committed settings of accelerate are understood."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from sharded import run
 
+from tests import fresh
 from tests.ranks import SETTINGS, launched
 
 ROOT = Path(__file__).parents[2]
@@ -39,11 +38,8 @@ def test_two_processes_under_fsdp2_train_as_one(packs, data_model, tiny_processo
     """Weights, average, pictures, diagnoses and held-out losses too, over a resume, and with adapters."""
     data_model.save_pretrained(tmp_path / "model")
     tiny_processor.save_pretrained(tmp_path / "model")
-    command = [sys.executable, str(ROOT / "tests" / "data" / "sharded.py"), str(packs), str(tmp_path)]
     _, environment = launched("fsdp2", "--mixed_precision", "no")
-    environment |= {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
+    fresh.run(ROOT / "tests" / "data" / "sharded.py", packs, tmp_path, **environment)
 
     alone = run(packs, tmp_path, "plain")
     assert alone.state.global_step == 4 and len(logged(tmp_path / "plain-1")) == 4

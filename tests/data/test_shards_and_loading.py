@@ -4,6 +4,7 @@ import copy
 import json
 import pickle
 import shutil
+import sys
 from pathlib import Path
 
 import datasets
@@ -11,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 from data_samples import documents, edit_manifest
-from hub_stand_in import hub_stand_in, run_fresh
+from hub_stand_in import hub_stand_in
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from tests.fresh import run_fresh
 from transformers_nextflow import NextFlowConfig, NextFlowForConditionalGeneration
 from transformers_nextflow.cli import main
 from transformers_nextflow.data import (
@@ -29,6 +31,7 @@ from transformers_nextflow.data import (
     shards,
     verify,
 )
+from transformers_nextflow.data.inspection import contact_sheet
 from transformers_nextflow.data.packing import Extents, efficiency, pack_costs
 
 COST_MODEL = CostModel("blocks", 1.0, 3e-4, 0.5)  # about a model of width 512
@@ -167,6 +170,16 @@ def test_extraction_of_another_model_is_not_packed_with_it(extracted, tmp_path):
         pack([extracted, other], tmp_path / "out", ComputeBudget(300), COST_MODEL)
 
 
+def test_a_seed_below_zero_is_refused(extracted, data_checkpoint, tmp_path):
+    for refused in (
+        lambda: pack([extracted], tmp_path / "packs", ComputeBudget(300), COST_MODEL, seed=-1),
+        lambda: contact_sheet(extracted, data_checkpoint, tmp_path / "sheet", seed=-1),
+    ):
+        with pytest.raises(ValueError, match="seed must be at least 0, got -1"):
+            refused()
+    assert not list(tmp_path.iterdir())
+
+
 # Plans
 
 
@@ -187,6 +200,49 @@ def test_plans_hold_every_document_once(strategy, multiple_of):
     assert len(planned) % multiple_of == 0 and all(planned)
     if not strategy.padded:
         assert max(extents.num_tokens[members].sum() for members in planned) <= 8192
+
+
+def of_any_cost(count: int) -> Extents:
+    """Documents whose cost does not follow from their length."""
+    rng = np.random.default_rng(0)
+    return Extents(rng.integers(1, 4000, count), rng.integers(1, 10**7, count), rng.integers(1, 4000, count))
+
+
+def test_a_document_goes_into_the_cheapest_pack_with_room():
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        extents = Extents(rng.integers(1, 40, 60), rng.integers(1, 9, 60) * 100, rng.integers(0, 3, 60))
+        planned = ComputeBudget(64, fill=0.97).plan(extents, COST_MODEL, 1, seed=0)
+        costs = COST_MODEL.document_costs(*extents.of(slice(None)), row_length=64 * 0.97)
+        filled, lengths, expected = [0.0] * len(planned), [0] * len(planned), [[] for _ in planned]
+        for document in np.argsort(-costs, kind="stable").tolist():
+            with_room = [n for n, length in enumerate(lengths) if length + extents.num_tokens[document] <= 64]
+            cheapest = min(with_room, key=lambda pack: filled[pack])
+            expected[cheapest].append(document)
+            filled[cheapest] += costs[document]
+            lengths[cheapest] += extents.num_tokens[document]
+        assert planned == expected
+
+
+def test_a_plans_work_grows_as_its_documents():
+    """Also where packs are nearly full, of documents whose length and cost are independent."""
+
+    def work_of(count: int) -> int:
+        calls = 0
+
+        def count_calls(frame, event, argument):
+            nonlocal calls
+            calls += 1
+
+        extents = of_any_cost(count)
+        sys.setprofile(count_calls)
+        try:
+            ComputeBudget(8192, fill=0.97).plan(extents, COST_MODEL, 1, seed=0)
+        finally:
+            sys.setprofile(None)
+        return calls
+
+    assert work_of(8000) < 5 * work_of(2000)
 
 
 def test_budget_evens_out_what_ranks_wait_for():

@@ -10,7 +10,8 @@ import pytest
 from data_samples import picture
 from PIL import Image
 
-from transformers_nextflow.data import ExtractionSettings, Pictures, Source, extract
+from transformers_nextflow.data import DocumentReader, ExtractionSettings, Pictures, Source, extract
+from transformers_nextflow.data.sources import as_source
 
 
 def write_rows(path: Path, *texts: str) -> None:
@@ -118,6 +119,29 @@ def test_pictures_of_rows_are_their_bytes(tmp_path):
     with pytest.raises(ValueError, match="no image"):
         pictures[2]
     assert isinstance(Source(str(tmp_path / "a.parquet")).load(decode=True)[0]["photo"], Image.Image)
+
+
+@pytest.mark.parametrize("kind", [datasets.List, datasets.LargeList])
+def test_pictures_of_lists_of_any_kind_stay_encoded(kind, tmp_path):
+    rows = [{"text": "a", "images": [{"bytes": picture(n), "path": None} for n in range(2)]}]
+    features = datasets.Features({"text": datasets.Value("string"), "images": kind(datasets.Image())})
+    datasets.Dataset.from_list(rows, features).to_parquet(str(tmp_path / "a.parquet"))
+    source = Source(str(tmp_path / "a.parquet"))
+    (document,) = DocumentReader("video", root=source.root).read(source.load()[0], 0)
+    assert document.images == (picture(0), picture(1))
+
+
+def test_rows_are_the_same_in_any_format(tmp_path):
+    rows = [{"key": 7, "text": "a", "images": [picture(0), picture(1)], "other": 1.5}]
+    table = datasets.Dataset.from_list(rows)
+    formats = [table.with_format(name) for name in ("torch", "numpy", "pandas", "arrow")]
+    for each in (*formats, table.with_format(None, columns=["text"]), table.with_format("numpy", columns=["key"])):
+        assert as_source(each).load()[:] == table[:]
+    upper = table.with_transform(lambda batch: batch | {"text": [text.upper() for text in batch["text"]]})
+    assert as_source(upper).load()[0] == rows[0] | {"text": "A"}
+    for other in (datasets.DatasetDict(train=table), table.to_iterable_dataset()):
+        with pytest.raises(ValueError, match=f"rows must be a datasets.Dataset, got a {type(other).__name__}"):
+            as_source(other)
 
 
 def test_an_empty_file_is_refused(tmp_path):

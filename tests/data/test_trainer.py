@@ -3,9 +3,6 @@
 import copy
 import itertools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +15,7 @@ from trainings import largest_difference, losses, parameters, train
 from transformers import TrainerCallback, set_seed
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
 
+from tests.fresh import run
 from transformers_nextflow import NextFlowModel
 from transformers_nextflow.attention import attended_pairs, sequence_mask
 from transformers_nextflow.data import CostModel, PackCollator, PackedDataset
@@ -27,8 +25,6 @@ from transformers_nextflow.training import NextFlowTrainer, NextFlowTrainingArgu
 from transformers_nextflow.training import attention_logits as training_logits
 from transformers_nextflow.training import trainer as trainer_module
 from transformers_nextflow.training.order import EpochOrder, EvenShares, WithEpoch
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_loss_of_a_step_is_the_weighted_mean_over_all_its_targets(dataset, data_model, tmp_path):
@@ -210,10 +206,7 @@ def test_a_step_does_not_depend_on_how_it_is_split(dataset, data_model, tmp_path
     data_model.save_pretrained(tmp_path / "model")
     script = tmp_path / "two.py"
     script.write_text(TWO_PROCESSES)
-    run = [sys.executable, str(script), str(dataset.folder), str(tmp_path)]
-    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    run(script, dataset.folder, tmp_path)
     evaluated = json.loads((tmp_path / "evaluated.json").read_text())
     check_evaluations(evaluated, data_model, [dataset[index] for index in range(7)], PackCollator(dataset))
     row = json.loads((tmp_path / "two.json").read_text())

@@ -3,11 +3,8 @@
 import copy
 import dataclasses
 import json
-import os
 import pickle
 import re
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -60,7 +57,8 @@ from tests.diffusers.tiny_decoders import (
     tiny_vq_model,
 )
 from tests.diffusers.tiny_trainings import Batches, arguments, picture, run_with_everything, train
-from tests.hub_stand_in import hub_stand_in, run_fresh
+from tests.fresh import run
+from tests.hub_stand_in import hub_stand_in
 from tests.pretended_devices import DEVICES, PretendedDevices
 from transformers_nextflow import NextFlowConfig, NextFlowImageProcessor
 from transformers_nextflow.data import (
@@ -77,7 +75,6 @@ from transformers_nextflow.quantizer import SelfCorrection
 from transformers_nextflow.training import EMACallback
 from transformers_nextflow.utils.loading import load_vq_model
 
-ROOT = Path(__file__).parents[2]
 every_family = pytest.mark.parametrize("family", FAMILIES)
 CAPTIONS = ["a cat", "dog"]
 
@@ -237,10 +234,7 @@ def test_killed_training_resumes_as_if_nothing_had_happened_and_loads_in_a_fresh
     """A whole UNet and adapters, killed after a step, and again while it writes a checkpoint."""
     pipe = decoder("flux", vq_model=copy.deepcopy(tiny_vq_model()))
     train(pipe, Batches(), arguments(tmp_path / "flux", rank=2))
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT / "src"), str(ROOT))), "OMP_NUM_THREADS": "1"}
-    run = [sys.executable, "-m", "tests.diffusers.tiny_trainings", str(tmp_path)]
-    done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=600, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run("-m", "tests.diffusers.tiny_trainings", tmp_path)
     results = {"": "unet/diffusion_pytorch_model.safetensors", "-lora": "pytorch_lora_weights.safetensors"}
     for kind, result in results.items():
         left = json.loads((tmp_path / f"left{kind}.json").read_text())
@@ -289,10 +283,7 @@ def test_pictures_are_brought_to_the_level_asked_for():
 
 def test_two_processes_train_as_one(tmp_path):
     """With all that a training may have, over a resume."""
-    script = [sys.executable, "-m", "tests.diffusers.tiny_trainings", str(tmp_path / "two"), "2"]
-    environment = os.environ | {"PYTHONPATH": "src:.", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(script, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    run("-m", "tests.diffusers.tiny_trainings", tmp_path / "two", 2)
     run_with_everything(tmp_path / "one", gradient_accumulation_steps=2)
     logs = [json.loads((tmp_path / name / "log.json").read_text()) for name in ("one", "two")]
     for name in ("loss", "grad_norm", "eval_loss"):
@@ -390,9 +381,8 @@ train(decoder("unet", vq_model=tiny_vq_model()), Batches(), arguments("decoder",
 
 def test_what_is_pushed_is_the_decoder(tmp_path):
     """Not what a checkpoint has of it."""
-    path = f"{ROOT / 'src'}{os.pathsep}{ROOT}"
     with hub_stand_in() as hub:
-        run_fresh(PUSHED, tmp_path, PYTHONPATH=path, **hub.environment)
+        run("-c", PUSHED, folder=tmp_path, **hub.environment)
     saved = {str(path.relative_to(tmp_path / "decoder")) for path in (tmp_path / "decoder").glob("*/*.safetensors")}
     saved = {name for name in saved if not name.startswith("checkpoint-")} | {"model_index.json"}
     assert len(saved) > 4 and saved <= hub.repositories["someone/decoder"].keys()

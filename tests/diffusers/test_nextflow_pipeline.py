@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("diffusers", reason="the diffusion decoder needs diffusers")
 
 from diffusers import DiffusionPipeline
+from transformers import GenerationConfig
 
 from diffusers_nextflow import NextFlowPipeline
 from tests.diffusers.tiny_decoders import decoder
@@ -42,6 +43,17 @@ def test_pictures_are_those_of_generate(pipe):
     pipe.model.config.image_generation = {"num_images_per_prompt": 2}
     for said in ({}, {"num_images_per_prompt": None}):  # which says nothing
         assert torch.equal(pipe(PROMPTS, seed=3, **said, output_type="latent").images, codes)
+    own = NextFlowPipeline(copy.deepcopy(pipe.model), pipe.processor)
+    own.model.config.image_generation = {"num_images_per_prompt": 1}
+    config = GenerationConfig(image_generation={"num_images_per_prompt": 2})
+    for said in (
+        {"generation_config": config},
+        {"image_generation": config.image_generation},
+        {"num_return_sequences": 2},
+    ):
+        assert torch.equal(own(PROMPTS, seed=3, **said, output_type="latent").images, codes)
+    own.model.generation_config = config
+    assert torch.equal(own(PROMPTS, seed=3, output_type="latent").images, codes)
     generated = pipe(PROMPTS[0], generator=torch.Generator().manual_seed(1), aspect_ratio="2:1").images[0]
     assert generated.width == 2 * generated.height
 
@@ -160,6 +172,34 @@ def test_offload(pipe):
     for _ in range(2):
         assert torch.equal(whole(PROMPTS[0], **arguments).images, expected)
         assert len(whole.decoder._all_hooks) == 4  # conditioner, text encoder, UNet, VAE
+
+
+def test_what_is_done_to_all_parts_is_done_to_the_decoder(pipe, tmp_path, capsys):
+    whole = NextFlowPipeline(copy.deepcopy(pipe.model), pipe.processor)
+    whole.decoder = decoder("unet", vq_model=whole.model.model.vq_model)
+    arguments = {"seed": 0, "output_type": "pt", "decoder_kwargs": {"num_inference_steps": 1}}
+    whole.set_progress_bar_config(disable=False)
+    expected = whole(PROMPTS[0], **arguments).images
+    assert "1/1" in capsys.readouterr().err
+    whole.set_progress_bar_config(disable=True)
+    whole.enable_model_cpu_offload(device="cpu")
+    whole.remove_all_hooks()
+    assert not any(hasattr(part, "_hf_hook") for part in whole.decoder.components.values())
+    whole.enable_group_offload("cpu", offload_type="leaf_level")
+    assert torch.equal(whole(PROMPTS[0], **arguments).images, expected)
+    assert any(hasattr(part, "_diffusers_hook") for part in whole.decoder.unet.modules())
+    assert "1/1" not in capsys.readouterr().err
+
+    NextFlowPipeline(pipe.model, pipe.processor, decoder("unet", vq_model=pipe.model.model.vq_model)).save_pretrained(
+        tmp_path
+    )
+    half = torch.bfloat16
+    for dtype, got in (
+        (half, half),
+        ({"default": half, "decoder": torch.float64}, torch.float64),
+        (None, torch.float32),
+    ):
+        assert NextFlowPipeline.from_pretrained(tmp_path, dtype=dtype).decoder.unet.dtype == got
 
 
 def conditioner_of(pipe):

@@ -1,18 +1,12 @@
 """Saved pipelines load where the package is installed, but nobody has imported it."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 pytest.importorskip("diffusers", reason="the diffusion decoder needs diffusers")
 
 from diffusers_nextflow import NextFlowPipeline
 from tests.diffusers.tiny_decoders import decoder
-
-ROOT = Path(__file__).parents[2]
+from tests.fresh import run
 
 LOADING = """
 import sys
@@ -36,12 +30,7 @@ def test_saved_folders_bring_the_import_with_them(tmp_path, tiny_model, tiny_pro
     decoder("unet", trained=True).save_pretrained(tmp_path / "decoder")
     flux = decoder("flux", trained=True)
     NextFlowPipeline(tiny_model, tiny_processor, flux).save_pretrained(tmp_path / "whole")
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    environment["PYTHONPATH"] = str(ROOT / "src")
-    command = [sys.executable, "-c", LOADING, str(tmp_path / "decoder"), str(tmp_path / "whole")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.splitlines() == [
+    assert run("-c", LOADING, tmp_path / "decoder", tmp_path / "whole").splitlines() == [
         "AttributeError",  # of a class that diffusers does not know
         "ValueError",  # the code is not trusted
         "diffusers_nextflow.pipelines NextFlowDecoderPipeline NextFlowConditioner",

@@ -49,7 +49,7 @@ def test_a_document_shows_what_its_item_names(small_world, task):
     tasks = Tasks.of(small_world)
     for number in range(10):
         item = tasks.draw(task, "train", number)
-        document = to_document("key", item, small_world, "32")
+        document = to_document("key", task, [item], small_world, "32")
         user, assistant = document.messages
         assert (user.role, assistant.role) == ("user", "assistant")
         for message, content in ((user, item.user), (assistant, item.assistant)):
@@ -57,6 +57,23 @@ def test_a_document_shows_what_its_item_names(small_world, task):
         assert document.supervised_images == (False,) * len(item.read) + (True,) * len(item.drawn)
         for image, picture in zip(document.images, (*item.read, *item.drawn), strict=True):
             assert np.array_equal(pixels_of(image), draw_picture(picture, small_world, "32"))
+
+
+def test_a_dialogue_is_one_document_of_all_its_turns(small_world):
+    items = Tasks.of(small_world).dialogue(0)
+    assert len(items) == 4
+    (document,) = (
+        DocumentReader("chat").read(row, 0)[0] for row in draw_rows(small_world, Stage("32", {"dialogue": 1.0}), 1, 0)
+    )
+    assert document == to_document("emoji-0", "chat", items, small_world, "32")
+    assert [message.role for message in document.messages] == ["user", "assistant"] * 4
+    texts = [[part for part in message.content if part is not None] for message in document.messages]
+    of_items = [content for item in items for content in (item.user, item.assistant)]
+    assert texts == [[part for part in content if isinstance(part, str)] for content in of_items]
+    assert document.supervised_images == (False, True)
+    (source,), (target,) = items[0].read, items[2].drawn
+    for image, picture in zip(document.images, (source, target), strict=True):
+        assert np.array_equal(pixels_of(image), draw_picture(picture, small_world, "32"))
 
 
 def test_rows_are_read_back_as_the_documents_and_depend_on_their_number_alone(small_world):
@@ -69,7 +86,7 @@ def test_rows_are_read_back_as_the_documents_and_depend_on_their_number_alone(sm
     assert {document.kind for document in documents} == {"editing", "reasoning"}
 
 
-@pytest.mark.parametrize("stage", ["alignment", "pretraining-64"])
+@pytest.mark.parametrize("stage", ["alignment", "pretraining-64", "continued-64"])
 def test_packs_hold_every_document_at_the_level_of_the_stage(small_world_folder, emoji_checkpoint, tmp_path, stage):
     settings = ExtractionSettings("chat", drop_text=0.1, variants=2, documents_per_shard=16)
     given = tmp_path, emoji_checkpoint, small_world_folder, STAGES[stage], 24, settings, FixedLength(2048)

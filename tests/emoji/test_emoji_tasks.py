@@ -8,7 +8,7 @@ from examples.emoji.attributes import VALUES
 from examples.emoji.documents import INVERTED, STAGES, inverted
 from examples.emoji.names import person_of
 from examples.emoji.splits import COMBINATION, NAME, PAIR, SEEN, SHARES, held_out
-from examples.emoji.tasks import KINDS, Picture, Tasks
+from examples.emoji.tasks import KINDS, WORDINGS, Picture, Tasks
 from examples.emoji.wordings import plural, with_article
 
 ALL_KINDS = [(task, kind) for task, kinds in KINDS.items() for kind in kinds]
@@ -208,6 +208,31 @@ def test_questions_have_the_answers_of_the_name(real_tasks):
     assert item.assistant == (f"{real_tasks.names[row]}, {real_tasks.styles[row]}",)
     assert item.read == [Picture((row,))]
     assert item.drawn == []
+
+
+def test_a_dialogue_asks_about_a_seen_picture_edits_it_and_asks_about_the_edit(real_tasks):
+    kinds = set()
+    for number in range(40):
+        first, *others = items = real_tasks.dialogue(number)
+        assert items == real_tasks.dialogue(number) != real_tasks.dialogue(number, seed=1)
+        place, edit = next((place, item) for place, item in enumerate(items) if item.task == "editing")
+        assert edit.targets == real_tasks.draw("editing", "train", number).targets
+        assert {real_tasks.splits[row] for row in rows_of(first) | rows_of(edit)} == {"train"}
+        assert [isinstance(item.user[0], Picture) for item in items] == [True] + [False] * len(others)
+        (source,) = first.read[0].rows
+        assert [item.targets for item in items] == [(source,)] * place + [edit.targets] * (len(items) - place)
+        assert (place, len(items) - place - 1) == (
+            0 if source in real_tasks.ambiguous else 2,
+            0 if edit.targets[0] in real_tasks.ambiguous else 1,
+        )
+        for item in items[:place] + items[place + 1 :]:
+            (row,) = item.targets
+            caption = f"{real_tasks.names[row]}, {real_tasks.styles[row]}"
+            told = {"": caption, "name": real_tasks.names[row], "style": real_tasks.styles[row]}
+            assert item.assistant == (told.get(item.kind) or real_tasks.things[row][item.kind],)
+            assert item.user[-1] in WORDINGS[item.task, item.kind]
+            kinds.add(item.kind)
+    assert {"", "name", "style", "tone", "gender"} <= kinds
 
 
 def test_nothing_is_asked_about_a_picture_of_two_names(small_world):

@@ -280,7 +280,7 @@ def run(emoji_checkpoint, tmp_path):
     folder = tmp_path / "run"
     checkpoint = folder / "pretraining-64" / "checkpoint-3"
     model.save_pretrained(checkpoint)
-    NextFlowProcessor.from_pretrained(emoji_checkpoint).save_pretrained(folder / "start")
+    NextFlowProcessor.from_pretrained(emoji_checkpoint).save_pretrained(checkpoint)
     averages = {name: p + 0.25 for name, p in model.named_parameters() if p.requires_grad}
     save_file({name: average.detach().clone() for name, average in averages.items()}, checkpoint / "ema.safetensors")
     (folder / "sampling.json").write_text(json.dumps({"rows": [], "best": {"guidance_scale": 2.5}}))
@@ -331,7 +331,7 @@ def test_a_trained_decoder_is_taken_and_one_of_another_tokenizer_refused(run, ex
     with torch.no_grad():
         next(larger.pixel_decoder.parameters()).add_(1)
     larger.save_pretrained(run / "decoder")
-    assert assemble.assemble(run)[2]["pixel decoder"] == "of the joint stage"  # it is not finished
+    assert assemble.assemble(run)[2]["pixel decoder"] == "as the transformer was trained with"  # it is not finished
     (run / "decoder" / FINISHED).touch()
     model, parts, _ = assembled(run, exam.world, tmp_path / "out")
     assert parts["pixel decoder"] == "of the decoder's stage"

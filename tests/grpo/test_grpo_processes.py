@@ -2,8 +2,6 @@
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,13 +9,14 @@ import sharded_policy
 import torch
 from grpo_samples import policy_of
 from safetensors.torch import load_file
-from two_processes import ACCUMULATED, BUGS, ONE, PICTURES, differences, train
+from two_processes import ACCUMULATED, AT_ONCE, BUGS, ONE, PICTURES, differences, train
 
+from tests.fresh import run
 from tests.ranks import launched
 
 ROOT = Path(__file__).parents[2]
 PATHS = [ROOT / "src", ROOT, ROOT / "tests", ROOT / "tests" / "grpo"]
-ENVIRONMENT = os.environ | {"PYTHONPATH": ":".join(map(str, PATHS)), "OMP_NUM_THREADS": "1"}
+PATH = os.pathsep.join(map(str, PATHS))
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +37,7 @@ def by_two(policy, tiny_processor, folder) -> dict[str | None, dict]:
     """What two processes come to, by the bug that is planted."""
     policy.save_pretrained(folder / "policy")
     tiny_processor.save_pretrained(folder / "policy")
-    command = [sys.executable, str(ROOT / "tests" / "grpo" / "two_processes.py"), str(folder / "policy"), str(folder)]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run(ROOT / "tests" / "grpo" / "two_processes.py", folder / "policy", folder, PYTHONPATH=PATH)
     return torch.load(folder / "results.pt")
 
 
@@ -82,17 +79,15 @@ def test_a_reward_that_dies_on_one_process_ends_both_with_what_was_trained(
 def test_a_planted_bug_sets_two_processes_apart(policy, tiny_processor, tmp_path, by_two, bug):
     """One that one process has too is compared with itself."""
     _, shows = BUGS[bug]
-    assert shows <= differences(train(policy, tiny_processor, tmp_path, ONE, bug), by_two[bug])
+    assert shows <= differences(train(policy, tiny_processor, tmp_path, ONE, bug, **AT_ONCE), by_two[bug])
 
 
 def under_fsdp2(policy, processor, folder, *options):
     """What two processes come to."""
     policy.save_pretrained(folder / "policy")
     processor.save_pretrained(folder / "policy")
-    command = [sys.executable, str(ROOT / "tests" / "grpo" / "sharded_policy.py"), str(folder / "policy"), str(folder)]
-    environment = launched("fsdp2", "--mixed_precision", "no")[1] | ENVIRONMENT
-    done = subprocess.run([*command, *options], env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
+    environment = launched("fsdp2", "--mixed_precision", "no")[1] | {"PYTHONPATH": PATH}
+    run(ROOT / "tests" / "grpo" / "sharded_policy.py", folder / "policy", folder, *options, **environment)
     return torch.load(folder / "sharded.pt")
 
 

@@ -27,6 +27,7 @@ SETTINGS = {
 }
 PICTURES = {"optimize": "image", "logprob_mode": "behaviour", "guidance_scale": 2.0, "gradient_checkpointing": True}
 EPOCHS = {"optimize": "image", "num_iterations": 1, "max_steps": 5}  # of two steps
+AT_ONCE = {"max_steps": 1}  # a bug shows
 ONE = {"per_device_train_batch_size": 2 * ROWS}
 ACCUMULATED = {"per_device_train_batch_size": ROWS, "gradient_accumulation_steps": 2}
 TWO = {"per_device_train_batch_size": ROWS, "ddp_backend": "gloo"}
@@ -162,7 +163,8 @@ def main() -> None:
     policy_folder, folder = map(Path, sys.argv[1:])
     policy = NextFlowForConditionalGeneration.from_pretrained(policy_folder)
     processor = NextFlowProcessor.from_pretrained(policy_folder)
-    results = {bug: train(policy, processor, folder / "run", TWO, bug) for bug in (None, *BUGS)}
+    results = {None: train(policy, processor, folder / "run", TWO)}
+    results |= {bug: train(policy, processor, folder / "run", TWO, bug, **AT_ONCE) for bug in BUGS}
     results["pictures"] = train(policy, processor, folder / "run", TWO, **PICTURES)
     results["epochs"] = train(policy, processor, folder / "cut", TWO, **EPOCHS, save_strategy="steps", save_steps=3)
     results["resumed"] = train(

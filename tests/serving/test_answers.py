@@ -5,8 +5,10 @@ import json
 import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -27,7 +29,7 @@ from tests.serving.servers import (
     running,
     until,
 )
-from transformers_nextflow import NextFlowForConditionalGeneration
+from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowImageProcessor, NextFlowProcessor
 from transformers_nextflow.serving.jobs import make_exact
 
 TALL, SQUARE = photo(16, 32), photo(24, 24, seed=1)
@@ -93,6 +95,38 @@ def test_a_mask_keeps_what_is_not_transparent(address, tiny_model, tiny_processo
     expected = draw(tiny_model, tiny_processor, content, kept=kept, seed=4, height=32, width=16)
     assert pictures_of(response) == expected
     assert expected != draw(tiny_model, tiny_processor, content, seed=4, height=32, width=16)
+
+
+def test_an_edit_has_the_size_that_its_picture_is_read_in(tiny_config, text_tokenizer):
+    """Of a processor that reads all pictures at one level."""
+    sizes = {"scale_schedules": [[[1, 1], [2, 2], [3, 3]]], "levels": {"16": 2, "24": 3}}
+    for name, value in sizes.items():
+        setattr(tiny_config.vq_config, name, value)
+    torch.manual_seed(0)
+    model = NextFlowForConditionalGeneration(tiny_config).eval()
+    processor = NextFlowProcessor(NextFlowImageProcessor(8, **sizes, level="16"), text_tokenizer)
+    content, kept = [image(SQUARE), text("a star")], torch.arange(16).expand(16, 16) < 8
+    with running(model, processor) as address:
+        for part, masked in ((None, {}), (kept, {"mask": png(mask(24, 24))})):
+            asked = {"image": png(SQUARE), "prompt": "a star", "extra_body": {"seed": 4}} | masked
+            response = client(address).images.edit(**asked)
+            expected = draw(model, processor, content, kept=part, seed=4, height=16, width=16)
+            assert response.size == "16x16" and pictures_of(response) == expected
+
+
+@pytest.mark.parametrize("mode", ["I;16", "L", "P", "RGBA", "LA", "CMYK"])
+def test_pictures_of_any_mode_are_read_as_the_processor_reads_them(mode, address, tiny_model, tiny_processor):
+    if mode == "I;16":
+        noise = np.random.default_rng(0).integers(0, 2**16, (41, 90), dtype=np.uint16)
+        picture = Image.fromarray(noise)
+    else:
+        picture = photo(90, 41).convert("RGBA")
+        picture.putalpha(photo(90, 41, seed=2).convert("L"))
+        picture = picture.convert("RGB").convert(mode) if mode in ("P", "CMYK") else picture.convert(mode)
+    picture.save(file := BytesIO(), format="JPEG" if mode == "CMYK" else "PNG", quality=100)
+    response = client(address).images.edit(image=file.getvalue(), prompt="a star", extra_body={"seed": 4})
+    content = [image(Image.open(file)), text("a star")]
+    assert pictures_of(response) == draw(tiny_model, tiny_processor, content, seed=4, height=16, width=32)
 
 
 def test_a_chat_answers_in_text(address, tiny_model, tiny_processor):

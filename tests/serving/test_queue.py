@@ -1,6 +1,7 @@
 """Who is let in, who leaves, and what is still answered at the end."""
 
 import asyncio
+import gc
 import http.client
 import json
 import os
@@ -18,8 +19,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
-from tests.serving.servers import accepted, client, draw, held, metric, openai, pictures_of, running, until
+from tests.serving.servers import (
+    accepted,
+    client,
+    data_url,
+    draw,
+    held,
+    metric,
+    openai,
+    photo,
+    pictures_of,
+    png,
+    running,
+    until,
+)
 from transformers_nextflow.serving.batching import Batcher
 from transformers_nextflow.serving.errors import RequestError
 from transformers_nextflow.serving.jobs import Answer, Job
@@ -27,6 +42,29 @@ from transformers_nextflow.serving.limits import Limits
 from transformers_nextflow.serving.metrics import Metrics
 
 ROOT = Path(__file__).parents[2]
+
+
+def test_who_waits_holds_pictures_in_the_size_that_the_model_reads(tiny_model, tiny_processor):
+    files = {"image": png(photo(410, 405))}
+    url = {"type": "image_url", "image_url": {"url": data_url(photo(410, 405))}}
+    with (
+        running(tiny_model, tiny_processor) as address,
+        held(tiny_model.code_head) as (let_go, _),
+        ThreadPoolExecutor(3) as threads,
+    ):
+        asked = client(address)
+        drawn = [threads.submit(asked.images.generate, prompt="a star")]
+        until(lambda: accepted(address) == 1)
+        drawn.append(threads.submit(asked.images.edit, prompt="a star", **files))
+        messages = [{"role": "user", "content": [url]}]
+        drawn.append(threads.submit(asked.chat.completions.create, model="tiny", messages=messages, max_tokens=1))
+        until(lambda: accepted(address) == 3)
+        gc.collect()
+        sizes = [each.size for each in gc.get_objects() if isinstance(each, Image.Image)]
+        assert (410, 405) not in sizes and sizes.count((24, 24)) >= 2
+        let_go.set()
+        for each in drawn:
+            each.result()
 
 
 def test_a_full_queue_refuses_and_a_client_that_leaves_frees_its_place(tiny_model, tiny_processor):

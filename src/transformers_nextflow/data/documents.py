@@ -125,7 +125,8 @@ def skipping_damaged() -> Iterator[None]:
     try:
         yield
     except DAMAGED as error:
-        raise Skipped("unreadable image", str(error)) from error
+        said, _, _ = str(error).partition(" <_io.")  # of a file in memory Pillow says where in memory it is
+        raise Skipped("unreadable image", said) from error
 
 
 def read_size(image: PictureSource) -> tuple[int, int]:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from ..sampling import integer
 from ..utils.files import png_base64, save_png, write_atomically
 from .shards import (
     Shard,
@@ -69,6 +70,7 @@ def contact_sheet(name: str | Path, model: str, output: str | Path, count: int =
     """
     from ..utils.loading import load_tokenizers
 
+    integer("seed", seed, 0)
     folder, manifest = open_shards(name)
     config, processor, vq_model = load_tokenizers(model)
     check_identity(manifest, identity_of(config, processor, vq_model))

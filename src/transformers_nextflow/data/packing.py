@@ -7,9 +7,10 @@ number of packs divides what every optimizer step consumes, so that all ranks en
 
 import heapq
 import shutil
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Protocol
 
@@ -17,6 +18,7 @@ import numpy as np
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from ..sampling import integer
 from ..utils.files import read_json
 from .costs import CostModel
 from .extraction import check_plan, finished
@@ -35,6 +37,7 @@ from .shards import (
 logger = logging.get_logger(__name__)
 
 EXTENTS = ("num_tokens", "attended_pairs", "num_targets")
+NO_PACK = (inf, -1, -1)  # costlier than any
 FULLEST = 0.97  # mean share of a cap on length: in fuller packs the last texts find room only beside the costliest
 
 
@@ -148,22 +151,57 @@ class ComputeBudget:
     def _balance(self, order, costs, lengths, num_packs: int) -> list[list[int]] | None:
         """None where the cap on length leaves some document no pack."""
         packs: list[list[int]] = [[] for _ in range(num_packs)]
-        rooms = [self.max_length] * num_packs
-        heap = [(0.0, pack) for pack in range(num_packs)]  # by cost
-        parked: list[tuple[int, float, int]] = []  # by room, the largest first: those too full for the last documents
+        rooms, open_packs = [self.max_length] * num_packs, OpenPacks(np.unique(lengths).tolist())
+        for pack in range(num_packs):
+            open_packs.put(0.0, pack, self.max_length)
         for document, cost, length in zip(order.tolist(), costs[order].tolist(), lengths[order].tolist()):
-            while parked and -parked[0][0] >= length:
-                heapq.heappush(heap, heapq.heappop(parked)[1:])
-            while heap and rooms[heap[0][1]] < length:
-                filled, pack = heapq.heappop(heap)
-                heapq.heappush(parked, (-rooms[pack], filled, pack))
-            if not heap:
+            taken = open_packs.take_cheapest(length)
+            if taken is None:
                 return None
-            filled, pack = heap[0]
+            filled, pack = taken
             packs[pack].append(document)
             rooms[pack] -= length
-            heapq.heapreplace(heap, (filled + cost, pack))
+            open_packs.put(filled + cost, pack, rooms[pack])
         return packs
+
+
+class OpenPacks:
+    """Packs by their cost and the room they have left: a heap for each of the `lengths` (sorted), of packs where it is
+    the longest to find room, and above the heaps a binary tree of their cheapest packs."""
+
+    def __init__(self, lengths: list[int]):
+        self.lengths = lengths
+        self.heaps: list[list[tuple[float, int, int]]] = [[] for _ in lengths]  # cost, pack, which heap
+        self.num_leaves = 1 << (len(lengths) - 1).bit_length()
+        self.cheapest = [NO_PACK] * (2 * self.num_leaves)  # node n is above 2n and 2n + 1
+
+    def put(self, cost: float, pack: int, room: int) -> None:
+        place = bisect_right(self.lengths, room) - 1
+        if place >= 0:
+            heapq.heappush(self.heaps[place], (cost, pack, place))
+            self._update(place)
+
+    def take_cheapest(self, length: int) -> tuple[float, int] | None:
+        """Cost and number of the cheapest pack that has room for one of the lengths, which is then no longer here."""
+        node = self.num_leaves + bisect_left(self.lengths, length)
+        found = self.cheapest[node]
+        while node > 1:  # what has more room stands to the right
+            if node % 2 == 0 and self.cheapest[node + 1] < found:
+                found = self.cheapest[node + 1]
+            node //= 2
+        if found == NO_PACK:
+            return None
+        cost, pack, place = found
+        heapq.heappop(self.heaps[place])
+        self._update(place)
+        return cost, pack
+
+    def _update(self, place: int) -> None:
+        node, cheapest = self.num_leaves + place, (self.heaps[place] or [NO_PACK])[0]
+        while node and self.cheapest[node] != cheapest:
+            self.cheapest[node] = cheapest
+            cheapest = min(cheapest, self.cheapest[node ^ 1])
+            node //= 2
 
 
 def check_enough(documents: int, packs: int) -> None:
@@ -231,6 +269,7 @@ def pack(
     for name, value in (("multiple_of", multiple_of), ("packs_per_shard", packs_per_shard)):
         if value < 1:
             raise ValueError(f"{name} must be positive, got {value}")
+    integer("seed", seed, 0)
     if not folders:
         raise ValueError("name at least one folder of documents to pack")
     sources = [open_shards(folder, "documents") for folder in folders]

@@ -6,7 +6,7 @@ is only read carries its last scale where the model is configured so.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -17,7 +17,14 @@ from ..losses import IGNORE
 from ..scales import Grid, ScheduleTable
 from .documents import Document, is_supervised
 
-PLACEHOLDER = re.compile("\ue000([0-9]+)\ue001")  # private-use characters: where a text of the chat goes
+# private-use characters where a text of the chat goes, between spaces that a template takes away where it trims it
+PLACEHOLDER = re.compile("(\u2003?)\ue000([0-9]+)\ue001(\u2003?)")
+TRIMS: dict[tuple[bool, bool], Callable[[str], str]] = {
+    (True, True): str,
+    (False, True): str.lstrip,
+    (True, False): str.rstrip,
+    (False, False): str.strip,
+}
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,7 @@ class DocumentTokenizer:
                 supervised.append(answering)
                 answering = answering and token != self.eos_id
 
-        for template, text_index, role in self._skeleton(shape):
+        for template, text_index, role, trim in self._skeleton(shape):
             for part in self._template_parts(template):
                 if isinstance(part, str):
                     unread += part
@@ -87,7 +94,7 @@ class DocumentTokenizer:
                 unread = ""
             if text_index is not None:
                 answering = is_supervised(role)
-                unread += texts[text_index]
+                unread += trim(texts[text_index])
             if answering:
                 read(self._tokenize_text(unread))
                 unread = ""
@@ -105,8 +112,9 @@ class DocumentTokenizer:
     def _tokenize_text(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids if text else []
 
-    def _render(self, shape: tuple) -> list[tuple[str, int | None, str | None]]:
-        """Pieces of the template, each with the text that follows it and that text's role."""
+    def _render(self, shape: tuple) -> list[tuple[str, int | None, str | None, Callable[[str], str]]]:
+        """Pieces of the template, each with the text that follows it, that text's role and what the template makes of
+        the whitespace at its ends."""
         roles, chat = [], []
         for role, parts in shape:
             content = []
@@ -114,17 +122,18 @@ class DocumentTokenizer:
                 if is_image:
                     content.append({"type": "image"})
                 else:
-                    content.append({"type": "text", "text": f"\ue000{len(roles)}\ue001"})
+                    content.append({"type": "text", "text": f"\u2003\ue000{len(roles)}\ue001\u2003"})
                     roles.append(role)
             chat.append({"role": role, "content": content})
         rendered = self.tokenizer.apply_chat_template(
             chat, chat_template=self.processor.chat_template, tokenize=False, add_generation_prompt=False
         )
-        pieces = PLACEHOLDER.split(rendered)  # template, text index, template, ..., template
-        indices = [*map(int, pieces[1::2]), None]
-        if indices[:-1] != list(range(len(roles))):
+        *pieces, end = PLACEHOLDER.split(rendered)  # template, space, text index, space, template, ..., template
+        indices = [int(index) for index in pieces[2::4]]
+        if indices != list(range(len(roles))):
             raise ValueError("the chat template must show every text of a chat once and in order")
-        return [(piece, i, None if i is None else roles[i]) for piece, i in zip(pieces[::2], indices)]
+        trims = [TRIMS[bool(before), bool(after)] for before, after in zip(pieces[1::4], pieces[3::4])]
+        return [*zip(pieces[::4], indices, roles, trims), (end, None, None, str)]
 
     def _split_template(self, piece: str) -> list[str | list[int]]:
         """A piece of the template: its texts, and the ids of the control tokens between them, each image one id."""

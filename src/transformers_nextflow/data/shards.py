@@ -194,10 +194,7 @@ def sequence_spec(identity: Mapping) -> SequenceSpec:
 
 
 def write_manifest(folder: Path, manifest: Mapping) -> None:
-    """The card that makes the folder a dataset repository, then the manifest, which makes it complete; halves of files
-    that killed runs left go."""
-    for left in (*folder.glob(".*.partial"), *folder.glob("data/.*.partial")):
-        left.unlink(missing_ok=True)
+    """The card that makes the folder a dataset repository, then the manifest, which makes it complete."""
     count = sum(shard["rows"] for shard in manifest["shards"])
     card = (
         "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/*.arrow\n---\n\n"

@@ -136,6 +136,9 @@ def as_source(source: "Source | str | Path | datasets.Dataset") -> "Source | Loa
     """A source by its name, or of rows that are there already."""
     if isinstance(source, datasets.Dataset):
         return LoadedSource(source)
+    if isinstance(source, (dict, datasets.IterableDataset)):
+        kind = type(source).__name__
+        raise ValueError(f"rows must be a datasets.Dataset, got a {kind}: choose a split, and stream none of it")
     return Source(str(source)) if isinstance(source, (str, Path)) else source
 
 
@@ -147,8 +150,9 @@ class LoadedSource:
     root: None = None
 
     def load(self) -> datasets.Dataset:
-        """See [`Source.load`]."""
-        return _with_images(self.table, decode=False)
+        """See [`Source.load`]; Python's own types whatever format is set, unless it is a transform of rows."""
+        is_transform = self.table.format["type"] == "custom"
+        return _with_images(self.table if is_transform else self.table.with_format(None), decode=False)
 
 
 def task_of(table: datasets.Dataset) -> tuple[str, dict[str, str]]:
@@ -271,6 +275,8 @@ def _with_images(table: datasets.Dataset, decode: bool) -> datasets.Dataset:
             return datasets.Image(decode=decode)
         if isinstance(feature, datasets.List):
             return datasets.List(changed(feature.feature), feature.length)
+        if isinstance(feature, datasets.LargeList):
+            return datasets.LargeList(changed(feature.feature))
         if isinstance(feature, dict):
             return {name: changed(each) for name, each in feature.items()}
         return feature

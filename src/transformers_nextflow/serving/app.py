@@ -14,6 +14,7 @@ from fastapi.responses import StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
 
+from ..image_processing_nextflow import size_of
 from ..modeling_nextflow import NextFlowForConditionalGeneration
 from ..processing_nextflow import NextFlowProcessor, user_message
 from ..rewriting import Rewriting
@@ -26,7 +27,7 @@ from .gate import Gate
 from .jobs import Answer, Job, Studio
 from .limits import Limits
 from .metrics import Metrics
-from .pictures import check_pictures, read_picture
+from .pictures import check_pictures, read_mask, read_picture
 from .schemas import ChatRequest, EditRequest, ImageRequest
 from .streams import deltas_of
 
@@ -114,9 +115,12 @@ def create_app(
         mask = None if asked.mask is None else await asked.mask.read()
 
         def read() -> Job:
-            pictures = [read_picture(file, limits.max_pixels, "image") for file in files]
-            over = None if mask is None else read_picture(mask, limits.max_pixels, "mask")
-            return studio.picture_job(asked, [user_message(asked.prompt, pictures)], "prompt", over)
+            pictures = [studio.read_picture(file, "image") for file in files]
+            kept = None
+            if mask is not None:
+                first, over = (read_picture(file, limits.max_pixels, "mask") for file in (files[0], mask))
+                kept = read_mask(over, first.size, size_of(pictures[0]))
+            return studio.picture_job(asked, [user_message(asked.prompt, pictures)], "prompt", kept)
 
         return await drawn(request, await run_in_threadpool(read))
 
@@ -128,7 +132,7 @@ def create_app(
             raise RequestError(f"has no effect with modalities {asked.modalities} and stream {asked.stream}", idle)
 
         def read() -> Job:
-            messages = read_chat(asked.messages, limits)
+            messages = read_chat(asked.messages, studio)
             if set(asked.modalities) == {"image"}:
                 return studio.picture_job(asked, messages, "messages")
             return studio.answer_job(asked, messages)

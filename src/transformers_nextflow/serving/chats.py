@@ -5,23 +5,22 @@ from itertools import count
 
 from ..utils.files import png_base64
 from .errors import RequestError
-from .jobs import Answer, Chat, Parts
-from .limits import Limits
-from .pictures import check_pictures, read_picture
+from .jobs import Answer, Chat, Parts, Studio
+from .pictures import check_pictures
 from .schemas import Message, Part
 
 PLACE = "![](picture-{})"
 """What stands for a picture, by its number, in the text of an answer."""
 
 
-def read_chat(messages: list[Message], limits: Limits) -> Chat:
-    """Messages with their pictures decoded."""
+def read_chat(messages: list[Message], studio: Studio) -> Chat:
+    """Messages with their pictures as a studio reads them."""
     parts = [part for message in messages for part in (*message.content, *message.images)]
-    check_pictures(sum(part.type == "image_url" for part in parts), limits, "messages")
+    check_pictures(sum(part.type == "image_url" for part in parts), studio.limits, "messages")
     chat = []
     for number, message in enumerate(messages):
         content, images = (
-            [read_part(part, limits, f"messages[{number}].{name}[{place}]") for place, part in enumerate(listed)]
+            [read_part(part, studio, f"messages[{number}].{name}[{place}]") for place, part in enumerate(listed)]
             for name, listed in (("content", message.content), ("images", message.images))
         )
         if images:
@@ -30,10 +29,10 @@ def read_chat(messages: list[Message], limits: Limits) -> Chat:
     return chat
 
 
-def read_part(part: Part, limits: Limits, param: str) -> dict:
+def read_part(part: Part, studio: Studio, param: str) -> dict:
     if part.type == "text":
         return {"type": "text", "text": part.text}
-    return {"type": "image", "image": read_picture(part.image_url.url, limits.max_pixels, f"{param}.image_url.url")}
+    return {"type": "image", "image": studio.read_picture(part.image_url.url, f"{param}.image_url.url")}
 
 
 def with_images(content: list[dict], images: list[dict], param: str) -> list[dict]:

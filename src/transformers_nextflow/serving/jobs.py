@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers import StoppingCriteriaList
@@ -15,13 +16,14 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..configuration_nextflow import NextFlowConfig
 from ..image_generation import ImageGenerationConfig
+from ..image_processing_nextflow import size_of
 from ..modeling_nextflow import NextFlowForConditionalGeneration
 from ..processing_nextflow import NextFlowProcessor
 from ..regions import codes_of_region
 from ..text_generation import text_sampling
 from .errors import RequestError
 from .limits import Limits
-from .pictures import check_pictures, read_mask, too_many_pixels
+from .pictures import check_pictures, read_picture, too_many_pixels
 from .schemas import ChatRequest, Controls, ImageRequest
 
 MAX_NEW_TOKENS = 256
@@ -30,7 +32,7 @@ MAX_NEW_TOKENS = 256
 SAMPLING = {"temperature", "top_k", "top_p"}
 
 Chat = list[dict[str, Any]]
-"""Messages as the processor takes them, with pictures of Pillow."""
+"""Messages as the processor takes them, with pictures as [`~Studio.read_picture`] gives them."""
 
 Parts = Sequence[str | Image.Image | None]
 """Texts and pictures of an answer in order, with None for a picture that is not there yet."""
@@ -92,27 +94,36 @@ class Studio:
     processor: NextFlowProcessor
     limits: Limits
 
+    def read_picture(self, data: bytes, param: str) -> Image.Image | np.ndarray:
+        """A picture file in the size that the model reads it in, since many may wait.
+
+        Raises:
+            RequestError: see [`~pictures.read_picture`]; or if the model does not take it.
+        """
+        picture = read_picture(data, self.limits.max_pixels, param)
+        try:
+            return self.processor.image_processor.fit(picture)
+        except ValueError as error:
+            raise RequestError(str(error), param) from error
+
     def picture_job(
-        self, asked: ImageRequest | ChatRequest, chat: Chat, param: str, mask: Image.Image | None = None
+        self, asked: ImageRequest | ChatRequest, chat: Chat, param: str, kept: torch.Tensor | None = None
     ) -> Job:
         """Pictures for a chat, by default of the size of its first picture.
 
         Args:
             param: the field that holds the prompt.
-            mask: of that picture, which stays where it is not transparent.
+            kept: (H, W) bool, where that picture stays.
 
         Raises:
             RequestError: if the model draws no such size, or it is not that of a masked picture.
         """
         check_pictures(asked.n, self.limits, "n")
-        pictures, kept = pictures_of(chat), None
-        size = self._size(asked.size, *pictures[:1])
+        size = self._size(asked.size, *pictures_of(chat)[:1])
         self._check_guided(asked, size)
-        if mask is not None:
-            own = self._size(None, pictures[0])
-            if size != own:
-                raise RequestError("with a mask it is the picture's, {1}x{0}, got {3}x{2}".format(*own, *size), "size")
-            kept = read_mask(mask, pictures[0], size)
+        if kept is not None and size != kept.shape:
+            sizes = "{1}x{0}, got {3}x{2}".format(*kept.shape, *size)
+            raise RequestError(f"with a mask it is the picture's, {sizes}", "size")
         sampling = asked.model_dump(include={*SAMPLING, "guidance_scale"})
         arguments = {"height": size[0], "width": size[1], "num_images_per_prompt": asked.n, **sampling}
         return Job(chat, "image", arguments, asked.seed, asked.negative_prompt or "", asked.n, param, kept)
@@ -156,14 +167,14 @@ class Studio:
         if asked.negative_prompt and settings.controls(schedule).roles_from(0) == 1:
             raise RequestError("has no effect without guidance", "negative_prompt")
 
-    def _size(self, asked: tuple[int, int] | None, picture: Image.Image | None = None) -> tuple[int, int]:
+    def _size(self, asked: tuple[int, int] | None, picture: Image.Image | np.ndarray | None = None) -> tuple[int, int]:
         """(height, width) that is drawn: as asked, else of a picture, else the checkpoint's."""
         table, grid = self.model.model.schedules, None
         settings = self._settings
         if asked is not None:
             settings = settings.updated(height=asked[0], width=asked[1], exact_size=True)
         elif picture is not None:
-            grid = self.processor.image_processor.schedule_of(picture.height, picture.width).final_grid
+            grid = table.by_size(*size_of(picture)).final_grid
         try:
             height, width = table.image_size(settings.schedule(table, [grid]))
         except ValueError as error:
@@ -207,6 +218,7 @@ class Studio:
             sanitize_control_tokens=True,
             generation_mode=jobs[0].mode,
             negative_prompt=[job.negative_prompt for job in jobs],
+            processor_kwargs={"do_rescale": False},
         ).to(self.model.device)
         return inputs | self._codes(jobs, inputs) if "pixel_values" in inputs else inputs
 
@@ -287,6 +299,6 @@ def make_exact(model: NextFlowForConditionalGeneration) -> None:
         module.double()
 
 
-def pictures_of(chat: Chat) -> list[Image.Image]:
+def pictures_of(chat: Chat) -> list[Image.Image | np.ndarray]:
     """The pictures of a chat in order."""
     return [item["image"] for message in chat for item in message["content"] if item["type"] == "image"]

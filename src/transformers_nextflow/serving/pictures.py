@@ -41,15 +41,15 @@ def read_picture(data: bytes, max_pixels: int, param: str) -> Image.Image:
         raise RequestError(f"the picture is damaged: {error}", param) from error
 
 
-def read_mask(mask: Image.Image, picture: Image.Image, size: tuple[int, int]) -> torch.Tensor:
-    """What a mask keeps of a picture that is brought to (height, width) `size`: (H, W) bool, true where the mask is
-    not wholly transparent.
+def read_mask(mask: Image.Image, of_picture: tuple[int, int], size: tuple[int, int]) -> torch.Tensor:
+    """What a mask keeps of a picture of (width, height) `of_picture` that is brought to (height, width) `size`: (H, W)
+    bool, true where the mask is not wholly transparent.
 
     Raises:
         RequestError: if the mask has another size than the picture, or nothing transparent.
     """
-    if mask.size != picture.size:
-        sizes = "{}x{}, got {}x{}".format(*picture.size, *mask.size)
+    if mask.size != of_picture:
+        sizes = "{}x{}, got {}x{}".format(*of_picture, *mask.size)
         raise RequestError(f"a mask has its picture's size, {sizes}", "mask")
     kept = mask.convert("RGBA").getchannel("A").point(lambda alpha: 255 * (alpha > 0))
     lowest, _ = kept.getextrema()

@@ -4,6 +4,7 @@ import torch
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
 
 from ..attention import visible_keys
+from ..layout import build_layout
 from ..losses import LOGITS_AT_ONCE
 from ..modeling_nextflow import NextFlowModel
 
@@ -43,7 +44,10 @@ class LargestAttentionLogit:
 
     def _begin(self, model, args, kwargs) -> None:
         """Cut the rows into chunks of queries, each with the keys that some of them see."""
-        starts, ends = self._range = visible_keys(kwargs["layout"].block_ids, kwargs["document_ids"])
+        layout = kwargs.get("layout")
+        if layout is None:  # as of chats; the forward makes its own
+            layout = build_layout(model.config, kwargs["input_ids"], kwargs.get("image_grid_hw"))
+        starts, ends = self._range = visible_keys(layout.block_ids, kwargs["document_ids"])
         starts, ends = starts.cpu(), ends.cpu()
         rows, length = starts.shape
         step = max(1, LOGITS_AT_ONCE // (model.config.text_config.num_attention_heads * length))

@@ -144,11 +144,16 @@ class SavingTrainer(Trainer):
         super().__init__(*args, **kwargs)
         own = self.args
         seed = own.seed if own.data_seed is None else own.data_seed
-        per_step = own.train_batch_size * own.world_size * own.gradient_accumulation_steps
+        per_step = self.get_total_train_batch_size(own)
         count = len(self.train_dataset) if isinstance(self.train_dataset, Sized) else None  # of streams
         self._data_order = DataOrder(seed, per_step, count)
         self.add_callback(self._data_order)
         self.add_callback(Epochs())
+
+    @property
+    def readers_of_a_batch(self) -> int:
+        """Devices that read the same batches, since they share the weights by tensor parallelism."""
+        return self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """See `Trainer.train`. `True` goes on from the newest whole checkpoint in `output_dir`, whatever a killed run

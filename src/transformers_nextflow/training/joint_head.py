@@ -52,8 +52,6 @@ def add_joint_head(model: nn.Module, accelerator: Accelerator) -> None:
 
     @functools.wraps(type(model).forward)  # `generate` looks at the signature
     def forward(self, *args, fused_lm_head: bool = False, **inputs):
-        if not fused_lm_head and self is not model:  # but a copy, of which nobody has changed the forward
-            return type(self).forward(self, *args, **inputs)
         if not fused_lm_head:
             return before(*args, **inputs)
         with accelerator.autocast():

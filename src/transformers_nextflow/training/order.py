@@ -159,8 +159,9 @@ class OrderedTrainer(SavingTrainer):
         self._eval_dataloaders = {}
         if eval_dataset is None or isinstance(eval_dataset, str):
             eval_dataset = self.eval_dataset if eval_dataset is None else self.eval_dataset[eval_dataset]
-        if eval_dataset is not None and (self.args.world_size > 1 or self.args.dataloader_drop_last):
-            eval_dataset = EvenShares(eval_dataset, self.args.eval_batch_size * self.args.world_size, self.blank)
+        shares = self.args.world_size // self.readers_of_a_batch
+        if eval_dataset is not None and (shares > 1 or self.args.dataloader_drop_last):
+            eval_dataset = EvenShares(eval_dataset, self.args.eval_batch_size * shares, self.blank)
         return super().get_eval_dataloader(eval_dataset)
 
     def _get_dataloader(self, dataset, description, batch_size, sampler_fn=None, is_training=False, **kwargs):

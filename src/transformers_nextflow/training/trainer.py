@@ -121,10 +121,9 @@ class NextFlowTrainer(PrecisionTrainer, OrderedTrainer):
         return below_adapters(self.accelerator.unwrap_model(self.model))
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
-        if not batch_samples:
-            return None
-        count = sum((batch["shift_labels"] != IGNORE).sum() for batch in batch_samples).to(device)
-        return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
+        """See `Trainer._get_num_items_in_batch`, which looks for `labels` before it counts `shift_labels`."""
+        targets = [{"labels": None, "shift_labels": batch["shift_labels"]} for batch in batch_samples]
+        return super()._get_num_items_in_batch(targets, device)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = {**inputs, "logits_over": "none", "use_cache": False}
@@ -169,13 +168,13 @@ class NextFlowTrainer(PrecisionTrainer, OrderedTrainer):
         """See `Trainer.evaluation_loop`, whose mean over batches is no mean over targets."""
         self._evaluated.reset()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        measured = self._evaluated.pop(self.accelerator, self._costs, self.args)
+        measured = self._evaluated.pop(self)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in measured.items()})
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs = logs | self._measured.pop(self.accelerator, self._costs, self.args)
+            logs = logs | self._measured.pop(self)
         super().log(logs, start_time)
 
 
@@ -212,10 +211,11 @@ class Measured:
         tokens = (inputs["document_ids"] >= 0).sum()
         self.work += torch.tensor([int(tokens), int(pairs), int(at.sum()), weighted_sum], dtype=torch.float64)
 
-    def pop(self, accelerator, costs: CostModel, args) -> dict[str, float]:
+    def pop(self, trainer: NextFlowTrainer) -> dict[str, float]:
         """Means over all devices since the last call."""
+        accelerator, args = trainer.accelerator, trainer.args
         packed = torch.cat([self.sums, self.counts, self.work]).to(accelerator.device)
-        packed = accelerator.reduce(packed, reduction="sum").cpu()
+        packed = accelerator.reduce(packed, reduction="sum").cpu() / trainer.readers_of_a_batch
         sums, counts, work = packed.split([len(self.sums), len(self.counts), 4])
         seconds, largest = self.seconds, self.max_attention_logit
         self.reset()
@@ -230,7 +230,7 @@ class Measured:
             if counts[scale]:
                 logs[f"loss_scale_{scale}"] = float(sums[scale] / counts[scale])
         if seconds:
-            flops = float(work[:3].numpy() @ costs.coefficients[:3]) / seconds
+            flops = float(work[:3].numpy() @ trainer._costs.coefficients[:3]) / seconds
             logs |= {"tokens_per_second": float(work[0]) / seconds, "flops_per_second": flops}
             if getattr(args, "peak_flops", None):
                 logs["mfu"] = flops / (args.peak_flops * args.world_size)

@@ -5,30 +5,69 @@ import os
 import shutil
 from base64 import b64encode
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from glob import escape
 from io import BytesIO
 from pathlib import Path
 from uuid import uuid4
 
 from PIL import Image
 
+try:
+    import fcntl
+except ImportError:  # of systems without these locks
+    fcntl = None
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    """The descriptor of a file or folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _neighbour(path: Path, create: Callable[[Path], object]) -> Iterator[Path]:
+    """A hidden file or folder beside `path`, which nobody else writes and which is gone in the end; those that killed
+    runs left go now.
+
+    Whoever writes one holds a lock on it, which ends with the process; where there are no locks, what is left stays.
+    """
+    for left in path.parent.glob(f".{escape(path.name)}.*.partial") if fcntl else ():
+        with suppress(OSError), _opened(left) as descriptor:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove(left)
+    unlocked = path.with_name(f".{path.name}.{uuid4().hex}")
+    partial = unlocked.with_name(f"{unlocked.name}.partial")
+    create(unlocked)
+    with _opened(unlocked) as descriptor:
+        with suppress(OSError):
+            if fcntl:
+                fcntl.flock(descriptor, fcntl.LOCK_SH)
+        unlocked.rename(partial)
+        try:
+            yield partial
+        finally:
+            _remove(partial)
+
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """`write` a neighbouring file, which nobody else writes, bring it to disk, and rename it to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid4().hex}.partial")
-    try:
+    with _neighbour(path, Path.touch) as partial:
         write(partial)
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
+        with _opened(partial) as written:
+            os.fsync(written)
         os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
+    with _opened(path.parent) as folder:
         os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def save_png(picture: Image.Image, path: Path) -> None:
@@ -73,10 +112,7 @@ def output_folder(path: str | Path) -> Iterator[Path]:
     if path.is_mount():  # as volumes of containers are, which nothing can take the place of
         raise FileExistsError(f"{path} is the root of a file system; name a new folder in it")
     path = path.resolve()  # a link stays one
-    partial = path.with_name(f".{path.name}.{uuid4().hex}.partial")
-    partial.mkdir(parents=True)
-    try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _neighbour(path, Path.mkdir) as partial:
         yield partial
         partial.rename(path)  # also onto an empty folder
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

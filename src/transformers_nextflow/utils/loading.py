@@ -127,7 +127,12 @@ def load_merged(name: str, dtype: torch.dtype | None = None) -> NextFlowForCondi
     model = load_merged(base, dtype)
     dtypes = {path: parameter.dtype for path, parameter in model.named_parameters(remove_duplicate=False)}
     with naming(f"the adapters in {name}"):
-        adapted = PeftModel(model, PeftConfig.from_pretrained(name), low_cpu_mem_usage=True)
+        config = PeftConfig.from_pretrained(name)
+        if config.is_prompt_learning:
+            raise ValueError(
+                f"a learned prompt ({config.peft_type.value}) cannot be merged: use PeftModel.from_pretrained"
+            )
+        adapted = PeftModel(model, config, low_cpu_mem_usage=True)
         report = adapted.load_adapter(name, adapted.active_adapter, low_cpu_mem_usage=True)
         if wrong := [*report.missing_keys, *report.unexpected_keys]:
             raise ValueError(f"{len(wrong)} tensors are lacking or have no place, {min(wrong)} among them")

@@ -1,0 +1,143 @@
+"""Processes that know nothing of this package, as forks of one that has imported the libraries once: to import them is
+nearly all of what a process does before its work."""
+
+import atexit
+import functools
+import gc
+import importlib
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+import types
+from contextlib import suppress
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+SECONDS = 1800
+BARE = (
+    *("torch", "torch._dynamo", "torch._inductor.config", "torch.distributed.checkpoint", "torch.distributed.fsdp"),
+    *("torch.distributed.tensor", "torch.utils.data", "numpy", "scipy.stats", "sklearn.metrics", "pandas", "pyarrow"),
+    *("PIL.Image", "safetensors.torch", "tokenizers", "httpx", "requests", "regex", "yaml", "typer", "rich.console"),
+)
+# as they are imported, they read where the Hub is, and where its files are kept
+OF_THE_HUB = (
+    *("huggingface_hub.hf_api", "accelerate.commands.launch", "datasets", "peft", "transformers.modeling_utils"),
+    *("transformers.generation", "transformers.image_processing_utils", "transformers.processing_utils"),
+    *("transformers.models.auto.modeling_auto", "transformers.models.auto.processing_auto", "transformers.trainer"),
+    *("transformers.models.qwen2_5_vl.modeling_qwen2_5_vl", "transformers.models.siglip.modeling_siglip"),
+    *("transformers.models.vit.modeling_vit", "diffusers.pipelines.auto_pipeline", "trl.trainer.grpo_trainer"),
+    *("trl.trainer.sft_trainer", "trl.trainer.dpo_trainer"),
+)
+
+
+def run(*arguments: object, folder: Path = ROOT, status: int = 0, **environment: str) -> str:
+    """What `python ARGUMENTS` prints in `folder`; imports are of the package and of this repository.
+
+    Without a variable of the Hub's there is no Hub, and a cache that is this session's.
+
+    Raises:
+        AssertionError: it ends by another status than `status`: with its standard error.
+    """
+    of_the_hub = any(name.startswith("HF_") for name, _ in environment.items() - os.environ.items())
+    environment = {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}", "HF_HOME": str(folder / "hf")} | environment
+    environment = os.environ | environment | ({} if of_the_hub else _no_hub())
+    server = _server(of_the_hub)
+    with tempfile.TemporaryDirectory() as outputs:
+        out, error = (Path(outputs, name) for name in ("out", "error"))
+        request = {"arguments": list(map(str, arguments)), "folder": str(folder), "outputs": [str(out), str(error)]}
+        print(json.dumps(request | {"environment": environment}), file=server.stdin, flush=True)
+        ended = json.loads(server.stdout.readline())
+        assert ended == status, f"{ended}, not {status}\n{error.read_text()}"
+        return out.read_text()
+
+
+def run_fresh(script: str, folder: Path, **environment: str) -> str:
+    """What a script prints, in `folder`, by someone who has the package installed."""
+    return run("-c", script, folder=folder, **{"PYTHONPATH": str(ROOT / "src")} | environment)
+
+
+@functools.cache
+def _home() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory()
+
+
+def _no_hub() -> dict[str, str]:
+    return {"HF_HOME": _home().name, "HF_HUB_OFFLINE": "1"}
+
+
+@functools.cache
+def _server(of_the_hub: bool) -> subprocess.Popen:
+    """Ends where its standard input does, with this process."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHONPATH", "COVERAGE_"))}
+    imported = BARE if of_the_hub else BARE + OF_THE_HUB
+    return subprocess.Popen(
+        [sys.executable, __file__, *imported],
+        env=inherited | {"OMP_NUM_THREADS": "1"} | ({} if of_the_hub else _no_hub()),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _serve() -> dict:
+    """Returns in a fork for each request, which it is."""
+    for line in sys.stdin:
+        if not (child := os.fork()):
+            return json.loads(line)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    sys.exit()
+
+
+def _become(arguments: list[str], folder: str, environment: dict[str, str], outputs: list[str]) -> None:
+    """Go on as `python ARGUMENTS`."""
+    for number, path in enumerate((os.devnull, *outputs)):
+        os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    signal.alarm(SECONDS)
+    if "COVERAGE_PROCESS_CONFIG" in environment:  # of `benchmarks.reached`: begins where a process does
+        importlib.import_module("coverage").process_startup()
+    kind, *words = arguments
+    first = {"-c": "", "-m": folder}.get(kind, str(Path(kind).parent))
+    paths = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
+    sys.path[:1] = [first, *map(os.path.abspath, paths)]
+    if kind == "-c":
+        sys.argv = [kind, *words[1:]]
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        exec(compile(words[0], "<string>", "exec"), vars(sys.modules["__main__"]))
+    elif kind == "-m":
+        sys.argv = words
+        runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = arguments
+        runpy.run_path(kind, run_name="__main__")
+
+
+def _main() -> None:
+    status = 1
+
+    @atexit.register  # the first one, so it runs last, before all modules are taken apart, which takes a second
+    def end():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+    for name in sys.argv[1:]:
+        with suppress(ImportError):  # of an extra
+            importlib.import_module(name)
+    gc.freeze()  # a collection would copy all of its pages
+    try:
+        _become(**_serve())
+        status = 0
+    except SystemExit as ended:
+        status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        raise
+
+
+if __name__ == "__main__":
+    _main()
