@@ -80,6 +80,7 @@ def run(packs: Path, output: Path, name: str, trainer_class=NextFlowTrainer, res
     else:
         images = [[], [Image.new("RGB", (24, 24), "red")]]
         callbacks.append(SamplesCallback(processor, ["a red circle", "make it blue"], every=2, images=images, top_k=1))
+    if name == "plain":
         callbacks.append(DoctorCallback(processor, every=4))
     world = int(os.environ.get("WORLD_SIZE", 1))
     values = {"max_steps": 4, "save_steps": 2, "learning_rate": 1e-3, "gradient_accumulation_steps": BATCHES // world}
@@ -93,7 +94,7 @@ def run(packs: Path, output: Path, name: str, trainer_class=NextFlowTrainer, res
     trainer.train(resume_from_checkpoint=resume)
     if trainer.is_world_process_zero():
         Path(trainer.args.output_dir, "log.json").write_text(json.dumps(trainer.state.log_history))
-        if name != "lora":
+        if name == "plain":
             diagnoses = {step: diagnosis.to_dict() for step, diagnosis in callbacks[-1].diagnoses.items()}
             Path(trainer.args.output_dir, "diagnoses.json").write_text(json.dumps(diagnoses))
     return trainer
