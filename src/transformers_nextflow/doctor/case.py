@@ -132,7 +132,7 @@ class Case:
         """Folder and manifest of the shards, if any."""
         if self.packs is not None:
             return open_shards(self.packs, hashes=False)
-        return None, {"identity": identity_of(self.config, self.processor, self.vq_model), "variants": 0}
+        return None, {"identity": identity_of(self.config, self.processor, vq_model=None), "variants": 0}
 
     @cached_property
     def spec(self) -> SequenceSpec:
