@@ -376,6 +376,8 @@ def test_arguments_by_place(model, mode):
     for name in ("input_ids", "generation_config"):
         with pytest.raises(ValueError, match=f"{name} is given twice"):
             model.generate(ids, said, **options, **{name: {"input_ids": ids, "generation_config": said}[name]})
+    with pytest.raises(TypeError, match="too many positional arguments"):
+        model.generate(ids, said, *[None] * 20, **options)
 
 
 @pytest.mark.parametrize(

@@ -29,8 +29,9 @@ IMAGE_KEYWORDS = ImageGenerationKwargs.__annotations__.keys()
 OF_TEXTS_TOO = {"temperature", "top_k", "top_p"}
 """Which of these an interleaved call means for its text."""
 
-BY_PLACE = list(signature(GenerationMixin.generate).parameters)[2:]
-"""Arguments of transformers' `generate` after `inputs`, which may be given without their names."""
+OF_TRANSFORMERS = signature(GenerationMixin.generate)
+AFTER_INPUTS = OF_TRANSFORMERS.replace(parameters=[*OF_TRANSFORMERS.parameters.values()][2:])
+"""What of transformers' `generate` may be given by place."""
 
 ABOUT_TEXT = {
     *vars(GenerationConfig()),
@@ -111,7 +112,7 @@ class NextFlowGenerationMixin(ImageCodesMixin, TextGenerationMixin):
                 unknown or out of range.
         """
         named = {} if inputs is None else {"input_ids": inputs}
-        for name, value in (named | dict(zip(BY_PLACE, args))).items():
+        for name, value in (named | AFTER_INPUTS.bind(*args).arguments).items():
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name} is given twice")
             kwargs[name] = value
@@ -133,8 +134,7 @@ class NextFlowGenerationMixin(ImageCodesMixin, TextGenerationMixin):
         pad_token_id = next((token for token in reversed(pad_token_ids) if token is not None), None)
         prompts = Prompts(**{name: kwargs.pop(name) for name in names}).checked(self.config, pad_token_id)
         settings, names_said = self.image_settings(generation_mode, image_generation, **kwargs)
-        read = IMAGE_KEYWORDS - OF_TEXTS_TOO if generation_mode == "interleaved" else IMAGE_KEYWORDS
-        kwargs = {name: value for name, value in kwargs.items() if name not in read}
+        kwargs = {name: value for name, value in kwargs.items() if name not in _keywords(generation_mode)}
         count = settings.num_images_per_prompt
         if generation_mode == "interleaved" and "num_images_per_prompt" in names_said and count != 1:
             raise ValueError(f"num_images_per_prompt is of pictures alone, an answer draws its own, got {count}")
@@ -165,11 +165,9 @@ class NextFlowGenerationMixin(ImageCodesMixin, TextGenerationMixin):
         said beside the model's configuration."""
         layers = [(_of_config(each), getattr(each, "image_generation", None)) for each in self._configs(kwargs)]
         layers += [(_of_call(kwargs), image_generation)]
-        keywords = IMAGE_KEYWORDS & kwargs.keys()
         if generation_mode == "interleaved":
-            keywords -= OF_TEXTS_TOO
             layers = [({}, controls) for _, controls in layers]
-        layers += [({}, {name: kwargs[name] for name in keywords})]
+        layers += [({}, {name: kwargs[name] for name in _keywords(generation_mode) & kwargs.keys()})]
         elsewhere = set().union(*(by_text_names for by_text_names, _ in layers))
         given = [each for by_text_names, controls in layers for each in (by_text_names, _said(controls, elsewhere))]
         settings = ImageGenerationConfig(**self.config.image_generation)
@@ -265,6 +263,11 @@ def _schedule(
     """Of the pictures to draw: unless the call says a size, each prompt's first picture keeps its own."""
     keeps_size = not {"aspect_ratio", "height", "width"}.intersection(said)
     return settings.schedule(table, firsts if keeps_size else [None])
+
+
+def _keywords(generation_mode: str) -> Collection[str]:
+    """Fields of [`ImageGenerationConfig`] that are keywords of a call in this mode."""
+    return IMAGE_KEYWORDS - OF_TEXTS_TOO if generation_mode == "interleaved" else IMAGE_KEYWORDS
 
 
 def _said(controls: Mapping | ImageGenerationConfig | None, elsewhere: Collection[str] = ()) -> dict:

@@ -189,6 +189,13 @@ class SequenceSpec:
     def __init__(self, schedules: ScheduleTable, special: SpecialIds, condition_last_scale: bool):
         self.schedules, self.special, self.condition_last_scale = schedules, special, condition_last_scale
 
+    @classmethod
+    def of(cls, processor) -> "SequenceSpec":
+        """Of what a [`NextFlowProcessor`] makes."""
+        ids = processor.boi_token_id, processor.eoi_token_id, processor.image_token_id
+        special = SpecialIds(*ids, processor.tokenizer.eos_token_id, processor.tokenizer.pad_token_id)
+        return cls(processor.image_processor.schedule_table(), special, processor.condition_last_scale)
+
     def num_slots(self, grid: Grid, supervised: bool) -> int:
         return num_image_slots(self.schedules.by_grid(grid), self.condition_last_scale and not supervised)
 

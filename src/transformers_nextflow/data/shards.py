@@ -143,12 +143,11 @@ def identity_of(config, processor, vq_model) -> dict:
 
     Args:
         config: the [`NextFlowConfig`]; `vq_model` may be the model's own or the same loaded alone; where the
-            configuration refers to it, it is not looked at. Without either it is of no vision tokenizer.
+            configuration refers to it, it is not looked at.
     """
     vq, referred = config.vq_config, config.vision_tokenizer
-    own = None if vq_model is None or referred is not None else vision_identity(vq_model)
     return {
-        "vision_tokenizer": own if referred is None else referred["sha256"],
+        "vision_tokenizer": vision_identity(vq_model) if referred is None else referred["sha256"],
         "encoder": encoder_settings(vq),
         "text_tokenizer": text_tokenizer_hash(processor),
         "scale_schedules": [[list(grid) for grid in row] for row in (vq.scale_schedules or paper_schedules())],

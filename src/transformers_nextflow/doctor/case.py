@@ -17,7 +17,7 @@ from PIL import Image
 
 from ..data.loading import PackReader, collate, unfold
 from ..data.sequences import SequenceSpec
-from ..data.shards import decodable_codes, documents_of, identity_of, open_shards, sequence_spec
+from ..data.shards import decodable_codes, documents_of, open_shards, sequence_spec
 from ..modeling_nextflow import NextFlowForConditionalGeneration
 from ..modeling_nextflow_vq import NextFlowVQOutput
 from ..processing_nextflow import user_message
@@ -130,14 +130,12 @@ class Case:
     @cached_property
     def shards(self) -> tuple[Path | None, dict]:
         """Folder and manifest of the shards, if any."""
-        if self.packs is not None:
-            return open_shards(self.packs, hashes=False)
-        return None, {"identity": identity_of(self.config, self.processor, vq_model=None), "variants": 0}
+        return (None, {"variants": 0}) if self.packs is None else open_shards(self.packs, hashes=False)
 
     @cached_property
     def spec(self) -> SequenceSpec:
         """Special ids and schedules that the documents were made with."""
-        return sequence_spec(self.shards[1]["identity"])
+        return SequenceSpec.of(self.processor) if self.packs is None else sequence_spec(self.shards[1]["identity"])
 
     @cached_property
     def documents(self) -> list[Document]:
@@ -179,7 +177,7 @@ class Case:
         is_more = (ids == self.image_id) & (np.roll(ids, 1) == self.image_id)
         return ids[~is_more & ~np.isin(ids, (self.config.boi_token_id, self.config.eoi_token_id))]
 
-    @property
+    @cached_property
     def stored(self) -> list[tuple[Grid, np.ndarray, np.ndarray]]:
         """Pictures of all documents."""
         return [image for document in self.documents for image in document.images]

@@ -65,9 +65,9 @@ def codes(check: Finding, case: Case) -> Finding:
     scores, usage = [], [len(torch.cat(each).unique()) for each in used.values()]
     for scale, of_pictures in queries.items():
         alone = case.vq_model.quantizer.distances(torch.cat(of_pictures).mean(dim=0, keepdim=True), codebook).argmin()
-        pairs = zip(of_pictures, used[scale])
-        gains = [(q - codebook[alone]).square().mean() - (q - codebook[codes]).square().mean() for q, codes in pairs]
-        scores.append(z_score(torch.stack(gains)))
+        each = [case.vq_model.quantizer.distances(queries_lC, codebook) for queries_lC in of_pictures]
+        own = [distances.gather(-1, codes[:, None]).mean() for distances, codes in zip(each, used[scale])]
+        scores.append(z_score(torch.stack([distances[:, alone].mean() for distances in each]) - torch.stack(own)))
     measured = f"{', '.join(map(str, usage))} different codes at the scales over {len(case.coded)} pictures"
     measured += f"; {', '.join(f'{score:.0f}' for score in scores)} standard errors better than one for all"
     faults = {"collapsed codes": len(case.coded) >= ENOUGH and min(scores) < SIGNIFICANT}

@@ -115,10 +115,11 @@ def create_app(
         mask = None if asked.mask is None else await asked.mask.read()
 
         def read() -> Job:
-            pictures = [studio.read_picture(file, "image") for file in files]
+            first = read_picture(files[0], limits.max_pixels, "image")
+            pictures = [studio.fit(first, "image"), *(studio.read_picture(file, "image") for file in files[1:])]
             kept = None
             if mask is not None:
-                first, over = (read_picture(file, limits.max_pixels, "mask") for file in (files[0], mask))
+                over = read_picture(mask, limits.max_pixels, "mask")
                 kept = read_mask(over, first.size, size_of(pictures[0]))
             return studio.picture_job(asked, [user_message(asked.prompt, pictures)], "prompt", kept)
 

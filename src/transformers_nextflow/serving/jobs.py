@@ -95,12 +95,12 @@ class Studio:
     limits: Limits
 
     def read_picture(self, data: bytes, param: str) -> Image.Image | np.ndarray:
-        """A picture file in the size that the model reads it in, since many may wait.
+        """See [`~pictures.read_picture`] and [`~Studio.fit`]."""
+        return self.fit(read_picture(data, self.limits.max_pixels, param), param)
 
-        Raises:
-            RequestError: see [`~pictures.read_picture`]; or if the model does not take it.
-        """
-        picture = read_picture(data, self.limits.max_pixels, param)
+    def fit(self, picture: Image.Image, param: str) -> Image.Image | np.ndarray:
+        """A picture in the size that the model reads it in, since many may wait; raises `RequestError` if the model
+        does not take it."""
         try:
             return self.processor.image_processor.fit(picture)
         except ValueError as error:

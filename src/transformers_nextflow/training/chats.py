@@ -10,7 +10,7 @@ from PIL import Image
 
 from ..data.documents import Document, Message
 from ..data.loading import collate
-from ..data.sequences import DocumentTokenizer, SequenceSpec, SpecialIds
+from ..data.sequences import DocumentTokenizer, SequenceSpec
 from ..losses import IGNORE
 from ..processing_nextflow import NextFlowProcessor
 
@@ -43,14 +43,10 @@ class ChatCollator:
         max_length: int | None = None,
         pad_to_multiple_of: int | None = None,
     ):
-        self.image_processor, tokenizer = processor.image_processor, processor.tokenizer
-        schedules = self.image_processor.schedule_table()
-        self.level = schedules.level_name(level)
+        self.image_processor, self.spec = processor.image_processor, SequenceSpec.of(processor)
+        self.level = self.spec.schedules.level_name(level)
         self.max_length, self.pad_to_multiple_of = max_length, pad_to_multiple_of
-        ids = (processor.boi_token_id, processor.eoi_token_id, processor.image_token_id)
-        special = SpecialIds(*ids, tokenizer.eos_token_id, tokenizer.pad_token_id)
-        self.spec = SequenceSpec(schedules, special, processor.condition_last_scale)
-        self.tokenize = DocumentTokenizer(processor, tokenizer.eos_token_id)
+        self.tokenize = DocumentTokenizer(processor, self.spec.special.eos)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """

@@ -33,6 +33,13 @@ def _remove(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
+def _lock(descriptor: int, alone: bool) -> None:
+    """Until it is closed; raises `OSError` where others hold what does not go with it, or there are no locks."""
+    if fcntl is None:
+        raise OSError("there are no locks")
+    fcntl.flock(descriptor, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+
+
 @contextmanager
 def _neighbour(path: Path, create: Callable[[Path], object]) -> Iterator[Path]:
     """A hidden file or folder beside `path`, which nobody else writes and which is gone in the end; those that killed
@@ -40,17 +47,16 @@ def _neighbour(path: Path, create: Callable[[Path], object]) -> Iterator[Path]:
 
     Whoever writes one holds a lock on it, which ends with the process; where there are no locks, what is left stays.
     """
-    for left in path.parent.glob(f".{escape(path.name)}.*.partial") if fcntl else ():
+    for left in path.parent.glob(f".{escape(path.name)}.*.partial"):
         with suppress(OSError), _opened(left) as descriptor:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(descriptor, alone=True)
             _remove(left)
     unlocked = path.with_name(f".{path.name}.{uuid4().hex}")
     partial = unlocked.with_name(f"{unlocked.name}.partial")
     create(unlocked)
     with _opened(unlocked) as descriptor:
         with suppress(OSError):
-            if fcntl:
-                fcntl.flock(descriptor, fcntl.LOCK_SH)
+            _lock(descriptor, alone=False)
         unlocked.rename(partial)
         try:
             yield partial
