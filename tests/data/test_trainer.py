@@ -415,6 +415,33 @@ def test_a_checkpoint_of_another_training_is_not_resumed(dataset, data_model, tm
         train(copy.deepcopy(data_model), dataset, tmp_path, resume=True, max_steps=2, optim="adafactor")
 
 
+class Descent(torch.optim.Optimizer):
+    """One of a user's own, whose groups hold a rate alone."""
+
+    def __init__(self, parameters, lr: float = 0.1):
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.sub_(parameter.grad, alpha=group["lr"])
+
+
+def test_a_run_with_an_optimizer_of_ones_own_is_resumed(dataset, data_model, tmp_path, monkeypatch):
+    def create_optimizer(self, model=None):
+        self.optimizer = Descent(self.model.parameters())
+        return self.optimizer
+
+    monkeypatch.setattr(NextFlowTrainer, "create_optimizer", create_optimizer)
+    run = {"max_steps": 3, "save_strategy": "steps", "save_steps": 2}
+    whole = train(copy.deepcopy(data_model), dataset, tmp_path, **run)
+    resumed = train(copy.deepcopy(data_model), dataset, tmp_path, resume=str(tmp_path / "checkpoint-2"), **run)
+    assert losses(resumed) == losses(whole)
+    assert largest_difference(parameters(whole.model), parameters(resumed.model)) == 0
+
+
 def test_weights_alone_are_not_resumed(dataset, data_model, tmp_path):
     """Whose optimizer and learning rate would begin anew."""
     train(copy.deepcopy(data_model), dataset, tmp_path, save_strategy="steps", save_steps=1, save_only_model=True)

@@ -188,10 +188,11 @@ class SavingTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if not any(Path(str(checkpoint)).glob("rng_state*.pth")):  # which every other checkpoint has
             raise ValueError(f"{checkpoint} holds weights alone, by save_only_model: begin with it as the model")
+        before = [set(group) for group in self.optimizer.param_groups]
         with of_this_training(str(checkpoint)):
             super()._load_optimizer_and_scheduler(checkpoint)
-        options = getattr(self.optimizer, "defaults", {}).keys()
-        if any(options - group.keys() for group in self.optimizer.param_groups):  # what was loaded took their place
+        after = [set(group) for group in self.optimizer.param_groups]  # what was loaded took their place
+        if any(options - loaded for options, loaded in zip(before, after, strict=True)):
             own = type(self.optimizer.optimizer).__name__
             raise ValueError(f"{checkpoint} has the state of another optimizer than {own}: resume with the one it has")
 
