@@ -222,7 +222,7 @@ def code(
         options.held_out if held_out else options.documents,
         extraction,
         FixedLength(RECIPE.pack_length),
-        1 if held_out else HALVES * RECIPE.packs,
+        1 if held_out else RECIPE.packs,
     )
 
 
@@ -287,7 +287,7 @@ def train_arm(
     held_out: dict[str, Path],
     steps: int,
     seed: int,
-    packs_of_a_half: int = RECIPE.packs,
+    packs_of_a_half: int = RECIPE.packs // HALVES,
     losses_class: type[HeldOut] = HeldOut,
 ) -> dict:
     """Train a model and its processor as the recipe does, in one process.
@@ -302,6 +302,7 @@ def train_arm(
     model.model.vq_model.requires_grad_(False)
     model.set_attn_implementation("eager")  # the fastest backward at these lengths on a CPU
     values = settings(steps, RECIPE.peak, RECIPE.decay_share) | {
+        "use_cpu": True,
         "save_strategy": "no",
         "weight_decay": WEIGHT_DECAY,
         "per_device_train_batch_size": packs_of_a_half,

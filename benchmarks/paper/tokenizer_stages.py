@@ -49,7 +49,7 @@ def train_stage(
     """The model, trained through a stage."""
     model = prepare_vq_stage(model, stage).to(memory_format=torch.channels_last)
     values = settings(steps, PEAK[stage], DECAY_SHARE) | {"save_strategy": "no", "seed": seed, "scale_drop": drop}
-    values |= {"perceptual_weight": 0.0, "discriminator_weight": 0.0}
+    values |= {"use_cpu": True, "perceptual_weight": 0.0, "discriminator_weight": 0.0}
     values |= {"restart_steps": 0 if stage == "decoder" else RESTART_STEPS}
     arguments = NextFlowVQTrainingArguments(folder / "work", stage=stage, **values)
 

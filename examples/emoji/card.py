@@ -149,7 +149,7 @@ def training_table(log: list[dict]) -> str:
         if stage in TRAININGS:
             training = TRAININGS[stage]
             steps = training.steps  # the last of which may stand between two logs
-            batch = f"{2 * training.packs} packs of {training.pack_length} positions, {training.documents:,} documents"
+            batch = f"{training.packs} packs of {training.pack_length} positions, {training.documents:,} documents"
         elif stage == "teacher":
             batch = f"{PAIRS} pictures with their names"
         rows.append([stage, f"{steps:,}", batch, f"{last['seconds'] / 3600:.2f}"])

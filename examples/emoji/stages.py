@@ -7,9 +7,11 @@ import random
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback
@@ -22,9 +24,26 @@ LOGGING_STEPS = 25
 TRIM_STEPS = 50
 
 
-def processes() -> int:
-    """Of torchrun; 1 outside of it."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+def own_share(items: int) -> int:
+    """How many of a step's items each of torchrun's processes takes; outside of it one takes all.
+
+    Raises:
+        ValueError: if they cannot be shared evenly, as the steps would not be the recipe's.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if items % processes:
+        raise ValueError(f"the {items} items of a step cannot be shared by {processes} processes evenly")
+    return items // processes
+
+
+def gloo_of_cpus() -> str | None:
+    """What torchrun's processes talk by where there is no GPU; theirs talk as torch has it."""
+    return "gloo" if "WORLD_SIZE" in os.environ and not torch.cuda.is_available() else None
+
+
+def process_state() -> PartialState:
+    """Which of torchrun's processes this is."""
+    return PartialState(cpu=not torch.cuda.is_available(), backend=gloo_of_cpus())
 
 
 def bfloat16_is_fast() -> bool:
@@ -46,8 +65,8 @@ def settings(steps: int, peak: float, decay_share: float = 1.0) -> dict:
         "weight_decay": 0.05,
         "adam_beta2": 0.95,
         "bf16": bfloat16_is_fast(),
-        "use_cpu": True,
-        "ddp_backend": "gloo" if processes() > 1 else None,
+        "use_cpu": not torch.cuda.is_available(),
+        "ddp_backend": gloo_of_cpus(),
         "ddp_find_unused_parameters": False,
         "logging_steps": LOGGING_STEPS,
         "save_steps": 200,
@@ -114,7 +133,7 @@ def finish(trainer: Trainer, before_saving: Callable[[], None] | None = None) ->
     trainer.add_callback(Log(folder.parent / "log.jsonl", folder.name))
     trainer.add_callback(Trim())
     # fused attention has a slow backward at these lengths on a CPU
-    with sdpa_kernel(SDPBackend.MATH):
+    with sdpa_kernel(SDPBackend.MATH) if trainer.args.use_cpu else nullcontext():
         trainer.train(resume_from_checkpoint=newest_checkpoint(folder))
     if before_saving is not None:
         before_saving()

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast, Siglip2Config, Siglip2Model, T
 from transformers_nextflow.modeling_nextflow_vq import OneGridEmbeddings, patchify
 
 from .sizes import PATCH_SIZE, TEACHER_TEXT, TEACHER_VISION, TEACHER_VOCABULARY
-from .stages import Drawn, finish, is_finished, processes, settings
+from .stages import Drawn, finish, is_finished, own_share, settings
 from .text import train_text_tokenizer
 from .world import World, moved, resized, to_pixel_values
 
@@ -72,7 +72,7 @@ class TeacherTrainer(Trainer):
             image_NC = image_embeddings(teacher, inputs["pixel_values"])
             text_NC = text_embeddings(teacher, inputs["input_ids"])
         logits_NN = image_NC @ text_NC.T * teacher.logit_scale.exp() + teacher.logit_bias
-        signs_NN = 2 * torch.eye(len(logits_NN)) - 1
+        signs_NN = 2 * torch.eye(len(logits_NN), device=logits_NN.device) - 1
         return -F.logsigmoid(signs_NN * logits_NN).sum() / len(logits_NN)
 
 
@@ -87,7 +87,7 @@ def train_teacher(folder: Path, world: World) -> Siglip2Model:
     names = sorted(rows_of)
 
     def draw(rng: random.Random) -> dict:
-        rows = [rng.choice(rows_of[name]) for name in rng.sample(names, BATCH // processes())]
+        rows = [rng.choice(rows_of[name]) for name in rng.sample(names, own_share(BATCH))]
         edge = 32 if rng.random() < SMALL_SHARE else 64
         pictures = [resized(moved(world.pictures[row], rng), edge) for row in rows]
         texts = [caption(world.names[row], world.styles[row], world.tags[row], rng) for row in rows]
@@ -96,7 +96,7 @@ def train_teacher(folder: Path, world: World) -> Siglip2Model:
     if not is_finished(folder / "teacher"):
         values = settings(STEPS, PEAK) | {"remove_unused_columns": False}
         arguments = TrainingArguments(folder / "teacher", per_device_train_batch_size=1, **values)
-        batches = Drawn("teacher", STEPS * processes(), draw)
+        batches = Drawn("teacher", STEPS * BATCH // own_share(BATCH), draw)
         trainer = TeacherTrainer(teacher, arguments, data_collator=lambda items: items[0], train_dataset=batches)
         finish(trainer)
     teacher.load_state_dict(load_file(folder / "teacher" / "model.safetensors"))

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from transformers import PreTrainedTokenizerFast
 
 from transformers_nextflow import (
@@ -22,7 +21,7 @@ from .documents import EXTRACTION, build_packs
 from .documents import STAGES as MIXTURES
 from .muon import MuonWithAdamW
 from .sizes import nextflow_config
-from .stages import finish, is_finished, processes, settings
+from .stages import finish, is_finished, own_share, process_state, settings
 
 WEIGHT_DECAY = 0.05
 EMA_DECAY = 0.995
@@ -34,7 +33,7 @@ class Training:
 
     Attributes:
         documents: coded and packed for it; steps go over them again and again.
-        pack_length, packs: positions of a pack, and packs of a step in each of two processes.
+        pack_length, packs: positions of a pack, and packs of a step.
         steps, peak: of the optimizer, and its learning rate, which falls over the last `decay_share` of them.
         trains, scale_loss_alpha: see [`Stage`].
     """
@@ -51,11 +50,11 @@ class Training:
 
 # Table 2's order: connector and head alone, then everything, at the lower level without and at the higher with eq. 2.
 TRAININGS = {
-    "alignment": Training(4_000, 192, 16, 60, 1e-3, 0.5, "connector_and_head", 0.0),
-    "pretraining-32": Training(12_000, 192, 16, 200, 3e-3, 0.1, scale_loss_alpha=0.0),
-    "pretraining-64": Training(72_000, 416, 10, 12_000, 3e-3, 1 / 3),
-    "tuning-64": Training(24_000, 848, 5, 1_000, 1.5e-3, 0.9),
-    "continued-64": Training(36_000, 848, 5, 24_000, 2e-3, 0.2),
+    "alignment": Training(4_000, 192, 32, 60, 1e-3, 0.5, "connector_and_head", 0.0),
+    "pretraining-32": Training(12_000, 192, 32, 200, 3e-3, 0.1, scale_loss_alpha=0.0),
+    "pretraining-64": Training(72_000, 416, 20, 12_000, 3e-3, 1 / 3),
+    "tuning-64": Training(24_000, 848, 10, 1_000, 1.5e-3, 0.9),
+    "continued-64": Training(36_000, 848, 10, 24_000, 2e-3, 0.2),
 }
 
 
@@ -81,9 +80,8 @@ def code_documents(folder: Path, model: Path, data: Path, stage: str) -> Path:
     """Pack a stage's documents, coded by the tokenizers of `model`; returns the folder of packs. One process works,
     on all cores, while the others wait."""
     training = TRAININGS[stage]
-    state = PartialState(cpu=True, backend="gloo" if processes() > 1 else None)
     workers = min(len(os.sched_getaffinity(0)), -(-training.documents // EXTRACTION.documents_per_shard))
-    with state.local_main_process_first():
+    with process_state().local_main_process_first():
         return build_packs(
             folder / f"{stage}-data",
             model,
@@ -92,7 +90,7 @@ def code_documents(folder: Path, model: Path, data: Path, stage: str) -> Path:
             training.documents,
             EXTRACTION,
             FixedLength(training.pack_length),
-            2 * training.packs,
+            training.packs,
             workers,
         )
 
@@ -125,12 +123,13 @@ def train_stage(folder: Path, stage: str, before: Path, data: Path) -> Path:
     Stage(stage, training.trains, MIXTURES[stage].level, 1, training.peak, training.scale_loss_alpha, mixture).prepare(
         model
     )
-    model.set_attn_implementation("eager")  # the fastest backward at these lengths on a CPU
+    if not torch.cuda.is_available():
+        model.set_attn_implementation("eager")  # the fastest backward at these lengths on a CPU
     if training.trains == "all":
         for layer in model.model.language_model.layers:
             layer.compile(dynamic=False)
     values = settings(training.steps, training.peak, training.decay_share)
-    values |= {"weight_decay": WEIGHT_DECAY, "per_device_train_batch_size": training.packs}
+    values |= {"weight_decay": WEIGHT_DECAY, "per_device_train_batch_size": own_share(training.packs)}
     arguments = NextFlowTrainingArguments(output, **values)
     average, dataset = EMACallback(EMA_DECAY), PackedDataset(packs, model, processor)
     optimizer = new_optimizer(model, arguments, training.peak) if training.trains == "all" else None
@@ -150,7 +149,7 @@ def train_stage(folder: Path, stage: str, before: Path, data: Path) -> Path:
 def train_transformer(folder: Path, tokenizer: PreTrainedTokenizerFast, vq_model: NextFlowVQModel, data: Path) -> Path:
     """All stages in order; returns the folder of the last model."""
     start = folder / "start"
-    with PartialState(cpu=True, backend="gloo" if processes() > 1 else None).local_main_process_first():
+    with process_state().local_main_process_first():
         if not start.exists():
             model = new_model(tokenizer, vq_model)
             with output_folder(start) as partial:

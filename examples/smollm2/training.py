@@ -103,7 +103,7 @@ def train(output: Path, start: Path, packs: Path, steps: int) -> None:
         return
     torch.manual_seed(0)
     model, processor = adapted(start), NextFlowProcessor.from_pretrained(start)
-    values = settings(steps, PEAK, DECAY_SHARE) | {"use_cpu": not torch.cuda.is_available()}
+    values = settings(steps, PEAK, DECAY_SHARE)
     values |= {"logging_steps": max(1, steps // 40), "save_steps": max(1, steps // 20)}
     dataset = PackedDataset(packs, model.get_base_model(), processor)
     arguments = NextFlowTrainingArguments(output, **values)

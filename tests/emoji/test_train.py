@@ -1,10 +1,12 @@
-"""Stages follow each other, and the last one goes on from any model."""
+"""Stages follow each other, and the last one goes on from any model; processes and devices share the work."""
 
 import sys
 
+import pytest
 import torch
 
 from examples.emoji import assemble, train, transformer
+from examples.emoji.stages import own_share, settings
 from examples.emoji.transformer import TRAININGS, Training
 from transformers_nextflow import NextFlowForConditionalGeneration
 
@@ -28,3 +30,21 @@ def test_the_last_stage_goes_on_from_any_model(
         assert not torch.equal(trained.code_head.weight, before.code_head.weight)
         pixels = torch.rand(2, 3, 64, 64) * 2 - 1
         assert torch.equal(trained.model.vq_model.encode(pixels), before.model.vq_model.encode(pixels))
+
+
+def test_a_step_is_the_same_in_any_number_of_processes(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert own_share(10) == 10
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert own_share(10) == 5
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ValueError, match="the 10 items of a step cannot be shared by 4 processes evenly"):
+        own_share(10)
+
+
+def test_gpus_are_used_where_there_are_some(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for has_gpu, expected in ((False, (True, "gloo")), (True, (False, None))):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda has_gpu=has_gpu: has_gpu)
+        values = settings(100, 1e-3)
+        assert (values["use_cpu"], values["ddp_backend"]) == expected
