@@ -17,6 +17,7 @@ from transformers_nextflow.data import FixedLength, PackCollator, PackedDataset
 from transformers_nextflow.training import EMACallback, NextFlowTrainer, NextFlowTrainingArguments, Stage
 from transformers_nextflow.utils.files import output_folder
 
+from .attention import DOCUMENTS
 from .documents import EXTRACTION, build_packs
 from .documents import STAGES as MIXTURES
 from .muon import MuonWithAdamW
@@ -124,7 +125,7 @@ def train_stage(folder: Path, stage: str, before: Path, data: Path) -> Path:
         model
     )
     if not torch.cuda.is_available():
-        model.set_attn_implementation("eager")  # the fastest backward at these lengths on a CPU
+        model.set_attn_implementation({"text_config": DOCUMENTS})
     if training.trains == "all":
         for layer in model.model.language_model.layers:
             layer.compile(dynamic=False)
