@@ -155,7 +155,7 @@ class NextFlowPreTrainedModel(LibraryModel):
         least = 1 + max(self.config.boi_token_id, self.config.image_token_id, self.config.eoi_token_id)
         if new_num_tokens is not None and new_num_tokens < least:
             raise ValueError(
-                f"new_num_tokens must be at least {least}, the rows up to <boi>, <image> and <eoi>, got {new_num_tokens}"
+                f"new_num_tokens must be at least {least}, which <boi>, <image> and <eoi> need, got {new_num_tokens}"
             )
         return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
