@@ -380,8 +380,10 @@ def test_forward_gives_tuples(model, by_config):
 @pytest.mark.parametrize("mode", ["text", "image", "interleaved"])
 def test_a_model_whose_calls_give_tuples_generates(model, mode):
     batch = batch_of(model, [10, shown(SQUARE, 1), 11])
-    call = batch | {"generation_mode": mode, "return_dict_in_generate": True} | (
-        {"guidance_scale": 1.0, "seed": 0} if mode == "image" else {"max_new_tokens": 4, "do_sample": False}
+    call = (
+        batch
+        | {"generation_mode": mode, "return_dict_in_generate": True}
+        | ({"guidance_scale": 1.0, "seed": 0} if mode == "image" else {"max_new_tokens": 4, "do_sample": False})
     )
     found = tiny_model(tiny_config(return_dict=False)).generate(**call)
     assert torch.equal(found.sequences, model.generate(**call).sequences)
