@@ -40,12 +40,17 @@ from tests.tiny_models import (
     tiny_config,
     tiny_model,
 )
-from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowModel, NextFlowVQModel
+from transformers_nextflow import (
+    NextFlowForConditionalGeneration,
+    NextFlowImageProcessor,
+    NextFlowModel,
+    NextFlowVQModel,
+)
 from transformers_nextflow.cli import main
 from transformers_nextflow.data.shards import vision_identity
 from transformers_nextflow.layout import build_layout
 from transformers_nextflow.utils import loading
-from transformers_nextflow.utils.loading import load_vq_model
+from transformers_nextflow.utils.loading import load_vision_tokenizer, load_vq_model
 
 ROWS = ([10, shown(SQUARE, 1), 11], [12, 13, shown(WIDE, 2), 14, 15])
 
@@ -620,6 +625,11 @@ def test_a_vision_tokenizer_comes_out_of_a_model_or_alone_and_saves_alone(tiny_c
     expected.save_pretrained(tmp_path / "alone")
     loaded = load_vq_model(str(tiny_checkpoint if whole else tmp_path / "alone"))
     loaded.save_pretrained(tmp_path / "again")
+    of_config = NextFlowImageProcessor.from_vq_config(loaded.config)
+    assert load_vision_tokenizer(str(tmp_path / "again"))[1].to_dict() == of_config.to_dict()
+    own = NextFlowImageProcessor.from_dict(of_config.to_dict() | {"resample": Image.Resampling.BOX})
+    own.save_pretrained(tmp_path / "again")
+    assert load_vision_tokenizer(str(tmp_path / "again"))[1].to_dict() == own.to_dict()
     again = load_vq_model(str(tmp_path / "again"))
     for model in (loaded, again):
         assert not model.training and model.state_dict().keys() == expected.state_dict().keys()
