@@ -146,7 +146,7 @@ def test_an_answer_that_ends_in_a_picture_is_continued_after_it(tiny_processor, 
     render = partial(tiny_processor.apply_chat_template, continue_final_message=True)
     prompt = f"<|im_start|>user\n{PICTURE}?<|im_end|>\n<|im_start|>assistant\n{''.join(texts)}{PICTURE}"
     assert render([question, answer], tokenize=False) == prompt
-    assert render([[question, answer]], tokenize=False) == [prompt]
+    assert render([[question, answer]], tokenize=False) == [prompt] and answer["content"][-1]["type"] == "image"
     expected = tiny_processor(
         text=prompt,
         images=[question["content"][0]["image"], drawn],

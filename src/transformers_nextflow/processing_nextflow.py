@@ -244,8 +244,12 @@ class NextFlowProcessor(ProcessorBringsCode, ProcessorMixin):
         if add_generation_prompt is None:
             add_generation_prompt = not kwargs.get("continue_final_message") and _asks(conversation)
         if kwargs.get("continue_final_message"):
-            chats, is_batched = self._normalize_conversations(conversation)
-            chats = list(map(_ending_in_text, chats))
+            chats, is_batched = self._normalize_conversations(conversation)  # new lists
+            for *_, last in chats:
+                if (
+                    _items(last) and _items(last)[-1]["type"] == "image"
+                ):  # the library cuts a chat behind its last text
+                    last["content"].append({"type": "text", "text": ""})
             conversation = chats if is_batched else chats[0]
         for name in ("tools", "documents"):
             if kwargs.get(name) and name not in self._resolve_chat_template(chat_template):
@@ -459,14 +463,6 @@ def _items(message: dict) -> list[dict]:
     """A message's texts and pictures."""
     content = message.get("content") or []
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
-
-
-def _ending_in_text(chat: list[dict]) -> list[dict]:
-    """The same chat. A last message that ends in a picture goes on in a text, which the library cuts a chat behind."""
-    items = _items(chat[-1])
-    if not items or items[-1]["type"] == "text":
-        return chat
-    return [*chat[:-1], chat[-1] | {"content": [*items, {"type": "text", "text": ""}]}]
 
 
 def _is_empty(images) -> bool:
