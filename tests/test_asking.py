@@ -753,6 +753,13 @@ def test_text_takes_no_guidance(model):
         model.generate(**batch_of(model, [10, 11]), generation_mode="interleaved", generation_config=said, seed=0)
 
 
+def test_no_layer_but_the_last_answers(model):
+    inputs, said = batch_of(model, [10, 11]), GenerationConfig(assistant_early_exit=1, max_new_tokens=3)
+    for options in ({"assistant_early_exit": 1, "do_sample": False}, {"generation_config": said}):
+        with pytest.raises(ValueError, match="no layer but the last answers, got assistant_early_exit=1: draft by"):
+            model.generate(**inputs, **options)
+
+
 def test_an_answer_draws_each_picture_once(model):
     with pytest.raises(ValueError, match="num_images_per_prompt is of pictures alone, .* got 2"):
         model.generate(

@@ -40,12 +40,17 @@ from tests.tiny_models import (
     tiny_config,
     tiny_model,
 )
-from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowModel, NextFlowVQModel
+from transformers_nextflow import (
+    NextFlowForConditionalGeneration,
+    NextFlowImageProcessor,
+    NextFlowModel,
+    NextFlowVQModel,
+)
 from transformers_nextflow.cli import main
 from transformers_nextflow.data.shards import vision_identity
 from transformers_nextflow.layout import build_layout
 from transformers_nextflow.utils import loading
-from transformers_nextflow.utils.loading import load_vq_model
+from transformers_nextflow.utils.loading import load_vision_tokenizer, load_vq_model
 
 ROWS = ([10, shown(SQUARE, 1), 11], [12, 13, shown(WIDE, 2), 14, 15])
 
@@ -348,16 +353,45 @@ def test_more_text_rows_leave_everything_as_it_is(model, tmp_path):
         assert torch.equal(each.decode_image_tokens(drawn), model.decode_image_tokens(codes))
 
 
+@pytest.mark.parametrize("part", ["", "model"])
+def test_rows_of_boi_image_and_eoi_stay(part):
+    smaller = tiny_model(tiny_config(text={"vocab_size": TEXT_ROWS + 8})).get_submodule(part)
+    with pytest.raises(ValueError, match=f"new_num_tokens must be at least {TEXT_ROWS}, .* got {TEXT_ROWS - 1}$"):
+        smaller.resize_token_embeddings(TEXT_ROWS - 1)
+    assert smaller.resize_token_embeddings().num_embeddings == TEXT_ROWS + 8
+    assert smaller.resize_token_embeddings(TEXT_ROWS).num_embeddings == TEXT_ROWS
+    assert smaller.resize_token_embeddings(pad_to_multiple_of=64).num_embeddings == 64
+
+
 # Forward
 
 
-def test_forward_gives_tuples(model):
-    batch = batch_of(model, *ROWS)
-    with torch.no_grad():
-        assert torch.equal(model(**batch, return_dict=False)[0], model(**batch).logits)
-        pixels = torch.rand(1, 3, 12, 12)
-        vq_model = model.model.vq_model
-        assert torch.equal(vq_model(pixels, return_dict=False)[0], vq_model(pixels).reconstruction)
+@pytest.mark.parametrize("by_config", [False, True])
+def test_forward_gives_tuples(model, by_config):
+    asked = tiny_model(tiny_config(return_dict=False)) if by_config else model
+    call = {} if by_config else {"return_dict": False}
+    batch = batch_of(model, [10, Picture(SQUARE, 1), 11], [12, 13, Picture(WIDE, 2), 14])
+    for inputs in (batch, batch | {"labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}):
+        for part, whole in ((asked, model), (asked.model, model.model)):
+            with torch.no_grad():
+                found, expected = part(**inputs, **call), whole(**inputs).to_tuple()
+            assert isinstance(found, tuple) and len(found) == len(expected)
+            assert torch.equal(found[0], expected[0])
+    pixels = torch.rand(1, 3, 12, 12)
+    vq_model = model.model.vq_model
+    assert torch.equal(vq_model(pixels, return_dict=False)[0], vq_model(pixels).reconstruction)
+
+
+@pytest.mark.parametrize("mode", ["text", "image", "interleaved"])
+def test_a_model_whose_calls_give_tuples_generates(model, mode):
+    batch = batch_of(model, [10, shown(SQUARE, 1), 11])
+    call = (
+        batch
+        | {"generation_mode": mode, "return_dict_in_generate": True}
+        | ({"guidance_scale": 1.0, "seed": 0} if mode == "image" else {"max_new_tokens": 4, "do_sample": False})
+    )
+    found = tiny_model(tiny_config(return_dict=False)).generate(**call)
+    assert torch.equal(found.sequences, model.generate(**call).sequences)
 
 
 def test_embeddings_in_place_of_ids(model):
@@ -591,6 +625,11 @@ def test_a_vision_tokenizer_comes_out_of_a_model_or_alone_and_saves_alone(tiny_c
     expected.save_pretrained(tmp_path / "alone")
     loaded = load_vq_model(str(tiny_checkpoint if whole else tmp_path / "alone"))
     loaded.save_pretrained(tmp_path / "again")
+    of_config = NextFlowImageProcessor.from_vq_config(loaded.config)
+    assert load_vision_tokenizer(str(tmp_path / "again"))[1].to_dict() == of_config.to_dict()
+    own = NextFlowImageProcessor.from_dict(of_config.to_dict() | {"resample": Image.Resampling.BOX})
+    own.save_pretrained(tmp_path / "again")
+    assert load_vision_tokenizer(str(tmp_path / "again"))[1].to_dict() == own.to_dict()
     again = load_vq_model(str(tmp_path / "again"))
     for model in (loaded, again):
         assert not model.training and model.state_dict().keys() == expected.state_dict().keys()

@@ -16,6 +16,7 @@ from transformers_nextflow.training import load_stages
 from transformers_nextflow.utils.loading import load_merged
 
 peft = pytest.importorskip("peft")
+from peft.utils.hotswap import hotswap_adapter  # noqa: E402
 
 
 def batch(model) -> dict:
@@ -141,6 +142,28 @@ def test_a_head_or_embedding_that_is_trained_whole_is_merged_where_they_were_one
     assert torch.equal(logits(load_merged(str(tmp_path / "merged")).eval()), logits(merged))
 
 
+@pytest.mark.parametrize(
+    "targets",
+    [
+        {"target_parameters": ["lm_head.weight"]},
+        {"target_parameters": ["embed_tokens.weight"]},
+        {"target_modules": ["lm_head"]},
+        {"target_modules": ["embed_tokens"]},
+        {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
+    ],
+    ids=str,
+)
+def test_adapters_on_head_or_embedding_are_merged_where_they_were_one(targets, tmp_path):
+    base = tiny_model(tiny_config(tie_word_embeddings=True))
+    adapted = peft.get_peft_model(base, peft.LoraConfig(**targets, r=2, init_lora_weights=False)).eval()
+    expected = logits(adapted)
+    assert relative(logits(tiny_model(base.config)), expected) > 1e-3
+    merged = adapted.merge_and_unload()
+    assert relative(logits(merged), expected) < 1e-5
+    merged.save_pretrained(tmp_path)
+    assert relative(logits(NextFlowForConditionalGeneration.from_pretrained(tmp_path)), expected) < 1e-5
+
+
 @BY_DOOR
 @pytest.mark.parametrize("tied", [False, True])
 def test_all_linear_trains_layers_connector_and_heads(add, tied, tmp_path):
@@ -160,6 +183,20 @@ def test_all_linear_trains_layers_connector_and_heads(add, tied, tmp_path):
     adapted.save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(tiny_model(config), tmp_path).eval()
     assert adapters_of(loaded) == adapters_of(adapted) and relative(logits(loaded), expected) < 1e-6
+
+
+def test_adapters_on_all_layers_are_swapped_while_loaded(tmp_path):
+    """PEFT's hotswap takes no weights below adapters, which PEFT saves of a head unless told."""
+    for seed, name in enumerate(("first", "second")):
+        model = tiny_model()
+        torch.manual_seed(seed)
+        config = peft.LoraConfig(target_modules="all-linear", r=2, init_lora_weights=False)
+        adapted = peft.get_peft_model(model, config).eval()
+        adapted.save_pretrained(tmp_path / name, save_embedding_layers=False)
+    loaded = peft.PeftModel.from_pretrained(tiny_model(), tmp_path / "first").eval()
+    assert not torch.equal(logits(loaded), logits(adapted))
+    hotswap_adapter(loaded, tmp_path / "second", adapter_name="default", torch_device="cpu")
+    assert torch.equal(logits(loaded), logits(adapted))
 
 
 @BY_DOOR
@@ -558,6 +595,37 @@ def test_a_learned_prompt_cannot_be_merged(tmp_path):
     peft.get_peft_model(base, config).save_pretrained(tmp_path / "prompt")
     with pytest.raises(ValueError, match=r"a learned prompt \(PROMPT_TUNING\) cannot be merged"):
         load_merged(str(tmp_path / "prompt"))
+
+
+def invoked_by(tokens: list[int], **settings):
+    config = lora_config(alora_invocation_tokens=tokens, init_lora_weights=False, modules_to_save=None, **settings)
+    return peft.get_peft_model(tiny_model(), config).eval()
+
+
+def test_adapters_that_tokens_switch_on_answer_in_text():
+    """Also about pictures; a prompt without these tokens is answered by the model below."""
+    adapted, plain = invoked_by([4, 5], r=2), tiny_model()
+    prompts = [batch_of(plain, [1, Picture(SQUARE, last_scale=True), *ids]) for ids in ([4, 5, 6], [5, 4, 6])]
+    for inputs, is_same in zip(prompts, (False, True)):
+        found, expected = (model(**inputs).logits.detach() for model in (adapted, plain))
+        assert torch.equal(found[:, :-3], expected[:, :-3]) and torch.equal(found, expected) == is_same
+        answer = adapted.generate(
+            **inputs, max_new_tokens=3, do_sample=False, output_logits=True, return_dict_in_generate=True
+        )
+        assert relative(answer.logits[0], found[:, -1, : plain.config.text_vocab_size]) < 1e-5
+
+
+@pytest.mark.parametrize("mode", ["image", "interleaved"])
+def test_adapters_that_tokens_switch_on_do_not_draw(mode):
+    adapted = invoked_by([4, 5], r=2)
+    with pytest.raises(ValueError, match="adapters of alora_invocation_tokens write text alone"):
+        adapted.generate(**batch_of(adapted.get_base_model(), [1, 4, 5]), generation_mode=mode)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "code_head"]])
+def test_adapters_that_tokens_switch_on_sit_on_layers(targets):
+    with pytest.raises(ValueError, match="sit on the decoder's layers, .* got .*code_head"):
+        invoked_by([4, 5], target_modules=targets)
 
 
 @BY_DOOR

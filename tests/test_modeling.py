@@ -385,14 +385,15 @@ def test_training_after_inference_mode():
     assert model.model.connector[0].weight.grad.abs().max() > 0
 
 
-def test_gradients_by_a_function_of_the_weights(trainable):
-    """`torch.func`, inside of which new tensors have no memory to look at."""
+@pytest.mark.parametrize("measure", [lambda output: output.logits.square().mean(), lambda output: output.loss])
+def test_gradients_by_a_function_of_the_weights(trainable, measure):
+    """`torch.func`, inside of which new tensors have no memory to look at, and none is told to require a gradient."""
     inputs = batch_of(trainable, [10, Picture(SQUARE, 1), 11], [12, Picture(WIDE, 2), 13, 14])
+    inputs["labels"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     weights = {name: each.detach() for name, each in trainable.named_parameters() if each.requires_grad}
-    of_weights = lambda given: torch.func.functional_call(trainable, given, (), inputs).logits.square().mean()  # noqa: E731
-    found = torch.func.grad(of_weights)(weights)
+    found = torch.func.grad(lambda given: measure(torch.func.functional_call(trainable, given, (), inputs)))(weights)
     trainable.zero_grad()
-    trainable(**inputs).logits.square().mean().backward()
+    measure(trainable(**inputs)).backward()
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, trainable.get_parameter(name).grad)
 

@@ -1,6 +1,7 @@
 """Texts with pictures and chats to model inputs, and outputs back."""
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -136,6 +137,24 @@ def test_chat_template_is_chatml(tiny_processor):
     partial = [chat[1], {"role": "assistant", "content": [{"type": "text", "text": "I see"}]}]
     continued = render(partial, tokenize=False, add_generation_prompt=False, continue_final_message=True)
     assert continued.endswith("<|im_start|>assistant\nI see")
+
+
+@pytest.mark.parametrize("texts", [[], ["I see"]])
+def test_an_answer_that_ends_in_a_picture_is_continued_after_it(tiny_processor, texts):
+    question, drawn = user(picture(), "?"), picture(16, 32, 1)
+    answer = {"role": "assistant", "content": [*user(*texts)["content"], {"type": "image", "image": drawn}]}
+    render = partial(tiny_processor.apply_chat_template, continue_final_message=True)
+    prompt = f"<|im_start|>user\n{PICTURE}?<|im_end|>\n<|im_start|>assistant\n{''.join(texts)}{PICTURE}"
+    assert render([question, answer], tokenize=False) == prompt
+    assert render([[question, answer]], tokenize=False) == [prompt] and answer["content"][-1]["type"] == "image"
+    expected = tiny_processor(
+        text=prompt,
+        images=[question["content"][0]["image"], drawn],
+        negative_text=prompt.replace("?", ""),
+        return_tensors="pt",
+    )
+    found = render([question, answer], generation_mode="interleaved")
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_chat_tokenized_is_the_rendered_chat_processed(tiny_processor):

@@ -849,6 +849,14 @@ def test_image_batches_hold_every_picture_once_at_its_schedule(tmp_path, model):
     assert [sorted(map(int, batch)) for batch in batches._batches] != members
 
 
+def test_batches_are_of_the_image_processors_level_unless_another_is_asked_for():
+    levels = {"low": 2, "high": 3}
+    own = NextFlowImageProcessor(patch_size=8, scale_schedules=[[[1, 1], [2, 2], [3, 3]]], levels=levels, level="low")
+    picture = Image.new("RGB", (40, 40))
+    sizes = [ImageBatches([picture], own, 1, level)[0]["pixel_values"].shape[-1] for level in (None, "high")]
+    assert sizes == [16, 24]
+
+
 def test_sizes_are_read_from_headers_and_a_damaged_picture_costs_itself(tmp_path, model, monkeypatch):
     """Pictures of either format torn in the middle and in the header, alone in a batch and among others."""
     rng = np.random.default_rng(0)

@@ -140,6 +140,15 @@ def stage_rows(log: list[dict]) -> dict[str, list[dict]]:
     return {stage: [rows[step] for step in sorted(rows)] for stage, rows in stages.items()}
 
 
+def training_command(log: list[dict]) -> str:
+    """What trains such a checkpoint, and the stages that it runs beyond the log's last one."""
+    command = "`OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m examples.emoji.train`"
+    ran, stages = {line["stage"] for line in log}, list(TRAININGS)
+    further = [f"`{stage}`" for place, stage in enumerate(stages) if ran.isdisjoint(stages[place:])]
+    beyond = f"\nThe command goes on with {', '.join(further)}, which this checkpoint is without." if further else ""
+    return f"{command}, then `python -m examples.emoji.assemble`.{beyond}"
+
+
 def training_table(log: list[dict]) -> str:
     rows, total = [], 0.0
     for stage, lines in stage_rows(log).items():
@@ -181,6 +190,7 @@ def blocks(scores: dict, tokenizer: dict | None, sampling: dict | None, log: lis
         "scores": score_table(scores),
         "wordings": wording_table(scores),
         "untouched": untouched_table(scores),
+        "command": training_command(log),
         "training": training_table(log),
         "curve": curve_table(log),
         "data": data_table(),
@@ -277,7 +287,8 @@ Mean squared error, in levels of 0 to 255, of what an edit leaves as it is (not 
 {json.dumps(sampling)}, {by}
 ## Training
 
-`OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m examples.emoji.train`, then `python -m examples.emoji.assemble`.
+{part("command")}
+
 Measured on {machine["cores"]} cores of {machine["device"]}, other work beside it:
 
 {part("training")}

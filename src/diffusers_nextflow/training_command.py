@@ -25,7 +25,7 @@ from transformers import HfArgumentParser
 
 from transformers_nextflow import NextFlowImageProcessor
 from transformers_nextflow.data import DocumentReader, Source
-from transformers_nextflow.utils.loading import load_vq_model
+from transformers_nextflow.utils.loading import load_image_processor, load_vq_model
 
 from .training import DecoderTrainingArguments, NextFlowDecoderTrainer, load_decoder
 from .training_data import PictureBatches, shard_pictures, source_pictures
@@ -51,7 +51,9 @@ class DecoderOptions:
     )
     image_column: str = "image"
     caption_column: str = "text"
-    level: str | None = field(default=None, metadata={"help": "of the scale schedules; default: the highest"})
+    level: str | None = field(
+        default=None, metadata={"help": "of the scale schedules; default: the vision tokenizer's, or the highest"}
+    )
     train_batch_size: int = field(default=16, metadata={"help": "pictures of one device and accumulation step"})
     proportion_empty_prompts: float = field(default=0.0, metadata={"help": "for guidance by the caption"})
 
@@ -81,7 +83,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def make_batches(script: DecoderOptions, vq_model, upscale: int, seed: int):
     source = Source(script.dataset_name, script.dataset_split, script.dataset_config_name)
     table = source.load()
-    image_processor = NextFlowImageProcessor.from_vq_config(vq_model.config)
+    name = script.vision_tokenizer
+    of_config = NextFlowImageProcessor.from_vq_config
+    image_processor = of_config(vq_model.config) if name is None else load_image_processor(name, vq_model.config)
     if script.shards is not None:
         pictures, read = shard_pictures(script.shards, source, table, vq_model)
     else:

@@ -175,7 +175,7 @@ class PictureBatches(SizedBatches):
         if self.upscale == 1:
             return pixels, pixels
         width, height = (length * self.upscale for length in reversed(table.image_size(table.by_grid(grid))))
-        large = np.asarray(ImageOps.fit(picture, (width, height), Image.Resampling.BICUBIC))
+        large = np.asarray(ImageOps.fit(picture, (width, height), self.image_processor.resample))
         return pixels, torch.from_numpy(large.copy()).movedim(-1, 0) / 127.5 - 1
 
 
@@ -188,9 +188,10 @@ def source_pictures(
 
     Args:
         table, reader: of the source.
-        level: of the scale schedules they are brought to (default: the highest).
+        level: of the scale schedules they are brought to (default: the image processor's, or the highest).
     """
     schedules, pictures = image_processor.schedule_table(), []
+    level = image_processor.level if level is None else level
     for row in range(len(table)):
         try:
             pictures += [

@@ -166,6 +166,7 @@ def run_apart(
             position_ids=positions_3Bl,
             attention_mask={"full_attention": [part.mask for part in parts]},  # to the device of each layer
             use_cache=True,
+            return_dict=True,
             **{CACHE: Apart(parts)},
         )
     return output.last_hidden_state.to(inputs_BlD.device)

@@ -18,7 +18,7 @@ from .image_codes import ImageCodesMixin
 from .image_generation import ImageControls, ImageGenerationConfig, ImageGenerationKwargs
 from .interleaved import NextFlowInterleavedOutput, answer
 from .layout import final_grids
-from .lora import check_no_learned_prompt
+from .lora import check_no_learned_prompt, check_not_switched_on
 from .prefill import read_prompts
 from .prompts import Picture, Prompts, flat_images
 from .sampling import RowGenerators
@@ -126,6 +126,7 @@ class NextFlowGenerationMixin(ImageCodesMixin, TextGenerationMixin):
             return self.write_text(**kwargs)
         if generation_mode not in ("image", "interleaved"):
             raise ValueError(f'generation_mode must be "text", "image" or "interleaved", got {generation_mode!r}')
+        check_not_switched_on(self)
         self.check_keeps_caches()
         names = Prompts.__dataclass_fields__.keys() & kwargs.keys()
         if kwargs.get("input_ids") is None:

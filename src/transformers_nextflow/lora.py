@@ -82,6 +82,11 @@ def place_adapters(model: "NextFlowPreTrainedModel", configs: dict[str, "PeftCon
         for path, layer in layers.items()
         if isinstance(layer, nn.Linear) and not path.startswith(inside) and not re.fullmatch(LEFT_OUT, path)
     }
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and _adapters_on(head) | _adapters_on(embedding):
+        head, embedding = (getattr(each, "base_layer", each) for each in (head, embedding))
+        if head.weight is embedding.weight:  # what is merged into one of them would change the other
+            head.weight = nn.Parameter(head.weight.detach().clone(), head.weight.requires_grad)
     for name, config in configs.items():
         for part in getattr(config, "modules_to_save", None) or []:
             places = [path for path in layers if path.split(".")[-1] == part]
@@ -95,6 +100,12 @@ def place_adapters(model: "NextFlowPreTrainedModel", configs: dict[str, "PeftCon
             raise ValueError(
                 f"adapters of {name} would all sit on the frozen vision tokenizer or the scale embedding, got "
                 f"{targets}"
+            )
+        elsewhere = sorted(path for path in adapted if not re.fullmatch(DECODER_LINEARS, path))
+        if getattr(config, "alora_invocation_tokens", None) and elsewhere:
+            raise ValueError(
+                f"adapters of alora_invocation_tokens sit on the decoder's layers, which alone read whole rows, got "
+                f"{', '.join(elsewhere)}: take lora_config(alora_invocation_tokens=...)"
             )
         start = getattr(config, "init_lora_weights", True)
         if name in misplaced and start not in KEEPING_WEIGHTS:
@@ -129,6 +140,13 @@ def check_no_learned_prompt(model: "NextFlowPreTrainedModel") -> None:
     and there does not know the positions after pictures."""
     if getattr(model.prepare_inputs_for_generation, "__self__", model) is not model:
         raise ValueError("a prompt that PEFT has learned goes before text alone: it cannot guide or follow pictures")
+
+
+def check_not_switched_on(model: "NextFlowPreTrainedModel") -> None:
+    """Raise a `ValueError` where tokens of the prompt switch an adapter on (aLoRA), from which place on PEFT tells for
+    rows of text alone."""
+    if any("alora_offsets" in _told(module) for module in model.modules()):
+        raise ValueError("adapters of alora_invocation_tokens write text alone: they cannot draw pictures")
 
 
 def _adapters_on(module: nn.Module) -> set[str]:

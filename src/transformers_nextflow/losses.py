@@ -5,6 +5,7 @@ Shape suffixes: N supervised positions, n those of one chunk, D hidden, V all ro
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,7 @@ def joint_cross_entropy(
     take part. A sum is a scalar, so its gradient is known in the forward up to one factor: each chunk's is computed at
     once, and kept are sums as large as hidden states and weights. Where a head's weights are there only while it runs
     (offloaded, a unit of FSDP2 of its own, partitioned by DeepSpeed's ZeRO-3), where they have hooks on their
-    gradients, and inside `torch.compile`, logits are computed again in the backward instead.
+    gradients, and inside `torch.compile`, logits are computed again in the backward instead; `torch.func` keeps them.
 
     Args:
         hidden_ND: hidden states of supervised positions.
@@ -51,7 +52,9 @@ def joint_cross_entropy(
         The sum, a scalar to differentiate once, and the (N,) unweighted cross-entropies, detached. Both float32, or
         float64 for logits in it.
     """
-    by_itself = not any(map(_is_gathered, heads))
+    # `torch.func` takes neither gradients inside of a forward nor checkpoints
+    is_transformed = torch._C._are_functorch_transforms_active()
+    by_itself = not is_transformed and not any(map(_is_gathered, heads))
     chunks = in_chunks(heads, num_rows, hidden_ND, targets_N, weights_N)
     weights = [weight for weight in nn.ModuleList(heads).parameters() if weight.requires_grad]
     # Dynamo traces checkpoints, but no gradients that a forward computes
@@ -62,7 +65,8 @@ def joint_cross_entropy(
     def of_chunk(hidden_nD, targets_n, weights_n):
         return _weighted_cross_entropy([head(hidden_nD) for head in heads], targets_n, weights_n, z_loss)
 
-    totals, losses = zip(*(checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks))
+    score = of_chunk if is_transformed else partial(checkpoint, of_chunk, use_reentrant=False)
+    totals, losses = zip(*(score(*chunk) for chunk in chunks))
     return sum(totals), torch.cat(losses)
 
 

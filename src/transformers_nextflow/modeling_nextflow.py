@@ -150,6 +150,15 @@ class NextFlowPreTrainedModel(LibraryModel):
             self.peft_config = self.peft_config  # PEFT adds to it, which the model is not told
         return super().train(mode)
 
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
+        """As of the library's models. `<boi>`, `<image>` and `<eoi>` keep their rows."""
+        least = 1 + max(self.config.boi_token_id, self.config.image_token_id, self.config.eoi_token_id)
+        if new_num_tokens is not None and new_num_tokens < least:
+            raise ValueError(
+                f"new_num_tokens must be at least {least}, which <boi>, <image> and <eoi> need, got {new_num_tokens}"
+            )
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+
     def set_attn_implementation(self, attn_implementation: str | dict, **kwargs) -> None:
         """As of the library's models; flex and FlashAttention are the decoder's alone, see [`NextFlowModel`]."""
         if isinstance(attn_implementation, str) and is_decoders_alone(attn_implementation):
@@ -502,6 +511,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
             attention_mask=attention_mask,
             position_ids=position_ids,
             use_cache=use_cache,
+            return_dict=True,
             **{CACHE: past_key_values},
             **kwargs,
         )
@@ -595,6 +605,7 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
             labels=labels,
             layout=layout,
             use_cache=use_cache,
+            return_dict=True,
             **kwargs,
         )
         if layout is None and isinstance(outputs, NextFlowModelOutput):

@@ -243,6 +243,14 @@ class NextFlowProcessor(ProcessorBringsCode, ProcessorMixin):
         _check_chats(conversation)
         if add_generation_prompt is None:
             add_generation_prompt = not kwargs.get("continue_final_message") and _asks(conversation)
+        if kwargs.get("continue_final_message"):
+            chats, is_batched = self._normalize_conversations(conversation)  # new lists
+            for *_, last in chats:
+                if (
+                    _items(last) and _items(last)[-1]["type"] == "image"
+                ):  # the library cuts a chat behind its last text
+                    last["content"].append({"type": "text", "text": ""})
+            conversation = chats if is_batched else chats[0]
         for name in ("tools", "documents"):
             if kwargs.get(name) and name not in self._resolve_chat_template(chat_template):
                 raise ValueError(f"the chat template shows no {name}: give one that does, or none of them")

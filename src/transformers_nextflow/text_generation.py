@@ -107,6 +107,12 @@ class TextGenerationMixin(GenerationMixin):
     def _get_logits_processor(self, generation_config, *args, device=None, **kwargs):
         """Text alone holds no tokens of images, unless one ends it."""
         check_unguided(generation_config)
+        if generation_config.assistant_early_exit is not None:  # the library writes it into the shared configuration
+            layer = generation_config.assistant_early_exit
+            raise ValueError(
+                f"no layer but the last answers, got assistant_early_exit={layer}: draft by assistant_model or "
+                "prompt_lookup_num_tokens"
+            )
         processors = super()._get_logits_processor(generation_config, *args, device=device, **kwargs)
         config, ends = self.config, plain(generation_config.eos_token_id)
         ends = ends if isinstance(ends, list) else [ends]

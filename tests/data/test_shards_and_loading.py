@@ -170,6 +170,14 @@ def test_extraction_of_another_model_is_not_packed_with_it(extracted, tmp_path):
         pack([extracted, other], tmp_path / "out", ComputeBudget(300), COST_MODEL)
 
 
+@pytest.mark.parametrize("is_copy", [False, True])
+def test_the_same_documents_are_not_packed_twice(extracted, tmp_path, is_copy):
+    again = shutil.copytree(extracted, tmp_path / "again") if is_copy else extracted
+    with pytest.raises(ValueError, match=f"^{again} holds the documents of {extracted}, name one of them$"):
+        pack([extracted, again], tmp_path / "out", ComputeBudget(300), COST_MODEL)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_seed_below_zero_is_refused(extracted, data_checkpoint, tmp_path):
     for refused in (
         lambda: pack([extracted], tmp_path / "packs", ComputeBudget(300), COST_MODEL, seed=-1),

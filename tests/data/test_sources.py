@@ -11,7 +11,7 @@ from data_samples import picture
 from PIL import Image
 
 from transformers_nextflow.data import DocumentReader, ExtractionSettings, Pictures, Source, extract
-from transformers_nextflow.data.sources import as_source
+from transformers_nextflow.data.sources import as_source, find_columns
 
 
 def write_rows(path: Path, *texts: str) -> None:
@@ -91,6 +91,25 @@ def test_a_tar_may_lack_members_and_hold_what_is_no_text(tmp_path, data_checkpoi
     assert skipped == {"no text": 1, "no Unicode text": 1, "no image": 1}
     write_tar(tmp_path / "a.tar", **members)  # the same name is not the same source
     assert Source(str(tmp_path / "a.tar"), "train[1:]").load()["__key__"][:] == ["1", "2"]
+
+
+def test_tars_of_several_formats_have_one_column_of_pictures(tmp_path):
+    folder = tmp_path / "tars"
+    folder.mkdir()
+    write_tar(folder / "a.tar", **{"0_jpg": picture(0), "0_txt": b"zero", "1_PNG": picture(1), "1_txt": b"one"})
+    write_tar(folder / "b.tar", **{"2_webp": picture(2), "2_txt": b"two"})
+    table = Source(str(folder)).load()
+    assert find_columns(table) == {"image": "jpg;png;webp", "text": "txt"}
+    assert list(Pictures(Source(str(folder)))) == [picture(0), picture(1), picture(2)]
+    assert table["txt"][:] == [b"zero", b"one", b"two"]
+
+
+def test_pictures_that_stand_beside_each_other_are_columns_of_their_own(tmp_path):
+    members = {"0_jpg": picture(0), "0_png": picture(1), "1_jpg": picture(2)}
+    write_tar(tmp_path / "a.tar", **members, **{"0_after_gif": picture(3), "1_after_png": picture(4)})
+    columns = Source(str(tmp_path / "a.tar")).load()
+    pictures = [[row and row["bytes"] for row in columns[name]] for name in ("jpg", "png", "after.gif;after.png")]
+    assert pictures == [[picture(0), picture(2)], [picture(1), None], [picture(3), picture(4)]]
 
 
 def test_links_are_followed_once_and_lead_nowhere(tmp_path):

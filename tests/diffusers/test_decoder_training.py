@@ -5,6 +5,7 @@ import dataclasses
 import json
 import pickle
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -39,6 +40,7 @@ from diffusers_nextflow.training import (
     draw_seed,
     load_decoder,
 )
+from diffusers_nextflow.training_command import STAGES, DecoderOptions, make_batches
 from diffusers_nextflow.training_data import (
     Picture,
     PictureBatches,
@@ -60,7 +62,7 @@ from tests.diffusers.tiny_trainings import Batches, arguments, picture, run_with
 from tests.fresh import run
 from tests.hub_stand_in import hub_stand_in
 from tests.pretended_devices import DEVICES, PretendedDevices
-from transformers_nextflow import NextFlowConfig, NextFlowImageProcessor
+from transformers_nextflow import NextFlowConfig, NextFlowImageProcessor, NextFlowProcessor
 from transformers_nextflow.data import (
     ComputeBudget,
     CostModel,
@@ -77,6 +79,7 @@ from transformers_nextflow.utils.loading import load_vq_model
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 CAPTIONS = ["a cat", "dog"]
+TWO_LEVELS = Path(__file__).parents[1] / "golden" / "two_levels"  # of 12 and 16 pixels
 
 
 @pytest.fixture(autouse=True)
@@ -279,6 +282,24 @@ def test_pictures_are_brought_to_the_level_asked_for():
     reader = DocumentReader("text-to-image")
     grids = [source_pictures(table, reader, processor, level)[0].grid for level in ("low", "high", None)]
     assert grids == [(2, 2), (3, 3), (3, 3)]
+
+
+@pytest.mark.parametrize(("stage", "upscale"), STAGES.items())
+def test_pictures_are_read_as_the_model_of_the_codes_reads_them(tmp_path, stage, upscale):
+    model = shutil.copytree(TWO_LEVELS, tmp_path / "model")
+    values = json.loads((model / "processor_config.json").read_text())
+    values["image_processor"] |= {"level": "12", "resample": Image.Resampling.NEAREST}
+    (model / "processor_config.json").write_text(json.dumps(values))
+    shown = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8))
+    shown.save(tmp_path / "0.png")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "noise", "image": "0.png"}))
+    options = DecoderOptions("decoder", str(tmp_path / "rows.jsonl"), str(model), stage)
+    batch = make_batches(options, load_vq_model(str(model)), upscale, seed=0)[0]
+    own = NextFlowProcessor.from_pretrained(model).image_processor
+    coded = own.whole(own(shown, return_tensors="pt"))[1]
+    assert coded.shape == (1, 3, 12, 12) and torch.equal(batch["coded_pixels"], coded)
+    drawn = torch.tensor(np.asarray(shown.resize((12 * upscale, 12 * upscale), Image.Resampling.NEAREST)))
+    torch.testing.assert_close(batch["pixel_values"][0], drawn.movedim(-1, 0) / 127.5 - 1)
 
 
 def test_two_processes_train_as_one(tmp_path):

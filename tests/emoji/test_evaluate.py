@@ -36,6 +36,7 @@ from examples.emoji.tasks import KINDS, Tasks
 from examples.emoji.world import to_pixel_values
 from transformers_nextflow import LinearRamp, NextFlowForConditionalGeneration, NextFlowProcessor
 from transformers_nextflow.training import prepare_vq_stage
+from transformers_nextflow.utils.loading import DEFAULT_MODEL
 
 
 @pytest.fixture(scope="module")
@@ -372,6 +373,16 @@ def test_the_card_holds_every_figure_between_its_comments(scores):
 def test_the_card_counts_the_steps_of_a_stage_beyond_its_last_log():
     table = card.training_table([{"stage": "alignment", "step": step, "seconds": 2.0 * step} for step in (25, 50)])
     assert "| alignment | 60 | 32 packs of 192 positions, 4,000 documents | 0.03 |" in table
+
+
+def test_the_card_names_the_stages_that_the_checkpoint_is_without():
+    """That of the repository too."""
+    log = [{"stage": stage, "step": 1, "seconds": 1.0} for stage in ("pixel", "alignment", "tuning-64", "decoder")]
+    said = card.training_command(log)
+    assert said.endswith("\nThe command goes on with `continued-64`, which this checkpoint is without.")
+    assert card.marked("command", said) in (DEFAULT_MODEL / "README.md").read_text()
+    assert card.training_command([*log, {"stage": "continued-64"}]) == said.splitlines()[0]
+    assert "with `tuning-64`, `continued-64`, which" in card.training_command(LOG)
 
 
 def test_blocks_of_a_text_are_renewed_and_the_rest_is_kept():

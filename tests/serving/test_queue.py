@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import tracemalloc
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from httpx import Request
 from PIL import Image
 
 from tests.serving.servers import (
@@ -65,6 +67,42 @@ def test_who_waits_holds_pictures_in_the_size_that_the_model_reads(tiny_model, t
         let_go.set()
         for each in drawn:
             each.result()
+
+
+def test_who_waits_holds_no_files(tiny_model, tiny_processor):
+    """Neither as they came, nor as base64."""
+    picture = photo(500, 500)
+    messages = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": data_url(picture)}}]}]
+    bodies = [
+        Request("POST", "http://x/v1/images/generations", json={"prompt": "a star"}),
+        Request("POST", "http://x/v1/images/edits", data={"prompt": "a star"}, files={"image": png(picture)}),
+        Request("POST", "http://x/v1/chat/completions", json={"model": "tiny", "messages": messages, "max_tokens": 1}),
+    ]
+
+    for each in bodies:
+        each.read()
+
+    def status_of(each: Request) -> int:
+        connection = http.client.HTTPConnection(address.removeprefix("http://"))
+        connection.request("POST", each.url.path, each.content, dict(each.headers))
+        return connection.getresponse().status
+
+    with (
+        running(tiny_model, tiny_processor) as address,
+        ThreadPoolExecutor(3) as threads,
+        held(tiny_model.code_head) as (let_go, _),
+    ):
+        asked = [threads.submit(status_of, bodies[0])]
+        until(lambda: accepted(address) == 1)
+        tracemalloc.start()
+        asked += [threads.submit(status_of, each) for each in bodies[1:]]
+        until(lambda: accepted(address) == 3)
+        gc.collect()
+        in_memory, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert in_memory < len(png(picture)) < most
+        let_go.set()
+        assert [each.result() for each in asked] == [200, 200, 200]
 
 
 def test_a_full_queue_refuses_and_a_client_that_leaves_frees_its_place(tiny_model, tiny_processor):

@@ -262,8 +262,8 @@ def pack(
         drop_long: leave documents longer than `strategy.max_length` out, and count them, instead of raising.
 
     Raises:
-        ValueError: if the folders' identities differ, a document is too long, or there is too little text or none that
-            is short.
+        ValueError: if the folders' identities differ, two hold the same documents, a document is too long, or there is
+            too little text or none that is short.
     """
     output = Path(output)
     for name, value in (("multiple_of", multiple_of), ("packs_per_shard", packs_per_shard)):
@@ -291,6 +291,9 @@ def pack(
         "packs_per_shard": packs_per_shard,
     }
     inputs = [sha256_of(folder / MANIFEST) for folder, _ in sources]
+    for place, digest in enumerate(inputs):
+        if (same := inputs.index(digest)) < place:
+            raise ValueError(f"{folders[place]} holds the documents of {folders[same]}, name one of them")
     check_plan(output, {"settings": settings, "documents": {"manifests": inputs}})
     if (manifest := finished(output)) is not None:
         return manifest

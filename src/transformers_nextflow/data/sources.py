@@ -221,25 +221,37 @@ def _split_of(path: Path, builder: str) -> str | None:
 def _of_tars(files: dict[str, list[Path]], split: str) -> datasets.Dataset:
     """Webdataset tars: a row for each key, its members by their extensions, `None` where there is no such member.
 
+    Pictures of several formats, of which no key has two, are one column, named as webdataset's: `jpg;png`.
     The reader of `datasets` refuses tars whose keys have different members, as one without its caption.
     """
-    fields: set[str] = set()
+    kinds: set[frozenset[str]] = set()  # of keys
     for path in dict.fromkeys(path for paths in files.values() for path in paths):
         with tarfile.open(path) as tar:
-            fields.update(*_members(tar).values())
+            kinds.update(map(frozenset, _members(tar).values()))
+    column_of = {field: field for kind in kinds for field in kind}
     extensions = _picture_extensions()
-    pictures = [field for field in fields if f".{field.rsplit('.', 1)[-1]}" in extensions]
+    formats: dict[str, set[str]] = {}  # of pictures, by what precedes them
+    for field in column_of:
+        role, _, extension = field.rpartition(".")
+        if f".{extension}" in extensions:
+            formats.setdefault(role, set()).add(field)
+    for fields in formats.values():
+        if all(len(fields & kind) < 2 for kind in kinds):
+            column_of |= dict.fromkeys(fields, ";".join(sorted(fields)))
+    columns = sorted(set(column_of.values()))
+    pictures = {column_of[field] for fields in formats.values() for field in fields}
     features = {name: datasets.Value("string") for name in ("__key__", "__url__")}
-    features |= {field: datasets.Value("binary") for field in sorted(fields)}
-    features |= {field: datasets.Image(decode=False) for field in pictures}
+    features |= {
+        name: datasets.Image(decode=False) if name in pictures else datasets.Value("binary") for name in columns
+    }
 
     def rows(paths: list[str]) -> Iterator[dict]:
         for path in paths:
             with tarfile.open(path) as tar:
                 for key, members in _members(tar).items():
-                    read = {field: tar.extractfile(member).read() for field, member in members.items()}
-                    read |= {field: {"bytes": read[field], "path": None} for field in pictures if field in read}
-                    yield {"__key__": key, "__url__": path, **dict.fromkeys(fields), **read}
+                    read = {column_of[field]: tar.extractfile(member).read() for field, member in members.items()}
+                    read |= {name: {"bytes": read[name], "path": None} for name in pictures & read.keys()}
+                    yield {"__key__": key, "__url__": path, **dict.fromkeys(columns), **read}
 
     tables = {}
     for name, paths in files.items():

@@ -239,7 +239,7 @@ class Case:
     def logits(self, row: Row) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Of a row's supervised codes, and of its text: float32 logits around 0, targets and scales."""
         layout, codes = self.model.model.lay_out(**row)
-        output = self.model.model(**row | {"image_codes": codes}, layout=layout, use_cache=False)
+        output = self.model.model(**row | {"image_codes": codes}, layout=layout, use_cache=False, return_dict=True)
         scales_N, is_code = layout.scale_ids.flatten()[layout.supervised] - 1, layout.target_codes >= 0
         hidden_ND = output.last_hidden_state.flatten(0, 1)[layout.supervised]
         of_codes = self.model.code_head(hidden_ND[is_code]), codes[layout.target_codes[is_code]], scales_N[is_code]

@@ -112,7 +112,7 @@ class ImageBatches(SizedBatches):
         images: paths, encoded or PIL pictures, for instance the column of an image dataset, or
             [`~transformers_nextflow.data.Pictures`].
         image_processor: brings each to the size of the schedule nearest in aspect ratio, resized and cut, not bent.
-        level: of the schedules (default: the highest).
+        level: of the schedules (default: the image processor's, or the highest).
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class ImageBatches(SizedBatches):
     ):
         self.images, self.image_processor = images, image_processor
         self.table = image_processor.schedule_table()
-        self.level = self.table.level_name(level)
+        self.level = self.table.level_name(image_processor.level if level is None else level)
         super().__init__(len(images), batch_size, seed)
 
     def name_of(self, number: int) -> str:

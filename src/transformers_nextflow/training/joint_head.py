@@ -75,9 +75,8 @@ def _score(
     layout, codes = model.model.lay_out(
         input_ids, image_grid_hw, pixel_values, attention_mask=attention_mask, shift_labels=shift_labels
     )
-    outputs = model.model(
-        input_ids=input_ids, attention_mask=attention_mask, image_codes=codes, layout=layout, **inputs
-    )
+    inputs |= {"input_ids": input_ids, "attention_mask": attention_mask, "return_dict": True}
+    outputs = model.model(image_codes=codes, layout=layout, **inputs)
     hidden_ND = outputs.last_hidden_state.flatten(0, 1)[layout.supervised]
     heads = (model.lm_head, model.code_head)
     num_rows = model.config.text_vocab_size + model.config.vq_config.codebook_size

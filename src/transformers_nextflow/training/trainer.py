@@ -126,7 +126,7 @@ class NextFlowTrainer(PrecisionTrainer, OrderedTrainer):
         return super()._get_num_items_in_batch(targets, device)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        inputs = {**inputs, "logits_over": "none", "use_cache": False}
+        inputs = {**inputs, "logits_over": "none", "use_cache": False, "return_dict": True}
         if model.training:
             inputs["z_loss"] = getattr(self.args, "z_loss", 0.0)
         else:

@@ -211,11 +211,20 @@ def load_vq_model(name: str) -> NextFlowVQModel:
 
 def load_vision_tokenizer(model: str | None) -> tuple[NextFlowVQModel, NextFlowImageProcessor]:
     """The vision tokenizer of a model, or one saved alone, on the GPU where there is one, and its image processor."""
-    name = root_of(model_name(model))
+    name = model_name(model)
     vq_model = load_vq_model(name).to("cuda" if torch.cuda.is_available() else "cpu")
-    if check_model_type(name, NextFlowConfig.model_type, NextFlowVQConfig.model_type) == NextFlowVQConfig.model_type:
-        return vq_model, NextFlowImageProcessor.from_vq_config(vq_model.config)
-    return vq_model, load_processor(name).image_processor
+    return vq_model, load_image_processor(name, vq_model.config)
+
+
+def load_image_processor(name: str, config: NextFlowVQConfig) -> NextFlowImageProcessor:
+    """A model's, or that saved beside a vision tokenizer alone; where there is none, one that fits `config`."""
+    name = root_of(name)
+    if check_model_type(name, NextFlowConfig.model_type, NextFlowVQConfig.model_type) == NextFlowConfig.model_type:
+        return load_processor(name).image_processor
+    try:
+        return NextFlowImageProcessor.from_pretrained(name)
+    except OSError:
+        return NextFlowImageProcessor.from_vq_config(config)
 
 
 def load_tokenizers(model: str, device: str = "cpu") -> tuple[NextFlowConfig, NextFlowProcessor, NextFlowVQModel]:

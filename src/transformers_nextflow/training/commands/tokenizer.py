@@ -17,8 +17,7 @@ from dataclasses import dataclass, field
 from transformers import HfArgumentParser
 
 from ...data import Pictures, Source
-from ...image_processing_nextflow import NextFlowImageProcessor
-from ...utils.loading import load_vq_model, model_name
+from ...utils.loading import load_image_processor, load_vq_model, model_name
 from .. import (
     EMACallback,
     ImageBatches,
@@ -42,7 +41,9 @@ class TokenizerOptions:
     teacher: str | None = field(
         default=None, metadata={"help": "vision model whose features the joint stage distils; default: see above"}
     )
-    level: str | None = field(default=None, metadata={"help": "of the pictures; default: the highest"})
+    level: str | None = field(
+        default=None, metadata={"help": "of the pictures; default: the model's own, or the highest"}
+    )
     images_per_batch: int = field(default=16, metadata={"help": "pictures of one size in a batch"})
     ema_decay: float | None = field(default=None, metadata={"help": "keep a moving average of the trained weights"})
 
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = load_vq_model(name)
     teacher = load_teacher(model, name, script.teacher) if arguments.stage == "joint" else None
     model = prepare_vq_stage(model, arguments.stage)
-    image_processor = NextFlowImageProcessor.from_vq_config(model.config)
+    image_processor = load_image_processor(name, model.config)
 
     def batches(name: str) -> ImageBatches:
         return ImageBatches(

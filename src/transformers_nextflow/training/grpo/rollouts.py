@@ -324,6 +324,7 @@ def _logits(
         logits_over=over,
         logits_to_keep=kept,
         use_cache=False,
+        return_dict=True,
     ).logits
     if over == "text":
         return logits, None
