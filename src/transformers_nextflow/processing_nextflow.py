@@ -246,9 +246,8 @@ class NextFlowProcessor(ProcessorBringsCode, ProcessorMixin):
         if kwargs.get("continue_final_message"):
             chats, is_batched = self._normalize_conversations(conversation)  # new lists
             for *_, last in chats:
-                if (
-                    _items(last) and _items(last)[-1]["type"] == "image"
-                ):  # the library cuts a chat behind its last text
+                parts = _items(last)
+                if parts and parts[-1]["type"] == "image":  # the library cuts a chat behind its last text
                     last["content"].append({"type": "text", "text": ""})
             conversation = chats if is_batched else chats[0]
         for name in ("tools", "documents"):
