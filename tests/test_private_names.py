@@ -42,6 +42,7 @@ READ = {
     },
     "transformers.PreTrainedConfig": {"_attn_implementation"},
     "transformers.PreTrainedTokenizerBase": {"_mark_chat_inputs"},
+    "transformers.Trainer": {"_get_output_dir"},
     "transformers.ProcessorMixin": {
         *("_check_special_mm_tokens", "_merge_kwargs", "_resolve_chat_template"),
     },

@@ -114,7 +114,7 @@ class NextFlowGRPOConfig(GRPOConfig):
                 setattr(self, name, value[0])
         judge_by("reward", self)
         super().__post_init__()
-        check_heeded(self, **OWN_STEPS, auto_find_batch_size=False)
+        check_heeded(self, **OWN_STEPS)
         for name in ("beta", "epsilon", "epsilon_high"):
             if (getattr(self, name) or 0.0) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
