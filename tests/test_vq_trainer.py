@@ -956,6 +956,7 @@ def test_a_picture_of_another_size_than_its_header_promised_costs_itself_alone(t
         ({"remove_unused_columns": True}, "remove_unused_columns is not for this trainer: leave False, got True"),
         ({"bf16_full_eval": True}, "bf16_full_eval is not for this trainer: leave False, got True"),
         ({"include_num_input_tokens_seen": True}, "include_num_input_tokens_seen is not for this trainer"),
+        ({"use_liger_kernel": True}, "use_liger_kernel is not for this trainer: leave False, got True"),
         ({"fp16": True}, "fp16 is for GPUs, this device is cpu: take bf16, or float32"),
         ({"codebook_weight": -1.0}, "codebook_weight must be finite and not negative, got -1.0"),
         ({"l2_weight": float("nan")}, "l2_weight must be finite and not negative, got nan"),

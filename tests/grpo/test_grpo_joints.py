@@ -204,6 +204,7 @@ def test_pictures_without_any_reward_are_warned_of(policy, tiny_processor, tmp_p
         ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches is not for this trainer"),
         ({"remove_unused_columns": True}, "remove_unused_columns is not for this trainer: leave False, got True"),
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha is not for this trainer: leave None, got 5.0"),
+        ({"use_liger_kernel": True}, "use_liger_kernel is not for this trainer: leave False, got True"),
         ({"temperature": [1.0, 0.0, 1.0]}, "temperature must be positive"),
         ({"top_k": [1, 2]}, "top_k must have one value for each of the 3 scales, got 2"),
         ({"loss_type": "dapo"}, "loss_type must be 'grpo'"),

@@ -99,7 +99,7 @@ class EvenShares(Dataset):
 
 
 OWN_STEPS = {"remove_unused_columns": False, "neftune_noise_alpha": None, "include_num_input_tokens_seen": "no"}
-OWN_STEPS |= {"bf16_full_eval": False, "fp16_full_eval": False}
+OWN_STEPS |= {"bf16_full_eval": False, "fp16_full_eval": False, "use_liger_kernel": False}
 """What trainers with steps of their own heed of further options, see [`check_heeded`]."""
 
 

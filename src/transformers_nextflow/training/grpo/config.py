@@ -22,7 +22,7 @@ RATE, RATE_OF_ADAPTERS = 1e-6, 1e-4
 NOT_APPLICABLE = (
     *("use_vllm", "use_transformers_continuous_batching", "use_transformers_paged", "cache_implementation"),
     *("repetition_penalty", "min_p", "generation_kwargs", "mask_truncated_completions", "max_tool_calling_iterations"),
-    *("use_liger_kernel", "cast_lm_head_to_fp32", "disable_dropout", "router_aux_loss_coef", "pad_to_multiple_of"),
+    *("cast_lm_head_to_fp32", "disable_dropout", "router_aux_loss_coef", "pad_to_multiple_of"),
     *("chat_template_kwargs", "log_multimodal", "transformers_continuous_batching_config", "delta"),
     *("top_entropy_quantile", "entropy_coef", "use_adaptive_entropy"),
     *("off_policy_mask_threshold", "log_completions_hub_repo", "log_unique_prompts"),
