@@ -135,6 +135,8 @@ def test_what_cannot_be_averaged_is_refused(tmp_path):
     model.slope.ds_id = 0  # as DeepSpeed marks what ZeRO-3 shards
     with pytest.raises(ValueError, match="ZeRO-3 shards"):
         EMACallback().on_train_begin(None, None, None, model=model)
+    with pytest.raises(ValueError, match="runs of a search have folders that it does not know"):
+        EMACallback().on_train_begin(None, TrainerState(is_hyper_param_search=True), None, model=Line())
     (checkpoint / "ema.safetensors").unlink()
     with pytest.raises(ValueError, match="checkpoint-6/ema.safetensors: the training to resume kept no average"):
         train(tmp_path, resume=str(checkpoint))

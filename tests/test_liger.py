@@ -12,10 +12,12 @@ import torch
 import torch.nn.functional as F
 from tiny_models import SQUARE, Picture, batch_of, relative, tiny_model
 from torch import nn
+from transformers import TrainingArguments
 from transformers.integrations.liger import apply_liger_kernel as of_the_trainer
 
 from transformers_nextflow.liger import apply_liger_kernel, register_liger_kernel
 from transformers_nextflow.lora import lora_config
+from transformers_nextflow.training.loading import PrecisionTrainer
 
 
 class LigerRMSNorm(nn.Module):
@@ -99,10 +101,24 @@ def test_the_trainers_own_call_replaces_them_once_registered(table):
     assert list(table) == ["nextflow"]
     of_the_trainer(model, {"swiglu": False})
     assert len(replaced(model)) == 5
-    of_the_trainer(model, None)
+    of_the_trainer(model, {"fused_linear_cross_entropy": False})  # as TRL's trainers have it
     assert len(replaced(model)) == 7
+    with pytest.raises(ValueError, match="fused_linear_cross_entropy knows one head: leave it off"):
+        of_the_trainer(model, {"fused_linear_cross_entropy": True})
     gate = model.get_base_model().model.language_model.layers[0].mlp.gate_proj
     assert isinstance(gate, peft.tuners.lora.Linear), "adapters stay"
+
+
+def test_trainers_of_this_package_register_them(table, tmp_path):
+    class Trained(PrecisionTrainer):
+        def get_train_dataloader(self):
+            raise KeyboardInterrupt
+
+    model = tiny_model()
+    arguments = TrainingArguments(str(tmp_path), use_liger_kernel=True, use_cpu=True, report_to="none")
+    with pytest.raises(KeyboardInterrupt):
+        Trained(model, arguments).train()
+    assert len(replaced(model)) == 7
 
 
 @pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is not None, reason="liger-kernel is installed")

@@ -29,9 +29,9 @@ OVERRIDDEN = {
     "transformers.ProcessorMixin": {"_normalize_conversations"},
     "transformers.image_processing_utils.BaseImageProcessor": {"_preprocess", "_validate_preprocess_kwargs"},
     "transformers.Trainer": {
-        *("_get_dataloader", "_get_num_items_in_batch", "_get_train_sampler", "_load_best_model"),
-        *("_load_from_checkpoint", "_load_optimizer_and_scheduler", "_prepare_inputs", "_run_epoch", "_save"),
-        *("_save_checkpoint", "_save_rng_state"),
+        *("_get_dataloader", "_get_num_items_in_batch", "_get_train_sampler", "_init_training_state"),
+        *("_load_best_model", "_load_from_checkpoint", "_load_optimizer_and_scheduler", "_prepare_inputs"),
+        *("_run_epoch", "_save", "_save_checkpoint", "_save_rng_state", "_track_num_input_tokens"),
     },
     "diffusers.DiffusionPipeline": {"_exclude_from_cpu_offload", "_optional_components"},
     "torch.nn.Module": {"_apply", "_load_from_state_dict"},
@@ -42,6 +42,7 @@ READ = {
     },
     "transformers.PreTrainedConfig": {"_attn_implementation"},
     "transformers.PreTrainedTokenizerBase": {"_mark_chat_inputs"},
+    "transformers.Trainer": {"_get_output_dir"},
     "transformers.ProcessorMixin": {
         *("_check_special_mm_tokens", "_merge_kwargs", "_resolve_chat_template"),
     },

@@ -184,4 +184,4 @@ def test_defaults_are_the_training_scripts(tmp_path):
         assert getattr(arguments, name) == SCRIPT[option], name
     assert arguments.codebook_loss == "tokenflow" and SCRIPT["entropy-loss-ratio"] == 0
     assert arguments.weight_decay == 0.0  # the script's 0.05 never reaches its Adam
-    assert arguments.lr_scheduler_type == "constant"
+    assert arguments.lr_scheduler_type == "constant_with_warmup" and not arguments.warmup_steps

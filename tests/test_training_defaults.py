@@ -35,14 +35,14 @@ DEFAULTS = {
         log_attention_logits=True,
     ),
     NextFlowVQTrainingArguments: dict(
-        stage="pixel", learning_rate=1e-4, lr_scheduler_type="constant", weight_decay=0.0, adam_beta2=0.95,
+        stage="pixel", learning_rate=1e-4, lr_scheduler_type="constant_with_warmup", weight_decay=0.0, adam_beta2=0.95,
         per_device_train_batch_size=1, per_device_eval_batch_size=1, remove_unused_columns=False,
         codebook_loss="tokenflow", l2_weight=1.0, perceptual_weight=1.0, codebook_weight=1.0, commitment_weight=0.25,
         distillation_weight=1.0, discriminator_weight=0.5, discriminator_start=20_000,
         adaptive_discriminator_weight=False, scale_drop=0.1, restart_steps=0,
     ),
     DecoderTrainingArguments: dict(
-        max_steps=15_000, learning_rate=1e-4, lr_scheduler_type="constant", weight_decay=1e-2,
+        max_steps=15_000, learning_rate=1e-4, lr_scheduler_type="constant_with_warmup", weight_decay=1e-2,
         per_device_train_batch_size=1, per_device_eval_batch_size=1, remove_unused_columns=False,
         logging_nan_inf_filter=False, logging_steps=10, rank=None, use_ema=False, ema_decay=0.9999,
         guidance_scale=3.5, sample_steps=500, num_samples=4, num_inference_steps=20,

@@ -630,6 +630,33 @@ def test_the_best_tokenizer_is_the_one_of_the_highest_psnr(model, tmp_path):
     assert not arguments.greater_is_better
 
 
+def test_a_rate_falls_where_psnr_does_not_rise(model, tmp_path):
+    judged = {"eval_strategy": "steps", "eval_steps": 1, "lr_scheduler_type": "reduce_lr_on_plateau"}
+    judged |= {"lr_scheduler_kwargs": {"patience": 0}, "learning_rate": 0.05, "eval_dataset": Pictures()}
+    run = trainer(prepare_vq_stage(model, "pixel"), tmp_path, **judged)
+    run.train()
+    measured = [row["eval_psnr"] for row in run.state.log_history if "eval_psnr" in row]
+    assert run.lr_scheduler.best == max(measured) > min(measured)
+    assert (run.optimizer.param_groups[0]["lr"] < 0.05) == (measured != sorted(measured))
+
+
+def test_a_rate_warms_up_where_asked(model, tmp_path):
+    run = trainer(prepare_vq_stage(model, "pixel"), tmp_path, warmup_steps=2)
+    run.train()
+    rates = [row["learning_rate"] for row in run.state.log_history if "loss" in row]
+    assert rates == pytest.approx([0.0, 0.5e-3, 1e-3])
+
+
+def test_what_is_not_gathered_is_refused(model, tmp_path):
+    arguments = NextFlowVQTrainingArguments(
+        str(tmp_path), perceptual_weight=0, discriminator_weight=0, use_cpu=True, report_to="none"
+    )
+    with pytest.raises(ValueError, match="compute_metrics is of outputs that this trainer never gathers"):
+        NextFlowVQTrainer(model, arguments, Pictures(), compute_metrics=lambda prediction: {})
+    with pytest.raises(ValueError, match="NextFlowVQTrainer gathers no outputs: measure a dataset by `evaluate`"):
+        NextFlowVQTrainer(model, arguments, Pictures()).predict(Pictures())
+
+
 def test_items_of_a_batch_count_by_their_pictures(model, tmp_path):
     """Joined where their sizes are one, run apart where not; evaluations do not depend on it."""
     run = trainer(prepare_vq_stage(model, "pixel"), tmp_path, scale_drop=0.0, per_device_train_batch_size=3)
@@ -936,6 +963,8 @@ def test_a_picture_of_another_size_than_its_header_promised_costs_itself_alone(t
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha is not for this trainer: leave None, got 5.0"),
         ({"remove_unused_columns": True}, "remove_unused_columns is not for this trainer: leave False, got True"),
         ({"bf16_full_eval": True}, "bf16_full_eval is not for this trainer: leave False, got True"),
+        ({"include_num_input_tokens_seen": True}, "include_num_input_tokens_seen is not for this trainer"),
+        ({"use_liger_kernel": True}, "use_liger_kernel is not for this trainer: leave False, got True"),
         ({"fp16": True}, "fp16 is for GPUs, this device is cpu: take bf16, or float32"),
         ({"codebook_weight": -1.0}, "codebook_weight must be finite and not negative, got -1.0"),
         ({"l2_weight": float("nan")}, "l2_weight must be finite and not negative, got nan"),

@@ -26,7 +26,7 @@ from transformers_nextflow import NextFlowVQModel
 from transformers_nextflow.training.checkpoints import output_field
 from transformers_nextflow.training.ema import EMACallback
 from transformers_nextflow.training.order import (
-    OF_BATCHES,
+    OWN_STEPS,
     PicturesTrainer,
     check_heeded,
     refuse_shared_weights,
@@ -77,7 +77,7 @@ class DecoderTrainingArguments(TrainingArguments):
     output_dir: str | None = output_field()
     max_steps: int = field(default=15_000, metadata={"help": "optimizer steps"})
     learning_rate: float = field(default=1e-4, metadata={"help": "peak"})
-    lr_scheduler_type: str = field(default="constant", metadata={"help": "how the learning rate goes on"})
+    lr_scheduler_type: str = field(default="constant_with_warmup", metadata={"help": "how the learning rate goes on"})
     weight_decay: float = field(default=1e-2, metadata={"help": "of matrices"})
     per_device_train_batch_size: int = field(default=1, metadata={"help": "items of the dataset, batches themselves"})
     per_device_eval_batch_size: int = field(default=1, metadata={"help": "items of the dataset, batches themselves"})
@@ -103,7 +103,7 @@ class DecoderTrainingArguments(TrainingArguments):
             raise ValueError(f"rank must be positive, got {self.rank}")
         if self.rank is not None and self.use_ema:
             raise ValueError("use_ema averages a UNet trained as a whole, not adapters: leave out use_ema or rank")
-        check_heeded(self, **OF_BATCHES)
+        check_heeded(self, **OWN_STEPS, activation_checkpointing_kwargs=None)  # of which diffusers' models have none
 
     @property
     def weight_dtype(self) -> torch.dtype:
@@ -298,25 +298,17 @@ class NextFlowDecoderTrainer(PicturesTrainer):
         return item | {"counts": False}
 
     @torch.no_grad()
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Mean loss over the pictures of all batches, of each dataset where there are several by name."""
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        dataset = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
-        if isinstance(dataset, dict):
-            return self.evaluate_each(dataset, ignore_keys, metric_key_prefix)
-        self.model.eval()
+    def measure(self, dataset, prefix: str) -> dict[str, float]:
+        """Mean `loss` over the pictures of all batches."""
         sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        for inputs in self.get_eval_dataloader(dataset and Numbered(dataset)):
+        for inputs in self.get_eval_dataloader(Numbered(dataset)):
             for batch in inputs["batches"]:
                 count = len(batch["captions"])
                 with self._autocast():
                     loss = self._loss_of(self.model, batch)
                 sums += torch.stack([loss.double() * count, loss.new_tensor(count).double()])
         total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
-        metrics = {f"{metric_key_prefix}_loss": total / count}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        return {"loss": total / count}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if not math.isfinite(logs.get("loss", 0.0)):

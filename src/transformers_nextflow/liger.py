@@ -14,16 +14,22 @@ from .configuration_nextflow import NextFlowConfig
 from .utils.lazy import needing_extra
 
 
-def apply_liger_kernel(model, rms_norm: bool = True, swiglu: bool = True) -> None:
+def apply_liger_kernel(
+    model, rms_norm: bool = True, swiglu: bool = True, fused_linear_cross_entropy: bool = False
+) -> None:
     """Replace the decoder's RMSNorm and SwiGLU layers by Liger's, in place; their parameters stay the same objects.
 
     Args:
         model: [`NextFlowForConditionalGeneration`] or [`NextFlowModel`], on a GPU by the time it is called.
         rms_norm, swiglu: which of them.
+        fused_linear_cross_entropy: TRL's trainers say that this stays off.
 
     Raises:
         ImportError: if liger-kernel is not installed.
+        ValueError: for Liger's loss.
     """
+    if fused_linear_cross_entropy:
+        raise ValueError("fused_linear_cross_entropy knows one head: leave it off, the loss is of text and codes")
     with needing_extra("cuda", "use_liger_kernel"):
         from liger_kernel.transformers import LigerRMSNorm, LigerSwiGLUMLP
 

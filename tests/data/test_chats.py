@@ -279,6 +279,12 @@ def test_what_pictures_cannot_be_trained_with_is_refused(model, tiny_processor, 
     pairs = {"train_dataset": Dataset.from_list(PAIRS), "processing_class": tiny_processor}
     with pytest.raises(ValueError, match="ld_alpha"):
         NextFlowDPOTrainer(model, args=DPOConfig(**options(tmp_path, ld_alpha=0.5)), **pairs)
+    with pytest.raises(ValueError, match="padding_free is not for this trainer: leave False, got True"):
+        NextFlowDPOTrainer(copy.deepcopy(model), args=DPOConfig(**options(tmp_path, padding_free=True)), **pairs)
+    follows = DPOConfig(**options(tmp_path, sync_ref_model=True))
+    trainer = NextFlowDPOTrainer(copy.deepcopy(model), args=follows, **pairs)
+    with pytest.raises(ValueError, match="sync_ref_model is not resumed, since no checkpoint has it"):
+        trainer.train(resume_from_checkpoint=True)
     with pytest.raises(ValueError, match="num_scales must be at least 1, got 0"):
         NextFlowDPOTrainer(model, args=DPOConfig(**options(tmp_path)), num_scales=0, **pairs)
 

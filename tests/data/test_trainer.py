@@ -272,9 +272,28 @@ def test_several_gpus_of_one_process_are_one(dataset, data_model, tmp_path, capl
     assert "1 of 2 GPUs is used: start by `accelerate launch` to use all" in caplog.text
 
 
-def test_metrics_of_logits_are_refused(dataset, data_model, tmp_path):
-    with pytest.raises(ValueError, match="compute_metrics needs logits, which this trainer never makes"):
-        NextFlowTrainer(data_model, NextFlowTrainingArguments(str(tmp_path)), compute_metrics=lambda prediction: {})
+@pytest.mark.parametrize("name", ["compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics"])
+def test_functions_of_outputs_are_refused(name, dataset, data_model, tmp_path):
+    with pytest.raises(ValueError, match=f"{name} is of outputs that this trainer never gathers"):
+        NextFlowTrainer(data_model, NextFlowTrainingArguments(str(tmp_path)), **{name: lambda *outputs: {}})
+
+
+def test_a_prediction_is_of_all_packs_too(dataset, data_model, tmp_path):
+    values = {"per_device_eval_batch_size": 3, "dataloader_drop_last": True, "prediction_loss_only": True}
+    arguments = NextFlowTrainingArguments(str(tmp_path), **values, use_cpu=True, report_to="none", disable_tqdm=True)
+    trainer = NextFlowTrainer(data_model, arguments, eval_dataset=dataset)
+    evaluated, predicted = trainer.evaluate(), trainer.predict(dataset).metrics
+    for name in ("loss", "loss_text", "loss_vision"):
+        assert predicted[f"test_{name}"] == evaluated[f"eval_{name}"]
+
+
+@pytest.mark.parametrize("counted", ["all", "non_padding"])
+def test_input_tokens_are_counted_without_padding_too(counted, dataset, data_model, tmp_path):
+    run = {"include_num_input_tokens_seen": counted, "per_device_train_batch_size": 8}
+    seen = train(copy.deepcopy(data_model), dataset, tmp_path, **run).state.num_input_tokens_seen
+    lengths = [len(pack["input_ids"]) for pack in dataset]
+    assert len(set(lengths)) > 1
+    assert seen == (8 * max(lengths) if counted == "all" else sum(lengths))
 
 
 def test_the_best_by_any_loss_is_the_lowest(dataset, data_model, tmp_path):
@@ -346,9 +365,22 @@ def test_other_datasets_than_packs_are_named(dataset, data_model, tmp_path):
         train(data_model, (each for each in dataset), tmp_path, collator=PackCollator(dataset))
 
 
-def test_batches_are_not_cut_for_the_devices(tmp_path):
-    with pytest.raises(ValueError, match="dispatch_batches is not for this trainer"):
-        NextFlowTrainingArguments(str(tmp_path), accelerator_config={"dispatch_batches": True})
+@pytest.mark.parametrize("name", ["dispatch_batches", "split_batches"])
+def test_batches_are_not_cut_for_the_devices(name, tmp_path):
+    with pytest.raises(ValueError, match=f"{name}( is not for this trainer|: they cut)"):
+        NextFlowTrainingArguments(str(tmp_path), accelerator_config={name: True})
+
+
+def test_an_order_that_is_not_resumed_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="use_seedable_sampler is to stay"):
+        NextFlowTrainingArguments(str(tmp_path), accelerator_config={"use_seedable_sampler": False})
+
+
+@pytest.mark.parametrize("kind", ["constant", "reduce_lr_on_plateau", "greedy"])
+def test_a_rate_that_would_not_warm_up_is_named(kind, tmp_path):
+    judged = {"eval_strategy": "steps", "eval_steps": 1, "lr_scheduler_type": kind}
+    with pytest.raises(ValueError, match=f"lr_scheduler_type '{kind}' heeds no warmup_steps, got 10"):
+        NextFlowTrainingArguments(str(tmp_path), warmup_steps=10, **judged)
 
 
 @pytest.mark.parametrize(

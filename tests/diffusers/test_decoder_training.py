@@ -558,9 +558,12 @@ def test_wrong_combinations(tmp_path):
         DecoderTrainingArguments("out", rank=0)
     with pytest.raises(ValueError, match="label_smoothing_factor is not for this trainer: leave 0.0, got 0.1"):
         DecoderTrainingArguments("out", label_smoothing_factor=0.1)
-    for name, value in (("neftune_noise_alpha", 5.0), ("remove_unused_columns", True), ("fp16_full_eval", True)):
+    unheeded = {"neftune_noise_alpha": 5.0, "remove_unused_columns": True, "fp16_full_eval": True}
+    for name, value in (unheeded | {"activation_checkpointing_kwargs": {"use_reentrant": True}}).items():
         with pytest.raises(ValueError, match=f"{name} is not for this trainer: leave (None|False), got {value}"):
             DecoderTrainingArguments("out", **{name: value})
+    with pytest.raises(ValueError, match="lr_scheduler_type 'constant' heeds no warmup_steps, got 10"):
+        DecoderTrainingArguments("out", lr_scheduler_type="constant", warmup_steps=10)
     with pytest.raises(ValueError, match="the flux transformer is trained by adapters: give their rank"):
         train(decoder("flux"), Batches(), arguments(tmp_path))
     with pytest.raises(ValueError, match="there is no whole checkpoint in"):

@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import os
 import signal
 import threading
 
@@ -201,6 +202,9 @@ def test_pictures_without_any_reward_are_warned_of(policy, tiny_processor, tmp_p
         ({"beta": -0.1}, "beta must not be negative, got -0.1"),
         ({"epsilon_high": -0.1}, "epsilon_high must not be negative, got -0.1"),
         ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches is not for this trainer"),
+        ({"remove_unused_columns": True}, "remove_unused_columns is not for this trainer: leave False, got True"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha is not for this trainer: leave None, got 5.0"),
+        ({"use_liger_kernel": True}, "use_liger_kernel is not for this trainer: leave False, got True"),
         ({"temperature": [1.0, 0.0, 1.0]}, "temperature must be positive"),
         ({"top_k": [1, 2]}, "top_k must have one value for each of the 3 scales, got 2"),
         ({"loss_type": "dapo"}, "loss_type must be 'grpo'"),
@@ -210,6 +214,45 @@ def test_pictures_without_any_reward_are_warned_of(policy, tiny_processor, tmp_p
 def test_wrong_arguments_are_refused_before_a_rollout(policy, tiny_processor, tmp_path, values, message):
     with pytest.raises(ValueError, match=message):
         trainer(policy, tiny_processor, tmp_path, **values)
+
+
+def test_what_is_not_gathered_is_refused(policy, tiny_processor, tmp_path):
+    run = trainer(policy, tiny_processor, tmp_path)
+    with pytest.raises(ValueError, match="NextFlowGRPOTrainer gathers no outputs: measure a dataset by `evaluate`"):
+        run.predict(rows())
+    with pytest.raises(ValueError, match="compute_metrics is of outputs that this trainer never gathers"):
+        NextFlowGRPOTrainer(policy, redness, run.args, rows(), processing_class=tiny_processor, compute_metrics=len)
+
+
+def test_rows_are_read_by_workers_where_asked(policy, tiny_processor, tmp_path):
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self):
+            return 8
+
+        def __getitem__(self, index):
+            return rows()[index] | {"reader": os.getpid()}
+
+    readers = set()
+
+    def reward(images, reader, **kwargs):
+        readers.update(reader)
+        return redness(images)
+
+    alone, workers = (
+        trainer(policy, tiny_processor, tmp_path, reward=reward, dataset=Rows(), dataloader_num_workers=number)
+        for number in (0, 1)
+    )
+    alone.train()
+    assert readers == {os.getpid()}
+    workers.train()
+    assert len(readers) == 2
+    assert all(torch.equal(a, b) for a, b in zip(alone.model.parameters(), workers.model.parameters()))
+
+
+def test_a_rate_follows_the_reward_upwards(tmp_path):
+    quiet = {"use_cpu": True, "bf16": False, "report_to": "none", "eval_strategy": "steps", "eval_steps": 1}
+    config = NextFlowGRPOConfig(str(tmp_path), lr_scheduler_type="reduce_lr_on_plateau", **quiet)
+    assert (config.metric_for_best_model, config.greater_is_better) == ("reward", True)
 
 
 def test_every_reward_is_normalised_before_they_are_summed(policy, tiny_processor, tmp_path):

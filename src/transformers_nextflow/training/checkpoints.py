@@ -11,14 +11,22 @@ from dataclasses import field
 from pathlib import Path
 from zipfile import is_zipfile
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
+from transformers.utils import logging
 
 from ..lora import below_adapters
 from ..stored_tokenizer import PREFIX, tensors_referred_to
 from ..utils.files import read_json
 from .ema import FOLDER, STATE, EMACallback, end_whole
+
+logger = logging.get_logger(__name__)
+
+BY_METRIC = ("greedy", "reduce_lr_on_plateau")  # learning rates
 
 
 def output_field():
@@ -81,13 +89,13 @@ def _check_whole(checkpoint: Path) -> None:
 
 @contextmanager
 def of_this_training(checkpoint: str) -> Iterator[None]:
-    """Raise what torch says of weights, of an optimizer's state or of files that do not fit as a `ValueError` that
-    names the checkpoint."""
+    """Raise what torch says of weights, of an optimizer's or a scheduler's state or of files that do not fit as a
+    `ValueError` that names the checkpoint."""
     try:
         yield
-    except (RuntimeError, ValueError, FileNotFoundError) as error:
+    except (RuntimeError, ValueError, LookupError, FileNotFoundError) as error:
         said = " ".join(str(error).split())
-        if not isinstance(error, FileNotFoundError) and "state dict" not in said.replace("_", " "):
+        if isinstance(error, RuntimeError | ValueError) and "state dict" not in said.replace("_", " "):
             raise
         raise ValueError(
             f"{checkpoint} is of another training than this: resume with the model and the options that it was begun "
@@ -119,9 +127,11 @@ class DataOrder(TrainerCallback, ExportableState):
 
 class Epochs(TrainerCallback):
     """Tells the order of the data which epoch it is, below whatever wraps it: the libraries do not reach it where two
-    or more processes go on within an epoch."""
+    or more processes go on within an epoch. What workers draw follows from the epoch too."""
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        if train_dataloader.generator is not None:
+            train_dataloader.generator.manual_seed(args.seed + int(state.epoch))
         sampler = train_dataloader.batch_sampler
         while hasattr(sampler, "batch_sampler"):
             sampler = sampler.batch_sampler
@@ -136,12 +146,17 @@ class SavingTrainer(Trainer):
 
     Of a model without its vision tokenizer, `save_model` brings it into the folder, and so do checkpoints that go to
     the Hub, while others refer to it.
+
+    Raises:
+        ValueError: for devices that share sequences, by context or sequence parallelism.
     """
 
     _brings_tokenizer = False
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        if self.get_cp_size() * self.get_sp_size() > 1:
+            raise ValueError("context and sequence parallelism would cut pictures: leave cp_size and sp_size at 1")
         own = self.args
         seed = own.seed if own.data_seed is None else own.data_seed
         per_step = self.get_total_train_batch_size(own)
@@ -149,11 +164,6 @@ class SavingTrainer(Trainer):
         self._data_order = DataOrder(seed, per_step, count)
         self.add_callback(self._data_order)
         self.add_callback(Epochs())
-
-    @property
-    def readers_of_a_batch(self) -> int:
-        """Devices that read the same batches, since they share the weights by tensor parallelism."""
-        return self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """See `Trainer.train`. `True` goes on from the newest whole checkpoint in `output_dir`, whatever a killed run
@@ -171,11 +181,35 @@ class SavingTrainer(Trainer):
             self.model_wrapped = self.model
         return super().train(self.args.resume_from_checkpoint, *args, **kwargs)
 
+    def create_scheduler(self, *args, **kwargs):
+        """See `Trainer.create_scheduler`, where rates that go by a metric go by the lowest, whatever is better."""
+        if self.args.lr_scheduler_type in BY_METRIC and self.args.greater_is_better:
+            self.args.lr_scheduler_kwargs = {"mode": "max"} | (self.args.lr_scheduler_kwargs or {})
+        return super().create_scheduler(*args, **kwargs)
+
+    def _get_dataloader(self, *args, **kwargs) -> DataLoader:
+        """See `Trainer._get_dataloader`. Loaders draw from generators of their own: those whose workers outlive an
+        epoch do so once, and again where a training is resumed, which would then draw other numbers."""
+        loader = super()._get_dataloader(*args, **kwargs)
+        getattr(loader, "base_dataloader", loader).generator = torch.Generator().manual_seed(self.args.seed)
+        return loader
+
+    def _init_training_state(self, max_steps: int, *args) -> tuple[int, int]:
+        """See `Trainer._init_training_state`, which would go on with the intervals of logs, evaluations and
+        checkpoints that the training had, and fail at callbacks that it had not."""
+        begun = super()._init_training_state(max_steps, *args)
+        self.state.compute_steps(self.args, max_steps)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ExportableState):
+                self.state.stateful_callbacks.setdefault(type(callback).__name__, {})
+        return begun
+
     def _run_epoch(self, *args, **kwargs) -> None:
         if self.state.global_step >= self.state.max_steps:  # resumed at its end, where the Trainer would go on
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
+            self.optimizer.eval()  # the weights of a schedule-free one are then those it has found
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         with of_this_training(resume_from_checkpoint):
@@ -188,17 +222,34 @@ class SavingTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if not any(Path(str(checkpoint)).glob("rng_state*.pth")):  # which every other checkpoint has
             raise ValueError(f"{checkpoint} holds weights alone, by save_only_model: begin with it as the model")
-        before = [set(group) for group in self.optimizer.param_groups]
+        if isinstance(self.optimizer.optimizer, LayerWiseDummyOptimizer):
+            raise ValueError(f"{checkpoint} has no state of a layerwise optimizer: begin with it as the model")
+        before = [dict(group) for group in self.optimizer.param_groups]
         with of_this_training(str(checkpoint)):
             super()._load_optimizer_and_scheduler(checkpoint)
-        after = [set(group) for group in self.optimizer.param_groups]  # what was loaded took their place
-        if any(options - loaded for options, loaded in zip(before, after, strict=True)):
+        groups = list(zip(before, self.optimizer.param_groups, strict=True))  # what was loaded took their place
+        if any(options.keys() - loaded.keys() for options, loaded in groups):
             own = type(self.optimizer.optimizer).__name__
             raise ValueError(f"{checkpoint} has the state of another optimizer than {own}: resume with the one it has")
+        changed = {
+            name for own, loaded in groups for name in own.keys() - {"params", "lr"} if own[name] != loaded[name]
+        }
+        if changed:
+            logger.warning(
+                f"{checkpoint} goes on with its own {', '.join(sorted(changed))}: to train with others, begin with it "
+                "as the model"
+            )
+
+    def _averages(self) -> list[EMACallback]:
+        callbacks = self.callback_handler.callbacks
+        return [each for each in callbacks if isinstance(each, EMACallback) and each.averages]
 
     def _save_checkpoint(self, model, trial) -> None:
+        self.optimizer.eval()
         if self.args.should_save:
-            end_whole(self.args, self.state)
+            end_whole(self._get_output_dir(trial), self.state)
+        for average in self._averages():  # also where no callback asked for this checkpoint, as before a SIGTERM
+            average.on_save(self.args, self.state, self.control)
         super()._save_checkpoint(model, trial)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -206,15 +257,9 @@ class SavingTrainer(Trainer):
         # the Trainer's own calls without a folder, and checkpoints it copies from, are for the Hub
         self._brings_tokenizer = not _internal_call or output_dir is None or self.args.push_to_hub
         super().save_model(output_dir, _internal_call)
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, EMACallback) and callback.averages:
-                with callback.in_place():
-                    super().save_model(os.path.join(output_dir or self.args.output_dir, FOLDER), _internal_call=True)
-
-    def evaluate_each(self, datasets: dict, ignore_keys, metric_key_prefix: str) -> dict[str, float]:
-        """`evaluate` of several datasets, whose metrics have their names after the prefix, as the Trainer's have."""
-        results = [self.evaluate(each, ignore_keys, f"{metric_key_prefix}_{name}") for name, each in datasets.items()]
-        return {name: value for result in results for name, value in result.items()}
+        for average in self._averages():
+            with average.in_place():
+                super().save_model(os.path.join(output_dir or self.args.output_dir, FOLDER), _internal_call=True)
 
     def create_model_card(self, *args, **kwargs) -> None:
         """See `Trainer.create_model_card`, whose cards are of models with a config."""

@@ -44,8 +44,8 @@ class EMACallback(TrainerCallback):
         averages: by parameter name, while training and after it.
 
     Raises:
-        ValueError: for other decays; in training if the checkpoint resumed from has no average of these parameters, or
-            for weights that DeepSpeed's ZeRO-3 shards.
+        ValueError: for other decays; in training if the checkpoint resumed from has no average of these parameters,
+            for weights that DeepSpeed's ZeRO-3 shards, or in a search of hyperparameters.
     """
 
     def __init__(self, decay: float = 0.999, warmup: bool = False):
@@ -86,10 +86,12 @@ class EMACallback(TrainerCallback):
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if any(hasattr(parameter, "ds_id") for parameter in self._parameters.values()):
             raise ValueError("EMACallback cannot average weights that ZeRO-3 shards: train with ZeRO-2 or FSDP2")
+        if state.is_hyper_param_search:
+            raise ValueError("EMACallback is for one training, runs of a search have folders that it does not know")
         self.averages = {name: p.detach().float().clone() for name, p in self._parameters.items()}
         self._saved = None
         if state.global_step:
-            self._load(Path(args.resume_from_checkpoint or _checkpoint(args, state)) / FILE)
+            self._load(Path(args.resume_from_checkpoint or _checkpoint(args.output_dir, state)) / FILE)
 
     @torch.no_grad()
     def on_optimizer_step(self, args, state, control, **kwargs):
@@ -101,7 +103,7 @@ class EMACallback(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if control.should_save:  # before the Trainer's files, so that a checkpoint that looks whole has it
             if args.should_save:
-                end_whole(args, state)
+                end_whole(args.output_dir, state)
             self._save(args, state)
 
     on_epoch_end = on_step_end
@@ -122,7 +124,7 @@ class EMACallback(TrainerCallback):
                 whole[name] = average.cpu().contiguous()  # as weights with channels last are not
         self._saved = state.global_step
         if args.should_save:
-            path = _checkpoint(args, state) / FILE
+            path = _checkpoint(args.output_dir, state) / FILE
             write_atomically(path, lambda partial: save_file(whole, partial, metadata={"format": "pt"}))
 
     def _load(self, path: Path) -> None:
@@ -135,10 +137,10 @@ class EMACallback(TrainerCallback):
                 local_part(average).copy_(local_part(sharded_like(file.get_tensor(name), average)))
 
 
-def _checkpoint(args, state) -> Path:
-    return Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+def _checkpoint(output_dir: str, state) -> Path:
+    return Path(output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
 
-def end_whole(args, state) -> None:
+def end_whole(output_dir: str, state) -> None:
     """Let a checkpoint of an earlier run look whole no more, before that of this step takes its place file by file."""
-    (_checkpoint(args, state) / STATE).unlink(missing_ok=True)
+    (_checkpoint(output_dir, state) / STATE).unlink(missing_ok=True)

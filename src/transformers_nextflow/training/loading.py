@@ -7,6 +7,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
 from ..configuration_nextflow import NextFlowConfig
+from ..liger import register_liger_kernel
 from ..modeling_nextflow import NextFlowForConditionalGeneration
 from ..modeling_nextflow_vq import NextFlowVQModel
 from ..processing_nextflow import NextFlowProcessor
@@ -51,7 +52,7 @@ def load_to_train(
 
 
 class PrecisionTrainer(Trainer):
-    """Trainer of models that keep some of their parts in float32."""
+    """Trainer of models that keep some of their parts in float32, and have Liger's kernels in others."""
 
     def train(self, *args, **kwargs):
         """See `Trainer.train`. As it begins, before devices wrap the model, it warns as [`check_trained`] does. Under
@@ -59,8 +60,11 @@ class PrecisionTrainer(Trainer):
         buffer; what is frozen, as a tokenizer that gives codes, stays as it is.
 
         Raises:
+            ImportError: for `use_liger_kernel` without liger-kernel.
             ValueError: for a frozen vision tokenizer under ZeRO-3 in 16 bits, which would round it.
         """
+        if self.args.use_liger_kernel:
+            register_liger_kernel()
         check_trained(self.model)
         keep_losses_float32(self.accelerator)
         if self.is_deepspeed_enabled and (self.args.bf16 or self.args.fp16):

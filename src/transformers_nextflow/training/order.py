@@ -10,7 +10,8 @@ from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
 
 from ..sampling import integer
-from .checkpoints import SavingTrainer
+from .checkpoints import BY_METRIC, SavingTrainer
+from .measuring import MeasuringTrainer
 
 logger = logging.get_logger(__name__)
 
@@ -97,9 +98,9 @@ class EvenShares(Dataset):
         return self.dataset[index] if index < count else self.blank(self.dataset[index % count])
 
 
-OF_BATCHES = {"remove_unused_columns": False, "neftune_noise_alpha": None}
-OF_BATCHES |= {"bf16_full_eval": False, "fp16_full_eval": False}
-"""What trainers of batches of pictures heed of options beside those of all trainers."""
+OWN_STEPS = {"remove_unused_columns": False, "neftune_noise_alpha": None, "include_num_input_tokens_seen": "no"}
+OWN_STEPS |= {"bf16_full_eval": False, "fp16_full_eval": False, "use_liger_kernel": False}
+"""What trainers with steps of their own heed of further options, see [`check_heeded`]."""
 
 
 def check_heeded(arguments: TrainingArguments, **others) -> None:
@@ -117,10 +118,17 @@ def check_heeded(arguments: TrainingArguments, **others) -> None:
     for name, heeded in ({"label_smoothing_factor": 0.0, "train_sampling_strategy": "random"} | others).items():
         if getattr(arguments, name) != heeded:
             raise ValueError(f"{name} is not for this trainer: leave {heeded!r}, got {getattr(arguments, name)!r}")
-    if arguments.accelerator_config.dispatch_batches:
+    if arguments.accelerator_config.dispatch_batches or arguments.accelerator_config.split_batches:
         raise ValueError(
-            "dispatch_batches is not for this trainer: it cuts tensors by rows, which pictures of a batch have others "
-            "than texts; leave it out, every device loads its own"
+            "dispatch_batches is not for this trainer, nor is split_batches: they cut what one device has loaded, by "
+            "rows, which pictures of a batch have others than texts; leave them out, every device loads its own"
+        )
+    if not arguments.accelerator_config.use_seedable_sampler:
+        raise ValueError("use_seedable_sampler is to stay: rows in an order of torch's random numbers are not resumed")
+    if arguments.warmup_steps and arguments.lr_scheduler_type in ("constant", *BY_METRIC):
+        raise ValueError(
+            f"lr_scheduler_type {arguments.lr_scheduler_type.value!r} heeds no warmup_steps, got "
+            f"{arguments.warmup_steps}: leave them out, or take 'constant_with_warmup'"
         )
     if arguments.n_gpu > 1:
         logger.warning(f"1 of {arguments.n_gpu} GPUs is used: start by `accelerate launch` to use all")
@@ -134,10 +142,14 @@ def refuse_shared_weights(trainer: Trainer) -> None:
         raise ValueError(f"{type(trainer).__name__} takes whole weights on every device: use DDP, not FSDP or ZeRO-3")
 
 
-def judge_by_losses(arguments: TrainingArguments) -> None:
-    """Let the best model be the one with the lowest of a metric that is a loss, a KL or LPIPS, as `eval_loss_text`,
-    unless `greater_is_better` says otherwise; `TrainingArguments` know a loss by the end of its name alone. To be
-    called before their own `__post_init__`."""
+def judge_by(metric: str, arguments: TrainingArguments) -> None:
+    """Let the best model, and a learning rate that follows a metric, go by this one, unless `metric_for_best_model`
+    says otherwise; and by the lowest of what is a loss, a KL or LPIPS, as `eval_loss_text`, unless `greater_is_better`
+    does: `TrainingArguments` know a loss by the end of its name alone. To be called before their own
+    `__post_init__`."""
+    judges = arguments.load_best_model_at_end or arguments.save_strategy == "best"
+    if arguments.metric_for_best_model is None and (judges or arguments.lr_scheduler_type in BY_METRIC):
+        arguments.metric_for_best_model = metric
     words = re.split("[_/]", arguments.metric_for_best_model or "")
     if arguments.greater_is_better is None and {"loss", "kl", "lpips"} & set(words):
         arguments.greater_is_better = False
@@ -147,7 +159,7 @@ class OrderedTrainer(SavingTrainer):
     """Trainer whose data comes in an [`EpochOrder`], by `data_seed` or else `seed`.
 
     Datasets with `set_epoch` are told the epoch, in every worker, inside of torch's `Subset` and `ConcatDataset` too.
-    Devices share an evaluation by [`EvenShares`].
+    Devices share an evaluation, or a prediction, by [`EvenShares`].
     """
 
     def blank(self, item: dict) -> dict:
@@ -157,27 +169,23 @@ class OrderedTrainer(SavingTrainer):
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None):
         """See `Trainer.get_eval_dataloader`, which would keep the loaders of several datasets under one name."""
         self._eval_dataloaders = {}
-        if eval_dataset is None or isinstance(eval_dataset, str):
-            eval_dataset = self.eval_dataset if eval_dataset is None else self.eval_dataset[eval_dataset]
-        shares = self.args.world_size // self.readers_of_a_batch
-        if eval_dataset is not None and (shares > 1 or self.args.dataloader_drop_last):
-            eval_dataset = EvenShares(eval_dataset, self.args.eval_batch_size * shares, self.blank)
         return super().get_eval_dataloader(eval_dataset)
 
     def _get_dataloader(self, dataset, description, batch_size, sampler_fn=None, is_training=False, **kwargs):
-        if not is_training or not told_epochs(dataset):
-            return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, **kwargs)
-        order = WithEpoch(sampler_fn(dataset))
-        return super()._get_dataloader(
-            ToldEpochs(dataset), description, batch_size, lambda _: order, is_training, **kwargs
-        )
+        shares = self.args.world_size // self.get_tp_size()
+        if is_training and told_epochs(dataset):
+            order = WithEpoch(sampler_fn(dataset))
+            dataset, sampler_fn = ToldEpochs(dataset), lambda _: order
+        elif not is_training and (shares > 1 or self.args.dataloader_drop_last):
+            dataset = EvenShares(dataset, batch_size * shares, self.blank)
+        return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, **kwargs)
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return EpochOrder(len(self.train_dataset if train_dataset is None else train_dataset), seed)
 
 
-class PicturesTrainer(OrderedTrainer):
+class PicturesTrainer(MeasuringTrainer, OrderedTrainer):
     """[`OrderedTrainer`] on batches of pictures, each of which counts as much in a step, however it is split."""
 
     loss_is_scaled_for_ga = True

@@ -34,7 +34,8 @@ class NextFlowDPOTrainer(PrecisionTrainer, SavingTrainer, DPOTrainer):
 
     Raises:
         ValueError: for a `num_scales` below 1; on pictures for an `ld_alpha`, which is for texts, or an option that is
-            not heeded ([`~order.check_heeded`]).
+            not heeded ([`~order.check_heeded`]); in training for a reference that follows the policy, of which
+            checkpoints have nothing, where it is resumed.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class NextFlowDPOTrainer(PrecisionTrainer, SavingTrainer, DPOTrainer):
         super().__init__(model, ref_model, args, data_collator, train_dataset, *positional, **kwargs)
         if not has_pictures(train_dataset):
             return
-        check_heeded(self.args)
+        check_heeded(self.args, padding_free=False)
         self.accelerator.dataloader_config.dispatch_batches = False  # nor by default, as of streams
         if self.ld_alpha is not None:
             raise ValueError(f"ld_alpha is for texts of different lengths, got {self.ld_alpha}")
@@ -72,6 +73,12 @@ class NextFlowDPOTrainer(PrecisionTrainer, SavingTrainer, DPOTrainer):
                     weight.data = exact.data.to(weight.device)
                 models[0].code_embeddings.follows_casts = True
                 models[0].code_embeddings.to(models[0].language_model.dtype)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """See [`~checkpoints.SavingTrainer.train`]."""
+        if resume_from_checkpoint and self.args.sync_ref_model:
+            raise ValueError("sync_ref_model is not resumed, since no checkpoint has it: begin anew from one")
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
 
 class PreferenceCollator(ChatCollator):

@@ -13,7 +13,6 @@ from transformers import TrainerCallback, TrainingArguments
 from ..attention import attended_pairs
 from ..data.costs import CostModel
 from ..data.loading import PackCollator
-from ..liger import register_liger_kernel
 from ..lora import below_adapters
 from ..losses import IGNORE
 from ..modeling_nextflow import NextFlowOutput
@@ -21,7 +20,8 @@ from .attention_logits import LargestAttentionLogit
 from .checkpoints import output_field
 from .fsdp import WholeHeadsCallback
 from .loading import PrecisionTrainer
-from .order import OrderedTrainer, check_heeded, judge_by_losses
+from .measuring import refuse_functions_of_outputs
+from .order import OrderedTrainer, check_heeded, judge_by
 
 
 @dataclass
@@ -52,7 +52,7 @@ class NextFlowTrainingArguments(TrainingArguments):
     def __post_init__(self):
         if not (self.bf16 or self.fp16):  # what `accelerate launch` says, which DeepSpeed compares with these
             self.bf16, self.fp16 = (os.environ.get("ACCELERATE_MIXED_PRECISION") == name for name in ("bf16", "fp16"))
-        judge_by_losses(self)
+        judge_by("loss", self)
         super().__post_init__()
         check_heeded(self, average_tokens_across_devices=True)
         if not 0 <= self.z_loss < inf:
@@ -82,21 +82,18 @@ class NextFlowTrainer(PrecisionTrainer, OrderedTrainer):
 
     Raises:
         ValueError: for streams, or other datasets without a `data_collator`; if the packs do not divide evenly over an
-            optimizer step's devices and accumulation; for a `compute_metrics`, since logits of whole packs are never
-            made.
+            optimizer step's devices and accumulation; for functions of outputs, as `compute_metrics`, since logits of
+            whole packs are never made.
     """
 
     def __init__(self, model=None, args=None, data_collator=None, train_dataset=None, **kwargs):
-        if kwargs.get("compute_metrics") is not None:
-            raise ValueError("compute_metrics needs logits, which this trainer never makes: `evaluate` has all losses")
+        refuse_functions_of_outputs(kwargs)
         held_out = kwargs.get("eval_dataset")
         held_out = list(held_out.values()) if isinstance(held_out, dict) else [held_out]
         known = [dataset for dataset in (train_dataset, *held_out) if dataset is not None]
         if data_collator is None and known:
             _check_packs(known)
             data_collator = PackCollator(known[0])
-        if args is not None and args.use_liger_kernel:
-            register_liger_kernel()
         if train_dataset is not None and not hasattr(train_dataset, "__len__"):
             kind = type(train_dataset).__name__
             raise ValueError(f"train_dataset must have a length and items by number, got {kind}")
@@ -157,6 +154,10 @@ class NextFlowTrainer(PrecisionTrainer, OrderedTrainer):
             return gradients.end_of_dataloader or step == self.state.max_steps
         return args.logging_strategy == "steps" and step % self.state.logging_steps == 0
 
+    def _track_num_input_tokens(self, inputs: dict) -> None:
+        """See `Trainer._track_num_input_tokens`, which looks for padding in an `attention_mask`."""
+        super()._track_num_input_tokens(inputs | {"attention_mask": inputs["document_ids"] >= 0})
+
     def blank(self, item: dict) -> dict:
         if "shift_labels" not in item:  # a row of chats
             return item | {"counts": False}
@@ -215,7 +216,7 @@ class Measured:
         """Means over all devices since the last call."""
         accelerator, args = trainer.accelerator, trainer.args
         packed = torch.cat([self.sums, self.counts, self.work]).to(accelerator.device)
-        packed = accelerator.reduce(packed, reduction="sum").cpu() / trainer.readers_of_a_batch
+        packed = accelerator.reduce(packed, reduction="sum").cpu() / trainer.get_tp_size()
         sums, counts, work = packed.split([len(self.sums), len(self.counts), 4])
         seconds, largest = self.seconds, self.max_attention_logit
         self.reset()

@@ -21,7 +21,7 @@ from ..sampling import integer
 from ..utils.files import save_png
 from .checkpoints import output_field
 from .metrics import lpips, psnr, ssim
-from .order import OF_BATCHES, PicturesTrainer, check_heeded, judge_by_losses, refuse_shared_weights
+from .order import OWN_STEPS, PicturesTrainer, check_heeded, judge_by, refuse_shared_weights
 from .teacher import FOLDER as TEACHER
 from .teacher import keep_teacher
 from .vq_losses import (
@@ -42,8 +42,9 @@ SHEET_PICTURES = 8
 @dataclass
 class NextFlowVQTrainingArguments(TrainingArguments):
     """`TrainingArguments` and the losses' weights. Defaults are what TokenFlow's training script sets for its SigLIP
-    tokenizer (commit 9812da0 of its repository): the optimizer's, and those of all losses. With
-    `load_best_model_at_end` the best is the highest `eval_psnr`, unless `metric_for_best_model` says otherwise.
+    tokenizer (commit 9812da0 of its repository): the optimizer's, and those of all losses. The best model, where it is
+    asked for, is that of the highest `eval_psnr`, by which learning rates go that go by a metric, unless
+    `metric_for_best_model` says otherwise.
 
     Args:
         stage (`str`): `"pixel"`, `"joint"` or `"decoder"`, see [`prepare_vq_stage`].
@@ -76,7 +77,7 @@ class NextFlowVQTrainingArguments(TrainingArguments):
     output_dir: str | None = output_field()
     stage: str = field(default="pixel", metadata={"help": "pixel, joint or decoder", "choices": STAGES})
     learning_rate: float = field(default=1e-4, metadata={"help": "peak"})
-    lr_scheduler_type: str = field(default="constant", metadata={"help": "how the learning rate goes on"})
+    lr_scheduler_type: str = field(default="constant_with_warmup", metadata={"help": "how the learning rate goes on"})
     weight_decay: float = field(default=0.0, metadata={"help": "of matrices"})
     adam_beta2: float = field(default=0.95, metadata={"help": "of AdamW"})
     per_device_train_batch_size: int = field(default=1, metadata={"help": "items of the dataset, batches themselves"})
@@ -97,9 +98,7 @@ class NextFlowVQTrainingArguments(TrainingArguments):
     restart_steps: int = field(default=0, metadata={"help": "steps between restarts of unused entries; 0: never"})
 
     def __post_init__(self):
-        if self.load_best_model_at_end and self.metric_for_best_model is None:
-            self.metric_for_best_model = "psnr"
-        judge_by_losses(self)
+        judge_by("psnr", self)
         super().__post_init__()
         if self.stage not in STAGES:
             raise ValueError(f"stage must be one of {', '.join(STAGES)}, got {self.stage!r}")
@@ -109,7 +108,7 @@ class NextFlowVQTrainingArguments(TrainingArguments):
             if not 0 <= (weight := getattr(self, f"{name}_weight")) < inf:
                 raise ValueError(f"{name}_weight must be finite and not negative, got {weight}")
         integer("restart_steps", self.restart_steps, 0)
-        check_heeded(self, **OF_BATCHES)
+        check_heeded(self, **OWN_STEPS)
         if not 0 <= self.scale_drop <= 1:
             raise ValueError(f"scale_drop must lie in [0, 1], got {self.scale_drop}")
 
@@ -322,34 +321,24 @@ class NextFlowVQTrainer(PicturesTrainer):
     def blank(self, item: dict) -> dict:
         return item | {"counts": False}
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+    def measure(self, dataset, prefix: str) -> dict[str, float]:
         """Mean `psnr` (dB), `ssim` and, with a perceptual network, `lpips` of reconstructions over all pictures, but
         for those that come back equal, which have no PSNR."""
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(dataset, dict):
-            return self.evaluate_each(dataset, ignore_keys, metric_key_prefix)
-        model = self.vq_model.eval()
         pixel_only, shown = self.args.stage == "pixel", []
         measures = {"psnr": psnr, "ssim": ssim} | ({} if self.perceptual is None else {"lpips": self.perceptual})
         sums = torch.zeros(len(measures), 2, dtype=torch.float64, device=self.args.device)  # and of how many pictures
         with torch.no_grad():
-            for batch in self.get_eval_dataloader(eval_dataset):
+            for batch in self.get_eval_dataloader(dataset):
                 for pixels in batch["pixel_values"]:
-                    rebuilt = model(pixels, pixel_only=pixel_only).reconstruction.float().clamp(-1, 1)
+                    rebuilt = self.vq_model(pixels, pixel_only=pixel_only).reconstruction.float().clamp(-1, 1)
                     measured = (measure(rebuilt, pixels) for measure in measures.values())
                     sums += torch.stack([_finite_sum(values, len(pixels)) for values in measured])
                     shown += list(zip(pixels.cpu(), rebuilt.cpu()))[: SHEET_PICTURES - len(shown)]
         sums = self.accelerator.reduce(sums, reduction="sum").tolist()
-        means = {name: total / count if count else inf for name, (total, count) in zip(measures, sums)}
-        metrics = {f"{metric_key_prefix}_{name}": mean for name, mean in means.items()}
         if self.is_world_process_zero():
-            sheet = _sheet(shown)
-            name = f"step-{self.state.global_step}{metric_key_prefix.removeprefix('eval')}.png"
-            path = Path(self.args.output_dir) / "reconstructions" / name
-            save_png(sheet, path)
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+            name = f"step-{self.state.global_step}{prefix.removeprefix('eval')}.png"
+            save_png(_sheet(shown), Path(self.args.output_dir) / "reconstructions" / name)
+        return {name: total / count if count else inf for name, (total, count) in zip(measures, sums)}
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)

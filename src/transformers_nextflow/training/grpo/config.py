@@ -7,7 +7,7 @@ from trl import GRPOConfig
 
 from ...sampling import SAMPLING_LIMITS, per_scale
 from ..checkpoints import output_field
-from ..order import check_heeded, judge_by_losses
+from ..order import OWN_STEPS, check_heeded, judge_by
 
 CHOICES = {
     "optimize": ("image", "text", "both"),
@@ -22,7 +22,7 @@ RATE, RATE_OF_ADAPTERS = 1e-6, 1e-4
 NOT_APPLICABLE = (
     *("use_vllm", "use_transformers_continuous_batching", "use_transformers_paged", "cache_implementation"),
     *("repetition_penalty", "min_p", "generation_kwargs", "mask_truncated_completions", "max_tool_calling_iterations"),
-    *("use_liger_kernel", "cast_lm_head_to_fp32", "disable_dropout", "router_aux_loss_coef", "pad_to_multiple_of"),
+    *("cast_lm_head_to_fp32", "disable_dropout", "router_aux_loss_coef", "pad_to_multiple_of"),
     *("chat_template_kwargs", "log_multimodal", "transformers_continuous_batching_config", "delta"),
     *("top_entropy_quantile", "entropy_coef", "use_adaptive_entropy"),
     *("off_policy_mask_threshold", "log_completions_hub_repo", "log_unique_prompts"),
@@ -37,8 +37,9 @@ class NextFlowGRPOConfig(GRPOConfig):
     `bf16` is off by default: it holds for rollouts and training alike, but rounds the cached steps of one otherwise
     than the whole forward of the other, and their log-probabilities should agree.
 
-    With `load_best_model_at_end` the best is the highest `eval_reward`, unless `metric_for_best_model` says otherwise:
-    `eval_loss` is `beta` times the KL and no measure of what is learned.
+    The best model, where it is asked for, is that of the highest `eval_reward`, by which learning rates go that go by
+    a metric, unless `metric_for_best_model` says otherwise: `eval_loss` is `beta` times the KL and no measure of what
+    is learned.
 
     Args:
         learning_rate (`float`, *optional*): default: TRL's 1e-6, which hardly moves adapters; of these 1e-4.
@@ -111,11 +112,9 @@ class NextFlowGRPOConfig(GRPOConfig):
             value = getattr(self, name)
             if isinstance(value, list) and len(value) == 1:
                 setattr(self, name, value[0])
-        if self.load_best_model_at_end and self.metric_for_best_model is None:
-            self.metric_for_best_model = "reward"
-        judge_by_losses(self)
+        judge_by("reward", self)
         super().__post_init__()
-        check_heeded(self)
+        check_heeded(self, **OWN_STEPS)
         for name in ("beta", "epsilon", "epsilon_high"):
             if (getattr(self, name) or 0.0) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")

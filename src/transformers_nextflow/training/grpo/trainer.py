@@ -20,9 +20,9 @@ from ...lora import below_adapters
 from ...modeling_nextflow import NextFlowForConditionalGeneration
 from ...processing_nextflow import NextFlowProcessor
 from ...utils.files import save_png, write_atomically
-from ..checkpoints import SavingTrainer
 from ..fsdp import whole_weights
 from ..loading import PrecisionTrainer, load_to_train
+from ..measuring import MeasuringTrainer
 from ..samples import PictureReports
 from .config import RATE, RATE_OF_ADAPTERS, NextFlowGRPOConfig
 from .metrics import Metrics
@@ -67,7 +67,7 @@ class Part:
     share: float
 
 
-class NextFlowGRPOTrainer(PrecisionTrainer, SavingTrainer):
+class NextFlowGRPOTrainer(PrecisionTrainer, MeasuringTrainer):
     """GRPO on the coarse scales of pictures.
 
     One step: every prompt of the batch draws a group of pictures over one reading of the prompt, reward functions
@@ -217,8 +217,7 @@ class NextFlowGRPOTrainer(PrecisionTrainer, SavingTrainer):
             )
         # a batch holds one device's prompts of a generation; each of its steps gets it again
         size = args.per_device_train_batch_size * args.steps_per_generation
-        loader = DataLoader(Numbered(self.train_dataset), size, sampler=order, collate_fn=self.data_collator)
-        return self.accelerator.prepare(loader)
+        return self._get_dataloader(Numbered(self.train_dataset), "Training", size, lambda _: order, is_training=True)
 
     def _prepare_inputs(self, inputs: Rows) -> Rollouts:
         """The rollouts of a step: new ones at the beginning of a generation, else the next of those that are there."""
@@ -498,21 +497,15 @@ class NextFlowGRPOTrainer(PrecisionTrainer, SavingTrainer):
         save_png(sheet, path)
         self._reports.log(self.args, self.state.global_step, pictures, captions)
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+    def measure(self, dataset, prefix: str) -> dict[str, float]:
         """Rewards, and the loss with its metrics, of `num_generations_eval` pictures for each prompt of the dataset,
-        or of each of several datasets by name, sampled as in training; pictures depend on the seed and the prompt's
-        number alone. The loss is `beta` times the KL, as the advantages of a group have no mean."""
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if dataset is None:
-            raise ValueError("evaluation needs an eval_dataset")
-        if isinstance(dataset, dict):
-            return self.evaluate_each(dataset, ignore_keys, metric_key_prefix)
+        sampled as in training; pictures depend on the seed and the prompt's number alone. The loss is `beta` times the
+        KL, as the advantages of a group have no mean."""
         count = self.args.num_generations_eval or self.args.num_generations
         at_once = max(self.args.per_device_eval_batch_size // count, 1)
         own = range(self.accelerator.process_index, len(dataset), self.accelerator.num_processes)
         of_training, self._metrics = self._metrics, Metrics()
         self._from_rewards = defaultdict(list)  # also where one before this failed
-        self.model.eval()
         rewards = [torch.empty(0, len(self.rewards.functions))]
         for start in range(0, len(own), at_once):
             numbered = [(index, n) for index in own[start : start + at_once] for n in range(count)]
@@ -523,11 +516,8 @@ class NextFlowGRPOTrainer(PrecisionTrainer, SavingTrainer):
                 break
         self._raise_together()
         self._compare(torch.cat(gather_object([torch.cat(rewards)]))[:, None], count)
-        logged, self._metrics = self._metrics.pop(), of_training
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in logged.items()}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        measured, self._metrics = self._metrics.pop(), of_training
+        return measured
 
     def _judge_held_out(self, rows: Rows, seeds: list[int], count: int) -> torch.Tensor:
         """(rows, functions) rewards of whole groups, whose loss is counted."""
