@@ -20,8 +20,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from httpx import Request
 from PIL import Image
+from requests import PreparedRequest, Request
 
 from tests.serving.servers import (
     accepted,
@@ -73,18 +73,16 @@ def test_who_waits_holds_no_files(tiny_model, tiny_processor):
     """Neither as they came, nor as base64."""
     picture = photo(500, 500)
     messages = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": data_url(picture)}}]}]
+    images, chats = "http://x/v1/images", "http://x/v1/chat/completions"
     bodies = [
-        Request("POST", "http://x/v1/images/generations", json={"prompt": "a star"}),
-        Request("POST", "http://x/v1/images/edits", data={"prompt": "a star"}, files={"image": png(picture)}),
-        Request("POST", "http://x/v1/chat/completions", json={"model": "tiny", "messages": messages, "max_tokens": 1}),
+        Request("POST", f"{images}/generations", json={"prompt": "a star"}).prepare(),
+        Request("POST", f"{images}/edits", data={"prompt": "a star"}, files={"image": png(picture)}).prepare(),
+        Request("POST", chats, json={"model": "tiny", "messages": messages, "max_tokens": 1}).prepare(),
     ]
 
-    for each in bodies:
-        each.read()
-
-    def status_of(each: Request) -> int:
+    def status_of(each: PreparedRequest) -> int:
         connection = http.client.HTTPConnection(address.removeprefix("http://"))
-        connection.request("POST", each.url.path, each.content, dict(each.headers))
+        connection.request("POST", each.path_url, each.body, dict(each.headers))
         return connection.getresponse().status
 
     with (
