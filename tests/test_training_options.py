@@ -133,6 +133,7 @@ def test_a_rate_follows_a_metric_in_its_own_direction(lowest, tmp_path):
         **JUDGED | better,
     )
     assert (run.optimizer.param_groups[0]["lr"] < 1e-2) == lowest
+    assert run.args.lr_scheduler_kwargs == {"patience": 0}  # as they were given, for whoever trains with them next
 
 
 class Terminated(TrainerCallback):

@@ -24,21 +24,25 @@ LOGGING_STEPS = 25
 TRIM_STEPS = 50
 
 
+def processes() -> int:
+    """Of torchrun; 1 outside of it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def own_share(items: int) -> int:
-    """How many of a step's items each of torchrun's processes takes; outside of it one takes all.
+    """How many of a step's items each of the processes takes.
 
     Raises:
         ValueError: if they cannot be shared evenly, as the steps would not be the recipe's.
     """
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    if items % processes:
-        raise ValueError(f"the {items} items of a step cannot be shared by {processes} processes evenly")
-    return items // processes
+    if items % processes():
+        raise ValueError(f"the {items} items of a step cannot be shared by {processes()} processes evenly")
+    return items // processes()
 
 
 def gloo_of_cpus() -> str | None:
     """What torchrun's processes talk by where there is no GPU; theirs talk as torch has it."""
-    return "gloo" if "WORLD_SIZE" in os.environ and not torch.cuda.is_available() else None
+    return "gloo" if processes() > 1 and not torch.cuda.is_available() else None
 
 
 def process_state() -> PartialState:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast, Siglip2Config, Siglip2Model, T
 from transformers_nextflow.modeling_nextflow_vq import OneGridEmbeddings, patchify
 
 from .sizes import PATCH_SIZE, TEACHER_TEXT, TEACHER_VISION, TEACHER_VOCABULARY
-from .stages import Drawn, finish, is_finished, own_share, settings
+from .stages import Drawn, finish, is_finished, own_share, processes, settings
 from .text import train_text_tokenizer
 from .world import World, moved, resized, to_pixel_values
 
@@ -96,7 +96,7 @@ def train_teacher(folder: Path, world: World) -> Siglip2Model:
     if not is_finished(folder / "teacher"):
         values = settings(STEPS, PEAK) | {"remove_unused_columns": False}
         arguments = TrainingArguments(folder / "teacher", per_device_train_batch_size=1, **values)
-        batches = Drawn("teacher", STEPS * BATCH // own_share(BATCH), draw)
+        batches = Drawn("teacher", STEPS * processes(), draw)
         trainer = TeacherTrainer(teacher, arguments, data_collator=lambda items: items[0], train_dataset=batches)
         finish(trainer)
     teacher.load_state_dict(load_file(folder / "teacher" / "model.safetensors"))

@@ -11,7 +11,7 @@ from transformers_nextflow import NextFlowVQModel
 from transformers_nextflow.training import NextFlowVQTrainer, NextFlowVQTrainingArguments, prepare_vq_stage
 
 from .sizes import PATCH_SIZE, SCHEDULES, vq_config
-from .stages import Drawn, finish, is_finished, own_share, settings
+from .stages import Drawn, finish, is_finished, own_share, processes, settings
 from .world import World, in_a_row, moved, resized, to_pixel_values
 
 STEPS = {"pixel": 1_200, "joint": 2_400, "decoder": 1_500}
@@ -81,7 +81,7 @@ def train_stage(
             pixels = draw_pictures(world, rng, own_share(BATCH))
             return {"pixel_values": pixels.contiguous(memory_format=torch.channels_last)}
 
-        batches = Drawn(like, STEPS[like] * BATCH // own_share(BATCH), draw)
+        batches = Drawn(like, STEPS[like] * processes(), draw)
         model = model.to(memory_format=torch.channels_last)
         finish(EmojiVQTrainer(model, arguments, batches, **kwargs), before_saving=lambda: round_to_bfloat16(model))
     return NextFlowVQModel.from_pretrained(folder / stage).to(memory_format=torch.channels_last)

@@ -183,9 +183,13 @@ class SavingTrainer(Trainer):
 
     def create_scheduler(self, *args, **kwargs):
         """See `Trainer.create_scheduler`, where rates that go by a metric go by the lowest, whatever is better."""
+        given = self.args.lr_scheduler_kwargs
         if self.args.lr_scheduler_type in BY_METRIC and self.args.greater_is_better:
-            self.args.lr_scheduler_kwargs = {"mode": "max"} | (self.args.lr_scheduler_kwargs or {})
-        return super().create_scheduler(*args, **kwargs)
+            self.args.lr_scheduler_kwargs = {"mode": "max"} | (given or {})
+        try:
+            return super().create_scheduler(*args, **kwargs)
+        finally:  # the arguments are the caller's, for whom another rate may come next
+            self.args.lr_scheduler_kwargs = given
 
     def _get_dataloader(self, *args, **kwargs) -> DataLoader:
         """See `Trainer._get_dataloader`. Loaders draw from generators of their own: those whose workers outlive an
