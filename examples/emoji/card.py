@@ -8,6 +8,7 @@ the paper from `docs/paper_and_here.md`. Each block stands between comments that
 import argparse
 import json
 import re
+from functools import reduce
 from pathlib import Path
 
 from transformers_nextflow.utils.files import read_json, write_atomically
@@ -27,6 +28,22 @@ PARTS = {"seen": "seen", "pair": "held-out pairs", "combination": "held-out comb
 LOGS = ("log-teacher.jsonl", "log.jsonl")
 FILES = {"scores": "scores.json", "tokenizer": "tokenizer_scores.json", "sampling": "sampling.json"}
 CURVE = 10  # rows
+# What stands first: a group and its kind of prompts, and where their figure is.
+SUMMARY = {
+    "drawing: the picture asked for (R@1)": (("drawings",), (MODEL, "picture")),
+    "its name, in any style": (("drawings",), (MODEL, "name")),
+    "its style": (("drawings",), (MODEL, "style")),
+    "every attribute": (("drawings",), (MODEL, "every attribute")),
+    "the truth through the vision tokenizer (R@1)": (("drawings",), (TOKENIZER, "picture")),
+    "drawing from tags alone (R@1)": (("reasoning",), ("tags alone", MODEL, "picture")),
+    "from the same tags, reasoning first (R@1)": (("reasoning",), ("reasoning first", "picture")),
+    "edit: the target (R@1)": (("edits", "all kinds"), (MODEL, "picture")),
+    "caption, to the letter": (("captions",), (MODEL, "exact")),
+    "question": (("questions", "all kinds"), (MODEL, "exact")),
+    "analogy (R@1)": (("analogies", "all kinds"), (MODEL, "picture")),
+    "sequence, all frames": (("sequences", "all kinds"), (MODEL, "all frames")),
+    "several things, each in its place": (("arrangements", "all kinds"), (MODEL, "every cell")),
+}
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -86,6 +103,18 @@ def score_rows(scores: dict) -> list[list[str]]:
 def score_table(scores: dict) -> str:
     head = ["test split", "model (95% interval)", "truth through the tokenizer", "best baseline", "n"]
     return table(head, score_rows(scores))
+
+
+def summary_table(scores: dict) -> str:
+    """What is right of all kinds of prompts together, by part of the test split."""
+    found = lambda figures, path: reduce(lambda within, name: within.get(name, {}), path, figures)  # noqa: E731
+    rows = []
+    for name, (group, figure) in SUMMARY.items():
+        parts = found(scores, group)
+        of_parts = (parts.get("seen"), parts.get("pair", parts.get("held out")), parts.get("combination"))
+        rows.append([name, *(share(found(part or {}, figure)) for part in of_parts)])
+    head = ["share that is right (95% interval)", "seen in training", "held-out pictures", "held-out combinations"]
+    return table(head, [row for row in rows if any(row[1:])])
 
 
 def wording_table(scores: dict) -> str:
@@ -187,6 +216,7 @@ def data_table() -> str:
 def blocks(scores: dict, tokenizer: dict | None, sampling: dict | None, log: list[dict]) -> dict[str, str]:
     """Every generated block by its name."""
     found = {
+        "summary": summary_table(scores),
         "scores": score_table(scores),
         "wordings": wording_table(scores),
         "untouched": untouched_table(scores),
@@ -273,7 +303,11 @@ right (R@1) when the nearest of all 16,126 pictures of the world is the one aske
 tokenizer's column is the truth itself, coded and decoded. Baselines are the mean picture of the style, the nearest
 seen picture of the name in another style (chosen by the truth, which no model is shown), the source handed back, and
 the most frequent answer: the best of them stands here, all are in `scores.json`. A kind whose interval holds its
-baseline is not claimed.
+baseline is not claimed. All kinds together, at 64 pixels:
+
+{part("summary")}
+
+Each apart:
 
 {part("scores")}
 

@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 MOMENTUM = 0.95
@@ -25,6 +26,19 @@ def orthogonalized(matrices: torch.Tensor) -> torch.Tensor:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if is_tall else x
+
+
+def orthogonalized_by_all(matrices: torch.Tensor) -> torch.Tensor:
+    """As [`orthogonalized`], of matrices that every process has: each brings its share of them there."""
+    if not dist.is_initialized():
+        return orthogonalized(matrices)
+    updates = torch.empty_like(matrices)
+    shares = updates.tensor_split(dist.get_world_size())
+    own = dist.get_rank()
+    shares[own].copy_(orthogonalized(matrices.tensor_split(len(shares))[own]))
+    for rank, share in enumerate(shares):
+        dist.broadcast(share, rank)
+    return updates
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
@@ -67,7 +81,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
             if matrix.grad is not None:
                 alike[matrix.shape].append(matrix)
         for shape, matrices in alike.items():
-            updates = orthogonalized(torch.stack([self._momentum(matrix) for matrix in matrices]))
+            updates = orthogonalized_by_all(torch.stack([self._momentum(matrix) for matrix in matrices]))
             for matrix, update in zip(matrices, updates):
                 matrix.mul_(1 - group["lr"] * group["weight_decay"])
                 matrix.add_(update, alpha=-0.2 * math.sqrt(max(shape)) * group["lr"])

@@ -7,11 +7,35 @@ import torch
 from torch import nn
 
 from examples.emoji.muon import MuonWithAdamW, orthogonalized
+from tests.fresh import run
+
+TWO_PROCESSES = """
+import torch
+import torch.distributed as dist
+
+from tests.emoji.test_muon import model, optimizer, train
+from tests.ranks import on_ranks
+
+
+def work():
+    dist.init_process_group("gloo")
+    module = model()
+    train(module, optimizer(module), range(3))
+    torch.save(module.state_dict(), f"{dist.get_rank()}.pt")
+
+
+on_ranks(work)
+"""
 
 
 def model() -> nn.Module:
     torch.manual_seed(0)
-    return nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(24, 24), nn.Linear(24, 60)]), "head": nn.Linear(60, 8)})
+    return nn.ModuleDict(
+        {
+            "layers": nn.ModuleList([*(nn.Linear(24, 24) for _ in range(3)), nn.Linear(24, 60)]),
+            "head": nn.Linear(60, 8),
+        }
+    )
 
 
 def optimizer(module: nn.Module) -> MuonWithAdamW:
@@ -32,13 +56,13 @@ def test_it_moves_as_muon_and_adamw_of_torch_do():
     layers, head = theirs["layers"], theirs["head"]
     matrices = [layer.weight for layer in layers]
     muon = torch.optim.Muon(matrices, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-    biases = {"params": [layers[0].bias, layers[1].bias, head.bias], "weight_decay": 0.0}
+    biases = {"params": [*(layer.bias for layer in layers), head.bias], "weight_decay": 0.0}
     adamw = torch.optim.AdamW([{"params": [head.weight]}, biases], lr=0.02, weight_decay=0.1, betas=(0.9, 0.95))
     for seed in range(3):
         train(theirs, muon, [seed])
         adamw.step()
     for (name, own), other, start in zip(ours.named_parameters(), theirs.parameters(), model().parameters()):
-        moved, by_muon = (other - start).norm(), name in ("layers.0.weight", "layers.1.weight")
+        moved, by_muon = (other - start).norm(), name.startswith("layers") and name.endswith("weight")
         assert moved > 0 and (own - other).norm() < (0.02 * moved if by_muon else 1e-6), name  # theirs in bfloat16
 
 
@@ -65,6 +89,16 @@ def test_it_goes_on_from_its_state():
     train(parts, second, range(2, 4))
     for own, other in zip(parts.parameters(), whole.parameters()):
         assert torch.equal(own, other)
+
+
+def test_processes_share_the_work(tmp_path):
+    """Of matrices of one shape, one process has two and the other one, or none."""
+    whole = model()
+    train(whole, optimizer(whole), range(3))
+    run("-c", TWO_PROCESSES, folder=tmp_path)
+    for rank in range(2):
+        for name, value in torch.load(tmp_path / f"{rank}.pt", weights_only=True).items():
+            torch.testing.assert_close(value, whole.state_dict()[name], msg=name)
 
 
 def test_a_schedule_changes_the_rate_of_all():
