@@ -1,8 +1,10 @@
 """Attention of packs document by document is attention under the whole mask."""
 
+import pytest
 import torch
 from tiny_models import SQUARE, WIDE, Picture, batch_of, relative, tiny_model
 
+from examples.emoji import attention
 from examples.emoji.attention import DOCUMENTS
 
 ROWS = [
@@ -24,12 +26,14 @@ def packed(model) -> dict:
     return batch | {"labels": batch["input_ids"].masked_fill(batch["document_ids"] < 0, -100)}
 
 
-def test_logits_loss_and_gradients():
+@pytest.mark.parametrize("queries", [6, 128], ids=["documents in parts", "documents as a whole"])
+def test_logits_loss_and_gradients(queries, monkeypatch):
     """In compiled layers, as the recipe trains them, with keys and values that heads share."""
+    monkeypatch.setattr(attention, "QUERIES", queries)
     results = []
-    for attention in ("sdpa", DOCUMENTS):
+    for name in ("sdpa", DOCUMENTS):
         model = tiny_model().double().train()
-        model.set_attn_implementation({"text_config": attention})
+        model.set_attn_implementation({"text_config": name})
         for layer in model.model.language_model.layers:
             layer.compile(backend="aot_eager", dynamic=False)
         batch = packed(model)
