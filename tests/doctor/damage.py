@@ -132,6 +132,24 @@ def activate(model, name):
     model.config.text_config.hidden_act = name
 
 
+def guess_heads(model):
+    """Heads of half the size: the weights do not show it."""
+    config = copy.deepcopy(model.config)
+    text = config.text_config
+    size = text.hidden_size // text.num_attention_heads // 2
+    text.num_attention_heads, text.num_key_value_heads = 2 * text.num_attention_heads, 2 * text.num_key_value_heads
+    text.rope_parameters["mrope_section"] = [1] * (size // 2)
+    decoder = type(model)(config).model.language_model
+    decoder.load_state_dict(model.model.language_model.state_dict())
+    model.model.language_model = decoder.eval()
+
+
+def exchange_keys_and_values(model):
+    for layer in layers(model):
+        attention = layer.self_attn
+        attention.k_proj, attention.v_proj = attention.v_proj, attention.k_proj
+
+
 def reorder_biases(model):
     for layer in layers(model):
         for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
@@ -211,6 +229,13 @@ DAMAGE = [
         lambda model, packs: reorder_biases(model),
         where="biases",
     ),
+    Damage(
+        "keys and values exchanged",
+        ("matrices exchanged",),
+        lambda model, packs: exchange_keys_and_values(model),
+        where="k_proj and v_proj",
+    ),
+    Damage("heads of half the size", ("wrong number of heads",), lambda model, packs: guess_heads(model)),
     Damage(
         "square matrices transposed",
         ("transposed weights",),

@@ -24,6 +24,7 @@ from transformers_nextflow.data.shards import images_of, sequence_spec
 from transformers_nextflow.doctor import DoctorCallback, examine, read_pictures, to_html, to_text
 from transformers_nextflow.doctor.alterations import (
     exchanged,
+    headed,
     hooked,
     judge,
     levelled,
@@ -126,6 +127,11 @@ def not_finite(model):
     layers(model)[0].mlp.up_proj.weight[0, 0] = torch.inf
 
 
+def flipped(model):
+    """One bit of an exponent."""
+    layers(model)[0].mlp.up_proj.weight[0, 0] *= 2**16
+
+
 def copied(model):
     layers(model)[0].mlp.load_state_dict(layers(model)[1].mlp.state_dict())
 
@@ -149,6 +155,7 @@ def alike(model):
     "do, fault",
     [
         (not_finite, "weights not finite"),
+        (flipped, "weights out of bounds"),
         (copied, "copied weights"),
         (lambda model: permute(model.model.code_embeddings.weight), "code embeddings without order"),
         (rolled, "wrong code offset"),
@@ -322,6 +329,12 @@ def test_prompts_are_those_of_the_shards_self_corrected_or_not(correction, tiny_
     case = Case(model, processor, [], tmp_path / "documents")
     shown = [processor.tokenizer.decode(document.prompt) for document in case.asked]
     assert len(shown) == 4 and all(any(text in each for each in shown) for text in prompts)
+
+    first, place = case.documents[0], len(case.documents[0].prompt)
+    reasoned = first._replace(ids=np.insert(first.ids, place, 9), flags=np.insert(first.flags, place, True))
+    vars(case).pop("asked")
+    case.documents.insert(0, reasoned)  # a text goes before its picture, which the null prompt would lack
+    assert len(case.asked) == 4 and not any(document is reasoned for document in case.asked)
 
 
 def reading(factor: float, scale: float, text: float, count: int = 2, disturbed: int = 1) -> Reading:
@@ -549,7 +562,9 @@ def test_alterations_leave_no_trace(tiny_model):
     contexts = [
         shuffled(stack[0].mlp.down_proj, 0),
         hooked(lambda module, inputs, output: output + 1, stack[0].self_attn.o_proj),
-        exchanged(stack, 0, 1),
+        exchanged("0", "1", stack),
+        exchanged("gate_proj", "up_proj", *(layer.mlp for layer in stack)),
+        headed(model.model.language_model, 8),
         times(2.0, *(layer.mlp.down_proj for layer in stack)),
         setting(model.model.language_model.rotary_emb, "inv_freq", model.model.language_model.rotary_emb.inv_freq * 3),
     ]

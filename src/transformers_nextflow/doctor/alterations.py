@@ -7,7 +7,7 @@ leave no trace.
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from heapq import nlargest
 from itertools import combinations, starmap
@@ -82,12 +82,33 @@ def setting(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 @contextmanager
-def exchanged(layers: nn.ModuleList, first: int, second: int) -> Iterator[None]:
-    layers[first], layers[second] = layers[second], layers[first]
+def exchanged(first: str, second: str, *owners: nn.Module) -> Iterator[None]:
+    """Two modules of each owner in each other's place."""
+
+    def exchange():
+        for owner in owners:
+            one, other = getattr(owner, first), getattr(owner, second)
+            setattr(owner, first, other)
+            setattr(owner, second, one)
+
+    exchange()
     try:
         yield
     finally:
-        layers[first], layers[second] = layers[second], layers[first]
+        exchange()
+
+
+@contextmanager
+def headed(decoder: nn.Module, size: int) -> Iterator[None]:
+    """All layers with heads of another size, and the rotary frequencies of the same base for it."""
+    rotary, half = decoder.rotary_emb, size // 2
+    places = torch.arange(half, device=rotary.inv_freq.device) * (len(rotary.inv_freq) / half)
+    frequencies = rotary.inv_freq[0] * (rotary.inv_freq[1] / rotary.inv_freq[0]) ** places
+    with setting(rotary, "inv_freq", frequencies), setting(rotary, "mrope_section", [1] * half), ExitStack() as stack:
+        for attention in (layer.self_attn for layer in decoder.layers):
+            stack.enter_context(setting(attention, "head_dim", size))
+            stack.enter_context(setting(attention, "scaling", size**-0.5))
+        yield
 
 
 def resized(name: str, module: nn.Module) -> Iterator[Alteration]:
@@ -175,7 +196,8 @@ def parts(check: Finding, case: Case) -> Finding:
 
 def _other_settings(case: Case) -> Iterator[Alteration]:
     """Settings of config.json that weights do not show."""
-    config, rotary = case.config, case.model.model.language_model.rotary_emb
+    config, decoder = case.config, case.model.model.language_model
+    rotary, attention = decoder.rotary_emb, decoder.layers[0].self_attn
     half = len(rotary.inv_freq)
     places = torch.arange(half, device=rotary.inv_freq.device) / half
     bases = (1e-3, 1e-2, 0.1, 10, 100, 1e3) if rotary.rope_type == "default" else ()
@@ -188,9 +210,12 @@ def _other_settings(case: Case) -> Iterator[Alteration]:
     ]
     for name, owner, attribute, value in settings:
         yield Alteration(f"with another {name}", f"wrong {name}", partial(setting, owner, attribute, value))
+    for size in (attention.head_dim // 2, 2 * attention.head_dim):
+        if bases and size % 4 == 0 and config.text_config.num_key_value_heads * attention.head_dim % size == 0:
+            yield Alteration(f"with heads of {size}", "wrong number of heads", partial(headed, decoder, size))
     for name in ("silu", "gelu", "relu"):
         change = lambda module, inputs, _, name=name: ACT2FN[name](inputs[0])  # noqa: E731
-        activations = [layer.mlp.act_fn for layer in case.model.model.language_model.layers]
+        activations = [layer.mlp.act_fn for layer in decoder.layers]
         yield Alteration.of(f"with the activation {name}", "wrong activation", change, *activations)
 
 
@@ -206,6 +231,12 @@ def _of_all_layers(case: Case) -> Iterator[Alteration]:
             fault = "wrong scale of weights" if factor else f"damaged {'MLPs' if kind == 'down_proj' else 'attention'}"
             apply = partial(times, factor, *kinds[kind])
             yield Alteration(f"with {kind} of all layers times {factor:g}", fault, apply)
+    shapes = {kind: members[0].weight.shape for kind, members in kinds.items() if isinstance(members[0], nn.Linear)}
+    for a, b in combinations(shapes, 2):
+        owners = [layer.self_attn if hasattr(layer.self_attn, a) else layer.mlp for layer in layers]
+        if shapes[a] == shapes[b] and all(hasattr(owner, b) for owner in owners):
+            apply = partial(exchanged, a, b, *owners)
+            yield Alteration(f"with {a} and {b} of all layers exchanged", "matrices exchanged", apply)
     biased = [kind for kind, members in kinds.items() if getattr(members[0], "bias", None) is not None]
     for kind in biased:
         change = lambda module, inputs, output: output - module.bias  # noqa: E731
@@ -227,7 +258,8 @@ def _of_all_layers(case: Case) -> Iterator[Alteration]:
         yield Alteration.of(what, "halves exchanged", change, inner.code_embeddings)
     numbers = range(len(layers))
     for a, b in combinations(numbers, 2) if len(layers) <= MOST_LAYERS else zip(numbers, numbers[1:]):
-        yield Alteration(f"with layers {a} and {b} exchanged", "layers exchanged", partial(exchanged, layers, a, b))
+        apply = partial(exchanged, str(a), str(b), layers)
+        yield Alteration(f"with layers {a} and {b} exchanged", "layers exchanged", apply)
 
 
 def _rotated(module: nn.Module, inputs: tuple, output: torch.Tensor, order: torch.Tensor, of_biases: bool):

@@ -195,10 +195,15 @@ class Case:
 
     @cached_property
     def asked(self) -> list[Document]:
-        """Prompts of texts and the picture that answers each: those of the shards, else described pictures."""
+        """Prompts of texts and the picture that answers each, without a text before it: those of the shards, else
+        described pictures."""
         null, (head, _) = self.compact(self.null_prompt).tolist(), self.frame
         drawn = [(document.prompt.tolist(), document) for document in self.documents if document.draws == [True]]
-        asked = [document for prompt, document in drawn if prompt != null and prompt[: len(head)] == head]
+        asked = [
+            document
+            for prompt, document in drawn
+            if prompt != null and prompt[: len(head)] == head and document.ids[len(prompt)] == self.image_id
+        ]
         return asked[:ROWS] or self.described
 
     @cached_property

@@ -13,14 +13,25 @@ from .findings import ENOUGH, SIGNIFICANT, Finding, z_score
 COMPARED = 256  # entries of the table that are compared at once
 SMALLEST, LARGEST = 48, 256  # rows and columns of a matrix from which on it has a spectrum, and that are looked at
 FEWEST, CLIPPED = 12, 0.01  # different numbers among 16 neighbours; share of entries that may be at the largest
+BEYOND = 64  # times the second largest entry, which an exponent's bit makes of one and training does not
 LOST = 0.25  # share of codes' rows that may be like none: those of codes that are not used
 LOOKED_AT, SAME = 4096, 0.999  # entries of two tensors, and their correlation if one is a copy
 
 
 def finite(check: Finding, case: Case) -> Finding:
-    """Every weight is a finite number."""
-    tensors = dict(case.model.named_parameters())
-    return _verdict(check, {"weights not finite": (tensors, lambda name: not tensors[name].isfinite().all())})
+    """Every weight is a finite number, and no entry of a matrix is far larger than all others."""
+    tensors, every = dict(case.model.named_parameters()), matrices(case.model)
+    faults = {
+        "weights not finite": (tensors, lambda name: not tensors[name].isfinite().all()),
+        "weights out of bounds": (every, lambda name: _lead(every[name]) > BEYOND),
+    }
+    return _verdict(check, faults)
+
+
+def _lead(weight: torch.Tensor) -> float:
+    """How many times the largest entry is the second; 0 where that is 0, as of what has not been trained."""
+    first, second = weight.abs().flatten().topk(2).values
+    return float(first / second) if second else 0.0
 
 
 def _verdict(check: Finding, faults: Mapping[str, tuple[Collection[str], Callable]], measured: str = "") -> Finding:
