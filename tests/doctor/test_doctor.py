@@ -316,6 +316,19 @@ def test_pictures_and_answers_that_repeat_are_named(question, picture, fault, ti
     assert varied(Finding("varied", "toy", ""), case).fault == fault
 
 
+@pytest.mark.parametrize("share, fault", [(0.1, None), (0.9, "prompts without text")])
+def test_texts_that_are_dropped_too_often_are_named(share, fault, tiny_checkpoint, tmp_path):
+    colours = np.random.default_rng(0).integers(0, 256, (24, 2, 2, 3), dtype=np.uint8)
+    pictures = [png(Image.fromarray(each).resize((16, 16), Image.Resampling.NEAREST)) for each in colours]
+    rows = [{"text": f"thing {number}", "image": picture} for number, picture in enumerate(pictures)]
+    datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "source.parquet"))
+    settings = ExtractionSettings("text-to-image", drop_text=share, self_correction=None)
+    extract(Source(str(tmp_path / "source.parquet")), str(tiny_checkpoint), tmp_path / "documents", settings)
+    model, processor = loading.load_model(str(tiny_checkpoint))
+    case = Case(model, processor, [], tmp_path / "documents")
+    assert varied(Finding("varied", "toy", ""), case).fault == fault
+
+
 @pytest.mark.parametrize("correction", [None, SelfCorrection()])
 def test_prompts_are_those_of_the_shards_self_corrected_or_not(correction, tiny_checkpoint, tmp_path):
     prompts = [f"thing number {number}" for number in range(4)]

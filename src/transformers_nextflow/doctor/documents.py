@@ -58,16 +58,19 @@ def _starts(ids: list[int], frame: list[int]) -> list[int]:
 
 def varied(check: Finding, case: Case) -> Finding:
     """No picture stands for a twentieth of all and four times as often as others, few documents are copies of others,
-    and answers do not stand in what comes before them."""
+    answers do not stand in what comes before them, and most of what is drawn is asked for by more than the null
+    prompt."""
     show = partial(case.processor.tokenizer.decode, skip_special_tokens=True)
     pictures, wholes, total = defaultdict(list), set(), len(case.documents)
-    given, times = [], [0]
+    given, bare, times, null = [], [], [0], case.compact(case.null_prompt)
     for document in case.documents:
         ids, flags, images, draws = document
         wholes.add((ids.tobytes(), *(targets.tobytes() for _, targets, _ in images)))
         for grid, targets, inputs in images:
             pictures[grid].append(decodable_codes(targets, inputs))
-        if flags.any() and not any(draws) and len(answer := show(ids[flags]).strip()) >= LONG:
+        if any(draws):
+            bare.append(np.array_equal(document.prompt, null))
+        elif flags.any() and len(answer := show(ids[flags]).strip()) >= LONG:
             given.append(answer in show(document.prompt))
     for of_grid in pictures.values():
         first = np.stack(of_grid[:COMPARED])
@@ -76,10 +79,12 @@ def varied(check: Finding, case: Case) -> Finding:
         times += (same > (1 + np.median(same)) / 2).sum(1).tolist()
     most, usual, repeated = max(times), float(np.quantile(times, 0.25)), total - len(wholes)
     measured = f"of {len(times) - 1} pictures one stands {most} times; {repeated} of {total} documents are copies of "
-    measured += f"others; {sum(given)} of {len(given)} answers stand in what comes before"
+    measured += f"others; {sum(given)} of {len(given)} answers stand in what comes before; {sum(bare)} of {len(bare)} "
+    measured += "prompts of drawings are the null prompt"
     faults = {
         "one picture many times": most > max(FEW * len(times), 4 * usual, ENOUGH),
         "documents repeated": repeated > ALLOWED * total,
+        "prompts without text": len(bare) >= ENOUGH and 2 * sum(bare) > len(bare),
         "answers given away": len(given) >= ENOUGH and sum(given) > ALLOWED * len(given),
     }
     return check.verdict(measured, faults)

@@ -35,6 +35,7 @@ CAUSES = {  # by how names of faults begin, the longest that fits; most names sa
     "self-correction": "what was disturbed is the target, or inputs hold any codes, where near ones were to be drawn",
     "another chat template": "shards were made with another template, or a system message that prompts have not",
     "one picture many times": "a placeholder, or the last of a buffer, stands in the place of many",
+    "prompts without text": "captions were lost, or the share to drop for guidance was taken for that to keep",
     "ends not supervised": "padding was masked, and the ends of texts with it, so the model never learns to end",
     "texts cut short": "texts end where those of training went on: cut, or of another form",
     "texts do not fit": "texts were cut, or joined to other pictures in part, or are of things never seen in training",
