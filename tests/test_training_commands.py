@@ -456,6 +456,7 @@ def test_a_training_from_a_revision_keeps_that_revisions_tokenizer(start, tiny_m
             part.save_pretrained(repository / "snapshots" / commit)
         tokenizers[revision] = vision_identity(model.model.vq_model)
     script = """
+import os
 import datasets
 from huggingface_hub import constants
 from peft import get_peft_model
@@ -466,7 +467,7 @@ from transformers_nextflow.training.loading import load_to_train
 from transformers_nextflow.utils.export import merge
 from transformers_nextflow.utils.loading import load_model
 
-constants.HF_HUB_CACHE = "hub"
+constants.HF_HUB_CACHE = os.path.abspath("hub")
 model, _ = load_to_train("owner/name", vision_tokenizer=False, revision="v1")
 found = [model.config.vision_tokenizer["sha256"]]
 model.save_pretrained("checkpoint")
