@@ -243,8 +243,8 @@ def test_killed_training_resumes_as_if_nothing_had_happened_and_loads_in_a_fresh
         left = json.loads((tmp_path / f"left{kind}.json").read_text())
         assert "checkpoint-2" in left and "checkpoint-4" in left
         losses = json.loads((tmp_path / f"whole{kind}" / "losses.json").read_text())
-        assert len(losses) == 5 and len({row["loss"] for row in losses}) == 5
-        for name in ("losses.json", "checkpoint-5/trained.safetensors", result):
+        assert len(losses) == 6 and len({row["loss"] for row in losses}) == 6
+        for name in ("losses.json", "checkpoint-6/trained.safetensors", result):
             whole, resumed = ((tmp_path / (run + kind) / name).read_bytes() for run in ("whole", "killed"))
             assert resumed == whole, name
     assert torch.equal(load_file(tmp_path / "picture.safetensors")["picture"], picture(pipe))

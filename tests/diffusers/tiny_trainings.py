@@ -72,11 +72,11 @@ def run(
     for module in pipe.components[pipe.backbone].modules():  # so that a step depends on torch's random numbers
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.2
-    values = {"max_steps": 5, "save_steps": 2, "gradient_accumulation_steps": 2, "rank": rank}
+    values = {"max_steps": 6, "save_steps": 2, "gradient_accumulation_steps": 2, "rank": rank}
     values |= {"use_ema": rank is None, "lr_scheduler_type": "cosine"}
     if dies_saving:
         TrainerState.save_to_json = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
-    batches = Batches(kill_after=kill_after, count=8)  # an epoch and a quarter
+    batches = Batches(kill_after=kill_after, count=8)  # an epoch and a half
     trainer = train(pipe, batches, arguments(output, **values), resume, samples=Batches()[0])
     logged = [{name: row[name] for name in ("step", "loss")} for row in trainer.state.log_history if "loss" in row]
     Path(output, "losses.json").write_text(json.dumps(logged))
