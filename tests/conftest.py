@@ -1,5 +1,6 @@
 """A tiny checkpoint of the real classes, with random weights of a fixed seed, for tests of behaviour."""
 
+import gc
 from collections import Counter
 from pathlib import Path
 
@@ -30,6 +31,11 @@ def pytest_collection_modifyitems(config, items):
     if hasattr(config, "workerinput"):
         tests = Counter(item.path for item in items)
         items.sort(key=lambda item: (item.path.name not in LONG, -tests[item.path]))
+
+
+def pytest_collection_finish():
+    """Every training begins by a collection of garbage, which would look through all that has been imported."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

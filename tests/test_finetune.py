@@ -1,9 +1,12 @@
 """Own pictures by one command: from a folder of any form to adapters or a model that draws, resumed and held out."""
 
+import io
 import json
 import shutil
 import struct
+import tarfile
 import zlib
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import datasets
@@ -15,7 +18,7 @@ from tiny_models import enlarge_
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor
 from transformers_nextflow.cli import main
 from transformers_nextflow.data import Source
-from transformers_nextflow.training import FinetuneSettings, finetuning
+from transformers_nextflow.training import FinetuneSettings, NextFlowTrainer, SamplesCallback, finetuning
 from transformers_nextflow.utils.loading import load_model
 
 pytest.importorskip("peft")
@@ -23,6 +26,8 @@ pytest.importorskip("peft")
 COLOURS = {"red": (200, 30, 30), "blue": (30, 30, 200), "green": (30, 160, 30), "grey": (120, 120, 120)}
 PRIOR = ("a cat", "a cat", "a house", "a car", "a tree")
 OPTIONS = ("--steps", 8, "--batch-size", 2, "--evaluations", 2, "--samples", 2, "--held-out", 0.25, "--json")
+RATE = ("--learning-rate", 1e-2)
+FEW = (*RATE, "--steps", 4, "--evaluations", 2)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -50,11 +55,26 @@ def here(tmp_path_factory, tiny_model, tiny_processor):
         yield folder
 
 
-def tune(capsys, photos, output, *options) -> dict:
-    status = main(list(map(str, ("finetune", photos, "--model", "start", "--output", output, *OPTIONS, *options))))
-    captured = capsys.readouterr()
-    assert status == 0, captured.err
-    return json.loads(captured.out[captured.out.index("{\n") :])
+def status_of(photos, output, *options) -> int:
+    return main(list(map(str, ("finetune", photos, "--model", "start", "--output", output, *OPTIONS, *options))))
+
+
+def tune(photos, output, *options) -> dict:
+    with redirect_stdout(io.StringIO()) as out:
+        assert status_of(photos, output, *options) == 0
+    return json.loads(out.getvalue()[out.getvalue().index("{\n") :])
+
+
+@pytest.fixture(scope="module")
+def whole(here) -> dict:
+    """What adapters come to, in a folder of that name."""
+    return tune("photos", "whole", *RATE)
+
+
+@pytest.fixture(scope="module")
+def short(here) -> dict:
+    """What they come to in half of the steps."""
+    return tune("photos", "short", *FEW)
 
 
 def codes(model, processor) -> torch.Tensor:
@@ -62,10 +82,9 @@ def codes(model, processor) -> torch.Tensor:
     return model.generate(**inputs, generation_mode="image", seed=3)
 
 
-@pytest.mark.parametrize("options", [("--learning-rate", 1e-2), ("--full", "--learning-rate", 1e-2)])
-def test_a_folder_becomes_a_model_that_draws(capsys, options):
-    name = f"run{len(options)}"
-    figures = tune(capsys, "photos", name, *options)
+@pytest.mark.parametrize("name, options", [("whole", RATE), ("full", ("--full", *RATE))])
+def test_a_folder_becomes_a_model_that_draws(whole, capsys, name, options):
+    figures = tune("photos", name, *options)
     assert (figures["pictures"], figures["held out"], figures["left out"]) == (8, 2, 1)
     assert figures["loss after"] < figures["loss before"] and figures["steps"] <= 8
     folder = Path(name)
@@ -81,11 +100,11 @@ def test_a_folder_becomes_a_model_that_draws(capsys, options):
     assert main(["evaluate", "loss", f"{name}/data/held-out-packs", "--model", name, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(figures["loss after"], rel=1e-4)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
-    assert tune(capsys, "photos", name, *options) == figures
+    assert tune("photos", name, *options) == figures
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
-def test_pictures_that_cannot_be_coded_are_left_out_at_once(capsys, tmp_path):
+def test_pictures_that_cannot_be_coded_are_left_out_at_once(tmp_path):
     """Of no known range, without a pixel, too large: extraction would leave them out after they were counted."""
     photos = Path(shutil.copytree("photos", tmp_path / "photos"))
     Image.new("F", (24, 24), 0.5).save(photos / "8.tiff")
@@ -96,41 +115,31 @@ def test_pictures_that_cannot_be_coded_are_left_out_at_once(capsys, tmp_path):
     with open(photos / "metadata.jsonl", "a") as lines:
         for name in ("8.tiff", "9.grib", "10.png"):
             lines.write("\n" + json.dumps({"file_name": name, "text": "a box"}))
-    figures = tune(capsys, photos, tmp_path / "run", "--steps", 1, "--evaluations", 1)
+    figures = tune(photos, tmp_path / "run", "--steps", 1, "--evaluations", 1)
     assert (figures["pictures"], figures["left out"]) == (8, 4)
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(capsys, monkeypatch):
+def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(whole, capsys, monkeypatch):
     """Stopped before it begins to train, and again before its result is written."""
-    from transformers_nextflow.training import SamplesCallback, finetuning
-
-    expected = tune(capsys, "photos", "whole", "--learning-rate", 1e-2)
 
     def stop(*args, **kwargs):
         raise OSError("no space left")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(SamplesCallback, "write", stop)
-        assert main(list(map(str, ("finetune", "photos", "--model", "start", "--output", "cut", *OPTIONS)))) == 2
-    assert not (Path("cut") / "adapter_config.json").exists()
-    with monkeypatch.context() as patch:
-        patch.setattr(finetuning.shutil, "copyfile", stop)
-        arguments = ("finetune", "photos", "--model", "start", "--output", "stopped", "--learning-rate", 1e-2)
-        assert main(list(map(str, (*arguments, *OPTIONS)))) == 2
-    assert list(Path("stopped").glob("checkpoint-*")) and not (Path("stopped") / "adapter_config.json").exists()
-    capsys.readouterr()
-    assert tune(capsys, "photos", "stopped", "--learning-rate", 1e-2) == expected
+    for owner, name in ((SamplesCallback, "write"), (finetuning.shutil, "copyfile")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, stop)
+            assert status_of("photos", "stopped", *RATE) == 2
+        assert bool([*Path("stopped").glob("checkpoint-*")]) == (name == "copyfile")
+        assert not (Path("stopped") / "adapter_config.json").exists()
+    assert tune("photos", "stopped", *RATE) == whole
     one, other = (load_model(name)[0].state_dict() for name in ("whole", "stopped"))
     assert all(torch.equal(one[name], other[name]) for name in one)
-    assert main(list(map(str, (*arguments, *OPTIONS, "--steps", 9)))) == 2
+    assert status_of("photos", "stopped", *RATE, "--steps", 9) == 2
     assert "was begun with another steps" in capsys.readouterr().err
 
 
-def test_a_run_that_is_killed_between_two_checkpoints_goes_on_from_the_first(capsys, monkeypatch):
-    from transformers_nextflow.training import NextFlowTrainer
-
-    options = ("--learning-rate", 1e-2, "--steps", 4, "--evaluations", 2)
-    expected, step = tune(capsys, "photos", "in-one-go", *options), NextFlowTrainer.training_step
+def test_a_run_that_is_killed_between_two_checkpoints_goes_on_from_the_first(short, monkeypatch):
+    step = NextFlowTrainer.training_step
 
     def stop_at_the_fourth(trainer, *args, **kwargs):
         if trainer.state.global_step == 3:
@@ -139,19 +148,13 @@ def test_a_run_that_is_killed_between_two_checkpoints_goes_on_from_the_first(cap
 
     with monkeypatch.context() as patch:
         patch.setattr(NextFlowTrainer, "training_step", stop_at_the_fourth)
-        arguments = ("finetune", "photos", "--model", "start", "--output", "in-two", *OPTIONS, *options)
-        assert main(list(map(str, arguments))) == 2
+        assert status_of("photos", "in-two", *FEW) == 2
     assert [path.name for path in Path("in-two").glob("checkpoint-*")] == ["checkpoint-2"]
-    capsys.readouterr()
-    assert tune(capsys, "photos", "in-two", *options) == expected
+    assert tune("photos", "in-two", *FEW) == short
 
 
-def test_a_run_that_is_killed_while_it_writes_a_checkpoint_goes_on_from_the_one_before(capsys, monkeypatch):
+def test_a_run_that_is_killed_while_it_writes_a_checkpoint_goes_on_from_the_one_before(short, capsys, monkeypatch):
     """Also where there is none before."""
-    from transformers_nextflow.training import NextFlowTrainer
-
-    options = ("--learning-rate", 1e-2, "--steps", 4, "--evaluations", 2)
-    expected = tune(capsys, "photos", "not-torn", *options)
     write, torn = NextFlowTrainer._save_checkpoint, []
 
     def write_in_part(trainer, *args, **kwargs):
@@ -163,39 +166,34 @@ def test_a_run_that_is_killed_while_it_writes_a_checkpoint_goes_on_from_the_one_
         (folder / "trainer_state.json").write_text('{"global_step": 4, "log_his')
         raise OSError("no space left")
 
-    arguments = ("finetune", "photos", "--model", "start", "--output", "torn", *OPTIONS, *options)
     with monkeypatch.context() as patch:
         patch.setattr(NextFlowTrainer, "_save_checkpoint", write_in_part)
         for steps in ([2], [2, 4]):
-            assert main(list(map(str, arguments))) == 2
+            assert status_of("photos", "torn", *FEW) == 2
             assert torn == steps and "no space left" in capsys.readouterr().err
-    assert tune(capsys, "photos", "torn", *options) == expected
+    assert tune("photos", "torn", *FEW) == short
 
 
-def test_a_run_that_had_enough_is_not_trained_on(capsys, monkeypatch):
+def test_a_run_that_had_enough_is_not_trained_on(monkeypatch):
     """At a rate that moves nothing, stopped before the best step's weights are loaded."""
-    from transformers_nextflow.training import NextFlowTrainer
-
-    options = ("--learning-rate", 1e-30, "--steps", 8, "--evaluations", 4, "--patience", 1)
-    expected = tune(capsys, "photos", "enough", *options)
-    assert (expected["best step"], expected["steps"]) == (2, 4)
+    options = ("--learning-rate", 1e-30, "--steps", 4, "--evaluations", 4, "--patience", 1)
+    expected = tune("photos", "enough", *options)
+    assert (expected["best step"], expected["steps"]) == (1, 2)
 
     def stop(*args, **kwargs):
         raise OSError("no space left")
 
     with monkeypatch.context() as patch:
         patch.setattr(NextFlowTrainer, "_load_best_model", stop)
-        arguments = ("finetune", "photos", "--model", "start", "--output", "enough-in-two", *OPTIONS, *options)
-        assert main(list(map(str, arguments))) == 2
-        capsys.readouterr()
+        assert status_of("photos", "enough-in-two", *options) == 2
         patch.setattr(NextFlowTrainer, "training_step", stop)
-        assert tune(capsys, "photos", "enough-in-two", *options) == expected
+        assert tune("photos", "enough-in-two", *options) == expected
 
 
-def test_a_prior_is_what_the_model_drew_before(capsys):
+def test_a_prior_is_what_the_model_drew_before():
     Path("prompts.txt").write_text("\n  \n".join(PRIOR) + "\n")
     options = ("--prior", "prompts.txt", "--steps", 2, "--evaluations", 1, "--seed", 5)
-    figures = tune(capsys, "photos", "with-prior", *options)
+    figures = tune("photos", "with-prior", *options)
     assert figures["pictures"] == 8
     rows = datasets.load_dataset("parquet", data_files="with-prior/data/training.parquet", split="train")
     keys = rows["key"]
@@ -212,9 +210,9 @@ def test_a_prior_is_what_the_model_drew_before(capsys):
         assert [picture.tobytes() for picture in pictures] == drawn[first : first + 2]
 
 
-def test_one_picture_is_trained_on_whatever_is_held_out(capsys):
+def test_one_picture_is_trained_on_whatever_is_held_out():
     options = ("--held-out", 0.99, "--steps", 1, "--evaluations", 1)
-    figures = tune(capsys, "photos", "held-out", *options)
+    figures = tune("photos", "held-out", *options)
     assert (figures["pictures"], figures["held out"]) == (8, 7)
 
 
@@ -228,7 +226,7 @@ def test_a_prior_that_is_nothing_to_draw_is_named_before_anything_is_drawn(promp
 
 
 @pytest.mark.parametrize("form", ["parquet", "webdataset"])
-def test_other_forms_of_captioned_pictures(form, capsys):
+def test_other_forms_of_captioned_pictures(form):
     path = Path(form)
     path.mkdir()
     if form == "parquet":
@@ -238,16 +236,13 @@ def test_other_forms_of_captioned_pictures(form, capsys):
         )
         table.to_parquet(str(path / "rows.parquet"))
     else:
-        import io
-        import tarfile
-
         with tarfile.open(path / "rows.tar", "w") as tar:
             for number, name in enumerate(COLOURS):
                 for suffix, data in (("png", Path(f"photos/{number}.png").read_bytes()), ("txt", name.encode())):
                     info = tarfile.TarInfo(f"{number}.{suffix}")
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
-    figures = tune(capsys, path, f"{form}-run", "--steps", 2, "--evaluations", 1)
+    figures = tune(path, f"{form}-run", "--steps", 2, "--evaluations", 1)
     assert (figures["pictures"], figures["held out"], figures["steps"]) == (4, 1, 2)
 
 

@@ -209,7 +209,7 @@ def test_reinforcement_goes_on_from_the_adapters(tuned, reinforced, average):
     assert reward(reinforced + average) > reward(tuned)
 
 
-@pytest.mark.parametrize("average", ["", "/ema"], ids=["weights", "average"])
+@pytest.mark.parametrize("average", ["", pytest.param("/ema", marks=pytest.mark.slow)], ids=["weights", "average"])
 def test_codes_are_the_same_merged_and_exported(reinforced, average, tmp_path):
     adapters, (merged, exported) = reinforced + average, (str(tmp_path / name) for name in ("merged", "exported"))
     run("merge", adapters, "--output", merged)

@@ -25,6 +25,7 @@ from transformers_nextflow import (
 from transformers_nextflow.cli import main
 from transformers_nextflow.data import PackedDataset, RawDocuments
 from transformers_nextflow.data.shards import vision_identity
+from transformers_nextflow.doctor import examination
 from transformers_nextflow.stored_tokenizer import stored_tensors, vision_tokenizer_hash
 from transformers_nextflow.training.loading import load_to_train
 from transformers_nextflow.utils.loading import DEFAULT_MODEL, load_config, load_model, load_vq_model
@@ -227,12 +228,13 @@ def test_adapters_are_exported_as_a_whole_model(further, start, tmp_path):
     assert (tmp_path / "exported" / "pipeline.py").exists()
 
 
-def test_every_command_takes_adapters(further, start, tmp_path, capsys):
+def test_every_command_takes_adapters(further, start, tmp_path, capsys, monkeypatch):
     run("reconstruct", "photos/0.png", "--model", further, "--output", tmp_path / "again.png")
     run("describe", "photos/0.png", "--model", further, "--max-new-tokens", 2)
     run("flops", "--model", further, "--json")
     run("data", "verify", "packs", "--model", further)
     capsys.readouterr()
+    monkeypatch.setattr(examination, "MEANS", ())
     assert main(["doctor", str(further), "packs", "--json"]) in (0, 1)
     assert json.loads(capsys.readouterr().out)["findings"]
 
@@ -415,6 +417,7 @@ def test_a_checkpoint_without_its_tokenizer_is_opened_by_every_command(start, ap
     run("reconstruct", "photos/0.png", "--model", checkpoint, "--output", tmp_path / "again.png")
     run("evaluate", "loss", "packs", "--model", checkpoint)
     run("data", "verify", "packs", "--model", checkpoint)
+    monkeypatch.setattr(examination, "MEANS", ())
     assert main(["doctor", str(checkpoint), "packs", "--json"]) in (0, 1)
     monkeypatch.chdir(tmp_path)
     run("generate", "a red circle", "--model", checkpoint, "--output", "picture.png")
@@ -441,7 +444,7 @@ def test_an_export_tells_what_the_folder_says_that_refers_to_its_tokenizer(apart
 
 def test_a_training_from_a_revision_keeps_that_revisions_tokenizer(start, tiny_model, tiny_processor, tmp_path):
     """A repository of the Hub, as a cache without a network holds it, whose tokenizer is another on `main`."""
-    repository = tmp_path / "hub" / "hub" / "models--owner--name"
+    repository = tmp_path / "hub" / "models--owner--name"
     (repository / "refs").mkdir(parents=True)
     tokenizers = {}
     for revision, commit in (("main", "a" * 40), ("v1", "b" * 40)):
@@ -453,7 +456,9 @@ def test_a_training_from_a_revision_keeps_that_revisions_tokenizer(start, tiny_m
             part.save_pretrained(repository / "snapshots" / commit)
         tokenizers[revision] = vision_identity(model.model.vq_model)
     script = """
+import os
 import datasets
+from huggingface_hub import constants
 from peft import get_peft_model
 from transformers_nextflow.data.shards import vision_identity
 from transformers_nextflow.training.commands import transformer
@@ -462,6 +467,7 @@ from transformers_nextflow.training.loading import load_to_train
 from transformers_nextflow.utils.export import merge
 from transformers_nextflow.utils.loading import load_model
 
+constants.HF_HUB_CACHE = os.path.abspath("hub")
 model, _ = load_to_train("owner/name", vision_tokenizer=False, revision="v1")
 found = [model.config.vision_tokenizer["sha256"]]
 model.save_pretrained("checkpoint")
@@ -484,7 +490,7 @@ datasets.Dataset.from_list([{"messages": chat}]).to_parquet("chats.parquet")
 options = "--model owner/name --model_revision v1 --documents chats.parquet --output run --use_cpu --report_to none"
 transformer.main(options.split())
 """
-    printed = run_fresh(script, tmp_path, HF_HOME=str(tmp_path / "hub"), HF_HUB_OFFLINE="1").split()
+    printed = run_fresh(script, tmp_path).split()
     assert printed[-4:] == [tokenizers["v1"]] * 4 != [tokenizers["main"]] * 4
     assert "The weights of owner/name with the adapters of adapters" in (tmp_path / "merged" / "README.md").read_text()
 

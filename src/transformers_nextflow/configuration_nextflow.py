@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # what a configuration has once it is made is more than what 
     from typing import Any as Pictures
     from typing import Any as SubConfig
 else:
-    SubConfig = dict | PreTrainedConfig | None
+    SubConfig = PreTrainedConfig | dict | None  # in this order, or checks write all of a configuration into an error
     Pictures = dict | ImageGenerationConfig | None
 
 # transformers' model types: the first reads any grid, the others one size

@@ -4,9 +4,11 @@ processes that share a model by FSDP2 on a CPU."""
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
@@ -20,7 +22,8 @@ from tests.ranks import on_ranks
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor
 from transformers_nextflow.data.loading import PackCollator, PackReader
 from transformers_nextflow.data.shards import open_shards, sequence_spec
-from transformers_nextflow.doctor import DoctorCallback
+from transformers_nextflow.doctor import DoctorCallback, alterations, examination
+from transformers_nextflow.doctor.pictures import default_pictures
 from transformers_nextflow.lora import lora_config
 from transformers_nextflow.losses import IGNORE
 from transformers_nextflow.training import EMACallback, NextFlowTrainer, NextFlowTrainingArguments, SamplesCallback
@@ -79,7 +82,7 @@ def run(packs: Path, output: Path, name: str, trainer_class=NextFlowTrainer, res
         model = get_peft_model(model, lora_config(r=2))
     else:
         images = [[], [Image.new("RGB", (24, 24), "red")]]
-        callbacks.append(SamplesCallback(processor, ["a red circle", "make it blue"], every=2, images=images, top_k=1))
+        callbacks.append(SamplesCallback(processor, ["a red circle", "make it blue"], every=4, images=images, top_k=1))
     if name == "plain":
         callbacks.append(DoctorCallback(processor, every=4))
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -91,7 +94,10 @@ def run(packs: Path, output: Path, name: str, trainer_class=NextFlowTrainer, res
     trainer = trainer_class(
         model, arguments, PackCollator(dataset), dataset, eval_dataset=Subset(dataset, range(3)), callbacks=callbacks
     )
-    trainer.train(resume_from_checkpoint=resume)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(examination, "default_pictures", partial(default_pictures, each=4))
+        patch.setattr(alterations, "FEW", 1)
+        trainer.train(resume_from_checkpoint=resume)
     if trainer.is_world_process_zero():
         Path(trainer.args.output_dir, "log.json").write_text(json.dumps(trainer.state.log_history))
         if name == "plain":

@@ -5,6 +5,7 @@ import io
 import json
 import multiprocessing
 import os
+import pickle
 import random
 import signal
 import tarfile
@@ -218,7 +219,7 @@ def count_writes(monkeypatch, at_each) -> None:
 
 
 def test_killed_runs_resume_to_the_same_bytes(document_source, data_checkpoint, extracted, tmp_path, monkeypatch):
-    """SIGKILL at ten random points of extraction, and at ten of packing."""
+    """SIGKILL at five random points of extraction, and at five of packing."""
     cost_model = CostModel("blocks", 1.0, 0.01)
     stages = {
         "documents": lambda folder: extract(document_source, data_checkpoint, folder, SETTINGS),
@@ -242,8 +243,8 @@ def test_killed_runs_resume_to_the_same_bytes(document_source, data_checkpoint, 
             count_writes(monkeypatch, count)
             run(tmp_path / "killed" / name)
 
-        for _ in range(10):
-            after = rng.randint(1, len(points) // 10)
+        for _ in range(5):
+            after = rng.randint(1, len(points) // 5)
             process = multiprocessing.get_context("fork").Process(target=dies, args=(after,))
             process.start()
             process.join()
@@ -407,7 +408,14 @@ def test_rows_that_supervise_nothing_or_point_elsewhere_are_skipped(tmp_path, da
         of_the_hub.read({"text": "a", "image": "/etc/passwd"}, 0)
 
 
-def test_several_processes_write_the_same_shards(document_source, data_checkpoint, extracted, tmp_path):
+def test_several_processes_write_the_same_shards(document_source, data_checkpoint, extracted, tmp_path, monkeypatch):
+    """Which get what they are told pickled, and here need not import all anew."""
+
+    def spawn(work, arguments, nprocs):
+        work, arguments = pickle.loads(pickle.dumps((work, arguments)))
+        torch.multiprocessing.start_processes(work, arguments, nprocs, start_method="fork")
+
+    monkeypatch.setattr(torch.multiprocessing, "spawn", spawn)
     extract(document_source, data_checkpoint, tmp_path / "out", SETTINGS, num_proc=2)
     assert files_of(tmp_path / "out") == files_of(extracted)
 

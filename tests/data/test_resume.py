@@ -17,7 +17,7 @@ from transformers_nextflow.training import EMACallback, NextFlowTrainer
 from transformers_nextflow.training.checkpoints import checkpoint_to_resume
 
 ROOT = Path(__file__).parents[2]
-STEPS, SAVE_STEPS = 12, 3
+STEPS, SAVE_STEPS = 8, 2
 
 
 def test_a_killed_training_resumes_as_if_nothing_had_happened(dataset, data_model, tmp_path):

@@ -426,44 +426,45 @@ def test_datasets_reads_the_folder(packs):
     assert {key for keys in table["keys"] for key in keys} == {document.key for document in documents()}
 
 
-def test_shards_go_to_the_hub_and_come_back(packs, tmp_path):
-    """Create, upload, commit, download, each in a fresh process; what was left of the work stays behind."""
-    shutil.copytree(packs, tmp_path / "packs")
-    (tmp_path / "packs" / "work").mkdir()
-    (tmp_path / "packs" / "work" / "notes.txt").write_text("mine")
-    push = """
+@pytest.fixture(scope="module")
+def from_the_hub(packs, data_checkpoint, tmp_path_factory) -> list[str]:
+    """What a fresh process prints that creates a repository, uploads to it, commits, downloads and examines."""
+    folder = tmp_path_factory.mktemp("hub")
+    shutil.copytree(packs, folder / "packs")
+    (folder / "packs" / "work").mkdir()
+    (folder / "packs" / "work" / "notes.txt").write_text("mine")
+    script = f"""
+from transformers_nextflow.cli import main
 from transformers_nextflow.data import push_to_hub
-print(push_to_hub("packs", "someone/packs"))
-"""
-    load = """
 from transformers_nextflow.data.shards import open_shards
+from transformers_nextflow.doctor import examination
+
+print(push_to_hub("packs", "someone/packs"))
 folder, manifest = open_shards("someone/packs", "packs")
 print(folder)
 try:
     open_shards("someone/packs", "documents")
 except ValueError as error:
     print(error)
+examination.MEANS = ()
+main(["doctor", {data_checkpoint!r}, "someone/packs", "--json"])
 """
     with hub_stand_in() as hub:
-        assert "someone/packs" in run_fresh(push, tmp_path, **hub.environment)
-        folder, refusal = run_fresh(load, tmp_path, **hub.environment).split("\n", 1)
-    assert "holds packs, not documents" in refusal
+        return run_fresh(script, folder, **hub.environment).split("\n", 3)
+
+
+def test_shards_go_to_the_hub_and_come_back(packs, from_the_hub):
+    """What was left of the work stays behind."""
+    name, folder, refusal, _ = from_the_hub
+    assert "someone/packs" in name and "holds packs, not documents" in refusal
     sent = {path.relative_to(packs) for path in packs.rglob("*") if path.is_file()}
     came = {path.relative_to(folder) for path in Path(folder).rglob("*") if path.is_file()}
     assert came - {Path(".gitattributes")} == sent and Path(folder) != packs
     assert all((Path(folder) / path).read_bytes() == (packs / path).read_bytes() for path in sent)
 
 
-def test_the_doctor_examines_shards_on_the_hub(packs, data_checkpoint, tmp_path):
-    shutil.copytree(packs, tmp_path / "packs")
-    script = f"""
-from transformers_nextflow.cli import main
-from transformers_nextflow.data import push_to_hub
-push_to_hub("packs", "someone/packs")
-main(["doctor", {str(data_checkpoint)!r}, "someone/packs", "--json"])
-"""
-    with hub_stand_in() as hub:
-        findings = json.loads(run_fresh(script, tmp_path, **hub.environment))["findings"]
+def test_the_doctor_examines_shards_on_the_hub(from_the_hub):
+    findings = json.loads(from_the_hub[-1])["findings"]
     (files,) = (finding for finding in findings if finding["check"] == "files")
     assert files["severity"] == "ok"
 

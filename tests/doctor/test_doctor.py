@@ -21,7 +21,7 @@ from transformers import TrainerState, TrainingArguments
 from transformers_nextflow import SelfCorrection, cli
 from transformers_nextflow.data import ExtractionSettings, Source, extract
 from transformers_nextflow.data.shards import images_of, sequence_spec
-from transformers_nextflow.doctor import DoctorCallback, examine, read_pictures, to_html, to_text
+from transformers_nextflow.doctor import DoctorCallback, examination, examine, read_pictures, shards, to_html, to_text
 from transformers_nextflow.doctor.alterations import (
     exchanged,
     headed,
@@ -34,11 +34,11 @@ from transformers_nextflow.doctor.alterations import (
     times,
 )
 from transformers_nextflow.doctor.case import Case, Document, Reading
-from transformers_nextflow.doctor.documents import conditions, confidence, familiar, frames, varied
+from transformers_nextflow.doctor.documents import conditions, confidence, ends, familiar, frames, varied
 from transformers_nextflow.doctor.findings import Finding
 from transformers_nextflow.doctor.pictures import default_pictures
 from transformers_nextflow.doctor.sampling import draws, prompts
-from transformers_nextflow.doctor.weights import spectra, values
+from transformers_nextflow.doctor.weights import code_rows, copies, finite, spectra, values
 from transformers_nextflow.utils import loading
 
 UNTRAINED = "untrained weights"
@@ -89,28 +89,32 @@ def faults(diagnosis, part: str | None = None, severity: str | None = None) -> s
     return {finding.fault for finding in chosen}
 
 
-def alarm(diagnosis, fault: str) -> Finding:
-    found = [finding for finding in diagnosis.alarms if finding.fault == fault]
-    assert found, to_text(diagnosis)
-    assert all((found[0].measured, found[0].expected, found[0].cause, found[0].next_step))
-    return found[0]
+@torch.no_grad()
+def fault_found(check, model, processor, packs=None) -> str | None:
+    """The fault that a check of [`examine`] finds, on pictures of its own."""
+    assert check in (*examination.EXACT, *examination.MEANS)
+    case = Case(model, processor, default_pictures(model.model.schedules, 0), packs)
+    return check(Finding(check.__name__, "toy", ""), case).fault
 
 
 def test_a_new_model_with_its_shards_is_called_untrained_and_nothing_else_fails(diagnosis):
     assert faults(diagnosis, severity="error") == set(), to_text(diagnosis)
     assert faults(diagnosis, "shards") == set()
-    assert alarm(diagnosis, UNTRAINED)
+    assert UNTRAINED in faults(diagnosis)
+    assert all((each.measured, each.expected, each.cause, each.next_step) for each in diagnosis.alarms)
     names = [(finding.part, finding.check) for finding in diagnosis.findings]
     assert len(set(names)) == len(names) > 20
 
 
 def test_without_shards_the_headline_says_what_was_not_checked(tiny_model, tiny_processor):
     model = copy.deepcopy(tiny_model).to(torch.bfloat16)
-    diagnosis = examine(model, tiny_processor)
+    before = copy.deepcopy(model.state_dict())
+    diagnosis = examine(model, tiny_processor, pictures=default_pictures(model.model.schedules, 0, each=4))
     assert faults(diagnosis, severity="error") == set() and UNTRAINED in faults(diagnosis), to_text(diagnosis)
     assert "Not checked: files, whose, frames, varied, codes, " in diagnosis.headline
     assert "(no shards were given)" in diagnosis.headline
     assert diagnosis.headline in " ".join(to_text(diagnosis).split())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_the_report_is_one_page_with_every_check_its_curves_and_pictures(diagnosis):
@@ -118,8 +122,8 @@ def test_the_report_is_one_page_with_every_check_its_curves_and_pictures(diagnos
     assert "title &amp; more" in page and "http" not in page
     assert len(re.findall('src="data:image/png;base64,', page)) == len(re.findall("src=", page))
     assert len(re.findall("<img ", page)) == len(diagnosis.curves) + len(diagnosis.images) >= 5
-    for finding in diagnosis.findings:
-        assert finding.check in page and finding.check in to_text(diagnosis)
+    text = to_text(diagnosis)
+    assert all(finding.check in page and finding.check in text for finding in diagnosis.findings)
     assert json.loads(json.dumps(diagnosis.to_dict()))["headline"] == diagnosis.headline
 
 
@@ -152,25 +156,25 @@ def alike(model):
 
 
 @pytest.mark.parametrize(
-    "do, fault",
+    "do, check, fault",
     [
-        (not_finite, "weights not finite"),
-        (flipped, "weights out of bounds"),
-        (copied, "copied weights"),
-        (lambda model: permute(model.model.code_embeddings.weight), "code embeddings without order"),
-        (rolled, "wrong code offset"),
-        (restarted, "code embeddings without order in part"),
-        (alike, "control tokens reset"),
-        (lambda model: setattr(model.config, "condition_last_scale", False), "processor of another model"),
-        (lambda model: setattr(model.config, "eoi_token_id", 7), "processor of another model"),
-        (lambda model: setattr(model.generation_config, "eos_token_id", [150_000]), "wrong end of text"),
+        (not_finite, finite, "weights not finite"),
+        (flipped, finite, "weights out of bounds"),
+        (copied, copies, "copied weights"),
+        (lambda model: permute(model.model.code_embeddings.weight), code_rows, "code embeddings without order"),
+        (rolled, code_rows, "wrong code offset"),
+        (restarted, code_rows, "code embeddings without order in part"),
+        (alike, prompts, "control tokens reset"),
+        (lambda model: setattr(model.config, "condition_last_scale", False), prompts, "processor of another model"),
+        (lambda model: setattr(model.config, "eoi_token_id", 7), prompts, "processor of another model"),
+        (lambda model: setattr(model.generation_config, "eos_token_id", [150_000]), prompts, "wrong end of text"),
     ],
 )
-def test_damaged_weights_are_named(do, fault, tiny_model, tiny_processor):
+def test_damaged_weights_are_named(do, check, fault, tiny_model, tiny_processor):
     model = copy.deepcopy(tiny_model)
     with torch.no_grad():
         do(model)
-    alarm(examine(model, tiny_processor), fault)
+    assert fault_found(check, model, tiny_processor) == fault
 
 
 def drop_corrections(row, images, end):
@@ -209,39 +213,39 @@ def supervise_questions(row, images, end):
 
 
 @pytest.mark.parametrize(
-    "change, fault",
+    "change, check, fault",
     [
-        (drop_corrections, "wrong share of self-correction"),
-        (correct_by_any, "self-correction by any codes"),
-        (repeat_one_coding, "variants all alike"),
-        (fold, "codes missing"),
-        (leave_ends_out, "ends not supervised"),
-        (supervise_questions, "questions supervised"),
+        (drop_corrections, shards.correction, "wrong share of self-correction"),
+        (correct_by_any, shards.correction, "self-correction by any codes"),
+        (repeat_one_coding, shards.correction, "variants all alike"),
+        (fold, shards.codes, "codes missing"),
+        (leave_ends_out, ends, "ends not supervised"),
+        (supervise_questions, frames, "questions supervised"),
     ],
 )
-def test_damaged_shards_are_named(change, fault, tiny_model, tiny_processor, packs, tmp_path):
+def test_damaged_shards_are_named(change, check, fault, tiny_model, tiny_processor, packs, tmp_path):
     folder = Path(shutil.copytree(packs, tmp_path / "packs"))
     manifest = json.loads((folder / "manifest.json").read_text())
     spec, end = sequence_spec(manifest["identity"]), tiny_processor.tokenizer.eos_token_id
     rewrite(folder, lambda row: change(row, images_of(row, spec, manifest["variants"]), end))
-    alarm(examine(copy.deepcopy(tiny_model), tiny_processor, packs=folder), fault)
+    assert fault_found(check, tiny_model, tiny_processor, folder) == fault
 
 
 def test_documents_that_are_copies_are_named(tiny_model, tiny_processor, packs, tmp_path):
     folder = Path(shutil.copytree(packs, tmp_path / "packs"))
     rewrite(folder, lambda row: None, lambda rows: [*rows, *rows])
-    alarm(examine(copy.deepcopy(tiny_model), tiny_processor, packs=folder), "documents repeated")
+    assert fault_found(varied, tiny_model, tiny_processor, folder) == "documents repeated"
 
 
 def test_cut_shards_and_those_of_another_tokenizer_are_named(tiny_model, tiny_processor, packs, tmp_path):
     folder = Path(shutil.copytree(packs, tmp_path / "packs"))
     file = next((folder / "data").glob("*.arrow"))
     file.write_bytes(file.read_bytes()[:-8])
-    alarm(examine(copy.deepcopy(tiny_model), tiny_processor, packs=folder), "damaged shards")
+    assert fault_found(shards.files, tiny_model, tiny_processor, folder) == "damaged shards"
     other = copy.deepcopy(tiny_model)
     with torch.no_grad():
         other.model.vq_model.pixel_encoder.conv_in.bias += 1
-    alarm(examine(other, tiny_processor, packs=packs), "vision tokenizer and shards differ")
+    assert fault_found(shards.whose, other, tiny_processor, packs) == "vision tokenizer and shards differ"
 
 
 def exchange_roles(template: str) -> str:
@@ -283,7 +287,7 @@ def test_texts_that_are_cut_at_random_are_named(tiny_model, tiny_processor):
 def test_drawings_away_from_the_prompt_are_named(trained, monkeypatch):
     """Guidance of 0 draws as the null prompt does."""
     model, processor = trained
-    case = Case(model, processor, default_pictures(model.model.schedules, 0))
+    case = Case(model, processor, default_pictures(model.model.schedules, 0)[:6])
     assert draws(Finding("draws", "toy", ""), case).fault is None
     monkeypatch.setitem(model.config.image_generation, "guidance_scale", 0.0)
     assert draws(Finding("draws", "toy", ""), case).fault == "drawn against the prompt"
@@ -614,7 +618,8 @@ def test_the_command_writes_figures_and_a_report_and_exits_with_1_on_alarms(
     assert cli.main(["doctor", str(tiny_checkpoint), "empty"]) == 2
 
 
-def test_the_callback_leaves_training_as_it_was(tiny_model, tiny_processor, tmp_path):
+def test_the_callback_leaves_training_as_it_was(tiny_model, tiny_processor, tmp_path, monkeypatch):
+    monkeypatch.setattr(examination, "MEANS", ())
     callback = DoctorCallback(tiny_processor, every=2)
     arguments = TrainingArguments(tmp_path, report_to="none", use_cpu=True)
     model = copy.deepcopy(tiny_model).train()

@@ -1,7 +1,7 @@
 """GRPO by processes, with the environment that `accelerate launch` makes, that share a model by FSDP2 on a CPU.
 
-`sharded_policy.py POLICY FOLDER` writes what two processes come to; with `faults` after it, what they raise where
-one's reward dies while others still need its weights.
+`sharded_policy.py POLICY FOLDER` writes what two processes come to, and what they raise where one's reward dies while
+others still need its weights.
 """
 
 import sys
@@ -64,13 +64,11 @@ def fault_of(policy, processor, folder: Path, call: int, **values) -> str:
 
 
 def main() -> None:
-    policy_folder, folder = map(Path, sys.argv[1:3])
+    policy_folder, folder = map(Path, sys.argv[1:])
     policy = NextFlowForConditionalGeneration.from_pretrained(policy_folder)
     processor = NextFlowProcessor.from_pretrained(policy_folder)
-    if sys.argv[3:] == ["faults"]:
-        results = {name: fault_of(policy, processor, folder / name, **values) for name, values in FAULTS.items()}
-    else:
-        results = train(policy, processor, folder / "sharded", SHARDED, ShardedOnCPU)
+    results = train(policy, processor, folder / "sharded", SHARDED, ShardedOnCPU)
+    results["faults"] = {name: fault_of(policy, processor, folder / name, **values) for name, values in FAULTS.items()}
     if PartialState().is_main_process:
         torch.save(results, folder / "sharded.pt")
 

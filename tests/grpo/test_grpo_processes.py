@@ -33,12 +33,32 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def by_two(policy, tiny_processor, folder) -> dict[str | None, dict]:
-    """What two processes come to, by the bug that is planted."""
+def saved(policy, tiny_processor, folder) -> Path:
     policy.save_pretrained(folder / "policy")
     tiny_processor.save_pretrained(folder / "policy")
-    run(ROOT / "tests" / "grpo" / "two_processes.py", folder / "policy", folder, PYTHONPATH=PATH)
+    return folder / "policy"
+
+
+@pytest.fixture(scope="module")
+def by_two(saved, folder) -> dict[str, dict]:
+    """What two processes come to."""
+    run(ROOT / "tests" / "grpo" / "two_processes.py", saved, folder, PYTHONPATH=PATH)
     return torch.load(folder / "results.pt")
+
+
+@pytest.fixture(scope="module")
+def by_two_with_bugs(saved, folder) -> dict[str, dict]:
+    """By the bug that is planted."""
+    run(ROOT / "tests" / "grpo" / "two_processes.py", saved, folder, "bugs", PYTHONPATH=PATH)
+    return torch.load(folder / "bugs.pt")
+
+
+@pytest.fixture(scope="module")
+def by_fsdp2(saved, folder) -> dict:
+    """What two processes come to that share weights."""
+    environment = launched("fsdp2", "--mixed_precision", "no")[1] | {"PYTHONPATH": PATH}
+    run(ROOT / "tests" / "grpo" / "sharded_policy.py", saved, folder, **environment)
+    return torch.load(folder / "sharded.pt")
 
 
 def test_two_processes_train_as_one(policy, tiny_processor, tmp_path, by_two):
@@ -47,7 +67,7 @@ def test_two_processes_train_as_one(policy, tiny_processor, tmp_path, by_two):
     assert len(whole["codes"]) == 2 and whole["advantages"][1].any()
     assert {"loss", "reward", "reward_std", "frac_reward_zero_std", "kl", "text/entropy"} <= whole["log"][0].keys()
     assert not differences(whole, accumulated)
-    assert not differences(whole, by_two[None])
+    assert not differences(whole, by_two["both"])
 
 
 def test_two_processes_train_pictures_alone_as_one(policy, tiny_processor, tmp_path, by_two):
@@ -71,38 +91,28 @@ def test_a_reward_that_dies_on_one_process_ends_both_with_what_was_trained(
     shutil.copytree(folder / "died", tmp_path / "died")
     again = train(policy, tiny_processor, tmp_path / "died", ACCUMULATED, resume=True)
     assert [row["step"] for row in again["log"]] == [1, 2, 3] and len(again["codes"]) == 1
-    whole = by_two[None]
+    whole = by_two["both"]
     assert not differences(again, whole | {name: whole[name][1:] for name in ("codes", "advantages")})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bug", BUGS)
-def test_a_planted_bug_sets_two_processes_apart(policy, tiny_processor, tmp_path, by_two, bug):
+def test_a_planted_bug_sets_two_processes_apart(policy, tiny_processor, tmp_path, by_two_with_bugs, bug):
     """One that one process has too is compared with itself."""
     _, shows = BUGS[bug]
-    assert shows <= differences(train(policy, tiny_processor, tmp_path, ONE, bug, **AT_ONCE), by_two[bug])
+    assert shows <= differences(train(policy, tiny_processor, tmp_path, ONE, bug, **AT_ONCE), by_two_with_bugs[bug])
 
 
-def under_fsdp2(policy, processor, folder, *options):
-    """What two processes come to."""
-    policy.save_pretrained(folder / "policy")
-    processor.save_pretrained(folder / "policy")
-    environment = launched("fsdp2", "--mixed_precision", "no")[1] | {"PYTHONPATH": PATH}
-    run(ROOT / "tests" / "grpo" / "sharded_policy.py", folder / "policy", folder, *options, **environment)
-    return torch.load(folder / "sharded.pt")
-
-
-def test_a_reward_that_dies_where_weights_are_shared_ends_both(policy, tiny_processor, tmp_path):
+def test_a_reward_that_dies_where_weights_are_shared_ends_both(by_fsdp2, folder):
     """Before further pictures of its prefixes, and an evaluation's next prompt, for which both gather weights."""
-    faults = under_fsdp2(policy, tiny_processor, tmp_path, "faults")
+    faults = by_fsdp2["faults"]
     assert faults == dict.fromkeys(sharded_policy.FAULTS, "a reward function is at fault on process 1")
-    checkpoints = {path.parent.name for path in tmp_path.glob("*/checkpoint-*")}
-    assert checkpoints == set(sharded_policy.FAULTS)  # what was trained until then
+    assert all([*(folder / name).glob("checkpoint-*")] for name in faults)  # what was trained until then
 
 
-def test_two_processes_under_fsdp2_train_as_one(policy, tiny_processor, tmp_path, folder):
+def test_two_processes_under_fsdp2_train_as_one(policy, tiny_processor, tmp_path, by_fsdp2, folder):
     """Rollouts, evaluations, reference, checkpoints and the result."""
-    two = under_fsdp2(policy, tiny_processor, folder)
-    one = sharded_policy.train(policy, tiny_processor, tmp_path, ONE)
+    two, one = by_fsdp2, sharded_policy.train(policy, tiny_processor, tmp_path, ONE)
     assert two["sharded"] and not one["sharded"]
     for a, b in zip(one["log"], two["log"], strict=True):
         assert a == pytest.approx(b, rel=2e-3, abs=1e-5)

@@ -183,7 +183,7 @@ def test_resuming_is_exact_where_updates_fall_into_generations(policy, tiny_proc
     values = CROSSING | {"max_steps": 8, "dataset": rows(9), "learning_rate": 1e-3, "beta": 0.05}
     whole = trainer(policy, tiny_processor, tmp_path, save_strategy="steps", save_steps=1, **values)
     whole.train()
-    for checkpoint in (1, 3, 4, 5, 6):
+    for checkpoint in (4, 5, 6):  # before the last update, at the end of the epoch, in a generation of the next
         again = trainer(policy, tiny_processor, tmp_path / "again", **values)
         again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{checkpoint}"))
         assert not moved(state(whole.model), state(again.model)), checkpoint
@@ -307,17 +307,25 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+def brighter(policy, processor, folder, reward, seed: int) -> float:
+    """After a training, the share of pictures above the untrained policy's median."""
+    median = sampled_brightness(policy, processor).median()
+    values = {"max_steps": 60, "optim": "adamw_torch", "learning_rate": 3e-3, "seed": seed}
+    values |= {"num_generations": 8, "per_device_train_batch_size": 32, "logging_steps": 100}
+    run = trainer(policy, processor, folder, reward=reward, **values)
+    run.train()
+    return (sampled_brightness(run.model, processor) > median).float().mean().item()
+
+
 @pytest.mark.parametrize("seed", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_a_verifiable_reward_climbs_and_a_shuffled_one_does_not(policy, tiny_processor, tmp_path, one_thread, seed):
-    median = sampled_brightness(policy, tiny_processor).median()
-    brighter = {}  # shares of pictures above the untrained policy's median
-    for name, reward in (("true", brightness), ("shuffled", dealt_out(brightness, seed))):
-        values = {"max_steps": 60, "optim": "adamw_torch", "learning_rate": 3e-3, "seed": seed}
-        values |= {"num_generations": 8, "per_device_train_batch_size": 64, "logging_steps": 100}
-        run = trainer(policy, tiny_processor, tmp_path, reward=reward, **values)
-        run.train()
-        brighter[name] = (sampled_brightness(run.model, tiny_processor) > median).float().mean().item()
-    assert brighter["true"] > 0.9 and brighter["shuffled"] < 0.7, brighter
+def test_a_verifiable_reward_climbs(policy, tiny_processor, tmp_path, one_thread, seed):
+    assert brighter(policy, tiny_processor, tmp_path, brightness, seed) > 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [2, 3])
+def test_a_shuffled_reward_does_not_climb(policy, tiny_processor, tmp_path, one_thread, seed):
+    assert brighter(policy, tiny_processor, tmp_path, dealt_out(brightness, seed), seed) < 0.7
 
 
 def test_values_of_prefixes_are_soft_means_over_their_continuations(policy, tiny_processor, tmp_path):

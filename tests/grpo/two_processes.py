@@ -1,5 +1,5 @@
 """One training in several layouts, and bugs of layouts planted: `two_processes.py POLICY FOLDER` writes what
-two processes come to, without a bug and with each of `BUGS`, with `PICTURES` alone, and where one's reward dies."""
+two processes come to, and with `PICTURES` alone, and where one's reward dies; with `bugs` after it, also with them."""
 
 import os
 import sys
@@ -160,11 +160,19 @@ def dies_on_the_second_process(call: int = 2):
 
 
 def main() -> None:
-    policy_folder, folder = map(Path, sys.argv[1:])
+    policy_folder, folder = map(Path, sys.argv[1:3])
     policy = NextFlowForConditionalGeneration.from_pretrained(policy_folder)
     processor = NextFlowProcessor.from_pretrained(policy_folder)
-    results = {None: train(policy, processor, folder / "run", TWO)}
-    results |= {bug: train(policy, processor, folder / "run", TWO, bug, **AT_ONCE) for bug in BUGS}
+    if sys.argv[3:] == ["bugs"]:
+        results = {bug: train(policy, processor, folder / "bug", TWO, bug, **AT_ONCE) for bug in BUGS}
+    else:
+        results = without_bugs(policy, processor, folder)
+    if place()[0] == 0:
+        torch.save(results, folder / ("bugs.pt" if sys.argv[3:] else "results.pt"))
+
+
+def without_bugs(policy, processor, folder: Path) -> dict:
+    results = {"both": train(policy, processor, folder / "run", TWO)}
     results["pictures"] = train(policy, processor, folder / "run", TWO, **PICTURES)
     results["epochs"] = train(policy, processor, folder / "cut", TWO, **EPOCHS, save_strategy="steps", save_steps=3)
     results["resumed"] = train(
@@ -174,8 +182,7 @@ def main() -> None:
         train(policy, processor, folder / "died", TWO, reward=dies_on_the_second_process())
     except RewardError as error:
         results["fault"] = str(error)
-    if place()[0] == 0:
-        torch.save(results, folder / "results.pt")
+    return results
 
 
 if __name__ == "__main__":
