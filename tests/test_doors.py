@@ -16,6 +16,7 @@ from tiny_models import (
     Picture,
     batch_of,
     relative,
+    tiny_config,
     tiny_model,
 )
 from transformers import AttentionInterface, GenerationConfig, Qwen2_5_VLForConditionalGeneration
@@ -120,8 +121,13 @@ def test_ids_are_a_batch(model):
         model(ids, pixel_values=torch.zeros(9, 3 * PATCH**2), image_grid_hw=grids)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_pictures_of_several_sizes_under_a_compiler(model, backend):
+@pytest.mark.parametrize(
+    "backend", ["eager", *(pytest.param(name, marks=pytest.mark.slow) for name in ("aot_eager", "inductor"))]
+)
+def test_pictures_of_several_sizes_under_a_compiler(backend):
+    config = tiny_config({"num_hidden_layers": 1})
+    config.vq_config.semantic_config.num_hidden_layers = 1
+    model = tiny_model(config)
     compiled = torch.compile(model, backend=backend)
     for number, grid in enumerate((SQUARE, WIDE)):
         inputs = batch_of(model, [10, Picture(grid, 1), 11])

@@ -1,7 +1,6 @@
 """The wheel alone, in an environment of its own and outside of the repository: its command does all there is."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests import fresh
 from tests.conversion.text_models import qwen2_5_vl, save
 from tests.tiny_tokenizer import tiny_text_tokenizer
 
@@ -59,18 +59,8 @@ def environment(tmp_path_factory) -> Path:
     return folder / "environment"
 
 
-def run(environment: Path, folder: Path, program: str, *words) -> str:
-    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(
-        [str(environment / "bin" / program), *map(str, words)],
-        cwd=folder,
-        env=clean | {"HF_HOME": str(folder / "hf")},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def run(environment: Path, folder: Path, *arguments) -> str:
+    return fresh.run(*arguments, folder=folder, python=environment / "bin" / "python", PYTHONPATH="")
 
 
 def photos(folder: Path) -> None:
@@ -92,7 +82,7 @@ def test_pictures_become_a_model_that_is_exported(environment, tiny_checkpoint, 
     lines = [finetune, (*train, *ONE), ("merge", "on", "--output", "whole"), (*loss, "on"), (*loss, "whole")]
     lines.append(("export", "whole", "--to", "exported"))
     lines.append(("generate", "red", "--model", "exported", "--seed", 0))
-    out = run(environment, tmp_path, "python", "-c", IN_TURN, json.dumps(lines)).split("\f")
+    out = run(environment, tmp_path, "-c", IN_TURN, json.dumps(lines)).split("\f")
     losses = [json.loads(part) for part in out[3:5]]
     assert losses[0] == losses[1] and losses[0]["loss_vision"] > 0
     assert Image.open(tmp_path / "picture.png").size == (24, 24)
@@ -123,12 +113,12 @@ def test_every_command_is_in_it_and_every_training_runs(environment, tiny_model,
         train("tokenizer", "--model", "vq", "--images", "photos", "--stage", "pixel", *without),
         train("decoder", "--model", "new", "--dataset_name", "photos", *small),
     ]
-    pages = run(environment, tmp_path, "python", "-c", IN_TURN, json.dumps(lines)).split("\f")
+    pages = run(environment, tmp_path, "-c", IN_TURN, json.dumps(lines)).split("\f")
     for command, page in zip(COMMANDS, pages):
         assert f"transformers-nextflow {command}" in page
     rewards = ("--dataset_name", "prompts.jsonl", "--reward_funcs", "rewards.size", "--model", "converted")
     groups = ("--num_generations", 2, "--per_device_train_batch_size", 2)
-    run(environment, tmp_path, "transformers-nextflow", *train("grpo", *rewards, *groups))
+    run(environment, tmp_path, environment / "bin" / "transformers-nextflow", *train("grpo", *rewards, *groups))
     for name in ("converted", "tokenizer", "grpo"):
         assert (tmp_path / name / "model.safetensors").is_file()
     assert (tmp_path / "decoder" / "model_index.json").is_file()

@@ -25,7 +25,7 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from .attributes import NUMBERS, VALUES, Thing, read_names
 from .splits import COMBINATION, DEV_SHARE, NAME, PAIR, SEEN, fraction, is_dev
@@ -197,8 +197,7 @@ class Tasks:
         if split == "train":
             target = rng.choice(targets)
         else:
-            order = random.Random(name).sample(range(len(targets)), len(targets))
-            target = targets[order[number % len(targets)]]
+            target = targets[_shuffled(name, len(targets))[number % len(targets)]]
         return self._builders[task](_Draw(rng, split, part, kind, wording), target)
 
     def dialogue(self, number: int, seed: int = 0) -> tuple[Item, ...]:
@@ -472,6 +471,12 @@ class _Draw:
     def word(self, wordings: Sequence[str]) -> str:
         """The wording asked for, the canonical one being the first, or in training any."""
         return self.rng.choice(wordings) if self.split == "train" else wordings[self.wording]
+
+
+@lru_cache(maxsize=64)
+def _shuffled(name: str, count: int) -> list[int]:
+    """The numbers below `count` in the order that belongs to a name."""
+    return random.Random(name).sample(range(count), count)
 
 
 def _one_of(what: str, value: str, known):
