@@ -45,9 +45,7 @@ class Process(NamedTuple):
         return _ask(self.server, {"wait": self.pid})
 
 
-def start(
-    *arguments: object, folder: Path, outputs: Path, python: Path | str = sys.executable, **environment: str
-) -> Process:
+def start(*arguments: object, folder: Path, outputs: Path, **environment: str) -> Process:
     """`python ARGUMENTS` in `folder`; imports are of the package and of this repository.
 
     Without a variable of the Hub's there is no Hub, and a cache that is this session's.
@@ -55,21 +53,21 @@ def start(
     hub = {name: value for name, value in environment.items() - os.environ.items() if name.startswith("HF_")}
     hub = hub or {"HF_HOME": _home().name, "HF_HUB_OFFLINE": "1"}
     environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"} | environment | hub
-    server, out, error = _server(str(python), frozenset(hub.items())), outputs / "out", outputs / "error"
+    server, out, error = _server(frozenset(hub.items())), outputs / "out", outputs / "error"
     for file in (out, error):
         file.touch()
     request = {"arguments": list(map(str, arguments)), "folder": str(folder), "outputs": [str(out), str(error)]}
     return Process(_ask(server, request | {"environment": environment}), out, error, server)
 
 
-def run(*arguments: object, folder: Path = ROOT, status: int = 0, **options: str) -> str:
+def run(*arguments: object, folder: Path = ROOT, status: int = 0, **environment: str) -> str:
     """What a process prints that `start` begins.
 
     Raises:
         AssertionError: it ends by another status than `status`: with its standard error.
     """
     with tempfile.TemporaryDirectory() as outputs:
-        process = start(*arguments, folder=folder, outputs=Path(outputs), **options)
+        process = start(*arguments, folder=folder, outputs=Path(outputs), **environment)
         ended = process.wait()
         assert ended == status, f"{ended}, not {status}\n{process.error.read_text()}"
         return process.out.read_text()
@@ -91,12 +89,12 @@ def _home() -> tempfile.TemporaryDirectory:
 
 
 @functools.cache
-def _server(python: str, hub: frozenset[tuple[str, str]]) -> subprocess.Popen:
+def _server(hub: frozenset[tuple[str, str]]) -> subprocess.Popen:
     """Ends where its standard input does, with this process. Libraries read as they are imported where the Hub is, and
     where its files are kept, so each Hub has its own."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHONPATH", "COVERAGE_"))}
     return subprocess.Popen(
-        [python, __file__, *IMPORTED],
+        [sys.executable, __file__, *IMPORTED],
         env=inherited | {"OMP_NUM_THREADS": "1"} | dict(hub),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -157,6 +157,7 @@ class Tasks:
             "sequence": self._sequence,
             "arrangement": self._arrangement,
         }
+        self._candidates: dict[tuple[str, str], list] = {}
         self._targets: dict[tuple[str, ...], list] = {}
 
     @classmethod
@@ -225,9 +226,10 @@ class Tasks:
         _check(task, kind, split, part)
         key = (task, kind, split, part)
         if key not in self._targets:
-            self._targets[key] = [
-                target for target in self._candidates(task, kind) if self._is_target(target, split, part)
-            ]
+            if (task, kind) not in self._candidates:
+                self._candidates[task, kind] = list(self._find_candidates(task, kind))
+            found = self._candidates[task, kind]
+            self._targets[key] = [target for target in found if self._is_target(target, split, part)]
         return self._targets[key]
 
     def _is_target(self, target: int | tuple[int, ...], split: str, part: str) -> bool:
@@ -255,7 +257,7 @@ class Tasks:
             return "train"
         return "dev" if drawn < DEV_SHARE * HELD_OUT_ARRANGEMENTS else "test"
 
-    def _candidates(self, task: str, kind: str) -> Iterator[int] | Iterator[tuple[int, ...]]:
+    def _find_candidates(self, task: str, kind: str) -> Iterator[int] | Iterator[tuple[int, ...]]:
         """What items of any split may be about."""
         rows = range(len(self.names))
         if task == "editing":
