@@ -24,7 +24,7 @@ test: $(INSTALLED)
 tests: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-# those that take minutes each
+# those that take minutes each, and what others show already in a cheaper form
 slow-tests: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 -m slow
 

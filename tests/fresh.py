@@ -15,16 +15,14 @@ import tempfile
 import types
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 1800
-BARE = (
+IMPORTED = (
     *("torch", "torch._dynamo", "torch._inductor.config", "torch.distributed.checkpoint", "torch.distributed.fsdp"),
     *("torch.distributed.tensor", "torch.utils.data", "numpy", "scipy.stats", "sklearn.metrics", "pandas", "pyarrow"),
     *("PIL.Image", "safetensors.torch", "tokenizers", "httpx", "requests", "regex", "yaml", "typer", "rich.console"),
-)
-# as they are imported, they read where the Hub is, and where its files are kept
-OF_THE_HUB = (
     *("huggingface_hub.hf_api", "accelerate.commands.launch", "datasets", "peft", "transformers.modeling_utils"),
     *("transformers.generation", "transformers.image_processing_utils", "transformers.processing_utils"),
     *("transformers.models.auto.modeling_auto", "transformers.models.auto.processing_auto", "transformers.trainer"),
@@ -34,25 +32,45 @@ OF_THE_HUB = (
 )
 
 
-def run(*arguments: object, folder: Path = ROOT, status: int = 0, **environment: str) -> str:
-    """What `python ARGUMENTS` prints in `folder`; imports are of the package and of this repository.
+class Process(NamedTuple):
+    """One that goes on by itself; what it prints."""
+
+    pid: int
+    out: Path
+    error: Path
+    server: subprocess.Popen
+
+    def wait(self) -> int:
+        """The status by which it ends."""
+        return _ask(self.server, {"wait": self.pid})
+
+
+def start(*arguments: object, folder: Path, outputs: Path, **environment: str) -> Process:
+    """`python ARGUMENTS` in `folder`; imports are of the package and of this repository.
 
     Without a variable of the Hub's there is no Hub, and a cache that is this session's.
+    """
+    hub = {name: value for name, value in environment.items() - os.environ.items() if name.startswith("HF_")}
+    hub = hub or {"HF_HOME": _home().name, "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"} | environment | hub
+    server, out, error = _server(frozenset(hub.items())), outputs / "out", outputs / "error"
+    for file in (out, error):
+        file.touch()
+    request = {"arguments": list(map(str, arguments)), "folder": str(folder), "outputs": [str(out), str(error)]}
+    return Process(_ask(server, request | {"environment": environment}), out, error, server)
+
+
+def run(*arguments: object, folder: Path = ROOT, status: int = 0, **environment: str) -> str:
+    """What a process prints that `start` begins.
 
     Raises:
         AssertionError: it ends by another status than `status`: with its standard error.
     """
-    of_the_hub = any(name.startswith("HF_") for name, _ in environment.items() - os.environ.items())
-    environment = {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}", "HF_HOME": str(folder / "hf")} | environment
-    environment = os.environ | environment | ({} if of_the_hub else _no_hub())
-    server = _server(of_the_hub)
     with tempfile.TemporaryDirectory() as outputs:
-        out, error = (Path(outputs, name) for name in ("out", "error"))
-        request = {"arguments": list(map(str, arguments)), "folder": str(folder), "outputs": [str(out), str(error)]}
-        print(json.dumps(request | {"environment": environment}), file=server.stdin, flush=True)
-        ended = json.loads(server.stdout.readline())
-        assert ended == status, f"{ended}, not {status}\n{error.read_text()}"
-        return out.read_text()
+        process = start(*arguments, folder=folder, outputs=Path(outputs), **environment)
+        ended = process.wait()
+        assert ended == status, f"{ended}, not {status}\n{process.error.read_text()}"
+        return process.out.read_text()
 
 
 def run_fresh(script: str, folder: Path, **environment: str) -> str:
@@ -60,35 +78,44 @@ def run_fresh(script: str, folder: Path, **environment: str) -> str:
     return run("-c", script, folder=folder, **{"PYTHONPATH": str(ROOT / "src")} | environment)
 
 
+def hub_cache() -> Path:
+    """Where processes without a Hub find its files."""
+    return Path(_home().name, "hub")
+
+
 @functools.cache
 def _home() -> tempfile.TemporaryDirectory:
     return tempfile.TemporaryDirectory()
 
 
-def _no_hub() -> dict[str, str]:
-    return {"HF_HOME": _home().name, "HF_HUB_OFFLINE": "1"}
-
-
 @functools.cache
-def _server(of_the_hub: bool) -> subprocess.Popen:
-    """Ends where its standard input does, with this process."""
+def _server(hub: frozenset[tuple[str, str]]) -> subprocess.Popen:
+    """Ends where its standard input does, with this process. Libraries read as they are imported where the Hub is, and
+    where its files are kept, so each Hub has its own."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHONPATH", "COVERAGE_"))}
-    imported = BARE if of_the_hub else BARE + OF_THE_HUB
     return subprocess.Popen(
-        [sys.executable, __file__, *imported],
-        env=inherited | {"OMP_NUM_THREADS": "1"} | ({} if of_the_hub else _no_hub()),
+        [sys.executable, __file__, *IMPORTED],
+        env=inherited | {"OMP_NUM_THREADS": "1"} | dict(hub),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
 
 
+def _ask(server: subprocess.Popen, request: dict) -> int:
+    print(json.dumps(request), file=server.stdin, flush=True)
+    return json.loads(server.stdout.readline())
+
+
 def _serve() -> dict:
     """Returns in a fork for each request, which it is."""
-    for line in sys.stdin:
-        if not (child := os.fork()):
-            return json.loads(line)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    for request in map(json.loads, sys.stdin):
+        if "wait" in request:
+            print(os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1]), flush=True)
+        elif child := os.fork():
+            print(child, flush=True)
+        else:
+            return request
     sys.exit()
 
 

@@ -525,7 +525,7 @@ def command(world: World, rng: random.Random) -> None:
 
 
 SHARES: dict[Callable[[World, random.Random], None], int] = {
-    picture_file: 1500,
+    picture_file: 1450,
     array: 400,
     prompt: 600,
     request: 700,
@@ -533,7 +533,7 @@ SHARES: dict[Callable[[World, random.Random], None], int] = {
     model_json: 400,
     weights: 150,
     document: 350,
-    manifest: 100,
+    manifest: 150,
     command: 200,
 }
 """Inputs of each target among 5,000."""

@@ -1,8 +1,11 @@
 """The few calls of the Hub's HTTP API that pushing and loading needs, on loopback, with files in memory."""
 
 import base64
+import functools
 import hashlib
 import json
+import tempfile
+from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
@@ -20,11 +23,13 @@ class HubStandIn:
         self.objects: dict[str, bytes] = {}
         self.calls: list[str] = []
         self.url = ""
+        self.cache = tempfile.TemporaryDirectory()
 
     @property
     def environment(self) -> dict[str, str]:
         """What leads a new process to this Hub and to no other."""
         environment = {"HF_ENDPOINT": self.url, "HF_TOKEN": "hf_stand_in", "HF_HUB_DISABLE_XET": "1"}
+        environment |= {"HF_HOME": self.cache.name}
         return environment | {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1"}
 
     def create(self, body: dict) -> dict:
@@ -149,17 +154,19 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def hub_stand_in():
-    """A running stand-in, to be named by `HF_ENDPOINT`."""
+def hub_stand_in() -> Iterator[HubStandIn]:
+    """A running stand-in, to be named by `HF_ENDPOINT`; empty, though the same one each time."""
+    hub = _running()
+    for held in (hub.repositories, hub.objects, hub.calls):
+        held.clear()
+    yield hub
+
+
+@functools.cache
+def _running() -> HubStandIn:
     hub = HubStandIn()
     handler = type("HandlerOfOne", (Handler,), {"hub": hub})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     hub.url = f"http://127.0.0.1:{server.server_port}"
-    thread = Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield hub
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    Thread(target=server.serve_forever, daemon=True).start()
+    return hub

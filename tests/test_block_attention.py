@@ -215,8 +215,9 @@ def test_generation_is_the_same(model, tmp_path):
 
 @pytest.mark.parametrize("implementation", ["blocks", "sdpa"])
 def test_a_compiled_layer_takes_any_layout(implementation):
-    model = tiny_model().double()
-    batches = padded_left(model), packed(model)
+    model = tiny_model(tiny_config({"num_hidden_layers": 1})).double()
+    padded = batch_of(model, [10, Picture(SQUARE, 1), 11, 12], [13, 14])
+    batches = padded, packed(model, [[10, Picture(SQUARE, 1), 11], [20, 21, 22], [23, 24, 25]])
     expected = [model(**batch, use_cache=False).logits[real(batch)] for batch in batches]
     model.set_attn_implementation(implementation)
     for layer in model.model.language_model.layers:

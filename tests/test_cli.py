@@ -1,16 +1,14 @@
 """The console command on a tiny checkpoint; `flops` is tested with its module."""
 
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from tests.fresh import run_fresh
 from transformers_nextflow import cli
 from transformers_nextflow.cli import main
 from transformers_nextflow.utils import loading
@@ -280,18 +278,16 @@ OF_TRAINING = {
 }
 
 
-def test_commands_of_training_name_their_extra():
+def test_commands_of_training_name_their_extra(tmp_path):
     commands = [[*name.split(), *rest] for name, rest in OF_TRAINING.items()]
     script = f"""
 import sys
-sys.modules |= dict.fromkeys(("datasets", "pyarrow"))
+absent = ("datasets", "pyarrow")
+sys.modules |= {{name: None for name in [*sys.modules, *absent] if name.split(".")[0] in absent}}
 sys.stderr = sys.stdout
 from transformers_nextflow.cli import main
 assert {{main(command) for command in {commands}}} == {{2}}
 """
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1] / "src")}
-    command = [sys.executable, "-c", script]
-    done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
-    for name, line in zip(OF_TRAINING, done.stdout.splitlines(), strict=True):
+    for name, line in zip(OF_TRAINING, run_fresh(script, tmp_path).splitlines(), strict=True):
         assert line.startswith(f"error: {name} needs a package that is not installed"), line
         assert line.endswith("pip install 'transformers-nextflow[train]'")

@@ -16,6 +16,7 @@ from tiny_models import (
     Picture,
     batch_of,
     relative,
+    tiny_config,
     tiny_model,
 )
 from transformers import AttentionInterface, GenerationConfig, Qwen2_5_VLForConditionalGeneration
@@ -113,6 +114,14 @@ def test_the_text_decoder_may_have_an_attention_of_its_own(model):
 # Compilers
 
 
+@pytest.fixture(scope="module")
+def shallow():
+    """Of a layer each."""
+    config = tiny_config({"num_hidden_layers": 1})
+    config.vq_config.semantic_config.num_hidden_layers = 1
+    return tiny_model(config)
+
+
 def test_ids_are_a_batch(model):
     inputs = batch_of(model, [10, Picture(SQUARE), 11])
     ids, grids = inputs["input_ids"][0], inputs["image_grid_hw"]
@@ -120,53 +129,55 @@ def test_ids_are_a_batch(model):
         model(ids, pixel_values=torch.zeros(9, 3 * PATCH**2), image_grid_hw=grids)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_pictures_of_several_sizes_under_a_compiler(model, backend):
-    compiled = torch.compile(model, backend=backend)
+@pytest.mark.parametrize(
+    "backend", ["eager", *(pytest.param(name, marks=pytest.mark.slow) for name in ("aot_eager", "inductor"))]
+)
+def test_pictures_of_several_sizes_under_a_compiler(shallow, backend):
+    compiled = torch.compile(shallow, backend=backend)
     for number, grid in enumerate((SQUARE, WIDE)):
-        inputs = batch_of(model, [10, Picture(grid, 1), 11])
+        inputs = batch_of(shallow, [10, Picture(grid, 1), 11])
         del inputs["image_codes"]
         generator = torch.Generator().manual_seed(number)
         inputs["pixel_values"] = torch.rand(grid[0] * grid[1], 48, generator=generator) * 2 - 1
         with torch.no_grad():
-            assert relative(compiled(**inputs).logits, model(**inputs).logits) < 1e-4
+            assert relative(compiled(**inputs).logits, shallow(**inputs).logits) < 1e-4
     torch._dynamo.reset()
 
 
-def test_text_is_exported(model):
+def test_text_is_exported(shallow):
     """A graph for rows of any number and length."""
-    inputs = batch_of(model, *CHATS)
+    inputs = batch_of(shallow, *CHATS)
     shapes = {name: {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO} for name in inputs}
     shapes["use_cache"] = None
-    exported = torch.export.export(model, (), inputs | {"use_cache": False}, dynamic_shapes=shapes)
+    exported = torch.export.export(shallow, (), inputs | {"use_cache": False}, dynamic_shapes=shapes)
     for rows in (CHATS, [[10], [11, 12, 13, 14, 15]], [[20, 21, 22]]):
-        inputs = batch_of(model, *rows)
+        inputs = batch_of(shallow, *rows)
         graph = exported.module()(**inputs, use_cache=False)
-        assert relative(graph.logits, model(**inputs).logits) < 1e-5
+        assert relative(graph.logits, shallow(**inputs).logits) < 1e-5
 
 
-def test_pictures_are_exported(model):
+def test_pictures_are_exported(shallow):
     """With a layout, which depends on values; and what codes look like."""
-    inputs = batch_of(model, [10, Picture(SQUARE, 1), 11], [12, Picture(WIDE, 2), 13])
+    inputs = batch_of(shallow, [10, Picture(SQUARE, 1), 11], [12, Picture(WIDE, 2), 13])
     with pytest.raises(ValueError, match="an exported forward with images or labels takes a layout"):
-        torch.export.export(model, (), inputs | {"use_cache": False})
-    layout = build_layout(model.config, inputs["input_ids"], inputs["image_grid_hw"], inputs["attention_mask"])
+        torch.export.export(shallow, (), inputs | {"use_cache": False})
+    layout = build_layout(shallow.config, inputs["input_ids"], inputs["image_grid_hw"], inputs["attention_mask"])
     tensors = {name: tensor for name, tensor in vars(layout).items() if tensor is not None}
 
     class Read(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.model = model
+            self.model = shallow
 
         def forward(self, layout, **inputs):
             return self.model(layout=SequenceLayout(**layout), use_cache=False, **inputs).logits
 
     given = {name: inputs[name] for name in ("input_ids", "attention_mask", "image_codes")} | {"layout": tensors}
     exported = torch.export.export(Read(), (), given).module()
-    other = batch_of(model, [20, Picture(SQUARE, 3), 21], [22, Picture(WIDE, 4), 23])
+    other = batch_of(shallow, [20, Picture(SQUARE, 3), 21], [22, Picture(WIDE, 4), 23])
     for each in (inputs, other):
         graph = exported(**given | {name: each[name] for name in ("input_ids", "image_codes")})
-        assert relative(graph, model(**each).logits) < 1e-5
+        assert relative(graph, shallow(**each).logits) < 1e-5
 
     class Decode(Read):
         def forward(self, codes):
@@ -174,7 +185,7 @@ def test_pictures_are_exported(model):
 
     codes = torch.randint(CODES, (2, 14), generator=torch.Generator().manual_seed(0))
     decoded = torch.export.export(Decode(), (torch.zeros_like(codes),)).module()(codes)
-    assert relative(decoded, model.model.vq_model.decode(codes, SQUARE)) < 1e-5
+    assert relative(decoded, shallow.model.vq_model.decode(codes, SQUARE)) < 1e-5
 
 
 def test_steps_over_a_static_cache_are_exported(model):

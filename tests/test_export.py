@@ -7,14 +7,15 @@ import re
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 import yaml
-from hub_stand_in import hub_stand_in
 from PIL import Image
 
 from diffusers_nextflow import NextFlowPipeline
 from tests.fresh import run_fresh
+from tests.hub_stand_in import hub_stand_in
 from transformers_nextflow.cli import main
 
 PICTURE = """
@@ -175,15 +176,12 @@ def test_a_volume_is_told_before_anything_is_written(tiny_checkpoint, tmp_path, 
     assert not any((tmp_path / "out").iterdir())
 
 
-def test_a_hub_that_does_not_answer_is_an_error_of_one_line(tiny_checkpoint, tmp_path):
-    script = f"""
-import sys
-from transformers_nextflow.cli import main
-sys.stderr = sys.stdout
-assert main(["export", {str(tiny_checkpoint)!r}, "--to", "someone/exported", "--push"]) == 2
-"""
-    out = run_fresh(script, tmp_path, HF_ENDPOINT="http://127.0.0.1:9", HF_TOKEN="hf_none", HF_HUB_OFFLINE="0")
-    assert out.startswith("error: the Hub does not answer: ") and out.count("\n") == 1
+def test_a_hub_that_does_not_answer_is_an_error_of_one_line(tiny_checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_TOKEN", "hf_none")
+    assert main(["export", str(tiny_checkpoint), "--to", "someone/exported", "--push"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: the Hub does not answer: ") and error.count("\n") == 1
 
 
 def truncated(folder):

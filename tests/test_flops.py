@@ -1,10 +1,6 @@
 """Inference cost: the paper's figures to the last digit, and a real configuration against counted FLOPs."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +9,7 @@ from transformers import DynamicCache
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
+from tests import fresh
 from transformers_nextflow.cache_name import CACHE
 from transformers_nextflow.cli import main
 from transformers_nextflow.flops import (
@@ -157,17 +154,11 @@ def test_impossible_counts_are_refused(call, message):
         call()
 
 
-def test_command_prints_json_in_its_own_process():
-    command = [sys.executable, "-m", "transformers_nextflow", "flops", "--json", "--prompt-tokens", "100"]
-    source = str(Path(__file__).parents[1] / "src")
-    result = subprocess.run(
-        [*command, "--aspect-ratio", "1:1", "--level", "1024"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": source},
-    )
-    assert (result.returncode, result.stderr) == (0, "")
-    figures = json.loads(result.stdout)
+def test_command_prints_json_in_its_own_process(tmp_path):
+    command = ["-m", "transformers_nextflow", "flops", "--json", "--prompt-tokens", 100]
+    process = fresh.start(*command, "--aspect-ratio", "1:1", "--level", 1024, folder=tmp_path, outputs=tmp_path)
+    assert (process.wait(), process.error.read_text()) == (0, "")
+    figures = json.loads(process.out.read_text())
     assert figures["paper_per_layer"]["nextflow"] == {"quadratic": 122208, "linear": 256215912}
     assert figures["paper_per_layer"]["mmdit"] == {"quadratic": 884736, "linear": 1207959552, "steps": 18}
     model = figures["model"]

@@ -2,8 +2,10 @@
 and a hook that lets each module have its weights only while it runs."""
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -108,11 +110,11 @@ def edit(model) -> torch.Tensor:
 def describe(model) -> torch.Tensor:
     inputs = inputs_of(model, [10, shown(SQUARE), 11, 12], [13, shown(WIDE)])
     del inputs["image_codes"]
-    return model.generate(**inputs, pixel_values=patches(model), max_new_tokens=5, do_sample=False)
+    return model.generate(**inputs, pixel_values=patches(model), max_new_tokens=3, do_sample=False)
 
 
 def interleave(model) -> torch.Tensor:
-    options = {"generation_mode": "interleaved", "max_new_tokens": 6, "sequence_bias": {(BOI,): 40.0}}
+    options = {"generation_mode": "interleaved", "max_new_tokens": 3, "sequence_bias": {(BOI,): 40.0}}
     output = model.generate(**guided(model, EDIT, NULL), **options, max_new_images=2, seed=0)
     assert len(output.image_grid_hw) > 1
     return torch.cat([output.sequences[0], output.image_codes])
@@ -139,9 +141,15 @@ USES += [describe, interleave, encode, decode, decoder_conditions, tokenize]
 BY_USE = pytest.mark.parametrize("use", USES, ids=lambda use: use.__name__)
 
 
+@functools.cache
+@torch.no_grad()
+def answer(use: Callable, model) -> torch.Tensor:
+    return use(model)
+
+
+@torch.no_grad()
 def assert_same(use: Callable, model, other) -> None:
-    with torch.no_grad():
-        expected, got = use(model), use(other).cpu()
+    expected, got = answer(use, model), use(other).cpu()
     if expected.is_floating_point():
         assert relative(got, expected) < 1e-5
     else:
@@ -151,45 +159,63 @@ def assert_same(use: Callable, model, other) -> None:
 # accelerate
 
 
-@BY_USE
-def test_offloaded_to_the_cpu(model, use):
+@pytest.fixture(scope="module")
+def offloaded(model) -> NextFlowForConditionalGeneration:
     other = copy.deepcopy(model)
     accelerate.cpu_offload(other, execution_device=torch.device("cpu"))
-    assert {parameter.device.type for parameter in other.parameters()} == {"meta"}
-    assert_same(use, model, other)
+    return other
 
 
 @BY_USE
-def test_offloaded_to_disk_by_a_device_map(model, use, tmp_path):
+def test_offloaded_to_the_cpu(model, offloaded, use):
+    assert {parameter.device.type for parameter in offloaded.parameters()} == {"meta"}
+    assert_same(use, model, offloaded)
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def by_device_map(model, folder, tmp_path_factory) -> NextFlowForConditionalGeneration:
     """The library's own `device_map="auto"`, with memory for half of the weights."""
-    model.save_pretrained(tmp_path / "model")
-    options = {"device_map": "auto", "max_memory": {"cpu": "90KB"}, "offload_folder": tmp_path / "offloaded"}
-    other = NextFlowForConditionalGeneration.from_pretrained(tmp_path / "model", **options)
-    places = set(other.hf_device_map.values())
-    assert places == {"cpu", "disk"}
+    options = {"device_map": "auto", "max_memory": {"cpu": "90KB"}, "offload_folder": tmp_path_factory.mktemp("disk")}
+    other = NextFlowForConditionalGeneration.from_pretrained(folder, **options)
     other.generation_config = model.generation_config
-    assert_same(use, model, other)
+    return other
 
 
 @BY_USE
-@pytest.mark.parametrize("part", ["heads", "images", "decoder"])
-def test_parts_on_disk(model, use, part, tmp_path):
+def test_offloaded_to_disk_by_a_device_map(model, by_device_map, use):
+    assert set(by_device_map.hf_device_map.values()) == {"cpu", "disk"}
+    assert_same(use, model, by_device_map)
+
+
+@pytest.fixture(scope="module", params=["heads", "images", "decoder"])
+def on_disk(request, model, folder, tmp_path_factory) -> NextFlowForConditionalGeneration:
     parts = {
         "heads": ("lm_head", "code_head"),
         "images": ("model.vq_model", "model.code_embeddings", "model.connector", "model.scale_embedding"),
         "decoder": ("model.language_model",),
     }
     everything = [name for names in parts.values() for name in names]
-    if model.config.tie_word_embeddings and part != "images":
+    if model.config.tie_word_embeddings and request.param != "images":
         pytest.skip("accelerate keeps tied weights on one device")
-    model.save_pretrained(tmp_path / "model")
     other = NextFlowForConditionalGeneration.from_pretrained(
-        tmp_path / "model",
-        device_map={name: "disk" if name in parts[part] else "cpu" for name in everything},
-        offload_folder=tmp_path / "offloaded",
+        folder,
+        device_map={name: "disk" if name in parts[request.param] else "cpu" for name in everything},
+        offload_folder=tmp_path_factory.mktemp("disk"),
     )
     other.generation_config = model.generation_config
-    assert_same(use, model, other)
+    return other
+
+
+@BY_USE
+def test_parts_on_disk(model, on_disk, use):
+    assert_same(use, model, on_disk)
 
 
 @pytest.mark.parametrize("is_all", [False, True], ids=["decoder", "all"])
@@ -227,20 +253,15 @@ MAPS = {
     "tokenizer apart": {part: SECOND if "vq_model" in part else FIRST for part in PARTS},
     "offloaded": {part: (FIRST, "cpu")[index % 2] for index, part in enumerate(PARTS)},
 }
-BY_MAP = pytest.mark.parametrize(
-    "places",
-    [pytest.param(MAPS[name], marks=[pytest.mark.slow] * name.endswith("other way"), id=name) for name in MAPS],
-)
 
 
-@contextmanager
-def spread(model, places: dict) -> Iterator[NextFlowForConditionalGeneration]:
+def spread(model, places: dict) -> NextFlowForConditionalGeneration:
     """A copy with its parts where accelerate puts them; those on the CPU are brought to the first device to run."""
     model = copy.deepcopy(model)
     with PretendedDevices():
         accelerate.dispatch_model(model, places, main_device=FIRST)
         assert len({parameter.device for parameter in model.parameters()}) == 2
-        yield model
+        return model
 
 
 @pytest.fixture(scope="module")
@@ -248,20 +269,34 @@ def untied() -> NextFlowForConditionalGeneration:
     return tiny_model()
 
 
-@BY_USE
-@BY_MAP
-def test_parts_on_two_devices(untied, use, places):
-    with spread(untied, places) as other:
-        assert_same(use, untied, other)
+@pytest.fixture(
+    scope="module", params=[pytest.param(n, marks=[pytest.mark.slow] * n.endswith("other way")) for n in MAPS]
+)
+def of_untied(request, untied) -> NextFlowForConditionalGeneration:
+    return spread(untied, MAPS[request.param])
 
 
 @BY_USE
-def test_tied_weights_beside_parts_on_two_devices(use):
+def test_parts_on_two_devices(untied, of_untied, use):
+    with PretendedDevices():
+        assert_same(use, untied, of_untied)
+
+
+@pytest.fixture(scope="module")
+def tied() -> NextFlowForConditionalGeneration:
+    return tiny_model(tiny_config(tie_word_embeddings=True))
+
+
+@pytest.fixture(scope="module")
+def of_tied(tied) -> NextFlowForConditionalGeneration:
     """The head is where the embedding is, as accelerate places them."""
-    tied = tiny_model(tiny_config(tie_word_embeddings=True))
-    places = MAPS["in turn"] | {"lm_head": MAPS["in turn"]["model.language_model.embed_tokens"]}
-    with spread(tied, places) as other:
-        assert_same(use, tied, other)
+    return spread(tied, MAPS["in turn"] | {"lm_head": MAPS["in turn"]["model.language_model.embed_tokens"]})
+
+
+@BY_USE
+def test_tied_weights_beside_parts_on_two_devices(tied, of_tied, use):
+    with PretendedDevices():
+        assert_same(use, tied, of_tied)
 
 
 @pytest.mark.parametrize("name", ["in turn", "in turn the other way"])
@@ -269,7 +304,8 @@ def test_gradients_of_parts_on_two_devices(untied, name):
     """In training mode, where rows without pictures give every weight a gradient as well."""
     untied.zero_grad()
     untied.train()(**with_labels(untied), z_loss=0.1).loss.backward()
-    with spread(untied, MAPS[name]) as other:
+    other = spread(untied, MAPS[name])
+    with PretendedDevices():
         other.train()(**with_labels(other), z_loss=0.1).loss.backward()
         got = {name: weight.grad.cpu() for name, weight in other.named_parameters() if weight.grad is not None}
     expected = {name: weight.grad for name, weight in untied.eval().named_parameters() if weight.grad is not None}
@@ -302,11 +338,16 @@ def weights_only_while_running(model) -> Iterator[dict[str, torch.nn.Parameter]]
         model.get_submodule(parent)._parameters[name] = parameter
 
 
-@BY_USE
-def test_weights_are_there_only_while_their_module_runs(model, use):
+@pytest.fixture(scope="module")
+def weightless(model) -> Iterator[NextFlowForConditionalGeneration]:
     other = copy.deepcopy(model)
     with weights_only_while_running(other):
-        assert_same(use, model, other)
+        yield other
+
+
+@BY_USE
+def test_weights_are_there_only_while_their_module_runs(model, weightless, use):
+    assert_same(use, model, weightless)
 
 
 def test_gradients_reach_weights_that_are_there_only_while_their_module_runs(model):
@@ -334,8 +375,8 @@ def test_gradients_reach_weights_that_are_there_only_while_their_module_runs(mod
 # diffusers
 
 
-@BY_USE
-def test_weights_that_are_stored_in_a_lower_precision_than_they_are_used_in(model, use):
+@pytest.fixture(scope="module")
+def casting(model) -> tuple[NextFlowForConditionalGeneration, NextFlowForConditionalGeneration]:
     """All but the vision tokenizer's, whose codes must stay those of shards."""
     hooks = pytest.importorskip("diffusers.hooks")
     rounded = copy.deepcopy(model)
@@ -344,15 +385,25 @@ def test_weights_that_are_stored_in_a_lower_precision_than_they_are_used_in(mode
         part.bfloat16().float()
     other = copy.deepcopy(rounded)
     hooks.apply_layerwise_casting(other, torch.bfloat16, torch.float32, skip_modules_pattern=("vq_model", "norm"))
-    assert other.lm_head.weight.dtype == other.model.connector[0].weight.dtype == torch.bfloat16
-    assert_same(use, rounded, other)
+    return rounded, other
 
 
 @BY_USE
-@pytest.mark.parametrize("by", ["leaf_level", "block_level"])
-def test_groups_of_weights_are_there_only_while_they_are_used(model, use, by):
+def test_weights_that_are_stored_in_a_lower_precision_than_they_are_used_in(casting, use):
+    rounded, other = casting
+    assert_same(use, rounded, other)
+    assert other.lm_head.weight.dtype == other.model.connector[0].weight.dtype == torch.bfloat16
+
+
+@pytest.fixture(scope="module", params=["leaf_level", "block_level"])
+def in_groups(request, model) -> NextFlowForConditionalGeneration:
     hooks = pytest.importorskip("diffusers.hooks")
     other, cpu = copy.deepcopy(model), torch.device("cpu")
-    blocks = {"num_blocks_per_group": 1} if by == "block_level" else {}
-    hooks.apply_group_offloading(other, cpu, cpu, offload_type=by, **blocks)
-    assert_same(use, model, other)
+    blocks = {"num_blocks_per_group": 1} if request.param == "block_level" else {}
+    hooks.apply_group_offloading(other, cpu, cpu, offload_type=request.param, **blocks)
+    return other
+
+
+@BY_USE
+def test_groups_of_weights_are_there_only_while_they_are_used(model, in_groups, use):
+    assert_same(use, model, in_groups)

@@ -350,9 +350,9 @@ def test_a_training_forward_never_waits_for_the_device(packed):
     assert "nonzero" in watch.waits, "without a layout forward makes one"
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("eager", marks=pytest.mark.slow)])
 def test_a_training_forward_is_one_graph(backend):
-    model = tiny_model().train()
+    model = tiny_model(tiny_config({"num_hidden_layers": 1})).train()
     batch = training_batch(model)
     batch["layout"] = build_layout(model.config, **batch)
     compiled = torch.compile(model, fullgraph=True, backend=backend)

@@ -519,11 +519,14 @@ def test_text_continues_from_a_cache_that_holds_its_pictures(model):
         model.generate(**turn, **options, past_key_values=second.past_key_values, max_new_tokens=2)
 
 
+GRIDS = [[[1, 1], [2, 2], [3, 3], [4, 4]], [[1, 1], [2, 3], [3, 4], [4, 6]]]
+
+
+@pytest.mark.slow
 def test_scale_steps_compile_once_for_all_grids():
     """The decoder compiled with dynamic shapes: another grid, another prompt length bring no new graph."""
     torch._dynamo.reset()
-    grids = [[[1, 1], [2, 2], [3, 3], [4, 4]], [[1, 1], [2, 3], [3, 4], [4, 6]]]
-    model = tiny_model(tiny_config(vq={"scale_schedules": grids, "levels": {"16": 4}}))
+    model = tiny_model(tiny_config({"num_hidden_layers": 1}, {"scale_schedules": GRIDS, "levels": {"16": 4}}))
     counter = CompileCounter()
     options = {"generation_mode": "image", "guidance_scale": 1.0, "seed": 0}
     sizes = [{"height": 16, "width": 16}, {"height": 16, "width": 24}]
@@ -538,14 +541,17 @@ def test_scale_steps_compile_once_for_all_grids():
     assert counter.frame_count == graphs
 
 
-def test_guided_scale_steps_are_one_graph_for_prompts_of_any_length():
+def test_guided_scale_steps_are_one_graph_for_prompts_of_any_length_and_all_grids():
     """After the first prompt: its first step is of one length yet, and the last one keeps no keys."""
     torch._dynamo.reset()
-    schedules = {"scale_schedules": [[[edge, edge] for edge in (1, 2, 3, 4)]], "levels": {"16": 4}}
-    model, counter = tiny_model(tiny_config(vq=schedules)), CompileCounter()
+    vq, counter = {"scale_schedules": GRIDS, "levels": {"16": 4}}, CompileCounter()
+    model = tiny_model(tiny_config({"num_hidden_layers": 1}, vq))
     null = {"negative_input_ids": torch.tensor([[20, BOI]])}
-    options = {"generation_mode": "image", "guidance_scale": 3.0, "seed": 0}
-    prompts = [batch_of(model, [*range(10, 10 + length), BOI]) | null for length in range(2, 12)]
+    options = {"generation_mode": "image", "guidance_scale": 3.0, "seed": 0, "height": 16}
+    prompts = [
+        batch_of(model, [*range(10, 10 + length), BOI]) | null | {"width": width}
+        for length, width in ((2, 16), (3, 16), (7, 24))
+    ]
     expected = [model.generate(**prompt, **options) for prompt in prompts]
     decoder = model.model.language_model
     decoder.forward = torch.compile(decoder.forward, backend=counter, dynamic=True, fullgraph=True)

@@ -4,6 +4,7 @@ Any version may take such a name away. Looked at in transformers 5.23 and 5.24, 
 """
 
 import ast
+import functools
 import importlib
 import pkgutil
 from collections import namedtuple
@@ -67,6 +68,7 @@ def private(name: str) -> bool:
     return name.startswith("_") and not name.startswith("__")
 
 
+@functools.cache
 def trees() -> list[ast.Module]:
     return [ast.parse(path.read_text()) for package in PACKAGES for path in (SOURCES / package).rglob("*.py")]
 

@@ -1,11 +1,13 @@
 """Every block of the README, and of the first page of the docs, runs as written."""
 
+import functools
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
+from transformers_nextflow import cli
 from transformers_nextflow.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -34,6 +36,7 @@ def test_shell_commands_run(tmp_path, monkeypatch):
     ]
     assert len(commands) >= 4
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "load_model", functools.cache(cli.load_model))
     for _, *arguments in commands:
         assert main(arguments) == 0, arguments
     written = {"picture.png", "edited.png", "reconstruction.png", "answer"}

@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from hub_stand_in import hub_stand_in
 
 from tests.fresh import run_fresh
+from tests.hub_stand_in import hub_stand_in
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowImageProcessor, NextFlowProcessor
 
 LOADED = """

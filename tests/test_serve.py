@@ -5,8 +5,7 @@ import io
 import json
 import os
 import re
-import subprocess
-import sys
+import signal
 import urllib.request
 from pathlib import Path
 
@@ -15,39 +14,33 @@ import pytest
 from PIL import Image
 from transformers.utils.import_utils import is_serve_available
 
+from tests import fresh
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor
 
 if not is_serve_available():
     pytest.skip("the server needs `pip install transformers[serving]`", allow_module_level=True)
 
-ROOT = Path(__file__).parents[1]
+from tests.serving.servers import until  # noqa: E402
+
 NUM_TOKENS = 6
 
 
 @pytest.fixture(scope="module")
-def server(tiny_checkpoint):
+def server(tiny_checkpoint, tmp_path_factory):
     """The address of a server in a process of its own, which has not imported the package."""
-    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(tiny_checkpoint)]
-    paths = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
-    process = subprocess.Popen(
-        [*command, "--trust-remote-code", "--device", "cpu", "--port", "0"],
-        env={**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    lines = []
+    command, folder = ["-m", "transformers.cli.transformers", "serve"], tmp_path_factory.mktemp("server")
+    options = ["--trust-remote-code", "--device", "cpu", "--port", 0]
+    process = fresh.start(*command, tiny_checkpoint, *options, folder=folder, outputs=folder)
+
+    def address() -> re.Match | None:
+        return re.search(r"Uvicorn running on (http://\S+)", process.error.read_text())
+
     try:
-        for line in process.stdout:
-            lines.append(line)
-            if address := re.search(r"Uvicorn running on (http://\S+)", line):
-                break
-        else:
-            pytest.fail("the server ended:\n" + "".join(lines))
-        yield address[1]
+        until(address)
+        yield address()[1]
     finally:
-        process.terminate()
-        process.communicate()
+        os.kill(process.pid, signal.SIGTERM)
+        process.wait()
 
 
 @pytest.fixture(scope="module")

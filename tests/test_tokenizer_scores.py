@@ -34,13 +34,13 @@ def test_psnr_and_ssim_are_means_over_the_pictures(console, folder, pictures):
     status, out, _ = console("evaluate", "psnr", folder, "--batch-size", 2, "--json")
     figures = json.loads(out)
     assert status == 0 and figures["pictures"] == len(pictures)
-    each = [json.loads(console("reconstruct", path, "--json")[1])["psnr"] for path in sorted(folder.glob("*.png"))]
+    each, pairs = [], []
+    for path in sorted(folder.glob("*.png")):
+        _, out, _ = console("reconstruct", path, "--output", "pair.png", "--json")
+        each.append(json.loads(out)["psnr"])
+        pairs.append(np.split(np.asarray(Image.open("pair.png")), 2, axis=1))
     assert figures["psnr"] == pytest.approx(np.mean(each))
     metrics = pytest.importorskip("skimage.metrics", reason="scikit-image is not installed")
-    pairs = []
-    for path in sorted(folder.glob("*.png")):
-        console("reconstruct", path, "--output", "pair.png")
-        pairs.append(np.split(np.asarray(Image.open("pair.png")), 2, axis=1))
     window = {"gaussian_weights": True, "use_sample_covariance": False, "channel_axis": 2}
     expected = np.mean([metrics.structural_similarity(*pair, **window) for pair in pairs])
     assert figures["ssim"] == pytest.approx(expected, abs=1e-6)

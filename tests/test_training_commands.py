@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import enlarge_
 from transformers.utils import logging
 
-from tests.fresh import run_fresh
+from tests.fresh import hub_cache, run_fresh
 from transformers_nextflow import (
     NextFlowForConditionalGeneration,
     NextFlowImageProcessor,
@@ -444,7 +444,7 @@ def test_an_export_tells_what_the_folder_says_that_refers_to_its_tokenizer(apart
 
 def test_a_training_from_a_revision_keeps_that_revisions_tokenizer(start, tiny_model, tiny_processor, tmp_path):
     """A repository of the Hub, as a cache without a network holds it, whose tokenizer is another on `main`."""
-    repository = tmp_path / "hub" / "models--owner--name"
+    repository = hub_cache() / "models--owner--both"
     (repository / "refs").mkdir(parents=True)
     tokenizers = {}
     for revision, commit in (("main", "a" * 40), ("v1", "b" * 40)):
@@ -467,13 +467,12 @@ from transformers_nextflow.training.loading import load_to_train
 from transformers_nextflow.utils.export import merge
 from transformers_nextflow.utils.loading import load_model
 
-constants.HF_HUB_CACHE = os.path.abspath("hub")
-model, _ = load_to_train("owner/name", vision_tokenizer=False, revision="v1")
+model, _ = load_to_train("owner/both", vision_tokenizer=False, revision="v1")
 found = [model.config.vision_tokenizer["sha256"]]
 model.save_pretrained("checkpoint")
 found.append(vision_identity(type(model).from_pretrained("checkpoint").model.vq_model))
 
-options = ModelOptions("owner/name", model_revision="v1", use_peft=True)
+options = ModelOptions("owner/both", model_revision="v1", use_peft=True)
 model, _, adapters = options.load(modules_to_save=["code_head"])
 get_peft_model(model, adapters).save_pretrained("adapters")
 merge("adapters", "merged")
@@ -487,12 +486,12 @@ class Told:
 transformer.NextFlowTrainer = Told
 chat = [{"role": role, "content": "a"} for role in ("user", "assistant")]
 datasets.Dataset.from_list([{"messages": chat}]).to_parquet("chats.parquet")
-options = "--model owner/name --model_revision v1 --documents chats.parquet --output run --use_cpu --report_to none"
+options = "--model owner/both --model_revision v1 --documents chats.parquet --output run --use_cpu --report_to none"
 transformer.main(options.split())
 """
     printed = run_fresh(script, tmp_path).split()
     assert printed[-4:] == [tokenizers["v1"]] * 4 != [tokenizers["main"]] * 4
-    assert "The weights of owner/name with the adapters of adapters" in (tmp_path / "merged" / "README.md").read_text()
+    assert "The weights of owner/both with the adapters of adapters" in (tmp_path / "merged" / "README.md").read_text()
 
 
 def test_a_tokenizer_that_is_gone_or_another_is_named(start, apart, tmp_path, capsys):

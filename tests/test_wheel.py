@@ -1,18 +1,16 @@
-"""The wheel alone, in an environment of its own and outside of the repository: its command does all there is."""
+"""The wheel, installed into a folder of its own and outside of the repository: its command does all there is."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
-import sysconfig
-import venv
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+from tests import fresh
 from tests.conversion.text_models import qwen2_5_vl, save
 from tests.tiny_tokenizer import tiny_text_tokenizer
 
@@ -27,10 +25,11 @@ COMMANDS = [
     *("train grpo", "train decoder", "convert language-model", "convert tokenflow"),
 ]
 IN_TURN = r"""
-import json, sys
-from transformers_nextflow import __file__ as file
+import json, os, sys
+import diffusers_nextflow, transformers_nextflow
 from transformers_nextflow.cli import main
-assert file.startswith(sys.prefix), file
+for package in (diffusers_nextflow, transformers_nextflow):
+    assert package.__file__.startswith(os.environ["PYTHONPATH"]), package
 for words in json.loads(sys.argv[1]):
     assert main(list(map(str, words))) == 0
     print(end="\f", flush=True)
@@ -39,8 +38,8 @@ ONE = ("--max_steps", 1, "--use_cpu", "--report_to", "none", "--save_strategy", 
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory) -> Path:
-    """With the wheel, and beside it the packages of this one but not what is installed of the repository."""
+def installed(tmp_path_factory) -> Path:
+    """The folder that holds the wheel's packages and what they say of themselves, and its command."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     shutil.copytree(ROOT / "src", source / "src", ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
@@ -49,28 +48,14 @@ def environment(tmp_path_factory) -> Path:
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(folder), str(source)]
     subprocess.run(build, check=True, capture_output=True)
-    venv.create(folder / "environment", with_pip=False)
     (wheel,) = folder.glob("*.whl")
-    python = folder / "environment" / "bin" / "python"
-    packages = folder / "environment" / "lib" / f"python{sysconfig.get_python_version()}" / "site-packages"
-    (packages / "beside.pth").write_text(sysconfig.get_path("purelib"))
-    install = [*pip, "--python", str(python), "install", "--no-deps", "--no-index", "--ignore-installed", str(wheel)]
+    install = [*pip, "install", "--no-deps", "--no-index", "--target", str(folder / "installed"), str(wheel)]
     subprocess.run(install, check=True, capture_output=True)
-    return folder / "environment"
+    return folder / "installed"
 
 
-def run(environment: Path, folder: Path, program: str, *words) -> str:
-    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(
-        [str(environment / "bin" / program), *map(str, words)],
-        cwd=folder,
-        env=clean | {"HF_HOME": str(folder / "hf")},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def run(installed: Path, folder: Path, *arguments) -> str:
+    return fresh.run(*arguments, folder=folder, PYTHONPATH=str(installed))
 
 
 def photos(folder: Path) -> None:
@@ -83,7 +68,7 @@ def photos(folder: Path) -> None:
     (folder / "metadata.jsonl").write_text("\n".join(lines))
 
 
-def test_pictures_become_a_model_that_is_exported(environment, tiny_checkpoint, tmp_path):
+def test_pictures_become_a_model_that_is_exported(installed, tiny_checkpoint, tmp_path):
     photos(tmp_path / "photos")
     finetune = ("finetune", "photos", "--output", "tuned", "--steps", 2, "--batch-size", 2, "--evaluations", 1)
     finetune += ("--model", str(tiny_checkpoint))
@@ -92,13 +77,13 @@ def test_pictures_become_a_model_that_is_exported(environment, tiny_checkpoint, 
     lines = [finetune, (*train, *ONE), ("merge", "on", "--output", "whole"), (*loss, "on"), (*loss, "whole")]
     lines.append(("export", "whole", "--to", "exported"))
     lines.append(("generate", "red", "--model", "exported", "--seed", 0))
-    out = run(environment, tmp_path, "python", "-c", IN_TURN, json.dumps(lines)).split("\f")
+    out = run(installed, tmp_path, "-c", IN_TURN, json.dumps(lines)).split("\f")
     losses = [json.loads(part) for part in out[3:5]]
     assert losses[0] == losses[1] and losses[0]["loss_vision"] > 0
     assert Image.open(tmp_path / "picture.png").size == (24, 24)
 
 
-def test_every_command_is_in_it_and_every_training_runs(environment, tiny_model, tiny_checkpoint, tmp_path):
+def test_every_command_is_in_it_and_every_training_runs(installed, tiny_model, tiny_checkpoint, tmp_path):
     """A text model gets a vision tokenizer, which is trained, as are what it draws and its decoder."""
     pytest.importorskip("diffusers")
     from tests.diffusers.tiny_decoders import decoder
@@ -123,12 +108,12 @@ def test_every_command_is_in_it_and_every_training_runs(environment, tiny_model,
         train("tokenizer", "--model", "vq", "--images", "photos", "--stage", "pixel", *without),
         train("decoder", "--model", "new", "--dataset_name", "photos", *small),
     ]
-    pages = run(environment, tmp_path, "python", "-c", IN_TURN, json.dumps(lines)).split("\f")
+    pages = run(installed, tmp_path, "-c", IN_TURN, json.dumps(lines)).split("\f")
     for command, page in zip(COMMANDS, pages):
         assert f"transformers-nextflow {command}" in page
     rewards = ("--dataset_name", "prompts.jsonl", "--reward_funcs", "rewards.size", "--model", "converted")
     groups = ("--num_generations", 2, "--per_device_train_batch_size", 2)
-    run(environment, tmp_path, "transformers-nextflow", *train("grpo", *rewards, *groups))
+    run(installed, tmp_path, installed / "bin" / "transformers-nextflow", *train("grpo", *rewards, *groups))
     for name in ("converted", "tokenizer", "grpo"):
         assert (tmp_path / name / "model.safetensors").is_file()
     assert (tmp_path / "decoder" / "model_index.json").is_file()

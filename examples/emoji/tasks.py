@@ -25,7 +25,7 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from .attributes import NUMBERS, VALUES, Thing, read_names
 from .splits import COMBINATION, DEV_SHARE, NAME, PAIR, SEEN, fraction, is_dev
@@ -157,6 +157,7 @@ class Tasks:
             "sequence": self._sequence,
             "arrangement": self._arrangement,
         }
+        self._candidates: dict[tuple[str, str], list] = {}
         self._targets: dict[tuple[str, ...], list] = {}
 
     @classmethod
@@ -197,8 +198,7 @@ class Tasks:
         if split == "train":
             target = rng.choice(targets)
         else:
-            order = random.Random(name).sample(range(len(targets)), len(targets))
-            target = targets[order[number % len(targets)]]
+            target = targets[_shuffled(name, len(targets))[number % len(targets)]]
         return self._builders[task](_Draw(rng, split, part, kind, wording), target)
 
     def dialogue(self, number: int, seed: int = 0) -> tuple[Item, ...]:
@@ -226,9 +226,10 @@ class Tasks:
         _check(task, kind, split, part)
         key = (task, kind, split, part)
         if key not in self._targets:
-            self._targets[key] = [
-                target for target in self._candidates(task, kind) if self._is_target(target, split, part)
-            ]
+            if (task, kind) not in self._candidates:
+                self._candidates[task, kind] = list(self._find_candidates(task, kind))
+            found = self._candidates[task, kind]
+            self._targets[key] = [target for target in found if self._is_target(target, split, part)]
         return self._targets[key]
 
     def _is_target(self, target: int | tuple[int, ...], split: str, part: str) -> bool:
@@ -256,7 +257,7 @@ class Tasks:
             return "train"
         return "dev" if drawn < DEV_SHARE * HELD_OUT_ARRANGEMENTS else "test"
 
-    def _candidates(self, task: str, kind: str) -> Iterator[int] | Iterator[tuple[int, ...]]:
+    def _find_candidates(self, task: str, kind: str) -> Iterator[int] | Iterator[tuple[int, ...]]:
         """What items of any split may be about."""
         rows = range(len(self.names))
         if task == "editing":
@@ -472,6 +473,12 @@ class _Draw:
     def word(self, wordings: Sequence[str]) -> str:
         """The wording asked for, the canonical one being the first, or in training any."""
         return self.rng.choice(wordings) if self.split == "train" else wordings[self.wording]
+
+
+@lru_cache(maxsize=64)
+def _shuffled(name: str, count: int) -> list[int]:
+    """The numbers below `count` in the order that belongs to a name."""
+    return random.Random(name).sample(range(count), count)
 
 
 def _one_of(what: str, value: str, known):

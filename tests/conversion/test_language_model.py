@@ -33,6 +33,7 @@ KINDS = {
     "llama linear": (llama, {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}),
     "llama 3": (llama, {"rope_parameters": LLAMA3_ROPE | {"rope_type": "llama3", "rope_theta": 5e5}}),
 }
+IN_HALF = ("qwen2.5-vl", "qwen2 tied", "llama 3")
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +53,14 @@ def text_logits(model, ids: torch.Tensor) -> torch.Tensor:
     return model(input_ids=ids).logits
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind, dtype",
+    [
+        *((kind, torch.float32) for kind in KINDS),
+        *((kind, torch.bfloat16) for kind in IN_HALF),
+        *(pytest.param(kind, torch.bfloat16, marks=pytest.mark.slow) for kind in KINDS if kind not in IN_HALF),
+    ],
+)
 @torch.no_grad()
 def test_logits_and_texts_are_the_sources(kind, dtype, vq_folder, text_tokenizer, tmp_path):
     build, settings = KINDS[kind]

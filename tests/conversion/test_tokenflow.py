@@ -138,9 +138,17 @@ def test_every_key_of_the_released_siglip_checkpoint_is_consumed():
     assert (config.codebook_size, config.encoder_blocks, config.decoder_blocks) == (32768, 2, 3)
 
 
-@pytest.mark.parametrize("size, edges", [(224, CLIP_EDGES[:-1]), (256, CLIP_EDGES)])
+ENHANCED = {"decoder_channels": 64, "decoder_blocks": 5}
+
+
 @pytest.mark.parametrize(
-    "decoder", [{}, {"decoder_channels": 64, "decoder_blocks": 5}], ids=["decoder", "enhanced_decoder"]
+    "size, edges, decoder",
+    [
+        (224, CLIP_EDGES[:-1], ENHANCED),
+        (256, CLIP_EDGES, {}),
+        pytest.param(224, CLIP_EDGES[:-1], {}, marks=pytest.mark.slow),
+        pytest.param(256, CLIP_EDGES, ENHANCED, marks=pytest.mark.slow),
+    ],
 )
 def test_the_clip_variant(size, edges, decoder, tmp_path):
     state = tokenflow_state(clip_model(**decoder))
@@ -159,8 +167,8 @@ def test_the_clip_variant(size, edges, decoder, tmp_path):
 
 def test_sizes_are_read_from_the_tensors(tmp_path):
     model = clip_model(multipliers=(1, 2, 1, 1, 3))
+    state = tokenflow_state(model)
     for wrapper in ("ema", "model", "state_dict", None):
-        state = tokenflow_state(model)
         other = {"model": {}} if wrapper == "ema" else {}
         torch.save(state if wrapper is None else other | {wrapper: state}, tmp_path / "clip.pt")
         converted = convert(tmp_path / "clip.pt")

@@ -3,10 +3,10 @@
 import json
 from pathlib import Path
 
-from hub_stand_in import hub_stand_in
 from safetensors.torch import load
 
 from tests.fresh import run_fresh
+from tests.hub_stand_in import hub_stand_in
 
 ROOT = Path(__file__).parents[2]
 TRAININGS = """

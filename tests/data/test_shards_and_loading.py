@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 from data_samples import documents, edit_manifest
-from hub_stand_in import hub_stand_in
 from PIL import Image
 from torch.utils.data import DataLoader
 
 from tests.fresh import run_fresh
+from tests.hub_stand_in import hub_stand_in
 from transformers_nextflow import NextFlowConfig, NextFlowForConditionalGeneration
 from transformers_nextflow.cli import main
 from transformers_nextflow.data import (

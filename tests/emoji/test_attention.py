@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import SQUARE, WIDE, Picture, batch_of, relative, tiny_model
+from tiny_models import SQUARE, WIDE, Picture, batch_of, relative, tiny_config, tiny_model
 
 from examples.emoji import attention
 from examples.emoji.attention import DOCUMENTS
@@ -32,15 +32,15 @@ def test_logits_loss_and_gradients(queries, monkeypatch):
     monkeypatch.setattr(attention, "QUERIES", queries)
     results = []
     for name in ("sdpa", DOCUMENTS):
-        model = tiny_model().double().train()
+        model = tiny_model(tiny_config({"num_hidden_layers": 1})).double().train()
         model.set_attn_implementation({"text_config": name})
-        for layer in model.model.language_model.layers:
+        for layer in model.model.language_model.layers if name == DOCUMENTS else ():
             layer.compile(backend="aot_eager", dynamic=False)
         batch = packed(model)
         output = model(**batch)
         output.loss.backward()
         gradients = [each.grad for each in model.model.language_model.parameters() if each.grad is not None]
         results.append([output.loss, output.logits[batch["document_ids"] >= 0], *gradients])
-    assert len(results[0]) > 20
+    assert len(results[0]) > 12
     for masked, documents in zip(*results, strict=True):
         assert relative(documents, masked) < 1e-7

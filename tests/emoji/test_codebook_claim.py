@@ -6,14 +6,15 @@ import torch
 
 from benchmarks.paper import codebook
 from examples.emoji import tokenizer
-from examples.emoji.sizes import vq_config
-from transformers_nextflow import NextFlowVQModel
+from transformers_nextflow import NextFlowForConditionalGeneration
 
 
-def test_the_single_codebook_is_the_pixel_half_trained_as_long_as_both(small_world_folder, tmp_path, monkeypatch):
+def test_the_single_codebook_is_the_pixel_half_trained_as_long_as_both(
+    small_world_folder, emoji_checkpoint, tmp_path, monkeypatch
+):
     monkeypatch.setitem(tokenizer.STEPS, "joint", 2)
-    torch.manual_seed(0)
-    before = NextFlowVQModel(vq_config()).eval()
+    monkeypatch.setattr(tokenizer, "BATCH", 8)
+    before = NextFlowForConditionalGeneration.from_pretrained(emoji_checkpoint).model.vq_model
     before.save_pretrained(tmp_path / "pixel")
     options = argparse.Namespace(run=tmp_path, data=small_world_folder)
     single = codebook.tokenizer_of(tmp_path, "single", options).eval()

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections import Counter
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from examples import demo
-from examples.emoji import assemble, card, choose_sampling, evaluate, panels, sheet
+from examples.emoji import artist, assemble, card, choose_sampling, evaluate, panels, scoring, sheet
 from examples.emoji.artist import Artist
 from examples.emoji.baselines import other_styles
 from examples.emoji.groups import drawings_32, reasoning
@@ -39,10 +40,19 @@ from transformers_nextflow.training import prepare_vq_stage
 from transformers_nextflow.utils.loading import DEFAULT_MODEL
 
 
+@pytest.fixture(scope="module", autouse=True)
+def short_answers() -> Iterator[None]:
+    """The model has not learnt to end them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(artist, "MAX_NEW_TOKENS", 12)
+        patch.setattr(scoring, "TRAINING_ANSWERS", 200)
+        yield
+
+
 @pytest.fixture(scope="module")
 def exam(world_folder, emoji_checkpoint) -> Exam:
-    artist = evaluate.load_artist(emoji_checkpoint, world_folder, torch.device("cpu"))
-    return Exam(artist, Tasks.of(artist.world))
+    whole = evaluate.load_artist(emoji_checkpoint, world_folder, torch.device("cpu"))
+    return Exam(whole, Tasks.of(whole.world))
 
 
 def items_of(exam: Exam, task: str, kind: str, count: int = 12):
@@ -136,7 +146,7 @@ def test_answers_are_compared_to_the_letter(exam):
     truths = [item.assistant[0] for item in items]
     right = answers(exam, items, [truths[0], truths[1].upper(), *truths[2:-1], ""])
     assert right[MODEL]["exact"].tolist() == [True, False, *[True] * (len(items) - 3), False]
-    drawn = (exam.tasks.draw("question", "train", number, kind="style") for number in range(2_000))
+    drawn = (exam.tasks.draw("question", "train", number, kind="style") for number in range(scoring.TRAINING_ANSWERS))
     (frequent, _), *_ = Counter(item.assistant[0] for item in drawn).most_common()
     assert right[FREQUENT]["exact"].tolist() == [truth == frequent for truth in truths]
 
@@ -183,8 +193,8 @@ def test_answers_in_text_and_in_turn_do_not_depend_on_their_batch(exam):
 
 def test_a_ramp_as_a_checkpoint_holds_it_is_one_at_either_level(exam):
     ramp = choose_sampling.setting(LinearRamp(1.0, 4.0))
-    artist = Artist(exam.artist.model, exam.artist.processor, exam.world, guidance_scale=ramp)
-    result = drawings_32(Exam(artist, exam.tasks, prompts=2))
+    ramped = Artist(exam.artist.model, exam.artist.processor, exam.world, guidance_scale=ramp)
+    result = drawings_32(Exam(ramped, exam.tasks, prompts=2))
     assert set(result) == {SEEN, PAIR, COMBINATION}
 
 

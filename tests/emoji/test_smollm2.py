@@ -116,7 +116,9 @@ def test_the_curve_has_every_step(folders):
     assert all(row["loss_vision"] > 0 and "loss_text" not in row for row in result["curve"])
 
 
-@pytest.mark.parametrize("stopped", ["before a checkpoint", "while it wrote one"])
+@pytest.mark.parametrize(
+    "stopped", ["while it wrote one", pytest.param("before a checkpoint", marks=pytest.mark.slow)]
+)
 def test_the_same_command_goes_on_where_it_was_stopped(stopped, command, folders):
     folder = folders[1]
     log, expected = (folder / "log.jsonl").read_text(), load_file(folder / "adapter" / ADAPTER)

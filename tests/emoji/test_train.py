@@ -10,7 +10,7 @@ from examples.emoji.stages import own_share, settings
 from examples.emoji.transformer import TRAININGS, Training
 from transformers_nextflow import NextFlowForConditionalGeneration
 
-FEW = Training(24, 848, 1, 2, 1e-3, 1.0, trains="connector_and_head")
+FEW = Training(8, 848, 1, 1, 1e-3, 1.0, trains="connector_and_head")
 
 
 def test_the_last_stage_goes_on_from_any_model(

@@ -8,7 +8,7 @@ from PIL import Image, ImageChops
 
 from benchmarks.field.layouts import DPG, GenEval, GenEval2, write_pictures
 
-PROMPTS = [f"{count} red circles" for count in range(100)]
+PROMPTS = [f"{count} red circles" for count in range(12)]
 
 
 @pytest.fixture
@@ -43,8 +43,8 @@ def test_geneval(draw, tmp_path, tiny_model, tiny_processor):
         entry = json.loads((folder / "metadata.jsonl").read_text())
         pictures = sorted(path for path in (folder / "samples").iterdir() if re.match(r"\d+\.png", path.name))
         read[int(folder.name)] = entry["tag"], entry["prompt"], list(map(Image.open, pictures))
-    assert [read[number][:2] for number in range(100)] == [("counting", prompt) for prompt in PROMPTS]
-    for number in (0, 42, 99):
+    assert [read[number][:2] for number in range(len(PROMPTS))] == [("counting", prompt) for prompt in PROMPTS]
+    for number in (0, 5, 11):
         expected = drawings(tiny_model, tiny_processor, PROMPTS[number], 4, 5 + number)
         assert len(read[number][2]) == 4 and all(map(same, read[number][2], expected))
 
@@ -52,7 +52,7 @@ def test_geneval(draw, tmp_path, tiny_model, tiny_processor):
 def test_geneval_2(draw, tmp_path, tiny_model, tiny_processor):
     draw(GenEval2, entries_file(tmp_path), tmp_path / "out")
     paths = json.loads((tmp_path / "out" / "image_paths.json").read_text())
-    assert list(paths) == PROMPTS and len(set(paths.values())) == 100
+    assert list(paths) == PROMPTS and len(set(paths.values())) == len(PROMPTS)
     (expected,) = drawings(tiny_model, tiny_processor, PROMPTS[7], 1, 7)
     assert same(Image.open(paths[PROMPTS[7]]), expected)
 
@@ -64,7 +64,7 @@ def test_dpg(draw, tmp_path, tiny_model, tiny_processor):
         (prompts / f"item{number:03}.txt").write_text(prompt + "\n")
     draw(DPG, prompts, tmp_path / "out")
     files = sorted((tmp_path / "out").iterdir())
-    assert [file.name.split(".")[0] for file in files] == [f"item{number:03}" for number in range(100)]
+    assert [file.name.split(".")[0] for file in files] == [f"item{number:03}" for number in range(len(PROMPTS))]
     sheet, edge = Image.open(files[3]), 24
     corners = [(0, 0), (edge, 0), (0, edge), (edge, edge)]
     cut = [sheet.crop((left, top, left + edge, top + edge)) for left, top in corners]

@@ -380,7 +380,7 @@ def test_exact_logits_do_not_depend_on_their_company(exact_model, tiny_processor
 
 
 def test_requests_together_get_what_each_gets_alone(exact_model, tiny_processor):
-    numbers = range(48)
+    numbers = range(24)
     with running(exact_model, tiny_processor) as address, ThreadPoolExecutor(16) as threads:
         with held(exact_model.code_head) as (let_go, _):
             together = [threads.submit(ask, address, number) for number in numbers]

@@ -8,21 +8,19 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 import tracemalloc
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
-from pathlib import Path
+from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
 from PIL import Image
 from requests import PreparedRequest, Request
 
+from tests import fresh
 from tests.serving.servers import (
     accepted,
     client,
@@ -42,8 +40,6 @@ from transformers_nextflow.serving.errors import RequestError
 from transformers_nextflow.serving.jobs import Answer, Job
 from transformers_nextflow.serving.limits import Limits
 from transformers_nextflow.serving.metrics import Metrics
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_who_waits_holds_pictures_in_the_size_that_the_model_reads(tiny_model, tiny_processor):
@@ -229,35 +225,28 @@ def test_a_batch_that_failed_takes_no_memory_from_those_after_it():
 
 
 HELD = """
-import sys
+import sys, time
+from pathlib import Path
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers_nextflow.cli import main
 from transformers_nextflow.modeling_nextflow import NextFlowTextModel
 
 def wait(module, args):
-    if isinstance(module, NextFlowTextModel):
-        sys.stdin.read()  # until it is closed
+    while isinstance(module, NextFlowTextModel) and not Path("let go").exists():
+        time.sleep(0.01)
 
 register_module_forward_pre_hook(wait)
 sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_what_was_accepted_is_answered_after_sigterm(tiny_checkpoint, tiny_model, tiny_processor):
-    command = [sys.executable, "-c", HELD, "serve", "--model", str(tiny_checkpoint), "--port", "0", "--max-batch", "4"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])}
-    pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL}
-    seeds = range(6)
-    with (
-        subprocess.Popen(command, env=environment, text=True, **pipes) as server,
-        ExitStack() as ended,
-        ThreadPoolExecutor(len(seeds)) as threads,
-        closing(server.stdin),
-    ):
-        ended.callback(server.terminate)  # after a failure too
-        port = next(
-            int(found[1]) for line in server.stderr if (found := re.search(r"http://127\.0\.0\.1:(\d+)", line))
-        )
+def test_what_was_accepted_is_answered_after_sigterm(tiny_checkpoint, tiny_model, tiny_processor, tmp_path):
+    command = ["-c", HELD, "serve", "--model", tiny_checkpoint, "--port", 0, "--max-batch", 4]
+    server, seeds = fresh.start(*command, folder=tmp_path, outputs=tmp_path), range(6)
+    with ThreadPoolExecutor(len(seeds)) as threads, ExitStack() as after_a_failure:
+        after_a_failure.callback(os.kill, server.pid, signal.SIGKILL)
+        until(lambda: "http://" in server.error.read_text())
+        port = int(re.search(r"http://127\.0\.0\.1:(\d+)", server.error.read_text())[1])
         address = f"http://127.0.0.1:{port}"
         asked = [
             threads.submit(client(address).images.generate, prompt="a star", extra_body={"seed": seed})
@@ -266,16 +255,16 @@ def test_what_was_accepted_is_answered_after_sigterm(tiny_checkpoint, tiny_model
         until(lambda: accepted(address) == len(seeds))
         kept = http.client.HTTPConnection("127.0.0.1", port)
         assert "connection" not in health(kept)
-        server.send_signal(signal.SIGTERM)
+        os.kill(server.pid, signal.SIGTERM)
         time.sleep(0.3)  # the signal is seen
         assert health(kept)["connection"] == "close"  # one connection is still answered, for the last time
         assert health(http.client.HTTPConnection("127.0.0.1", port))["connection"] == "close"  # and who comes anew
         until(lambda: not is_open(port))
-        server.stdin.close()
+        (tmp_path / "let go").touch()
         for seed, future in zip(seeds, asked):
             assert pictures_of(future.result()) == draw(tiny_model, tiny_processor, "a star", seed=seed)
-        server.stderr.read()
-    assert server.returncode in (0, -signal.SIGTERM)
+        assert server.wait() in (0, -signal.SIGTERM)
+        after_a_failure.pop_all()
 
 
 def health(connection: http.client.HTTPConnection) -> dict[str, str]:
