@@ -224,6 +224,7 @@ def _of_all_layers(case: Case) -> Iterator[Alteration]:
     queries and keys, halves of code embeddings; and every two layers, of many neighbours, in each other's place."""
     inner = case.model.model
     layers, kinds = inner.language_model.layers, defaultdict(list)
+    apply: Callable[[], AbstractContextManager]
     for name, module in layers.named_modules():
         kinds[name.rpartition(".")[2]].append(module)
     for kind, factors in FACTORS.items():
