@@ -456,9 +456,7 @@ def test_a_training_from_a_revision_keeps_that_revisions_tokenizer(start, tiny_m
             part.save_pretrained(repository / "snapshots" / commit)
         tokenizers[revision] = vision_identity(model.model.vq_model)
     script = """
-import os
 import datasets
-from huggingface_hub import constants
 from peft import get_peft_model
 from transformers_nextflow.data.shards import vision_identity
 from transformers_nextflow.training.commands import transformer
