@@ -84,18 +84,12 @@ def setting(owner: Any, name: str, value: Any) -> Iterator[None]:
 @contextmanager
 def exchanged(first: str, second: str, *owners: nn.Module) -> Iterator[None]:
     """Two modules of each owner in each other's place."""
-
-    def exchange():
+    with ExitStack() as stack:
         for owner in owners:
             one, other = getattr(owner, first), getattr(owner, second)
-            setattr(owner, first, other)
-            setattr(owner, second, one)
-
-    exchange()
-    try:
+            stack.enter_context(setting(owner, first, other))
+            stack.enter_context(setting(owner, second, one))
         yield
-    finally:
-        exchange()
 
 
 @contextmanager
