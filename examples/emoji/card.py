@@ -8,6 +8,7 @@ the paper from `docs/paper_and_here.md`. Each block stands between comments that
 import argparse
 import json
 import re
+from collections.abc import Iterable
 from functools import reduce
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from transformers_nextflow.utils.files import read_json, write_atomically
 from transformers_nextflow.utils.loading import DEFAULT_MODEL
 
 from .packages import STYLES, WORDS
-from .scoring import FREQUENT, MEAN, MODEL, OTHER, SOURCE, TOKENIZER
+from .scoring import MODEL, TOKENIZER
 from .teacher import BATCH as PAIRS
 from .tokenizer import BATCH as PICTURES
 from .transformer import TRAININGS
@@ -59,11 +60,15 @@ def plain(figure: dict | None) -> str:
     return f"{figure['score']:.2f}" if figure else ""
 
 
-def row(name: str, figures: dict, measure: str, *baselines: str) -> list[str]:
+def best_baseline(figures: dict, measure: str) -> dict | None:
+    """A measure of the best of all that stand beside the model and the tokenizer."""
+    others = [each[measure] for who, each in figures.items() if who not in (MODEL, TOKENIZER) and measure in each]
+    return max(others, key=lambda figure: figure["score"], default=None)
+
+
+def row(name: str, figures: dict, measure: str) -> list[str]:
     """A measure of the model, the tokenizer's, the best of the baselines, and how many prompts there were."""
-    others = [figures[who][measure] for who in baselines if who in figures]
-    best = max(others, key=lambda figure: figure["score"], default=None)
-    n = str(figures[MODEL][measure]["n"])
+    best, n = best_baseline(figures, measure), str(figures[MODEL][measure]["n"])
     return [name, share(figures[MODEL][measure]), plain(figures.get(TOKENIZER, {}).get(measure)), plain(best), n]
 
 
@@ -72,29 +77,29 @@ def score_rows(scores: dict) -> list[list[str]]:
     for group, size in (("drawings", "64"), ("drawings-32", "32")):
         for part, figures in scores.get(group, {}).items():
             for measure, name in {"picture": "R@1", "name": "name", "style": "style"}.items():
-                rows.append(row(f"drawing, {size} px, {PARTS[part]}: {name}", figures, measure, MEAN, OTHER))
+                rows.append(row(f"drawing, {size} px, {PARTS[part]}: {name}", figures, measure))
             if "every attribute" in figures[MODEL]:
                 name = f"drawing, {size} px, {PARTS[part]}: every attribute"
-                rows.append(row(name, figures, "every attribute", MEAN, OTHER))
+                rows.append(row(name, figures, "every attribute"))
     for part, figures in scores.get("captions", {}).items():
         measure = "exact" if part != "name" else "style"
-        rows.append(row(f"caption, {PARTS[part]}: {measure}", figures, measure, FREQUENT))
+        rows.append(row(f"caption, {PARTS[part]}: {measure}", figures, measure))
     groups = {
-        "questions": ("question", "exact", (FREQUENT,)),
-        "edits": ("edit", "picture", (SOURCE,)),
-        "analogies": ("analogy", "picture", (SOURCE,)),
-        "sequences": ("sequence, all frames", "all frames", (MEAN, OTHER)),
-        "arrangements": ("arrangement, every cell", "every cell", (MEAN, OTHER)),
+        "questions": ("question", "exact"),
+        "edits": ("edit", "picture"),
+        "analogies": ("analogy", "picture"),
+        "sequences": ("sequence, all frames", "all frames"),
+        "arrangements": ("arrangement, every cell", "every cell"),
     }
-    for group, (task, measure, baselines) in groups.items():
+    for group, (task, measure) in groups.items():
         for kind, parts in scores.get(group, {}).items():
             for part, figures in parts.items():
-                rows.append(row(f"{task}, {kind}, {part}", figures, measure, *baselines))
+                rows.append(row(f"{task}, {kind}, {part}", figures, measure))
     for part, figures in scores.get("reasoning", {}).items():
         tags = figures["tags alone"]
-        rows.append(row(f"tags alone, {PARTS[part]}: R@1", tags, "picture", MEAN, OTHER))
-        reasoned = {MODEL: figures["reasoning first"], **{who: tags[who] for who in (TOKENIZER, MEAN, OTHER)}}
-        rows.append(row(f"the same tags, reasoning first, {PARTS[part]}: R@1", reasoned, "picture", MEAN, OTHER))
+        rows.append(row(f"tags alone, {PARTS[part]}: R@1", tags, "picture"))
+        reasoned = tags | {MODEL: figures["reasoning first"]}
+        rows.append(row(f"the same tags, reasoning first, {PARTS[part]}: R@1", reasoned, "picture"))
         difference = figures["difference"]["picture"]
         rows.append([f"difference, {PARTS[part]}", share(difference), "", "", str(difference["n"])])
     return rows
@@ -106,15 +111,23 @@ def score_table(scores: dict) -> str:
 
 
 def summary_table(scores: dict) -> str:
-    """What is right of all kinds of prompts together, by part of the test split."""
-    found = lambda figures, path: reduce(lambda within, name: within.get(name, {}), path, figures)  # noqa: E731
+    """What is right of all kinds of prompts together, by part of the test split, and of the best of the baselines."""
     rows = []
     for name, (group, figure) in SUMMARY.items():
-        parts = found(scores, group)
-        of_parts = (parts.get("seen"), parts.get("pair", parts.get("held out")), parts.get("combination"))
-        rows.append([name, *(share(found(part or {}, figure)) for part in of_parts)])
+        parts = _found(scores, group)
+        of_parts = [parts.get("seen"), parts.get("pair", parts.get("held out")), parts.get("combination")]
+        of_parts = [part or {} for part in of_parts]
+        *before, who, measure = figure
+        others = [best_baseline(_found(part, before), measure) for part in of_parts if who == MODEL]
+        baselines = " / ".join(filter(None, map(plain, others)))
+        rows.append([name, *(share(_found(part, figure)) for part in of_parts), baselines])
     head = ["share that is right (95% interval)", "seen in training", "held-out pictures", "held-out combinations"]
-    return table(head, [row for row in rows if any(row[1:])])
+    return table([*head, "best baseline of each"], [row for row in rows if any(row[1:])])
+
+
+def _found(figures: dict, path: Iterable[str]) -> dict:
+    """What is at the end of a path, or nothing."""
+    return reduce(lambda within, name: within.get(name, {}), path, figures)
 
 
 def wording_table(scores: dict) -> str:

@@ -219,7 +219,7 @@ def count_writes(monkeypatch, at_each) -> None:
 
 
 def test_killed_runs_resume_to_the_same_bytes(document_source, data_checkpoint, extracted, tmp_path, monkeypatch):
-    """SIGKILL at five random points of extraction, and at five of packing."""
+    """SIGKILL at ten random points of extraction, and at ten of packing."""
     cost_model = CostModel("blocks", 1.0, 0.01)
     stages = {
         "documents": lambda folder: extract(document_source, data_checkpoint, folder, SETTINGS),
@@ -243,8 +243,8 @@ def test_killed_runs_resume_to_the_same_bytes(document_source, data_checkpoint, 
             count_writes(monkeypatch, count)
             run(tmp_path / "killed" / name)
 
-        for _ in range(5):
-            after = rng.randint(1, len(points) // 5)
+        for _ in range(10):
+            after = rng.randint(1, len(points) // 10)
             process = multiprocessing.get_context("fork").Process(target=dies, args=(after,))
             process.start()
             process.join()

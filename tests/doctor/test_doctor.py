@@ -293,6 +293,19 @@ def test_drawings_away_from_the_prompt_are_named(trained, monkeypatch):
     assert draws(Finding("draws", "toy", ""), case).fault == "drawn against the prompt"
 
 
+def of_four_colours(count: int) -> list[bytes]:
+    """Pictures, encoded."""
+    colours = np.random.default_rng(0).integers(0, 256, (count, 2, 2, 3), dtype=np.uint8)
+    return [png(Image.fromarray(each).resize((16, 16), Image.Resampling.NEAREST)) for each in colours]
+
+
+def case_of(rows: list[dict], settings: ExtractionSettings, checkpoint: Path, folder: Path) -> Case:
+    """A model and documents that are made of rows."""
+    datasets.Dataset.from_list(rows).to_parquet(str(folder / "source.parquet"))
+    extract(Source(str(folder / "source.parquet")), str(checkpoint), folder / "documents", settings)
+    return Case(*loading.load_model(str(checkpoint)), [], folder / "documents")
+
+
 @pytest.mark.parametrize(
     "question, picture, fault",
     [
@@ -301,9 +314,8 @@ def test_drawings_away_from_the_prompt_are_named(trained, monkeypatch):
         ("describe picture {}", "the same", "one picture many times"),
     ],
 )
-def test_pictures_and_answers_that_repeat_are_named(question, picture, fault, tiny_model, tiny_checkpoint, tmp_path):
-    colours = np.random.default_rng(0).integers(0, 256, (24, 2, 2, 3), dtype=np.uint8)
-    pictures = [png(Image.fromarray(each).resize((16, 16), Image.Resampling.NEAREST)) for each in colours]
+def test_pictures_and_answers_that_repeat_are_named(question, picture, fault, tiny_checkpoint, tmp_path):
+    pictures = of_four_colours(24)
     rows = [
         {
             "question": question.format(number),
@@ -312,24 +324,16 @@ def test_pictures_and_answers_that_repeat_are_named(question, picture, fault, ti
         }
         for number in range(24)
     ]
-    datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "source.parquet"))
-    settings = ExtractionSettings("captioning")
-    extract(Source(str(tmp_path / "source.parquet")), str(tiny_checkpoint), tmp_path / "documents", settings)
-    model, processor = loading.load_model(str(tiny_checkpoint))
-    case = Case(model, processor, [], tmp_path / "documents")
+    case = case_of(rows, ExtractionSettings("captioning"), tiny_checkpoint, tmp_path)
     assert varied(Finding("varied", "toy", ""), case).fault == fault
 
 
 @pytest.mark.parametrize("share, fault", [(0.1, None), (0.9, "prompts without text")])
 def test_texts_that_are_dropped_too_often_are_named(share, fault, tiny_checkpoint, tmp_path):
-    colours = np.random.default_rng(0).integers(0, 256, (24, 2, 2, 3), dtype=np.uint8)
-    pictures = [png(Image.fromarray(each).resize((16, 16), Image.Resampling.NEAREST)) for each in colours]
+    pictures = of_four_colours(24)
     rows = [{"text": f"thing {number}", "image": picture} for number, picture in enumerate(pictures)]
-    datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "source.parquet"))
     settings = ExtractionSettings("text-to-image", drop_text=share, self_correction=None)
-    extract(Source(str(tmp_path / "source.parquet")), str(tiny_checkpoint), tmp_path / "documents", settings)
-    model, processor = loading.load_model(str(tiny_checkpoint))
-    case = Case(model, processor, [], tmp_path / "documents")
+    case = case_of(rows, settings, tiny_checkpoint, tmp_path)
     assert varied(Finding("varied", "toy", ""), case).fault == fault
 
 
@@ -339,12 +343,8 @@ def test_prompts_are_those_of_the_shards_self_corrected_or_not(correction, tiny_
     rows = [
         {"text": text, "image": png(Image.new("RGB", (64, 64), (60 * n, 90, 30)))} for n, text in enumerate(prompts)
     ]
-    datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "source.parquet"))
-    settings = ExtractionSettings("text-to-image", self_correction=correction)
-    extract(Source(str(tmp_path / "source.parquet")), str(tiny_checkpoint), tmp_path / "documents", settings)
-    model, processor = loading.load_model(str(tiny_checkpoint))
-    case = Case(model, processor, [], tmp_path / "documents")
-    shown = [processor.tokenizer.decode(document.prompt) for document in case.asked]
+    case = case_of(rows, ExtractionSettings("text-to-image", self_correction=correction), tiny_checkpoint, tmp_path)
+    shown = [case.processor.tokenizer.decode(document.prompt) for document in case.asked]
     assert len(shown) == 4 and all(any(text in each for each in shown) for text in prompts)
 
     first, place = case.documents[0], len(case.documents[0].prompt)

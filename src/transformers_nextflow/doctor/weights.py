@@ -20,17 +20,18 @@ LOOKED_AT, SAME = 4096, 0.999  # entries of two tensors, and their correlation i
 
 def finite(check: Finding, case: Case) -> Finding:
     """Every weight is a finite number, and no entry of a matrix is far larger than all others."""
-    tensors, every = dict(case.model.named_parameters()), matrices(case.model)
+    tensors = dict(case.model.named_parameters())
+    wide = [name for name, tensor in tensors.items() if is_matrix(tensor)]
     faults = {
         "weights not finite": (tensors, lambda name: not tensors[name].isfinite().all()),
-        "weights out of bounds": (every, lambda name: _lead(every[name]) > BEYOND),
+        "weights out of bounds": (wide, lambda name: _lead(tensors[name]) > BEYOND),
     }
     return _verdict(check, faults)
 
 
 def _lead(weight: torch.Tensor) -> float:
     """How many times the largest entry is the second; 0 where that is 0, as of what has not been trained."""
-    first, second = weight.abs().flatten().topk(2).values
+    first, second = weight.detach().abs().flatten().topk(2).values
     return float(first / second) if second else 0.0
 
 
@@ -148,13 +149,15 @@ def _order(rows_VD: torch.Tensor, entries_VC: torch.Tensor) -> torch.Tensor:
     return torch.cat(scores)
 
 
+def is_matrix(parameter: torch.Tensor) -> bool:
+    """Whether it is the weight of a linear, convolution or embedding layer, of more than one row."""
+    return parameter.ndim >= 2 and parameter.is_floating_point() and parameter.shape[0] > 1
+
+
 def matrices(model: nn.Module) -> dict[str, torch.Tensor]:
-    """(rows, columns) float32 weights of linear, convolution and embedding layers, by name."""
-    return {
-        name: parameter.detach().float().flatten(1)
-        for name, parameter in model.named_parameters()
-        if parameter.ndim >= 2 and parameter.is_floating_point() and parameter.shape[0] > 1
-    }
+    """(rows, columns) float32 weights of layers, by name."""
+    named = model.named_parameters()
+    return {name: parameter.detach().float().flatten(1) for name, parameter in named if is_matrix(parameter)}
 
 
 def kind_of(name: str) -> str:
