@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from damage import DAMAGE, damaged, layers, permute, rewrite
+from damage import DAMAGE, damaged, exchange_keys_and_values, guess_heads, layers, permute, rewrite
 from own_pictures import build, png
 from PIL import Image
 from tokenizers import Tokenizer
@@ -589,6 +589,23 @@ def test_alterations_leave_no_trace(tiny_model):
         with context:
             assert not torch.equal(model(input_ids=ids, logits_over="text").logits, before)
         assert torch.equal(model(input_ids=ids, logits_over="text").logits, before)
+
+
+@pytest.mark.parametrize(
+    "damage, undone",
+    [
+        (guess_heads, lambda model: headed(model.model.language_model, 16)),
+        (exchange_keys_and_values, lambda model: exchanged("k_proj", "v_proj", *(x.self_attn for x in layers(model)))),
+    ],
+)
+@torch.no_grad()
+def test_damage_is_undone_by_the_alteration_that_names_it(damage, undone, tiny_model):
+    model, ids = copy.deepcopy(tiny_model), torch.arange(6)[None] + 10
+    whole = model(input_ids=ids, logits_over="text").logits
+    damage(model)
+    assert not torch.allclose(model(input_ids=ids, logits_over="text").logits, whole, atol=1e-4)
+    with undone(model):
+        torch.testing.assert_close(model(input_ids=ids, logits_over="text").logits, whole)
 
 
 def test_the_command_writes_figures_and_a_report_and_exits_with_1_on_alarms(
