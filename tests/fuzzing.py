@@ -519,7 +519,7 @@ def command(world: World, rng: random.Random) -> None:
         contextlib.redirect_stderr(io.StringIO()),
     ):
         try:
-            cli.app(arguments, prog_name="transformers-nextflow")
+            cli.program(arguments, prog_name="transformers-nextflow")
         except SystemExit as end:
             assert end.code in (0, 2)
 

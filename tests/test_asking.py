@@ -482,14 +482,21 @@ def test_an_edit_keeps_the_first_pictures_size(model):
 
 @pytest.mark.parametrize("level", ["256", "512", "1024"])
 @pytest.mark.parametrize("ratio", ["4:3", "3:4", "3:2", "2:3", "16:9", "9:16", "21:9", "5:4", "4:5"])
-def test_the_nearest_ratio_is_taken(ratio, level, console):
-    status, out, err = console("flops", "--aspect-ratio", ratio, "--level", level, "--json", model=None)
-    assert status == 0, err
+def test_the_nearest_ratio_is_taken(ratio, level):
     width, height = map(int, ratio.split(":"))
-    figures, table = json.loads(out), NextFlowConfig().vq_config.schedule_table()
+    table = NextFlowConfig().vq_config.schedule_table()
     sizes = [table.image_size(schedule) for schedule in table.of_level(level)]
     apart = lambda size: abs(np.log(size[1] / size[0] * height / width))  # noqa: E731
-    assert apart((figures["height"], figures["width"])) <= min(map(apart, sizes)) + 1e-9 < 0.12
+    taken = table.by_aspect_ratio(ratio, level, exact=False)
+    assert apart(table.image_size(taken)) <= min(map(apart, sizes)) + 1e-9 < 0.12
+
+
+def test_the_command_line_takes_the_nearest_ratio(console):
+    status, out, err = console("flops", "--aspect-ratio", "16:9", "--level", "512", "--json", model=None)
+    assert status == 0, err
+    figures, table = json.loads(out), NextFlowConfig().vq_config.schedule_table()
+    size = table.image_size(table.by_aspect_ratio("16:9", "512", exact=False))
+    assert (figures["height"], figures["width"]) == size
 
 
 def test_the_nearest_size_is_taken(model):

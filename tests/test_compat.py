@@ -1,22 +1,59 @@
 """What `make compat` runs are the ends of the declared ranges, and what it wrote is what is shown."""
 
+import ast
 import json
+import sys
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tests.compat.run import ENDS, RESULTS, TABLE, table
 
-PROJECT = Path(__file__).parents[1] / "pyproject.toml"
+ROOT = Path(__file__).parents[1]
+CLIENTS = {"ray", "lmms-eval"}  # which are there where they are asked for
+
+
+def declared(*left_out: str) -> dict[str, list[Requirement]]:
+    """Requirements of the package and of its extras, by their names, `""` the package's own."""
+    tomllib = pytest.importorskip("tomllib", reason="Python before 3.11 reads no TOML")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    groups = {"": project["dependencies"], **project["optional-dependencies"]}
+    return {name: [*map(Requirement, group)] for name, group in groups.items() if name not in left_out}
 
 
 def requirements(package: str) -> list[Requirement]:
-    tomllib = pytest.importorskip("tomllib", reason="Python before 3.11 reads no TOML")
-    project = tomllib.loads(PROJECT.read_text())["project"]
-    extras = project["optional-dependencies"].values()
-    all_of_them = map(Requirement, [*project["dependencies"], *(each for extra in extras for each in extra)])
-    return [requirement for requirement in all_of_them if requirement.name == package]
+    return [requirement for group in declared().values() for requirement in group if requirement.name == package]
+
+
+def imported() -> set[str]:
+    """Distributions of what the packages import."""
+    names, own = set(), {path.name for path in (ROOT / "src").iterdir()}
+    for path in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names.add(node.module.partition(".")[0])
+    found = packages_distributions()
+    return {canonicalize_name(found.get(name, [name])[0]) for name in names - own - set(sys.stdlib_module_names)}
+
+
+def test_what_is_imported_is_declared():
+    """Or comes with what is declared, whatever is asked of that; and the extra of trainings has nothing else."""
+    groups = declared("test", "docs", "emoji")
+    names = {canonicalize_name(requirement.name) for group in groups.values() for requirement in group}
+    brought = set()
+    for name in names:
+        try:
+            further = map(Requirement, requires(name) or [])
+        except PackageNotFoundError:  # of an extra
+            continue
+        brought |= {canonicalize_name(each.name) for each in further if not each.marker or each.marker.evaluate()}
+    assert imported() - names - brought - CLIENTS == set()
+    assert {canonicalize_name(requirement.name) for requirement in groups["train"]} - imported() == set()
 
 
 @pytest.mark.parametrize("package", ENDS)

@@ -18,6 +18,7 @@ from PIL import Image
 from rich.console import Console
 from tqdm import tqdm
 from typer import Argument, Exit, Option, Typer
+from typer.main import get_command
 
 from .configuration_nextflow import NextFlowConfig
 from .conversion.cli import app as conversion_app
@@ -615,11 +616,14 @@ def options(version: Annotated[bool, Option("--version", callback=print_version,
     """Text and images from one next-token, next-scale model."""
 
 
+program = get_command(app)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return its exit status; a user's error (bad value, missing file or package) is one
     line on stderr and status 2."""
     try:
-        app(argv, prog_name="transformers-nextflow")
+        program(argv, prog_name="transformers-nextflow")
     except SystemExit as end:
         return int(end.code or 0)
     except (ValueError, OSError, ImportError) as error:
