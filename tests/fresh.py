@@ -48,11 +48,13 @@ class Process(NamedTuple):
 def start(*arguments: object, folder: Path, outputs: Path, **environment: str) -> Process:
     """`python ARGUMENTS` in `folder`; imports are of the package and of this repository.
 
-    Without a variable of the Hub's there is no Hub, and a cache that is this session's.
+    Its Hub is the stand-in, unless it is told another.
     """
+    from tests.hub_stand_in import running
+
+    environment = running().environment | environment
     hub = {name: value for name, value in environment.items() - os.environ.items() if name.startswith("HF_")}
-    hub = hub or {"HF_HOME": _home().name, "HF_HUB_OFFLINE": "1"}
-    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"} | environment | hub
+    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"} | environment
     server, out, error = _server(frozenset(hub.items())), outputs / "out", outputs / "error"
     for file in (out, error):
         file.touch()
@@ -76,16 +78,6 @@ def run(*arguments: object, folder: Path = ROOT, status: int = 0, **environment:
 def run_fresh(script: str, folder: Path, **environment: str) -> str:
     """What a script prints, in `folder`, by someone who has the package installed."""
     return run("-c", script, folder=folder, **{"PYTHONPATH": str(ROOT / "src")} | environment)
-
-
-def hub_cache() -> Path:
-    """Where processes without a Hub find its files."""
-    return Path(_home().name, "hub")
-
-
-@functools.cache
-def _home() -> tempfile.TemporaryDirectory:
-    return tempfile.TemporaryDirectory()
 
 
 @functools.cache

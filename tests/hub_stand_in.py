@@ -156,14 +156,15 @@ class Handler(BaseHTTPRequestHandler):
 @contextmanager
 def hub_stand_in() -> Iterator[HubStandIn]:
     """A running stand-in, to be named by `HF_ENDPOINT`; empty, though the same one each time."""
-    hub = _running()
+    hub = running()
     for held in (hub.repositories, hub.objects, hub.calls):
         held.clear()
     yield hub
 
 
 @functools.cache
-def _running() -> HubStandIn:
+def running() -> HubStandIn:
+    """This process's."""
     hub = HubStandIn()
     handler = type("HandlerOfOne", (Handler,), {"hub": hub})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)

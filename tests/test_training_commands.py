@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import enlarge_
 from transformers.utils import logging
 
-from tests.fresh import hub_cache, run_fresh
+from tests.fresh import run_fresh
+from tests.hub_stand_in import running
 from transformers_nextflow import (
     NextFlowForConditionalGeneration,
     NextFlowImageProcessor,
@@ -444,7 +445,7 @@ def test_an_export_tells_what_the_folder_says_that_refers_to_its_tokenizer(apart
 
 def test_a_training_from_a_revision_keeps_that_revisions_tokenizer(start, tiny_model, tiny_processor, tmp_path):
     """A repository of the Hub, as a cache without a network holds it, whose tokenizer is another on `main`."""
-    repository = hub_cache() / "models--owner--both"
+    repository = Path(running().cache.name, "hub", "models--owner--both")
     (repository / "refs").mkdir(parents=True)
     tokenizers = {}
     for revision, commit in (("main", "a" * 40), ("v1", "b" * 40)):
@@ -457,6 +458,7 @@ def test_a_training_from_a_revision_keeps_that_revisions_tokenizer(start, tiny_m
         tokenizers[revision] = vision_identity(model.model.vq_model)
     script = """
 import datasets
+from huggingface_hub import constants
 from peft import get_peft_model
 from transformers_nextflow.data.shards import vision_identity
 from transformers_nextflow.training.commands import transformer
@@ -465,6 +467,7 @@ from transformers_nextflow.training.loading import load_to_train
 from transformers_nextflow.utils.export import merge
 from transformers_nextflow.utils.loading import load_model
 
+constants.HF_HUB_OFFLINE = True
 model, _ = load_to_train("owner/both", vision_tokenizer=False, revision="v1")
 found = [model.config.vision_tokenizer["sha256"]]
 model.save_pretrained("checkpoint")

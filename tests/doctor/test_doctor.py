@@ -21,7 +21,17 @@ from transformers import TrainerState, TrainingArguments
 from transformers_nextflow import SelfCorrection, cli
 from transformers_nextflow.data import ExtractionSettings, Source, extract
 from transformers_nextflow.data.shards import images_of, sequence_spec
-from transformers_nextflow.doctor import DoctorCallback, examination, examine, read_pictures, shards, to_html, to_text
+from transformers_nextflow.doctor import (
+    Diagnosis,
+    DoctorCallback,
+    alterations,
+    examination,
+    examine,
+    read_pictures,
+    shards,
+    to_html,
+    to_text,
+)
 from transformers_nextflow.doctor.alterations import (
     exchanged,
     headed,
@@ -79,9 +89,16 @@ def packs(tiny_checkpoint, tmp_path_factory):
     return folder / "packs"
 
 
+def examine_tiny(*args, **kwargs) -> Diagnosis:
+    """Of a model for which alterations promise nothing, on however few rows they are first tried."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(alterations, "FEW", 1)
+        return examine(*args, **kwargs)
+
+
 @pytest.fixture(scope="module")
 def diagnosis(tiny_model, tiny_processor, packs):
-    return examine(copy.deepcopy(tiny_model), tiny_processor, packs=packs)
+    return examine_tiny(copy.deepcopy(tiny_model), tiny_processor, packs=packs)
 
 
 def faults(diagnosis, part: str | None = None, severity: str | None = None) -> set[str]:
@@ -109,7 +126,7 @@ def test_a_new_model_with_its_shards_is_called_untrained_and_nothing_else_fails(
 def test_without_shards_the_headline_says_what_was_not_checked(tiny_model, tiny_processor):
     model = copy.deepcopy(tiny_model).to(torch.bfloat16)
     before = copy.deepcopy(model.state_dict())
-    diagnosis = examine(model, tiny_processor, pictures=default_pictures(model.model.schedules, 0, each=4))
+    diagnosis = examine_tiny(model, tiny_processor, pictures=default_pictures(model.model.schedules, 0, each=4))
     assert faults(diagnosis, severity="error") == set() and UNTRAINED in faults(diagnosis), to_text(diagnosis)
     assert "Not checked: files, whose, frames, varied, codes, " in diagnosis.headline
     assert "(no shards were given)" in diagnosis.headline
