@@ -1,9 +1,10 @@
-# make demo | test | slow-tests | lint | smollm2 | common-tests | pipeline-tests | diffusers-tests | compat | doors | docs: each works from a fresh clone.
+# make demo | test | slow-tests | lint | smollm2 | common-tests | pipeline-tests | diffusers-tests | compat | wheel-tests |
+# doors | docs: each works from a fresh clone.
 
 PYTHON := .venv/bin/python
 INSTALLED := .venv/.installed
 
-.PHONY: demo test tests slow-tests lint smollm2 common-tests pipeline-tests diffusers-tests compat doors doors-clients doors-lmms docs
+.PHONY: demo test tests slow-tests lint smollm2 common-tests pipeline-tests diffusers-tests compat wheel-tests doors doors-clients doors-lmms docs
 
 demo: $(INSTALLED)
 	$(PYTHON) -m examples.demo --output demo
@@ -50,6 +51,24 @@ diffusers-tests: $(INSTALLED)
 compat: $(INSTALLED)
 	$(PYTHON) -m pip install -c constraints.txt accelerate fastapi openai peft trl uvicorn
 	PYTHONPATH=src:. $(PYTHON) -m tests.compat.run
+
+# the wheel in an environment of its own, with each extra that needs no other torch: `pip check`, README and pages of docs/
+WHEEL := .venv-wheel/bin/python
+wheel-tests:
+	rm -rf .venv-wheel
+	python3 -m venv .venv-wheel
+	mkdir .venv-wheel/source
+	git archive HEAD | tar -x -C .venv-wheel/source
+	$(WHEEL) -m pip install "$$(grep '^torch==' constraints.txt)"
+	$(WHEEL) -m pip wheel --no-deps --wheel-dir .venv-wheel ./.venv-wheel/source
+	for extra in '' '[gguf]' '[serve]' '[diffusers]' '[emoji]' '[docs]' '[train]' '[test]'; do \
+		$(WHEEL) -m pip install -c constraints.txt ./.venv-wheel/transformers_nextflow-*.whl"$$extra" && \
+		$(WHEEL) -m pip check || exit 1; \
+	done
+	cd .venv-wheel/source && ../bin/python -m pytest -o pythonpath=. $(LOGGED) $(SHOWN) > ../../docs/wheel.txt || (tail ../../docs/wheel.txt; false)
+
+SHOWN := tests/test_readme.py tests/data/test_data_docs.py tests/data/test_chats.py::test_the_page_of_trainings_runs \
+	tests/serving/test_answers.py::test_the_pages_examples tests/diffusers/test_nextflow_pipeline.py::test_documentation_runs
 
 # doors by their real clients, which are downloaded; Chromium by the system's package manager (Debian: chromium)
 doors: doors-clients doors-lmms

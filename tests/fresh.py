@@ -5,6 +5,7 @@ import atexit
 import functools
 import gc
 import importlib
+import importlib.util
 import json
 import os
 import runpy
@@ -54,7 +55,7 @@ def start(*arguments: object, folder: Path, outputs: Path, **environment: str) -
 
     environment = running().environment | environment
     hub = {name: value for name, value in environment.items() - os.environ.items() if name.startswith("HF_")}
-    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"} | environment
+    environment = os.environ | {"PYTHONPATH": f"{packages()}{os.pathsep}{ROOT}"} | environment
     server, out, error = _server(frozenset(hub.items())), outputs / "out", outputs / "error"
     for file in (out, error):
         file.touch()
@@ -77,7 +78,12 @@ def run(*arguments: object, folder: Path = ROOT, status: int = 0, **environment:
 
 def run_fresh(script: str, folder: Path, **environment: str) -> str:
     """What a script prints, in `folder`, by someone who has the package installed."""
-    return run("-c", script, folder=folder, **{"PYTHONPATH": str(ROOT / "src")} | environment)
+    return run("-c", script, folder=folder, **{"PYTHONPATH": packages()} | environment)
+
+
+def packages() -> str:
+    """The folder that the package is imported from: of this repository, or of an environment."""
+    return str(Path(importlib.util.find_spec("transformers_nextflow").origin).parents[1])
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -250,8 +251,12 @@ def test_default_model_is_the_repositorys(run, tiny_checkpoint, tmp_path, monkey
     status, _, error = run("generate", "a", model=None)
     assert status == 2
     assert error.startswith("error: name a model with --model")
-    monkeypatch.setattr(loading, "DEFAULT_MODEL", tiny_checkpoint)
+    Path("checkpoints").mkdir()
+    Path("checkpoints", "nextflow-emoji").symlink_to(tiny_checkpoint)  # as in a clone that the package is not in
     assert run("generate", "a", "--output", "a.png", model=None)[0] == 0
+    monkeypatch.chdir(tmp_path.parent)
+    monkeypatch.setattr(loading, "DEFAULT_MODEL", tiny_checkpoint)
+    assert run("generate", "a", "--output", tmp_path / "b.png", model=None)[0] == 0
 
 
 @pytest.mark.parametrize("name", ["generate", "edit", "describe", "interleave", "reconstruct"])

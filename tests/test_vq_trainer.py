@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import sys
 from contextlib import suppress
 
 import datasets
@@ -979,12 +980,10 @@ def test_wrong_settings_are_refused(model, tmp_path, arguments, message):
         trainer(model, tmp_path, **arguments)
 
 
-def test_a_missing_perceptual_network_is_named(model, tmp_path):
-    try:
-        import lpips  # noqa: F401
-    except ImportError:
-        with pytest.raises(ImportError, match="perceptual_weight=0"):
-            trainer(model, tmp_path, perceptual_weight=1.0)
+def test_a_missing_perceptual_network_is_named(model, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    with pytest.raises(ImportError, match=r"transformers-nextflow\[lpips\].*perceptual_weight=0"):
+        trainer(model, tmp_path, perceptual_weight=1.0)
 
 
 def test_no_pictures_is_an_error(model):

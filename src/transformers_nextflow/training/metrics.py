@@ -48,7 +48,7 @@ def lpips() -> nn.Module:
         from lpips import LPIPS
     except ImportError as error:
         raise ImportError(
-            "the perceptual loss needs the package lpips (`pip install 'transformers-nextflow[train]'` has it), a "
+            "the perceptual loss needs the package lpips (`pip install 'transformers-nextflow[lpips]'`), a "
             "network given as `perceptual`, or perceptual_weight=0"
         ) from error
     return LPIPS(net="vgg", verbose=False)

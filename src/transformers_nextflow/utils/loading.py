@@ -20,7 +20,8 @@ from .files import read_json
 from .lazy import needing_extra
 from .safetensors_folder import INDEX, SINGLE, SafetensorsFolder, folder_of
 
-DEFAULT_MODEL = Path(__file__).parents[3] / "checkpoints" / "nextflow-emoji"  # in a checkout of the repository
+IN_THE_REPOSITORY = Path("checkpoints", "nextflow-emoji")
+DEFAULT_MODEL = Path(__file__).parents[3] / IN_THE_REPOSITORY  # of a checkout that this file is in
 
 JSON_FILES = (
     *("config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json"),
@@ -45,16 +46,18 @@ def naming(what: str) -> Iterator[None]:
 
 
 def model_name(model: str | None) -> str:
-    """A local model folder or an id on the Hub, by default the repository's own checkpoint.
+    """A local model folder or an id on the Hub, by default the repository's own checkpoint: of the checkout that the
+    package is in, or that is the current folder.
 
     Raises:
         ValueError: if none is named and there is no such checkpoint, or the name is a URL.
         NotADirectoryError: if it can only be a folder, and there is none.
     """
     if model is None:
-        if not (DEFAULT_MODEL / "config.json").is_file():
-            raise ValueError(f"name a model with --model: the default, {DEFAULT_MODEL}, does not exist")
-        return str(DEFAULT_MODEL)
+        for folder in (DEFAULT_MODEL, IN_THE_REPOSITORY):
+            if (folder / "config.json").is_file():
+                return str(folder)
+        raise ValueError(f"name a model with --model: the default, {IN_THE_REPOSITORY}, is not here")
     if "://" in model:
         raise ValueError(f"a model is a local folder or an id on the Hub, got {model}")
     if not Path(model).is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
