@@ -62,7 +62,7 @@ wheel-tests:
 	$(WHEEL) -m pip install "$$(grep '^torch==' constraints.txt)"
 	$(WHEEL) -m pip wheel --no-deps --wheel-dir .venv-wheel ./.venv-wheel/source
 	for extra in '' '[gguf]' '[serve]' '[diffusers]' '[emoji]' '[docs]' '[train]' '[test]'; do \
-		$(WHEEL) -m pip install -c constraints.txt ./.venv-wheel/transformers_nextflow-*.whl"$$extra" && \
+		$(WHEEL) -m pip install -c constraints.txt "./$$(echo .venv-wheel/*.whl)$$extra" && \
 		$(WHEEL) -m pip check || exit 1; \
 	done
 	cd .venv-wheel/source && ../bin/python -m pytest -o pythonpath=. $(LOGGED) $(SHOWN) > ../../docs/wheel.txt || (tail ../../docs/wheel.txt; false)

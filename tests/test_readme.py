@@ -35,11 +35,12 @@ def test_shell_commands_run(tmp_path, monkeypatch):
         if line.startswith("transformers-nextflow ")
     ]
     assert len(commands) >= 4
+    (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli, "load_model", functools.cache(cli.load_model))
     for _, *arguments in commands:
         assert main(arguments) == 0, arguments
-    written = {"picture.png", "edited.png", "reconstruction.png", "answer"}
+    written = {"picture.png", "edited.png", "reconstruction.png", "answer", "checkpoints"}
     assert {path.name for path in tmp_path.iterdir()} == written
     assert (tmp_path / "answer" / "answer.md").exists()
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from transformers_nextflow.cli import main
 from transformers_nextflow.data.shards import Shard, decodable_codes, images_of, read_manifest, sequence_spec
-from transformers_nextflow.utils.loading import DEFAULT_MODEL, load_tokenizers
+from transformers_nextflow.utils.loading import load_tokenizers, model_name
 
 ROOT = Path(__file__).parents[2]
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "docs" / "data.md").read_text(), flags=re.DOTALL)
@@ -58,7 +58,7 @@ def test_the_documented_commands_turn_photographs_into_shards(photos, tmp_path, 
     assert read_manifest(Path("packs"))["statistics"]["documents"] == 6
 
     # what was coded decodes to pictures that are recognisably the photographs
-    _, processor, vq_model = load_tokenizers(str(DEFAULT_MODEL))
+    _, processor, vq_model = load_tokenizers(model_name(None))
     manifest = read_manifest(Path("documents"))
     spec = sequence_spec(manifest["identity"])
     (entry,) = manifest["shards"]
