@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from PIL import Image
 
 from tests.fresh import run_fresh
@@ -238,9 +239,11 @@ def test_user_errors_are_one_line_and_status_2(run, photo, tmp_path, arguments, 
         ("no/such/model", "there is no model directory no/such/model"),
         ("https://example.org/model", "a model is a local folder or an id on the Hub, got https://example.org/model"),
         (".", "."),
+        ("no/model", "there is no folder no/model, and nothing of that name came from the Hub"),
     ],
 )
-def test_models_that_cannot_be(run, model, message):
+def test_models_that_cannot_be(run, model, message, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     status, _, error = run("generate", "a", model=model)
     assert status == 2
     assert message in error

@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 from transformers_nextflow import cli
 from transformers_nextflow.cli import main
@@ -45,7 +46,30 @@ def test_shell_commands_run(tmp_path, monkeypatch):
     assert (tmp_path / "answer" / "answer.md").exists()
 
 
-@pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))])
+PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
+
+
+def console_lines() -> list[str]:
+    """Commands of the package that are shown but need files that are not here."""
+    texts = [(ROOT / page).read_text() for page in PAGES]
+    blocks = [block for text in texts for block in re.findall(r"```console\n(.*?)```", text, flags=re.DOTALL)]
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    shown = re.compile(r"^(?:accelerate launch .* -m transformers_nextflow|transformers-nextflow) (?!serve)(.*)")
+    return sorted({match.group(1) for match in map(shown.match, lines) if match})
+
+
+@pytest.mark.parametrize("line", console_lines())
+def test_console_lines_lack_nothing_but_their_files(line, console, monkeypatch):
+    """Every argument is understood before a file that is not there is named."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    words = shlex.split(line, comments=True)
+    status, _, error = console(*words, model=None)
+    assert status == 2
+    named = next((word for word in words if f" {word}" in error.splitlines()[-1]), "-")
+    assert not named.startswith("-") and "argument" not in error, error
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_linked_files_exist(page):
     text = (ROOT / page).read_text()
     targets = {target for target in re.findall(r"\]\(([^)#]+)\)", text) if not target.startswith("http")}

@@ -183,7 +183,12 @@ def check_model_type(name: str, *known: str) -> str:
     """
     for path in filter(Path.is_file, (Path(name, file) for file in JSON_FILES)):
         read_json(path)
-    values, _ = PreTrainedConfig.get_config_dict(name)
+    try:
+        values, _ = PreTrainedConfig.get_config_dict(name)
+    except OSError as error:
+        if name in str(error):
+            raise
+        raise OSError(f"there is no folder {name}, and nothing of that name came from the Hub: {error}") from error
     if not values:
         raise OSError(f"{name} holds no config.json")
     model_type = values.get("model_type")
