@@ -49,23 +49,36 @@ def test_shell_commands_run(tmp_path, monkeypatch):
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["docs/doctor.md", "docs/grpo.md"])
+def test_python_of_a_page_runs(page, tmp_path, monkeypatch):
+    (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
+    exec(compile(block, page, "exec"), {})
+    assert [*tmp_path.rglob("report.html"), *tmp_path.rglob("adapter_model.safetensors")]
+
+
 def console_lines() -> list[str]:
-    """Commands of the package that are shown but need files that are not here."""
-    texts = [(ROOT / page).read_text() for page in PAGES]
-    blocks = [block for text in texts for block in re.findall(r"```console\n(.*?)```", text, flags=re.DOTALL)]
-    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    """Commands of the package that are shown but need files that are not here, unlike those of bash that run."""
+    lines = []
+    for page in PAGES:
+        kinds = "console|sh" if page in ("README.md", "docs/data.md") else "console|sh|bash"
+        for block in re.findall(rf"```(?:{kinds})\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL):
+            lines += block.replace("\\\n", " ").splitlines()
     shown = re.compile(r"^(?:accelerate launch .* -m transformers_nextflow|transformers-nextflow) (?!serve)(.*)")
     return sorted({match.group(1) for match in map(shown.match, lines) if match})
 
 
-@pytest.mark.parametrize("line", console_lines())
-def test_console_lines_lack_nothing_but_their_files(line, console, monkeypatch):
+@pytest.mark.parametrize("command", console_lines())
+def test_console_lines_lack_nothing_but_their_files(command, console, monkeypatch):
     """Every argument is understood before a file that is not there is named."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    words = shlex.split(line, comments=True)
+    words = shlex.split(command, comments=True)
     status, _, error = console(*words, model=None)
     assert status == 2
-    named = next((word for word in words if f" {word}" in error.splitlines()[-1]), "-")
+    line = error.splitlines()[-1]
+    named = next((word for word in words if re.search(rf"(?<![\w-]){re.escape(word)}", line)), "-")
     assert not named.startswith("-") and "argument" not in error, error
 
 
