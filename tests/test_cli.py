@@ -250,12 +250,12 @@ def test_models_that_cannot_be(run, model, message, monkeypatch):
 
 
 def test_default_model_is_the_repositorys(run, tiny_checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(loading, "DEFAULT_MODEL", tmp_path / "nowhere")
+    monkeypatch.setattr(loading, "DEFAULT_MODEL", Path("checkpoints", "nextflow-emoji"))  # as outside of a checkout
     status, _, error = run("generate", "a", model=None)
     assert status == 2
     assert error.startswith("error: name a model with --model")
     Path("checkpoints").mkdir()
-    Path("checkpoints", "nextflow-emoji").symlink_to(tiny_checkpoint)  # as in a clone that the package is not in
+    Path("checkpoints", "nextflow-emoji").symlink_to(tiny_checkpoint)
     assert run("generate", "a", "--output", "a.png", model=None)[0] == 0
     monkeypatch.chdir(tmp_path.parent)
     monkeypatch.setattr(loading, "DEFAULT_MODEL", tiny_checkpoint)

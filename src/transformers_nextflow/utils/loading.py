@@ -20,8 +20,9 @@ from .files import read_json
 from .lazy import needing_extra
 from .safetensors_folder import INDEX, SINGLE, SafetensorsFolder, folder_of
 
-IN_THE_REPOSITORY = Path("checkpoints", "nextflow-emoji")
-DEFAULT_MODEL = Path(__file__).parents[3] / IN_THE_REPOSITORY  # of a checkout that this file is in
+DEFAULT_MODEL = Path(__file__).parents[3] / "checkpoints" / "nextflow-emoji"
+if not DEFAULT_MODEL.is_dir():  # this file is in no checkout of the repository, but the current folder may be one
+    DEFAULT_MODEL = Path("checkpoints", "nextflow-emoji")
 
 JSON_FILES = (
     *("config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json"),
@@ -54,10 +55,9 @@ def model_name(model: str | None) -> str:
         NotADirectoryError: if it can only be a folder, and there is none.
     """
     if model is None:
-        for folder in (DEFAULT_MODEL, IN_THE_REPOSITORY):
-            if (folder / "config.json").is_file():
-                return str(folder)
-        raise ValueError(f"name a model with --model: the default, {IN_THE_REPOSITORY}, is not here")
+        if not (DEFAULT_MODEL / "config.json").is_file():
+            raise ValueError(f"name a model with --model: the default, {DEFAULT_MODEL}, does not exist")
+        return str(DEFAULT_MODEL)
     if "://" in model:
         raise ValueError(f"a model is a local folder or an id on the Hub, got {model}")
     if not Path(model).is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
