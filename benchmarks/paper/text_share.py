@@ -26,7 +26,7 @@ CLAIMS = [Claim("25% of text-only data does not hurt text-to-image", "table 1", 
 def rows(data: str, count: int):
     """`count` text-to-image documents, and twice as many of text alone."""
     world = World(data)
-    yield from draw_rows(world, T2I, count, seed=0)
+    yield from draw_rows(world, T2I, range(count), seed=0)
     for number in range(2 * count):
         seen = [world.seen[(number * TEXTS + place) % len(world.seen)] for place in range(TEXTS)]
         text = ". ".join(f"{world.names[row]}: {', '.join(world.tags[row])}" for row in seen)

@@ -9,7 +9,8 @@ import dataclasses
 import io
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,8 @@ STAGES = {
         ),
     ),
 }
+# the same of so many documents that hardly any seen picture is never asked for
+STAGES["covering-64"] = STAGES["continued-64"]
 
 
 def draw_picture(picture: Picture, world: World, level: str) -> np.ndarray:
@@ -160,10 +163,10 @@ def _png(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def draw_rows(world: World, stage: Stage, count: int, seed: int) -> Iterator[dict[str, Any]]:
-    """Rows of `count` documents of a stage; each depends on the seed and its number alone."""
+def draw_rows(world: World, stage: Stage, numbers: Iterable[int], seed: int) -> Iterator[dict[str, Any]]:
+    """Rows of documents of a stage; each depends on the seed and its number alone."""
     tasks = Tasks.of(world)
-    for number in range(count):
+    for number in numbers:
         rng = random.Random(f"document {seed} {number}")
         task = rng.choices(list(stage.mixture), list(stage.mixture.values()))[0]
         if task == DIALOGUE:
@@ -174,8 +177,8 @@ def draw_rows(world: World, stage: Stage, count: int, seed: int) -> Iterator[dic
         yield to_document(f"emoji-{number}", kind, items, world, stage.level).to_row()
 
 
-def _draw_rows(folder: str, stage: Stage, count: int, seed: int) -> Iterator[dict[str, Any]]:
-    yield from draw_rows(World(folder), stage, count, seed)
+def _draw_rows(folder: str, stage: Stage, parts: list[range], seed: int) -> Iterator[dict[str, Any]]:
+    yield from draw_rows(World(folder), stage, chain.from_iterable(parts), seed)
 
 
 def build_packs(
@@ -203,8 +206,10 @@ def build_packs(
     """
     parquet = output / "source" / "documents.parquet"
     if not parquet.exists():
-        arguments = {"folder": str(data), "stage": stage, "count": count, "seed": settings.seed}
-        rows = datasets.Dataset.from_generator(_draw_rows, gen_kwargs=arguments)
+        size = -(-count // num_proc)  # each process draws a part, in their order
+        parts = [range(first, min(first + size, count)) for first in range(0, count, size)]
+        arguments = {"folder": str(data), "stage": stage, "parts": parts, "seed": settings.seed}
+        rows = datasets.Dataset.from_generator(_draw_rows, gen_kwargs=arguments, num_proc=len(parts))
         write_atomically(parquet, lambda partial: rows.to_parquet(str(partial)))
     settings = dataclasses.replace(settings, level=stage.level)
     extract(Source(str(parquet)), model, output / "documents", settings, num_proc=num_proc)

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from transformers_nextflow.utils.files import write_atomically
 FINISHED = "finished"
 LOGGING_STEPS = 25
 TRIM_STEPS = 50
+WAITING = timedelta(hours=12)
 
 
 def processes() -> int:
@@ -46,8 +48,8 @@ def gloo_of_cpus() -> str | None:
 
 
 def process_state() -> PartialState:
-    """Which of torchrun's processes this is."""
-    return PartialState(cpu=not torch.cuda.is_available(), backend=gloo_of_cpus())
+    """Which of torchrun's processes this is. They wait for each other for hours, in which one codes documents."""
+    return PartialState(cpu=not torch.cuda.is_available(), backend=gloo_of_cpus(), timeout=WAITING)
 
 
 def bfloat16_is_fast() -> bool:

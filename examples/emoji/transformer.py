@@ -1,7 +1,7 @@
 """Training of the transformer: documents of each stage are coded and packed once, then trained on (table 2)."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -37,6 +37,7 @@ class Training:
         pack_length, packs: positions of a pack, and packs of a step.
         steps, peak: of the optimizer, and its learning rate, which falls over the last `decay_share` of them.
         trains, scale_loss_alpha: see [`Stage`].
+        variants: self-corrected codings of each picture of a document, of which an epoch takes one.
     """
 
     documents: int
@@ -47,6 +48,7 @@ class Training:
     decay_share: float
     trains: str = "all"
     scale_loss_alpha: float = 0.9
+    variants: int = 2
 
 
 # Table 2's order: connector and head alone, then everything, at the lower level without and at the higher with eq. 2.
@@ -55,8 +57,10 @@ TRAININGS = {
     "pretraining-32": Training(12_000, 192, 32, 200, 3e-3, 0.1, scale_loss_alpha=0.0),
     "pretraining-64": Training(72_000, 416, 20, 12_000, 3e-3, 1 / 3),
     "tuning-64": Training(24_000, 848, 10, 1_000, 1.5e-3, 0.9),
-    "continued-64": Training(36_000, 848, 10, 24_000, 2e-3, 0.2),
+    "continued-64": Training(36_000, 848, 10, 5_200, 2e-3, 0.0),
+    "covering-64": Training(180_000, 848, 10, 18_800, 2e-3, 0.2, variants=1),
 }
+SHARDS = 2  # of a stage's documents; a picture is coded once in each
 
 
 def new_model(
@@ -81,7 +85,7 @@ def code_documents(folder: Path, model: Path, data: Path, stage: str) -> Path:
     """Pack a stage's documents, coded by the tokenizers of `model`; returns the folder of packs. One process works,
     on all cores, while the others wait."""
     training = TRAININGS[stage]
-    workers = min(len(os.sched_getaffinity(0)), -(-training.documents // EXTRACTION.documents_per_shard))
+    size = -(-training.documents // SHARDS)
     with process_state().local_main_process_first():
         return build_packs(
             folder / f"{stage}-data",
@@ -89,10 +93,10 @@ def code_documents(folder: Path, model: Path, data: Path, stage: str) -> Path:
             data,
             MIXTURES[stage],
             training.documents,
-            EXTRACTION,
+            replace(EXTRACTION, variants=training.variants, documents_per_shard=size),
             FixedLength(training.pack_length),
             training.packs,
-            workers,
+            min(len(os.sched_getaffinity(0)), SHARDS),
         )
 
 

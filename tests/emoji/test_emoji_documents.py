@@ -4,6 +4,7 @@ import io
 
 import numpy as np
 import pytest
+from datasets import load_dataset
 from PIL import Image
 
 from examples.emoji.documents import STAGES, Stage, build_packs, draw_picture, draw_rows, to_document
@@ -63,7 +64,8 @@ def test_a_dialogue_is_one_document_of_all_its_turns(small_world):
     items = Tasks.of(small_world).dialogue(0)
     assert len(items) == 4
     (document,) = (
-        DocumentReader("chat").read(row, 0)[0] for row in draw_rows(small_world, Stage("32", {"dialogue": 1.0}), 1, 0)
+        DocumentReader("chat").read(row, 0)[0]
+        for row in draw_rows(small_world, Stage("32", {"dialogue": 1.0}), [0], 0)
     )
     assert document == to_document("emoji-0", "chat", items, small_world, "32")
     assert [message.role for message in document.messages] == ["user", "assistant"] * 4
@@ -78,9 +80,9 @@ def test_a_dialogue_is_one_document_of_all_its_turns(small_world):
 
 def test_rows_are_read_back_as_the_documents_and_depend_on_their_number_alone(small_world):
     stage = Stage("32", {"editing": 0.5, "reasoning": 0.5})
-    rows = list(draw_rows(small_world, stage, 30, seed=5))
-    assert rows[:10] == list(draw_rows(small_world, stage, 10, seed=5))
-    assert rows[:10] != list(draw_rows(small_world, stage, 10, seed=6))
+    rows = list(draw_rows(small_world, stage, range(30), seed=5))
+    assert rows[10:20] == list(draw_rows(small_world, stage, range(10, 20), seed=5))
+    assert rows[:10] != list(draw_rows(small_world, stage, range(10), seed=6))
     documents = [document for number, row in enumerate(rows) for document in DocumentReader("chat").read(row, number)]
     assert [document.to_row() for document in documents] == rows
     assert {document.kind for document in documents} == {"editing", "reasoning"}
@@ -103,6 +105,18 @@ def test_packs_hold_every_document_at_the_level_of_the_stage(small_world_folder,
             assert {tuple(grid) for grid in grids.tolist()} <= finals
     assert read_manifest(packs)["content"] == "packs"
     assert build_packs(*given) == packs
+
+
+@pytest.mark.slow
+def test_packs_of_two_processes_are_those_of_one(small_world_folder, emoji_checkpoint, tmp_path):
+    settings = ExtractionSettings("chat", drop_text=0.1, variants=1, documents_per_shard=12)
+    for number in (1, 2):
+        given = small_world_folder, STAGES["covering-64"], 24, settings, FixedLength(2048)
+        build_packs(tmp_path / f"{number}", emoji_checkpoint, *given, num_proc=number)
+    one, two = (load_dataset("parquet", data_dir=str(tmp_path / f"{n}" / "source"))["train"] for n in (1, 2))
+    assert one.to_list() == two.to_list()
+    one, two = (read_manifest(tmp_path / f"{number}" / "packs")["shards"] for number in (1, 2))
+    assert [shard["sha256"] for shard in one] == [shard["sha256"] for shard in two]
 
 
 def test_frequent_words_are_single_tokens(real_tasks):

@@ -393,10 +393,10 @@ def test_the_card_names_the_stages_that_the_checkpoint_is_without():
     """That of the repository too."""
     log = [{"stage": stage, "step": 1, "seconds": 1.0} for stage in ("pixel", "alignment", "tuning-64", "decoder")]
     said = card.training_command(log)
-    assert said.endswith("\nThe command goes on with `continued-64`, which this checkpoint is without.")
+    assert said.endswith("\nThe command goes on with `continued-64`, `covering-64`, which this checkpoint is without.")
     assert card.marked("command", said) in (DEFAULT_MODEL / "README.md").read_text()
-    assert card.training_command([*log, {"stage": "continued-64"}]) == said.splitlines()[0]
-    assert "with `tuning-64`, `continued-64`, which" in card.training_command(LOG)
+    assert card.training_command([*log, {"stage": "covering-64"}]) == said.splitlines()[0]
+    assert "with `tuning-64`, `continued-64`, `covering-64`, which" in card.training_command(LOG)
 
 
 def test_blocks_of_a_text_are_renewed_and_the_rest_is_kept():

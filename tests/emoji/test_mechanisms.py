@@ -66,4 +66,4 @@ def test_the_trainings_disturb_inputs_and_reweight_scales_as_the_paper_does():
     assert (correction.probability, correction.token_share) == (1.0, 0.6)
     assert (correction.first_scale, correction.last_scale) == (0, None)
     alphas = [training.scale_loss_alpha for training in TRAININGS.values()]
-    assert alphas == [0.0, 0.0, 0.9, 0.9, 0.9]
+    assert alphas == [0.0, 0.0, 0.9, 0.9, 0.9, 0.9]

@@ -23,9 +23,9 @@ def test_the_last_stage_goes_on_from_any_model(
         arguments = ["--output", tmp_path / name, "--data", small_world_folder, "--model", model]
         monkeypatch.setattr(sys, "argv", ["train", *map(str, arguments)])
         train.main()
-        assert {path.name for path in (tmp_path / name).iterdir()} == {"continued-64", "continued-64-data"}
+        assert {path.name for path in (tmp_path / name).iterdir()} == {"covering-64", "covering-64-data"}
         trained, _, parts = assemble.assemble(tmp_path / name)
-        assert parts["transformer"] == "continued-64, finished"
+        assert parts["transformer"] == "covering-64, finished"
         before = NextFlowForConditionalGeneration.from_pretrained(model)
         assert not torch.equal(trained.code_head.weight, before.code_head.weight)
         pixels = torch.rand(2, 3, 64, 64) * 2 - 1
