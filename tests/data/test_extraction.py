@@ -35,6 +35,7 @@ from transformers_nextflow.data import (
 )
 from transformers_nextflow.data.documents import Skipped, read_size
 from transformers_nextflow.data.shards import Shard, decodable_codes, images_of, read_manifest, sequence_spec
+from transformers_nextflow.quantizer import DualCodebookQuantizer
 
 
 def rows_of(folder: Path) -> dict[str, dict]:
@@ -317,10 +318,15 @@ def test_a_picture_that_was_mended_meanwhile_moves_no_codes(photo_folder, data_c
 
 
 def test_a_repeated_picture_is_encoded_once_and_drawn_by_each_document(data_checkpoint, tmp_path, monkeypatch):
-    """Ten documents of two pictures: each gets what it gets where pictures do not repeat."""
+    """Ten documents of two pictures: each gets what it gets where pictures do not repeat, and so many at a time as are
+    asked for are coded, however many documents show a picture."""
     chat = Message("user", ("it",)), Message("assistant", (None,))
     made = [Document(f"d{n}", "text-to-image", chat, (picture(n % 2),)) for n in range(10)]
     encoded, features = [], NextFlowVQModel.features
+    looked_up, quantize = [], DualCodebookQuantizer.quantize
+    monkeypatch.setattr(
+        DualCodebookQuantizer, "quantize", lambda *args: (looked_up.append(len(args[1])), quantize(*args))[1]
+    )
 
     def counted(self, pixel_values, *args):
         encoded.append(len(pixel_values))
@@ -329,9 +335,12 @@ def test_a_repeated_picture_is_encoded_once_and_drawn_by_each_document(data_chec
     monkeypatch.setattr(NextFlowVQModel, "features", counted)
     path = tmp_path / "together.parquet"
     datasets.Dataset.from_list([document.to_row() for document in made]).to_parquet(str(path))
-    settings = dataclasses.replace(SETTINGS, documents_per_shard=10)
+    read, load = [], np.lib.npyio.NpzFile.__getitem__
+    monkeypatch.setattr(np.lib.npyio.NpzFile, "__getitem__", lambda self, key: (read.append(key), load(self, key))[1])
+    settings = dataclasses.replace(SETTINGS, documents_per_shard=10, batch_size=4)
     extract(Source(str(path)), data_checkpoint, tmp_path / "together", settings)
-    assert encoded == [2]
+    assert encoded == [2] and looked_up == [4, 4, 2] * SETTINGS.variants
+    assert len(read) == len(set(read)), "what is stored of a batch is read once"
     for document in made[:3]:
         path = tmp_path / f"{document.key}.parquet"
         datasets.Dataset.from_list([document.to_row()]).to_parquet(str(path))

@@ -301,8 +301,8 @@ class Extractor:
                 failures = {int(m): str(e) for m, e in zip(batch["failed"], batch["errors"])}
                 broken |= {members[m][0]: error for m, error in failures.items()}
                 good = [member for m, member in enumerate(members) if m not in failures]
-                for place, member in enumerate(good):
-                    coded[member] = {"codes": batch["codes"][place], "inputs": batch["inputs"][place]}
+                for member, codes, inputs in zip(good, batch["codes"], batch["inputs"]):  # each of which is read once
+                    coded[member] = {"codes": codes, "inputs": inputs}
                 if good and sample is None:
                     (sampled, image), shown = good[0], batch["thumbnail"].tobytes().hex()
                     sample = {"image": image, "thumbnail": shown, "error": float(batch["error"])}
@@ -454,21 +454,23 @@ class Extractor:
             picture by picture.
         """
         coarse, dtype = schedule.offsets[-1], code_dtype(self.config.vq_config.codebook_size)
-        repeats = [len(names) for names in keys]
-        codes = np.zeros((sum(repeats), max(len(variants), 1), schedule.num_codes), dtype)
-        inputs = np.zeros((sum(repeats), len(variants), coarse), dtype)
+        names, repeats = [name for each in keys for name in each], [len(each) for each in keys]
+        codes = np.zeros((len(names), max(len(variants), 1), schedule.num_codes), dtype)
+        inputs = np.zeros((len(names), len(variants), coarse), dtype)
         if not pixels:
             return codes, inputs
+        quantize, size = self.vq_model.quantizer.quantize, self.settings.batch_size
         features = self.vq_model.features(torch.stack(pixels).to(self.device))
         if not variants:
-            targets = self.vq_model.quantizer.quantize(features, schedule).target_codes.cpu().numpy()
-            codes[:, 0] = targets.repeat(repeats, axis=0)
-        features = features.repeat_interleave(torch.tensor(repeats, device=features.device), dim=0)
+            codes[:, 0] = quantize(features, schedule).target_codes.cpu().numpy().repeat(repeats, axis=0)
+        shown = np.repeat(np.arange(len(pixels)), repeats)
         for place, variant in enumerate(variants):
-            draws, seed = [f"{key}/{variant}" for names in keys for key in names], self.settings.seed
-            output = self.vq_model.quantizer.quantize(features, schedule, self.settings.self_correction, seed, draws)
-            codes[:, place] = output.target_codes.cpu().numpy()
-            inputs[:, place] = output.input_codes[:, :coarse].cpu().numpy()
+            for some in (slice(first, first + size) for first in range(0, len(names), size)):
+                draws = [f"{name}/{variant}" for name in names[some]]
+                correction, seed = self.settings.self_correction, self.settings.seed
+                output = quantize(features[shown[some]], schedule, correction, seed, draws)
+                codes[some, place] = output.target_codes.cpu().numpy()
+                inputs[some, place] = output.input_codes[:, :coarse].cpu().numpy()
         return codes, inputs
 
     def pixels(self, image: PictureSource, schedule: ScaleSchedule) -> torch.Tensor:
