@@ -60,7 +60,7 @@ TRAININGS = {
     "continued-64": Training(36_000, 848, 10, 5_200, 2e-3, 0.0),
     "covering-64": Training(180_000, 848, 10, 18_800, 2e-3, 0.2, variants=1),
 }
-SHARDS = 2  # of a stage's documents; a picture is coded once in each
+SHARDS = 2  # of a stage's many documents; a picture is coded once in each
 
 
 def new_model(
@@ -85,7 +85,7 @@ def code_documents(folder: Path, model: Path, data: Path, stage: str) -> Path:
     """Pack a stage's documents, coded by the tokenizers of `model`; returns the folder of packs. One process works,
     on all cores, while the others wait."""
     training = TRAININGS[stage]
-    size = -(-training.documents // SHARDS)
+    size = max(-(-training.documents // SHARDS), EXTRACTION.documents_per_shard)
     with process_state().local_main_process_first():
         return build_packs(
             folder / f"{stage}-data",
@@ -96,7 +96,7 @@ def code_documents(folder: Path, model: Path, data: Path, stage: str) -> Path:
             replace(EXTRACTION, variants=training.variants, documents_per_shard=size),
             FixedLength(training.pack_length),
             training.packs,
-            min(len(os.sched_getaffinity(0)), SHARDS),
+            min(len(os.sched_getaffinity(0)), -(-training.documents // size)),
         )
 
 
