@@ -51,7 +51,7 @@ def start(*arguments: object, folder: Path, outputs: Path, **environment: str) -
 
     Its Hub is the stand-in, unless it is told another.
     """
-    from tests.hub_stand_in import running
+    from tests.hub_stand_in import running  # not where this file is the server
 
     environment = running().environment | environment
     hub = {name: value for name, value in environment.items() - os.environ.items() if name.startswith("HF_")}

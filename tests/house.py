@@ -44,16 +44,21 @@ def named_parameters() -> dict[str, int]:
     return counts
 
 
+def imports() -> dict[str, set[str]]:
+    """What each module of both packages imports, see [`_imports`]."""
+    found = {}
+    for path in SOURCE.rglob("*.py"):
+        module = ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__")
+        package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+        found[module] = _imports(ast.parse(path.read_text()), package)
+    return found
+
+
 def import_circles() -> list[list[str]]:
     """Groups of modules of both packages that import each other."""
-    modules = {".".join(path.relative_to(SOURCE).with_suffix("").parts): path for path in SOURCE.rglob("*.py")}
-    modules = {name.removesuffix(".__init__"): path for name, path in modules.items()}
+    modules = imports()
     graph = networkx.DiGraph()
-    for module, path in modules.items():
-        package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-        for imported in _imports(ast.parse(path.read_text()), package):
-            if imported in modules:
-                graph.add_edge(module, imported)
+    graph.add_edges_from((module, name) for module, names in modules.items() for name in names if name in modules)
     circles = [sorted(group) for group in networkx.strongly_connected_components(graph) if len(group) > 1]
     return sorted(circles) + [[module] for module in networkx.nodes_with_selfloops(graph)]
 

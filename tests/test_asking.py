@@ -740,7 +740,9 @@ def test_what_is_asked_is_named_where_it_is_none(model, mode):
 @pytest.mark.parametrize("mode", ["image", "interleaved"])
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda output: pickle.loads(pickle.dumps(output))])
 def test_outputs_are_copied_without_their_model(model, mode, duplicate):
-    options = {"guidance_scale": 1.0, "return_dict_in_generate": True} if mode == "image" else {"max_new_tokens": 8}
+    options = {"guidance_scale": 1.0, "return_dict_in_generate": True}
+    if mode == "interleaved":
+        options = {"max_new_tokens": 3, "max_new_images": 1, "sequence_bias": {(BOI,): 20.0}}
     output = model.generate(**batch_of(model, [10, shown(SQUARE), 11]), generation_mode=mode, seed=0, **options)
     copied = duplicate(output)
     assert torch.equal(copied.sequences, output.sequences)

@@ -1,6 +1,5 @@
 """What `make compat` runs are the ends of the declared ranges, and what it wrote is what is shown."""
 
-import ast
 import json
 import sys
 from importlib.metadata import PackageNotFoundError, packages_distributions, requires
@@ -10,6 +9,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from tests import house
 from tests.compat.run import ENDS, RESULTS, TABLE, table
 
 ROOT = Path(__file__).parents[1]
@@ -30,15 +30,11 @@ def requirements(package: str) -> list[Requirement]:
 
 def imported() -> set[str]:
     """Distributions of what the packages import."""
-    names, own = set(), {path.name for path in (ROOT / "src").iterdir()}
-    for path in (ROOT / "src").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Import):
-                names |= {alias.name.partition(".")[0] for alias in node.names}
-            elif isinstance(node, ast.ImportFrom) and not node.level:
-                names.add(node.module.partition(".")[0])
+    modules = house.imports()
+    names = {name.partition(".")[0] for names in modules.values() for name in names}
+    names -= {module.partition(".")[0] for module in modules} | set(sys.stdlib_module_names)
     found = packages_distributions()
-    return {canonicalize_name(found.get(name, [name])[0]) for name in names - own - set(sys.stdlib_module_names)}
+    return {canonicalize_name(found.get(name, [name])[0]) for name in names}
 
 
 def test_what_is_imported_is_declared():

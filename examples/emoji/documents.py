@@ -200,10 +200,12 @@ def build_packs(
         data: folder of the emoji data set.
         stage: what to draw; its level takes the place of the settings'.
         count: documents.
+        num_proc: processes, of which there are no more than shards.
 
     Returns:
         The folder of packs.
     """
+    num_proc = min(num_proc, -(-count // settings.documents_per_shard))
     parquet = output / "source" / "documents.parquet"
     if not parquet.exists():
         size = -(-count // num_proc)  # each process draws a part, in their order

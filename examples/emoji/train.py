@@ -15,7 +15,7 @@ from .transformer import TRAININGS, train_stage, train_transformer
 from .world import World
 
 STAGES = ("pixel", "teacher", "joint", "transformer", "decoder")
-CONTINUED = list(TRAININGS)[-1]
+LAST = list(TRAININGS)[-1]
 
 
 def main() -> None:
@@ -24,11 +24,11 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="of `examples.emoji.data` (default: data in the output)")
     until = parser.add_mutually_exclusive_group()
     until.add_argument("--until", choices=STAGES, default=STAGES[-1], help="last stage to run")
-    until.add_argument("--model", type=Path, help=f"run {CONTINUED} alone, from the model in this folder")
+    until.add_argument("--model", type=Path, help=f"run {LAST} alone, from the model in this folder")
     arguments = parser.parse_args()
     folder, data = arguments.output, arguments.data or arguments.output / "data"
     if arguments.model is not None:
-        train_stage(folder, CONTINUED, arguments.model, data)
+        train_stage(folder, LAST, arguments.model, data)
         return
     last, world = STAGES.index(arguments.until), World(data)
     vq_model = train_pixel(folder, world)

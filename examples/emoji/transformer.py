@@ -96,7 +96,7 @@ def code_documents(folder: Path, model: Path, data: Path, stage: str) -> Path:
             replace(EXTRACTION, variants=training.variants, documents_per_shard=size),
             FixedLength(training.pack_length),
             training.packs,
-            min(len(os.sched_getaffinity(0)), -(-training.documents // size)),
+            len(os.sched_getaffinity(0)),
         )
 
 

@@ -52,10 +52,8 @@ class PicturesAlone(PackCollator):
 def code_documents(folder: Path, start: Path, data: Path, steps: int) -> Path:
     """Code the pictures of so many steps; returns the folder of packs, each the batch of a step."""
     documents, settings = min(steps * PICTURES, DOCUMENTS), replace(EXTRACTION, documents_per_shard=1_000)
-    workers = min(len(os.sched_getaffinity(0)), -(-documents // settings.documents_per_shard))
-    return build_packs(
-        folder, start, data, STAGE, documents, settings, BatchPadding(PICTURES, LONGEST), num_proc=workers
-    )
+    strategy, num_proc = BatchPadding(PICTURES, LONGEST), len(os.sched_getaffinity(0))
+    return build_packs(folder, start, data, STAGE, documents, settings, strategy, num_proc=num_proc)
 
 
 def adapted(start: Path) -> PeftModel:

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 DECODER_GROUP = "transformers_nextflow.decoders"  # of entry points: each loads decoders of its name from a folder
 
-app = Typer(add_completion=False, pretty_exceptions_enable=False)
+app = Typer(add_completion=False)
 app.add_typer(data_app, name="data", help="Documents to packed training shards, and back.")
 app.add_typer(train, name="train", help="Transformer, vision tokenizer, diffusion decoder; by GRPO.")
 app.add_typer(conversion_app, name="convert", help="Released weights to a NextFlow to be trained, and back.")
@@ -616,7 +616,7 @@ def options(version: Annotated[bool, Option("--version", callback=print_version,
     """Text and images from one next-token, next-scale model."""
 
 
-program = get_command(app)
+program = get_command(app)  # typer makes it anew with every call of the app
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -97,8 +97,6 @@ def run(packs: Path, output: Path, name: str, trainer_class=NextFlowTrainer, res
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(examination, "default_pictures", partial(default_pictures, each=4))
         patch.setattr(alterations, "FEW", 1)
-        means = tuple(check for check in examination.MEANS if check is not alterations.parts)
-        patch.setattr(examination, "MEANS", means)  # tokenizer.parts, too, alters by hooks
         trainer.train(resume_from_checkpoint=resume)
     if trainer.is_world_process_zero():
         Path(trainer.args.output_dir, "log.json").write_text(json.dumps(trainer.state.log_history))

@@ -459,16 +459,16 @@ class Extractor:
         inputs = np.zeros((len(names), len(variants), coarse), dtype)
         if not pixels:
             return codes, inputs
-        quantize, size = self.vq_model.quantizer.quantize, self.settings.batch_size
+        quantize, settings = self.vq_model.quantizer.quantize, self.settings
         features = self.vq_model.features(torch.stack(pixels).to(self.device))
         if not variants:
             codes[:, 0] = quantize(features, schedule).target_codes.cpu().numpy().repeat(repeats, axis=0)
         shown = np.repeat(np.arange(len(pixels)), repeats)
         for place, variant in enumerate(variants):
-            for some in (slice(first, first + size) for first in range(0, len(names), size)):
+            for first in range(0, len(names), settings.batch_size):
+                some = slice(first, first + settings.batch_size)
                 draws = [f"{name}/{variant}" for name in names[some]]
-                correction, seed = self.settings.self_correction, self.settings.seed
-                output = quantize(features[shown[some]], schedule, correction, seed, draws)
+                output = quantize(features[shown[some]], schedule, settings.self_correction, settings.seed, draws)
                 codes[some, place] = output.target_codes.cpu().numpy()
                 inputs[some, place] = output.input_codes[:, :coarse].cpu().numpy()
         return codes, inputs
