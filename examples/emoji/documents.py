@@ -10,7 +10,6 @@ import io
 import json
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +177,8 @@ def draw_rows(world: World, stage: Stage, numbers: Iterable[int], seed: int) -> 
 
 
 def _draw_rows(folder: str, stage: Stage, parts: list[range], seed: int) -> Iterator[dict[str, Any]]:
-    yield from draw_rows(World(folder), stage, chain.from_iterable(parts), seed)
+    (numbers,) = parts  # those of this process
+    yield from draw_rows(World(folder), stage, numbers, seed)
 
 
 def build_packs(
