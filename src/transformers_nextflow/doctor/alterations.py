@@ -27,8 +27,8 @@ MOST_LAYERS = 8  # every two of which are exchanged
 KNOWS = 0.8  # of the loss of a model that knows nothing
 # of all layers; other matrices are at another size where these are
 FACTORS = {"q_proj": (0.125, 0.5, 2, 8), "o_proj": (0, 0.5, 2, 8), "down_proj": (0, 0.125, 0.5, 2, 8)}
-FEW = 3  # rows that alterations are first tried on
-CONFIRMED, ALMOST = 4, 0.8  # of them, which are tried on all rows; share of what the best saves that counts as much
+FEW, CONFIRMED = 3, 4  # rows that alterations are tried on, and those of them that are tried on all rows
+ALMOST = 0.8  # of what the best saves, which counts as much
 
 
 class Alteration(NamedTuple):
@@ -48,12 +48,10 @@ class Alteration(NamedTuple):
 @contextmanager
 def hooked(change: Callable, *modules: nn.Module) -> Iterator[None]:
     """Every output of some modules changed, by module, inputs and output."""
-    handles = [module.register_forward_hook(change) for module in modules]
-    try:
+    with ExitStack() as stack:
+        for module in modules:
+            stack.callback(module.register_forward_hook(change).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def shuffled(module: nn.Module, seed: int) -> AbstractContextManager:
@@ -72,37 +70,29 @@ def times(factor: float, *modules: nn.Module) -> AbstractContextManager:
 
 
 @contextmanager
-def setting(owner: Any, name: str, value: Any) -> Iterator[None]:
-    kept = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, kept)
-
-
-@contextmanager
-def exchanged(first: str, second: str, *owners: nn.Module) -> Iterator[None]:
-    """Two modules of each owner in each other's place."""
+def setting(*changes: tuple[Any, str, Any]) -> Iterator[None]:
+    """Attributes of owners, by name, with other values."""
     with ExitStack() as stack:
-        for owner in owners:
-            one, other = getattr(owner, first), getattr(owner, second)
-            stack.enter_context(setting(owner, first, other))
-            stack.enter_context(setting(owner, second, one))
+        for owner, name, value in changes:
+            stack.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, value)
         yield
 
 
-@contextmanager
-def headed(decoder: nn.Module, size: int) -> Iterator[None]:
+def exchanged(first: str, second: str, *owners: nn.Module) -> AbstractContextManager:
+    """Two modules of each owner in each other's place."""
+    names = (first, second), (second, first)
+    return setting(*[(owner, one, getattr(owner, other)) for owner in owners for one, other in names])
+
+
+def headed(decoder: nn.Module, size: int) -> AbstractContextManager:
     """All layers with heads of another size, and the rotary frequencies of the same base for it."""
     rotary, half = decoder.rotary_emb, size // 2
     places = torch.arange(half, device=rotary.inv_freq.device) * (len(rotary.inv_freq) / half)
     frequencies = rotary.inv_freq[0] * (rotary.inv_freq[1] / rotary.inv_freq[0]) ** places
-    with setting(rotary, "inv_freq", frequencies), setting(rotary, "mrope_section", [1] * half), ExitStack() as stack:
-        for attention in (layer.self_attn for layer in decoder.layers):
-            stack.enter_context(setting(attention, "head_dim", size))
-            stack.enter_context(setting(attention, "scaling", size**-0.5))
-        yield
+    of_heads = [("head_dim", size), ("scaling", size**-0.5)]
+    of_layers = [(layer.self_attn, *each) for layer in decoder.layers for each in of_heads]
+    return setting((rotary, "inv_freq", frequencies), (rotary, "mrope_section", [1] * half), *of_layers)
 
 
 def resized(name: str, module: nn.Module) -> Iterator[Alteration]:
@@ -165,9 +155,8 @@ def judge(
             measured += f"; outputs of {', '.join(idle)} can be in another order at {max(idle.values()):+.3f}"
             return check.verdict(measured, {"weights without effect": True})
     better = better or best(each for name, module in resizable.items() for each in resized(name, module))
-    if better is None:
-        return check.verdict(measured, {})
-    return check.verdict(f"{measured}, {better[1]:.2f} less {better[0].what}", {better[0].fault: True})
+    measured += f", {better[1]:.2f} less {better[0].what}" if better else ""
+    return check.verdict(measured, {better[0].fault: True} if better else {})
 
 
 def parts(check: Finding, case: Case) -> Finding:
@@ -202,8 +191,8 @@ def _other_settings(case: Case) -> Iterator[Alteration]:
         ("rotary sections", rotary, "mrope_section", [half // 4, 3 * half // 8, half - half // 4 - 3 * half // 8]),
         *(("rotary base", rotary, "inv_freq", rotary.inv_freq * factor**-places) for factor in bases),
     ]
-    for name, owner, attribute, value in settings:
-        yield Alteration(f"with another {name}", f"wrong {name}", partial(setting, owner, attribute, value))
+    for name, *changed in settings:
+        yield Alteration(f"with another {name}", f"wrong {name}", partial(setting, tuple(changed)))
     for size in (attention.head_dim // 2, 2 * attention.head_dim):
         if bases and size % 4 == 0 and config.text_config.num_key_value_heads * attention.head_dim % size == 0:
             yield Alteration(f"with heads of {size}", "wrong number of heads", partial(headed, decoder, size))
@@ -249,8 +238,7 @@ def _of_all_layers(case: Case) -> Iterator[Alteration]:
             yield Alteration.of(f"with {what} in the other rotary order", "wrong rotary order", change, *members)
     for width in {inner.config.vq_config.semantic_dim, inner.config.vq_config.pixel_dim}:
         change = lambda module, inputs, output, width=width: output.roll(width, -1)  # noqa: E731
-        what = "with the halves of code_embeddings exchanged"
-        yield Alteration.of(what, "halves exchanged", change, inner.code_embeddings)
+        yield Alteration.of("with halves of embeddings exchanged", "halves exchanged", change, inner.code_embeddings)
     numbers = range(len(layers))
     for a, b in combinations(numbers, 2) if len(layers) <= MOST_LAYERS else zip(numbers, numbers[1:]):
         apply = partial(exchanged, str(a), str(b), layers)

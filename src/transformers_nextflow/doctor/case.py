@@ -91,12 +91,10 @@ class Reading(NamedTuple):
 
 def by_part(readings: Sequence[Reading]) -> dict[str, list[Reading]]:
     """Readings of texts and of every scale, of the documents that have such."""
-    parts = {}
-    for scale in torch.cat([reading.scales_N for reading in readings]).unique().tolist():
-        each = [reading.where(reading.scales_N == scale) for reading in readings]
-        name = "text" if scale == TEXT else f"scale {scale + 1}"
-        parts[name] = [reading for reading in each if len(reading.targets_N)]
-    return parts
+    scales = torch.cat([reading.scales_N for reading in readings]).unique().tolist()
+    names = {scale: "text" if scale == TEXT else f"scale {scale + 1}" for scale in scales}
+    each = {scale: [reading.where(reading.scales_N == scale) for reading in readings] for scale in scales}
+    return {names[scale]: [part for part in each[scale] if len(part.targets_N)] for scale in scales}
 
 
 @dataclass
@@ -198,12 +196,9 @@ class Case:
         """Prompts of texts and the picture that answers each, without a text before it: those of the shards, else
         described pictures."""
         null, (head, _) = self.compact(self.null_prompt).tolist(), self.frame
-        drawn = [(document.prompt.tolist(), document) for document in self.documents if document.draws == [True]]
-        asked = [
-            document
-            for prompt, document in drawn
-            if prompt != null and prompt[: len(head)] == head and document.ids[len(prompt)] == self.image_id
-        ]
+        drawn = [(each.prompt.tolist(), each) for each in self.documents if each.draws == [True]]
+        framed = [(len(ids), each) for ids, each in drawn if ids != null and ids[: len(head)] == head]
+        asked = [each for first, each in framed if each.ids[first] == self.image_id]
         return asked[:ROWS] or self.described
 
     @cached_property

@@ -155,12 +155,10 @@ def confidence(check: Finding, case: Case) -> Finding:
         return check.unchecked("the shards draw no pictures")
     costs_TS = torch.stack([costs_TN.mean(dim=1) for costs_TN in of_scales], dim=1)
     twice, own, half = (costs_TS[at] for at in (0, AS_IT_IS, -1))
-    measured = (
-        f"{float(own.mean()):.2f} nats a code, the mean of scales, with half the logits {float(half.mean()):.2f}, "
-    )
+    measured = f"{float(own.mean()):.2f} nats a code, mean of scales, with half the logits {float(half.mean()):.2f}"
     better = [bool((other < own * (1 - MATERIAL)).all()) for other in (half, twice)]
     faults = dict(zip(("logits too large", "logits too small"), better))
-    return check.verdict(f"{measured}with twice {float(twice.mean()):.2f}", faults)
+    return check.verdict(f"{measured}, with twice {float(twice.mean()):.2f}", faults)
 
 
 def scales(check: Finding, case: Case) -> Finding:
@@ -217,8 +215,7 @@ def familiar(check: Finding, case: Case) -> Finding:
 
 
 def _surprises(readings: Iterable[Reading]) -> torch.Tensor:
-    """Of those that have targets."""
-    return torch.tensor([float(reading.surprise) for reading in readings if len(reading.targets_N)])
+    return torch.tensor([float(each.surprise) for each in readings if len(each.targets_N)])  # a mean of none is NaN
 
 
 def _likelier(case: Case, excess: float) -> str | None:

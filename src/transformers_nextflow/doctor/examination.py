@@ -68,15 +68,9 @@ class Diagnosis:
 
     def to_dict(self) -> dict:
         """For JSON."""
-        fault = self.first.fault if self.first else None
+        outcome = {"fault": self.first and self.first.fault, "headline": self.headline}
         findings, seconds = [asdict(finding) for finding in self.findings], round(self.seconds, 2)
-        return {
-            "fault": fault,
-            "headline": self.headline,
-            "findings": findings,
-            "curves": self.curves,
-            "seconds": seconds,
-        }
+        return outcome | {"findings": findings, "curves": self.curves, "seconds": seconds}
 
 
 @torch.no_grad()

@@ -52,7 +52,5 @@ def read_pictures(folder: str | Path, limit: int = 48) -> list[Picture]:
     if not paths:
         raise ValueError(f"{folder} holds no pictures ({', '.join(FILES)})")
     texts = [path.with_suffix(".txt") for path in paths]
-    return [
-        Picture(open_picture(path), read_text(text).strip() if text.is_file() else None)
-        for path, text in zip(paths, texts)
-    ]
+    captions = [read_text(text).strip() if text.is_file() else None for text in texts]
+    return [Picture(open_picture(path), caption) for path, caption in zip(paths, captions)]

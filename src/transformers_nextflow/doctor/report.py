@@ -28,8 +28,7 @@ def tables(diagnosis: Diagnosis) -> Group:
     for part in ("weights", "tokenizer", "shards", "transformer", "sampling"):
         table = Table("", "check", "measured", title=part, title_style="bold", expand=True)
         for finding in (finding for finding in diagnosis.findings if finding.part == part):
-            mark = Text(finding.severity, style=COLOURS[finding.severity])
-            table.add_row(mark, finding.check, Text(finding.measured))
+            table.add_row(Text(finding.severity, COLOURS[finding.severity]), finding.check, Text(finding.measured))
         blocks.append(table)
     return Group(*blocks)
 
@@ -47,10 +46,8 @@ def to_html(diagnosis: Diagnosis, title: str) -> str:
     page = console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
     shown = {name: plot(name, lines) for name, lines in diagnosis.curves.items()}
     shown |= {name: draw_sheet([("", row) for row in rows], columns=1) for name, rows in diagnosis.images.items()}
-    figures = "".join(
-        f'<h3>{html.escape(name)}</h3><img alt="{html.escape(name)}" src="data:image/png;base64,{png_base64(image)}">'
-        for name, image in shown.items()
-    )
+    figure = '<h3>{0}</h3><img alt="{0}" src="data:image/png;base64,{1}">'
+    figures = "".join(figure.format(html.escape(name), png_base64(image)) for name, image in shown.items())
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
         f"<style>body{{font-family:sans-serif;max-width:75em;margin:2em auto}}</style><h1>{html.escape(title)}</h1><p>"

@@ -46,13 +46,10 @@ def codes(check: Finding, case: Case) -> Finding:
     used = np.unique(np.append(stored, (-1, size)))  # with the bounds
     missing, first = int(np.diff(used).max()) - 1, int(used[np.diff(used).argmax()]) + 1
     is_missing = missing > size / 8 and len(used) - 2 > (size - missing) / 2 and len(stored) > 8 * size
-    readings = {
-        "as they are": lambda codes: codes,
-        "one position earlier": lambda codes: codes.roll(-1, 1),
-        "one position later": lambda codes: codes.roll(1, 1),
-        "numbered one less": lambda codes: (codes - 1) % size,
-        "numbered one more": lambda codes: (codes + 1) % size,
-    }
+    readings = {"as they are": lambda codes: codes}
+    for step, place, number in ((-1, "earlier", "less"), (1, "later", "more")):
+        readings[f"one position {place}"] = lambda codes, step=step: codes.roll(step, 1)
+        readings[f"numbered one {number}"] = lambda codes, step=step: (codes + step) % size
     agreed = defaultdict(list)
     for grid, targets, inputs in pictures:
         codes, all_targets = case.codes_of(targets, inputs), case.codes_of(targets, inputs[:0])
@@ -114,10 +111,8 @@ def correction(check: Finding, case: Case) -> Finding:
     unlike = sum(bool((targets[:, :1] != targets[:1, :1]).any()) for _, targets, _ in pictures)
     alike = sum(bool((inputs == inputs[0]).all()) for inputs in several)
     measured = f"{', '.join(f'{share:.0%}' for share in means)} of the inputs are disturbed at the scales, wrong at "
-    measured += (
-        f"{wrong}, {near:.0%} by nearer codes than any; of {len(pictures)} pictures {unlike} have several first "
-    )
-    measured += f"targets, {alike} codings all alike"
+    measured += f"{wrong}, {near:.0%} by nearer codes than any; of {len(pictures)} pictures {unlike} have several "
+    measured += f"first targets, {alike} codings all alike"
     faults = {
         "self-correction written into targets": unlike,
         "wrong share of self-correction": wrong,

@@ -94,12 +94,8 @@ def parts(check: Finding, case: Case) -> Finding:
     """No part of the pixel branch reconstructs better at half or twice its size; and, of pictures that shards hold,
     none of the encoder can have its channels in another order without loss. (Blocks that enlarge a decoder begin as
     nothing, and may end as little.)"""
-    modules = {
-        f"{branch}.{name}": module
-        for branch in ("pixel_encoder", "pixel_decoder")
-        for name, module in getattr(case.vq_model, branch).named_modules()
-        if isinstance(module, (nn.Conv2d, nn.Linear))
-    }
+    named = {name: module for name, module in case.vq_model.named_modules() if name.startswith("pixel_")}
+    modules = {name: module for name, module in named.items() if isinstance(module, (nn.Conv2d, nn.Linear))}
     movable = {}
     rows = [case.coded[at][0] for at in np.random.default_rng(case.seed).permutation(len(case.coded))[:ROWS]]
     if case.packs is not None:  # of plain shapes some channels say nothing

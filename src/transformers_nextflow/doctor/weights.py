@@ -20,18 +20,17 @@ LOOKED_AT, SAME = 4096, 0.999  # entries of two tensors, and their correlation i
 
 def finite(check: Finding, case: Case) -> Finding:
     """Every weight is a finite number, and no entry of a matrix is far larger than all others."""
-    tensors = dict(case.model.named_parameters())
-    wide = [name for name, tensor in tensors.items() if is_matrix(tensor)]
+    tensors, wide = dict(case.model.named_parameters()), matrices(case.model)
     faults = {
         "weights not finite": (tensors, lambda name: not tensors[name].isfinite().all()),
-        "weights out of bounds": (wide, lambda name: _lead(tensors[name]) > BEYOND),
+        "weights out of bounds": (wide, lambda name: _lead(wide[name]) > BEYOND),
     }
     return _verdict(check, faults)
 
 
 def _lead(weight: torch.Tensor) -> float:
     """How many times the largest entry is the second; 0 where that is 0, as of what has not been trained."""
-    first, second = weight.detach().abs().flatten().topk(2).values
+    first, second = weight.abs().flatten().topk(2).values
     return float(first / second) if second else 0.0
 
 
@@ -123,13 +122,10 @@ def code_rows(check: Finding, case: Case) -> Finding:
         rows = module.weight.detach().float().cpu()
         own_V, *shifted = (_order(rows.roll(-shift, 0), entries) for shift in (0, -1, 1))
         of_parts, lost = [z_score(part) for part in own_V.split(COMPARED)], float((own_V < 1).float().mean())
-        at = f"in the {COMPARED} rows from {COMPARED * of_parts.index(min(of_parts))} on"
-        measured.append(
-            f"{name} {min(of_parts):.0f} deviations above chance {at}, {lost:.0%} of all rows as by chance"
-        )
-        faults["wrong code offset"] = faults.get("wrong code offset") or z_score(own_V) <= SIGNIFICANT < max(
-            map(z_score, shifted)
-        )
+        at = f"in the {COMPARED} rows from {COMPARED * of_parts.index(min(of_parts))} on, {lost:.0%} of all rows as by"
+        measured.append(f"{name} {min(of_parts):.0f} deviations above chance {at} chance")
+        is_shifted = z_score(own_V) <= SIGNIFICANT < max(map(z_score, shifted))
+        faults["wrong code offset"] = faults.get("wrong code offset") or is_shifted
         faults[f"{name} without order"] = min(of_parts) <= SIGNIFICANT
         faults[f"{name} without order in part"] = lost > LOST
     return check.verdict("; ".join(measured), faults)
@@ -149,15 +145,10 @@ def _order(rows_VD: torch.Tensor, entries_VC: torch.Tensor) -> torch.Tensor:
     return torch.cat(scores)
 
 
-def is_matrix(parameter: torch.Tensor) -> bool:
-    """Whether it is the weight of a linear, convolution or embedding layer, of more than one row."""
-    return parameter.ndim >= 2 and parameter.is_floating_point() and parameter.shape[0] > 1
-
-
 def matrices(model: nn.Module) -> dict[str, torch.Tensor]:
-    """(rows, columns) float32 weights of layers, by name."""
-    named = model.named_parameters()
-    return {name: parameter.detach().float().flatten(1) for name, parameter in named if is_matrix(parameter)}
+    """(rows, columns) float32 weights of linear, convolution and embedding layers of more than one row, by name."""
+    named = [(name, x.detach()) for name, x in model.named_parameters() if x.ndim >= 2 and x.is_floating_point()]
+    return {name: weight.float().flatten(1) for name, weight in named if len(weight) > 1}
 
 
 def kind_of(name: str) -> str:
