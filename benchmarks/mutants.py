@@ -3,7 +3,8 @@
 cosmic-ray plants one fault at a time in a copy of the repository: a changed operator, number or condition, a missing
 decorator, a loop without its body. The sample is of places in the code, evenly, with one fault of each: of all faults
 most are in arithmetic, each operator by ten others. Annotations take no part. A fault is to be noticed by the
-quickest tests that run its lines, for `BUDGET` seconds; which these are is found once for the same code and tests.
+quickest tests that run its lines, for `BUDGET` seconds; which these are is found once for the same code and tests. A
+run that was stopped goes on where it was.
 """
 
 import argparse
@@ -67,6 +68,13 @@ def copy_repository(target: Path) -> str:
     return found.hexdigest()[:16]
 
 
+def resumed(output: Path, code: str, seed: int) -> dict:
+    """What a run for the same code, tests and seed has written, else a report of nothing."""
+    report = json.loads(output.read_text()) if output.exists() else {}
+    is_same = (report.get("code"), report.get("seed")) == (code, seed)
+    return report if is_same else {"code": code, "seed": seed, "survivors": [], "noticed": []}
+
+
 def command_of(tests: list[str], folder: Path) -> str:
     """pytest on tests in this order, which a file names: there may be thousands."""
     (folder / "chosen.txt").write_text("\n".join(tests))
@@ -89,9 +97,9 @@ def main() -> None:
         os.environ["PYTHONPATH"] = os.pathsep.join([f"{folder}/src", name])
         if not (found / "seconds.json").exists():
             run_all(folder, found)
-        reached, results = Reached(found), []
+        reached, report = Reached(found), resumed(output, found.name, args.seed)
         files = args.files or sorted(str(path) for path in Path("src").rglob("*.py"))
-        for fault in sample(files, args.number, args.seed):
+        for fault in sample(files, args.number, args.seed)[len(report["survivors"] + report["noticed"]) :]:
             module, lines = str(fault.module_path), (fault.start_pos[0], fault.end_pos[0])
             tests = reached.tests(fault.module_path, *lines, BUDGET)
             survived, text = True, ""
@@ -103,12 +111,15 @@ def main() -> None:
                 survived, text = result.test_outcome is TestOutcome.SURVIVED, result.diff
             where = f"{module}:{lines[0]} {fault.operator_name.removeprefix('core/')}"
             print("SURVIVED" if survived else "killed", where, f"({len(tests)} tests)", flush=True)
-            results.append({"fault": where, "survived": survived, "tests": len(tests), "diff": text.splitlines()[1:]})
-            survivors = [each for each in results if each["survived"]]
-            report = {"seed": args.seed, "faults": len(results), "killed": len(results) - len(survivors)}
-            report |= {"score": report["killed"] / report["faults"], "survivors": survivors}
-            report["noticed"] = [each["fault"] for each in results if not each["survived"]]
-            output.write_text(json.dumps(report, indent=1) + "\n")
+            if survived:
+                report["survivors"].append({"fault": where, "tests": len(tests), "diff": text.splitlines()[1:]})
+            else:
+                report["noticed"].append(where)
+            report["faults"] = len(report["survivors"] + report["noticed"])
+            report["killed"] = len(report["noticed"])
+            report["score"] = report["killed"] / report["faults"]
+            output.with_suffix(".partial").write_text(json.dumps(report, indent=1) + "\n")
+            output.with_suffix(".partial").replace(output)
     print(f"{report['killed']} of {report['faults']} killed, see {output}")
 
 
