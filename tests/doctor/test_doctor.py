@@ -591,7 +591,7 @@ def test_what_is_better_one_row_on_is_named():
 @torch.no_grad()
 def test_alterations_leave_no_trace(tiny_model):
     model = copy.deepcopy(tiny_model)
-    ids, stack = torch.arange(6)[None] + 10, layers(model)
+    ids, stack, rotary = torch.arange(6)[None] + 10, layers(model), model.model.language_model.rotary_emb
     before = model(input_ids=ids, logits_over="text").logits
     contexts = [
         shuffled(stack[0].mlp.down_proj, 0),
@@ -600,7 +600,7 @@ def test_alterations_leave_no_trace(tiny_model):
         exchanged("gate_proj", "up_proj", *(layer.mlp for layer in stack)),
         headed(model.model.language_model, 8),
         times(2.0, *(layer.mlp.down_proj for layer in stack)),
-        setting(model.model.language_model.rotary_emb, "inv_freq", model.model.language_model.rotary_emb.inv_freq * 3),
+        setting((rotary, "inv_freq", rotary.inv_freq * 3)),
     ]
     for context in contexts:
         with context:
