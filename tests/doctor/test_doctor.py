@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from damage import DAMAGE, damaged, exchange_keys_and_values, guess_heads, layers, permute, rewrite
+from damage import DAMAGE, damaged, layers, permute, rewrite
 from own_pictures import build, png
 from PIL import Image
 from tokenizers import Tokenizer
@@ -31,17 +31,6 @@ from transformers_nextflow.doctor import (
     shards,
     to_html,
     to_text,
-)
-from transformers_nextflow.doctor.alterations import (
-    exchanged,
-    headed,
-    hooked,
-    judge,
-    levelled,
-    reordered,
-    setting,
-    shuffled,
-    times,
 )
 from transformers_nextflow.doctor.case import Case, Document, Reading
 from transformers_nextflow.doctor.documents import conditions, confidence, ends, familiar, frames, varied
@@ -291,6 +280,15 @@ def test_another_chat_template_is_named(change, shown, tiny_model, tiny_processo
     assert found.fault == (shown and fault) and (not shown or shown in found.measured)
 
 
+@pytest.mark.parametrize("text, fault", [("thing {}", None), ("<|im_start|>user\nthing {}", "another chat template")])
+def test_texts_that_went_through_the_template_before_are_named(text, fault, tiny_checkpoint, tmp_path):
+    pictures = of_four_colours(12)
+    rows = [{"text": text.format(number), "image": picture} for number, picture in enumerate(pictures)]
+    case = case_of(rows, ExtractionSettings("text-to-image", self_correction=None), tiny_checkpoint, tmp_path)
+    found = frames(Finding("frames", "toy", ""), case)
+    assert found.fault == fault and f"; {12 * (fault is not None)} have it as text" in found.measured
+
+
 def test_texts_that_are_cut_at_random_are_named(tiny_model, tiny_processor):
     other = copy.deepcopy(tiny_processor)
     backend = json.loads(other.tokenizer.backend_tokenizer.to_str())
@@ -388,7 +386,8 @@ def reading(factor: float, scale: float, text: float, count: int = 2, disturbed:
 
 def of_readings(readings: list[Reading]) -> SimpleNamespace:
     """What checks of costs need of a case."""
-    return SimpleNamespace(readings=readings, documents=[])
+    processor = SimpleNamespace(tokenizer=SimpleNamespace(decode=lambda ids: f"token {ids[0]}"))
+    return SimpleNamespace(readings=readings, documents=[], processor=processor)
 
 
 def test_what_costs_more_in_the_first_scales_alone_is_the_texts_fault():
@@ -420,6 +419,16 @@ def test_what_costs_more_than_expected_is_named(factor, scale, text, faults):
     assert (found[0] is None) is (factors[0] == 1)
 
 
+def test_the_token_that_costs_most_is_named():
+    """Of all texts together, above what the model expects."""
+    torch.manual_seed(0)
+    readings = [reading(1, 0, 0) for _ in range(24)]
+    for each in readings[:12]:
+        each.targets_N[-3:] = torch.tensor([77, 77, 78])
+        each.costs_TN[:, -3:], each.expected_N[-3:] = torch.tensor([4.0, 5.0, 8.0]), 1.0
+    assert "; most of all 'token 77' +3.50" in familiar(Finding("familiar", "toy", ""), of_readings(readings)).measured
+
+
 @pytest.mark.parametrize(
     "heeded, fault",
     [({"prompt", "picture"}, None), ({"picture"}, "prompt ignored"), ({"prompt"}, "pictures ignored")],
@@ -439,46 +448,6 @@ def test_what_answers_do_not_depend_on_is_named(heeded, fault):
     case = SimpleNamespace(documents=documents, readings=[read(each) for each in documents], read=read)
     case.row_of = lambda document: document
     assert conditions(Finding("conditions", "toy", ""), case).fault == fault
-
-
-class Sum(nn.Module):
-    """Rows of 64 numbers through three mappings, the truth of which is known."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = nn.ModuleList(nn.Linear(64, 64, bias=False) for _ in range(3))
-        self.wanted = [layer.weight.detach().clone() for layer in self.layers]
-
-    def losses(self, rows):
-        pairs = list(zip(self.layers, self.wanted))
-        return torch.stack([sum((layer(x) - x @ w.T).square().mean() + 0.01 for layer, w in pairs) for x in rows])
-
-    def finding(self):
-        rows = [torch.randn(4, 64, generator=torch.Generator().manual_seed(seed)) for seed in range(16)]
-        named = {f"layers.{number}": layer for number, layer in enumerate(self.layers)}
-        return judge(Finding("parts", "toy", ""), self.losses, rows, [], named, named, 0)
-
-
-@pytest.mark.parametrize(
-    "factor, fault",
-    [(1, None), (2.2, "weights too large"), (0.45, "weights too small"), (-1, "weights without effect")],
-)
-@torch.no_grad()
-def test_what_does_better_at_another_size_is_named(factor, fault):
-    toy = Sum()
-    toy.layers[1].weight.mul_(factor)
-    finding = toy.finding()
-    assert finding.fault == fault
-    assert fault is None or "layers.1" in finding.measured
-
-
-@torch.no_grad()
-def test_what_can_be_in_any_order_is_named():
-    toy = Sum()
-    permute(toy.layers[2].weight)
-    finding = toy.finding()
-    assert finding.fault == "weights without effect" and "layers.2" in finding.measured
 
 
 @pytest.mark.parametrize(
@@ -552,77 +521,6 @@ def test_a_matrix_that_is_not_whole_is_named(do, check, fault):
         do(model[2].weight)
     found = check(Finding(check.__name__, "weights", ""), SimpleNamespace(model=model, seed=0))
     assert found.fault == fault and (fault is None or found.measured.startswith("2.weight of 4")), found.measured
-
-
-@pytest.mark.parametrize("kind, fault", [(nn.Embedding, "rows in disorder"), (nn.RMSNorm, "weights in disorder")])
-@torch.no_grad()
-def test_what_does_better_at_its_mean_is_named(kind, fault):
-    torch.manual_seed(0)
-    module = nn.Embedding(64, 64) if kind is nn.Embedding else nn.RMSNorm(64)
-    module.weight.normal_()
-    wanted = copy.deepcopy(module)
-    rows = [torch.randint(64, (32,)) if kind is nn.Embedding else torch.randn(32, 64) for _ in range(16)]
-
-    def losses(rows):
-        return torch.stack([(module(row) - wanted(row)).square().mean() + 0.01 for row in rows])
-
-    def finding():
-        return judge(Finding("parts", "toy", ""), losses, rows, [levelled("the table", module)], {}, {}, 0)
-
-    assert finding().fault is None
-    permute(module.weight)
-    assert finding().fault == fault and "the table" in finding().measured
-
-
-@torch.no_grad()
-def test_what_is_better_one_row_on_is_named():
-    torch.manual_seed(0)
-    table = nn.Embedding(16, 8)
-    wanted = table.weight.detach().clone()
-    table.weight.copy_(wanted.roll(1, 0))
-    rows = [torch.randint(15, (32,)) for _ in range(16)]
-    losses = lambda rows: torch.stack([(table(row) - wanted[row]).square().mean() + 0.01 for row in rows])  # noqa: E731
-    found = judge(Finding("parts", "toy", ""), losses, rows, [*reordered("the table", table)], {}, {}, 0)
-    assert found.fault == "rows in disorder" and "the table one on" in found.measured
-    table.weight.copy_(wanted)
-    assert judge(Finding("parts", "toy", ""), losses, rows, [*reordered("the table", table)], {}, {}, 0).fault is None
-
-
-@torch.no_grad()
-def test_alterations_leave_no_trace(tiny_model):
-    model = copy.deepcopy(tiny_model)
-    ids, stack, rotary = torch.arange(6)[None] + 10, layers(model), model.model.language_model.rotary_emb
-    before = model(input_ids=ids, logits_over="text").logits
-    contexts = [
-        shuffled(stack[0].mlp.down_proj, 0),
-        hooked(lambda module, inputs, output: output + 1, stack[0].self_attn.o_proj),
-        exchanged("0", "1", stack),
-        exchanged("gate_proj", "up_proj", *(layer.mlp for layer in stack)),
-        headed(model.model.language_model, 8),
-        times(2.0, *(layer.mlp.down_proj for layer in stack)),
-        setting((rotary, "inv_freq", rotary.inv_freq * 3)),
-    ]
-    for context in contexts:
-        with context:
-            assert not torch.equal(model(input_ids=ids, logits_over="text").logits, before)
-        assert torch.equal(model(input_ids=ids, logits_over="text").logits, before)
-
-
-@pytest.mark.parametrize(
-    "damage, undone",
-    [
-        (guess_heads, lambda model: headed(model.model.language_model, 16)),
-        (exchange_keys_and_values, lambda model: exchanged("k_proj", "v_proj", *(x.self_attn for x in layers(model)))),
-    ],
-)
-@torch.no_grad()
-def test_damage_is_undone_by_the_alteration_that_names_it(damage, undone, tiny_model):
-    model, ids = copy.deepcopy(tiny_model), torch.arange(6)[None] + 10
-    whole = model(input_ids=ids, logits_over="text").logits
-    damage(model)
-    assert not torch.allclose(model(input_ids=ids, logits_over="text").logits, whole, atol=1e-4)
-    with undone(model):
-        torch.testing.assert_close(model(input_ids=ids, logits_over="text").logits, whole)
 
 
 def test_the_command_writes_figures_and_a_report_and_exits_with_1_on_alarms(

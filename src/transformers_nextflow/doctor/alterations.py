@@ -27,8 +27,7 @@ MOST_LAYERS = 8  # every two of which are exchanged
 KNOWS = 0.8  # of the loss of a model that knows nothing
 # of all layers; other matrices are at another size where these are
 FACTORS = {"q_proj": (0.125, 0.5, 2, 8), "o_proj": (0, 0.5, 2, 8), "down_proj": (0, 0.125, 0.5, 2, 8)}
-FEW, CONFIRMED = 3, 4  # rows that alterations are tried on, and those of them that are tried on all rows
-ALMOST = 0.8  # of what the best saves, which counts as much
+FEW, CONFIRMED, ALMOST = 3, 4, 0.8  # rows tried first; alterations then tried on all; share of the best that equals it
 
 
 class Alteration(NamedTuple):
@@ -183,18 +182,20 @@ def _other_settings(case: Case) -> Iterator[Alteration]:
     rotary, attention = decoder.rotary_emb, decoder.layers[0].self_attn
     half = len(rotary.inv_freq)
     places = torch.arange(half, device=rotary.inv_freq.device) / half
-    bases = (1e-3, 1e-2, 0.1, 10, 100, 1e3) if rotary.rope_type == "default" else ()
+    is_default, bases = rotary.rope_type == "default", (1e-3, 1e-2, 0.1, 10, 100, 1e3)
+    others = [rotary.inv_freq * factor**-places for factor in bases if is_default]
+    others += [rotary.inv_freq * factor for factor in (0.125, 0.25, 0.5, 2, 4, 8)]
     settings = [
         *(("feature mode", config, "feature_mode", mode) for mode in ("accumulated", "residual")),
         ("position scale", config, "position_scale", None),
         ("rotary sections", rotary, "mrope_section", [1] * half),
         ("rotary sections", rotary, "mrope_section", [half // 4, 3 * half // 8, half - half // 4 - 3 * half // 8]),
-        *(("rotary base", rotary, "inv_freq", rotary.inv_freq * factor**-places) for factor in bases),
+        *(("rotary base", rotary, "inv_freq", frequencies) for frequencies in others),
     ]
     for name, *changed in settings:
         yield Alteration(f"with another {name}", f"wrong {name}", partial(setting, tuple(changed)))
     for size in (attention.head_dim // 2, 2 * attention.head_dim):
-        if bases and size % 4 == 0 and config.text_config.num_key_value_heads * attention.head_dim % size == 0:
+        if is_default and size % 4 == 0 and config.text_config.num_key_value_heads * attention.head_dim % size == 0:
             yield Alteration(f"with heads of {size}", "wrong number of heads", partial(headed, decoder, size))
     for name in ("silu", "gelu", "relu"):
         change = lambda module, inputs, _, name=name: ACT2FN[name](inputs[0])  # noqa: E731
@@ -208,6 +209,7 @@ def _of_all_layers(case: Case) -> Iterator[Alteration]:
     inner = case.model.model
     layers, kinds = inner.language_model.layers, defaultdict(list)
     apply: Callable[[], AbstractContextManager]
+    change: Callable
     for name, module in layers.named_modules():
         kinds[name.rpartition(".")[2]].append(module)
     for kind, factors in FACTORS.items():
@@ -221,6 +223,10 @@ def _of_all_layers(case: Case) -> Iterator[Alteration]:
         if shapes[a] == shapes[b] and all(hasattr(owner, b) for owner in owners):
             apply = partial(exchanged, a, b, *owners)
             yield Alteration(f"with {a} and {b} of all layers exchanged", "matrices exchanged", apply)
+    norms = [*kinds["input_layernorm"], *kinds["post_attention_layernorm"], inner.language_model.norm]
+    for what, step in (("more", 1), ("less", -1)):  # some libraries keep how far weights are from 1
+        change = lambda it, inputs, _, step=step: F.rms_norm(inputs[0], it.weight.shape, it.weight + step)  # noqa: E731
+        yield Alteration.of(f"with weights of all norms one {what}", "wrong offset of norms", change, *norms)
     biased = [kind for kind, members in kinds.items() if getattr(members[0], "bias", None) is not None]
     for kind in biased:
         change = lambda module, inputs, output: output - module.bias  # noqa: E731

@@ -35,6 +35,8 @@ def frames(check: Finding, case: Case) -> Finding:
     name, frame, unlike = "open", head, [ids for ids, _ in chats if ids[: len(head)] != head]
     if len(unlike) <= ALLOWED * len(chats):
         name, frame, unlike = "turn to the answer", tail, [ids for ids, _ in chats if not _starts(ids, tail)]
+    plain = [tokenizer.decode([token for token in ids if token not in control]) for ids, _ in chats]
+    twice = sum(any(name in text for name in tokenizer.convert_ids_to_tokens([*control])) for text in plain)
     supervised = [
         flags[at : next((end for end in _starts(ids, answer) if end > at), None)].any()
         for ids, flags in chats
@@ -45,10 +47,10 @@ def frames(check: Finding, case: Case) -> Finding:
     is_other, answers_first = len(unlike) > ALLOWED * len(chats), sum(ids[: len(answer)] == answer for ids, _ in chats)
     faults = {
         "roles exchanged": is_other and answers_first > ALLOWED * len(chats),
-        "another chat template": is_other,
+        "another chat template": is_other or twice > FEW * len(chats),
         "questions supervised": sum(supervised) > FEW * len(chats),
     }
-    return check.verdict(f"{measured}; {sum(supervised)} turns of users are supervised", faults)
+    return check.verdict(f"{measured}; {twice} have it as text, {sum(supervised)} turns of users are targets", faults)
 
 
 def _starts(ids: list[int], frame: list[int]) -> list[int]:
@@ -197,7 +199,7 @@ def familiar(check: Finding, case: Case) -> Finding:
     outliers, mean = int((whole > 2 * SURPRISING).sum()), float(whole.mean())
     measured = f"nats above the expected: {', '.join(f'{name} {x:+.2f}' for name, x in means.items())}; pictures "
     measured += f"{mean:+.2f}, above {2 * SURPRISING:g} {outliers} of {len(whole)}; the first {COARSE} scales "
-    measured += f"{float(apart.mean()):+.2f} above the others"
+    measured += f"{float(apart.mean()):+.2f} above the others{_strangest(case)}"
     by_pictures = mean > SURPRISING / 2 and z_score(whole) > SIGNIFICANT or outliers > FEW * len(whole)
     is_strange, first = bool(strange or by_pictures), next(iter(strange), "")
     usual = max((mean for name, mean in means.items() if name != first), default=0.0)
@@ -212,6 +214,16 @@ def familiar(check: Finding, case: Case) -> Finding:
         f"unfamiliar {what}": is_strange,
     }
     return check.verdict(measured, faults)
+
+
+def _strangest(case: Case) -> str:
+    """The token that costs most above the expected, in all texts together."""
+    costs = defaultdict(list)
+    for text in by_part(case.readings).get("text", []):
+        for token, surprise in zip(text.targets_N.tolist(), (text.costs_TN[AS_IT_IS] - text.expected_N).tolist()):
+            costs[token].append(surprise)
+    most = max(costs, key=lambda token: sum(costs[token]), default=None)
+    return f"; most of all {case.processor.tokenizer.decode([most])!r} {np.mean(costs[most]):+.2f}" if costs else ""
 
 
 def _surprises(readings: Iterable[Reading]) -> torch.Tensor:

@@ -87,8 +87,7 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     """max |a - b| / max |b|, infinite for other shapes or values that are not finite."""
     if a.shape != b.shape:
         return math.inf
-    value = float((a - b).abs().max() / b.abs().max().clamp(min=1e-12))
-    return value if math.isfinite(value) else math.inf
+    return float(((a - b).abs().max() / b.abs().max().clamp(min=1e-12)).nan_to_num(math.inf))
 
 
 def z_score(values: torch.Tensor) -> float:

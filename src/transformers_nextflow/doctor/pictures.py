@@ -12,7 +12,6 @@ from ..utils.files import read_text
 
 COLOURS = ("red", "green", "blue", "gold", "purple", "orange")
 SIDES = {"circle": 64, "square": 4, "triangle": 3}
-GROUNDS = ("white", "black", "gray", "wheat")
 FILES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -36,7 +35,7 @@ def draw(rng: random.Random, height: int, width: int) -> Picture:
     kind, colour, scale = rng.choice(list(SIDES)), rng.choice(COLOURS), 4
     radius = scale * min(height, width) * rng.uniform(0.25, 0.42)
     centre = [rng.uniform(radius, scale * length - radius) for length in (width, height)]
-    canvas = Image.new("RGB", (scale * width, scale * height), rng.choice(GROUNDS))
+    canvas = Image.new("RGB", (scale * width, scale * height), rng.choice(("white", "black", "gray", "wheat")))
     ImageDraw.Draw(canvas).regular_polygon((*centre, radius), SIDES[kind], fill=colour)
     return Picture(canvas.resize((width, height), Image.Resampling.BOX), f"a {colour} {kind}")
 

@@ -21,17 +21,12 @@ LOOKED_AT, SAME = 4096, 0.999  # entries of two tensors, and their correlation i
 def finite(check: Finding, case: Case) -> Finding:
     """Every weight is a finite number, and no entry of a matrix is far larger than all others."""
     tensors, wide = dict(case.model.named_parameters()), matrices(case.model)
+    lead = lambda weight: torch.div(*weight.abs().flatten().topk(2).values).nan_to_num(0, 0)  # noqa: E731
     faults = {
         "weights not finite": (tensors, lambda name: not tensors[name].isfinite().all()),
-        "weights out of bounds": (wide, lambda name: _lead(wide[name]) > BEYOND),
+        "weights out of bounds": (wide, lambda name: lead(wide[name]) > BEYOND),  # of what is not trained both are 0
     }
     return _verdict(check, faults)
-
-
-def _lead(weight: torch.Tensor) -> float:
-    """How many times the largest entry is the second; 0 where that is 0, as of what has not been trained."""
-    first, second = weight.abs().flatten().topk(2).values
-    return float(first / second) if second else 0.0
 
 
 def _verdict(check: Finding, faults: Mapping[str, tuple[Collection[str], Callable]], measured: str = "") -> Finding:
@@ -54,19 +49,16 @@ def values(check: Finding, case: Case) -> Finding:
     stacked = [name for name in read if kind_of(name) != name]  # of layers: others may be even
     same = lambda x, dim: (x == x.select(dim, 0).unsqueeze(dim)).all(dim).any()  # noqa: E731
     bounded = lambda x: (x.abs() == x.abs().max()).float().mean()  # noqa: E731
+    steps = lambda x: x[:64, : x.shape[1] // 16 * 16].reshape(-1, 16).sort(dim=1).values.diff(dim=1)  # noqa: E731
+    # among 16 neighbours of 8 bits are about 15 different numbers, of 4 bits 10, whatever their groups
+    different = lambda x: (steps(x) != 0).sum(dim=1).float().mean() + 1  # noqa: E731
     faults = {
         "untrained weights": (tensors, lambda name: same(tensors[name].flatten(), 0)),
         "weights cut off": (read, lambda name: same(every[name], 0) or same(every[name], 1)),
         "weights clipped": (wide, lambda name: bounded(every[name]) > CLIPPED),
-        "weights too coarse": (stacked, lambda name: _different(every[name][:64]) < FEWEST),
+        "weights too coarse": (stacked, lambda name: different(every[name]) < FEWEST),
     }
     return _verdict(check, faults)
-
-
-def _different(weight: torch.Tensor) -> float:
-    """How many different numbers are among 16 neighbours: about 15 of 8 bits, 10 of 4, whatever their groups."""
-    rows = weight[:, : weight.shape[1] // 16 * 16].reshape(-1, 16).sort(dim=1).values
-    return float((rows.diff(dim=1) != 0).sum(dim=1).float().mean()) + 1
 
 
 def copies(check: Finding, case: Case) -> Finding:
@@ -97,8 +89,7 @@ def spectra(check: Finding, case: Case) -> Finding:
         "weights of low rank": (found, lambda name: small[name] < usual[name] / 10),
         "re-initialised weights": (found, lambda name: scores[name] < SIGNIFICANT),
     }
-    apart = f", {min(scores.values()):.0f} to {max(scores.values()):.0f} deviations of chance apart"
-    return _verdict(check, faults, apart)
+    return _verdict(check, faults, f", {min(scores.values()):.0f} to {max(scores.values()):.0f} deviations apart")
 
 
 def _structure(weight: torch.Tensor, generator: torch.Generator, draws: int = 16) -> tuple[float, float]:

@@ -1,0 +1,385 @@
+"""Single checks of the doctor: tokenizers, documents, sampling and the diagnosis, each on a case of its own."""
+
+import copy
+from contextlib import ExitStack
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from transformers_nextflow import SelfCorrection
+from transformers_nextflow.doctor import Diagnosis, examination, examine, sampling, shards, tokenizer
+from transformers_nextflow.doctor.alterations import hooked
+from transformers_nextflow.doctor.case import Case, Document, Reading
+from transformers_nextflow.doctor.documents import ends, scales
+from transformers_nextflow.doctor.findings import Finding, difference, tolerance, z_score
+from transformers_nextflow.doctor.pictures import default_pictures
+from transformers_nextflow.training.metrics import psnr
+from transformers_nextflow.utils import loading
+
+TOY = Finding("toy", "weights", "that it is so")
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return loading.load_model(None)
+
+
+@pytest.fixture(scope="module")
+def pictures(trained):
+    """Sixteen squares of the lowest level, and no other form."""
+    return default_pictures(trained[0].model.schedules, 0, each=16)[:16]
+
+
+@pytest.fixture(scope="module")
+def case(trained, pictures):
+    with torch.no_grad():
+        case = Case(*trained, pictures)
+        return case if case.coded else None
+
+
+@torch.no_grad()
+def test_curves_and_pictures_of_the_tokenizer_go_scale_by_scale(case):
+    assert tokenizer.reconstruction(TOY, case).fault is None
+    (pixels, schedule, output), *others = case.coded
+    figures = case.curves["picture after each scale, PSNR in dB"]["PSNR"]
+    assert len(figures) == len(schedule) and figures == sorted(figures)
+    whole = [
+        float(psnr(case.vq_model.decode(each.quantization.target_codes, grid.final_grid), wanted))
+        for wanted, grid, each in case.coded
+    ]
+    assert figures[-1] == pytest.approx(np.mean(whole), abs=1e-3)
+    codes = output.quantization.target_codes
+    first = [
+        float(psnr(case.vq_model.decode_prefix(it.quantization.target_codes, grid.final_grid, 1), wanted))
+        for wanted, grid, it in case.coded
+    ]
+    assert figures[0] == pytest.approx(np.mean(first), abs=1e-3) and len(codes) == 1
+    [row] = case.images["picture, and what its codes keep of it"]
+    assert len(row) == 2
+
+
+@pytest.mark.parametrize(
+    "change, fault",
+    [
+        (lambda module, inputs, output: output.flip(-2), "pictures come back upside down"),
+        (lambda module, inputs, output: -output, "pictures come back in negative"),
+        (lambda module, inputs, output: output / 2, "pictures come back of half the contrast"),
+        (lambda module, inputs, output: torch.randn_like(output), "damaged vision tokenizer"),
+    ],
+)
+@torch.no_grad()
+def test_pictures_that_come_back_otherwise_are_named(change, fault, case):
+    own = Case(case.model, case.processor, case.pictures)
+    vars(own)["coded"] = case.coded
+    torch.manual_seed(0)
+    with hooked(change, case.vq_model.pixel_decoder):
+        assert tokenizer.reconstruction(TOY, own).fault == fault
+
+
+@pytest.mark.parametrize(
+    "count, scale, different, fault",
+    [
+        (16, 2, 5, None),
+        (16, 2, 4, "collapsed codes"),
+        (16, 0, 1, None),
+        (16, 3, 1, "collapsed codes"),
+        (12, 1, 1, "collapsed codes"),
+        (11, 1, 1, None),
+    ],
+)
+def test_a_scale_of_few_codes_is_collapsed(count, scale, different, fault, case):
+    own = Case(case.model, case.processor, case.pictures)
+    vars(own)["coded"] = copy.deepcopy(case.coded[:count])
+    for number, (_, schedule, output) in enumerate(own.coded):
+        output.quantization.target_codes[:, schedule.slice(scale)] = number % different
+    found = tokenizer.codes(TOY, own)
+    assert found.fault == fault
+    assert found.measured.split(" different")[0].split(", ")[scale] == str(different)
+
+
+@torch.no_grad()
+def test_few_pictures_raise_no_alarm_of_the_tokenizer(trained):
+    few = default_pictures(trained[0].model.schedules, 0, each=12)[:12]
+    few = Case(*trained, few)
+    checks = (tokenizer.reconstruction, tokenizer.codes, tokenizer.semantics)
+    assert [check(TOY, few).fault for check in checks] == [None] * 3
+
+
+@torch.no_grad()
+def test_a_semantic_branch_that_says_no_more_than_the_mean_is_lost(case):
+    assert tokenizer.semantics(TOY, case).fault is None
+    own = Case(case.model, case.processor, case.pictures)
+    vars(own)["coded"] = [
+        (pixels, schedule, copy.copy(case.coded[number - 1][2]))
+        for number, (pixels, schedule, _) in enumerate(case.coded)
+    ]
+    assert tokenizer.semantics(TOY, own).fault == "semantic branch lost"  # each has another picture's
+
+
+@pytest.mark.parametrize(
+    "change, fault",
+    [
+        (lambda codes, size: codes, None),
+        (lambda codes, size: np.roll(codes, 1, axis=1), "shifted targets"),
+        (lambda codes, size: np.roll(codes, -1, axis=1), "shifted targets"),
+        (lambda codes, size: (codes + 1) % size, "wrong code offset"),
+        (
+            lambda codes, size: np.random.default_rng(0).permutation(codes.ravel()).reshape(codes.shape),
+            "stored codes in disorder",
+        ),
+    ],
+)
+@torch.no_grad()
+def test_stored_codes_that_are_not_those_of_their_pictures_are_named(change, fault, case):
+    own, size = Case(case.model, case.processor, case.pictures), case.config.vq_config.codebook_size
+    coded = [(output.quantization.target_codes.numpy(), schedule.final_grid) for _, schedule, output in case.coded]
+    vars(own)["documents"] = [
+        Document(np.array([0]), np.array([True]), [(grid, change(codes, size), codes[:0])], [True])
+        for codes, grid in coded
+    ]
+    assert shards.codes(TOY, own).fault == fault
+    vars(own)["documents"] = own.documents[:11]
+    vars(own).pop("stored")
+    assert shards.codes(TOY, own).severity == "unchecked"
+
+
+def corrected(
+    count: int, change=lambda targets, inputs: None, share=0.6, variants=2, settings=None, first=0
+) -> SimpleNamespace:
+    """Of a table of 64 numbers on a line, and pictures of 1 + 16 + 64 codes, where a share of the inputs is one on."""
+    rng, lengths = np.random.default_rng(0), (1, 16, 64)
+    slices = [slice(sum(lengths[:at]), sum(lengths[: at + 1])) for at in range(3)]
+    schedule, stored = SimpleNamespace(__len__=None, slice=slices.__getitem__), []
+    schedule = type("Schedule", (), {"__len__": lambda self: 3, "slice": staticmethod(slices.__getitem__)})()
+    for _ in range(count):
+        targets = np.repeat(rng.integers(0, 63, (1, 81)), variants, 0)
+        is_more = (rng.random((variants, 17)) < share) & (np.arange(17) >= (1 if first else 0))
+        inputs = targets[:, :17] + is_more
+        change(targets, inputs)
+        stored.append(((8, 8), targets, inputs))
+    correction = SelfCorrection()
+    named = {"probability": correction.probability, "token_share": correction.token_share, "top_k": correction.top_k}
+    named |= {"temperature": None, "first_scale": first, "last_scale": None}
+    quantizer = lambda: torch.arange(64.0)[:, None]  # noqa: E731
+    return SimpleNamespace(
+        shards=(None, {"settings": {"self_correction": named if settings is None else settings}}),
+        stored=stored, schedules=SimpleNamespace(by_grid=lambda grid: schedule), curves={}, seed=0,
+        vq_model=SimpleNamespace(quantizer=quantizer),
+    )  # fmt: skip
+
+
+def write_into(targets, inputs):
+    targets[1, 0] = (targets[0, 0] + 1) % 64
+
+
+def repeat(targets, inputs):
+    inputs[:] = inputs[:1]
+
+
+def draw_any(targets, inputs):
+    changed = inputs != targets[:, :17]
+    inputs[changed] = np.random.default_rng(1).integers(0, 64, changed.sum())
+
+
+@pytest.mark.parametrize(
+    "count, change, share, first, fault",
+    [
+        (24, lambda targets, inputs: None, 0.6, 0, None),
+        (24, lambda targets, inputs: None, 0.6, 1, None),
+        (24, write_into, 0.6, 0, "self-correction written into targets"),
+        (24, lambda targets, inputs: None, 0.9, 0, "wrong share of self-correction"),
+        (12, lambda targets, inputs: None, 0.0, 0, "wrong share of self-correction"),
+        (11, lambda targets, inputs: None, 0.0, 0, None),
+        (12, repeat, 0.6, 0, "variants all alike"),
+        (11, repeat, 0.6, 0, None),
+        (24, draw_any, 0.6, 0, "self-correction by any codes"),
+    ],
+)
+def test_self_correction_is_as_its_settings_say(count, change, share, first, fault):
+    case = corrected(count, change, share, first=first)
+    found = shards.correction(TOY, case)
+    assert found.fault == fault, found.measured
+    curve = case.curves["disturbed inputs of each scale, share"]["share"]
+    assert len(curve) == 2 and curve[1] == pytest.approx(share, abs=0.1) and (not first or curve[0] == 0)
+
+
+def test_of_several_settings_or_none_self_correction_is_not_checked():
+    case = corrected(24)
+    several = [{"self_correction": {"probability": p}} for p in (0.5, 1.0)]
+    case.shards = (None, {"documents": {"settings": several}})
+    assert shards.correction(TOY, case).severity == "unchecked"
+    assert shards.correction(TOY, corrected(24, settings=False)).severity == "unchecked"
+    assert shards.correction(TOY, corrected(0)).severity == "unchecked"
+
+
+def costing(targets: list[int], cost: float, scale: int = -1) -> Reading:
+    count = len(targets)
+    costs = torch.full((5, count), cost)
+    return Reading(torch.tensor(targets), torch.full((count,), scale), costs, torch.zeros(count))
+
+
+@pytest.mark.parametrize("cost, fault", [(0.2, None), (3.0, "worse than the unigram")])
+def test_losses_stand_beside_those_by_frequency_in_the_other_documents(cost, fault):
+    words = [[number % 2, 0, 0, 0] for number in range(16)]
+    readings = [costing(each, cost) for each in words] + [costing([3, 3], 0.1, scale=1) for _ in range(12)]
+    config = SimpleNamespace(text_vocab_size=4, vq_config=SimpleNamespace(codebook_size=8))
+    case = SimpleNamespace(readings=readings, config=config, curves={})
+    found = scales(TOY, case)
+    assert found.fault == fault
+    expected = []
+    for number, own in enumerate(words):
+        others = [word for at, each in enumerate(words) if at != number for word in each]
+        shares = {word: (others.count(word) + 0.5) / (len(others) + 0.5 * 4) for word in own}
+        expected.append(-np.mean([np.log(shares[word]) for word in own]))
+    assert f"text {cost:.2f} ({np.mean(expected):.2f})" in found.measured
+    alone = -np.log((22 + 0.5) / (22 + 0.5 * 8))
+    assert f"scale 2 0.10 ({alone:.2f})" in found.measured
+    assert case.curves["loss of each scale, nats a code"]["unigram"] == pytest.approx([alone], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "supervised, cost, count, fault",
+    [
+        (1.0, 0.1, 12, None),
+        (0.7, 0.1, 20, "ends not supervised"),
+        (0.85, 0.1, 20, None),
+        (1.0, 5.0, 12, "texts cut short"),
+        (1.0, 5.0, 11, None),
+    ],
+)
+def test_ends_of_texts_are_supervised_and_expected(supervised, cost, count, fault):
+    end, words = 2, np.array([7, 8, 9, 2])
+    flags = [np.array([False, True, True, number < supervised * count]) for number in range(count)]
+    documents = [Document(words, each, [], []) for each in flags]
+    drawing = Document(np.array([7, 2]), np.array([True, True]), [], [True])  # which ends in no text
+    readings = [costing([8, 9, 2], 1.0) for _ in documents] + [costing([2], 9.0)]
+    for reading in readings[:-1]:
+        reading.costs_TN[:, 2] = cost
+    tokens = SimpleNamespace(tokenizer=SimpleNamespace(eos_token_id=end))
+    case = SimpleNamespace(documents=[*documents, drawing], readings=readings, processor=tokens)
+    found = ends(TOY, case)
+    assert found.fault == fault, found.measured
+    assert f"by their frequency {np.log(3):.2f}" in found.measured
+    case.documents = [drawing]
+    assert ends(TOY, case).severity == "unchecked"
+
+
+@pytest.fixture(scope="module")
+def tiny_case(tiny_model, tiny_processor):
+    model, generator = copy.deepcopy(tiny_model), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "vq_model" not in name:
+                weight.add_(0.2 * torch.randn(weight.shape, generator=generator))
+    return Case(model, tiny_processor, default_pictures(model.model.schedules, 0, each=1))
+
+
+def by_count(module, inputs, output):
+    """As of a head that depends on how many positions it is given at once."""
+    return output * (1 + torch.arange(output.shape[-1]) / output[..., 0].numel())
+
+
+@pytest.mark.parametrize(
+    "check, hooks, fault",
+    [
+        (sampling.forced, {}, None),
+        (sampling.guidance, {}, None),
+        (sampling.forced, {"code_head": by_count}, "sampling unlike training"),
+        (sampling.guidance, {"code_head": by_count}, "wrong guidance"),
+        (sampling.guidance, {"attention": lambda module, inputs, output: 0 * output}, "guidance without effect"),
+    ],
+)
+@torch.no_grad()
+def test_sampling_that_is_no_training_is_named(check, hooks, fault, tiny_case):
+    model = tiny_case.model
+    attention = [layer.self_attn.o_proj for layer in model.model.language_model.layers]
+    modules = {"code_head": [model.code_head], "attention": attention}
+    with ExitStack() as stack:
+        for name, change in hooks.items():
+            stack.enter_context(hooked(change, *modules[name]))
+        assert check(TOY, tiny_case).fault == fault
+
+
+def finding_of(name: str, fault: str | None = None, severity: str = "warning") -> Finding:
+    return Finding(name, "weights", "", severity, measured="no reason", fault=fault)
+
+
+@pytest.mark.parametrize(
+    "findings, headline",
+    [
+        ([finding_of("a"), finding_of("b")], "Nothing wrong was found in 2 checks."),
+        (
+            [finding_of("a"), finding_of("b", severity="unchecked"), finding_of("c", severity="unchecked")],
+            "Nothing wrong was found in 1 checks. Not checked: b, c (no reason).",
+        ),
+        ([finding_of("a"), finding_of("b", "bad")], "Most likely: bad (b)."),
+        (
+            [finding_of("a", "bad"), finding_of("b", "worse")],
+            "Most likely: bad (a). 1 further alarm may follow from it.",
+        ),
+        (
+            [finding_of("a", "bad"), finding_of("b", "worse"), finding_of("c", "worst")],
+            "Most likely: bad (a). 2 further alarms may follow from it.",
+        ),
+    ],
+)
+def test_the_headline_says_what_was_found_and_what_not_checked(findings, headline):
+    diagnosis = Diagnosis(findings, {"loss": {"own": [1.0]}}, {}, 1.234)
+    assert diagnosis.headline == headline
+    first = next((each.fault for each in findings if each.fault), None)
+    figures = diagnosis.to_dict()
+    assert figures.pop("findings")[0]["check"] == "a"
+    assert figures == {"fault": first, "headline": headline, "curves": {"loss": {"own": [1.0]}}, "seconds": 1.23}
+
+
+def spoiled_by(kind: type[Exception]):
+    def spoiled_check(check, case):
+        """That it
+        is so."""
+        raise kind("too bad")
+
+    spoiled_check.__module__ = "transformers_nextflow.doctor.weights"
+    return spoiled_check
+
+
+@pytest.mark.parametrize("kind", [ValueError, RuntimeError, IndexError, KeyError, TypeError, OSError])
+@pytest.mark.parametrize("order, severity", [("EXACT", "error"), ("MEANS", "warning")])
+def test_a_check_that_raises_is_a_finding(kind, order, severity, tiny_model, tiny_processor, monkeypatch):
+    monkeypatch.setattr(examination, "EXACT", ())
+    monkeypatch.setattr(examination, "MEANS", ())
+    monkeypatch.setattr(examination, order, (spoiled_by(kind),))
+    seen = []
+    diagnosis = examine(tiny_model, tiny_processor, pictures=[], on_check=seen.append)
+    [finding] = diagnosis.findings
+    assert seen == [finding] and finding.part == "weights" and finding.severity == severity
+    assert (finding.check, finding.expected) == ("spoiled check", "That it is so.")
+    assert finding.fault == "the code raises" and finding.measured == f"{kind.__name__}: {kind('too bad')}"
+    monkeypatch.setattr(examination, order, (spoiled_by(AttributeError),))
+    with pytest.raises(AttributeError, match="too bad"):
+        examine(tiny_model.train(), tiny_processor, pictures=[])
+    assert tiny_model.training
+    tiny_model.eval()
+
+
+@pytest.mark.parametrize(
+    "values, score",
+    [
+        ([1.0] * 11, 0.0),
+        ([1.0] * 12, float("inf")),
+        ([-1.0] * 12, float("-inf")),
+        ([0.0] * 12, 0.0),
+        ([1.0, 3.0] * 8, 2 / (np.std([1.0, 3.0] * 8, ddof=1) / 4)),
+    ],
+)
+def test_a_mean_is_told_in_its_standard_error(values, score):
+    assert z_score(torch.tensor(values)) == pytest.approx(score)
+
+
+def test_differences_are_those_of_the_largest():
+    a, b = torch.tensor([1.0, -4.0]), torch.tensor([1.5, -4.0])
+    assert difference(a, b) == pytest.approx(0.5 / 4) and difference(b, b) == 0.0
+    assert difference(a, b[:1]) == difference(a, a / 0) == float("inf")
+    assert difference(torch.zeros(2), torch.zeros(2)) == 0.0
+    assert tolerance(torch.float32) == pytest.approx(3.45e-4, rel=0.01) and tolerance(torch.bfloat16) > 0.05
