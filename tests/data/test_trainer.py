@@ -508,6 +508,13 @@ def test_shares_of_an_evaluation_are_even_and_no_item_counts_twice(count, multip
     assert got[count:] == [{"place": place % count, "blank": True} for place in range(count, length)]
 
 
+def test_an_evaluation_divides_by_the_batches_of_all_devices(dataset, data_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(NextFlowTrainingArguments, "world_size", property(lambda self: 2))
+    arguments = NextFlowTrainingArguments(str(tmp_path), per_device_eval_batch_size=3, use_cpu=True, report_to="none")
+    trainer = NextFlowTrainer(data_model, arguments, PackCollator(dataset), eval_dataset=Subset(dataset, range(7)))
+    assert len(trainer.get_eval_dataloader().dataset) == 12
+
+
 def test_data_is_ordered_by_its_own_seed(dataset, data_model, tmp_path, monkeypatch):
     read, seen = PackedDataset.__getitem__, []
     monkeypatch.setattr(PackedDataset, "__getitem__", lambda self, index: (seen.append(index), read(self, index))[1])

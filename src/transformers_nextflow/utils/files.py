@@ -33,11 +33,11 @@ def _remove(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def _lock(descriptor: int, alone: bool) -> None:
-    """Until it is closed; raises `OSError` where others hold what does not go with it, or there are no locks."""
+def _lock(descriptor: int) -> None:
+    """Until it is closed; raises `OSError` where others hold it, or there are no locks."""
     if fcntl is None:
         raise OSError("there are no locks")
-    fcntl.flock(descriptor, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 @contextmanager
@@ -49,14 +49,14 @@ def _neighbour(path: Path, create: Callable[[Path], object]) -> Iterator[Path]:
     """
     for left in path.parent.glob(f".{escape(path.name)}.*.partial"):
         with suppress(OSError), _opened(left) as descriptor:
-            _lock(descriptor, alone=True)
+            _lock(descriptor)
             _remove(left)
     unlocked = path.with_name(f".{path.name}.{uuid4().hex}")
     partial = unlocked.with_name(f"{unlocked.name}.partial")
     create(unlocked)
     with _opened(unlocked) as descriptor:
         with suppress(OSError):
-            _lock(descriptor, alone=False)
+            _lock(descriptor)
         unlocked.rename(partial)
         try:
             yield partial
