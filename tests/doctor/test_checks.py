@@ -7,14 +7,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from transformers_nextflow import SelfCorrection
 from transformers_nextflow.doctor import Diagnosis, examination, examine, sampling, shards, tokenizer
 from transformers_nextflow.doctor.alterations import hooked
 from transformers_nextflow.doctor.case import Case, Document, Reading
-from transformers_nextflow.doctor.documents import ends, scales
+from transformers_nextflow.doctor.documents import ends, scales, varied
 from transformers_nextflow.doctor.findings import Finding, difference, tolerance, z_score
 from transformers_nextflow.doctor.pictures import default_pictures
+from transformers_nextflow.doctor.weights import code_rows, copies, finite, values
 from transformers_nextflow.training.metrics import psnr
 from transformers_nextflow.utils import loading
 
@@ -383,3 +385,151 @@ def test_differences_are_those_of_the_largest():
     assert difference(a, b[:1]) == difference(a, a / 0) == float("inf")
     assert difference(torch.zeros(2), torch.zeros(2)) == 0.0
     assert tolerance(torch.float32) == pytest.approx(3.45e-4, rel=0.01) and tolerance(torch.bfloat16) > 0.05
+
+
+def documents_of(count: int, change=lambda number, document: document) -> list[Document]:
+    """Which draw pictures of eight codes of their own after prompts of their own."""
+    rng = np.random.default_rng(0)
+    made = []
+    for number in range(count):
+        images = [((2, 2), rng.integers(0, 64, (1, 8)), np.zeros((0, 4), np.int64))]
+        plain = Document(np.array([10 + number, 5]), np.array([False, True]), images, [True])
+        made.append(change(number, plain))
+    return made
+
+
+def varied_of(documents: list[Document]) -> Finding:
+    """Of documents whose tokens are words of one letter, after the null prompt `[10]`."""
+    decode = lambda ids, skip_special_tokens: "".join(chr(97 + token % 26) for token in ids)  # noqa: E731
+    processor = SimpleNamespace(tokenizer=SimpleNamespace(decode=decode))
+    case = SimpleNamespace(documents=documents, processor=processor, compact=np.asarray, null_prompt=[10])
+    return varied(TOY, case)
+
+
+@pytest.mark.parametrize("copies, fault", [(0, None), (10, None), (11, "documents repeated")])
+def test_a_fifth_of_the_documents_may_be_copies(copies, fault):
+    documents = documents_of(50)
+    found = varied_of([*documents[: 50 - copies], *documents[:copies]])
+    assert found.fault == fault and f"{copies} of 50 documents are copies" in found.measured
+
+
+@pytest.mark.parametrize("times, fault", [(1, None), (12, None), (13, "one picture many times")])
+def test_a_picture_may_stand_twelve_times_among_few(times, fault):
+    one = documents_of(1)[0].images
+    found = varied_of(documents_of(60, lambda number, it: it._replace(images=one) if number < times else it))
+    assert found.fault == fault and f"of 60 pictures one stands {times} times" in found.measured
+
+
+@pytest.mark.parametrize("bare, fault", [(12, None), (13, "prompts without text")])
+def test_half_of_the_prompts_may_be_the_null_prompt(bare, fault):
+    flags = np.array([False, True])
+    found = varied_of(
+        documents_of(24, lambda number, it: it._replace(ids=np.array([10 + (number >= bare), 5]), flags=flags))
+    )
+    assert found.fault == fault and f"{bare} of 24 prompts of drawings are the null prompt" in found.measured
+
+
+@pytest.mark.parametrize("given, length, fault", [(4, 10, None), (5, 10, "answers given away"), (20, 9, None)])
+def test_a_fifth_of_the_answers_may_stand_in_their_prompts(given, length, fault):
+    def answer(number, document):
+        words = np.random.default_rng(number).integers(0, 26, 2 * length)
+        ids = np.concatenate([words[:length], words[:length] if number < given else words[length:]])
+        return Document(ids, np.arange(2 * length) >= length, [], [])
+
+    found = varied_of(documents_of(20, answer))
+    assert found.fault == fault
+    assert (f"{given} of 20 answers" if length == 10 else "0 of 0 answers") in found.measured
+
+
+@pytest.mark.parametrize("highest, is_missing", [(64, False), (56, False), (55, True), (32, True), (8, False)])
+@torch.no_grad()
+def test_an_eighth_of_the_table_may_be_without_use(highest, is_missing, tiny_model, tiny_processor):
+    """Unless codes are too few to tell, or most of the others are without use as well."""
+    case, rng = Case(tiny_model, tiny_processor, []), np.random.default_rng(0)
+    schedule = tiny_model.model.schedules.by_grid((3, 3))
+    draw = lambda: rng.integers(0, highest, (1, schedule.num_codes)) * (1 if highest > 8 else 4)  # noqa: E731
+    pictures = [((3, 3), draw(), np.zeros((0, schedule.offsets[-1]), np.int64)) for _ in range(60)]
+    vars(case)["documents"] = [Document(np.array([0]), np.array([True]), [picture], [True]) for picture in pictures]
+    found = shards.codes(TOY, case)
+    assert (found.fault == "codes missing") is is_missing, found.measured
+    if is_missing:
+        assert f"the longest gap in the ids of 840 codes is {64 - highest} from {highest} on" in found.measured
+    vars(case).update(documents=case.documents[:36], stored=pictures[:36])  # no more than eight for each entry
+    assert shards.codes(TOY, case).fault != "codes missing"
+
+
+def linear(rows: int = 96, columns: int = 96) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(columns, rows, bias=False) for _ in range(4)))
+
+
+def fault_of(check, model) -> str | None:
+    with torch.no_grad():
+        return check(TOY, SimpleNamespace(model=model, seed=0)).fault
+
+
+@pytest.mark.parametrize(
+    "factor, fault", [(60, None), (70, "weights out of bounds"), (torch.nan, "weights not finite")]
+)
+def test_an_entry_may_be_sixty_times_the_second(factor, fault):
+    model = linear()
+    model[1].weight.data[3, 4] = factor * model[1].weight.abs().max().item()
+    assert fault_of(finite, model) == fault
+    model[1].weight.data.zero_()
+    assert fault_of(finite, model) is None
+
+
+@pytest.mark.parametrize("count, columns, fault", [(90, 96, None), (96, 96, "weights clipped"), (90, 48, None)])
+def test_a_hundredth_of_a_matrix_may_be_its_largest_entry(count, columns, fault):
+    model = linear(columns=columns)
+    largest = model[1].weight.abs().max().item()
+    model[1].weight.data.view(-1)[torch.randperm(96 * columns)[:count]] = largest
+    assert fault_of(values, model) == fault
+
+
+@pytest.mark.parametrize("bits, fault", [(8, None), (4, "weights too coarse")])
+@pytest.mark.parametrize("group", [16, 96])
+def test_four_bits_are_told_from_eight_whatever_their_groups(bits, group, fault):
+    model = linear()
+    groups = model[1].weight.data.view(-1, group)
+    step = groups.abs().amax(dim=1, keepdim=True) / (2 ** (bits - 1) - 1)
+    groups.copy_((groups / step).round() * step)
+    groups.add_(1e-3 * torch.randn(len(groups), 1) * step)  # so that few entries are the largest
+    assert fault_of(values, model) == fault
+
+
+@pytest.mark.parametrize("noise, fault", [(0.0, "copied weights"), (0.02, "copied weights"), (0.1, None)])
+def test_a_copy_is_one_though_it_was_rounded(noise, fault):
+    model = linear()
+    spread = model[0].weight.std()
+    model[2].weight.data.copy_(model[0].weight + noise * spread * torch.randn(96, 96))
+    assert fault_of(copies, model) == fault
+
+
+def coded(share: float, shift: int = 0) -> SimpleNamespace:
+    """Entries of a table, embeddings that began with them and a head that is like them, but for a share of rows."""
+    torch.manual_seed(0)
+    table = torch.randn(1024, 16)
+    rows = (table @ torch.randn(16, 32) + 0.1 * torch.randn(1024, 32)).roll(shift, 0)
+    mixed = rows.clone()
+    mixed[torch.randperm(1024)[: int(share * 1024)]] = rows.mean(0) + rows.std() * torch.randn(int(share * 1024), 32)
+    parts = [SimpleNamespace(weight=weight) for weight in (rows, mixed)]
+    model = SimpleNamespace(model=SimpleNamespace(code_embeddings=parts[0]), code_head=parts[1])
+    return SimpleNamespace(model=model, vq_model=SimpleNamespace(quantizer=lambda: table))
+
+
+@pytest.mark.parametrize(
+    "share, shift, fault",
+    [
+        (0.0, 0, None),
+        (0.15, 0, None),
+        (0.4, 0, "code head without order in part"),
+        (1.0, 0, "code head without order"),
+        (0.0, 1, "wrong code offset"),
+        (0.0, -1, "wrong code offset"),
+        (0.0, 2, "code embeddings without order"),
+    ],
+)
+def test_rows_of_codes_are_in_the_order_of_the_table(share, shift, fault):
+    found = code_rows(TOY, coded(share, shift))
+    assert found.fault == fault, found.measured
