@@ -60,7 +60,7 @@ def codes(check: Finding, case: Case) -> Finding:
     means = {name: float(np.mean(values)) for name, values in agreed.items()}
     own, expected, best = means["as they are"], means["twice"], max(readings, key=lambda name: means[name])
     surplus = torch.tensor(agreed["twice"]) - torch.tensor(agreed["as they are"])
-    is_less, is_so = own < expected / 2 and z_score(surplus) > SIGNIFICANT, means[best] > max(2 * own, expected / 2)
+    is_less, is_so = own < expected / 2 and z_score(surplus) > SIGNIFICANT, means[best] > max(4 * own, expected / 4)
     faults = {
         "codes missing": is_missing,
         "shifted targets": is_less and is_so and "position" in best,
