@@ -9,6 +9,7 @@ from damage import exchange, exchange_keys_and_values, guess_heads, layers, perm
 from torch import nn
 from transformers.activations import ACT2FN
 
+from transformers_nextflow import NextFlowForConditionalGeneration
 from transformers_nextflow.doctor import alterations
 from transformers_nextflow.doctor.alterations import (
     exchanged,
@@ -192,6 +193,37 @@ def test_all_parts_of_the_transformer_are_tried(tiny_model):
     assert without == {f"without the biases of {kind}_proj" for kind in "qkv"}
     dropped = {each.fault for each in tried.whole if each.what.endswith("times 0")}
     assert dropped == {"damaged attention", "damaged MLPs"}
+    assert "with heads of 8" in {each.what for each in tried.whole}
+    sizes = {each.what for each in tried.whole if " of all layers times " in each.what}
+    factors = {"q_proj": (0.125, 0.5, 2, 8), "o_proj": (0, 0.5, 2, 8), "down_proj": (0, 0.125, 0.5, 2, 8)}
+    assert sizes == {f"with {kind} of all layers times {x}" for kind, tried in factors.items() for x in tried}
+
+
+@pytest.mark.parametrize("most, pairs", [(3, {"0 and 1", "0 and 2", "1 and 2"}), (2, {"0 and 1", "1 and 2"})])
+def test_of_many_layers_neighbours_are_exchanged(most, pairs, tiny_config, monkeypatch):
+    tiny_config.text_config.num_hidden_layers = 3
+    tiny_config.text_config.layer_types = ["full_attention"] * 3
+    model = NextFlowForConditionalGeneration(tiny_config)
+    monkeypatch.setattr(alterations, "MOST_LAYERS", most)
+    case = SimpleNamespace(model=model, config=model.config, losses=None, rows=[], seed=0)
+    tried = [each.what for each in parts_of(case).whole if each.fault == "layers exchanged"]
+    assert sorted(tried) == sorted(f"with layers {pair} exchanged" for pair in pairs)
+
+
+@pytest.mark.parametrize("sections", [[1] * 8, [2, 3, 3]])
+@torch.no_grad()
+def test_rotary_sections_of_two_kinds_are_tried(sections, random_model, known, tiny_processor):
+    model = copy.deepcopy(random_model)
+    rotary, case = model.model.language_model.rotary_emb, Case(model, tiny_processor, [])
+    with setting((rotary, "mrope_section", sections)):
+        wanted = case.logits(known[0])[0][0]
+    rotary.mrope_section = [8, 0, 0]
+    undone = []
+    for each in parts_of(case).whole:
+        if each.fault == "wrong rotary sections":
+            with each.apply():
+                undone.append(torch.allclose(case.logits(known[0])[0][0], wanted, atol=1e-4))
+    assert sorted(undone) == [False, True]
 
 
 class Sum(nn.Module):

@@ -12,8 +12,8 @@ from torch import nn
 from transformers_nextflow import SelfCorrection
 from transformers_nextflow.doctor import Diagnosis, examination, examine, sampling, shards, tokenizer
 from transformers_nextflow.doctor.alterations import hooked
-from transformers_nextflow.doctor.case import Case, Document, Reading
-from transformers_nextflow.doctor.documents import ends, scales, varied
+from transformers_nextflow.doctor.case import CODES, Case, Document, Reading
+from transformers_nextflow.doctor.documents import ends, familiar, scales, varied
 from transformers_nextflow.doctor.findings import Finding, difference, tolerance, z_score
 from transformers_nextflow.doctor.pictures import default_pictures
 from transformers_nextflow.doctor.weights import code_rows, copies, finite, values
@@ -125,7 +125,7 @@ def test_a_semantic_branch_that_says_no_more_than_the_mean_is_lost(case):
     [
         (lambda codes, size: codes, None),
         (lambda codes, size: np.roll(codes, 1, axis=1), "shifted targets"),
-        (lambda codes, size: (codes + 1) % size, "wrong code offset"),
+        (lambda codes, size: (codes - 1) % size, "wrong code offset"),
         (
             lambda codes, size: np.random.default_rng(0).permutation(codes.ravel()).reshape(codes.shape),
             "stored codes in disorder",
@@ -532,3 +532,38 @@ def coded(share: float, shift: int = 0) -> SimpleNamespace:
 def test_rows_of_codes_are_in_the_order_of_the_table(share, shift, fault):
     found = code_rows(TOY, coded(share, shift))
     assert found.fault == fault, found.measured
+
+
+@pytest.mark.parametrize("count, shown", [(1, "0.weight of 4"), (3, "0.weight, 1.weight, 2.weight of 4")])
+def test_at_most_three_names_are_shown(count, shown):
+    model = linear()
+    for layer in model[:count]:
+        layer.weight.data[0, 0] = torch.nan
+    found = finite(TOY, SimpleNamespace(model=model))
+    assert found.measured == f"{shown} are not"
+    model[3].weight.data[0, 0] = torch.nan
+    if count == 3:
+        assert finite(TOY, SimpleNamespace(model=model)).measured == f"{shown[:-5]} and 1 more of 4 are not"
+
+
+@pytest.mark.parametrize("way", ["mirrored", "upside down", "with colours exchanged", "in negative", "transposed"])
+def test_pictures_that_were_turned_are_likelier_turned_back(way):
+    """Of a tokenizer whose codes are the pixels, and a model that knows every picture."""
+    pixels = [torch.randint(1, 64, (1, 3, 2, 2), generator=torch.Generator().manual_seed(seed)) for seed in range(24)]
+    stored = [tokenizer.turned(each)[way].flatten(1) for each in pixels]
+
+    def read(row):
+        is_known = any(torch.equal(row["image_codes"], each.flatten()) for each in pixels)
+        return costing([0] * 12, 0.1 if is_known else 3.0, scale=0)
+
+    def decode(codes, grid):
+        assert grid == (2, 2)
+        return codes.view(1, 3, 2, 2)
+
+    row_of = lambda document: dict.fromkeys(CODES, document.images[0][1][0])  # noqa: E731
+    documents = [Document(np.array([0]), np.array([True]), [((2, 2), codes, None)], [True]) for codes in stored]
+    both = [Reading(*(torch.cat(pair, dim=-1) for pair in zip(costing([1], 3.0, 0), costing([1], 3.0, 1))))] * 24
+    case = SimpleNamespace(documents=documents, readings=both, read=read, row_of=row_of)
+    case.decoded = lambda row: row["image_codes"][None]
+    case.vq_model = SimpleNamespace(decode=decode, encode=lambda pixels: pixels.flatten(1))
+    assert familiar(TOY, case).fault == f"pictures {way}"
