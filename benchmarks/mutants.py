@@ -27,6 +27,7 @@ from cosmic_ray.work_db import use_db
 from cosmic_ray.work_item import MutationSpec, TestOutcome
 
 from benchmarks.reached import Reached, run_all
+from transformers_nextflow.utils.files import write_atomically
 
 ROOT = Path(__file__).parents[1]
 BUDGET = 90.0  # seconds of tests for a fault
@@ -68,11 +69,10 @@ def copy_repository(target: Path) -> str:
     return found.hexdigest()[:16]
 
 
-def resumed(output: Path, code: str, seed: int) -> dict:
-    """What a run for the same code, tests and seed has written, else a report of nothing."""
+def resumed(output: Path, **run) -> dict:
+    """What the same run has written, else a report of nothing."""
     report = json.loads(output.read_text()) if output.exists() else {}
-    is_same = (report.get("code"), report.get("seed")) == (code, seed)
-    return report if is_same else {"code": code, "seed": seed, "survivors": [], "noticed": []}
+    return report if run.items() <= report.items() else run | {"survivors": [], "noticed": []}
 
 
 def command_of(tests: list[str], folder: Path) -> str:
@@ -89,7 +89,6 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file (default: runs/mutants/seed-SEED.json)")
     args = parser.parse_args()
     output = (args.output or ROOT / f"runs/mutants/seed-{args.seed}.json").resolve()
-    output.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory() as name:
         folder = Path(name)
         found = ROOT / "runs/mutants" / copy_repository(folder)
@@ -97,7 +96,7 @@ def main() -> None:
         os.environ["PYTHONPATH"] = os.pathsep.join([f"{folder}/src", name])
         if not (found / "seconds.json").exists():
             run_all(folder, found)
-        reached, report = Reached(found), resumed(output, found.name, args.seed)
+        reached, report = Reached(found), resumed(output, code=found.name, seed=args.seed, files=args.files)
         files = args.files or sorted(str(path) for path in Path("src").rglob("*.py"))
         for fault in sample(files, args.number, args.seed)[len(report["survivors"] + report["noticed"]) :]:
             module, lines = str(fault.module_path), (fault.start_pos[0], fault.end_pos[0])
@@ -118,8 +117,7 @@ def main() -> None:
             report["faults"] = len(report["survivors"] + report["noticed"])
             report["killed"] = len(report["noticed"])
             report["score"] = report["killed"] / report["faults"]
-            output.with_suffix(".partial").write_text(json.dumps(report, indent=1) + "\n")
-            output.with_suffix(".partial").replace(output)
+            write_atomically(output, lambda partial: partial.write_text(json.dumps(report, indent=1) + "\n"))
     print(f"{report['killed']} of {report['faults']} killed, see {output}")
 
 

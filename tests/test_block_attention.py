@@ -347,6 +347,9 @@ def test_flex_attention_refuses_dense_masks(prepared):
         flex(input_ids=torch.tensor([[12]]), attention_mask=mask, past_key_values=cache)
     with pytest.raises(ValueError, match=r'"flex_attention" takes .* not a dense one of \(1, 1, 1, 1\); use "sdpa"'):
         flex(input_ids=torch.tensor([[12]]), attention_mask=torch.ones(1, 1, 1, 1))
+    with pytest.raises(ValueError, match=r"not a dense one of \(1, 1, 3\)"):
+        mask = {"full_attention": torch.ones(1, 1, 3, dtype=torch.bool)}
+        flex(input_ids=torch.tensor([[12]]), attention_mask=mask, past_key_values=cache)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="compiled flex attention has no backward on a CPU")

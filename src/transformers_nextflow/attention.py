@@ -109,7 +109,7 @@ def is_decoders_alone(attn_implementation: str | None) -> bool:
 def refuse_dense_mask(config: PreTrainedConfig, mask: torch.Tensor | None) -> None:
     """Raise a `ValueError` for a (B, heads, L, keys) mask under flex attention, which would add its numbers to the
     scores, 1 for True; a BlockMask, or a (B, keys) mask to make one of, is right."""
-    if config._attn_implementation == FLEX and isinstance(mask, torch.Tensor) and mask.ndim == 4:
+    if config._attn_implementation == FLEX and isinstance(mask, torch.Tensor) and mask.ndim > 2:
         raise ValueError(
             f'attn_implementation="{FLEX}" takes an attention_mask of the shape (B, keys), not a dense one of '
             f'{tuple(mask.shape)}; use "sdpa" for that'

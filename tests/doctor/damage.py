@@ -144,17 +144,25 @@ def guess_heads(model):
     model.model.language_model = decoder.eval()
 
 
-def exchange_keys_and_values(model):
+def exchange_matrices(model, a, b):
     for layer in layers(model):
-        attention = layer.self_attn
-        attention.k_proj, attention.v_proj = attention.v_proj, attention.k_proj
+        owner = layer.self_attn if hasattr(layer.self_attn, a) else layer.mlp
+        one, other = getattr(owner, a), getattr(owner, b)
+        setattr(owner, a, other)
+        setattr(owner, b, one)
 
 
-def reorder_biases(model):
+def exchange_halves(model):
+    roll(model.model.code_embeddings.weight.T, model.config.vq_config.pixel_dim)
+
+
+def reorder(model, of_biases):
+    """Features of q and k in the other rotary order, or their biases alone."""
     for layer in layers(model):
         for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
-            heads = projection.bias.view(-1, 2, layer.self_attn.head_dim // 2)
-            projection.bias.copy_(heads.transpose(1, 2).flatten())
+            for weight in (projection.bias,) if of_biases else projection.parameters():
+                heads = weight.unflatten(0, (-1, 2, layer.self_attn.head_dim // 2))
+                weight.copy_(heads.transpose(1, 2).flatten(0, 2))
 
 
 DAMAGE = [
@@ -226,13 +234,13 @@ DAMAGE = [
     Damage(
         "biases of q and k in the other rotary order",
         ("wrong rotary order",),
-        lambda model, packs: reorder_biases(model),
+        lambda model, packs: reorder(model, of_biases=True),
         where="biases",
     ),
     Damage(
         "keys and values exchanged",
         ("matrices exchanged",),
-        lambda model, packs: exchange_keys_and_values(model),
+        lambda model, packs: exchange_matrices(model, "k_proj", "v_proj"),
         where="k_proj and v_proj",
     ),
     Damage("heads of half the size", ("wrong number of heads",), lambda model, packs: guess_heads(model)),
@@ -244,7 +252,7 @@ DAMAGE = [
     Damage(
         "pixel halves of code embeddings first",
         ("halves exchanged",),
-        lambda model, packs: roll(model.model.code_embeddings.weight.T, 16),
+        lambda model, packs: exchange_halves(model),
         where="code_embeddings",
     ),
     Damage(

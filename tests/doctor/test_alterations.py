@@ -5,9 +5,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from damage import exchange, exchange_keys_and_values, guess_heads, layers, permute, transpose
+from damage import (
+    activate,
+    exchange,
+    exchange_halves,
+    exchange_matrices,
+    guess_heads,
+    layers,
+    permute,
+    reorder,
+    transpose,
+)
 from torch import nn
-from transformers.activations import ACT2FN
 
 from transformers_nextflow import NextFlowForConditionalGeneration
 from transformers_nextflow.doctor import alterations
@@ -36,17 +45,6 @@ def parts_of(case) -> SimpleNamespace:
 
 
 @pytest.fixture(scope="module")
-def random_model(tiny_model):
-    """With no weight as it begins."""
-    model, generator = copy.deepcopy(tiny_model), torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "vq_model" not in name:
-                weight.add_(0.2 * torch.randn(weight.shape, generator=generator))
-    return model
-
-
-@pytest.fixture(scope="module")
 def known(random_model, tiny_processor):
     """A row, and the logits of its codes."""
     case = Case(random_model, tiny_processor, default_pictures(random_model.model.schedules, 0, each=1))
@@ -60,31 +58,6 @@ def scale(kind, factor):
             if name.endswith(kind):
                 for weight in module.parameters():
                     weight.mul_(factor)
-
-    return do
-
-
-def exchange_matrices(a, b):
-    def do(model):
-        for layer in layers(model):
-            owner = layer.self_attn if hasattr(layer.self_attn, a) else layer.mlp
-            one, other = getattr(owner, a), getattr(owner, b)
-            setattr(owner, a, other)
-            setattr(owner, b, one)
-
-    return do
-
-
-def reorder(of_biases):
-    """Of each head the halves between each other, as other libraries have it, in weights and biases, or in these."""
-
-    def do(model):
-        for layer in layers(model):
-            for module in (layer.self_attn.q_proj, layer.self_attn.k_proj):
-                order = torch.arange(layer.self_attn.head_dim).view(2, -1).T.flatten()
-                for weight in (module.bias,) if of_biases else module.parameters():
-                    heads = weight.unflatten(0, (-1, len(order)))
-                    weight.copy_(heads[:, order].flatten(0, 1).clone())
 
     return do
 
@@ -111,11 +84,6 @@ def from_zero(model):
             weight.sub_(1)
 
 
-def exchange_halves(model):
-    config, table = model.config.vq_config, model.model.code_embeddings.weight
-    table.copy_(table.roll(-config.semantic_dim, 1))
-
-
 def reverse_index(model):
     table = model.model.scale_embedding.index.weight
     table.copy_(table.flip(0))
@@ -131,12 +99,12 @@ FEATURES, ROTARY = "wrong feature mode", "wrong rotary order"
         (scale("q_proj", 0.5), "wrong scale of weights"),
         (scale("o_proj", 2), "wrong scale of weights"),
         (scale("down_proj", 0.125), "wrong scale of weights"),
-        (exchange_matrices("q_proj", "o_proj"), "matrices exchanged"),
-        (exchange_keys_and_values, "matrices exchanged"),
-        (exchange_matrices("gate_proj", "up_proj"), "matrices exchanged"),
+        (lambda model: exchange_matrices(model, "q_proj", "o_proj"), "matrices exchanged"),
+        (lambda model: exchange_matrices(model, "k_proj", "v_proj"), "matrices exchanged"),
+        (lambda model: exchange_matrices(model, "gate_proj", "up_proj"), "matrices exchanged"),
         (lambda model: exchange(model, 0, 1), "layers exchanged"),
-        (reorder(of_biases=False), ROTARY),
-        (reorder(of_biases=True), ROTARY),
+        (lambda model: reorder(model, of_biases=False), ROTARY),
+        (lambda model: reorder(model, of_biases=True), ROTARY),
         (transpose_all, "transposed weights"),
         (lambda model: transpose_all(model, "connector", "scale_embedding"), "transposed weights"),
         (rebase(10), "wrong rotary base"),
@@ -146,8 +114,8 @@ FEATURES, ROTARY = "wrong feature mode", "wrong rotary order"
         (exchange_halves, "halves exchanged"),
         (reverse_index, "rows in disorder"),
         (lambda model: setattr(model.config, "feature_mode", "accumulated"), FEATURES),
-        (lambda model: [setattr(layer.mlp, "act_fn", ACT2FN["relu"]) for layer in layers(model)], "wrong activation"),
-        (lambda model: [setattr(layer.mlp, "act_fn", ACT2FN["gelu"]) for layer in layers(model)], "wrong activation"),
+        (lambda model: activate(model, "relu"), "wrong activation"),
+        (lambda model: activate(model, "gelu"), "wrong activation"),
         (
             lambda model: setattr(model.model.language_model.rotary_emb, "mrope_section", [8, 0, 0]),
             "wrong rotary sections",

@@ -2,6 +2,7 @@
 
 import copy
 from contextlib import ExitStack
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,15 +18,10 @@ from transformers_nextflow.doctor.documents import ends, familiar, scales, varie
 from transformers_nextflow.doctor.findings import Finding, difference, tolerance, z_score
 from transformers_nextflow.doctor.pictures import default_pictures
 from transformers_nextflow.doctor.weights import code_rows, copies, finite, values
+from transformers_nextflow.scales import ScaleSchedule
 from transformers_nextflow.training.metrics import psnr
-from transformers_nextflow.utils import loading
 
 TOY = Finding("toy", "weights", "that it is so")
-
-
-@pytest.fixture(scope="module")
-def trained():
-    return loading.load_model(None)
 
 
 @pytest.fixture(scope="module")
@@ -36,28 +32,22 @@ def pictures(trained):
 
 @pytest.fixture(scope="module")
 def case(trained, pictures):
+    case = Case(*trained, pictures)
     with torch.no_grad():
-        case = Case(*trained, pictures)
-        return case if case.coded else None
+        assert case.coded
+    return case
 
 
 @torch.no_grad()
 def test_curves_and_pictures_of_the_tokenizer_go_scale_by_scale(case):
     assert tokenizer.reconstruction(TOY, case).fault is None
-    (pixels, schedule, output), *others = case.coded
+    schedule, by_scale = case.coded[0][1], []
+    for scale in range(1, len(schedule) + 1):
+        codes = [(each.quantization.target_codes, pixels) for pixels, _, each in case.coded]
+        shown = [(case.vq_model.decode_prefix(own, schedule.final_grid, scale), pixels) for own, pixels in codes]
+        by_scale.append(np.mean([float(psnr(*each)) for each in shown]))
     figures = case.curves["picture after each scale, PSNR in dB"]["PSNR"]
-    assert len(figures) == len(schedule) and figures == sorted(figures)
-    whole = [
-        float(psnr(case.vq_model.decode(each.quantization.target_codes, grid.final_grid), wanted))
-        for wanted, grid, each in case.coded
-    ]
-    assert figures[-1] == pytest.approx(np.mean(whole), abs=1e-3)
-    codes = output.quantization.target_codes
-    first = [
-        float(psnr(case.vq_model.decode_prefix(it.quantization.target_codes, grid.final_grid, 1), wanted))
-        for wanted, grid, it in case.coded
-    ]
-    assert figures[0] == pytest.approx(np.mean(first), abs=1e-3) and len(codes) == 1
+    assert figures == pytest.approx(by_scale, abs=1e-3) and figures == sorted(figures)
     [row] = case.images["picture, and what its codes keep of it"]
     assert len(row) == 2
 
@@ -99,6 +89,16 @@ def test_a_scale_of_few_codes_is_collapsed(count, scale, different, fault, case)
     found = tokenizer.codes(TOY, own)
     assert found.fault == fault
     assert found.measured.split(" different")[0].split(", ")[scale] == str(different)
+
+
+@torch.no_grad()
+def test_of_a_single_scale_no_codes_are_collapsed(case):
+    """Which has one code a picture."""
+    own = Case(case.model, case.processor, case.pictures)
+    quantization = SimpleNamespace(target_codes=torch.tensor([[7]]))
+    output = SimpleNamespace(quantization=quantization)
+    vars(own)["coded"] = [(None, ScaleSchedule(((1, 1),)), output)] * 16
+    assert tokenizer.codes(TOY, own).fault is None
 
 
 @torch.no_grad()
@@ -146,29 +146,36 @@ def test_stored_codes_that_are_not_those_of_their_pictures_are_named(change, fau
     assert shards.codes(TOY, own).severity == "unchecked"
 
 
+@torch.no_grad()
+def test_targets_numbered_from_elsewhere_are_told_where_inputs_are_not(case):
+    """Of the pictures a third have no inputs of their own, as those that are only shown."""
+    own, size = Case(case.model, case.processor, case.pictures), case.config.vq_config.codebook_size
+    vars(own)["stored"] = [
+        (it.final_grid, (codes + 1) % size, codes[: bool(number % 3), : it.offsets[-1]])
+        for number, (_, it, output) in enumerate(case.coded[:12])
+        for codes in [output.quantization.target_codes.numpy()]
+    ]
+    found = shards.codes(TOY, own)
+    assert found.fault == "wrong code offset", found.measured
+
+
 def corrected(
     count: int, change=lambda targets, inputs: None, share=0.6, variants=2, settings=None, first=0
 ) -> SimpleNamespace:
     """Of a table of 64 numbers on a line, and pictures of 1 + 16 + 64 codes, where a share of the inputs is one on."""
-    rng, lengths = np.random.default_rng(0), (1, 16, 64)
-    slices = [slice(sum(lengths[:at]), sum(lengths[: at + 1])) for at in range(3)]
-    schedule, stored = SimpleNamespace(__len__=None, slice=slices.__getitem__), []
-    schedule = type("Schedule", (), {"__len__": lambda self: 3, "slice": staticmethod(slices.__getitem__)})()
+    rng, stored = np.random.default_rng(0), []
     for _ in range(count):
         targets = np.repeat(rng.integers(0, 63, (1, 81)), variants, 0)
         is_more = (rng.random((variants, 17)) < share) & (np.arange(17) >= (1 if first else 0))
         inputs = targets[:, :17] + is_more
         change(targets, inputs)
         stored.append(((8, 8), targets, inputs))
-    correction = SelfCorrection()
-    named = {"probability": correction.probability, "token_share": correction.token_share, "top_k": correction.top_k}
-    named |= {"temperature": None, "first_scale": first, "last_scale": None}
-    quantizer = lambda: torch.arange(64.0)[:, None]  # noqa: E731
-    return SimpleNamespace(
-        shards=(None, {"settings": {"self_correction": named if settings is None else settings}}),
-        stored=stored, schedules=SimpleNamespace(by_grid=lambda grid: schedule), curves={}, seed=0,
-        vq_model=SimpleNamespace(quantizer=quantizer),
-    )  # fmt: skip
+    named, schedule = asdict(SelfCorrection(first_scale=first)), ScaleSchedule(((1, 1), (4, 4), (8, 8)))
+    manifest = {"settings": {"self_correction": named if settings is None else settings}}
+    case = SimpleNamespace(shards=(None, manifest), stored=stored, curves={}, seed=0)
+    case.schedules = SimpleNamespace(by_grid=lambda grid: schedule)
+    case.vq_model = SimpleNamespace(quantizer=lambda: torch.arange(64.0)[:, None])
+    return case
 
 
 def write_into(targets, inputs):
@@ -268,13 +275,8 @@ def test_ends_of_texts_are_supervised_and_expected(supervised, cost, count, faul
 
 
 @pytest.fixture(scope="module")
-def tiny_case(tiny_model, tiny_processor):
-    model, generator = copy.deepcopy(tiny_model), torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "vq_model" not in name:
-                weight.add_(0.2 * torch.randn(weight.shape, generator=generator))
-    return Case(model, tiny_processor, default_pictures(model.model.schedules, 0, each=1))
+def tiny_case(random_model, tiny_processor):
+    return Case(random_model, tiny_processor, default_pictures(random_model.model.schedules, 0, each=1))
 
 
 def by_count(module, inputs, output):

@@ -44,12 +44,6 @@ UNTRAINED = "untrained weights"
 
 
 @pytest.fixture(scope="module")
-def trained():
-    """The repository's checkpoint."""
-    return loading.load_model(None)
-
-
-@pytest.fixture(scope="module")
 def trained_packs(trained, tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards")
     build(folder, loading.model_name(None), 48, 1024)

@@ -320,6 +320,7 @@ def test_adapters_learn_to_write_what_is_rewarded(policy, tiny_processor, tmp_pa
     [
         ({"optimize": "words"}, "optimize must be one of image, text, both, got 'words'"),
         ({"text_temperature": 0.0}, "text_temperature and text_loss_weight must be positive"),
+        ({"text_loss_weight": -1.0}, "text_temperature and text_loss_weight must be positive"),
         ({"text_loss_weight": 0.0}, "text_temperature and text_loss_weight must be positive"),
         ({"text_top_k": -1}, "text_top_k must be an integer of at least 0, got -1"),
         ({"text_top_p": 1.5}, r"text_top_p must be a number in \[1e-06, 1.0\], got 1.5"),

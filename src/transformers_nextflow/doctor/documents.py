@@ -35,8 +35,9 @@ def frames(check: Finding, case: Case) -> Finding:
     name, frame, unlike = "open", head, [ids for ids, _ in chats if ids[: len(head)] != head]
     if len(unlike) <= ALLOWED * len(chats):
         name, frame, unlike = "turn to the answer", tail, [ids for ids, _ in chats if not _starts(ids, tail)]
+    names = tokenizer.convert_ids_to_tokens([*control])
     plain = [tokenizer.decode([token for token in ids if token not in control]) for ids, _ in chats]
-    twice = sum(any(name in text for name in tokenizer.convert_ids_to_tokens([*control])) for text in plain)
+    twice = sum(any(token in text for token in names) for text in plain)
     supervised = [
         flags[at : next((end for end in _starts(ids, answer) if end > at), None)].any()
         for ids, flags in chats
@@ -189,7 +190,8 @@ def _unigram(readings: list[Reading], size: int) -> torch.Tensor:
 def familiar(check: Finding, case: Case) -> Finding:
     """Codes of every scale, and texts, cost what the model itself expects (its entropy) or less, as those do that it
     was trained on; of all documents, not the most alone."""
-    of_parts = {name: _surprises(readings) for name, readings in by_part(case.readings).items()}
+    parts = by_part(case.readings)
+    of_parts = {name: _surprises(readings) for name, readings in parts.items()}
     means = {name: float(surprises.mean()) for name, surprises in of_parts.items()}
     strange = [name for name in means if means[name] > SURPRISING and z_score(of_parts[name]) > SIGNIFICANT]
     whole = _surprises(each.codes for each in case.readings)
@@ -199,7 +201,7 @@ def familiar(check: Finding, case: Case) -> Finding:
     outliers, mean = int((whole > 2 * SURPRISING).sum()), float(whole.mean())
     measured = f"nats above the expected: {', '.join(f'{name} {x:+.2f}' for name, x in means.items())}; pictures "
     measured += f"{mean:+.2f}, above {2 * SURPRISING:g} {outliers} of {len(whole)}; the first {COARSE} scales "
-    measured += f"{float(apart.mean()):+.2f} above the others{_strangest(case)}"
+    measured += f"{float(apart.mean()):+.2f} above the others{_strangest(case, parts.get('text', []))}"
     by_pictures = mean > SURPRISING / 2 and z_score(whole) > SIGNIFICANT or outliers > FEW * len(whole)
     is_strange, first = bool(strange or by_pictures), next(iter(strange), "")
     usual = max((mean for name, mean in means.items() if name != first), default=0.0)
@@ -216,10 +218,10 @@ def familiar(check: Finding, case: Case) -> Finding:
     return check.verdict(measured, faults)
 
 
-def _strangest(case: Case) -> str:
+def _strangest(case: Case, texts: list[Reading]) -> str:
     """The token that costs most above the expected, in all texts together."""
     costs = defaultdict(list)
-    for text in by_part(case.readings).get("text", []):
+    for text in texts:
         for token, surprise in zip(text.targets_N.tolist(), (text.costs_TN[AS_IT_IS] - text.expected_N).tolist()):
             costs[token].append(surprise)
     most = max(costs, key=lambda token: sum(costs[token]), default=None)

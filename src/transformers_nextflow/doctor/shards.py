@@ -46,29 +46,27 @@ def codes(check: Finding, case: Case) -> Finding:
     used = np.unique(np.append(stored, (-1, size)))  # with the bounds
     missing, first = int(np.diff(used).max()) - 1, int(used[np.diff(used).argmax()]) + 1
     is_missing = missing > size / 8 and len(used) - 2 > (size - missing) / 2 and len(stored) > 8 * size
-    both = [(case.codes_of(targets, inputs), case.codes_of(targets, inputs[:0])) for _, targets, inputs in pictures]
-    grids = [grid for grid, _, _ in pictures]
-    again = [case.vq_model.encode(case.vq_model.decode(codes, grid)) for (codes, _), grid in zip(both, grids)]
-    agreement = lambda pairs: torch.tensor([_agreement(case, a, b, grid) for (a, b), grid in zip(pairs, grids)])  # noqa: E731
-    twice, own = agreement((codes, codes) for codes in again), agreement(both)
-    expected, means, ways = float(twice.mean()), {"as they are": float(own.mean())}, {}
-    is_less = means["as they are"] < expected / 2 and z_score(twice - own) > SIGNIFICANT
+    coded = [(case.codes_of(own, fed), case.codes_of(own, fed[:0]), grid) for grid, own, fed in pictures]
+    again = [(case.vq_model.encode(case.vq_model.decode(codes, grid)), grid) for codes, _, grid in coded]
+    agreement = lambda them: torch.tensor([_agreement(case, *each) for each in them])  # noqa: E731
+    twice, own = agreement((codes, codes, grid) for codes, grid in again), agreement(coded)
+    expected, share, ways = float(twice.mean()), float(own.mean()), {}
+    means, is_less = {"as they are": share}, share < expected / 2 and z_score(twice - own) > SIGNIFICANT
     for step, place, number in ((-1, "earlier", "less"), (1, "later", "more")):
         ways[f"one position {place}"] = lambda codes, step=step: codes.roll(step, 1)
         ways[f"numbered one {number}"] = lambda codes, step=step: (codes + step) % size
     for name, way in ways.items() if is_less else ():
-        means[name] = float(agreement(map(way, pair) for pair in both).mean())
+        means[name] = float(agreement((way(codes), way(targets), grid) for codes, targets, grid in coded).mean())
     best = max(means, key=lambda name: means[name])
-    is_so = means[best] > max(4 * means["as they are"], expected / 4)
+    is_so = means[best] > max(4 * share, expected / 4)
     faults = {
         "codes missing": is_missing,
         "shifted targets": is_less and is_so and "position" in best,
         "wrong code offset": is_less and is_so,
         "stored codes in disorder": is_less,
     }
-    measured = f"{means['as they are']:.1%} agree over {len(pictures)} pictures, {expected:.1%} of codes made twice; "
-    measured += f"read {best} {means[best]:.1%}; the longest gap in the ids of {len(stored)} codes is {missing} "
-    measured += f"from {first} on"
+    measured = f"{share:.1%} agree over {len(pictures)} pictures, {expected:.1%} of codes made twice; read {best} "
+    measured += f"{means[best]:.1%}; the longest gap in the ids of {len(stored)} codes is {missing} from {first} on"
     return check.verdict(measured, faults)
 
 

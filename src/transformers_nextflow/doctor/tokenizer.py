@@ -63,7 +63,7 @@ def codes(check: Finding, case: Case) -> Finding:
             used[scale].append(output.quantization.target_codes[0, schedule.slice(scale)])
     usage = [len(torch.cat(each).unique()) for each in used.values()]
     measured = f"{', '.join(map(str, usage))} different codes at the scales over {len(case.coded)} pictures"
-    faults = {"collapsed codes": len(case.coded) >= ENOUGH and 4 * min(usage[1:]) <= len(case.coded)}
+    faults = {"collapsed codes": len(case.coded) >= ENOUGH and any(4 * each <= len(case.coded) for each in usage[1:])}
     return check.verdict(measured, faults)
 
 
