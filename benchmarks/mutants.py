@@ -3,34 +3,44 @@
 cosmic-ray plants one fault at a time in a copy of the repository: a changed operator, number or condition, a missing
 decorator, a loop without its body. The sample is of places in the code, evenly, with one fault of each: of all faults
 most are in arithmetic, each operator by ten others. Annotations take no part. A fault is to be noticed by the
-quickest tests that run its lines, for `BUDGET` seconds; which these are is found once for the same code and tests. A
-run that was stopped goes on where it was.
+quickest tests that run its lines, for `BUDGET` seconds; which these are is found once for the same code and tests.
+They run in a fork of this process, which has imported the libraries for them. A run that was stopped goes on where it
+was.
 """
 
 import argparse
 import ast
 import hashlib
+import importlib
 import json
+import multiprocessing
 import os
 import random
-import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import pytest
 from cosmic_ray.commands import init
-from cosmic_ray.mutating import mutate_and_test
+from cosmic_ray.mutating import use_mutation
+from cosmic_ray.plugins import get_operator
 from cosmic_ray.work_db import use_db
-from cosmic_ray.work_item import MutationSpec, TestOutcome
+from cosmic_ray.work_item import MutationSpec
 
 from benchmarks.reached import Reached, run_all
-from transformers_nextflow.utils.files import write_atomically
 
 ROOT = Path(__file__).parents[1]
 BUDGET = 90.0  # seconds of tests for a fault
+# what the package imports, some of it late
+LIBRARIES = (
+    "datasets diffusers fastapi hypothesis matplotlib.pyplot peft torch._dynamo transformers.trainer trl typer "
+    "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl transformers.models.siglip.modeling_siglip "
+    "trl.trainer.grpo_trainer trl.trainer.sft_trainer trl.trainer.dpo_trainer"
+).split()
 Span = tuple[tuple[int, int], tuple[int, int]]  # (line, column) of begin and end
 
 
@@ -75,10 +85,27 @@ def resumed(output: Path, **run) -> dict:
     return report if run.items() <= report.items() else run | {"survivors": [], "noticed": []}
 
 
-def command_of(tests: list[str], folder: Path) -> str:
-    """pytest on tests in this order, which a file names: there may be thousands."""
-    (folder / "chosen.txt").write_text("\n".join(tests))
-    return shlex.join([sys.executable, "-m", "pytest", "-x", "-q", "@chosen.txt"])
+def are_passed(tests: list[str], output: Path) -> bool:
+    """Whether a process of its own passes tests, in their order, in time; `output`: a folder for what it prints."""
+    # a file names them, as there may be thousands
+    (output / "chosen.txt").write_text("\n".join(tests))
+    process = multiprocessing.get_context("fork").Process(target=run_tests, args=(output,))
+    process.start()
+    process.join(120 + 5 * BUDGET)
+    try:
+        os.killpg(process.pid, signal.SIGKILL)  # with all that its tests have left
+    except ProcessLookupError:
+        pass
+    process.join()
+    return process.exitcode == 0
+
+
+def run_tests(output: Path) -> None:
+    os.setsid()
+    with open(output / "output.txt", "w") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    os._exit(pytest.main(["-x", "-q", f"@{output / 'chosen.txt'}"]))
 
 
 def main() -> None:
@@ -93,31 +120,33 @@ def main() -> None:
         folder = Path(name)
         found = ROOT / "runs/mutants" / copy_repository(folder)
         os.chdir(folder)
-        os.environ["PYTHONPATH"] = os.pathsep.join([f"{folder}/src", name])
+        os.environ |= {"PYTHONPATH": f"{folder}/src{os.pathsep}{name}", "PYTHONDONTWRITEBYTECODE": "1"}
         if not (found / "seconds.json").exists():
             run_all(folder, found)
+        own = ("", str(ROOT), str(ROOT / "src"))
+        sys.path[:] = [f"{folder}/src", name, *(path for path in sys.path if path not in own)]
+        sys.dont_write_bytecode = True  # a fault may come faster than the clock of files ticks
+        for library in LIBRARIES:
+            importlib.import_module(library)
         reached, report = Reached(found), resumed(output, code=found.name, seed=args.seed, files=args.files)
         files = args.files or sorted(str(path) for path in Path("src").rglob("*.py"))
         for fault in sample(files, args.number, args.seed)[len(report["survivors"] + report["noticed"]) :]:
-            module, lines = str(fault.module_path), (fault.start_pos[0], fault.end_pos[0])
-            tests = reached.tests(fault.module_path, *lines, BUDGET)
-            survived, text = True, ""
-            if tests:
-                command = command_of(tests, folder)
-                result = mutate_and_test([fault], command, timeout=120 + 5 * BUDGET)
-                if result.test_outcome is TestOutcome.INCOMPETENT:
-                    sys.exit(f"{fault} could not be planted:\n{result.output}")
-                survived, text = result.test_outcome is TestOutcome.SURVIVED, result.diff
-            where = f"{module}:{lines[0]} {fault.operator_name.removeprefix('core/')}"
+            module, line = str(fault.module_path), fault.start_pos[0]
+            tests = reached.tests(fault.module_path, line, fault.end_pos[0], BUDGET)
+            with use_mutation(fault.module_path, get_operator(fault.operator_name)(), fault.occurrence) as (_, code):
+                survived = not tests or are_passed(tests, folder)
+            where = f"{module}:{line} {fault.operator_name.removeprefix('core/')}"
             print("SURVIVED" if survived else "killed", where, f"({len(tests)} tests)", flush=True)
             if survived:
-                report["survivors"].append({"fault": where, "tests": len(tests), "diff": text.splitlines()[1:]})
+                report["survivors"].append({"fault": where, "tests": len(tests), "line": code.splitlines()[line - 1]})
             else:
                 report["noticed"].append(where)
             report["faults"] = len(report["survivors"] + report["noticed"])
             report["killed"] = len(report["noticed"])
             report["score"] = report["killed"] / report["faults"]
-            write_atomically(output, lambda partial: partial.write_text(json.dumps(report, indent=1) + "\n"))
+            partial = output.with_suffix(".partial")
+            partial.write_text(json.dumps(report, indent=1) + "\n")
+            partial.replace(output)
     print(f"{report['killed']} of {report['faults']} killed, see {output}")
 
 
