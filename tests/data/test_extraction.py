@@ -590,9 +590,9 @@ def test_dropping_takes_the_users_texts_or_all_that_the_user_gave():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"variants": 0}, "variants must be positive, got 0"),
-        ({"batch_size": 0}, "batch_size must be positive, got 0"),
-        ({"documents_per_shard": 0}, "documents_per_shard must be positive, got 0"),
+        ({"variants": 0}, "variants must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"documents_per_shard": 0}, "documents_per_shard must be at least 1, got 0"),
         ({"max_aspect_ratio": 0.9}, "max_aspect_ratio must be at least 1, got 0.9"),
         ({"invert_share": -0.1}, r"invert_share must lie in \[0, 1\], got -0.1"),
         ({"drop_text": 1.1}, r"drop_text must lie in \[0, 1\], got 1.1"),
