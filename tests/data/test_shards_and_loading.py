@@ -549,6 +549,9 @@ def test_cost_models_by_hand():
     assert dense.pack_cost(tokens, pairs, targets, padded=True) == 20 + 10 * 2 * 10**2 + rest
     assert blocks.pack_cost(tokens, pairs, targets, padded=True) == 20 + 10 * (82 + 6**2 // 2) + rest
     assert CostModel().pack_cost(tokens, pairs, targets) == 14
+    of_each = [model.document_costs(tokens, pairs, targets, row_length=20.0).tolist() for model in (blocks, dense)]
+    assert of_each[0] == [10 + 10 * 70 + 100 * 3 + 1000, 4 + 10 * 12 + 100 * 2 + 1000]
+    assert of_each[1] == [10 + 10 * 10 * 20 + 100 * 3 + 1000, 4 + 10 * 4 * 20 + 100 * 2 + 1000]
     for model in (dense, CostModel()):
         assert CostModel.from_dict(json.loads(json.dumps(model.to_dict()))) == model
     with pytest.raises(ValueError, match="version 0"):
@@ -678,15 +681,15 @@ def test_ranks_share_every_pack_of_an_epoch():
 
 
 def test_batches_of_several_packs_begin_where_they_are_told():
-    samplers = [PackSampler(12, batch_size=3, rank=rank, world_size=2) for rank in range(2)]
+    samplers = [PackSampler(24, batch_size=2, rank=rank, world_size=4) for rank in range(4)]
     whole = [list(sampler) for sampler in samplers]
-    assert sorted(pack for batches in whole for batch in batches for pack in batch) == list(range(12))
-    for start in range(3):
+    assert sorted(pack for batches in whole for batch in batches for pack in batch) == list(range(24))
+    for start in range(4):
         for sampler, batches in zip(samplers, whole):
             sampler.set_epoch(0, start)
-            assert list(sampler) == batches[start:] and len(sampler) == 2 - start
-    for start in (-1, 3):
-        with pytest.raises(ValueError, match=rf"start must lie in \[0, 2\], got {start}"):
+            assert list(sampler) == batches[start:] and len(sampler) == 3 - start
+    for start in (-1, 4):
+        with pytest.raises(ValueError, match=rf"start must lie in \[0, 3\], got {start}"):
             samplers[0].set_epoch(0, start)
 
 
@@ -703,7 +706,7 @@ def test_a_batch_of_packs_is_what_the_model_takes(packs, data_model, tiny_proces
         assert (longer[name][:, length:] == fill).all()
     assert PackCollator(dataset, pad_to=length)([dataset[0], dataset[1]])["input_ids"].shape[1] == length
     for index in (-1, len(dataset)):
-        with pytest.raises(IndexError):
+        with pytest.raises(IndexError, match=f"^pack {index} of 6$"):
             dataset[index]
     with pytest.raises(ValueError, match=f"a row has {length} positions, more than pad_to={length - 1}"):
         PackCollator(dataset, pad_to=length - 1)([dataset[0], dataset[1]])
