@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -17,6 +18,8 @@ from diffusers_nextflow import NextFlowPipeline
 from tests.fresh import run_fresh
 from tests.hub_stand_in import hub_stand_in
 from transformers_nextflow.cli import main
+from transformers_nextflow.scales import ScheduleTable
+from transformers_nextflow.utils.export import model_card
 
 PICTURE = """
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForMultimodalLM, AutoProcessor
@@ -130,6 +133,18 @@ def test_a_readme_of_front_matter_alone_is_kept(tiny_checkpoint, tmp_path):
     (source / "README.md").write_text("---\nlicense: mit\n---")
     assert main(["export", str(source), "--to", str(tmp_path / "out")]) == 0
     assert yaml.safe_load((tmp_path / "out" / "README.md").read_text().split("---\n")[1])["license"] == "mit"
+
+
+@pytest.mark.parametrize(("count", "more"), [(2, ""), (12, ""), (13, " and 1 more"), (20, " and 8 more")])
+def test_a_card_counts_parameters_and_names_a_dozen_sizes(count, more, tmp_path):
+    table = ScheduleTable([[(1, 1), (1, width)] for width in range(1, count + 1)], {"level": 2}, 8)
+    config = SimpleNamespace(vq_config=SimpleNamespace(schedule_table=lambda: table))
+    weights = SimpleNamespace(shapes={"matrix": (1_000, 20_000), "vector": (3_456_789,)})
+    (tmp_path / "README.md").write_text("# Mine\n\ntext\n\n# Scores\n")
+    card = model_card(tmp_path, config, weights, "someone/model")
+    sizes = ", ".join(f"8 x {8 * width}" for width in range(1, min(count, 12) + 1))
+    assert f"(height x width): {sizes}{more}.\n" in card and "23.5 M parameters" in card
+    assert card.endswith("\n## Mine, as its authors describe it\n\ntext\n\n# Scores\n") and "\n# model\n" in card
 
 
 def test_pushing_and_loading_from_the_hub(tiny_checkpoint, picture, tmp_path):

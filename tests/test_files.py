@@ -38,6 +38,13 @@ def test_what_killed_runs_left_goes_with_the_next_one(write, tmp_path):
 
 
 @pytest.mark.parametrize("write", [write_file, write_folder])
+def test_folders_above_are_made(write, tmp_path):
+    for name in ("a", "b"):
+        write(tmp_path / "new" / "deep" / name, name)
+        assert read(tmp_path / "new" / "deep" / name) == name
+
+
+@pytest.mark.parametrize("write", [write_file, write_folder])
 def test_what_another_run_still_writes_is_left_alone(write, tmp_path):
     path = tmp_path / "report"
 

@@ -51,7 +51,8 @@ from transformers_nextflow.cli import main
 from transformers_nextflow.data.shards import vision_identity
 from transformers_nextflow.layout import build_layout
 from transformers_nextflow.utils import loading
-from transformers_nextflow.utils.loading import load_vision_tokenizer, load_vq_model
+from transformers_nextflow.utils.loading import load_vision_tokenizer, load_vq_model, same_weights, source_name
+from transformers_nextflow.utils.safetensors_folder import listing
 
 ROWS = ([10, shown(SQUARE, 1), 11], [12, 13, shown(WIDE, 2), 14, 15])
 
@@ -641,3 +642,26 @@ def test_a_vision_tokenizer_comes_out_of_a_model_or_alone_and_saves_alone(tiny_c
     for model in (loaded, again):
         assert not model.training and model.state_dict().keys() == expected.state_dict().keys()
         assert all(torch.equal(value, expected.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_names_in_a_card_and_in_errors(tmp_path):
+    """A Hub id also where its folder in the cache was named; of many tensors some."""
+    snapshot = tmp_path / "models--some-one--a.model" / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    names = {"some-one/a.model": "some-one/a.model", snapshot: "some-one/a.model", snapshot.parent: "snapshots"}
+    assert {name: source_name(name) for name in names} == names
+    assert [listing(list("abcdefg")[:count]) for count in (1, 5, 6, 7)] == [
+        "a",
+        "a, b, c, d, e",
+        "a, b, c, d, e and 1 more",
+        "a, b, c, d, e and 2 more",
+    ]
+
+
+def test_weights_are_the_same_by_name_and_value():
+    one = torch.nn.Linear(2, 2)
+    other = copy.deepcopy(one)
+    assert same_weights(one, other) and not same_weights(one, torch.nn.Sequential(one))
+    with torch.no_grad():
+        other.bias[1] += 1
+    assert not same_weights(one, other) and not same_weights(other, one)

@@ -362,7 +362,7 @@ class NextFlowDecoderTrainer(PicturesTrainer):
                 output_type="pt",
             ).images
         pairs = torch.cat([batch["pixel_values"][:count] / 2 + 0.5, pixels.float().cpu()], dim=-2)
-        pairs = (pairs * 255).round().clamp(0, 255).byte().movedim(1, -1)
+        pairs = (pairs * 255).round().byte().movedim(1, -1)
         self.model.train()
         return [Image.fromarray(pair.numpy()) for pair in pairs]
 

@@ -58,12 +58,43 @@ def test_prompts_have_the_same_ids_in_training(processor, trims, question, shape
     image, text = {"type": "image", "image": picture}, {"type": "text", "text": question}
     expected = prompt_ids(processor, [image] * pictures[0] + [text] + [image] * pictures[1])
     content = (*[None] * pictures[0], question, *[None] * pictures[1])
-    messages = (Message("user", content), Message("assistant", ("\nyes",)))
+    messages = (Message("user", content), Message("assistant", ("\nyes\n",)))
     document = Document("one", "chat", messages, (b"",) * sum(pictures))
     ids, supervised = DocumentTokenizer(processor, processor.tokenizer.eos_token_id)(document)
     prompt = int(np.argmax(supervised))
     assert ids[:prompt].tolist() == expected
     # an answer begins with a token of its own, since a prompt ends before it
-    answer = processor.tokenizer.encode("yes" if trims else "\nyes") + [processor.tokenizer.eos_token_id]
+    answer = processor.tokenizer.encode("yes" if trims else "\nyes\n") + [processor.tokenizer.eos_token_id]
     assert ids[prompt : prompt + len(answer)].tolist() == answer
     assert supervised[prompt:].tolist() == [True] * len(answer) + [False] * (len(ids) - prompt - len(answer))
+
+
+def test_texts_that_follow_each_other_are_one(processor):
+    tokenize = DocumentTokenizer(processor, processor.tokenizer.eos_token_id)
+    (ids, supervised), expected = (
+        tokenize(Document("one", "chat", (Message("user", asked), Message("assistant", answered)), (b"", b"")))
+        for asked, answered in (
+            ((None, "a re", "d cir", "cle", None, "a bl", "ue box"), ("a st", "ar")),
+            ((None, "a red circle", None, "a blue box"), ("a star",)),
+        )
+    )
+    assert ids.tolist() == expected[0].tolist() and supervised.tolist() == expected[1].tolist()
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for message in messages %}{{ message['role'] }}{% endfor %}", "must show every text of a chat once"),
+        (
+            "{% for message in messages | reverse %}TEXTS{% endfor %}",
+            "must show every text of a chat once and in order",
+        ),
+        ("{% for message in messages %}TEXTS{% endfor %}", "shows fewer images than document one has"),
+    ],
+)
+def test_templates_that_leave_something_out(processor, template, message):
+    texts = "{% for item in message['content'] if item['type'] == 'text' %}{{ item['text'] }}{% endfor %}"
+    processor = NextFlowProcessor(processor.image_processor, processor.tokenizer, template.replace("TEXTS", texts))
+    messages = (Message("user", (None, "a star")), Message("assistant", ("yes",)))
+    with pytest.raises(ValueError, match=message):
+        DocumentTokenizer(processor, processor.tokenizer.eos_token_id)(Document("one", "chat", messages, (b"",)))

@@ -21,11 +21,13 @@ from PIL import Image
 
 from transformers_nextflow import NextFlowVQModel, SelfCorrection
 from transformers_nextflow.data import (
+    BatchPadding,
     ComputeBudget,
     CostModel,
     Document,
     DocumentReader,
     ExtractionSettings,
+    FixedLength,
     Message,
     Source,
     extract,
@@ -33,9 +35,21 @@ from transformers_nextflow.data import (
     pack,
     verify,
 )
-from transformers_nextflow.data.documents import Skipped, read_size
-from transformers_nextflow.data.shards import Shard, decodable_codes, images_of, read_manifest, sequence_spec
+from transformers_nextflow.data.documents import Skipped, Transformations, read_size
+from transformers_nextflow.data.packing import Extents
+from transformers_nextflow.data.sequences import SequenceSpec
+from transformers_nextflow.data.shards import (
+    Shard,
+    decodable_codes,
+    images_of,
+    read_manifest,
+    sequence_spec,
+    thumbnail,
+    thumbnail_error,
+)
+from transformers_nextflow.data.sources import LoadedSource
 from transformers_nextflow.quantizer import DualCodebookQuantizer
+from transformers_nextflow.scales import ScheduleTable
 
 
 def rows_of(folder: Path) -> dict[str, dict]:
@@ -92,6 +106,39 @@ def test_stored_codes_decode_to_the_tokenizers_reconstruction(extracted, data_mo
             assert (decoded - expected).abs().max() < 1e-4 < expected.std()
 
 
+def test_a_sample_of_each_shard_is_its_pictures_means_and_how_far_it_decodes_from_them(
+    extracted, data_model, tiny_processor
+):
+    manifest, by_key = read_manifest(extracted), {document.key: document for document in documents()}
+    spec, vq_model = sequence_spec(manifest["identity"]), data_model.model.vq_model
+
+    def means(pixels: torch.Tensor) -> np.ndarray:
+        blocks = pixels.numpy().reshape(3, 8, pixels.shape[1] // 8, 8, pixels.shape[2] // 8)
+        return ((blocks.mean((2, 4)) + 1) * 127.5).transpose(1, 2, 0)
+
+    assert [sample["shard"] for sample in manifest["samples"]] == [0, 1, 2]
+    for sample in manifest["samples"]:
+        shard = Shard(extracted / "data" / manifest["shards"][sample["shard"]]["file"])
+        row, number = shard.row(sample["row"]), sample["image"]
+        shown = means(pixels_of(tiny_processor, by_key[row["key"]].images[number])[0])
+        stored = np.frombuffer(bytes.fromhex(sample["thumbnail"]), np.uint8).reshape(8, 8, 3)
+        assert np.abs(stored - shown).max() < 0.501
+        grid, targets, inputs = images_of(row, spec, manifest["variants"])[number]
+        decoded = means(vq_model.decode(torch.from_numpy(decodable_codes(targets, inputs)[None]), grid)[0])
+        assert sample["error"] == pytest.approx(np.sqrt(((decoded - stored) ** 2).mean()), abs=0.1)
+    beyond = thumbnail(torch.tensor([-3.0, 0.0, 3.0]).view(3, 1, 1).expand(3, 8, 8))
+    assert (beyond == [0, 128, 255]).all(), "what other means and deviations of a processor lead to"
+    assert thumbnail_error(beyond + np.uint8([5, 5, 0]), {"thumbnail": beyond.tobytes().hex()}) == (50 / 3) ** 0.5
+
+
+def test_a_picture_of_another_shape_than_its_header_promised_is_refused(tiny_processor):
+    processor = tiny_processor.image_processor
+    table = processor.schedule_table()
+    for size, grid in (((40, 40), (2, 4)), ((30, 60), (3, 3))):
+        with pytest.raises(ValueError, match=f"header promised the grid .{grid[0]}, {grid[1]}., it has"):
+            extraction.pixels_of(processor, picture(0, *size), table.by_grid(grid))
+
+
 # Sources
 
 
@@ -144,8 +191,11 @@ def test_workers_read_pictures_and_shards_are_the_same(photo_folder, data_checkp
     (photo_folder / "5.jpg").write_bytes((photo_folder / "1.jpg").read_bytes()[:-200])
     with open(photo_folder / "metadata.jsonl", "a") as file:
         file.write(json.dumps({"file_name": "5.jpg", "text": "caption 5"}) + "\n")
-    here, read = os.getpid(), extraction.pixels_of
-    extract(Source(str(photo_folder)), data_checkpoint, tmp_path / "alone", T2I)
+    here, read, readers = os.getpid(), extraction.pixels_of, set()
+    with monkeypatch.context() as patch:
+        patch.setattr(extraction, "pixels_of", lambda *args: (readers.add(os.getpid()), read(*args))[1])
+        extract(Source(str(photo_folder)), data_checkpoint, tmp_path / "alone", T2I)
+    assert readers == {here}
 
     def read_elsewhere(*args):
         assert os.getpid() != here
@@ -340,6 +390,7 @@ def test_a_repeated_picture_is_encoded_once_and_drawn_by_each_document(data_chec
     settings = dataclasses.replace(SETTINGS, documents_per_shard=10, batch_size=4)
     extract(Source(str(path)), data_checkpoint, tmp_path / "together", settings)
     assert encoded == [2] and looked_up == [4, 4, 2] * SETTINGS.variants
+    assert len(read_manifest(tmp_path / "together")["shards"]) == 1, "ten documents are no more than ten"
     assert len(read) == len(set(read)), "what is stored of a batch is read once"
     for document in made[:3]:
         path = tmp_path / f"{document.key}.parquet"
@@ -357,6 +408,21 @@ def test_another_run_in_the_same_folder_is_refused(document_source, data_checkpo
         extract(document_source, data_checkpoint, extracted, dataclasses.replace(SETTINGS, batch_size=3))
 
 
+def test_what_else_is_in_a_folder_is_left_alone(extracted, tmp_path):
+    """A hidden file may be of a run that was killed."""
+    arguments = tmp_path / "packs", ComputeBudget(300), CostModel("blocks", 1.0, 0.01)
+    (tmp_path / "packs").mkdir()
+    (tmp_path / "packs" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="packs is not empty and holds no extraction; choose another folder"):
+        pack([extracted], *arguments)
+    (tmp_path / "packs" / "notes.txt").rename(tmp_path / "packs" / ".plan.json.partial")
+    assert pack([extracted], *arguments) == pack([extracted], *arguments), "what is finished is not done again"
+    (shard,) = (tmp_path / "packs" / "data").iterdir()
+    shard.write_bytes(shard.read_bytes()[:-1] + b"!")
+    with pytest.raises(ValueError, match="is damaged: its sha256"):
+        pack([extracted], *arguments)
+
+
 # Filters and draws
 
 
@@ -371,13 +437,13 @@ def text_to_image(tmp_path, data_checkpoint, name: str, sizes=(), count: int = 6
 
 
 def test_filters_count_what_they_leave_out(tmp_path, data_checkpoint):
-    sizes = [(40, 40), (10, 40), (40, 200), (40, 40)]
-    counts = text_to_image(
-        tmp_path, data_checkpoint, "a", sizes, min_size=20, max_aspect_ratio=4, min_text=6, max_text=19
+    sizes = [(40, 40), (39, 40), (40, 161), (40, 40), (40, 40), (40, 160), (160, 40), (40, 40)]
+    counts = text_to_image(  # texts of 5, 10, 15 and 20 characters
+        tmp_path, data_checkpoint, "a", sizes, min_size=40, max_aspect_ratio=4, min_text=10, max_text=15
     )
-    assert counts["skipped: text too short"] == 1 and counts["skipped: text too long"] == 1
+    assert counts["skipped: text too short"] == 2 and counts["skipped: text too long"] == 2
     assert counts["skipped: image too small"] == 1 and counts["skipped: aspect ratio"] == 1
-    assert counts["documents"] == 0
+    assert counts["documents"] == 2, "at the limits"
 
 
 def test_inversion_and_dropping(tmp_path, data_checkpoint):
@@ -403,6 +469,155 @@ def test_paper_limits_on_frames_are_the_readers(tmp_path):
         (picture(0), picture(1)),
     )
     assert (second.key, second.messages[0].content) == ("4#1", (None, None))
+    (first,) = DocumentReader("video", max_images=1).read({"images": [picture(n) for n in range(3)], "text": "a"}, 0)
+    assert (first.messages[0].content, first.images) == (("a", None), (picture(0),))
+    table = ScheduleTable([[(1, 1), (2, 2), (3, 3)]], {"256": 1, "512": 2, "1024": 3}, 8)
+    of_levels = [ExtractionSettings(level=level).reader(table, None).max_images for level in ("256", "512", None)]
+    assert of_levels == [None, 5, 3]
+    assert ExtractionSettings(max_images=2).reader(table, None).max_images == 2
+
+
+NEEDED = {
+    "text": "text",
+    "text-to-image": "image text",
+    "captioning": "image text",
+    "editing": "image target text",
+    "interleaved": "images texts",
+    "video": "images",
+    "chat": "messages",
+}
+
+
+@pytest.mark.parametrize("task", NEEDED)
+def test_a_source_needs_the_columns_of_its_task_and_those_that_are_named(task):
+    needed, reader = NEEDED[task].split(), DocumentReader(task)
+    reader.check_columns(needed)
+    for name in needed:
+        with pytest.raises(ValueError, match=f"the task {task} needs the columns {name}; the source has "):
+            reader.check_columns([*(other for other in needed if other != name), "more"])
+    with pytest.raises(ValueError, match="needs the columns name; the source has "):
+        DocumentReader(task, {"key": "name"}).check_columns(needed)
+    with pytest.raises(ValueError, match="task must be one of text, .* got 'song'"):
+        DocumentReader("song")
+
+
+def test_pictures_with_questions_and_instructions():
+    a, b, c = map(picture, range(3))
+    asked, plain = (
+        DocumentReader("captioning").read({"text": "a star", "image": a, **more}, 7)[0]
+        for more in ({"question": "what is it?"}, {})
+    )
+    assert [document.messages[0].content for document in (asked, plain)] == [
+        (None, "what is it?"),
+        (None, "describe the picture"),
+    ]
+    assert (asked.key, asked.messages[1].content, asked.images) == ("7", ("a star",), (a,))
+    row = {"image": [a, b], "text": "make it green", "target": c, "name": 5}
+    (edit,) = DocumentReader("editing", {"key": "name"}).read(row, 7)
+    assert edit.key == "5" and edit.images == (a, b, c)
+    assert [(message.role, message.content) for message in edit.messages] == [
+        ("user", (None, None, "make it green")),
+        ("assistant", (None,)),
+    ]
+    with pytest.raises(Skipped, match="no image"):
+        DocumentReader("editing").read(row | {"image": None}, 0)
+
+
+def test_cells_of_pictures():
+    """Paths that a dataset of the Hub spells lead nowhere, those of `datasets` into its cache."""
+    here, of_the_hub = DocumentReader("text-to-image", root="/data"), DocumentReader("text-to-image")
+    for cell, expected in (
+        (b"PNG", b"PNG"),
+        ({"bytes": b"PNG", "path": "a.png"}, b"PNG"),
+        ({"bytes": None, "path": "/cache/a.png"}, "/cache/a.png"),
+    ):
+        assert here.image(cell) == of_the_hub.image(cell) == expected
+    assert here.image("a.png") == here.image({"bytes": None, "path": "a.png"}) == "/data/a.png"
+    for cell in ("", b"", {"bytes": b"", "path": "a.png"}, {"bytes": None, "path": None}, 3, None):
+        with pytest.raises(Skipped, match="no image"):
+            here.image(cell)
+
+
+def test_documents_are_rows_and_come_back():
+    chat = (Message("user", (None, "and", None)), Message("assistant", ("a star",)))
+    document = Document("k", "sft", chat, (picture(0), "/data/a.png"))
+    assert DocumentReader("chat", root="/elsewhere").read(document.to_row(), 0) == [document]
+    row = {name: value for name, value in document.to_row().items() if name not in ("key", "kind")}
+    assert DocumentReader("chat").read(row, 4) == [dataclasses.replace(document, key="4", kind="chat")]
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ((), r"document k must be a chat or one message without a role, got roles \[\]"),
+        ((Message(None, ("a",)), Message("user", ("b",))), "must be a chat or one message without a role"),
+        ((Message("robot", ("a",)),), r"document k has messages of unknown roles \['robot'\]"),
+        ((Message("user", (None,)),), "document k shows 1 images in its messages and has 0"),
+    ],
+)
+def test_documents_that_cannot_be(messages, message):
+    with pytest.raises(ValueError, match=message):
+        Document("k", "chat", messages)
+
+
+def test_dropping_takes_the_users_texts_or_all_that_the_user_gave():
+    answer = Message("assistant", ("as you wish", None))
+    chat = (Message("system", ("be exact",)), Message("user", (None, "make it green", None)), answer)
+    edit = Document("edit", "editing", chat, ("a.png", "b.png", "c.png"))
+
+    def dropped(content, images) -> Document:
+        return dataclasses.replace(edit, messages=(chat[0], Message("user", content), answer), images=images)
+
+    expected = dropped((None, None, ""), edit.images), "text dropped"
+    assert Transformations(drop_text=1.0)(edit) == expected
+    expected = dropped(("",), edit.images[2:]), "text and condition images dropped"
+    assert Transformations(drop_condition=1.0)(edit) == expected
+    drawn = Document("t2i", "text-to-image", (Message("user", ("a",)), Message("assistant", (None,))), ("a.png",))
+    read = Document("read", "captioning", (Message("user", (None,)), Message("assistant", ("a",))), ("a.png",))
+    for document in (edit, drawn, read):
+        assert Transformations()(document) == (document, None)
+        assert Transformations(drop_condition=float(document is not edit))(document) == (document, None)
+    assert Transformations(drop_text=1.0)(read) == (read, None), "answers without pictures"
+    changes = [
+        [Transformations(0.0, 0.3, 0.5, *seed)(dataclasses.replace(edit, key=str(key)))[1] for key in range(400)]
+        for seed in ((), (0,), (1,))
+    ]
+    assert changes[0] == changes[1] != changes[2]
+    assert 90 < changes[0].count("text dropped") < 150
+    assert 170 < changes[0].count("text and condition images dropped") < 230
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"variants": 0}, "variants must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"documents_per_shard": 0}, "documents_per_shard must be at least 1, got 0"),
+        ({"max_aspect_ratio": 0.9}, "max_aspect_ratio must be at least 1, got 0.9"),
+        ({"invert_share": -0.1}, r"invert_share must lie in \[0, 1\], got -0.1"),
+        ({"drop_text": 1.1}, r"drop_text must lie in \[0, 1\], got 1.1"),
+        ({"drop_condition": 1.1}, r"drop_condition must lie in \[0, 1\], got 1.1"),
+        ({"drop_text": 0.75, "drop_condition": 0.5}, "must not exceed 1 together"),
+    ],
+)
+def test_settings_that_cannot_be(values, message):
+    with pytest.raises(ValueError, match=message):
+        ExtractionSettings(**values)
+    ones = dict.fromkeys(("variants", "batch_size", "documents_per_shard", "max_aspect_ratio", "invert_share"), 1)
+    ExtractionSettings(**ones, drop_text=0.5, drop_condition=0.5)
+
+
+def test_what_settings_and_documents_say_stays(tiny_processor):
+    spec = SequenceSpec.of(tiny_processor)
+    extents = Extents(*np.ones((3, 2), dtype=int))
+    frozen = [ExtractionSettings(), Transformations(), DocumentReader("text"), Source("a"), CostModel(), extents]
+    frozen += [ComputeBudget(len(extents)), FixedLength(8), BatchPadding(1, 8), spec.special, *documents()[:1]]
+    frozen += [documents()[0].messages[0], LoadedSource(datasets.Dataset.from_dict({"text": ["a"]}))]
+    frozen.append(spec.measure(np.array([9]), np.array([True]), np.empty((0, 2), int)))
+    assert frozen[3].root is None
+    for each in frozen:
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(each, dataclasses.fields(each)[0].name, 1)
 
 
 def test_rows_that_supervise_nothing_or_point_elsewhere_are_skipped(tmp_path, data_checkpoint):
@@ -420,18 +635,22 @@ def test_rows_that_supervise_nothing_or_point_elsewhere_are_skipped(tmp_path, da
 def test_several_processes_write_the_same_shards(document_source, data_checkpoint, extracted, tmp_path, monkeypatch):
     """Which get what they are told pickled, and here need not import all anew."""
 
+    spawned = []
+
     def spawn(work, arguments, nprocs):
+        spawned.append(nprocs)
         work, arguments = pickle.loads(pickle.dumps((work, arguments)))
         torch.multiprocessing.start_processes(work, arguments, nprocs, start_method="fork")
 
     monkeypatch.setattr(torch.multiprocessing, "spawn", spawn)
     extract(document_source, data_checkpoint, tmp_path / "out", SETTINGS, num_proc=2)
-    assert files_of(tmp_path / "out") == files_of(extracted)
+    assert files_of(tmp_path / "out") == files_of(extracted) and spawned == [2]
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        ({"engine": "spark"}, "engine must be one of local, ray, got 'spark'"),
         ({"num_proc": 0}, "num_proc must be at least 1, got 0"),
         ({"num_workers": -1}, "num_workers must be at least 0, got -1"),
         ({"devices": ()}, "devices must name one or more, got none"),
@@ -446,7 +665,7 @@ def test_nobody_to_do_the_work(values, message, document_source, data_checkpoint
 
 def test_self_correction_is_optional(document_source, data_checkpoint, tmp_path):
     settings = dataclasses.replace(SETTINGS, self_correction=None)
-    manifest = extract(document_source, data_checkpoint, tmp_path / "out", settings)
+    manifest = extract(document_source, data_checkpoint, tmp_path / "out", settings, ("cpu", "of no process"))
     assert manifest["variants"] == 0
     assert all(len(row["image_input_codes"]) == 0 for row in rows_of(tmp_path / "out").values())
     with pytest.raises(ValueError, match="top_k"):

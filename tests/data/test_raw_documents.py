@@ -99,6 +99,10 @@ def test_a_row_that_extraction_would_skip_is_an_error_at_its_item(data_checkpoin
     assert len(raw[0]["input_ids"])
     with pytest.raises(ValueError, match="torn: unreadable image: "):
         raw[1]
+    many = datasets.Dataset.from_list([{"texts": [None, None], "images": [good[0].to_row()["images"][0]] * 2}])
+    raw = RawDocuments(many, data_checkpoint, dataclasses.replace(SETTINGS, task="interleaved", max_images=1))
+    with pytest.raises(ValueError, match="row 0 holds 2 documents, raw training takes one; extract it"):
+        raw[0]
 
 
 @pytest.mark.parametrize("where", ["apart", "in the messages", "both", "as loaded rows"])
@@ -122,6 +126,8 @@ def test_pictures_of_a_chat_stand_apart_or_in_its_messages(where, data_checkpoin
     if where != "as loaded rows":
         table.to_parquet(str(tmp_path / "chats.parquet"))
         table = Source(str(tmp_path / "chats.parquet"))
-    item = RawDocuments(table, data_checkpoint, SETTINGS)[0]
+    documents_again = RawDocuments(table, data_checkpoint, SETTINGS)
+    documents_again.set_epoch(0)  # as at the beginning
+    item = documents_again[0]
     for name, values in expected.items():
         assert np.array_equal(values, item[name]), name

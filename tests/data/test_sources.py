@@ -11,7 +11,7 @@ from data_samples import picture
 from PIL import Image
 
 from transformers_nextflow.data import DocumentReader, ExtractionSettings, Pictures, Source, extract
-from transformers_nextflow.data.sources import as_source, find_columns
+from transformers_nextflow.data.sources import as_source, content_hash, find_columns, task_of
 
 
 def write_rows(path: Path, *texts: str) -> None:
@@ -51,8 +51,10 @@ def test_splits_are_what_names_of_files_and_folders_say(tmp_path):
     rows, photos = tmp_path / "rows", tmp_path / "photos"
     write_rows(rows / "train-00000-of-00001.parquet", "a", "b", "c")
     write_rows(rows / "more" / "dev.parquet", "d")
+    write_rows(rows / "more" / "test" / "rows.parquet", "e")
     assert (texts(rows), texts(rows, "validation")) == (["a", "b", "c"], ["d"])
     assert texts(rows, "train[:2]") == ["a", "b"] and texts(rows, "train[2:]+dev") == ["c", "d"]
+    assert texts(rows, "test") == ["e"]
     write_photos(photos / "train", "a.png", "b.png")
     write_photos(photos / "val2017", "c.png")
     assert (texts(photos), texts(photos, "validation")) == (["a.png", "b.png"], ["c.png"])
@@ -84,6 +86,10 @@ def test_a_tar_may_lack_members_and_hold_what_is_no_text(tmp_path, data_checkpoi
     """Each key by itself: what a row lacks costs this row, which is counted."""
     members = {"0_png": picture(0), "1_png": picture(1), "2_png": picture(2), "0_txt": b"a star"}
     write_tar(tmp_path / "a.tar", **members, **{"1_txt": b"caf\xe9", "3_txt": b"no picture", "notes": b"no key"})
+    with tarfile.open(tmp_path / "a.tar", "a") as tar:
+        folder = tarfile.TarInfo("4.txt")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
     settings = ExtractionSettings("text-to-image", {"text": "txt", "image": "png"})
     counts = extract(Source(str(tmp_path / "a.tar")), data_checkpoint, tmp_path / "out", settings)["statistics"]
     assert counts["documents"] == 1
@@ -124,9 +130,57 @@ def test_links_are_followed_once_and_lead_nowhere(tmp_path):
 
 def test_pictures_without_a_caption_are_counted(tmp_path, caplog):
     write_photos(tmp_path / "photos", "a.png", "b.png")
+    assert texts(tmp_path / "photos") == ["a.png", "b.png"] and texts(tmp_path / "photos", "train[:1]") == ["a.png"]
+    assert not caplog.text, "a part of a split leaves nothing out"
     (tmp_path / "photos" / "c.png").write_bytes(picture(2))
     assert texts(tmp_path / "photos") == ["a.png", "b.png"]
     assert "1 of 3 pictures of" in caplog.text
+
+
+def test_folders_of_pictures_are_no_labels(tmp_path):
+    for name in ("cats", "dogs"):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        (tmp_path / "pictures" / name / "a.png").write_bytes(picture(0))
+    assert Source(str(tmp_path / "pictures")).load().column_names == ["image"]
+
+
+def test_folders_of_no_format_or_several_are_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="must hold images, or files of one of .parquet, .*; found: none"):
+        Source(str(tmp_path)).load()
+    write_rows(tmp_path / "a.parquet", "a")
+    (tmp_path / "b.jsonl").write_text('{"text": "b"}')
+    with pytest.raises(ValueError, match="must hold images, or files of one of .parquet, .*; found: json, parquet"):
+        Source(str(tmp_path)).load()
+
+
+def test_columns_are_named_where_they_are_not_plain():
+    def table(*pictures: str, **texts: list) -> datasets.Dataset:
+        kinds = {name: datasets.Image() for name in pictures} | dict.fromkeys(texts, datasets.Value("string"))
+        return datasets.Dataset.from_dict({name: [None] for name in pictures} | texts, datasets.Features(kinds))
+
+    both = {"caption": ["a"], "text": ["b"]}
+    assert find_columns(table("photo", **both)) == {"image": "photo", "text": "text"}
+    assert find_columns(table("a", "b", **both), "b", "caption") == {"image": "b", "text": "caption"}
+    for pictures, message in (((), "caption, text"), (("a", "b"), "a, b, caption, text")):
+        with pytest.raises(ValueError, match=f"name the column of pictures, one of {message}"):
+            find_columns(table(*pictures, **both))
+    with pytest.raises(ValueError, match="name the column of captions, one of photo, title; in a folder of pictures"):
+        find_columns(table("photo", title=["a"]))
+    assert task_of(table("photo", **both)) == ("text-to-image", {"image": "photo", "text": "text"})
+    assert task_of(table("photo", messages=["a"])) == ("chat", {})
+
+
+def test_a_sources_hash_shows_rows_that_changed():
+    """All of few, some of many."""
+    rows = [{"text": str(number)} for number in range(128)]
+    for count, changed in ((3, (0, 1, 2)), (128, (0, 2, 126))):
+        before = content_hash(datasets.Dataset.from_list(rows[:count]))
+        assert content_hash(datasets.Dataset.from_list(rows[:count])) == before
+        for number in changed:
+            other = [*rows[:number], {"text": "other"}, *rows[number + 1 : count]]
+            assert content_hash(datasets.Dataset.from_list(other)) != before
+        assert content_hash(datasets.Dataset.from_list(rows[: count - 1])) != before
 
 
 def test_pictures_of_rows_are_their_bytes(tmp_path):

@@ -90,6 +90,12 @@ def test_script_refuses_options_that_contradict_each_other(options, message, cap
     assert message in " ".join(capsys.readouterr().err.split())
 
 
+def test_help_is_the_scripts_own(capsys, install):
+    install()
+    assert cli.main(["train", "decoder", "--help"]) == 0
+    assert "--train_batch_size" in capsys.readouterr().out
+
+
 # The console command
 
 

@@ -83,6 +83,8 @@ def first_layer(decoder):
         assert unet.config.in_channels == 324 and backbone.config.in_channels == 4
         with pytest.raises(ValueError, match="got 324"):
             widen_conv_in(unet, 4, 64)
+        with pytest.raises(ValueError, match="conv_in must read 8 latent channels, or 328 once .* width 320, got 4"):
+            widen_conv_in(backbone, 8, 320)
         return unet.conv_in, 4
     layer = copy.deepcopy(backbone.x_embedder if conditioner.config.backbone == "flux" else backbone.img_in)
     read_condition(layer)
@@ -119,6 +121,7 @@ def test_what_the_backbone_reads(decoder, first_layer, level, upscale):
 def test_cells_of_no_whole_number_of_latents(stride):
     with pytest.raises(ValueError, match=f"16 pixels wide .* multiple of the {stride} pixels"):
         NextFlowConditioner(4, 4, patch_size=16).cells(stride)
+    assert NextFlowConditioner(4, 4).cells(16) == 1
     if stride == 32:
         assert NextFlowConditioner(4, 4, patch_size=16).cells(stride, upscale=2) == 1
 
@@ -134,3 +137,7 @@ def test_rows_of_tokens_follow_the_grid():
     tokens = conditioner(features, cells=2)
     expected = [row // 2 * 3 + column // 2 for row in range(4) for column in range(6)]
     assert tokens[0, :, 0].tolist() == [100 * cell for cell in expected]
+    assert conditioner(features)[0, :, 0].tolist() == [100 * cell for cell in range(6)]
+    for shape in ((2, 1, 3), (1, 1, 2, 3, 1), (1, 2, 2, 3)):
+        with pytest.raises(ValueError, match=r"features must have the shape \(B, 1, h, w\)"):
+            conditioner(torch.zeros(shape))

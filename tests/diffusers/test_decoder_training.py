@@ -7,6 +7,7 @@ import pickle
 import re
 import shutil
 from collections import Counter
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,7 @@ from diffusers_nextflow.training import (
     DecoderTrainingArguments,
     NextFlowDecoderTrainer,
     Numbered,
+    decoder_class,
     draw_seed,
     load_decoder,
 )
@@ -66,8 +68,10 @@ from transformers_nextflow import NextFlowConfig, NextFlowImageProcessor, NextFl
 from transformers_nextflow.data import (
     ComputeBudget,
     CostModel,
+    Document,
     DocumentReader,
     ExtractionSettings,
+    Message,
     Source,
     extract,
     pack,
@@ -180,8 +184,11 @@ def test_other_predictions():
 
 
 def test_a_caption_for_each_picture():
-    with pytest.raises(ValueError, match="of as many pictures, got 2, 2 and 1"):
-        DecoderLoss(decoder("unet"))(torch.ones(2, 4, 8, 16), torch.ones(2, 26, 2, 4), [""], seeded())
+    loss_of = DecoderLoss(decoder("unet"))
+    for latents, features, captions in ((2, 2, 1), (2, 2, 3), (1, 2, 2), (3, 2, 2)):
+        with pytest.raises(ValueError, match=f"of as many pictures, got {latents}, {features} and {captions}"):
+            loss_of(torch.ones(latents, 4, 8, 16), torch.ones(features, 26, 2, 4), [""] * captions, seeded())
+    assert loss_of.guidance_scale == DecoderTrainingArguments("out").guidance_scale
 
 
 # What is trained
@@ -206,6 +213,12 @@ def test_lora_training_changes_adapters_and_conditioner_only(family, tmp_path):
     assert adapters and any(name.startswith("conv_in") for name in adapters) == (family == "unet") and tested
     drawn = sorted((tmp_path / "samples" / "step-2").iterdir())
     assert len(drawn) == 2 and Image.open(drawn[0]).size == (64, 2 * 32)
+    batch, pipe_of = Batches()[0], {"num_inference_steps": 1, "output_type": "pt", "generator": seeded(42)}
+    pipe.set_progress_bar_config(disable=True)
+    pictures = pipe(batch["captions"], batch["codes"], WIDE, **pipe_of).images.detach()
+    above_each = torch.cat([batch["pixel_values"] / 2 + 0.5, pictures], dim=-2) * 255
+    for path, expected in zip(drawn, above_each.movedim(1, -1).numpy()):
+        assert np.abs(np.asarray(Image.open(path)) - expected).max() < 0.6
 
     fresh = decoder(family, conditioner=NextFlowConditioner.from_pretrained(tmp_path, subfolder="conditioner"))
     fresh.load_lora_weights(tmp_path)
@@ -295,6 +308,7 @@ def test_pictures_are_read_as_the_model_of_the_codes_reads_them(tmp_path, stage,
     (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "noise", "image": "0.png"}))
     options = DecoderOptions("decoder", str(tmp_path / "rows.jsonl"), str(model), stage)
     batch = make_batches(options, load_vq_model(str(model)), upscale, seed=0)[0]
+    assert batch["captions"] == ["noise"] and STAGES == {"base": 1, "x2": 2}
     own = NextFlowProcessor.from_pretrained(model).image_processor
     coded = own.whole(own(shown, return_tensors="pt"))[1]
     assert coded.shape == (1, 3, 12, 12) and torch.equal(batch["coded_pixels"], coded)
@@ -434,8 +448,26 @@ def test_batches_of_a_forward_count_by_their_pictures(tmp_path):
     for name in ("pixel_values", "codes", "captions"):
         batches[1][name] = batches[1][name][:1]
     losses = [trainer.compute_loss(trainer.model, {"batches": [batch]}) for batch in batches]
-    together = trainer.compute_loss(trainer.model, trainer.data_collator(batches))
+    filler = trainer.blank(batches[0])  # which evens an evaluation's shares out
+    together = trainer.compute_loss(trainer.model, trainer.data_collator([*batches, filler]))
     torch.testing.assert_close(together, (2 * losses[0] + losses[1]) / 3)
+
+
+def test_what_is_saved_is_pushed_if_asked_and_checkpoints_are_not(tmp_path, monkeypatch):
+    trainer, pushed = NextFlowDecoderTrainer(decoder("unet"), arguments(tmp_path), Batches()), []
+    monkeypatch.setattr(trainer, "push_to_hub", lambda **kwargs: pushed.append(kwargs["commit_message"]))
+    trainer.save_model(str(tmp_path / "new" / "folder"))
+    trainer.args.push_to_hub = True
+    trainer.save_model(None, _internal_call=True)  # of the library, for the Hub, which it pushes itself
+    trainer.save_model(str(tmp_path / "checkpoint"), _internal_call=True)
+    assert not pushed and (tmp_path / "model_index.json").is_file()
+    assert [path.name for path in (tmp_path / "checkpoint").iterdir()] == ["trained.safetensors"]
+    trainer.save_model(str(tmp_path / "new" / "folder"))
+    assert pushed == ["Model save"] and (tmp_path / "new" / "folder" / "model_index.json").is_file()
+    trainer.args.push_to_hub = False
+    monkeypatch.setattr(DecoderTrainingArguments, "should_save", False)
+    trainer.save_model(str(tmp_path / "of another process"))
+    assert not (tmp_path / "of another process").exists()
 
 
 def test_every_picture_of_a_step_counts_as_much_however_it_is_split(tmp_path):
@@ -464,6 +496,7 @@ def test_a_loss_that_is_no_number_ends_the_training(tmp_path):
 
 def test_xl_is_told_a_good_score_where_it_reads_one():
     pipe = decoder("xl")
+    assert pipe.config.force_zeros_for_empty_prompt and not pipe.config.requires_aesthetics_score
     pipe.register_to_config(requires_aesthetics_score=True)
     layer = pipe.unet.add_embedding.linear_1
     pipe.unet.add_embedding.linear_1 = torch.nn.Linear(layer.in_features - 4, layer.out_features)  # 5 numbers, not 6
@@ -556,6 +589,11 @@ def test_wrong_combinations(tmp_path):
         DecoderTrainingArguments("out", rank=2, use_ema=True)
     with pytest.raises(ValueError, match="rank must be positive, got 0"):
         DecoderTrainingArguments("out", rank=0)
+    assert DecoderTrainingArguments("out", rank=1).weight_dtype == torch.float32
+    families = zip(("StableDiffusion", "StableDiffusionXL", "Flux", "QwenImage"), FAMILIES.values())
+    for stock, (ours, *_) in families:
+        for name in (f"{stock}Pipeline", f"{stock}Img2ImgPipeline", ours.__name__):
+            assert decoder_class(name) is ours
     with pytest.raises(ValueError, match="label_smoothing_factor is not for this trainer: leave 0.0, got 0.1"):
         DecoderTrainingArguments("out", label_smoothing_factor=0.1)
     unheeded = {"neftune_noise_alpha": 5.0, "remove_unused_columns": True, "fp16_full_eval": True}
@@ -813,8 +851,48 @@ def test_a_row_without_its_picture_is_named_with_the_reason(vq_model, caplog):
     assert "left out gone, damaged image number 1: no image" in caplog.text
 
 
+def encoded(pixels: np.ndarray) -> bytes:
+    Image.fromarray(pixels).save(file := BytesIO(), format="PNG")
+    return file.getvalue()
+
+
+def test_what_is_too_small_is_counted_and_what_cannot_be_read_is_named_later(vq_model, caplog):
+    def read(row, index):
+        if index == 0:
+            raise Skipped("no image")
+        image = encoded(np.zeros((48, 48 - index % 2), np.uint8))
+        chat = (Message("user", ("a",)), Message("assistant", (None,)))
+        return [Document(str(index), "text-to-image", chat, (image,))]
+
+    processor = NextFlowImageProcessor.from_vq_config(vq_model.config)
+    pictures = [Picture(number, str(number), 0, (3, 3), images=1) for number in range(5)]
+    batches = PictureBatches([{}] * 5, read, pictures, processor, 1, upscale=2)
+    assert [picture.row for picture in batches.pictures] == [0, 2, 4]
+    assert "2 pictures are smaller than 2 times the size they are coded at: left out" in caplog.text
+    of_two = [dataclasses.replace(pictures[1], images=2)]
+    with pytest.raises(ValueError, match="hold codes of 2 pictures of 1, but the source's row has 1: it is not what"):
+        PictureBatches([{}] * 5, read, of_two, processor, 1)[0]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        pictures[0].row = 1
+
+
+def test_pictures_of_any_mode_are_drawn_as_their_rgb(vq_model):
+    """Grey ones of 16 and 8 bits."""
+    grey = np.random.default_rng(0).integers(0, 256, (48, 48), dtype=np.uint8)
+    grey[0, :2] = 0, 255
+    processor = NextFlowImageProcessor.from_vq_config(vq_model.config)
+    batches = PictureBatches([], None, [Picture(0, "a", 0, (3, 3))], processor, 1)
+    batches.upscale = 2
+    expected = batches.pixels(encoded(np.repeat(grey[..., None], 3, axis=-1)), (3, 3))
+    assert torch.equal(expected[1], torch.tensor(grey).expand(3, 48, 48) / 127.5 - 1)
+    for other in (grey, grey.astype(np.uint16) * 257):
+        for got, wanted in zip(batches.pixels(encoded(other), (3, 3)), expected):
+            torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
+
+
 def test_no_pictures_and_bad_numbers():
     for values, message in (
+        (([0], None, 1, 1, -0.1), r"empty_share must lie in \[0, 1\], got -0.1"),
         (([], None, 2), "no pictures"),
         (([0], None, 0), "batch_size must be positive, got 0"),
         (([0], None, 1, 1, 2.0), r"empty_share must lie in \[0, 1\], got 2.0"),

@@ -1,6 +1,7 @@
 """The decoder pipelines of every family, on tiny backbones."""
 
 import copy
+import inspect
 import json
 
 import numpy as np
@@ -145,6 +146,10 @@ def test_codes_pictures_and_features_say_the_same(family):
     assert pipe("", codes[:1], output_type="pil", num_inference_steps=1).images[0].size == (64, 32)  # the only grid
     latents = draw(codes=codes, grid=WIDE, latents=first_noise(pipe, codes))
     assert torch.equal(latents, expected)
+    if family == "unet":
+        embeds = pipe.encode_prompt(PROMPTS, "cpu", 1, False)[0]
+        given = {"prompt_embeds": embeds, "codes": codes, "grid": WIDE, "generator": seeded()}
+        torch.testing.assert_close(pipe(**given, **TWO_STEPS).images, expected, rtol=0, atol=1e-5)
 
 
 def first_noise(pipe, codes: torch.Tensor) -> torch.Tensor:
@@ -304,6 +309,15 @@ def test_adapter_on_the_layer_that_reads_the_condition():
         ({"prompt": ["a", "b"]}, "prompt must have one entry for each of 1"),
         ({"prompt": [None]}, r'prompt must hold strings \("" for none\), got None'),
         ({"negative_prompt": ["a", "b"]}, "negative_prompt must have one entry for each of 1"),
+        ({"prompt": ["a"], "codes": random_codes(2)}, "prompt must have one entry for each of 2 pictures, got 1"),
+        ({"prompt": None, "prompt_embeds": torch.zeros(2, 3, 16)}, "prompt_embeds must have one entry for each of 1"),
+        ({"codes": []}, r"codes must be a tensor or a list of tensors, got \[\]"),
+        ({"codes": [[1, 2]]}, "codes must be a tensor or a list of tensors"),
+        ({"codes": random_codes(1)[..., None]}, "codes of one call must have 2 dimensions and one size"),
+        (
+            {"codes": torch.zeros(1, 12, dtype=torch.long), "grid": None},
+            r"12 codes fit 0 schedules \(\[\]\); name",
+        ),
         ({"grid": (3, 3)}, r"grid \(3, 3\) must have the shape"),
         ({"grid": (4, 4)}, r"no scale schedule ends in the grid \(4, 4\)"),
         ({"codes": random_codes(1) + 24}, r"codes must lie in \[0, 24\)"),
@@ -321,16 +335,30 @@ def test_adapter_on_the_layer_that_reads_the_condition():
         ({"features": torch.zeros(1, 26, 2, 4)}, "codes or features, not both"),
         ({"image": torch.rand(3, 32, 64)}, "got strength 1"),
         ({"image": torch.rand(3, 48, 48), "strength": 0.5}, r"start from must be \(32, 64\), got \(48, 48\)"),
+        (
+            {"codes": random_codes(1, (3, 3)), "grid": (3, 3), "image": torch.rand(3, 32, 64), "strength": 0.5},
+            r"start from must be \(48, 48\), got \(32, 64\)",
+        ),
+        ({"image": torch.rand(2, 3, 32, 64), "strength": 0.5}, "there are 1 pictures to decode, got 2 to start from"),
+        (
+            {"codes": random_codes(2), "image": torch.rand(3, 32, 64), "strength": 0.5},
+            "there are 2 pictures to decode, got 1 to start from",
+        ),
         ({"codes": None, "image": torch.rand(3, 32, 64)}, r"grid belongs to codes, got \(2, 4\)"),
         ({"codes": None, "grid": None, "image": [torch.rand(3, 32, 64), torch.rand(3, 48, 48)]}, "must have one grid"),
         ({"height": 48}, r"the output is 32x64 \(height x width\), got 48x64"),
+        ({"width": 48}, r"the output is 32x64 \(height x width\), got 32x48"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt must be a positive whole number, got 0"),
+        ({"num_images_per_prompt": 1.5}, "num_images_per_prompt must be a positive whole number, got 1.5"),
         ({"upscale": 1.5}, "upscale must be a positive whole number"),
+        ({"upscale": 0}, "upscale must be a positive whole number, got 0"),
         ({"strength": 0}, r"strength must lie in \(0, 1\]"),
+        ({"strength": 1.1}, r"strength must lie in \(0, 1\]"),
         ({"strength": 0.01}, "leaves none of 2 steps"),
         ({"strength": 0.6, "latents": torch.zeros(1, 4, 8, 16)}, "use strength=1"),
         ({"generator": [seeded(), seeded()]}, "one for each of 1 pictures, got 2"),
         ({"latents": torch.zeros(1, 8, 8, 16)}, r"latents must have the shape \(1, 4, 8, 16\)"),
+        ({"latents": torch.zeros(1, 3, 8, 16)}, r"latents must have the shape \(1, 4, 8, 16\)"),
     ],
 )
 def test_wrong_arguments(unet_decoder, arguments, message):
@@ -347,6 +375,9 @@ def unet_decoder():
 def test_unknown_argument(unet_decoder):
     with pytest.raises(TypeError, match="takes no argument prompt_2"):
         unet_decoder("a", random_codes(1), WIDE, prompt_2="b")
+    named = inspect.signature(type(unet_decoder).__call__).parameters.values()
+    assert {"prompt", "codes", "guidance_scale", "callback_on_step_end"} <= {each.name for each in named}
+    assert not any(each.kind is each.VAR_KEYWORD for each in named)
 
 
 def test_codes_without_a_vision_tokenizer():
@@ -374,3 +405,10 @@ def test_parts_that_do_not_fit_each_other():
         decoder("flux", vq_model=tiny_vq_model(4))("a", random_codes(1), WIDE)
     with pytest.raises(ValueError, match="backbone must be one of"):
         NextFlowConditioner(26, 8, "dit")
+    with pytest.raises(ValueError, match="backbone is a UNet, Flux or Qwen-Image, got Linear"):
+        NextFlowConditioner.for_backbone(tiny_vq_model().config, torch.nn.Linear(2, 2))
+    other = copy.copy(tiny_vq_model())
+    other.config = copy.copy(other.config)
+    other.config.image_size = 30
+    with pytest.raises(ValueError, match="pictures of 30 pixels are no multiple of their grid"):
+        decoder("unet", vq_model=other)

@@ -65,8 +65,9 @@ def test_edit_keeps_the_size_of_its_source(pipe):
     both = pipe(["make it green", "make it red"], image=sources, seed=1).images
     nested = pipe(["make it green", "make it red"], image=[[source] for source in sources], seed=1).images
     assert np.array_equal(both[0], one[0]) and np.array_equal(both[1], nested[1])
-    with pytest.raises(ValueError, match="one entry for each of 2 prompts, got 1"):
-        pipe(PROMPTS, image=sources[:1])
+    for images in (sources[:1], sources + sources[:1]):
+        with pytest.raises(ValueError, match=f"one entry for each of 2 prompts, got {len(images)}"):
+            pipe(PROMPTS, image=images)
     with pytest.raises(ValueError, match="different grids"):
         pipe(PROMPTS, image=[sources[0], pipe(PROMPTS[0], seed=0).images[0]])
 
@@ -131,6 +132,8 @@ def test_ends_in_a_diffusion_decoder_and_round_trips(pipe, tmp_path):
         by_seed = whole(PROMPTS[0], seed=0, **one).images
         for generator in (seeded(), [seeded()]):
             assert torch.equal(whole(PROMPTS[0], generator=generator, **one).images, by_seed)
+        for steps in ({"num_inference_steps": 2, "decoder_kwargs": options}, {"num_inference_steps": 1, **one}):
+            assert torch.equal(whole(PROMPTS[0], seed=0, **one | steps).images, by_seed)
     assert whole(PROMPTS[0], decoder_kwargs={"num_inference_steps": 1, "upscale": 2}).images[0].size == (48, 48)
 
     whole.save_pretrained(tmp_path)
@@ -200,6 +203,8 @@ def test_what_is_done_to_all_parts_is_done_to_the_decoder(pipe, tmp_path, capsys
         (None, torch.float32),
     ):
         assert NextFlowPipeline.from_pretrained(tmp_path, dtype=dtype).decoder.unet.dtype == got
+    given = NextFlowPipeline.from_pretrained(tmp_path, dtype=half, decoder=whole.decoder).decoder
+    assert given.unet.dtype == torch.float32, "as it was given"
 
 
 def conditioner_of(pipe):

@@ -20,6 +20,7 @@ def test_pixel_autoencoder_is_the_cosine_transform_of_patches(tmp_path):
     assert vae.decode(3 * latents).sample.abs().max() == 1
     assert not any(parameter.requires_grad for parameter in vae.parameters())
     torch.testing.assert_close(PixelAutoencoder().encode(pixels).latents.norm(), pixels.norm())
+    assert PixelAutoencoder().config.scaling_factor == 1
     small = PixelAutoencoder(block_out_channels=(3, 12), latent_channels=12, frequency_scales=scales[:4])
     small.save_pretrained(tmp_path)
     loaded = PixelAutoencoder.from_pretrained(tmp_path)
@@ -28,8 +29,9 @@ def test_pixel_autoencoder_is_the_cosine_transform_of_patches(tmp_path):
 
 
 def test_pixel_autoencoder_names_what_does_not_fit():
-    with pytest.raises(ValueError, match=r"must be \[3, 12, 48\].*got \[3, 12, 48\] and 12"):
-        PixelAutoencoder(latent_channels=12)
-    for scales in ([1.0] * 4, [1.0] * 15 + [0.0]):
+    for channels in (12, 50):
+        with pytest.raises(ValueError, match=rf"must be \[3, 12, 48\].*got \[3, 12, 48\] and {channels}"):
+            PixelAutoencoder(latent_channels=channels)
+    for scales in ([1.0] * 4, [1.0] * 17, [1.0] * 15 + [0.0]):
         with pytest.raises(ValueError, match=r"frequency_scales must be 16 positive numbers, got \[1"):
             PixelAutoencoder(frequency_scales=scales)

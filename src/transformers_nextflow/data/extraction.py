@@ -98,8 +98,7 @@ class ExtractionSettings:
 
     def __post_init__(self):
         for name in ("variants", "batch_size", "documents_per_shard"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+            integer(name, getattr(self, name), 1)
         if self.max_aspect_ratio is not None and self.max_aspect_ratio < 1:
             raise ValueError(f"max_aspect_ratio must be at least 1, got {self.max_aspect_ratio}")
         self.transformations  # noqa: B018, raises where a share is wrong

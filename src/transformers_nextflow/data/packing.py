@@ -141,12 +141,14 @@ class ComputeBudget:
         fewest = max(fewest, tokens / (self.max_length * FULLEST))
         num_packs = -(-int(np.ceil(fewest)) // multiple_of) * multiple_of
         order = np.argsort(-costs, kind="stable")
+        most = len(extents) // multiple_of * multiple_of
         while True:
             check_enough(len(extents), num_packs)
             packs = self._balance(order, costs, extents.num_tokens, num_packs)
             if packs is not None:
                 return packs
-            num_packs += -(-num_packs // (50 * multiple_of)) * multiple_of  # 2% more
+            more = -(-num_packs // (50 * multiple_of)) * multiple_of  # 2%
+            num_packs += more if num_packs == most else min(more, most - num_packs)
 
     def _balance(self, order, costs, lengths, num_packs: int) -> list[list[int]] | None:
         """None where the cap on length leaves some document no pack."""
@@ -266,10 +268,7 @@ def pack(
             too little text or none that is short.
     """
     output = Path(output)
-    for name, value in (("multiple_of", multiple_of), ("packs_per_shard", packs_per_shard)):
-        if value < 1:
-            raise ValueError(f"{name} must be positive, got {value}")
-    integer("seed", seed, 0)
+    integer("multiple_of", multiple_of, 1), integer("packs_per_shard", packs_per_shard, 1), integer("seed", seed, 0)
     if not folders:
         raise ValueError("name at least one folder of documents to pack")
     sources = [open_shards(folder, "documents") for folder in folders]
@@ -363,9 +362,9 @@ def _limit_text(tokens, is_text, kept, share: float, seed: int) -> tuple[np.ndar
         have = int(reached[-1]) if len(texts) else 0
         raise ValueError(
             f"text_share {share} asks for {wanted:.0f} positions of text beside {others} of other documents, "
-            f"there are {have}: at most {have / max(have + others, 1):.3f}"
+            f"there are {have}: at most {have / (have + others):.3f}"
         )
-    fits = (reached <= wanted * 1.01) & (wanted > 0)
+    fits = reached <= wanted * 1.01
     have = int(tokens[texts[fits]].sum())
     if wanted and not have:
         raise ValueError(

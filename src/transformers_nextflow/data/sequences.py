@@ -89,7 +89,7 @@ class DocumentTokenizer:
                     read(self._tokenize_text(unread))
                     unread = ""
                     read(part)
-            if text_index is None or is_supervised(role) or answering:
+            if is_supervised(role) or answering:  # the end has no role
                 read(self._tokenize_text(unread))
                 unread = ""
             if text_index is not None:
