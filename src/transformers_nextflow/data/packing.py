@@ -268,7 +268,9 @@ def pack(
             too little text or none that is short.
     """
     output = Path(output)
-    integer("multiple_of", multiple_of, 1), integer("packs_per_shard", packs_per_shard, 1), integer("seed", seed, 0)
+    integer("multiple_of", multiple_of, 1)
+    integer("packs_per_shard", packs_per_shard, 1)
+    integer("seed", seed, 0)
     if not folders:
         raise ValueError("name at least one folder of documents to pack")
     sources = [open_shards(folder, "documents") for folder in folders]
