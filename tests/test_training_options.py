@@ -9,7 +9,7 @@ from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
-from transformers_nextflow.training import EMACallback
+from transformers_nextflow.training import EMACallback, NextFlowVQTrainingArguments
 from transformers_nextflow.training.checkpoints import SavingTrainer
 
 
@@ -80,6 +80,18 @@ JUDGED = {"eval_strategy": "steps", "eval_steps": 1, "lr_scheduler_kwargs": {"pa
 def test_what_is_resumed_is_the_whole_run(options, tmp_path):
     whole, resumed = (train(tmp_path, resume, [EMACallback(0.5)], **options) for resume in (None, 3))
     assert are_equal(whole, resumed) and len({loss for _, loss, _ in logs(whole)}) == 8
+
+
+def test_workers_of_a_resumed_epoch_draw_what_they_would_have_drawn(tmp_path):
+    class Drawing(SavingTrainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            collate = self.data_collator
+            self.data_collator = lambda rows: collate(rows) | {"labels": torch.rand(len(rows))}
+
+    options = {"trainer": Drawing, "dataloader_num_workers": 1, "max_steps": 7, "save_steps": 6}
+    whole, resumed = (train(tmp_path, resume, **options) for resume in (None, 6))
+    assert are_equal(whole, resumed)
 
 
 def test_intervals_and_callbacks_are_those_that_are_asked_for_now(tmp_path):
@@ -195,12 +207,29 @@ def test_weights_of_a_schedule_free_optimizer_are_those_it_has_found(tmp_path):
         torch.testing.assert_close(run.model.state_dict()[name], weight, rtol=0, atol=1e-5)
 
 
-def test_devices_that_share_sequences_are_refused(tmp_path):
-    class Sharing(SavingTrainer):
-        """accelerate lets accelerators alone do so."""
-
-        def get_cp_size(self) -> int:
-            return 2
-
+@pytest.mark.parametrize("shared", ["get_cp_size", "get_sp_size"])
+def test_devices_that_share_sequences_are_refused(shared, tmp_path, monkeypatch):
+    """accelerate lets accelerators alone do so."""
+    monkeypatch.setattr(SavingTrainer, shared, lambda self: 2)
     with pytest.raises(ValueError, match="would cut pictures: leave cp_size and sp_size at 1"):
-        train(tmp_path, trainer=Sharing)
+        train(tmp_path)
+
+
+BEST = {"eval_strategy": "steps", "save_strategy": "best", "eval_steps": 1}
+
+
+@pytest.mark.parametrize(
+    "options, metric, greatest",
+    [
+        ({}, None, None),
+        (BEST, "psnr", True),
+        (JUDGED | {"lr_scheduler_type": "greedy"}, "psnr", True),
+        (BEST | {"metric_for_best_model": "eval_lpips"}, "eval_lpips", False),
+        (BEST | {"metric_for_best_model": "kl/image"}, "kl/image", False),
+        (BEST | {"metric_for_best_model": "eval_loss_text", "greater_is_better": True}, "eval_loss_text", True),
+        (BEST | {"metric_for_best_model": "ssim", "greater_is_better": False}, "ssim", False),
+    ],
+)
+def test_the_best_goes_by_what_is_asked_for_in_its_direction(options, metric, greatest, tmp_path):
+    arguments = NextFlowVQTrainingArguments(str(tmp_path), use_cpu=True, report_to="none", **options)
+    assert (arguments.metric_for_best_model, arguments.greater_is_better) == (metric, greatest)
