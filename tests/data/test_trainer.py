@@ -663,7 +663,7 @@ def test_the_launchers_precision_is_the_trainings_unless_it_says_otherwise(tmp_p
 
 
 def test_a_plain_librarys_arguments_train_the_same(dataset, data_model, tmp_path):
-    quiet = {"max_steps": 1, "logging_steps": 1, "gradient_accumulation_steps": 2, "save_strategy": "no", "seed": 5}
+    quiet = {"max_steps": 1, "logging_steps": 1, "save_strategy": "no", "seed": 5}
     quiet |= {"report_to": "none", "use_cpu": True, "per_device_train_batch_size": 1, "remove_unused_columns": False}
     rows = []
     for kind in (TrainingArguments, NextFlowTrainingArguments):

@@ -336,7 +336,7 @@ def test_prompts_come_in_groups_of_their_generations_and_repetitions():
 
 def test_a_conversation_is_read_once_for_a_run_of_equal_rows():
     rows = [(number, {"prompt": f"box {number}", "size": number}) for number in range(3)]
-    for numbers, read, repeats in (([0, 0, 2, 2], [0, 2], 2), ([1, 1, 2], [1, 1, 2], 1), ([2], [2], 1)):
+    for numbers, read, repeats in (([0, 0, 2, 2], [0, 2], 2), ([1, 1, 2, 2, 2], [1, 1, 2, 2, 2], 1), ([2], [2], 1)):
         chats, found = conversations([rows[number] for number in numbers])
         assert [chat[0]["content"][0]["text"] for chat in chats] == [f"box {number}" for number in read]
         assert found == repeats

@@ -392,11 +392,11 @@ def test_a_mask_of_codes_fits_them(policy, tiny_processor, tmp_path):
 def test_pictures_of_rollouts_have_the_aspect_ratio_that_is_asked_for(policy, tiny_processor, tmp_path):
     """Or the nearest that there is."""
     grids = {}
-    for asked in (None, "2:1", "3:1", "1:2"):
+    for asked in (None, "2:1", "3:1"):
         run = trainer(policy, tiny_processor, tmp_path, aspect_ratio=asked)
         assert run.schedule == run.model_schedule
         grids[asked] = run.schedule.final_grid
-    assert grids == {None: (3, 3), "2:1": (2, 4), "3:1": (2, 4), "1:2": (4, 2)}
+    assert grids == {None: (3, 3), "2:1": (2, 4), "3:1": (2, 4)}
 
 
 @pytest.mark.parametrize("version", [1, 2])
