@@ -27,7 +27,7 @@ COLOURS = {"red": (200, 30, 30), "blue": (30, 30, 200), "green": (30, 160, 30), 
 PRIOR = ("a cat", "a cat", "a house", "a car", "a tree")
 OPTIONS = ("--steps", 8, "--batch-size", 2, "--evaluations", 2, "--samples", 2, "--held-out", 0.25, "--json")
 RATE = ("--learning-rate", 1e-2)
-FEW = (*RATE, "--steps", 4, "--evaluations", 2)
+FEW = (*RATE, "--steps", 4, "--evaluations", 2, "--samples", 1)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -93,6 +93,12 @@ def test_a_folder_becomes_a_model_that_draws(whole, capsys, name, options):
         adapters = json.loads((folder / "adapter_config.json").read_text())
         assert (adapters["r"], adapters["lora_alpha"]) == (16, 32)
     assert Image.open(folder / "sheet.png").size[0] > 100
+    read = lambda name: json.loads((folder / "data" / name / "manifest.json").read_text())  # noqa: E731
+    training, held_out = (read(f"{split}-codes")["settings"] for split in ("training", "held-out"))
+    assert (training["variants"], training["self_correction"]["temperature"], training["drop_text"]) == (16, 0.1, 0.1)
+    assert (held_out["variants"], held_out["self_correction"], held_out["drop_text"]) == (1, None, 0.0)
+    packs = [[shard["rows"] for shard in read(f"{split}-packs")["shards"]] for split in ("training", "held-out")]
+    assert packs == [[6], [2]]  # each of one picture
     assert not [path.name for path in folder.iterdir() if path.suffix in (".pt", ".pth", ".bin")]  # of the training
     assert {path.name for path in (folder / "samples").iterdir()} >= {"step-0", "step-4"}
     model, processor = load_model(name)
@@ -105,16 +111,6 @@ def test_a_folder_becomes_a_model_that_draws(whole, capsys, name, options):
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
     assert tune("photos", name, *options) == figures
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
-
-
-def test_what_is_trained_on_is_disturbed_and_loses_captions_and_what_is_held_out_is_not(whole):
-    """In packs of one picture."""
-    read = lambda folder: json.loads(Path("whole", "data", folder, "manifest.json").read_text())  # noqa: E731
-    training, held_out = (read(f"{split}-codes")["settings"] for split in ("training", "held-out"))
-    assert (training["variants"], training["self_correction"]["temperature"], training["drop_text"]) == (16, 0.1, 0.1)
-    assert (held_out["variants"], held_out["self_correction"], held_out["drop_text"]) == (1, None, 0.0)
-    rows = [[shard["rows"] for shard in read(f"{split}-packs")["shards"]] for split in ("training", "held-out")]
-    assert rows == [[6], [2]]
 
 
 def test_pictures_that_cannot_be_coded_are_left_out_at_once(tmp_path):
@@ -190,19 +186,18 @@ def test_a_run_that_is_killed_while_it_writes_a_checkpoint_goes_on_from_the_one_
 
 def test_a_run_that_had_enough_is_not_trained_on(monkeypatch):
     """At a rate that moves nothing, stopped before the best step's weights are loaded."""
-    options = ("--learning-rate", 1e-30, "--steps", 200, "--evaluations", 200, "--patience", 1)
-    expected = tune("photos", "enough", *options)
-    assert (expected["best step"], expected["steps"]) == (1, 2)
+    options = ("--learning-rate", 1e-30, "--steps", 200, "--evaluations", 200, "--patience", 1, "--samples", 1)
 
     def stop(*args, **kwargs):
         raise OSError("no space left")
 
     with monkeypatch.context() as patch:
         patch.setattr(NextFlowTrainer, "_load_best_model", stop)
-        assert status_of("photos", "enough-in-two", *options) == 2
+        assert status_of("photos", "enough", *options) == 2
         patch.setattr(NextFlowTrainer, "training_step", stop)
-        assert tune("photos", "enough-in-two", *options) == expected
-    history = json.loads(Path("enough-in-two", "checkpoint-2", "trainer_state.json").read_text())["log_history"]
+        figures = tune("photos", "enough", *options)
+    assert (figures["best step"], figures["steps"]) == (1, 2) and figures["loss after"] == figures["loss before"]
+    history = json.loads(Path("enough", "checkpoint-2", "trainer_state.json").read_text())["log_history"]
     rates = [row["learning_rate"] for row in history if "learning_rate" in row]
     assert rates == pytest.approx([0.0, 1e-30 / 20], rel=1e-6, abs=0)  # of 20 steps to warm up
 

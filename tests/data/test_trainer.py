@@ -26,7 +26,7 @@ from transformers_nextflow.losses import IGNORE
 from transformers_nextflow.training import NextFlowTrainer, NextFlowTrainingArguments, load_stages
 from transformers_nextflow.training import attention_logits as training_logits
 from transformers_nextflow.training import trainer as trainer_module
-from transformers_nextflow.training.order import EpochOrder, EvenShares, WithEpoch
+from transformers_nextflow.training.order import EpochOrder, EvenShares, ToldEpochs, WithEpoch
 
 
 def test_loss_of_a_step_is_the_weighted_mean_over_all_its_targets(dataset, data_model, tmp_path):
@@ -512,6 +512,17 @@ def test_an_order_begins_with_the_first_epoch():
         epochs.append(list(order))
     assert epochs[0] == epochs[1] != epochs[2] and sorted(epochs[0]) == sorted(epochs[2]) == list(range(9))
     assert list(WithEpoch(order)) == [(1, index) for index in epochs[2]] and len(WithEpoch(order)) == 9
+
+
+def test_datasets_in_datasets_are_told_an_epoch_when_it_begins():
+    class Told(list):
+        def set_epoch(self, epoch):
+            told.append((len(self), epoch))
+
+    told, one, other = [], Told("ab"), Told("cde")
+    dataset = ToldEpochs(ConcatDataset([Subset(one, [1]), other, ["f"]]))
+    assert [dataset[place] for place in ((0, 0), (0, 3), (1, 4), (1, 0))] == ["b", "e", "f", "b"]
+    assert told == [(2, 0), (3, 0), (2, 1), (3, 1)] and len(dataset) == 5
 
 
 @pytest.mark.parametrize("count, multiple, length", [(5, 4, 8), (8, 4, 8), (1, 3, 3), (4, 1, 4)])

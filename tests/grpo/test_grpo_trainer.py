@@ -83,6 +83,7 @@ def test_a_step_is_the_gradient_of_eq_5_by_hand(policy, tiny_processor, tmp_path
     run = trainer(policy, tiny_processor, tmp_path, learning_rate=0.1, beta=0.0)
     before = copy.deepcopy(policy)
     run.train()
+    assert run.state.log_history[0]["frac_reward_zero_std"] == 0.0
     rollouts = run._buffer[0]
     assert run.prefix.num_codes == 5 and rollouts.codes.shape == (8, 5)
     logps, _ = rollout_logps(before, rollouts, run.prefix, run.schedule, run.args)
@@ -181,6 +182,18 @@ def test_resuming_continues_as_if_nothing_had_happened(policy, tiny_processor, t
         [{k: row.get(k) for k in kept} for row in run.state.log_history if "loss" in row] for run in (whole, again)
     ]
     assert curves[0] == curves[1]
+
+
+def test_resuming_draws_what_would_have_been_drawn_next(policy, tiny_processor, tmp_path):
+    """In the second epoch of three batches, whose last update is of one."""
+    values = {"max_steps": 4, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "dataset": rows(3)}
+    values |= {"steps_per_generation": 1}
+    whole = trainer(policy, tiny_processor, tmp_path, save_strategy="steps", save_steps=3, **values)
+    whole.train()
+    again = trainer(policy, tiny_processor, tmp_path, **values)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert torch.equal(whole._buffer[0].codes, again._buffer[0].codes)
+    assert not moved(state(whole.model), state(again.model))
 
 
 def test_resuming_is_exact_where_updates_fall_into_generations(policy, tiny_processor, tmp_path):
