@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
+from transformers_nextflow import NextFlowProcessor
 from transformers_nextflow.lora import DECODER_LINEARS
 from transformers_nextflow.training import EMACallback, NextFlowVQTrainingArguments
 from transformers_nextflow.training.checkpoints import DataOrder, Epochs, SavingTrainer
@@ -154,8 +155,12 @@ def test_a_checkpoint_that_is_written_anew_is_not_whole_meanwhile(tmp_path, monk
     assert not (tmp_path / "checkpoint-1" / "trainer_state.json").exists()
 
 
-def test_a_result_has_its_tokenizer_and_a_checkpoint_refers_to_it(tiny_checkpoint, tmp_path):
-    model, _ = load_to_train(str(tiny_checkpoint), vision_tokenizer=False)
+def test_a_result_has_its_tokenizer_and_a_checkpoint_refers_to_it(tiny_checkpoint, tmp_path, monkeypatch):
+    """By a name that holds in any folder."""
+    with monkeypatch.context() as there:
+        there.chdir(tiny_checkpoint.parent)
+        model, processor = load_to_train(tiny_checkpoint.name, vision_tokenizer=False)
+    assert isinstance(processor, NextFlowProcessor)
     run = SavingTrainer(model, TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))
     run.save_model(str(tmp_path / "result"))
     run.save_model(str(tmp_path / "checkpoint-1"), _internal_call=True)
@@ -164,6 +169,7 @@ def test_a_result_has_its_tokenizer_and_a_checkpoint_refers_to_it(tiny_checkpoin
         assert (config["vision_tokenizer"] is None) == is_whole
         tensors = load_file(tmp_path / name / "model.safetensors")
         assert any("vq_model" in tensor for tensor in tensors) == is_whole
+    assert config["vision_tokenizer"]["model"] == str(tiny_checkpoint.resolve())
 
 
 def test_adapters_leave_the_model_as_it_is_asked_for(tiny_checkpoint):
