@@ -275,6 +275,7 @@ def test_what_cannot_be_tuned_to_is_named(capsys, tmp_path):
     shutil.copy(two / "a.png", two / "b.png")
     with open(two / "metadata.jsonl", "a") as lines:
         lines.write('\n{"file_name": "b.png", "text": "b"}')
-    assert "there is no model directory nowhere" in said(two, "--model", "nowhere")
+    with pytest.raises(ValueError, match="prompt 0 of the prior"):  # two are enough
+        finetuning.finetune(Source(str(two)), "start", tmp_path / "refused", FinetuneSettings(prior=(" ",)))
     assert "the source has" in said("photos", "--caption-column", "title")
     assert "is neither a file, a folder nor" in said("nowhere")
