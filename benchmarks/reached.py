@@ -15,12 +15,12 @@ from pathlib import Path
 import coverage
 
 NOTED = "NEXTFLOW_TEST_SECONDS"  # environment variable, the file that seconds are written to
-# processes that a test starts are followed too; pytest says in their environment which test it is
+# processes that a test starts are followed too, also those that end at once, as ranks do; pytest says in their
+# environment which test it is, see `tests/fresh.py`
 SETTINGS = """[run]
 source = {folder}/src
 data_file = {data}
-context = ${{PYTEST_CURRENT_TEST-}}
-patch = subprocess
+patch = subprocess, _exit
 """
 
 _seconds: dict[str, float] = defaultdict(float)

@@ -126,7 +126,8 @@ def _become(arguments: list[str], folder: str, environment: dict[str, str], outp
     os.environ.update(environment)
     signal.alarm(SECONDS)
     if "COVERAGE_PROCESS_CONFIG" in environment:  # of `benchmarks.reached`: begins where a process does
-        importlib.import_module("coverage").process_startup()
+        measuring = importlib.import_module("coverage").process_startup()
+        measuring.switch_context(environment["PYTEST_CURRENT_TEST"])
     kind, *words = arguments
     first = {"-c": "", "-m": folder}.get(kind, str(Path(kind).parent))
     paths = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))

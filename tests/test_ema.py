@@ -1,10 +1,11 @@
 """The moving average of a plain Trainer's weights: by hand, in every checkpoint, and over a resume."""
 
+import copy
 import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -112,6 +113,9 @@ def test_the_average_at_the_end_is_that_of_the_best_checkpoint(tmp_path):
     model, callback, weights = train(tmp_path, learning_rate=2.0, **best)
     assert torch.equal(model.slope.detach(), weights[2]) and not torch.equal(weights[2], weights[-1])
     torch.testing.assert_close(callback.averages["slope"].double(), average_of(weights[:3], 0.9), rtol=1e-6, atol=0)
+    noted = best | {"load_best_model_at_end": False, "metric_for_best_model": "loss"}  # where the weights are the last
+    _, callback, weights = train(tmp_path / "last", learning_rate=2.0, **noted)
+    torch.testing.assert_close(callback.averages["slope"].double(), average_of(weights, 0.9), rtol=1e-6, atol=0)
 
 
 def test_a_resumed_average_is_the_undisturbed_one(tmp_path):
@@ -125,8 +129,10 @@ def test_a_resumed_average_is_the_undisturbed_one(tmp_path):
 
 
 def test_what_cannot_be_averaged_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"decay must lie in \[0, 1\), got 1.0"):
-        EMACallback(1.0)
+    for decay in (1.0, -0.1):
+        with pytest.raises(ValueError, match=rf"decay must lie in \[0, 1\), got {decay}"):
+            EMACallback(decay)
+    assert EMACallback(0.0).decay == 0.0
     train(tmp_path)
     checkpoint = tmp_path / "checkpoint-6"
     with pytest.raises(ValueError, match="elsewhere.*ema.safetensors: the training to resume kept no average"):
@@ -148,3 +154,23 @@ def test_other_parameters_than_the_averaged_are_named(tmp_path):
     arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
     with pytest.raises(ValueError, match="holds other parameters than are trained, the first is offset"):
         EMACallback().on_train_begin(arguments, TrainerState(global_step=3), None, model=model)
+    model.slope.requires_grad_(False)
+    save_file({"offset": torch.zeros(()), "slope": torch.zeros(2)}, tmp_path / "checkpoint-3" / "ema.safetensors")
+    with pytest.raises(ValueError, match="holds other parameters than are trained, the first is slope"):
+        EMACallback().on_train_begin(arguments, TrainerState(global_step=3), None, model=model)
+
+
+def test_an_average_goes_into_a_part_of_the_model_or_one_like_it(tmp_path):
+    model, callback = nn.Sequential(Line(), nn.Sequential(Line(), nn.Linear(1, 1))), EMACallback()
+    callback.on_train_begin(None, TrainerState(), None, model=model)
+    like = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in (*model.parameters(), *like.parameters()):
+            parameter.add_(1)
+        callback.copy_to(model[1])
+        callback.copy_to(like)
+    for name, average in callback.averages.items():
+        assert torch.equal(like.get_parameter(name), average)
+        assert torch.equal(model.get_parameter(name), average) == name.startswith("1.")
+    with pytest.raises(ValueError, match="the model has none of the averaged parameters, such as 0.slope"):
+        callback.copy_to(nn.Linear(1, 1))

@@ -27,7 +27,7 @@ COLOURS = {"red": (200, 30, 30), "blue": (30, 30, 200), "green": (30, 160, 30), 
 PRIOR = ("a cat", "a cat", "a house", "a car", "a tree")
 OPTIONS = ("--steps", 8, "--batch-size", 2, "--evaluations", 2, "--samples", 2, "--held-out", 0.25, "--json")
 RATE = ("--learning-rate", 1e-2)
-FEW = (*RATE, "--steps", 4, "--evaluations", 2)
+FEW = (*RATE, "--steps", 4, "--evaluations", 2, "--samples", 1)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -89,7 +89,16 @@ def test_a_folder_becomes_a_model_that_draws(whole, capsys, name, options):
     assert figures["loss after"] < figures["loss before"] and figures["steps"] <= 8
     folder = Path(name)
     assert (folder / "adapter_config.json").exists() == ("--full" not in options)
+    if "--full" not in options:
+        adapters = json.loads((folder / "adapter_config.json").read_text())
+        assert (adapters["r"], adapters["lora_alpha"]) == (16, 32)
     assert Image.open(folder / "sheet.png").size[0] > 100
+    read = lambda name: json.loads((folder / "data" / name / "manifest.json").read_text())  # noqa: E731
+    training, held_out = (read(f"{split}-codes")["settings"] for split in ("training", "held-out"))
+    assert (training["variants"], training["self_correction"]["temperature"], training["drop_text"]) == (16, 0.1, 0.1)
+    assert (held_out["variants"], held_out["self_correction"], held_out["drop_text"]) == (1, None, 0.0)
+    packs = [[shard["rows"] for shard in read(f"{split}-packs")["shards"]] for split in ("training", "held-out")]
+    assert packs == [[6], [2]]  # each of one picture
     assert not [path.name for path in folder.iterdir() if path.suffix in (".pt", ".pth", ".bin")]  # of the training
     assert {path.name for path in (folder / "samples").iterdir()} >= {"step-0", "step-4"}
     model, processor = load_model(name)
@@ -115,15 +124,16 @@ def test_pictures_that_cannot_be_coded_are_left_out_at_once(tmp_path):
     with open(photos / "metadata.jsonl", "a") as lines:
         for name in ("8.tiff", "9.grib", "10.png"):
             lines.write("\n" + json.dumps({"file_name": name, "text": "a box"}))
-    figures = tune(photos, tmp_path / "run", "--steps", 1, "--evaluations", 1)
-    assert (figures["pictures"], figures["left out"]) == (8, 4)
+    figures = tune(photos, tmp_path / "run", "--steps", 1, "--evaluations", 1, "--held-out", 0.01)
+    assert (figures["pictures"], figures["held out"], figures["left out"]) == (8, 1, 4)
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(whole, capsys, monkeypatch):
     """Stopped before it begins to train, and again before its result is written."""
 
-    def stop(*args, **kwargs):
-        raise OSError("no space left")
+    def stop(first, *args, **kwargs):
+        if not str(first).endswith("adapter_config.json"):  # with which the folder would be one of adapters
+            raise OSError("no space left")
 
     for owner, name in ((SamplesCallback, "write"), (finetuning.shutil, "copyfile")):
         with monkeypatch.context() as patch:
@@ -176,18 +186,20 @@ def test_a_run_that_is_killed_while_it_writes_a_checkpoint_goes_on_from_the_one_
 
 def test_a_run_that_had_enough_is_not_trained_on(monkeypatch):
     """At a rate that moves nothing, stopped before the best step's weights are loaded."""
-    options = ("--learning-rate", 1e-30, "--steps", 4, "--evaluations", 4, "--patience", 1)
-    expected = tune("photos", "enough", *options)
-    assert (expected["best step"], expected["steps"]) == (1, 2)
+    options = ("--learning-rate", 1e-30, "--steps", 200, "--evaluations", 200, "--patience", 1, "--samples", 1)
 
     def stop(*args, **kwargs):
         raise OSError("no space left")
 
     with monkeypatch.context() as patch:
         patch.setattr(NextFlowTrainer, "_load_best_model", stop)
-        assert status_of("photos", "enough-in-two", *options) == 2
+        assert status_of("photos", "enough", *options) == 2
         patch.setattr(NextFlowTrainer, "training_step", stop)
-        assert tune("photos", "enough-in-two", *options) == expected
+        figures = tune("photos", "enough", *options)
+    assert (figures["best step"], figures["steps"]) == (1, 2) and figures["loss after"] == figures["loss before"]
+    history = json.loads(Path("enough", "checkpoint-2", "trainer_state.json").read_text())["log_history"]
+    rates = [row["learning_rate"] for row in history if "learning_rate" in row]
+    assert rates == pytest.approx([0.0, 1e-30 / 20], rel=1e-6, abs=0)  # of 20 steps to warm up
 
 
 def test_a_prior_is_what_the_model_drew_before():
@@ -197,6 +209,7 @@ def test_a_prior_is_what_the_model_drew_before():
     assert figures["pictures"] == 8
     rows = datasets.load_dataset("parquet", data_files="with-prior/data/training.parquet", split="train")
     keys = rows["key"]
+    assert sum("#" in key for key in keys) == 1  # one picture comes again, by another key
     assert len(keys) == 12 and len(set(keys)) == 12 and sum(key.startswith("prior/") for key in keys) == 5
     model, processor = load_model("start")
     drawn = [Image.open(f"with-prior/data/prior/{place:04}.png").tobytes() for place in range(5)]
@@ -258,5 +271,11 @@ def test_what_cannot_be_tuned_to_is_named(capsys, tmp_path):
     assert "held_out must lie in (0, 1), got 1.0" in said("photos", "--held-out", 1)
     (tmp_path / "alone" / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a"}')
     assert "two pictures with captions or more" in said(tmp_path / "alone")
+    two = shutil.copytree(tmp_path / "alone", tmp_path / "two")
+    shutil.copy(two / "a.png", two / "b.png")
+    with open(two / "metadata.jsonl", "a") as lines:
+        lines.write('\n{"file_name": "b.png", "text": "b"}')
+    with pytest.raises(ValueError, match="prompt 0 of the prior"):  # two are enough
+        finetuning.finetune(Source(str(two)), "start", tmp_path / "refused", FinetuneSettings(prior=(" ",)))
     assert "the source has" in said("photos", "--caption-column", "title")
     assert "is neither a file, a folder nor" in said("nowhere")

@@ -183,6 +183,11 @@ def test_prompts_are_a_file_with_a_held_out_split(start, capsys):
     assert "leave out --dataset_streaming" in fails(
         capsys, "train", "grpo", "--dataset_name", "split", *options, "--dataset_streaming"
     )
+    for given in (("--dataset_name", "split"), ("--reward_funcs", "seen.zero")):
+        assert "give --dataset_name and --reward_funcs" in fails(capsys, "train", "grpo", *given, "--output", "drawn")
+    assert "got 'zero'" in fails(
+        capsys, "train", "grpo", "--dataset_name", "split", *options, "--reward_funcs", "zero"
+    )
 
 
 def base_model():

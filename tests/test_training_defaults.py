@@ -24,6 +24,7 @@ from transformers_nextflow.training.commands.options import ModelOptions
 from transformers_nextflow.training.commands.tokenizer import TokenizerOptions
 from transformers_nextflow.training.commands.transformer import TransformerOptions
 from transformers_nextflow.training.grpo import NextFlowGRPOConfig
+from transformers_nextflow.training.grpo.reward_models import ClipScore, RewardServer
 
 DEFAULTS = {
     FinetuneSettings: dict(
@@ -73,6 +74,8 @@ CALLS = {
     ImageBatches: dict(level=None, seed=0),
     PictureBatches: dict(upscale=1, empty_share=0.0, seed=0),
     SamplesCallback: dict(every=500, images=None, seed=0),
+    ClipScore: dict(processor=None, scaled=False, device=None),
+    RewardServer: dict(timeout=60.0, retries=5, backoff=1.0, columns=()),
 }
 
 

@@ -4,7 +4,8 @@ import copy
 import json
 import re
 import sys
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -29,7 +30,8 @@ from transformers_nextflow.training import (
     load_teacher,
     prepare_vq_stage,
 )
-from transformers_nextflow.training.metrics import ssim
+from transformers_nextflow.training.metrics import psnr, ssim
+from transformers_nextflow.training.order import refuse_shared_weights
 from transformers_nextflow.training.vq_losses import PatchDiscriminator, adaptive_weight, codebook_losses
 from transformers_nextflow.utils.loading import load_vq_model
 
@@ -219,7 +221,7 @@ def test_half_of_the_scales_drop_but_never_the_first(model, tmp_path):
     run = trainer(prepare_vq_stage(model, "pixel"), tmp_path, scale_drop=1.0)
     schedule = model.schedules.by_grid((3, 3))
     drawn = [run._draw_scales(schedule) for _ in range(400)]
-    assert all(keep[0] for keep in drawn)
+    assert all(len(keep) == len(schedule) and keep[0] for keep in drawn)
     for scale in range(1, len(schedule)):
         assert 0.4 < np.mean([keep[scale] for keep in drawn]) < 0.6
     run.args.scale_drop = 0.0
@@ -304,10 +306,17 @@ def test_the_discriminator_halves_thrice_and_sees_70_pixels():
     for layer in reversed(convolutions):
         seen = (seen - 1) * layer.stride[0] + layer.kernel_size[0]
     assert seen == 70 and [layer.out_channels for layer in convolutions] == [4, 8, 16, 32, 1]
+    assert [layer.bias is None for layer in convolutions] == [False, True, True, True, False]  # norms have their own
+    slopes = [layer.negative_slope for layer in discriminator.layers if isinstance(layer, torch.nn.LeakyReLU)]
+    assert slopes == [0.2] * 4
+    deeper = PatchDiscriminator(channels=4, layers=5).layers
+    widths = [layer.out_channels for layer in deeper if isinstance(layer, torch.nn.Conv2d)]
+    assert widths == [4, 8, 16, 32, 32, 32, 1]
 
 
 def test_the_discriminator_begins_as_pix2pix_does():
     torch.manual_seed(0)
+    assert PatchDiscriminator().layers[0].out_channels == 64
     for name, parameter in PatchDiscriminator().named_parameters():
         if parameter.ndim == 4:
             assert abs(parameter.std() - 0.02) < 2e-3 and abs(parameter.mean()) < 2e-3, name
@@ -342,6 +351,8 @@ def test_a_decoder_is_enlarged_once(model, tmp_path):
     first.save_pretrained(tmp_path)
     loaded = NextFlowVQModel.from_pretrained(tmp_path)
     again = prepare_vq_stage(loaded, "decoder")
+    with pytest.raises(ValueError, match="stage must be one of pixel, joint, decoder, got 'text'"):
+        prepare_vq_stage(loaded, "text")
     assert again is loaded and again.config.decoder_blocks == 2 * model.config.decoder_blocks
     assert again.config.training_stages == ["decoder"] and model.config.training_stages is None
     assert {name.split(".")[0] for name, p in again.named_parameters() if p.requires_grad} == {"pixel_decoder"}
@@ -398,6 +409,13 @@ def test_a_teacher_fits_the_semantic_encoder(model, coarse_model, tmp_path):
     coarse_model.semantic_encoder.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="a teacher of mine has the patch_size 4, .* has 8"):
         load_teacher(model, "mine", str(tmp_path))
+    wide = coarse_model.config.semantic_config.hidden_size
+    for width in (wide, wide + 1):  # of the teacher, where the tokenizer says that it is another than its own
+        coarse_model.config.teacher_dim = width
+        coarse_model.config.semantic_config.hidden_size = 7
+        refused = pytest.raises(ValueError, match=f"a teacher of mine has the hidden_size {width}, .* has {wide}")
+        with nullcontext() if width == wide else refused:
+            assert load_teacher(coarse_model, "mine", str(tmp_path)).config.hidden_size == wide
 
 
 def test_resuming_continues_as_if_nothing_had_happened(coarse_model, tmp_path):
@@ -554,6 +572,12 @@ def test_unused_entries_restart_from_what_was_looked_up(model, tmp_path):
     looked_up = torch.cat(run._restarts.queries)[:, model.config.semantic_dim :]
     for row in model.quantizer.pixel_codebook[changed]:
         assert (looked_up == row).all(-1).any()
+    for step in (3, 4, 5, 6):  # again and again
+        before = model.quantizer.pixel_codebook.clone()
+        run._restarts.on_step_end(run.args, TrainerState(global_step=step), None)
+        assert torch.equal(model.quantizer.pixel_codebook, before) == (step % 2 == 1)
+    run.save_model(tmp_path / "result")
+    assert not (tmp_path / "result" / "chosen_entries.safetensors").exists()  # which a checkpoint alone needs
 
 
 def test_both_halves_restart_in_the_joint_stage(model, tmp_path):
@@ -593,6 +617,15 @@ def test_evaluation_measures_whole_pictures_and_draws_a_sheet(model, tmp_path):
             expected[12 * row : 12 * row + height, 16 * column : 16 * column + width] = np.round(levels)
     assert np.abs(drawn.astype(int) - expected).max() <= 1  # of 255, where rounding may go either way
     assert (expected[:12] == drawn[:12]).mean() > 0.99
+
+
+def test_a_later_stage_is_evaluated_with_semantic_features(model, tmp_path):
+    prepared, pixels = prepare_vq_stage(model, "decoder"), Pictures()[1]["pixel_values"]
+    run = trainer(prepared, tmp_path, stage="decoder")
+    both, pixel = (prepared(pixels, pixel_only=alone).reconstruction.clamp(-1, 1) for alone in (False, True))
+    measured = run.evaluate([{"pixel_values": pixels}])["eval_psnr"]
+    with_semantics, without = (psnr(rebuilt, pixels).mean().item() for rebuilt in (both, pixel))
+    assert measured == pytest.approx(with_semantics) != pytest.approx(without)
 
 
 def test_a_picture_that_comes_back_equal_has_no_psnr(model, tmp_path):
@@ -827,6 +860,11 @@ def test_weights_that_devices_share_are_refused(model, tmp_path):
     arguments = NextFlowVQTrainingArguments(str(tmp_path), perceptual_weight=0, use_cpu=True, report_to="none")
     with pytest.raises(ValueError, match="Sharing takes whole weights on every device: use DDP, not FSDP or ZeRO-3"):
         Sharing(prepare_vq_stage(model, "pixel"), arguments, Pictures())
+    for stage in (2, 3):  # of DeepSpeed's ZeRO
+        state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=stage))
+        own = {"is_fsdp_enabled": False, "is_deepspeed_enabled": True, "accelerator": SimpleNamespace(state=state)}
+        with pytest.raises(ValueError, match="not FSDP or ZeRO-3") if stage == 3 else nullcontext():
+            refuse_shared_weights(SimpleNamespace(**own))
 
 
 TWO_PROCESSES = """
@@ -915,6 +953,17 @@ def test_sizes_are_read_from_headers_and_a_damaged_picture_costs_itself(tmp_path
     with pytest.raises(ValueError, match="none of 2 pictures can be read"):
         ImageBatches(paths[:2], processor, 1)[0]
 
+    class Column(list):
+        """Pictures of a file that is damaged at one of them."""
+
+        def __getitem__(self, number):
+            if number == 1:
+                raise ValueError("no such row")
+            return super().__getitem__(number)
+
+    column = ImageBatches(Column(paths[4:]), processor, 8)
+    assert column.damaged == {1: "no such row"} and len(column[0]["pixel_values"]) == 3
+
 
 def test_a_png_lies_on_its_side_wherever_its_file_says_so(tmp_path, model):
     """EXIF before the pixels, as Pillow writes it, and after them; XMP, as other programs do."""
@@ -959,6 +1008,7 @@ def test_a_picture_of_another_size_than_its_header_promised_costs_itself_alone(t
         ({"stage": "both"}, "stage must be one of pixel, joint, decoder, got 'both'"),
         ({"codebook_loss": "vqgan"}, "codebook_loss must be one of tokenflow, var, got 'vqgan'"),
         ({"scale_drop": 1.5}, "scale_drop must lie in \\[0, 1\\], got 1.5"),
+        ({"scale_drop": -0.1}, "scale_drop must lie in \\[0, 1\\], got -0.1"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is not for this trainer: leave 0.0, got 0.1"),
         ({"train_sampling_strategy": "sequential"}, "train_sampling_strategy"),
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha is not for this trainer: leave None, got 5.0"),
@@ -969,6 +1019,7 @@ def test_a_picture_of_another_size_than_its_header_promised_costs_itself_alone(t
         ({"fp16": True}, "fp16 is for GPUs, this device is cpu: take bf16, or float32"),
         ({"codebook_weight": -1.0}, "codebook_weight must be finite and not negative, got -1.0"),
         ({"l2_weight": float("nan")}, "l2_weight must be finite and not negative, got nan"),
+        ({"distillation_weight": float("inf")}, "distillation_weight must be finite and not negative, got inf"),
         ({"restart_steps": -1}, "restart_steps must be at least 0, got -1"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1, got 0"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be at least 1, got 0"),

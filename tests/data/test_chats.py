@@ -157,7 +157,10 @@ def test_prompts_with_completions_are_chats(tiny_processor):
     ("row", "options", "message"),
     [
         ({"text": "a red circle"}, {}, "row 0 must have messages, or a prompt and its completion, got text"),
+        ({"prompt": "hi"}, {}, "row 0 must have messages, or a prompt and its completion, got prompt"),
+        ({"completion": "hi"}, {}, "row 0 must have messages, or a prompt and its completion, got completion"),
         ({"messages": [asks("a red circle")]}, {}, "no message of the assistant"),
+        ({"messages": [asks("hi"), answers(None)], "images": [picture("red")] * 2}, {}, "1 places .* 2 images"),
         ({"messages": [asks("hi"), answers(None)]}, {}, "1 places for images, and 0 images"),
         ({"messages": [asks("hi"), answers(None)], "images": ["red.png"]}, {}, "must hold PIL pictures, got .'str'"),
         (CHATS[0], {"max_length": 8}, "positions, more than max_length=8"),
@@ -167,6 +170,27 @@ def test_prompts_with_completions_are_chats(tiny_processor):
 def test_errors_name_the_row(row, options, message, tiny_processor):
     with pytest.raises(ValueError, match=message):
         ChatCollator(tiny_processor, **options)([row])
+
+
+def test_a_row_may_be_as_long_as_the_limit_and_is_padded_to_no_more(tiny_processor):
+    rows = [CHATS[0] | {"messages": [asks("a large red circle"), answers(None)]}]
+    whole = ChatCollator(tiny_processor)(rows)
+    length = whole["input_ids"].shape[1]
+    assert whole["attention_mask"].all() and length % 2
+    limited = ChatCollator(tiny_processor, max_length=length)(rows)
+    assert torch.equal(limited["input_ids"], whole["input_ids"])
+    padded = ChatCollator(tiny_processor, pad_to_multiple_of=length - 1)(rows)
+    assert padded["attention_mask"].tolist() == [[1] * length + [0] * (length - 2)]
+    with pytest.raises(ValueError, match=f"row 0 has {length} positions, more than max_length={length - 1}"):
+        ChatCollator(tiny_processor, max_length=length - 1)(rows)
+
+
+def test_held_out_texts_alone_have_a_loss_of_text(model, tiny_processor, tmp_path):
+    texts = [{"messages": [asks("hi"), answers("there is one")]}]
+    args = NextFlowTrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    measured = NextFlowTrainer(model, args, ChatCollator(tiny_processor), eval_dataset=texts).evaluate()
+    assert measured["eval_loss_text"] == pytest.approx(measured["eval_loss"])
+    assert not [name for name in measured if "vision" in name or "scale" in name]
 
 
 def test_a_prompt_is_added_only_where_an_answer_is_to_follow(tiny_processor):
@@ -427,6 +451,7 @@ def test_preferences_are_their_formula(adapted, num_scales, model, tiny_processo
     data = {"train_dataset": Dataset.from_list(PAIRS), "processing_class": tiny_processor}
     references = {} if adapted else {"ref_model": copy.deepcopy(reference)}
     trainer = NextFlowDPOTrainer(trained, args=args, num_scales=num_scales, **references, **data)
+    assert (trainer.ref_model is None) == adapted  # without its adapters a model is its reference
     batch = PreferenceCollator(tiny_processor, num_scales)(PAIRS)
     with torch.no_grad():
         policy = reference if adapted else changed  # adapters begin as nothing

@@ -121,6 +121,7 @@ def test_trackers_that_take_pictures_get_them(callback, data_model, tmp_path, mo
         ({"prompts": []}, r"prompts must be a list of texts, got \[\]"),
         ({"prompts": ["a"], "every": 0}, "every must be at least 1, got 0"),
         ({"prompts": ["a", "b"], "images": [[]]}, "images must have one entry for each of 2 prompts, got 1"),
+        ({"prompts": ["a"], "images": [[], []]}, "images must have one entry for each of 1 prompts, got 2"),
     ],
 )
 def test_samples_that_cannot_be_are_refused(arguments, message, tiny_processor):

@@ -1,6 +1,7 @@
 """The Trainer's loss by hand and over every split of a step, exact resume, what is logged, stages and adapters."""
 
 import copy
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -12,19 +13,20 @@ from flash_stand_in import FLASH
 from torch._dynamo.testing import CompileCounter
 from torch.utils.data import ConcatDataset, Subset
 from trainings import largest_difference, losses, parameters, train
-from transformers import TrainerCallback, set_seed
+from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
 
 from tests.fresh import run
 from transformers_nextflow import NextFlowModel
 from transformers_nextflow.attention import attended_pairs, sequence_mask
 from transformers_nextflow.data import CostModel, PackCollator, PackedDataset
+from transformers_nextflow.layout import build_layout
 from transformers_nextflow.lora import lora_config
 from transformers_nextflow.losses import IGNORE
 from transformers_nextflow.training import NextFlowTrainer, NextFlowTrainingArguments, load_stages
 from transformers_nextflow.training import attention_logits as training_logits
 from transformers_nextflow.training import trainer as trainer_module
-from transformers_nextflow.training.order import EpochOrder, EvenShares, WithEpoch
+from transformers_nextflow.training.order import EpochOrder, EvenShares, ToldEpochs, WithEpoch
 
 
 def test_loss_of_a_step_is_the_weighted_mean_over_all_its_targets(dataset, data_model, tmp_path):
@@ -127,6 +129,15 @@ def test_largest_attention_logit_of_the_batch_before_a_log(
     assert logged == pytest.approx(expected, rel=1e-5)
     assert max(logged) > 1.01 * min(logged) and any(a > 1.01 * b for a, b in zip(unmasked, expected))
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_the_largest_attention_logit_of_a_position_alone_is_its_own(data_model):
+    ids = torch.tensor([[5]])
+    layout = build_layout(data_model.config, ids, shift_labels=ids)
+    batch = {"input_ids": ids, "document_ids": torch.zeros_like(ids), "layout": layout}
+    with training_logits.LargestAttentionLogit(data_model.model) as largest:
+        data_model(**batch, use_cache=False)
+    assert largest.value.item() == pytest.approx(attention_logits(data_model, batch)[0], rel=1e-5)
 
 
 @pytest.mark.parametrize("logging", [{"logging_steps": 2}, {"logging_steps": 3}, {"logging_first_step": True}])
@@ -270,6 +281,10 @@ def test_several_gpus_of_one_process_are_one(dataset, data_model, tmp_path, capl
     trainer = NextFlowTrainer(data_model, arguments, train_dataset=dataset)
     assert trainer._wrap_model(trainer.model) is trainer.model and trainer.args.train_batch_size == 1
     assert "1 of 2 GPUs is used: start by `accelerate launch` to use all" in caplog.text
+    caplog.clear()
+    arguments._n_gpu = 1
+    arguments.__post_init__()
+    assert "GPUs is used" not in caplog.text
 
 
 @pytest.mark.parametrize("name", ["compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics"])
@@ -499,6 +514,17 @@ def test_an_order_begins_with_the_first_epoch():
     assert list(WithEpoch(order)) == [(1, index) for index in epochs[2]] and len(WithEpoch(order)) == 9
 
 
+def test_datasets_in_datasets_are_told_an_epoch_when_it_begins():
+    class Told(list):
+        def set_epoch(self, epoch):
+            told.append((len(self), epoch))
+
+    told, one, other = [], Told("ab"), Told("cde")
+    dataset = ToldEpochs(ConcatDataset([Subset(one, [1]), other, ["f"]]))
+    assert [dataset[place] for place in ((0, 0), (0, 3), (1, 4), (1, 0))] == ["b", "e", "f", "b"]
+    assert told == [(2, 0), (3, 0), (2, 1), (3, 1)] and len(dataset) == 5
+
+
 @pytest.mark.parametrize("count, multiple, length", [(5, 4, 8), (8, 4, 8), (1, 3, 3), (4, 1, 4)])
 def test_shares_of_an_evaluation_are_even_and_no_item_counts_twice(count, multiple, length):
     items = [{"place": place} for place in range(count)]
@@ -509,9 +535,11 @@ def test_shares_of_an_evaluation_are_even_and_no_item_counts_twice(count, multip
 
 
 def test_an_evaluation_divides_by_the_batches_of_all_devices(dataset, data_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(NextFlowTrainingArguments, "world_size", property(lambda self: 2))
     arguments = NextFlowTrainingArguments(str(tmp_path), per_device_eval_batch_size=3, use_cpu=True, report_to="none")
     trainer = NextFlowTrainer(data_model, arguments, PackCollator(dataset), eval_dataset=Subset(dataset, range(7)))
+    assert len(trainer.get_eval_dataloader().dataset) == 7
+    monkeypatch.setattr(NextFlowTrainingArguments, "world_size", property(lambda self: 4))
+    monkeypatch.setattr(trainer, "get_tp_size", lambda: 2)  # pairs of devices read the same batches
     assert len(trainer.get_eval_dataloader().dataset) == 12
 
 
@@ -558,6 +586,7 @@ def test_flops_are_the_cost_models_and_mfu_is_their_share_of_the_peak(dataset, d
     """By a clock on which each of two steps takes a quarter of a second."""
     ticks = itertools.count(step=0.25)
     monkeypatch.setattr(trainer_module, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    monkeypatch.setattr(NextFlowTrainingArguments, "world_size", property(lambda self: 2))  # one is idle
     packs = {"max_steps": 2, "logging_steps": 2, "gradient_accumulation_steps": 4}
     logged = train(copy.deepcopy(data_model), dataset, tmp_path, peak_flops=1e12, **packs).state.log_history[0]
     collator, work = PackCollator(dataset), [0, 0, 0]
@@ -569,7 +598,7 @@ def test_flops_are_the_cost_models_and_mfu_is_their_share_of_the_peak(dataset, d
     flops = sum(count * each for count, each in zip(work, CostModel.from_config(data_model.config).coefficients))
     assert logged["tokens_per_second"] == pytest.approx(work[0] / 0.5)
     assert logged["flops_per_second"] == pytest.approx(flops / 0.5)
-    assert logged["mfu"] == pytest.approx(logged["flops_per_second"] / 1e12)
+    assert logged["mfu"] == pytest.approx(logged["flops_per_second"] / 2e12)
 
 
 def test_uneven_packs_are_refused(dataset, data_model, tmp_path):
@@ -626,9 +655,44 @@ def test_a_stage_trains_what_it_names(name, data_model):
         assert model.config.scale_loss_alpha == 0.9
 
 
-def test_a_negative_z_loss_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="z_loss must be a finite number of at least 0, got -1.0"):
-        NextFlowTrainingArguments(str(tmp_path), z_loss=-1.0)
+@pytest.mark.parametrize("z_loss", [-1.0, float("inf")])
+def test_a_z_loss_that_is_none_is_refused(z_loss, tmp_path):
+    with pytest.raises(ValueError, match=f"z_loss must be a finite number of at least 0, got {z_loss}"):
+        NextFlowTrainingArguments(str(tmp_path), z_loss=z_loss)
+
+
+def test_the_launchers_precision_is_the_trainings_unless_it_says_otherwise(tmp_path, monkeypatch):
+    def precision(launched: str, **given) -> tuple[bool, bool]:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+        arguments = NextFlowTrainingArguments(str(tmp_path), use_cpu=True, report_to="none", **given)
+        return arguments.bf16, arguments.fp16
+
+    assert precision("bf16") == precision("no", bf16=True) == (True, False)
+    assert precision("no") == precision("fp8") == (False, False)
+    with pytest.raises(ValueError, match="fp16 is for GPUs"):
+        precision("fp16")
+
+
+def test_a_plain_librarys_arguments_train_the_same(dataset, data_model, tmp_path):
+    quiet = {"max_steps": 1, "logging_steps": 1, "save_strategy": "no", "seed": 5}
+    quiet |= {"report_to": "none", "use_cpu": True, "per_device_train_batch_size": 1, "remove_unused_columns": False}
+    rows = []
+    for kind in (TrainingArguments, NextFlowTrainingArguments):
+        trainer = NextFlowTrainer(copy.deepcopy(data_model), kind(str(tmp_path), **quiet), train_dataset=dataset)
+        trainer.train()
+        rows.append({name: row for name, row in trainer.state.log_history[0].items() if "per_second" not in name})
+    assert rows[0] == rows[1] and "max_attention_logit" in rows[0]
+
+
+def test_the_loader_weighs_scales_as_the_stage_does(dataset, data_model, tmp_path):
+    model = copy.deepcopy(data_model)
+    dataclasses.replace(load_stages()["ct"], level="24", scale_loss_alpha=2.0).prepare(model, dataset)
+    arguments = NextFlowTrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    collator = NextFlowTrainer(model, arguments, train_dataset=dataset).data_collator
+    given, before = collator([dataset[0]]), PackCollator(dataset)([dataset[0]])
+    losses = [model(**batch, use_cache=False).loss for batch in (given, before)]
+    given.pop("layout")
+    assert torch.equal(model(**given, use_cache=False).loss, losses[0]) and losses[0] != losses[1]
 
 
 @pytest.mark.parametrize(
@@ -652,6 +716,16 @@ def test_a_negative_z_loss_is_refused(tmp_path):
          "stage a: mixture must hold an amount of documents, got {'text': 'most'}"),
         ("- {name: a, trains: all, level: 1, epochs: 1, learning_rate: 1, scale_loss_alpha: 0, mixture: [1]}",
          r"stage a: mixture must hold an amount of documents, got \[1\]"),
+        ("- {name: a, trains: all, level: 1, epochs: .inf, learning_rate: 1, scale_loss_alpha: 0, mixture: {text: 1}}",
+         "stage a: epochs must be a number above 0, got inf"),
+        ("- {name: a, trains: all, level: 1, epochs: 1, learning_rate: 0, scale_loss_alpha: 0, mixture: {text: 1}}",
+         "stage a: learning_rate must be a number above 0, got 0"),
+        ("- {name: a, trains: all, level: 1, epochs: 1, learning_rate: 1, scale_loss_alpha: 0,"
+         " mixture: {a: -1, b: 2}}",
+         "stage a: mixture must hold an amount of documents, got {'a': -1, 'b': 2}"),
+        ("- &a {name: a, trains: all, level: 1, epochs: 1, learning_rate: 1, scale_loss_alpha: 0,"
+         " mixture: {text: 1}}\n- *a", "there are two stages a"),
+        ("\ud800", "stages.yaml is no YAML file"),
         ("", "stages.yaml must hold a list of stages"),
         ("a: {trains: all}", "stages.yaml must hold a list of stages"),
         ("- a", "stages.yaml must hold a list of stages"),
@@ -659,6 +733,6 @@ def test_a_negative_z_loss_is_refused(tmp_path):
     ],
 )  # fmt: skip
 def test_stages_that_cannot_be_are_refused(text, message, tmp_path):
-    (tmp_path / "stages.yaml").write_text(text)
+    (tmp_path / "stages.yaml").write_text(text, errors="surrogatepass")
     with pytest.raises(ValueError, match=message):
         load_stages(tmp_path / "stages.yaml")

@@ -57,7 +57,8 @@ def test_arguments_without_a_rate_serve_adapters_and_whole_models(adapted, tmp_p
 
 
 def test_a_checkpoint_in_16_bits_is_trained_in_32(adapted, tmp_path):
-    run = by_name(adapted / "base", tmp_path)
+    run = by_name(adapted / "base", tmp_path, model_init_kwargs={"attn_implementation": "eager"})
+    assert run.model.config._attn_implementation == "eager"
     assert run.args.learning_rate == 1e-6 and by_name(adapted / "adapters", tmp_path).args.learning_rate == 1e-4
     before = state(run.model)
     assert {parameter.dtype for parameter in run.model.parameters() if parameter.requires_grad} == {torch.float32}
@@ -178,6 +179,9 @@ def test_pictures_without_any_reward_are_warned_of(policy, tiny_processor, tmp_p
     assert "8 of 8 pictures have no reward of any function" in caplog.text
 
 
+ROLES = ("user", "assistant")
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -191,7 +195,11 @@ def test_pictures_without_any_reward_are_warned_of(policy, tiny_processor, tmp_p
             "prompt 1 of train_dataset must be a text or messages, got None",
         ),
         (
-            {"dataset": Dataset.from_list([{"prompt": [{"role": "assistant", "content": "a"}]}])},
+            {"dataset": Dataset.from_list([{"prompt": []}])},
+            r"prompt 0 of train_dataset must be a text or .*, got \[\]",
+        ),
+        (
+            {"dataset": Dataset.from_list([{"prompt": [{"role": role, "content": "a"} for role in ROLES]}])},
             "prompt 0 of train_dataset must end with what is to be answered",
         ),
         (
@@ -283,6 +291,10 @@ def test_epsilon_high_is_the_upper_bound(policy, tiny_processor, tmp_path):
     for high, expected in ((None, -1.2), (0.5, -1.4)):
         run.args.epsilon_high = high
         assert run.compute_loss(run.model, rollouts).item() == pytest.approx(expected, rel=1e-4)
+    logged = run._metrics.pop()  # of both, the second of which clips nothing
+    assert (logged["clip_ratio/high_mean"], logged["clip_ratio/high_max"]) == pytest.approx((0.5, 1.0))
+    assert logged["clip_ratio/region_mean"] == 0.5
+    assert logged["clip_ratio/low_mean"] == logged["clip_ratio/low_min"] == 0
 
 
 def test_the_support_is_kept_under_top_p_alone(policy, tiny_processor, tmp_path):

@@ -22,6 +22,7 @@ from transformers_nextflow.training.grpo.objective import (
     sampling_support,
     token_weights,
 )
+from transformers_nextflow.training.grpo.prompts import PromptOrder, columns, conversations, seed_of
 from transformers_nextflow.training.grpo.rollouts import roll_out, rollout_logps
 
 
@@ -198,6 +199,7 @@ def test_advantages_are_eq_4_and_silent_rewards_do_not_count():
     by_batch = group_advantages(rewards, 3, "batch")[0]
     torch.testing.assert_close(by_batch[:3], (rewards[:3] - 3) / (rewards.std() + 1e-4))
     torch.testing.assert_close(group_advantages(rewards, 3, "none")[0][:3], rewards[:3] - 3)
+    assert nanstd(torch.tensor([[1.0, math.nan]])) == 0  # of a single value
     silent = group_advantages(torch.tensor([1.0, math.nan, 3.0, math.nan, math.nan, math.nan]), 3)[0]
     torch.testing.assert_close(silent[:3], torch.tensor([-1.0, 0.0, 1.0]) / (2**0.5 + 1e-4))
     assert not silent[3:].any()
@@ -314,10 +316,36 @@ def test_the_prefix_is_the_most_scales_that_fit():
     assert num_prefix_scales(SCHEDULE, None, 256) == 3
     assert num_prefix_scales(SCHEDULE, None, 13) == 2 and num_prefix_scales(SCHEDULE, None, 1) == 1
     assert num_prefix_scales(SCHEDULE, 1, 256) == 1 and num_prefix_scales(SCHEDULE, None, None) == 3
-    with pytest.raises(ValueError, match=r"scale_prefix must lie in \[1, 3\].*got 4"):
-        num_prefix_scales(SCHEDULE, 4, None)
+    assert num_prefix_scales(SCHEDULE, None, 14) == num_prefix_scales(SCHEDULE, 3, None) == 3
+    for scales in (0, 4):
+        with pytest.raises(ValueError, match=rf"scale_prefix must lie in \[1, 3\].*got {scales}"):
+            num_prefix_scales(SCHEDULE, scales, None)
     with pytest.raises(ValueError, match="prefix_tokens must hold the first scale of 1 codes, got 0"):
         num_prefix_scales(SCHEDULE, None, 0)
+
+
+def test_prompts_come_in_groups_of_their_generations_and_repetitions():
+    order = PromptOrder(7, prompts_at_once=2, num_generations=3, repeats=2, seed=None)
+    assert len(order) == len(list(order)) == 6 * 3 * 2
+    assert list(order)[:12] == [0, 0, 0, 1, 1, 1] * 2 and list(order)[-12:] == [4, 4, 4, 5, 5, 5] * 2
+    mixed = PromptOrder(7, 2, 3, 2, seed=0)
+    first = list(mixed)
+    mixed.set_epoch(1)
+    assert len(set(first)) == 6 and first != list(mixed) and first != list(order)
+
+
+def test_a_conversation_is_read_once_for_a_run_of_equal_rows():
+    rows = [(number, {"prompt": f"box {number}", "size": number}) for number in range(3)]
+    for numbers, read, repeats in (([0, 0, 2, 2], [0, 2], 2), ([1, 1, 2, 2, 2], [1, 1, 2, 2, 2], 1), ([2], [2], 1)):
+        chats, found = conversations([rows[number] for number in numbers])
+        assert [chat[0]["content"][0]["text"] for chat in chats] == [f"box {number}" for number in read]
+        assert found == repeats
+    assert columns(rows) == {"size": [0, 1, 2]}
+
+
+def test_seeds_of_numbers_are_the_same_everywhere():
+    assert seed_of(5, 0, 1) == 3073054868 and max(seed_of(number) for number in range(99)) < 2**32
+    assert len({seed_of(*parts) for parts in ((1, 2), (12,), (2, 1), (1, 2, 0), (-1, 2))}) == 5
 
 
 def test_pictures_fill_the_image_items_or_go_first():
@@ -330,6 +358,10 @@ def test_pictures_fill_the_image_items_or_go_first():
     assert [item.get("image") for item in filled[0]["content"]] == [None, one, two]
     first = with_images("make it red", [one], "prompt 0")
     assert [item["type"] for item in first[0]["content"]] == ["image", "text"]
+    chat = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "make it red"}]
+    told = with_images([*chat, {"role": "user", "content": "now"}], [one], "prompt 0")
+    assert [[item["type"] for item in each["content"]] for each in told] == [["text"], ["image", "text"], ["text"]]
+    assert with_images(chat[:1], one, "prompt 0")[0]["content"][0]["image"] is one  # where no user speaks
     with pytest.raises(ValueError, match="prompt 4 has 1 places for images, and 0 images"):
         with_images([{"role": "user", "content": [{"type": "image"}]}], None, "prompt 4")
     with pytest.raises(ValueError, match="prompt 5 has 2 places for images, and 1 images"):

@@ -63,6 +63,8 @@ def test_teacher_forced_log_probabilities_are_those_of_sampling(policy, tiny_pro
     num_tokens = rollouts.text_mask.shape[1]
     assert logps.shape == (12, num_tokens + (prefix.num_codes if optimize == "both" else 0))
     torch.testing.assert_close(logps, rollouts.sampling_logps, rtol=1e-5, atol=1e-5)
+    if rollouts.text_support is not None:  # nothing is left out where nothing was drawn
+        assert rollouts.text_support[~rollouts.text_mask].all()
     of_text = logps[:, :num_tokens]
     assert not of_text[~rollouts.text_mask].any() and of_text[rollouts.text_mask].min() < -0.1
     assert len(set(rollouts.text_mask.sum(dim=1).tolist())) > 1
@@ -258,7 +260,9 @@ def test_the_ratio_is_one_at_first_and_moves_then(policy, tiny_processor, tmp_pa
         assert first[f"{name}sampling/sampling_logp_difference/max"] < 1e-4
         assert first[f"{name}entropy"] > 0
     assert ("entropy" in first) == (optimize == "both")
-    assert 1 <= first["completions/mean_length"] <= LIMIT and 0 <= first["completions/clipped_ratio"] <= 1
+    drawn = rollouts.text_mask.float()
+    assert first["completions/mean_length"] == pytest.approx(drawn.sum(dim=1).mean().item())
+    assert first["completions/clipped_ratio"] == pytest.approx(1 - drawn[:, -1].mean().item())
 
 
 def test_splits_of_a_step_and_resuming_train_the_same(policy, tiny_processor, tmp_path):

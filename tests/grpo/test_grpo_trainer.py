@@ -3,20 +3,25 @@
 import asyncio
 import copy
 import dataclasses
+import itertools
 import json
 import sys
 import time
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from grpo_samples import chat, picture, policy_of
 from transformers import TrainerCallback
 from trl import GRPOConfig
 
 from transformers_nextflow.lora import lora_config
+from transformers_nextflow.sampling import LinearRamp
 from transformers_nextflow.training.grpo import NextFlowGRPOConfig, NextFlowGRPOTrainer, RewardError
+from transformers_nextflow.training.grpo import trainer as trainer_module
 from transformers_nextflow.training.grpo.config import NOT_APPLICABLE
 from transformers_nextflow.training.grpo.rollouts import rollout_logps
 
@@ -78,6 +83,7 @@ def test_a_step_is_the_gradient_of_eq_5_by_hand(policy, tiny_processor, tmp_path
     run = trainer(policy, tiny_processor, tmp_path, learning_rate=0.1, beta=0.0)
     before = copy.deepcopy(policy)
     run.train()
+    assert run.state.log_history[0]["frac_reward_zero_std"] == 0.0
     rollouts = run._buffer[0]
     assert run.prefix.num_codes == 5 and rollouts.codes.shape == (8, 5)
     logps, _ = rollout_logps(before, rollouts, run.prefix, run.schedule, run.args)
@@ -178,6 +184,18 @@ def test_resuming_continues_as_if_nothing_had_happened(policy, tiny_processor, t
     assert curves[0] == curves[1]
 
 
+def test_resuming_draws_what_would_have_been_drawn_next(policy, tiny_processor, tmp_path):
+    """In the second epoch of three batches, whose last update is of one."""
+    values = {"max_steps": 4, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "dataset": rows(3)}
+    values |= {"steps_per_generation": 1}
+    whole = trainer(policy, tiny_processor, tmp_path, save_strategy="steps", save_steps=3, **values)
+    whole.train()
+    again = trainer(policy, tiny_processor, tmp_path, **values)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert torch.equal(whole._buffer[0].codes, again._buffer[0].codes)
+    assert not moved(state(whole.model), state(again.model))
+
+
 def test_resuming_is_exact_where_updates_fall_into_generations(policy, tiny_processor, tmp_path):
     """An epoch is of nine batches, its last update of one."""
     values = CROSSING | {"max_steps": 8, "dataset": rows(9), "learning_rate": 1e-3, "beta": 0.05}
@@ -215,10 +233,17 @@ def test_a_reference_that_is_synced_follows_the_policy(policy, tiny_processor, t
     assert kl[1] == pytest.approx([0.0] * 3, abs=1e-6) and min(kl[100][1:]) > 1e-5
 
 
-def test_later_steps_of_a_generation_compare_with_the_policy_that_sampled(policy, tiny_processor, tmp_path):
+def test_later_steps_of_a_generation_compare_with_the_policy_that_sampled(
+    policy, tiny_processor, tmp_path, monkeypatch
+):
+    ticks = itertools.count(step=0.25)  # where a step begins and ends, and rollouts of the first do
+    monkeypatch.setattr(trainer_module, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
     run = trainer(policy, tiny_processor, tmp_path, max_steps=2, num_iterations=2, learning_rate=0.3)
     run.train()
     first, second = (row for row in run.state.log_history if "loss" in row)
+    assert (first["step_time"], second["step_time"]) == (0.75, 0.25)
+    assert first["rollout_share"] == pytest.approx(1 / 3) and second["rollout_share"] == 0
+    assert not (tmp_path / "completions").exists()
     rollouts = run._buffer[0]
     with torch.no_grad():
         logps, _ = rollout_logps(policy, rollouts, run.prefix, run.schedule, run.args)
@@ -364,6 +389,59 @@ def test_masked_codes_do_not_count(policy, tiny_processor, tmp_path):
         torch.testing.assert_close(args.model.state_dict()[name], value, rtol=1e-4, atol=1e-6)
 
 
+def test_a_mask_of_codes_fits_them(policy, tiny_processor, tmp_path):
+    run, batch = trainer(policy, tiny_processor, tmp_path), [(0, rows()[0])] * 8
+    for mask, said in ((torch.ones(8, 5), "torch.float32"), (torch.ones(8, 4, dtype=torch.bool), r"\(8, 4\)")):
+        run.token_mask_func = lambda mask=mask, **columns: mask
+        with pytest.raises(ValueError, match=rf"must return bool of the shape \(8, 5\), got .*{said}"):
+            run._generate(batch)
+    given = {"train_dataset": rows(), "processing_class": tiny_processor, "token_mask_func": run.token_mask_func}
+    assert NextFlowGRPOTrainer(policy, redness, run.args, **given).token_mask_func is run.token_mask_func
+    run.args.optimize = "text"
+    with pytest.raises(ValueError, match="optimize='text' optimises none"):
+        NextFlowGRPOTrainer(policy, redness, run.args, **given)
+
+
+def test_pictures_of_rollouts_have_the_aspect_ratio_that_is_asked_for(policy, tiny_processor, tmp_path):
+    """Or the nearest that there is."""
+    grids = {}
+    for asked in (None, "2:1", "3:1"):
+        run = trainer(policy, tiny_processor, tmp_path, aspect_ratio=asked)
+        assert run.schedule == run.model_schedule
+        grids[asked] = run.schedule.final_grid
+    assert grids == {None: (3, 3), "2:1": (2, 4), "3:1": (2, 4)}
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_devices_that_share_weights_are_those_of_fsdp2_and_share_evaluations(
+    version, policy, tiny_processor, tmp_path, monkeypatch
+):
+    class Sharing(NextFlowGRPOTrainer):
+        """accelerate turns FSDP on for accelerators alone."""
+
+        def create_accelerator_and_postprocess(self):
+            super().create_accelerator_and_postprocess()
+            self.is_fsdp_enabled = True
+
+        def _check_devices(self):
+            with monkeypatch.context() as two:
+                two.setattr(Accelerator, "num_processes", property(lambda self: 2))
+                super()._check_devices()
+
+    monkeypatch.setattr(Accelerator, "is_fsdp2", property(lambda self: version == 2))
+    for count in (2, 3):
+        said = f"divide by the 2 processes, got {count}" if version == 2 else "not FSDP1 or ZeRO-3"
+        with nullcontext() if version == count == 2 else pytest.raises(ValueError, match=said):
+            trainer(policy, tiny_processor, tmp_path, eval_dataset=rows(count), trainer_class=Sharing)
+
+
+def test_schedules_over_scales_are_written_by_their_fields(tmp_path):
+    quiet = {"use_cpu": True, "bf16": False, "report_to": "none"}
+    ramp = NextFlowGRPOConfig(str(tmp_path), guidance_scale=LinearRamp(1.0, 3.0), top_k=[4], **quiet)
+    written = json.loads(ramp.to_json_string())
+    assert written["guidance_scale"] == dataclasses.asdict(LinearRamp(1.0, 3.0)) and written["top_k"] == 4
+
+
 def test_completions_are_drawn_and_rewards_see_trl_arguments(policy, tiny_processor, tmp_path):
     seen = {}
 
@@ -384,7 +462,7 @@ def test_completions_are_drawn_and_rewards_see_trl_arguments(policy, tiny_proces
     assert row["reward"] == pytest.approx(2 * sum(range(8)) / 8)
     assert row["reward_std"] == pytest.approx(torch.arange(0.0, 16, 2).std().item())
     assert 0 < row["rollout_share"] < 1 and row["step_time"] > 0
-    assert {"entropy", "clip_ratio/high_max"} <= row.keys()
+    assert {"entropy", "clip_ratio/high_max"} <= row.keys() and "vmr/value" not in row
     assert row["sampling/sampling_logp_difference/max"] < 1e-4
     assert (tmp_path / "completions" / "step-1.png").exists()
 
@@ -648,7 +726,7 @@ def test_evaluation_is_the_mean_reward_of_held_out_prompts(policy, tiny_processo
     assert once == twice and -2 <= once["eval_reward"] <= 2
     assert once["eval_reward"] == pytest.approx(once["eval_rewards/redness/mean"])
     json.dumps(once)
-    alone = trainer(policy, tiny_processor, tmp_path, num_generations_eval=2, per_device_eval_batch_size=2)
+    alone = trainer(policy, tiny_processor, tmp_path, num_generations_eval=2, per_device_eval_batch_size=1)
     assert alone.evaluate(rows(3)) == pytest.approx(once, abs=1e-5)  # whatever the batch
     of_each = run.evaluate({"first": rows(3), "second": rows(2)})
     assert of_each["eval_first_reward"] == once["eval_reward"] and "eval_second_rewards/redness/mean" in of_each

@@ -1,6 +1,7 @@
 """Shipped rewards, with real models at tiny sizes and a server on loopback."""
 
 import base64
+import functools
 import gc
 import io
 import json
@@ -12,12 +13,12 @@ import pytest
 import torch
 from grpo_samples import chat, picture, policy_of
 from PIL import Image
-from test_grpo_trainer import moved, state, trainer
+from test_grpo_trainer import moved, redness, state, trainer
 from transformers import CLIPConfig, CLIPModel
 
 from transformers_nextflow.training.grpo import RewardError, reward_models
-from transformers_nextflow.training.grpo.reward_models import ClipScore, RewardServer, TextMatch
-from transformers_nextflow.training.grpo.rewards import Rewards
+from transformers_nextflow.training.grpo.reward_models import ClipScore, RewardServer, TextMatch, prompt_text
+from transformers_nextflow.training.grpo.rewards import Rewards, reward_name
 
 
 class TinyProcessor:
@@ -53,6 +54,21 @@ def test_clip_scores_are_the_models_similarities():
     assert scores == pytest.approx(expected.tolist(), rel=1e-5)
     plain = ClipScore(model, TinyProcessor())(images=images, prompts=prompts)
     assert plain == pytest.approx((expected / model.logit_scale.exp().detach()).tolist(), rel=1e-5)
+
+
+def test_a_clip_score_may_be_of_a_folder(tmp_path):
+    model, asked = tiny_clip(), {"images": [picture(1)], "prompts": ["red"]}
+    model.save_pretrained(tmp_path)
+    score = ClipScore(str(tmp_path), TinyProcessor())
+    assert score(**asked) == pytest.approx(ClipScore(model, TinyProcessor())(**asked), rel=1e-5)
+    assert reward_name(functools.partial(score, scaled=True)) == "clip_score"
+    assert reward_name(Rewards) == "Rewards" and reward_name(TinyProcessor()) == "TinyProcessor"
+
+
+def test_what_a_reward_reads_of_a_prompt_is_the_text_of_its_last_message():
+    assert prompt_text("a box") == prompt_text([*chat("a cat"), {"role": "user", "content": "a box"}]) == "a box"
+    items = [{"type": "text", "text": "make it"}, {"type": "image", "image": None}, {"type": "text", "text": "blue"}]
+    assert prompt_text([*chat("a cat"), {"role": "user", "content": items}]) == "make it blue"
 
 
 def test_text_in_pictures_is_compared_with_what_was_wanted():
@@ -115,13 +131,13 @@ def test_texts_are_padded_as_the_model_was_trained(model_type, padding):
 
     class Noting(TinyProcessor):
         def __call__(self, *args, **kwargs):
-            asked.append(kwargs["padding"])
+            asked.append((kwargs["padding"], kwargs["truncation"]))
             return super().__call__(*args, **kwargs)
 
     model = tiny_clip()
     model.config.model_type = model_type
     ClipScore(model, Noting())(images=[picture(1)], prompts=["red"])
-    assert asked == [padding]
+    assert asked == [(padding, True)]
 
 
 def test_a_reward_server_at_fault_is_named(server):
@@ -156,6 +172,22 @@ def test_a_server_that_dies_in_mid_run_loses_no_step(server, tiny_model, tiny_pr
     again = trainer(policy, tiny_processor, tmp_path / "died", **values)
     again.train(resume_from_checkpoint=True)
     assert not moved(state(whole.model), state(again.model)) and moved(state(policy), state(again.model))
+
+
+def test_what_is_no_reward_is_named():
+    async def fails(**kwargs):
+        raise KeyError("score")
+
+    with pytest.raises(RewardError, match="reward function fails raised KeyError: 'score'"):
+        Rewards(fails)(1)
+    for given, said in (
+        ([[1.0]], r"returned \[1.0\] for picture 0"),
+        ([1.0, None], "returned 2 rewards for 1 pictures"),
+    ):
+        with pytest.raises(RewardError, match=f"the reward function <lambda> {said}"):
+            Rewards(lambda given=given: given)(1)
+    with pytest.raises(ValueError, match="reward_funcs must be functions of pictures, see ClipScore"):
+        Rewards([redness, tiny_clip()])
 
 
 def test_the_thread_of_rewards_that_are_awaited_ends_with_them():

@@ -64,7 +64,7 @@ def whole_weights(model: nn.Module) -> Iterator[None]:
     states = [unit._get_fsdp_state() for unit in units]  # its setters have no getters
     before = [(state._auto_reshard_after_forward, _after_forward(state)) for state in states]
     for unit in units:
-        unit.set_reshard_after_forward(False, recurse=False)
+        unit.set_reshard_after_forward(False)
         unit.unshard()
     try:
         yield

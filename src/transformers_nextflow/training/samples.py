@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import TrainerCallback
 
 from ..lora import below_adapters
@@ -133,8 +133,8 @@ class SamplesCallback(DrawingCallback):
         self.chats = [[user_message(prompt, given)] for prompt, given in zip(prompts, images)]
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        if isinstance(model, FSDPModule):  # the Trainer does the same with `generate`
-            register_fsdp_forward_method(model, "decode_image_tokens")
+        # the Trainer does the same with `generate`; nothing where FSDP2 shards nothing
+        register_fsdp_forward_method(model, "decode_image_tokens")
 
     @torch.no_grad()
     def draw(self, model) -> list[Image.Image]:

@@ -179,7 +179,7 @@ class VQTraining(nn.Module):
         self.vq_model.activation_checkpointing_enable(**kwargs)
 
     def forward(
-        self, pixel_values: torch.Tensor, adversarial: bool = False, **kwargs
+        self, pixel_values: torch.Tensor, adversarial: bool, **kwargs
     ) -> tuple[NextFlowVQOutput, dict[str, torch.Tensor]]:
         """The tokenizer's output and, if `adversarial`, the `adversarial` loss, whose gradient moves the tokenizer
         alone, and the `discriminator`'s, which moves the discriminator alone."""
