@@ -173,6 +173,7 @@ def test_an_answer_takes_the_place_of_an_earlier_ones_pictures_alone(tmp_path):
     red, blue = (Image.new("RGB", (8, 8), colour) for colour in ("red", "blue"))
     red.save(tmp_path / "picture-2.png")  # as `generate --num-images` leaves them
     cli.save_answer(["two", red, blue], tmp_path)
+    (tmp_path / "picture-1.png").unlink()
     cli.save_answer(["one", blue], tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["answer.md", "picture-0.png", "picture-2.png"]
     cli.save_answer(["none"], tmp_path)
@@ -267,6 +268,29 @@ def test_help(name, capsys):
     assert main([name, "--help"]) == 0
     out = capsys.readouterr().out
     assert all(option in out for option in ("--model", "--output", "--json"))
+
+
+@pytest.mark.parametrize(
+    "name, defaults",
+    [
+        ("generate", {"output": "picture.png", "num-images": 1, "decoder": "vq"}),
+        ("describe", {"seed": 0, "max-new-tokens": 256}),
+        ("interleave", {"output": "answer", "max-new-tokens": 256, "max-images": 16}),
+        ("flops", {"prompt-tokens": 100, "denoising-steps": 18, "num-images": 1, "dtype": "bfloat16"}),
+        ("doctor", {"seed": 0}),
+        ("serve", {"host": "127.0.0.1", "port": 8000}),
+        ("evaluate loss", {"batch-size": 1}),
+        ("evaluate psnr", {"batch-size": 16}),
+        ("evaluate rfid", {"batch-size": 16}),
+    ],
+)
+def test_help_names_the_defaults(name, defaults, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main([*name.split(), "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for option, value in defaults.items():
+        (line,) = [line for line in lines if f" --{option} " in line]
+        assert f"[default: {value}]" in line
 
 
 def test_serve_names_its_extra(run, monkeypatch):

@@ -538,8 +538,14 @@ def test_the_command_writes_figures_and_a_report_and_exits_with_1_on_alarms(
     assert len(read_pictures(tmp_path)) == 3
     assert cli.main(["doctor", str(tiny_checkpoint), ".", "--report", "0.png"]) == 2
     assert "--report must be a folder, got the file 0.png" in capsys.readouterr().err
-    assert cli.main(["doctor", str(tiny_checkpoint), "nowhere"]) == 2
-    assert "there is no folder nowhere" in capsys.readouterr().err
+    for name in ("nowhere", "no/where/at-all"):
+        assert cli.main(["doctor", str(tiny_checkpoint), name]) == 2
+        assert f"there is no folder {name}" in capsys.readouterr().err
+    (tmp_path / "packs").mkdir()
+    (tmp_path / "packs" / "manifest.json").write_text("{}")
+    for name in (".", "packs"):
+        assert cli.main(["doctor", str(tiny_checkpoint), name, name]) == 2
+        assert "give one folder of shards and one of pictures" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     assert cli.main(["doctor", str(tiny_checkpoint), "empty"]) == 2
 
