@@ -830,7 +830,7 @@ def test_an_answer_has_some_pictures_by_default(model):
 
 
 def test_all_seeds_differ(model):
-    seeds = [5, 5 + 2**32, 5 + 2**33, 5 - 2**32, 2**64 - 1, -1]
+    seeds = [0, 5, 2**32 - 1, 2**32, 5 + 2**32, 5 + 2**33, 5 - 2**32, 2**64 - 1, -1, -(2**63)]
     drawn = [model.generate(**batch_of(model, [10, BOI]), **PLAIN | {"seed": seed}) for seed in seeds]
     assert len(torch.cat(drawn).unique(dim=0)) == len(seeds)
 

@@ -705,6 +705,12 @@ def test_no_number_draws_what_cannot_be(top_p):
         assert ((codes >= 50) & (codes < 150)).all()
 
 
+def test_a_seed_of_32_bits_is_torchs():
+    for seed in (0, 7, 2**32 - 1):
+        (own,) = RowGenerators.create(1, 1, seed=seed).generators
+        assert own.initial_seed() == seed
+
+
 def test_streams_of_rows_do_not_depend_on_their_neighbours():
     both = RowGenerators.create(2, 2, seed=[1, 2])
     alone = RowGenerators.create(1, 2, seed=2)
@@ -800,6 +806,7 @@ def test_ambiguous_pictures_must_be_named():
         ({"top_p": LinearRamp(0.5, None)}, r"top_p must be a number in \[1e-06, 1.0\], got None"),
         ({"temperature": LinearRamp(10**400, 1)}, "temperature must be a number of at least 0.0, got 10000"),
         ({"guidance_scale": ScaleInterval(3.0, 0.5, 1)}, "first of an interval of scales must be an integer, got 0.5"),
+        ({"guidance_scale": ScaleInterval(3.0, -1, 1)}, "first of an interval of scales must be at least 0, got -1"),
         ({"guidance_scale": ScaleInterval(3.0, 0, "1")}, "last of an interval of scales must be an integer, got '1'"),
         ({"top_k": True}, "top_k must be an integer of at least 0, got True"),
         ({"attention_mask": [[1, 1]]}, "the attention mask of input_ids must be a tensor, got list"),
@@ -825,7 +832,9 @@ def test_ambiguous_pictures_must_be_named():
         ({"height": 12, "width": 12, "level": "12"}, "give aspect_ratio and level, or height and width"),
         ({"seed": 1, "generator": torch.Generator()}, "either seed or generator, not both"),
         ({"seed": [1, 2]}, "one for each of the 1 prompts, got 2"),
+        ({"seed": []}, "one for each of the 1 prompts, got 0"),
         ({"generator": [torch.Generator()] * 2}, "one for each of 1 pictures, got 2"),
+        ({"generator": []}, "one for each of 1 pictures, got 0"),
         ({"image_grid_hw": torch.tensor([SQUARE])}, "hold 0 finished images, image_grid_hw has 1"),
         ({"image_codes": torch.zeros(14, dtype=torch.long)}, "image_codes must hold 0 rows"),
         ({"pixel_values": torch.zeros(9, 48)}, "pixel_values must hold 0 rows"),

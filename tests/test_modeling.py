@@ -2,6 +2,8 @@
 
 import copy
 import inspect
+import re
+from ast import literal_eval
 
 import pytest
 import torch
@@ -286,6 +288,8 @@ def test_scale_embeddings_start_at_zero_and_learn():
     model = NextFlowForConditionalGeneration(tiny_config())
     embedding = model.model.scale_embedding
     assert not embedding.index.weight.any() and not embedding.length.weight.any()
+    for linear in (model.code_head, model.model.vq_model.semantic_to_code[0]):
+        assert linear.weight.std().item() == pytest.approx(0.02, rel=0.15)
     inputs = batch_of(model, [10, Picture(SQUARE), 11])
     model(**inputs, labels=inputs["input_ids"]).loss.backward()
     assert embedding.length.weight.grad.abs().sum() > 0
@@ -643,8 +647,22 @@ def test_the_default_decoder_has_qwen_7bs_parameters():
         model = NextFlowForConditionalGeneration(NextFlowConfig())
     parameters = [*model.model.language_model.parameters(), *model.lm_head.parameters()]
     assert sum(parameter.numel() for parameter in parameters) == 7_615_616_512
+    text = model.config.text_config
+    assert (text.max_position_embeddings, text.rms_norm_eps) == (128_000, 1e-6)
+    assert text.rope_parameters["rope_theta"] == 1e6 and text.rope_parameters["mrope_section"] == [1] * 64
     assert model.config.finest_edge == 64.0 and len(model.model.schedules) == 123
     assert model.code_head.weight.shape == (32768, 3584)
+
+
+@pytest.mark.parametrize("kind, count", [(NextFlowConfig, 3), (NextFlowVQConfig, 16)])
+def test_defaults_are_those_of_the_docstring(kind, count):
+    config, said = kind(), re.findall(r"([\w, ]+) \(`[^)]*?\bdefaults? to ([^)]*)\)", kind.__doc__)
+    found = 0
+    for names, values in said:
+        names, values = re.findall(r"\w+", names), [literal_eval(value.strip("`")) for value in values.split(" and ")]
+        assert [getattr(config, name) for name in names] == values * (len(names) // len(values))
+        found += len(names)
+    assert found == count
 
 
 def test_boundary_tokens_are_qwens():

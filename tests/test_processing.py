@@ -137,6 +137,10 @@ def test_chat_template_is_chatml(tiny_processor):
     partial = [chat[1], {"role": "assistant", "content": [{"type": "text", "text": "I see"}]}]
     continued = render(partial, tokenize=False, add_generation_prompt=False, continue_final_message=True)
     assert continued.endswith("<|im_start|>assistant\nI see")
+    as_text = [chat[1], {"role": "assistant", "content": "I see"}]
+    assert render(as_text, tokenize=False, continue_final_message=True) == continued
+    with pytest.raises(ValueError, match="any text to continue"):
+        render([chat[1], {"role": "assistant", "content": []}], continue_final_message=True)
 
 
 @pytest.mark.parametrize("texts", [[], ["I see"]])
@@ -222,6 +226,8 @@ def test_chat_errors(tiny_processor):
         render(chat, generation_mode="image", add_generation_prompt=False)
     with pytest.raises(ValueError, match="each of 1 chats, got 2"):
         render(chat, generation_mode="image", negative_prompt=["a", "b"])
+    with pytest.raises(ValueError, match="each of 2 chats, got 1"):
+        render([chat, chat], generation_mode="image", negative_prompt=["a"])
     with pytest.raises(ValueError, match="message of the user"):
         render([{"role": "system", "content": "a"}], generation_mode="image")
     with pytest.raises(ValueError, match="open a picture"):
@@ -359,7 +365,8 @@ def test_an_image_processor_of_another_model_is_refused(tiny_processor, tiny_mod
 
 @pytest.mark.parametrize(
     "change",
-    [{"image_mean": [0.48, 0.46, 0.41]}, {"image_std": 0.26}, {"rescale_factor": 1.0}, {"do_normalize": False}],
+    [{"image_mean": [0.48, 0.46, 0.41]}, {"image_std": 0.26}, {"rescale_factor": 1.0}, {"do_normalize": False}]
+    + [{"do_normalize": False, "rescale_factor": 2 / 255}],
 )
 def test_an_image_processor_that_brings_pixels_to_another_range_is_refused(tiny_processor, tiny_model, change):
     own = tiny_processor.image_processor
