@@ -48,6 +48,8 @@ from transformers_nextflow import (
 from transformers_nextflow.cli import main
 from transformers_nextflow.features import scale_taps
 from transformers_nextflow.layout import build_layout
+from transformers_nextflow.sampling import COLDEST
+from transformers_nextflow.text_generation import text_sampling
 
 PROMPTS = [[10, 11, 12, BOI], [13, BOI], [14, 15, BOI]]
 NULLS = [[20, BOI], [20, 21, 22, BOI], [23, 20, BOI]]
@@ -755,11 +757,24 @@ def test_outputs_are_copied_without_their_model(model, mode, duplicate):
 
 def test_text_takes_no_guidance(model):
     said = GenerationConfig(guidance_scale=1.5, max_new_tokens=3)
-    for options in ({"guidance_scale": 1.5}, {"generation_config": said}):
-        with pytest.raises(ValueError, match="guidance_scale guides pictures, not text, got 1.5"):
+    for options in ({"guidance_scale": 1.5}, {"guidance_scale": 0.5}, {"generation_config": said}):
+        with pytest.raises(ValueError, match=r"guidance_scale guides pictures, not text, got [10]\.5"):
             model.generate(**batch_of(model, [10, 11]), **options)
     with pytest.raises(ValueError, match="guidance_scale guides pictures, not text, got 1.5"):
         model.generate(**batch_of(model, [10, 11]), generation_mode="interleaved", generation_config=said, seed=0)
+
+
+def test_text_is_sampled_where_a_control_says_so(tiny_model, tiny_processor):
+    settings = partial(text_sampling, tiny_model, tiny_processor, 4)
+    greedy = settings()
+    assert greedy["do_sample"] is False and greedy["max_new_tokens"] == 4
+    for cold in ({"temperature": 0.0}, {"temperature": COLDEST / 2, "top_k": 3}, {"top_p": None}):
+        assert settings(**cold) == greedy
+    for given in ({"top_k": 3}, {"top_p": 0.5}, {"temperature": COLDEST}, {"temperature": 0.7, "top_k": 0}):
+        assert settings(**given) == greedy | given | {"do_sample": True}
+    for wrong in ({"temperature": -0.1}, {"top_k": 1.5}, {"top_p": 1.1}, {"top_p": 0.0}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be"):
+            settings(**wrong)
 
 
 def test_no_layer_but_the_last_answers(model):

@@ -103,6 +103,8 @@ SEVEN_BILLION = Qwen2_5_VLTextConfig(
 
 def test_null_prompts_run_through_the_last_guided_scale():
     passes = image_passes(TINY_SCHEDULE, 5)
+    assert image_passes(TINY_SCHEDULE, 0) == [Pass(n, k, code_logits=n) for n, k in ((1, 1), (4, 5), (12, 17))]
+    assert mmdit_passes(TINY_SCHEDULE, 1) == [Pass(12, 12)]
     assert null_passes(TINY_SCHEDULE, 5, 0) == []
     assert null_passes(TINY_SCHEDULE, 5, 2) == passes[:3]
     assert null_passes(TINY_SCHEDULE, 5, 3) == passes
@@ -148,6 +150,7 @@ def test_seven_billion_parameters_cost_two_flops_each_at_the_least():
     [
         (lambda: image_passes(TINY_SCHEDULE, -1), "got -1"),
         (lambda: mmdit_passes(TINY_SCHEDULE, 0), "got 0"),
+        (lambda: null_passes(TINY_SCHEDULE, 5, -1), "guided_scales must lie in .* got -1"),
         (lambda: null_passes(TINY_SCHEDULE, 5, 4), r"guided_scales must lie in \[0, 3\], the scales, got 4"),
     ],
 )

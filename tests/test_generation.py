@@ -503,6 +503,13 @@ def test_regions_of_other_pictures_are_refused(model, region):
         codes_of_region(region, model.model.schedules.by_grid(SQUARE))
 
 
+def test_a_region_may_be_as_small_as_the_grid(model):
+    corner = torch.zeros(SQUARE, dtype=torch.bool)
+    corner[0, 0] = True
+    codes = codes_of_region(corner, model.model.schedules.by_grid(SQUARE))
+    assert codes.nonzero().flatten().tolist() == [0, 1, 5]
+
+
 @pytest.mark.parametrize("refine", [(), (4,)], ids=["one pass", "two passes"])
 def test_regions_stay_with_the_pictures_of_their_prompt(model, refine):
     codes = draw(model, *PROMPTS, seed=9).sequences - TEXT_ROWS
@@ -816,6 +823,7 @@ def test_ambiguous_pictures_must_be_named():
         ),
         ({"refine_top_k": [-1]}, "refine_top_k must be an integer of at least 0, got -1"),
         ({"forced_codes": torch.zeros(2, 5, dtype=torch.long)}, r"shape \(1, codes\), got \(2, 5\)"),
+        ({"forced_codes": torch.zeros(0, 5, dtype=torch.long)}, r"shape \(1, codes\), got \(0, 5\)"),
         ({"forced_codes": torch.zeros(1, 6, dtype=torch.long)}, "have 1, 5, 14 codes, got 6"),
         ({"forced_codes": torch.full((1, 5), TEXT_ROWS)}, r"in \[0, 24\), got 48 to 48; .* without the text rows"),
         ({"forced_mask": torch.ones(1, 5, dtype=torch.bool)}, "forced_mask needs forced_codes"),
