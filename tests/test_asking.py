@@ -48,6 +48,7 @@ from transformers_nextflow import (
 from transformers_nextflow.cli import main
 from transformers_nextflow.features import scale_taps
 from transformers_nextflow.layout import build_layout
+from transformers_nextflow.prompts import Prompts
 from transformers_nextflow.sampling import COLDEST
 from transformers_nextflow.text_generation import text_sampling
 
@@ -284,6 +285,7 @@ def test_padding_after_a_prompt_is_found(model):
     drawn = model.generate(torch.tensor(rows), **PLAIN)
     expected = [model.generate(torch.tensor([row]), **PLAIN) for row in ([10, 11, 12], [10, 11, 12], rows[2])]
     assert torch.equal(drawn, torch.cat(expected))
+    assert Prompts(torch.tensor(rows)).checked(model.config, None).attention_mask.all(), "without a token for it"
     ends = model.generate(torch.tensor([[10, EOS]]), **PLAIN, pad_token_id=EOS)  # it may end a prompt
     assert torch.equal(ends, model.generate(torch.tensor([[10, EOS]]), **PLAIN))
 

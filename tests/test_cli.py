@@ -299,6 +299,29 @@ def test_serve_names_its_extra(run, monkeypatch):
     assert status == 2 and "pip install 'transformers-nextflow[serve]'" in error
 
 
+def test_serve_runs_the_app_where_it_is_asked_to(run, tiny_checkpoint, monkeypatch):
+    testclient = pytest.importorskip("fastapi.testclient", reason="fastapi is not installed")
+    made, exact = [], []
+
+    class Server:
+        def __init__(self, app, host: str, port: int):
+            made.append((testclient.TestClient(app), host, port))
+
+        def run(self):
+            raise KeyboardInterrupt  # as uvicorn does after a good end
+
+    monkeypatch.setattr("transformers_nextflow.serving.ending.GracefulServer", Server)
+    monkeypatch.setattr("transformers_nextflow.serving.jobs.make_exact", exact.append)
+    assert run("serve", "--host", "0.0.0.0", "--port", 8123, "--api-key", "key")[0] == 0 and not exact
+    assert run("serve", "--exact")[0] == 0 and len(exact) == 1
+    assert [place for _, *place in made] == [["0.0.0.0", 8123], ["127.0.0.1", 8000]]
+    (guarded, *_), (free, *_) = made
+    assert free.get("/v1/models").json()["data"][0]["id"] == tiny_checkpoint.name
+    assert guarded.get("/v1/models").status_code == 401
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert "a package that is not installed" in run("serve", "--ray", 2)[2]
+
+
 OF_TRAINING = {
     "data extract": ("photos", "--output", "out"),
     "data pack": ("documents", "--output", "out"),

@@ -60,6 +60,8 @@ def test_postprocess_clamps_and_rejects_other_shapes(processor):
     assert picture.getpixel((0, 0)) == (0, 128, 255)
     with pytest.raises(ValueError, match=r"\(B, 3, H, W\), got \(3, 8, 8\)"):
         processor.postprocess(torch.zeros(3, 8, 8))
+    with pytest.raises(ValueError, match="pixel_values are not finite"):
+        processor.postprocess(torch.tensor([0.0, float("inf"), 0.0]).view(1, 3, 1, 1))
 
 
 def test_pictures_of_several_sizes_and_arrays_are_postprocessed_each(processor):
@@ -197,6 +199,9 @@ def test_errors_name_the_value(processor):
         processor(np.full((24, 24, 3), np.nan), do_rescale=False)
     with pytest.raises(ValueError, match=r"\[0, 255\], got -1 to 300"):
         processor(np.array([-1, 300] * 864).reshape(24, 24, 3))
+    for resample in (-1, max(Image.Resampling) + 1, 2.0):
+        with pytest.raises(ValueError, match=rf"one of Pillow's, 0 to \d, got {resample}"):
+            processor(noise(24, 24), resample=resample)
     with pytest.raises(ValueError, match="mode F"):
         processor(Image.new("F", (24, 24)))
     with pytest.raises(ValueError, match="25x24"):

@@ -280,6 +280,15 @@ def test_a_next_turn_is_the_turn_before_and_the_new_messages(model):
     assert together == [old + ids for old, ids in zip(before, after)]
 
 
+def test_new_messages_that_do_not_fit_the_turn_before_are_refused(model):
+    first = answer(model, with_nulls(model, [[10], [11]], [[20], [21]]), GUIDED, max_new_images=0)
+    for rows in (1, 3):
+        with pytest.raises(ValueError, match=f"the new messages must have 2 rows, got {rows}"):
+            model.next_turn(first, torch.full((rows, 2), 12))
+    with pytest.raises(ValueError, match="the turn before was guided: the new messages need negative_input_ids"):
+        model.next_turn(first, torch.full((2, 2), 12))
+
+
 def test_processors_and_criteria_see_each_row_alone(model):
     seen, judged = [], []
 

@@ -33,7 +33,13 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
-from transformers_nextflow import NextFlowConfig, NextFlowForConditionalGeneration, NextFlowModel, NextFlowVQConfig
+from transformers_nextflow import (
+    NextFlowConfig,
+    NextFlowForConditionalGeneration,
+    NextFlowModel,
+    NextFlowVQConfig,
+    cache_name,
+)
 from transformers_nextflow.cache_name import CACHE
 from transformers_nextflow.layout import build_layout
 from transformers_nextflow.modeling_nextflow_vq import patchify
@@ -127,6 +133,16 @@ def test_the_cache_goes_by_the_librarys_name_and_by_the_old(model, part, name):
     continued = called(input_ids=torch.tensor([[13]]), **{name: first[CACHE]})
     whole = called(input_ids=torch.tensor([[10, 11, 12, 13]]))
     assert relative(continued[0], whole[0][:, -1:]) < 1e-5
+
+
+def test_a_function_takes_a_cache_by_both_names(monkeypatch):
+    """As under transformers from 5.24 on."""
+    monkeypatch.setattr(cache_name, "CACHE", "cache")
+    told = cache_name.takes_cache(lambda ids, past_key_values=None, use_cache=None: (ids, past_key_values, use_cache))
+    assert list(inspect.signature(told).parameters) == ["ids", "cache", "use_cache"]
+    assert told(1, cache=2, use_cache=3) == told(1, past_key_values=2, use_cache=3) == told(1, 2, 3) == (1, 2, 3)
+    with pytest.raises(ValueError, match="cache and past_key_values are the same"):
+        told(1, cache=2, past_key_values=2)
 
 
 def test_a_cache_is_given_once(model):
@@ -580,6 +596,14 @@ def test_targets_stay_the_codes_where_inputs_are_self_corrected(model):
 def test_inputs_that_do_not_match_are_refused(model, change, message):
     with pytest.raises(ValueError, match=message):
         model(**batch_of(model, [10, Picture(WIDE), 11]) | change)
+
+
+def test_pixels_of_an_image_that_is_cut_are_refused(model):
+    """They would have codes that no output predicts."""
+    inputs = batch_of(model, [10, Picture(WIDE)])
+    cut = torch.cat([inputs["input_ids"][:, :2], torch.full((1, 2), IMAGE)], dim=1)
+    with pytest.raises(ValueError, match="row 0 ends after scale 2 of an image: give its codes as image_codes"):
+        model(input_ids=cut, image_grid_hw=inputs["image_grid_hw"], pixel_values=torch.zeros(8, 3 * PATCH**2))
 
 
 @pytest.mark.parametrize(

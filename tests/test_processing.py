@@ -298,6 +298,7 @@ def test_number_of_tokens_from_sizes_alone(tiny_processor):
     inputs = tiny_processor(text=PICTURE * 3, images=[picture(*size) for size in sizes], return_tensors="pt")
     pads = (inputs["input_ids"] == tiny_processor.image_token_id).sum().item()
     assert sum(data.num_image_tokens) == pads
+    assert tiny_processor._get_num_multimodal_tokens().num_image_tokens is None
     assert data.num_image_patches == inputs["image_grid_hw"].prod(dim=1).tolist()
 
 
