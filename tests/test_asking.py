@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import re
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -821,9 +822,14 @@ def test_an_answer_ends_where_positions_do():
     model = tiny_model(tiny_config(text={"max_position_embeddings": 24}))
     options = {"generation_mode": "interleaved", "guidance_scale": 1.0, "do_sample": False, "seed": 0}
     options |= {"sequence_bias": {(EOS,): -20.0, (BOI,): 2.0}, "max_new_tokens": 100}
-    output = model.generate(**batch_of(model, [10, 11, 12]), **options)
+    with CaptureLogger(logging.get_logger("transformers_nextflow.interleaved")) as logs:
+        output = model.generate(**batch_of(model, [10, 11, 12]), **options)
     layout = build_layout(model.config, output.sequences, output.image_grid_hw, output.attention_mask)
     assert layout.position_ids.max() == 23
+    count = int(re.search(r"an answer ends after (\d+) tokens: the model has 24 positions", logs.out)[1])
+    with CaptureLogger(logging.get_logger("transformers_nextflow.interleaved")) as logs:
+        asked = model.generate(**batch_of(model, [10, 11, 12]), **options | {"max_new_tokens": count})
+    assert torch.equal(asked.sequences, output.sequences) and not logs.out
 
 
 def test_an_answer_goes_on_where_rope_reaches_further():

@@ -551,7 +551,8 @@ def test_image_tokens_that_cannot_be_decoded(tiny_model, tokens, grid, message):
 
 def test_other_codes_that_cannot_be_decoded(tiny_model):
     whole, grid = torch.zeros(14, dtype=torch.long), torch.tensor([[3, 3]])
-    for codes, message in ((whole[:13], "must hold 14 codes"), (whole + 64, "must lie in"), (whole.float(), "int64")):
+    counts = ((whole[:13], "must hold 14 codes"), (whole.repeat(2), "must hold 14 codes .*, got 28"))
+    for codes, message in (*counts, (whole + 64, "must lie in"), (whole.float(), "int64")):
         with pytest.raises(ValueError, match=message):
             tiny_model.decode_images(codes, grid)
     first, other = whole[:5] + 64, whole[None, None]

@@ -865,6 +865,13 @@ def test_prompts_and_grids_must_match_in_number(model):
         )
 
 
+def test_each_prompt_has_a_null_prompt(model):
+    for rows in (1, 3):
+        nulls = {"negative_input_ids": torch.full((rows, 1), BOI), "guidance_scale": 2.0}
+        with pytest.raises(ValueError, match=f"negative_input_ids must have 2 rows, got {rows}"):
+            model.generate(torch.tensor([[10, BOI], [11, BOI]]), generation_mode="image", **nulls)
+
+
 def test_null_prompts_must_hold_the_same_images(model):
     one, two = shown(SQUARE, 1), shown(SQUARE, 2)
     for nulls in ([[BOI], [BOI]], [[one, two, BOI], [BOI]]):

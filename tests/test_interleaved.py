@@ -475,7 +475,9 @@ def test_a_chat_goes_on(tiny_model, tiny_processor):
         assert tokenizer.decode(ids[mask]) == expected
     second = tiny_model.generate(**following, generation_mode="interleaved", max_new_tokens=5, **often)
     assert (second.sequences[:, : following["input_ids"].shape[1]] == following["input_ids"]).all()
-    with pytest.raises(ValueError, match="has 2 rows, got 1"):
-        tiny_processor.apply_next_turn(output, turn[0])
-    with pytest.raises(ValueError, match=f"holds {len(pictures)} pictures, got 0"):
-        tiny_processor.post_process_multimodal_output(output, generation_mode="interleaved")
+    for rows, messages in ((1, turn[0]), (3, [*turn, turn[0]])):
+        with pytest.raises(ValueError, match=f"has 2 rows, got {rows}"):
+            tiny_processor.apply_next_turn(output, messages)
+    for given in ((), [*pictures, pictures[0]]):
+        with pytest.raises(ValueError, match=f"holds {len(pictures)} pictures, got {len(given)}"):
+            tiny_processor.post_process_multimodal_output(output, generation_mode="interleaved", pictures=given)

@@ -374,6 +374,36 @@ def test_a_layout_needs_codes(one_layer):
         one_layer(batch["input_ids"], layout=layout, pixel_values=torch.zeros(9, 48))
     with pytest.raises(ValueError, match="the layout has 13 <image> tokens, but no image_codes came"):
         one_layer(batch["input_ids"], layout=layout)
+    text = torch.tensor([[A, CAT, OK]])
+    of_text = build_layout(one_layer.config, text, labels=text)
+    one_layer.train()
+    assert torch.equal(one_layer(text, layout=of_text).loss, one_layer(text, labels=text).loss)
+    one_layer.eval()
+
+
+def test_what_stands_beside_the_ids_has_their_shape(one_layer):
+    ids = torch.tensor([[A, CAT, OK]])
+    for name in ("attention_mask", "document_ids", "labels", "shift_labels"):
+        for shape in ((1, 2), (2, 3), (3,)):
+            with pytest.raises(ValueError, match=f"input_ids, and {name} beside them, must have the shape .B, L."):
+                build_layout(CONFIG, ids, **{name: torch.ones(shape, dtype=torch.long)})
+    for text, mask in ((ids, torch.ones(3)), (ids[0], torch.ones(3)), (ids, torch.ones(1, 4))):
+        with pytest.raises(ValueError, match="input_ids, and attention_mask beside them, must have the shape"):
+            one_layer(input_ids=text, attention_mask=mask)
+
+
+def test_positions_that_begin_again_begin_a_document(one_layer):
+    """Of text alone, as of the library's models."""
+    ids, positions = torch.tensor([[A, CAT, OK, CAT, A], [OK, OK, A, CAT, CAT]]), torch.tensor([[0, 1, 2, 0, 1]])
+    with torch.no_grad():
+        together = one_layer(input_ids=ids, position_ids=positions).logits
+        embedded = one_layer(inputs_embeds=one_layer.get_input_embeddings()(ids), position_ids=positions).logits
+        alone = torch.cat([one_layer(input_ids=part).logits for part in (ids[:, :3], ids[:, 3:])], dim=1)
+        goes_on = one_layer(input_ids=ids, position_ids=torch.arange(5)[None]).logits
+        whole = one_layer(input_ids=ids).logits
+    for logits, expected in ((together, alone), (embedded, alone), (goes_on, whole)):
+        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+    assert not torch.allclose(together, whole, atol=1e-3)
 
 
 def test_accelerate_moves_a_layout_with_its_batch():

@@ -297,7 +297,7 @@ def test_number_of_tokens_from_sizes_alone(tiny_processor):
     data = tiny_processor._get_num_multimodal_tokens(image_sizes=sizes)
     inputs = tiny_processor(text=PICTURE * 3, images=[picture(*size) for size in sizes], return_tensors="pt")
     pads = (inputs["input_ids"] == tiny_processor.image_token_id).sum().item()
-    assert sum(data.num_image_tokens) == pads
+    assert sum(data.num_image_tokens) == pads and data.num_image_patches == [9, 8, 8]
     assert tiny_processor._get_num_multimodal_tokens().num_image_tokens is None
     assert data.num_image_patches == inputs["image_grid_hw"].prod(dim=1).tolist()
 
@@ -341,6 +341,12 @@ def test_chat_ids_are_those_of_its_pieces(tiny_processor):
     pieces = ["<|im_start|>user\n", expanded(PICTURE, 22), "make it blue", "<|im_end|>\n<|im_start|>assistant\n"]
     ids = tiny_processor.apply_chat_template([user(picture(), "make it blue")])["input_ids"][0].tolist()
     assert ids == sum(map(encode, pieces), [])
+
+
+def test_an_answer_is_told_without_special_tokens(tiny_processor):
+    ids = tiny_processor.tokenizer("a red circle<|im_end|>", return_tensors="pt")["input_ids"]
+    assert tiny_processor.post_process_multimodal_output(ids) == ["a red circle"]
+    assert tiny_processor.post_process_multimodal_output(ids, skip_special_tokens=False) == ["a red circle<|im_end|>"]
 
 
 def test_a_models_settings_are_the_processors(tiny_processor, tiny_model):
