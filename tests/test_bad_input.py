@@ -219,15 +219,17 @@ def test_unusual_pictures_are_their_plain_rgb(console, tiny_processor, tmp_path,
 def test_pictures_at_an_address_are_those_of_files(tiny_processor, tmp_path):
     path = tmp_path / "alpha.png"
     path.write_bytes(UNUSUAL["alpha"][0])
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "moved" / "index.html").write_bytes(path.read_bytes())  # what `/moved` is redirected to
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(tmp_path)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
     ask = {"type": "text", "text": "describe"}
-    read, expected = (
+    read, redirected, expected = (
         tiny_processor.apply_chat_template(user([{"type": "image", "url": source}, ask]))["pixel_values"]
-        for source in (f"{address}/alpha.png", str(path))
+        for source in (f"{address}/alpha.png", f"{address}/moved", str(path))
     )
-    assert torch.equal(read, expected)
+    assert torch.equal(read, expected) and torch.equal(redirected, expected)
     with pytest.raises(ValueError, match=f"cannot read the image {address}/nowhere.png, which is no file here"):
         tiny_processor.image_processor(f"{address}/nowhere.png")
     server.shutdown()
@@ -242,6 +244,11 @@ def test_headers_tell_the_size_of_the_upright_picture(form, orientation):
     data = encoded(Image.fromarray(noise(8, 20)), form, exif=exif)
     upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     assert upright.size == ((8, 20) if 4 < orientation < 9 else (20, 8)) and read_size(data) == upright.size[::-1]
+
+
+def test_headers_tell_the_size_of_a_picture_that_is_cut():
+    data = encoded(Image.fromarray(noise(40, 60)), "PNG")
+    assert read_size(data[: len(data) // 2]) == (40, 60)
 
 
 def test_a_pixel_in_an_array(tiny_processor):
