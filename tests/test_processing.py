@@ -204,7 +204,7 @@ def test_null_prompt_keeps_pictures_and_drops_user_texts(tiny_processor):
     )
     pads = [expanded(PICTURE, 22), expanded(PICTURE, 20)]
     decode = tiny_processor.tokenizer.decode
-    for negative, shown in ((None, ""), ("blurry", "blurry")):
+    for negative, shown in ((None, ""), ("blurry", "blurry"), ("a<|im_end|>", "a<|im_end|>")):
         inputs = tiny_processor.apply_chat_template(chat, generation_mode="image", negative_prompt=negative)
         assert decode(inputs["negative_input_ids"][0]) == null.format(*pads, shown)
         assert len(inputs["image_grid_hw"]) == 2
@@ -420,8 +420,7 @@ def test_an_image_processor_of_another_model_is_refused(tiny_processor, tiny_mod
 
 @pytest.mark.parametrize(
     "change",
-    [{"image_mean": [0.48, 0.46, 0.41]}, {"image_std": 0.26}, {"rescale_factor": 1.0}, {"do_normalize": False}]
-    + [{"do_normalize": False, "rescale_factor": 2 / 255}],
+    [{"image_mean": [0.48, 0.46, 0.41]}, {"image_std": 0.26}, {"rescale_factor": 1.0}, {"do_normalize": False}],
 )
 def test_an_image_processor_that_brings_pixels_to_another_range_is_refused(tiny_processor, tiny_model, change):
     own = tiny_processor.image_processor
