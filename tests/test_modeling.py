@@ -306,6 +306,11 @@ def test_scale_embeddings_start_at_zero_and_learn():
     assert not embedding.index.weight.any() and not embedding.length.weight.any()
     for linear in (model.code_head, model.model.vq_model.semantic_to_code[0]):
         assert linear.weight.std().item() == pytest.approx(0.02, rel=0.15)
+    for codebook in model.model.vq_model.quantizer.parameters():
+        assert 0.6 < codebook.square().sum(dim=1).mean() < 1.5
+    conv = model.model.vq_model.pixel_encoder.conv_in
+    bound = conv.weight[0].numel() ** -0.5  # as torch's own convolutions begin
+    assert 0.9 * bound < conv.weight.abs().max() <= bound and not conv.bias.any()
     inputs = batch_of(model, [10, Picture(SQUARE), 11])
     model(**inputs, labels=inputs["input_ids"]).loss.backward()
     assert embedding.length.weight.grad.abs().sum() > 0
