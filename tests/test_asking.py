@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import re
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -48,6 +49,9 @@ from transformers_nextflow import (
 from transformers_nextflow.cli import main
 from transformers_nextflow.features import scale_taps
 from transformers_nextflow.layout import build_layout
+from transformers_nextflow.prompts import Prompts
+from transformers_nextflow.sampling import COLDEST
+from transformers_nextflow.text_generation import text_sampling
 
 PROMPTS = [[10, 11, 12, BOI], [13, BOI], [14, 15, BOI]]
 NULLS = [[20, BOI], [20, 21, 22, BOI], [23, 20, BOI]]
@@ -282,6 +286,7 @@ def test_padding_after_a_prompt_is_found(model):
     drawn = model.generate(torch.tensor(rows), **PLAIN)
     expected = [model.generate(torch.tensor([row]), **PLAIN) for row in ([10, 11, 12], [10, 11, 12], rows[2])]
     assert torch.equal(drawn, torch.cat(expected))
+    assert Prompts(torch.tensor(rows)).checked(model.config, None).attention_mask.all(), "without a token for it"
     ends = model.generate(torch.tensor([[10, EOS]]), **PLAIN, pad_token_id=EOS)  # it may end a prompt
     assert torch.equal(ends, model.generate(torch.tensor([[10, EOS]]), **PLAIN))
 
@@ -755,11 +760,24 @@ def test_outputs_are_copied_without_their_model(model, mode, duplicate):
 
 def test_text_takes_no_guidance(model):
     said = GenerationConfig(guidance_scale=1.5, max_new_tokens=3)
-    for options in ({"guidance_scale": 1.5}, {"generation_config": said}):
-        with pytest.raises(ValueError, match="guidance_scale guides pictures, not text, got 1.5"):
+    for options in ({"guidance_scale": 1.5}, {"guidance_scale": 0.5}, {"generation_config": said}):
+        with pytest.raises(ValueError, match=r"guidance_scale guides pictures, not text, got [10]\.5"):
             model.generate(**batch_of(model, [10, 11]), **options)
     with pytest.raises(ValueError, match="guidance_scale guides pictures, not text, got 1.5"):
         model.generate(**batch_of(model, [10, 11]), generation_mode="interleaved", generation_config=said, seed=0)
+
+
+def test_text_is_sampled_where_a_control_says_so(tiny_model, tiny_processor):
+    settings = partial(text_sampling, tiny_model, tiny_processor, 4)
+    greedy = settings()
+    assert greedy["do_sample"] is False and greedy["max_new_tokens"] == 4
+    for cold in ({"temperature": 0.0}, {"temperature": COLDEST / 2, "top_k": 3}, {"top_p": None}):
+        assert settings(**cold) == greedy
+    for given in ({"top_k": 3}, {"top_p": 0.5}, {"temperature": COLDEST}, {"temperature": 0.7, "top_k": 0}):
+        assert settings(**given) == greedy | given | {"do_sample": True}
+    for wrong in ({"temperature": -0.1}, {"top_k": 1.5}, {"top_p": 1.1}, {"top_p": 0.0}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be"):
+            settings(**wrong)
 
 
 def test_no_layer_but_the_last_answers(model):
@@ -804,9 +822,14 @@ def test_an_answer_ends_where_positions_do():
     model = tiny_model(tiny_config(text={"max_position_embeddings": 24}))
     options = {"generation_mode": "interleaved", "guidance_scale": 1.0, "do_sample": False, "seed": 0}
     options |= {"sequence_bias": {(EOS,): -20.0, (BOI,): 2.0}, "max_new_tokens": 100}
-    output = model.generate(**batch_of(model, [10, 11, 12]), **options)
+    with CaptureLogger(logging.get_logger("transformers_nextflow.interleaved")) as logs:
+        output = model.generate(**batch_of(model, [10, 11, 12]), **options)
     layout = build_layout(model.config, output.sequences, output.image_grid_hw, output.attention_mask)
     assert layout.position_ids.max() == 23
+    count = int(re.search(r"an answer ends after (\d+) tokens: the model has 24 positions", logs.out)[1])
+    with CaptureLogger(logging.get_logger("transformers_nextflow.interleaved")) as logs:
+        asked = model.generate(**batch_of(model, [10, 11, 12]), **options | {"max_new_tokens": count})
+    assert torch.equal(asked.sequences, output.sequences) and not logs.out
 
 
 def test_an_answer_goes_on_where_rope_reaches_further():
@@ -830,7 +853,7 @@ def test_an_answer_has_some_pictures_by_default(model):
 
 
 def test_all_seeds_differ(model):
-    seeds = [5, 5 + 2**32, 5 + 2**33, 5 - 2**32, 2**64 - 1, -1]
+    seeds = [0, 5, 2**32 - 1, 2**32, 5 + 2**32, 5 + 2**33, 5 - 2**32, 2**64 - 1, -1, -(2**63)]
     drawn = [model.generate(**batch_of(model, [10, BOI]), **PLAIN | {"seed": seed}) for seed in seeds]
     assert len(torch.cat(drawn).unique(dim=0)) == len(seeds)
 

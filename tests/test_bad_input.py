@@ -8,6 +8,7 @@ import io
 import json
 import shutil
 import struct
+import sys
 import threading
 import zlib
 from base64 import b64encode
@@ -143,6 +144,7 @@ def test_absent_pictures(error_of, command, path):
         (np.zeros((1, 1, 3), np.uint8), ValueError, r"the shape \(1, 1, 3\) has its channels first or last"),
         (np.zeros((3, 24, 3), np.uint8), ValueError, "say which by input_data_format"),
         (torch.zeros(4, 24, 1), ValueError, "say which by input_data_format"),
+        (np.zeros(24, np.uint8), ValueError, "list of images from"),
     ],
 )
 def test_values_that_are_no_pictures(tiny_processor, image, error, message):
@@ -217,15 +219,17 @@ def test_unusual_pictures_are_their_plain_rgb(console, tiny_processor, tmp_path,
 def test_pictures_at_an_address_are_those_of_files(tiny_processor, tmp_path):
     path = tmp_path / "alpha.png"
     path.write_bytes(UNUSUAL["alpha"][0])
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "moved" / "index.html").write_bytes(path.read_bytes())  # what `/moved` is redirected to
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(tmp_path)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
     ask = {"type": "text", "text": "describe"}
-    read, expected = (
+    read, redirected, expected = (
         tiny_processor.apply_chat_template(user([{"type": "image", "url": source}, ask]))["pixel_values"]
-        for source in (f"{address}/alpha.png", str(path))
+        for source in (f"{address}/alpha.png", f"{address}/moved", str(path))
     )
-    assert torch.equal(read, expected)
+    assert torch.equal(read, expected) and torch.equal(redirected, expected)
     with pytest.raises(ValueError, match=f"cannot read the image {address}/nowhere.png, which is no file here"):
         tiny_processor.image_processor(f"{address}/nowhere.png")
     server.shutdown()
@@ -233,13 +237,18 @@ def test_pictures_at_an_address_are_those_of_files(tiny_processor, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
-@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("orientation", range(1, 10))
 def test_headers_tell_the_size_of_the_upright_picture(form, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(Image.fromarray(noise(8, 20)), form, exif=exif)
     upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
-    assert upright.size == ((8, 20) if orientation > 4 else (20, 8)) and read_size(data) == upright.size[::-1]
+    assert upright.size == ((8, 20) if 4 < orientation < 9 else (20, 8)) and read_size(data) == upright.size[::-1]
+
+
+def test_headers_tell_the_size_of_a_picture_that_is_cut():
+    data = encoded(Image.fromarray(noise(40, 60)), "PNG")
+    assert read_size(data[: len(data) // 2]) == (40, 60)
 
 
 def test_a_pixel_in_an_array(tiny_processor):
@@ -270,6 +279,7 @@ def test_an_arrays_byte_order_changes_nothing(tiny_processor, dtype):
         ({"image_std": [1.0, 1.0]}, "image_std must be a number or three"),
         ({"rescale_factor": 0.0}, "rescale_factor must be a number other than 0, got 0.0"),
         ({"rescale_factor": NAN}, "rescale_factor must be a number other than 0, got nan"),
+        ({"rescale_factor": float("inf")}, "rescale_factor must be a number other than 0, got inf"),
     ],
 )
 def test_settings_of_the_image_processor(settings, message):
@@ -428,6 +438,7 @@ def request(model, **change) -> dict:
         ({"temperature": NAN}, "temperature must be a number of at least 0.0, got nan"),
         ({"refine_top_k": 3}, "refine_top_k must be a list of integers, got 3"),
         ({"seed": 2**64}, r"seed must be in \[-9223372036854775808, 18446744073709551615\], got 18446744073709551616"),
+        ({"seed": -(2**63) - 1}, r"seed must be in \[.*\], got -9223372036854775809"),
         ({"seed": 1.5}, "seed must be an integer, got 1.5"),
         ({"seed": "1"}, "seed must be an integer, got '1'"),
         ({"num_images_per_prompt": 1.5}, "num_images_per_prompt must be an integer, got 1.5"),
@@ -505,7 +516,7 @@ def test_extremes_of_sampling_are_their_limits(tiny_model):
         assert torch.equal(draw(temperature=coldest), likeliest)
     assert torch.equal(draw(top_p=1e-6), likeliest) and torch.equal(draw(top_k=1), likeliest)
     assert torch.equal(draw(top_k=LONG), draw())
-    hot = draw(temperature=1e308)
+    hot = draw(temperature=sys.float_info.max)
     assert hot.shape == likeliest.shape and not torch.equal(hot, likeliest)
     nulls = {"negative_input_ids": torch.tensor([[tiny_model.config.boi_token_id]])}
     with pytest.raises(ValueError, match="the logits are not finite: .* guidance scale"):
@@ -547,7 +558,8 @@ def test_image_tokens_that_cannot_be_decoded(tiny_model, tokens, grid, message):
 
 def test_other_codes_that_cannot_be_decoded(tiny_model):
     whole, grid = torch.zeros(14, dtype=torch.long), torch.tensor([[3, 3]])
-    for codes, message in ((whole[:13], "must hold 14 codes"), (whole + 64, "must lie in"), (whole.float(), "int64")):
+    counts = ((whole[:13], "must hold 14 codes"), (whole.repeat(2), "must hold 14 codes .*, got 28"))
+    for codes, message in (*counts, (whole + 64, "must lie in"), (whole.float(), "int64")):
         with pytest.raises(ValueError, match=message):
             tiny_model.decode_images(codes, grid)
     first, other = whole[:5] + 64, whole[None, None]

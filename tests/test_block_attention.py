@@ -263,6 +263,10 @@ def test_a_document_in_pieces_is_refused(pieces):
     documents = torch.tensor([[0, 0, 0, 0], pieces])
     with pytest.raises(ValueError, match="must be in one piece, but document 0 of row 1 goes on at 3"):
         segments_of(torch.full((2, 4), -1), documents)
+    model = tiny_model()
+    model.set_attn_implementation("blocks")
+    with pytest.raises(ValueError, match="must be in one piece"):
+        model(input_ids=torch.full((2, 4), 10), document_ids=documents)
 
 
 def test_segments_of_another_sequence_are_refused(model):

@@ -173,6 +173,7 @@ def test_an_answer_takes_the_place_of_an_earlier_ones_pictures_alone(tmp_path):
     red, blue = (Image.new("RGB", (8, 8), colour) for colour in ("red", "blue"))
     red.save(tmp_path / "picture-2.png")  # as `generate --num-images` leaves them
     cli.save_answer(["two", red, blue], tmp_path)
+    (tmp_path / "picture-1.png").unlink()
     cli.save_answer(["one", blue], tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["answer.md", "picture-0.png", "picture-2.png"]
     cli.save_answer(["none"], tmp_path)
@@ -269,10 +270,56 @@ def test_help(name, capsys):
     assert all(option in out for option in ("--model", "--output", "--json"))
 
 
+@pytest.mark.parametrize(
+    "name, defaults",
+    [
+        ("generate", {"output": "picture.png", "num-images": 1, "decoder": "vq"}),
+        ("describe", {"seed": 0, "max-new-tokens": 256}),
+        ("interleave", {"output": "answer", "max-new-tokens": 256, "max-images": 16}),
+        ("flops", {"prompt-tokens": 100, "denoising-steps": 18, "num-images": 1, "dtype": "bfloat16"}),
+        ("doctor", {"seed": 0}),
+        ("serve", {"host": "127.0.0.1", "port": 8000}),
+        ("evaluate loss", {"batch-size": 1}),
+        ("evaluate psnr", {"batch-size": 16}),
+        ("evaluate rfid", {"batch-size": 16}),
+    ],
+)
+def test_help_names_the_defaults(name, defaults, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main([*name.split(), "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for option, value in defaults.items():
+        (line,) = [line for line in lines if f" --{option} " in line]
+        assert f"[default: {value}]" in line
+
+
 def test_serve_names_its_extra(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     status, _, error = run("serve")
     assert status == 2 and "pip install 'transformers-nextflow[serve]'" in error
+
+
+def test_serve_runs_the_app_where_it_is_asked_to(run, tiny_checkpoint, monkeypatch):
+    testclient = pytest.importorskip("fastapi.testclient", reason="fastapi is not installed")
+    made, exact = [], []
+
+    class Server:
+        def __init__(self, app, host: str, port: int):
+            made.append((testclient.TestClient(app), host, port))
+
+        def run(self):
+            raise KeyboardInterrupt  # as uvicorn does after a good end
+
+    monkeypatch.setattr("transformers_nextflow.serving.ending.GracefulServer", Server)
+    monkeypatch.setattr("transformers_nextflow.serving.jobs.make_exact", exact.append)
+    assert run("serve", "--host", "0.0.0.0", "--port", 8123, "--api-key", "key")[0] == 0 and not exact
+    assert run("serve", "--exact")[0] == 0 and len(exact) == 1
+    assert [place for _, *place in made] == [["0.0.0.0", 8123], ["127.0.0.1", 8000]]
+    (guarded, *_), (free, *_) = made
+    assert free.get("/v1/models").json()["data"][0]["id"] == tiny_checkpoint.name
+    assert guarded.get("/v1/models").status_code == 401
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert "a package that is not installed" in run("serve", "--ray", 2)[2]
 
 
 OF_TRAINING = {

@@ -1,6 +1,7 @@
 """Inference cost: the paper's figures to the last digit, and a real configuration against counted FLOPs."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTe
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
 from tests import fresh
+from transformers_nextflow import NextFlowConfig
 from transformers_nextflow.cache_name import CACHE
 from transformers_nextflow.cli import main
 from transformers_nextflow.flops import (
@@ -101,6 +103,8 @@ SEVEN_BILLION = Qwen2_5_VLTextConfig(
 
 def test_null_prompts_run_through_the_last_guided_scale():
     passes = image_passes(TINY_SCHEDULE, 5)
+    assert image_passes(TINY_SCHEDULE, 0) == [Pass(n, k, code_logits=n) for n, k in ((1, 1), (4, 5), (12, 17))]
+    assert mmdit_passes(TINY_SCHEDULE, 1) == [Pass(12, 12)]
     assert null_passes(TINY_SCHEDULE, 5, 0) == []
     assert null_passes(TINY_SCHEDULE, 5, 2) == passes[:3]
     assert null_passes(TINY_SCHEDULE, 5, 3) == passes
@@ -146,6 +150,7 @@ def test_seven_billion_parameters_cost_two_flops_each_at_the_least():
     [
         (lambda: image_passes(TINY_SCHEDULE, -1), "got -1"),
         (lambda: mmdit_passes(TINY_SCHEDULE, 0), "got 0"),
+        (lambda: null_passes(TINY_SCHEDULE, 5, -1), "guided_scales must lie in .* got -1"),
         (lambda: null_passes(TINY_SCHEDULE, 5, 4), r"guided_scales must lie in \[0, 3\], the scales, got 4"),
     ],
 )
@@ -196,6 +201,17 @@ def test_command_prints_a_table(capsys):
     output = capsys.readouterr().out
     assert "352x176 pixels (width x height), 12 scales" in output
     assert "0 of 12 scales guided" in output
+    words = " ".join(output.split())
+    schedule = NextFlowConfig().vq_config.schedule_table().by_aspect_ratio("2:1", "256")
+    passes, steps = image_passes(schedule, 100), mmdit_passes(schedule)
+    costs = paper_layer_cost(passes), paper_layer_cost(steps)
+    for name, cost in zip(("NextFlow", "MMDiT, 18 steps"), costs):
+        assert f" {name} {cost.quadratic:,} h^2 + {cost.linear:,} h " in words
+    assert f" ratio at h = 4096 {costs[1].flops(4096) / costs[0].flops(4096):.2f} " in words
+    cost = model_cost(NextFlowConfig().text_config, 32768, passes)
+    assert f" attention {cost.attention:.4e} {cost.attention / cost.total:.1%} " in words
+    assert f" total {cost.total:.4e} 100.0% " in words
+    assert 16 < float(re.search(r" weights (\S+) GiB", words)[1]) < 18  # of 8.3 billion, half of them twice as large
     assert main(["flops", "--aspect-ratio", "16:9", "--level", "256"]) == 0
     assert "the nearest to 16:9, 12 scales" in capsys.readouterr().out
 
@@ -216,8 +232,6 @@ def test_user_errors_are_one_line_and_status_2(capsys, arguments, message):
 
 
 def test_command_reads_a_model_directory(tmp_path, capsys):
-    from transformers_nextflow.configuration_nextflow import NextFlowConfig
-
     config = NextFlowConfig(text_config=TINY, boi_token_id=0, eoi_token_id=1, image_token_id=2)
     config.save_pretrained(tmp_path)
     assert main(["flops", "--json", "--model", str(tmp_path)]) == 0

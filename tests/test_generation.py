@@ -503,6 +503,13 @@ def test_regions_of_other_pictures_are_refused(model, region):
         codes_of_region(region, model.model.schedules.by_grid(SQUARE))
 
 
+def test_a_region_may_be_as_small_as_the_grid(model):
+    corner = torch.zeros(SQUARE, dtype=torch.bool)
+    corner[0, 0] = True
+    codes = codes_of_region(corner, model.model.schedules.by_grid(SQUARE))
+    assert codes.nonzero().flatten().tolist() == [0, 1, 5]
+
+
 @pytest.mark.parametrize("refine", [(), (4,)], ids=["one pass", "two passes"])
 def test_regions_stay_with_the_pictures_of_their_prompt(model, refine):
     codes = draw(model, *PROMPTS, seed=9).sequences - TEXT_ROWS
@@ -705,6 +712,12 @@ def test_no_number_draws_what_cannot_be(top_p):
         assert ((codes >= 50) & (codes < 150)).all()
 
 
+def test_a_seed_of_32_bits_is_torchs():
+    for seed in (0, 7, 2**32 - 1):
+        (own,) = RowGenerators.create(1, 1, seed=seed).generators
+        assert own.initial_seed() == seed
+
+
 def test_streams_of_rows_do_not_depend_on_their_neighbours():
     both = RowGenerators.create(2, 2, seed=[1, 2])
     alone = RowGenerators.create(1, 2, seed=2)
@@ -800,6 +813,7 @@ def test_ambiguous_pictures_must_be_named():
         ({"top_p": LinearRamp(0.5, None)}, r"top_p must be a number in \[1e-06, 1.0\], got None"),
         ({"temperature": LinearRamp(10**400, 1)}, "temperature must be a number of at least 0.0, got 10000"),
         ({"guidance_scale": ScaleInterval(3.0, 0.5, 1)}, "first of an interval of scales must be an integer, got 0.5"),
+        ({"guidance_scale": ScaleInterval(3.0, -1, 1)}, "first of an interval of scales must be at least 0, got -1"),
         ({"guidance_scale": ScaleInterval(3.0, 0, "1")}, "last of an interval of scales must be an integer, got '1'"),
         ({"top_k": True}, "top_k must be an integer of at least 0, got True"),
         ({"attention_mask": [[1, 1]]}, "the attention mask of input_ids must be a tensor, got list"),
@@ -809,6 +823,7 @@ def test_ambiguous_pictures_must_be_named():
         ),
         ({"refine_top_k": [-1]}, "refine_top_k must be an integer of at least 0, got -1"),
         ({"forced_codes": torch.zeros(2, 5, dtype=torch.long)}, r"shape \(1, codes\), got \(2, 5\)"),
+        ({"forced_codes": torch.zeros(0, 5, dtype=torch.long)}, r"shape \(1, codes\), got \(0, 5\)"),
         ({"forced_codes": torch.zeros(1, 6, dtype=torch.long)}, "have 1, 5, 14 codes, got 6"),
         ({"forced_codes": torch.full((1, 5), TEXT_ROWS)}, r"in \[0, 24\), got 48 to 48; .* without the text rows"),
         ({"forced_mask": torch.ones(1, 5, dtype=torch.bool)}, "forced_mask needs forced_codes"),
@@ -825,7 +840,9 @@ def test_ambiguous_pictures_must_be_named():
         ({"height": 12, "width": 12, "level": "12"}, "give aspect_ratio and level, or height and width"),
         ({"seed": 1, "generator": torch.Generator()}, "either seed or generator, not both"),
         ({"seed": [1, 2]}, "one for each of the 1 prompts, got 2"),
+        ({"seed": []}, "one for each of the 1 prompts, got 0"),
         ({"generator": [torch.Generator()] * 2}, "one for each of 1 pictures, got 2"),
+        ({"generator": []}, "one for each of 1 pictures, got 0"),
         ({"image_grid_hw": torch.tensor([SQUARE])}, "hold 0 finished images, image_grid_hw has 1"),
         ({"image_codes": torch.zeros(14, dtype=torch.long)}, "image_codes must hold 0 rows"),
         ({"pixel_values": torch.zeros(9, 48)}, "pixel_values must hold 0 rows"),
@@ -846,6 +863,13 @@ def test_prompts_and_grids_must_match_in_number(model):
         model.generate(
             **inputs | {"image_grid_hw": inputs["image_grid_hw"][:2]}, generation_mode="image", guidance_scale=1.0
         )
+
+
+def test_each_prompt_has_a_null_prompt(model):
+    for rows in (1, 3):
+        nulls = {"negative_input_ids": torch.full((rows, 1), BOI), "guidance_scale": 2.0}
+        with pytest.raises(ValueError, match=f"negative_input_ids must have 2 rows, got {rows}"):
+            model.generate(torch.tensor([[10, BOI], [11, BOI]]), generation_mode="image", **nulls)
 
 
 def test_null_prompts_must_hold_the_same_images(model):

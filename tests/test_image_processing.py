@@ -60,6 +60,8 @@ def test_postprocess_clamps_and_rejects_other_shapes(processor):
     assert picture.getpixel((0, 0)) == (0, 128, 255)
     with pytest.raises(ValueError, match=r"\(B, 3, H, W\), got \(3, 8, 8\)"):
         processor.postprocess(torch.zeros(3, 8, 8))
+    with pytest.raises(ValueError, match="pixel_values are not finite"):
+        processor.postprocess(torch.tensor([0.0, float("inf"), 0.0]).view(1, 3, 1, 1))
 
 
 def test_pictures_of_several_sizes_and_arrays_are_postprocessed_each(processor):
@@ -197,6 +199,9 @@ def test_errors_name_the_value(processor):
         processor(np.full((24, 24, 3), np.nan), do_rescale=False)
     with pytest.raises(ValueError, match=r"\[0, 255\], got -1 to 300"):
         processor(np.array([-1, 300] * 864).reshape(24, 24, 3))
+    for resample in (-1, max(Image.Resampling) + 1, 2.0):
+        with pytest.raises(ValueError, match=rf"one of Pillow's, 0 to \d, got {resample}"):
+            processor(noise(24, 24), resample=resample)
     with pytest.raises(ValueError, match="mode F"):
         processor(Image.new("F", (24, 24)))
     with pytest.raises(ValueError, match="25x24"):
@@ -222,7 +227,35 @@ def test_integers_are_rescaled_either_way_and_arrays_of_them_with_a_warning(proc
         assert torch.equal(pixels_of(processor, Image.fromarray(picture), do_rescale=False), expected)
         pixels_of(processor, picture)
         pixels_of(processor, picture / 255, do_rescale=False)
+        pixels_of(processor, Image.fromarray(picture[..., 0].astype(np.uint16)), do_rescale=False)
     assert logs.out == "", "a picture of PIL says what it holds"
+
+
+def test_the_ends_of_the_range_of_floats(processor):
+    black, white = (pixels_of(processor, np.full((24, 24, 3), value)) for value, dtype in ((0, int), (255, int)))
+    assert torch.equal(pixels_of(processor, np.zeros((24, 24, 3))), black)
+    assert torch.equal(pixels_of(processor, np.full((24, 24, 3), 255.0)), white)
+    assert torch.equal(pixels_of(processor, np.ones((24, 24, 3)), do_rescale=False), white)
+    with pytest.raises(ValueError, match="look rescaled already"):
+        processor(np.ones((24, 24, 3)))
+    with pytest.raises(ValueError, match=r"must lie in \[0, 255\], got 255.5"):
+        processor(np.full((24, 24, 3), 255.5))
+
+
+@pytest.mark.parametrize("size", [(3, 30), (30, 3)])
+def test_a_narrow_array_of_grey_is_no_stack_of_channels(processor, size):
+    grey = noise(*size, 1)[..., 0]
+    assert torch.equal(pixels_of(processor, grey), pixels_of(processor, Image.fromarray(grey)))
+
+
+def test_a_mean_and_deviation_of_ones_own(processor):
+    picture, options = Image.fromarray(noise(24, 24)), (P, processor.scale_schedules, processor.levels)
+    one = NextFlowImageProcessor(*options, image_mean=[0.5], image_std=0.5)
+    assert torch.equal(pixels_of(one, picture), pixels_of(processor, picture))
+    assert torch.allclose(pixels_of(one, picture, do_normalize=False), (pixels_of(one, picture) + 1) / 2)
+    other = NextFlowImageProcessor(*options, image_mean=[0.4, 0.5, 0.6], image_std=[0.2, 0.25, 0.3])
+    (restored,) = other.postprocess(pixels_of(other, picture)[None])
+    assert restored.tobytes() == picture.tobytes()
 
 
 def test_levels(tmp_path):

@@ -280,6 +280,15 @@ def test_a_next_turn_is_the_turn_before_and_the_new_messages(model):
     assert together == [old + ids for old, ids in zip(before, after)]
 
 
+def test_new_messages_that_do_not_fit_the_turn_before_are_refused(model):
+    first = answer(model, with_nulls(model, [[10], [11]], [[20], [21]]), GUIDED, max_new_images=0)
+    for rows in (1, 3):
+        with pytest.raises(ValueError, match=f"the new messages must have 2 rows, got {rows}"):
+            model.next_turn(first, torch.full((rows, 2), 12))
+    with pytest.raises(ValueError, match="the turn before was guided: the new messages need negative_input_ids"):
+        model.next_turn(first, torch.full((2, 2), 12))
+
+
 def test_processors_and_criteria_see_each_row_alone(model):
     seen, judged = [], []
 
@@ -466,7 +475,9 @@ def test_a_chat_goes_on(tiny_model, tiny_processor):
         assert tokenizer.decode(ids[mask]) == expected
     second = tiny_model.generate(**following, generation_mode="interleaved", max_new_tokens=5, **often)
     assert (second.sequences[:, : following["input_ids"].shape[1]] == following["input_ids"]).all()
-    with pytest.raises(ValueError, match="has 2 rows, got 1"):
-        tiny_processor.apply_next_turn(output, turn[0])
-    with pytest.raises(ValueError, match=f"holds {len(pictures)} pictures, got 0"):
-        tiny_processor.post_process_multimodal_output(output, generation_mode="interleaved")
+    for rows, messages in ((1, turn[0]), (3, [*turn, turn[0]])):
+        with pytest.raises(ValueError, match=f"has 2 rows, got {rows}"):
+            tiny_processor.apply_next_turn(output, messages)
+    for given in ((), [*pictures, pictures[0]]):
+        with pytest.raises(ValueError, match=f"holds {len(pictures)} pictures, got {len(given)}"):
+            tiny_processor.post_process_multimodal_output(output, generation_mode="interleaved", pictures=given)

@@ -7,7 +7,13 @@ from tiny_models import BOI, EOI, IMAGE, SQUARE, WIDE, Picture, batch_of, relati
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from transformers_nextflow import ScaleSchedule
-from transformers_nextflow.layout import build_layout, find_images, num_image_slots, scale_coordinates
+from transformers_nextflow.layout import (
+    build_layout,
+    find_images,
+    num_image_slots,
+    scale_coordinates,
+    text_positions,
+)
 
 A, CAT, OK = 10, 11, 12
 CONFIG = tiny_config(position_scale=1.0)
@@ -112,6 +118,7 @@ def test_one_scale_is_legal():
     assert layout.scale_ids[0].tolist() == [0, 1, 0, 0] and layout.block_ids.unique().tolist() == [-1]
     (span,) = spans(ids, [(1, 1)], ONE_SCALE)
     assert not span.is_open and num_image_slots(span.schedule) == 0
+    assert not spans(ids[:3], [(1, 1)], ONE_SCALE)[0].is_open
     assert layout.supervised.tolist() == [0, 1, 2] and layout.target_codes.tolist() == [-1, 0, -1]
     assert layout.targets[[0, 2]].tolist() == [BOI, OK]
     ids = [A, BOI, IMAGE, EOI, OK]
@@ -148,6 +155,7 @@ def test_left_padding_does_not_count():
     assert torch.equal(layout.position_ids[:, :1], lay_out(EXAMPLE, [SQUARE]).position_ids)
     assert torch.equal(layout.position_ids[:, 1:, -len(short) :], lay_out(short, [WIDE]).position_ids)
     assert (layout.block_ids[1, : -len(short)] == -1).all()
+    assert not layout.position_ids[:, 1, : -len(short)].any()
 
 
 @pytest.mark.parametrize("valid", [[1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1]], ids=["right", "left"])
@@ -157,6 +165,7 @@ def test_a_mask_counts_beside_documents(valid):
     alone = build_layout(CONFIG, ids, None, valid, labels=ids)
     packed = build_layout(CONFIG, ids, None, valid, torch.zeros_like(ids), labels=ids)
     assert torch.equal(packed.position_ids, alone.position_ids)
+    assert torch.equal(text_positions(ids, valid), alone.position_ids)
     assert torch.equal(packed.supervised, alone.supervised) and torch.equal(packed.targets, alone.targets)
     assert not set(packed.supervised.tolist()) & set((valid == 0).flatten().nonzero().flatten().tolist())
 
@@ -204,6 +213,7 @@ def test_without_grids_every_token_is_text():
         ([A, *image(12), OK], [SQUARE], r"takes 13 <image> tokens \(22 with its last scale\), got 12 in row 0"),
         ([A, *image(14), OK], [SQUARE], "got 14 in row 0"),
         ([A, BOI, EOI, OK], [SQUARE], "got 0 in row 0"),
+        ([A, BOI, *[IMAGE] * 4, EOI], [SQUARE], "got 4 in row 0"),
         (EXAMPLE, [WIDE], r"final grid \(2, 4\) takes 10 <image> tokens"),
         ([A, IMAGE, *image()], [SQUARE], "<image> tokens that do not follow a <boi>"),
         ([A, *image(), IMAGE], [SQUARE], "<image> tokens that do not follow a <boi>"),
@@ -374,6 +384,36 @@ def test_a_layout_needs_codes(one_layer):
         one_layer(batch["input_ids"], layout=layout, pixel_values=torch.zeros(9, 48))
     with pytest.raises(ValueError, match="the layout has 13 <image> tokens, but no image_codes came"):
         one_layer(batch["input_ids"], layout=layout)
+    text = torch.tensor([[A, CAT, OK]])
+    of_text = build_layout(one_layer.config, text, labels=text)
+    one_layer.train()
+    assert torch.equal(one_layer(text, layout=of_text).loss, one_layer(text, labels=text).loss)
+    one_layer.eval()
+
+
+def test_what_stands_beside_the_ids_has_their_shape(one_layer):
+    ids = torch.tensor([[A, CAT, OK]])
+    for name in ("attention_mask", "document_ids", "labels", "shift_labels"):
+        for shape in ((1, 2), (2, 3), (3,)):
+            with pytest.raises(ValueError, match=f"input_ids, and {name} beside them, must have the shape .B, L."):
+                build_layout(CONFIG, ids, **{name: torch.ones(shape, dtype=torch.long)})
+    for text, mask in ((ids, torch.ones(3)), (ids[0], torch.ones(3)), (ids, torch.ones(1, 4))):
+        with pytest.raises(ValueError, match="input_ids, and attention_mask beside them, must have the shape"):
+            one_layer(input_ids=text, attention_mask=mask)
+
+
+def test_positions_that_begin_again_begin_a_document(one_layer):
+    """Of text alone, as of the library's models."""
+    ids, positions = torch.tensor([[A, CAT, OK, CAT, A], [OK, OK, A, CAT, CAT]]), torch.tensor([[0, 1, 2, 0, 1]])
+    with torch.no_grad():
+        together = one_layer(input_ids=ids, position_ids=positions).logits
+        embedded = one_layer(inputs_embeds=one_layer.get_input_embeddings()(ids), position_ids=positions).logits
+        alone = torch.cat([one_layer(input_ids=part).logits for part in (ids[:, :3], ids[:, 3:])], dim=1)
+        goes_on = one_layer(input_ids=ids, position_ids=torch.arange(5)[None]).logits
+        whole = one_layer(input_ids=ids).logits
+    for logits, expected in ((together, alone), (embedded, alone), (goes_on, whole)):
+        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+    assert not torch.allclose(together, whole, atol=1e-3)
 
 
 def test_accelerate_moves_a_layout_with_its_batch():

@@ -387,6 +387,7 @@ def test_the_connector_is_trained_and_saved_whole(tmp_path):
 def test_settings_can_be_changed():
     config = lora_config(r=2, target_modules=["q_proj"])
     assert (config.r, config.lora_alpha, config.target_modules) == (2, 32, {"q_proj"})
+    assert (lora_config().r, lora_config().lora_dropout) == (16, 0.0)
 
 
 # QLoRA: adapters on a decoder in 4 bits

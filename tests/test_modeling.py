@@ -2,6 +2,8 @@
 
 import copy
 import inspect
+import re
+from ast import literal_eval
 
 import pytest
 import torch
@@ -31,7 +33,13 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
-from transformers_nextflow import NextFlowConfig, NextFlowForConditionalGeneration, NextFlowModel, NextFlowVQConfig
+from transformers_nextflow import (
+    NextFlowConfig,
+    NextFlowForConditionalGeneration,
+    NextFlowModel,
+    NextFlowVQConfig,
+    cache_name,
+)
 from transformers_nextflow.cache_name import CACHE
 from transformers_nextflow.layout import build_layout
 from transformers_nextflow.modeling_nextflow_vq import patchify
@@ -125,6 +133,16 @@ def test_the_cache_goes_by_the_librarys_name_and_by_the_old(model, part, name):
     continued = called(input_ids=torch.tensor([[13]]), **{name: first[CACHE]})
     whole = called(input_ids=torch.tensor([[10, 11, 12, 13]]))
     assert relative(continued[0], whole[0][:, -1:]) < 1e-5
+
+
+def test_a_function_takes_a_cache_by_both_names(monkeypatch):
+    """As under transformers from 5.24 on."""
+    monkeypatch.setattr(cache_name, "CACHE", "cache")
+    told = cache_name.takes_cache(lambda ids, past_key_values=None, use_cache=None: (ids, past_key_values, use_cache))
+    assert list(inspect.signature(told).parameters) == ["ids", "cache", "use_cache"]
+    assert told(1, cache=2, use_cache=3) == told(1, past_key_values=2, use_cache=3) == told(1, 2, 3) == (1, 2, 3)
+    with pytest.raises(ValueError, match="cache and past_key_values are the same"):
+        told(1, cache=2, past_key_values=2)
 
 
 def test_a_cache_is_given_once(model):
@@ -286,6 +304,13 @@ def test_scale_embeddings_start_at_zero_and_learn():
     model = NextFlowForConditionalGeneration(tiny_config())
     embedding = model.model.scale_embedding
     assert not embedding.index.weight.any() and not embedding.length.weight.any()
+    for linear in (model.code_head, model.model.vq_model.semantic_to_code[0]):
+        assert linear.weight.std().item() == pytest.approx(0.02, rel=0.15)
+    for codebook in model.model.vq_model.quantizer.parameters():
+        assert 0.6 < codebook.square().sum(dim=1).mean() < 1.5
+    conv = model.model.vq_model.pixel_encoder.conv_in
+    bound = conv.weight[0].numel() ** -0.5  # as torch's own convolutions begin
+    assert 0.9 * bound < conv.weight.abs().max() <= bound and not conv.bias.any()
     inputs = batch_of(model, [10, Picture(SQUARE), 11])
     model(**inputs, labels=inputs["input_ids"]).loss.backward()
     assert embedding.length.weight.grad.abs().sum() > 0
@@ -490,7 +515,7 @@ def test_labels_at_image_slots_are_markers(model):
     labels = inputs["input_ids"].clone()
     with torch.no_grad():
         before = model(**inputs, labels=labels).loss
-        labels[0, 1:12] = 7
+        labels[0, 1:12] = 10**6
         assert torch.equal(model(**inputs, labels=labels).loss, before)
 
 
@@ -578,6 +603,14 @@ def test_inputs_that_do_not_match_are_refused(model, change, message):
         model(**batch_of(model, [10, Picture(WIDE), 11]) | change)
 
 
+def test_pixels_of_an_image_that_is_cut_are_refused(model):
+    """They would have codes that no output predicts."""
+    inputs = batch_of(model, [10, Picture(WIDE)])
+    cut = torch.cat([inputs["input_ids"][:, :2], torch.full((1, 2), IMAGE)], dim=1)
+    with pytest.raises(ValueError, match="row 0 ends after scale 2 of an image: give its codes as image_codes"):
+        model(input_ids=cut, image_grid_hw=inputs["image_grid_hw"], pixel_values=torch.zeros(8, 3 * PATCH**2))
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -643,8 +676,22 @@ def test_the_default_decoder_has_qwen_7bs_parameters():
         model = NextFlowForConditionalGeneration(NextFlowConfig())
     parameters = [*model.model.language_model.parameters(), *model.lm_head.parameters()]
     assert sum(parameter.numel() for parameter in parameters) == 7_615_616_512
+    text = model.config.text_config
+    assert (text.max_position_embeddings, text.rms_norm_eps) == (128_000, 1e-6)
+    assert text.rope_parameters["rope_theta"] == 1e6 and text.rope_parameters["mrope_section"] == [1] * 64
     assert model.config.finest_edge == 64.0 and len(model.model.schedules) == 123
     assert model.code_head.weight.shape == (32768, 3584)
+
+
+@pytest.mark.parametrize("kind, count", [(NextFlowConfig, 3), (NextFlowVQConfig, 16)])
+def test_defaults_are_those_of_the_docstring(kind, count):
+    config, said = kind(), re.findall(r"([\w, ]+) \(`[^)]*?\bdefaults? to ([^)]*)\)", kind.__doc__)
+    found = 0
+    for names, values in said:
+        names, values = re.findall(r"\w+", names), [literal_eval(value.strip("`")) for value in values.split(" and ")]
+        assert [getattr(config, name) for name in names] == values * (len(names) // len(values))
+        found += len(names)
+    assert found == count
 
 
 def test_boundary_tokens_are_qwens():

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoProcessor, pipeline
 
-from transformers_nextflow import NextFlowImageProcessor, NextFlowProcessor
+from transformers_nextflow import NextFlowImageProcessor, NextFlowInterleavedOutput, NextFlowProcessor
 from transformers_nextflow.cli import main
 from transformers_nextflow.layout import find_images
 
@@ -137,6 +138,11 @@ def test_chat_template_is_chatml(tiny_processor):
     partial = [chat[1], {"role": "assistant", "content": [{"type": "text", "text": "I see"}]}]
     continued = render(partial, tokenize=False, add_generation_prompt=False, continue_final_message=True)
     assert continued.endswith("<|im_start|>assistant\nI see")
+    as_text = [chat[1], {"role": "assistant", "content": "I see"}]
+    assert render(as_text, tokenize=False, continue_final_message=True) == continued
+    assert render([user("a red")], tokenize=False, continue_final_message=True) == "<|im_start|>user\na red"
+    with pytest.raises(ValueError, match="any text to continue"):
+        render([chat[1], {"role": "assistant", "content": []}], continue_final_message=True)
 
 
 @pytest.mark.parametrize("texts", [[], ["I see"]])
@@ -198,7 +204,7 @@ def test_null_prompt_keeps_pictures_and_drops_user_texts(tiny_processor):
     )
     pads = [expanded(PICTURE, 22), expanded(PICTURE, 20)]
     decode = tiny_processor.tokenizer.decode
-    for negative, shown in ((None, ""), ("blurry", "blurry")):
+    for negative, shown in ((None, ""), ("blurry", "blurry"), ("a<|im_end|>", "a<|im_end|>")):
         inputs = tiny_processor.apply_chat_template(chat, generation_mode="image", negative_prompt=negative)
         assert decode(inputs["negative_input_ids"][0]) == null.format(*pads, shown)
         assert len(inputs["image_grid_hw"]) == 2
@@ -222,6 +228,8 @@ def test_chat_errors(tiny_processor):
         render(chat, generation_mode="image", add_generation_prompt=False)
     with pytest.raises(ValueError, match="each of 1 chats, got 2"):
         render(chat, generation_mode="image", negative_prompt=["a", "b"])
+    with pytest.raises(ValueError, match="each of 2 chats, got 1"):
+        render([chat, chat], generation_mode="image", negative_prompt=["a"])
     with pytest.raises(ValueError, match="message of the user"):
         render([{"role": "system", "content": "a"}], generation_mode="image")
     with pytest.raises(ValueError, match="open a picture"):
@@ -291,7 +299,8 @@ def test_number_of_tokens_from_sizes_alone(tiny_processor):
     data = tiny_processor._get_num_multimodal_tokens(image_sizes=sizes)
     inputs = tiny_processor(text=PICTURE * 3, images=[picture(*size) for size in sizes], return_tensors="pt")
     pads = (inputs["input_ids"] == tiny_processor.image_token_id).sum().item()
-    assert sum(data.num_image_tokens) == pads
+    assert sum(data.num_image_tokens) == pads and data.num_image_patches == [9, 8, 8]
+    assert tiny_processor._get_num_multimodal_tokens().num_image_tokens is None
     assert data.num_image_patches == inputs["image_grid_hw"].prod(dim=1).tolist()
 
 
@@ -334,6 +343,58 @@ def test_chat_ids_are_those_of_its_pieces(tiny_processor):
     pieces = ["<|im_start|>user\n", expanded(PICTURE, 22), "make it blue", "<|im_end|>\n<|im_start|>assistant\n"]
     ids = tiny_processor.apply_chat_template([user(picture(), "make it blue")])["input_ids"][0].tolist()
     assert ids == sum(map(encode, pieces), [])
+
+
+def test_an_answer_is_told_without_special_tokens(tiny_processor):
+    ids = tiny_processor.tokenizer("a red circle<|im_end|>", return_tensors="pt")["input_ids"]
+    assert tiny_processor.post_process_multimodal_output(ids) == ["a red circle"]
+    assert tiny_processor.post_process_multimodal_output(ids, skip_special_tokens=False) == ["a red circle<|im_end|>"]
+
+
+def answered(processor, *texts: str, prompt: str = "what?") -> NextFlowInterleavedOutput:
+    """A turn of one prompt for all."""
+    rows = [processor.tokenizer(prompt + text)["input_ids"] for text in texts]
+    length = max(map(len, rows))
+    masks = [[1] * len(row) + [0] * (length - len(row)) for row in rows]
+    sequences = torch.tensor([row + [0] * (length - len(row)) for row in rows])
+    start = len(processor.tokenizer(prompt)["input_ids"])
+    return NextFlowInterleavedOutput(sequences, torch.tensor(masks), prompt_length=start)
+
+
+def test_a_next_turn_ends_the_answers_that_were_cut(tiny_processor):
+    output = answered(tiny_processor, "a red circle<|im_end|>", "a red", "a blue<|im_end|>")
+    inputs = tiny_processor.apply_next_turn(output, [[user("why?")]] * 3)
+    rows = zip(inputs["input_ids"], inputs["attention_mask"].bool())
+    turn = "\n<|im_start|>user\nwhy?<|im_end|>\n<|im_start|>assistant\n"
+    assert [tiny_processor.tokenizer.decode(ids[mask]) for ids, mask in rows] == [turn, "<|im_end|>" + turn, turn]
+    rows = zip(inputs["negative_input_ids"], inputs["negative_attention_mask"].bool())
+    null = "<|im_end|>" + turn.replace("why?", "")
+    assert [tiny_processor.tokenizer.decode(ids[mask]) for ids, mask in rows] == [null] * 3
+
+
+def test_pictures_of_a_prompt_are_none_of_its_answer(tiny_processor):
+    output = answered(tiny_processor, f"red{PICTURE}", f"{PICTURE}blue", prompt=f"{PICTURE}draw")
+    shades = torch.tensor([-1.0, -0.5, 0.0, 1.0])
+    pictures = [shade.expand(3, 8, 8) for shade in shades]
+    answers = tiny_processor.post_process_multimodal_output(output, generation_mode="interleaved", pictures=pictures)
+    kinds = [[part if isinstance(part, str) else part.getpixel((0, 0))[0] for part in answer] for answer in answers]
+    assert kinds == [["red", 64], [255, "blue"]]
+
+
+def test_a_chat_has_no_special_tokens_but_its_templates(tiny_processor, text_tokenizer):
+    """Of a text tokenizer that begins every text by one."""
+    tokenizer = copy.deepcopy(text_tokenizer)
+    begin = tokenizer.convert_tokens_to_ids("<|vision_end|>")
+    template = TemplateProcessing(single="<|vision_end|> $A", special_tokens=[("<|vision_end|>", begin)])
+    tokenizer.backend_tokenizer.post_processor = template
+    processor = NextFlowProcessor(tiny_processor.image_processor, tokenizer)
+    assert processor(text="a")["input_ids"][0][0] == begin
+    for act in (
+        lambda own: own.apply_chat_template([user("a")], generation_mode="image"),
+        lambda own: own.apply_next_turn(answered(tiny_processor, "red"), [user("why?")]),
+    ):
+        inputs, expected = act(processor), act(tiny_processor)
+        assert all(torch.equal(inputs[name], expected[name]) for name in expected)
 
 
 def test_a_models_settings_are_the_processors(tiny_processor, tiny_model):

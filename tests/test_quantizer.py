@@ -237,6 +237,12 @@ def test_nothing_to_disturb_is_plain(quantizer, correction):
     assert torch.equal(output.quantized, plain.quantized)
 
 
+def test_all_scales_and_the_ten_nearest_by_default():
+    assert SelfCorrection(token_share=1.0).draws(SQUARE, 0, "abc")[0].all()
+    draw = lambda pick: DualCodebookQuantizer._draw(torch.arange(12.0)[None], pick, SelfCorrection())  # noqa: E731
+    assert draw(torch.zeros(1)) == 0 and draw(torch.tensor([1 - 2**-24])) == 9
+
+
 def test_share_of_disturbed_tokens():
     schedule = ScaleSchedule(((1, 1), (16, 16), (32, 32)))
     disturb, pick = SelfCorrection().draws(schedule, seed=0, keys=range(20))
@@ -326,12 +332,15 @@ def test_errors(quantizer):
         quantizer.quantize(features(SQUARE), SQUARE, codebook_loss="vqgan")
     with pytest.raises(ValueError, match=r"grid \(3, 7\), the schedule ends in \(5, 5\)"):
         quantizer.quantize(features(WIDE), SQUARE)
-    for keys in (None, ["one"]):
+    with pytest.raises(ValueError, match=r"grid \(5, 5\), the schedule ends in \(3, 7\)"):
+        quantizer.quantize(features(SQUARE), WIDE)
+    for keys in (None, ["one"], ["a", "b", "c", "d"]):
         with pytest.raises(ValueError, match="one key for each of the 3 samples"):
             quantizer.quantize(features(SQUARE), SQUARE, SelfCorrection(), keys=keys)
-    for wrong in ({"probability": 1.5}, {"token_share": -0.1}, {"token_share": (0.8, 0.2)}):
+    shares = (-0.1, 1.1, (0.8, 0.2), (0.8, 1.1))
+    for wrong in ({"probability": 1.1}, {"probability": -0.1}, *({"token_share": share} for share in shares)):
         with pytest.raises(ValueError, match="shares must lie in"):
             replace(SelfCorrection(), **wrong)
-    for wrong in ({"top_k": 0}, {"temperature": 0.0}):
+    for wrong in ({"top_k": 0}, {"temperature": 0.0}, {"temperature": -1.0}):
         with pytest.raises(ValueError, match="must be positive"):
             replace(SelfCorrection(), **wrong)

@@ -20,7 +20,8 @@ class ChatModel(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.status, self.asked, self.answers = 200, [], threading.Event()
         self.answers.set()
-        self.body = {"choices": [{"message": {"role": "assistant", "content": " a red apple\n"}}]}
+        answers = [{"role": "assistant", "content": text} for text in (" a red apple\n", "a second one")]
+        self.body = {"choices": [{"message": answer} for answer in answers]}
         self.address = f"http://127.0.0.1:{self.server_port}/v1"
 
 
@@ -97,6 +98,7 @@ def test_a_chat_model_that_hangs_holds_up_nobody_who_did_not_ask_for_it(tiny_mod
         (500, b"out of memory", "refuses to rewrite: HTTP Error 500.*out of memory"),
         (200, b"<html>", "answers with no message of a chat"),
         (200, {"choices": []}, "answers with no message of a chat"),
+        (200, {"choices": None}, "answers with no message of a chat"),
         (200, {"choices": [{"message": {"content": None}}]}, "answers with no message of a chat"),
         (200, {"choices": [{"message": {"content": " "}}]}, "answers with an empty prompt"),
     ],
@@ -107,7 +109,10 @@ def test_a_chat_model_that_fails_is_named(chat_model, status, body, message):
         Rewriting(chat_model.address, "writer")(PROMPT)
 
 
-def test_nobody_there(chat_model):
+def test_nobody_there(chat_model, monkeypatch):
+    monkeypatch.setattr(Handler, "send_response", lambda self, status: self.wfile.write(b"no line of HTTP\r\n"))
+    with pytest.raises(ConnectionError, match=f"nobody rewrites at {chat_model.address}"):
+        Rewriting(chat_model.address, "writer")(PROMPT)
     chat_model.server_close()
     with pytest.raises(ConnectionError, match=f"nobody rewrites at {chat_model.address}"):
         Rewriting(chat_model.address, "writer")(PROMPT)

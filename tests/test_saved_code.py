@@ -42,6 +42,16 @@ AutoProcessor.from_pretrained(NAME, **TRUST).save_pretrained("again")
         assert first["auto_map"] == again["auto_map"]
 
 
+def test_a_file_for_each_module_imports_its_classes(tiny_checkpoint):
+    maps = [json.loads((tiny_checkpoint / f"{name}.json").read_text()) for name in ("config", "processor_config")]
+    expected = {}
+    for reference in {reference for each in maps for reference in each["auto_map"].values()}:
+        module, name = reference.split(".")
+        expected.setdefault(f"{module}.py", set()).add(name)
+    found = {path.name: path.read_text().split(" import ")[1] for path in tiny_checkpoint.glob("*.py")}
+    assert {name: set(names.strip().split(", ")) for name, names in found.items()} == expected
+
+
 def test_a_pushed_model(tiny_checkpoint, tmp_path):
     """Each of the two ways to push, then loaded by its id, and saved into a folder that needs the Hub no more."""
     script = f"""

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from transformers_nextflow import evaluate
 from transformers_nextflow.evaluate import distance_of, reconstructions
 
 SIZES = [(24, 24), (32, 16), (24, 24), (40, 40), (32, 16), (24, 24)]  # width, height
@@ -110,6 +111,37 @@ def test_the_distance_is_frechets(tiny_model, tiny_processor, pictures):
         distance_of(reconstructions(*rebuild, pictures[:1]), fid.FrechetInceptionDistance(MeanColours()))
 
 
+class Brightness:
+    """Takes the place of torchmetrics' distance: how much brighter the real pictures are."""
+
+    def __init__(self):
+        self.pictures = {True: [], False: []}
+
+    def to(self, device: torch.device) -> "Brightness":
+        return self
+
+    def update(self, pictures: torch.Tensor, real: bool) -> None:
+        self.pictures[real] += list(pictures)
+
+    def compute(self) -> torch.Tensor:
+        mean = lambda pictures: torch.stack([each.double().mean() for each in pictures]).mean()  # noqa: E731
+        return mean(self.pictures[True]) - mean(self.pictures[False])
+
+
+def test_all_pictures_and_their_reconstructions_are_measured(
+    console, folder, tiny_model, tiny_processor, pictures, monkeypatch
+):
+    pairs = list(reconstructions(tiny_model.model.vq_model, tiny_processor.image_processor, pictures))
+    real, rebuilt = (np.mean([pair[part].double().mean() for pair in pairs]) for part in (0, 1))
+    count, found = distance_of(pairs, Brightness())
+    assert count == len(pictures) and found == pytest.approx(real - rebuilt) and found != 0
+    monkeypatch.setattr(evaluate, "inception_distance", lambda weights: Brightness())
+    assert f"{count} pictures  rFID {found:.3f}" in console("evaluate", "rfid", folder)[1]
+    assert distance_of(pairs[:2], Brightness())[0] == 2
+    with pytest.raises(ValueError, match="two pictures or more, got 1"):
+        distance_of(pairs[:1], Brightness())
+
+
 def test_inception_as_torch_fidelity_has_it(console, folder, tmp_path):
     """The network itself, its weights at random."""
     inception = pytest.importorskip(
@@ -159,7 +191,7 @@ def test_odd_folders(console, tmp_path):
 
 def test_files_that_pillow_only_writes_are_no_pictures(console, folder, pictures):
     pictures[0].save(folder / "0.pdf")
-    status, out, _ = console("evaluate", "psnr", folder, "--json")
+    status, out, _ = console("evaluate", "psnr", folder, "--json", "--batch-size", 1)
     assert status == 0 and json.loads(out)["pictures"] == len(pictures)
 
 

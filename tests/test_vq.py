@@ -233,7 +233,7 @@ def test_the_pixel_decoder_reads_the_pixel_half_alone(model):
         table.copy_(kept)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 32, 32), (3, 32, 32), (0, 3, 32, 32)])
+@pytest.mark.parametrize("shape", [(1, 1, 32, 32), (3, 32, 32), (0, 3, 32, 32), (1, 3, 1, 32, 32), (1, 4, 32, 32)])
 def test_wrong_channels_are_refused(model, shape):
     with pytest.raises(ValueError, match=r"must have the shape \(B, 3, H, W\), got"):
         model.encode(torch.zeros(shape))

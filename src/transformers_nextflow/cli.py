@@ -623,10 +623,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return its exit status; a user's error (bad value, missing file or package) is one
     line on stderr and status 2."""
     try:
-        program(argv, prog_name="transformers-nextflow")
+        return program(argv, prog_name="transformers-nextflow")  # whose own end is a SystemExit too
     except SystemExit as end:
         return int(end.code or 0)
     except (ValueError, OSError, ImportError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
-    return 0

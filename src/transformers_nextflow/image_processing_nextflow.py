@@ -297,8 +297,8 @@ class NextFlowImageProcessor(ProcessorBringsCode, PilBackend):
         """
         if not images:
             raise ValueError("give at least one picture, got none")
-        if resample not in list(Image.Resampling):
-            raise ValueError(f"resample must be one of Pillow's filters, 0 to 5, got {resample!r}")
+        if not isinstance(resample, int) or resample not in list(Image.Resampling):
+            raise ValueError(f"resample must be one of Pillow's, 0 to {max(Image.Resampling):d}, got {resample!r}")
         table = self.schedule_table()
         mean, std = (
             np.broadcast_to(v, 3)[:, None, None] for v in ((image_mean, image_std) if do_normalize else (0, 1))

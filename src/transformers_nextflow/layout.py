@@ -453,6 +453,6 @@ def text_positions(inputs: torch.Tensor, valid: torch.Tensor, past: int = 0) -> 
         valid: (B, past + L), 0 at padding.
         past: positions that a cache holds already.
     """
-    check_shape(inputs, attention_mask=valid[:, past:])
+    check_shape(inputs, attention_mask=valid[..., past:])
     valid = valid.bool()
     return (valid.cumsum(1) - 1).masked_fill(~valid, 0).float()[:, past:].expand(3, -1, -1)

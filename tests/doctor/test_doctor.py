@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from torch import nn
 from transformers import TrainerState, TrainingArguments
 
-from transformers_nextflow import SelfCorrection, cli
+from transformers_nextflow import SelfCorrection, cli, doctor
 from transformers_nextflow.data import ExtractionSettings, Source, extract
 from transformers_nextflow.data.shards import images_of, sequence_spec
 from transformers_nextflow.doctor import (
@@ -525,11 +525,20 @@ def test_the_command_writes_figures_and_a_report_and_exits_with_1_on_alarms(
         Image.effect_noise((24, 24), 60 + number).convert("RGB").save(tmp_path / f"{number}.png")
         (tmp_path / f"{number}.txt").write_text(f"picture {number}\n")
     assert [picture.caption for picture in read_pictures(tmp_path)] == ["picture 0", "picture 1", "picture 2"]
+    kept = []
+    monkeypatch.setattr(doctor, "examine", lambda *args, **kwargs: kept.append(examine(*args, **kwargs)) or kept[0])
     assert cli.main(["doctor", str(tiny_checkpoint), ".", "--json", "--report", "report"]) == 1
     figures = json.loads(capsys.readouterr().out)
     assert figures["fault"] == UNTRAINED
     assert {"check", "measured", "expected", "severity", "cause", "next_step"} <= set(figures["findings"][0])
     assert UNTRAINED in (tmp_path / "report" / "report.html").read_text()
+    with monkeypatch.context() as patched:
+        patched.setattr(doctor, "examine", lambda *args, **kwargs: kept[0])
+        assert cli.main(["doctor", str(tiny_checkpoint), "."]) == 1
+        out = capsys.readouterr().out
+        assert kept[0].first.check in out and out.endswith(f"{kept[0].seconds:.1f} s\n")
+        kept[0].findings[:] = [finding for finding in kept[0].findings if not finding.fault]
+        assert cli.main(["doctor", str(tiny_checkpoint), "."]) == 0
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "1.txt").write_bytes("ein Bär".encode("latin-1"))
     assert cli.main(["doctor", str(tiny_checkpoint), "."]) == 2
@@ -538,8 +547,14 @@ def test_the_command_writes_figures_and_a_report_and_exits_with_1_on_alarms(
     assert len(read_pictures(tmp_path)) == 3
     assert cli.main(["doctor", str(tiny_checkpoint), ".", "--report", "0.png"]) == 2
     assert "--report must be a folder, got the file 0.png" in capsys.readouterr().err
-    assert cli.main(["doctor", str(tiny_checkpoint), "nowhere"]) == 2
-    assert "there is no folder nowhere" in capsys.readouterr().err
+    for name in ("nowhere", "no/where/at-all"):
+        assert cli.main(["doctor", str(tiny_checkpoint), name]) == 2
+        assert f"there is no folder {name}" in capsys.readouterr().err
+    (tmp_path / "packs").mkdir()
+    (tmp_path / "packs" / "manifest.json").write_text("{}")
+    for name in (".", "packs"):
+        assert cli.main(["doctor", str(tiny_checkpoint), name, name]) == 2
+        assert "give one folder of shards and one of pictures" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     assert cli.main(["doctor", str(tiny_checkpoint), "empty"]) == 2
 

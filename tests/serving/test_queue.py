@@ -35,6 +35,7 @@ from tests.serving.servers import (
     running,
     until,
 )
+from transformers_nextflow.cli import Address
 from transformers_nextflow.serving.batching import Batcher
 from transformers_nextflow.serving.errors import RequestError
 from transformers_nextflow.serving.jobs import Answer, Job
@@ -282,8 +283,12 @@ def is_open(port: int) -> bool:
 
 @pytest.mark.parametrize(
     "option, value",
-    [("--port", 65536), ("--max-queue", 0), ("--max-body", -1), ("--api-key", "a b")],
+    [("--port", 65536), ("--port", -1), ("--max-queue", 0), ("--max-body", -1), ("--api-key", "a b")],
 )
 def test_odd_command_lines(console, option, value):
     status, _, err = console("serve", option, value)
     assert status == 2 and option in err
+
+
+def test_the_last_port_and_any_visible_key_may_be_named():
+    assert Address(port=65535, api_key="!k~").port == 65535
