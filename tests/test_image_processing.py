@@ -202,6 +202,9 @@ def test_errors_name_the_value(processor):
     for resample in (-1, max(Image.Resampling) + 1, 2.0):
         with pytest.raises(ValueError, match=rf"one of Pillow's, 0 to \d, got {resample}"):
             processor(noise(24, 24), resample=resample)
+    picture = noise(30, 24)
+    by = [processor(picture, resample=resample).pixel_values for resample in (np.int64(0), Image.Resampling.NEAREST)]
+    assert np.array_equal(*by)
     with pytest.raises(ValueError, match="mode F"):
         processor(Image.new("F", (24, 24)))
     with pytest.raises(ValueError, match="25x24"):

@@ -7,6 +7,7 @@ from base64 import decodebytes
 from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 from math import inf
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -297,7 +298,7 @@ class NextFlowImageProcessor(ProcessorBringsCode, PilBackend):
         """
         if not images:
             raise ValueError("give at least one picture, got none")
-        if not isinstance(resample, int) or resample not in list(Image.Resampling):
+        if not isinstance(resample, Integral) or resample not in list(Image.Resampling):
             raise ValueError(f"resample must be one of Pillow's, 0 to {max(Image.Resampling):d}, got {resample!r}")
         table = self.schedule_table()
         mean, std = (

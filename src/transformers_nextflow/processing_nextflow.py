@@ -108,10 +108,11 @@ class NextFlowProcessor(ProcessorBringsCode, ProcessorMixin):
         table, of_model = images.schedule_table(), config.vq_config.schedule_table()
         if table.patch_size != of_model.patch_size or table.levels != of_model.levels or [*table] != [*of_model]:
             raise ValueError("patch_size, scale_schedules and levels of the image processor must be the model's")
-        factor, mean, std = images.rescale_factor, images.image_mean, images.image_std
+        factor = images.rescale_factor
+        mean, std = (images.image_mean, images.image_std) if images.do_normalize else (0.0, 1.0)
         black, white = ((value - np.asarray(mean)) / std for value in (0, 255 * factor))
-        if not (images.do_normalize and np.allclose(black, -1) and np.allclose(white, 1)):
-            got = f"do_normalize {images.do_normalize}, rescale_factor {factor}, image_mean {mean} and image_std {std}"
+        if not (np.allclose(black, -1) and np.allclose(white, 1)):
+            got = f"rescale_factor {factor}, image_mean {mean} and image_std {std}"
             raise ValueError(f"the image processor must bring pictures to [-1, 1], as the model reads them, got {got}")
 
     @property
