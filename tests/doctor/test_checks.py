@@ -13,8 +13,7 @@ from torch import nn
 from transformers_nextflow import SelfCorrection
 from transformers_nextflow.doctor import Diagnosis, examination, examine, sampling, shards, tokenizer
 from transformers_nextflow.doctor.alterations import hooked
-from transformers_nextflow.doctor.case import CODES, Case, Document, Reading
-from transformers_nextflow.doctor.documents import ends, familiar, scales, varied
+from transformers_nextflow.doctor.case import Case, Document
 from transformers_nextflow.doctor.findings import Finding, difference, tolerance, z_score
 from transformers_nextflow.doctor.pictures import default_pictures
 from transformers_nextflow.doctor.weights import code_rows, copies, finite, values
@@ -222,58 +221,6 @@ def test_of_several_settings_or_none_self_correction_is_not_checked():
     assert shards.correction(TOY, corrected(0)).severity == "unchecked"
 
 
-def costing(targets: list[int], cost: float, scale: int = -1) -> Reading:
-    count = len(targets)
-    costs = torch.full((5, count), cost)
-    return Reading(torch.tensor(targets), torch.full((count,), scale), costs, torch.zeros(count))
-
-
-@pytest.mark.parametrize("cost, fault", [(0.2, None), (3.0, "worse than the unigram")])
-def test_losses_stand_beside_those_by_frequency_in_the_other_documents(cost, fault):
-    words = [[number % 2, 0, 0, 0] for number in range(16)]
-    readings = [costing(each, cost) for each in words] + [costing([3, 3], 0.1, scale=1) for _ in range(12)]
-    config = SimpleNamespace(text_vocab_size=4, vq_config=SimpleNamespace(codebook_size=8))
-    case = SimpleNamespace(readings=readings, config=config, curves={})
-    found = scales(TOY, case)
-    assert found.fault == fault
-    expected = []
-    for number, own in enumerate(words):
-        others = [word for at, each in enumerate(words) if at != number for word in each]
-        shares = {word: (others.count(word) + 0.5) / (len(others) + 0.5 * 4) for word in own}
-        expected.append(-np.mean([np.log(shares[word]) for word in own]))
-    assert f"text {cost:.2f} ({np.mean(expected):.2f})" in found.measured
-    alone = -np.log((22 + 0.5) / (22 + 0.5 * 8))
-    assert f"scale 2 0.10 ({alone:.2f})" in found.measured
-    assert case.curves["loss of each scale, nats a code"]["unigram"] == pytest.approx([alone], abs=1e-5)
-
-
-@pytest.mark.parametrize(
-    "supervised, cost, count, fault",
-    [
-        (1.0, 0.1, 12, None),
-        (0.7, 0.1, 20, "ends not supervised"),
-        (0.85, 0.1, 20, None),
-        (1.0, 5.0, 12, "texts cut short"),
-        (1.0, 5.0, 11, None),
-    ],
-)
-def test_ends_of_texts_are_supervised_and_expected(supervised, cost, count, fault):
-    end, words = 2, np.array([7, 8, 9, 2])
-    flags = [np.array([False, True, True, number < supervised * count]) for number in range(count)]
-    documents = [Document(words, each, [], []) for each in flags]
-    drawing = Document(np.array([7, 2]), np.array([True, True]), [], [True])  # which ends in no text
-    readings = [costing([8, 9, 2], 1.0) for _ in documents] + [costing([2], 9.0)]
-    for reading in readings[:-1]:
-        reading.costs_TN[:, 2] = cost
-    tokens = SimpleNamespace(tokenizer=SimpleNamespace(eos_token_id=end))
-    case = SimpleNamespace(documents=[*documents, drawing], readings=readings, processor=tokens)
-    found = ends(TOY, case)
-    assert found.fault == fault, found.measured
-    assert f"by their frequency {np.log(3):.2f}" in found.measured
-    case.documents = [drawing]
-    assert ends(TOY, case).severity == "unchecked"
-
-
 @pytest.fixture(scope="module")
 def tiny_case(random_model, tiny_processor):
     return Case(random_model, tiny_processor, default_pictures(random_model.model.schedules, 0, each=1))
@@ -388,60 +335,6 @@ def test_differences_are_those_of_the_largest():
     assert tolerance(torch.float32) == pytest.approx(3.45e-4, rel=0.01) and tolerance(torch.bfloat16) > 0.05
 
 
-def documents_of(count: int, change=lambda number, document: document) -> list[Document]:
-    """Which draw pictures of eight codes of their own after prompts of their own."""
-    rng = np.random.default_rng(0)
-    made = []
-    for number in range(count):
-        images = [((2, 2), rng.integers(0, 64, (1, 8)), np.zeros((0, 4), np.int64))]
-        plain = Document(np.array([10 + number, 5]), np.array([False, True]), images, [True])
-        made.append(change(number, plain))
-    return made
-
-
-def varied_of(documents: list[Document]) -> Finding:
-    """Of documents whose tokens are words of one letter, after the null prompt `[10]`."""
-    decode = lambda ids, skip_special_tokens: "".join(chr(97 + token % 26) for token in ids)  # noqa: E731
-    processor = SimpleNamespace(tokenizer=SimpleNamespace(decode=decode))
-    case = SimpleNamespace(documents=documents, processor=processor, compact=np.asarray, null_prompt=[10])
-    return varied(TOY, case)
-
-
-@pytest.mark.parametrize("copies, fault", [(0, None), (10, None), (11, "documents repeated")])
-def test_a_fifth_of_the_documents_may_be_copies(copies, fault):
-    documents = documents_of(50)
-    found = varied_of([*documents[: 50 - copies], *documents[:copies]])
-    assert found.fault == fault and f"{copies} of 50 documents are copies" in found.measured
-
-
-@pytest.mark.parametrize("times, fault", [(1, None), (12, None), (13, "one picture many times")])
-def test_a_picture_may_stand_twelve_times_among_few(times, fault):
-    one = documents_of(1)[0].images
-    found = varied_of(documents_of(60, lambda number, it: it._replace(images=one) if number < times else it))
-    assert found.fault == fault and f"of 60 pictures one stands {times} times" in found.measured
-
-
-@pytest.mark.parametrize("bare, fault", [(12, None), (13, "prompts without text")])
-def test_half_of_the_prompts_may_be_the_null_prompt(bare, fault):
-    flags = np.array([False, True])
-    found = varied_of(
-        documents_of(24, lambda number, it: it._replace(ids=np.array([10 + (number >= bare), 5]), flags=flags))
-    )
-    assert found.fault == fault and f"{bare} of 24 prompts of drawings are the null prompt" in found.measured
-
-
-@pytest.mark.parametrize("given, length, fault", [(4, 10, None), (5, 10, "answers given away"), (20, 9, None)])
-def test_a_fifth_of_the_answers_may_stand_in_their_prompts(given, length, fault):
-    def answer(number, document):
-        words = np.random.default_rng(number).integers(0, 26, 2 * length)
-        ids = np.concatenate([words[:length], words[:length] if number < given else words[length:]])
-        return Document(ids, np.arange(2 * length) >= length, [], [])
-
-    found = varied_of(documents_of(20, answer))
-    assert found.fault == fault
-    assert (f"{given} of 20 answers" if length == 10 else "0 of 0 answers") in found.measured
-
-
 @pytest.mark.parametrize("highest, is_missing", [(64, False), (56, False), (55, True), (32, True), (8, False)])
 @torch.no_grad()
 def test_an_eighth_of_the_table_may_be_without_use(highest, is_missing, tiny_model, tiny_processor):
@@ -546,26 +439,3 @@ def test_at_most_three_names_are_shown(count, shown):
     model[3].weight.data[0, 0] = torch.nan
     if count == 3:
         assert finite(TOY, SimpleNamespace(model=model)).measured == f"{shown[:-5]} and 1 more of 4 are not"
-
-
-@pytest.mark.parametrize("way", ["mirrored", "upside down", "with colours exchanged", "in negative", "transposed"])
-def test_pictures_that_were_turned_are_likelier_turned_back(way):
-    """Of a tokenizer whose codes are the pixels, and a model that knows every picture."""
-    pixels = [torch.randint(1, 64, (1, 3, 2, 2), generator=torch.Generator().manual_seed(seed)) for seed in range(24)]
-    stored = [tokenizer.turned(each)[way].flatten(1) for each in pixels]
-
-    def read(row):
-        is_known = any(torch.equal(row["image_codes"], each.flatten()) for each in pixels)
-        return costing([0] * 12, 0.1 if is_known else 3.0, scale=0)
-
-    def decode(codes, grid):
-        assert grid == (2, 2)
-        return codes.view(1, 3, 2, 2)
-
-    row_of = lambda document: dict.fromkeys(CODES, document.images[0][1][0])  # noqa: E731
-    documents = [Document(np.array([0]), np.array([True]), [((2, 2), codes, None)], [True]) for codes in stored]
-    both = [Reading(*(torch.cat(pair, dim=-1) for pair in zip(costing([1], 3.0, 0), costing([1], 3.0, 1))))] * 24
-    case = SimpleNamespace(documents=documents, readings=both, read=read, row_of=row_of)
-    case.decoded = lambda row: row["image_codes"][None]
-    case.vq_model = SimpleNamespace(decode=decode, encode=lambda pixels: pixels.flatten(1))
-    assert familiar(TOY, case).fault == f"pictures {way}"
