@@ -191,12 +191,12 @@ def test_a_batch_has_as_many_pictures_as_allowed_or_one_request():
 
 def test_an_answer_grows_token_by_token():
     """Marks of pictures part its texts, spaces at their ends and halves of a character are left out."""
-    boi, eoi, told = 1, 2, []
-    letters = {10: " a", 11: "b ", 12: "c", 13: "\ufffd", 14: ""}
+    boi, eoi, told = 5, 2, []
+    letters = {3: " a", 11: "b ", 12: "c", 13: "\ufffd", 14: ""}
     decode = lambda ids, skip_special_tokens: "".join(map(letters.get, ids)) if skip_special_tokens else "?"  # noqa: E731
     growing = Growing(SimpleNamespace(boi_token_id=boi, eoi_token_id=eoi), SimpleNamespace(decode=decode), told.append)
     growing.put(torch.tensor([7, 8, boi]))  # the prompt
-    for token in (14, 10, 11, 13, boi, eoi, 12, boi, eoi, 13):
+    for token in (14, 3, 11, 13, boi, eoi, 12, boi, eoi, 13):
         growing.put(torch.tensor([token]))
     growing.end()
     assert told[:4] == [[], ["a"], ["ab"], ["ab "]]
