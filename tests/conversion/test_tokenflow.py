@@ -17,8 +17,6 @@ from transformers_nextflow import NextFlowImageProcessor, NextFlowVQConfig, Next
 from transformers_nextflow.cli import main as command
 from transformers_nextflow.conversion.checkpoints import check_keys
 from transformers_nextflow.conversion.tokenflow import (
-    CLIP_EDGES,
-    CLIP_LEVELS,
     Shapes,
     config_of,
     convert,
@@ -28,6 +26,11 @@ from transformers_nextflow.conversion.tokenflow import (
 
 FIXTURES = Path(__file__).parents[3] / "shared/fixtures"
 needs_fixtures = pytest.mark.skipif(not FIXTURES.exists(), reason="the fixtures are not beside the repository")
+
+
+# of TokenFlow's configurations
+CLIP_EDGES, CLIP_LEVELS = [1, 2, 4, 6, 8, 10, 12, 14, 16], {"224": 8, "256": 9}
+SIGLIP_EDGES = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 17, 22, 27]
 
 
 def main(arguments: list[str]) -> int:
@@ -178,6 +181,38 @@ def test_sizes_are_read_from_the_tensors(tmp_path):
     converted = convert(tmp_path / "clip.pt", encoder_heads=2, decoder_heads=8)
     assert converted.config.semantic_config.num_attention_heads == 2
     assert converted.config.semantic_decoder_config.num_attention_heads == 8
+
+
+def test_the_siglip_variant_reads_one_size_and_says_its_scaling(tmp_path):
+    shown = {"model_type": "siglip_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    shown |= {"num_attention_heads": 4, "patch_size": 14, "image_size": 384, "vision_use_head": False}
+    sizes = clip_model().config.to_dict()
+    sizes["semantic_decoder_config"]["image_size"] = 27
+    schedules = {"scale_schedules": [[[edge, edge] for edge in SIGLIP_EDGES]], "levels": {"384": 15}}
+    own = {"semantic_config": shown, "semantic_feature_layer": -2, "image_size": 384}
+    model = NextFlowVQModel(NextFlowVQConfig(**sizes | schedules | own))
+    state = tokenflow_state(model)
+    shift, scale = (state[f"scaling_layer.{name}"] for name in ("shift", "scale"))
+    assert shift.shape == scale.shape == (1, 3, 1, 1) and state["quantize.codebook_used"].shape == (131072,)
+    torch.save(state, tmp_path / "siglip.pt")
+    converted = convert(tmp_path / "siglip.pt")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(converted.state_dict()[name], tensor), name
+    scaling = {"semantic_mean": shift.flatten().tolist(), "semantic_deviation": scale.flatten().tolist()}
+    assert converted.config.to_dict() == NextFlowVQConfig(**sizes | schedules | own | scaling).to_dict()
+    torch.save({name: each for name, each in state.items() if name != "scaling_layer.scale"}, tmp_path / "siglip.pt")
+    with pytest.raises(ValueError, match="lacks scaling_layer.scale of 4 dimensions"):
+        convert(tmp_path / "siglip.pt")
+
+
+def test_heads_are_those_of_the_released_sizes(state):
+    """Of wide models; heads are no tensors."""
+    shapes = {name: torch.empty(tensor.shape, device="meta") for name, tensor in state.items()}
+    shapes["encoder_vqkd.conv1.weight"] = torch.empty(512, 3, 16, 16, device="meta")
+    shapes["decoder_vqkd.patch_embed.proj.weight"] = torch.empty(768, 12, 1, 1, device="meta")
+    config = config_of(shapes, Shapes(shapes))
+    assert config.semantic_config.num_attention_heads == 512 // 64
+    assert config.semantic_decoder_config.num_attention_heads == 12
 
 
 @pytest.fixture(scope="module")

@@ -100,7 +100,7 @@ def fault_found(check, model, processor, packs=None) -> str | None:
 def test_a_new_model_with_its_shards_is_called_untrained_and_nothing_else_fails(diagnosis):
     assert faults(diagnosis, severity="error") == set(), to_text(diagnosis)
     assert faults(diagnosis, "shards") == set()
-    assert UNTRAINED in faults(diagnosis)
+    assert UNTRAINED in faults(diagnosis) and "the code raises" not in faults(diagnosis)
     assert all((each.measured, each.expected, each.cause, each.next_step) for each in diagnosis.alarms)
     names = [(finding.part, finding.check) for finding in diagnosis.findings]
     assert len(set(names)) == len(names) > 20
@@ -111,6 +111,7 @@ def test_without_shards_the_headline_says_what_was_not_checked(tiny_model, tiny_
     before = copy.deepcopy(model.state_dict())
     diagnosis = examine_tiny(model, tiny_processor, pictures=default_pictures(model.model.schedules, 0, each=4))
     assert faults(diagnosis, severity="error") == set() and UNTRAINED in faults(diagnosis), to_text(diagnosis)
+    assert "the code raises" not in faults(diagnosis)
     assert "Not checked: files, whose, frames, varied, codes, " in diagnosis.headline
     assert "(no shards were given)" in diagnosis.headline
     assert diagnosis.headline in " ".join(to_text(diagnosis).split())
@@ -237,10 +238,19 @@ def test_documents_that_are_copies_are_named(tiny_model, tiny_processor, packs, 
     assert fault_found(varied, tiny_model, tiny_processor, folder) == "documents repeated"
 
 
+def test_some_thousand_documents_are_looked_through(tiny_model, tiny_processor, packs, tmp_path):
+    folder = Path(shutil.copytree(packs, tmp_path / "packs"))
+    case = Case(tiny_model, tiny_processor, [], packs)
+    rewrite(folder, lambda row: None, lambda rows: rows * (5000 // len(case.documents)))
+    assert 4096 <= len(Case(tiny_model, tiny_processor, [], folder).documents) < 4120
+
+
 def test_cut_shards_and_those_of_another_tokenizer_are_named(tiny_model, tiny_processor, packs, tmp_path):
     folder = Path(shutil.copytree(packs, tmp_path / "packs"))
     file = next((folder / "data").glob("*.arrow"))
     file.write_bytes(file.read_bytes()[:-8])
+    assert fault_found(shards.files, tiny_model, tiny_processor, folder) == "damaged shards"
+    file.unlink()
     assert fault_found(shards.files, tiny_model, tiny_processor, folder) == "damaged shards"
     other = copy.deepcopy(tiny_model)
     with torch.no_grad():
@@ -557,6 +567,9 @@ def test_the_command_writes_figures_and_a_report_and_exits_with_1_on_alarms(
         assert "give one folder of shards and one of pictures" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     assert cli.main(["doctor", str(tiny_checkpoint), "empty"]) == 2
+    for number in range(50):
+        Image.new("RGB", (1, 1)).save(tmp_path / "empty" / f"{number}.bmp")
+    assert len(read_pictures("empty")) == 48
 
 
 def test_the_callback_leaves_training_as_it_was(tiny_model, tiny_processor, tmp_path, monkeypatch):

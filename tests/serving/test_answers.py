@@ -147,6 +147,12 @@ def test_an_answer_that_ends_by_itself_says_so(address, tiny_model, tiny_process
     response = client(address).chat.completions.create(model="tiny", messages=sent("a star"))
     handle.remove()
     assert response.choices[0].finish_reason == "stop" and response.choices[0].message.content == ""
+    assert response.choices[0].index == 0 and response.usage.completion_tokens == 1
+    tokens = iter([10, end])
+    handle = tiny_model.lm_head.register_forward_hook(lambda module, args, logits: likely(logits, next(tokens)))
+    response = client(address).chat.completions.create(model="tiny", messages=sent("a star"))
+    handle.remove()
+    assert response.choices[0].finish_reason == "stop" and response.usage.completion_tokens == 2
 
 
 def likely(logits: torch.Tensor, token: int) -> torch.Tensor:
@@ -166,6 +172,11 @@ def test_a_chat_answers_with_a_picture(address, tiny_model, tiny_processor):
     content = [image(TALL), text("make it yellow")]
     expected = draw(tiny_model, tiny_processor, content, seed=6, height=32, width=16, guidance_scale=1.5)
     assert parts_of(response) == ("![](picture-0)", expected)
+    assert response.choices[0].finish_reason == "stop"
+    inputs = tiny_processor.apply_chat_template([{"role": "user", "content": content}], generation_mode="image")
+    cost = response.usage
+    assert (cost.prompt_tokens, cost.completion_tokens) == (inputs["input_ids"].shape[1], 1 + 4 + 8)
+    assert cost.total_tokens == cost.prompt_tokens + cost.completion_tokens
 
 
 def test_a_chat_answers_in_text_and_pictures(address, tiny_model, tiny_processor):

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.serving.servers import client, data_url, mask, openai, photo, png, running
+from tests.serving.servers import client, data_url, mask, metric, openai, photo, png, running
 from transformers_nextflow import (
     NextFlowForConditionalGeneration,
     NextFlowImageProcessor,
@@ -457,16 +457,16 @@ def test_bodies_that_are_too_large(address):
     connection.putheader("Content-Length", str(2**20 + 1))
     connection.endheaders()  # refused before the body comes
     assert connection.getresponse().status == 413
-    connection = http.client.HTTPConnection(host)
-    connection.request(
-        "POST",
-        "/v1/images/generations",
-        iter([b" " * 2**19, b" " * 2**19, b" "]),
-        {"Content-Type": "application/json"},
-        encode_chunked=True,
-    )
-    response = connection.getresponse()
-    assert response.status == 413 and json.loads(response.read())["error"]["message"]
+    half = b" " * 2**19
+    for chunks, status in (([half, half, b" "], 413), ([half, half], 400)):  # the second is of no more than is allowed
+        connection = http.client.HTTPConnection(host)
+        kind = {"Content-Type": "application/json"}
+        connection.request("POST", "/v1/images/generations", iter(chunks), kind, encode_chunked=True)
+        response = connection.getresponse()
+        assert response.status == status and json.loads(response.read())["error"]["message"]
+    assert refusal(posted(address, "images/generations", half + half))[0] == 400
+    seconds = metric(address, 'nextflow_request_seconds_sum{path="/v1/images/generations"}')
+    assert 0 < seconds < 600 * metric(address, 'nextflow_request_seconds_count{path="/v1/images/generations"}')
 
 
 def test_a_chat_that_the_models_template_does_not_take(tiny_model, tiny_processor):

@@ -181,6 +181,7 @@ def _other_settings(case: Case) -> Iterator[Alteration]:
     config, decoder = case.config, case.model.model.language_model
     rotary, attention = decoder.rotary_emb, decoder.layers[0].self_attn
     half = len(rotary.inv_freq)
+    first, second = half // 4, 3 * half // 8
     places = torch.arange(half, device=rotary.inv_freq.device) / half
     is_default, bases = rotary.rope_type == "default", (1e-3, 1e-2, 0.1, 10, 100, 1e3)
     others = [rotary.inv_freq * factor**-places for factor in bases if is_default]
@@ -189,7 +190,7 @@ def _other_settings(case: Case) -> Iterator[Alteration]:
         *(("feature mode", config, "feature_mode", mode) for mode in ("accumulated", "residual")),
         ("position scale", config, "position_scale", None),
         ("rotary sections", rotary, "mrope_section", [1] * half),
-        ("rotary sections", rotary, "mrope_section", [half // 4, 3 * half // 8, half - half // 4 - 3 * half // 8]),
+        ("rotary sections", rotary, "mrope_section", [first, second, half - first - second]),
         *(("rotary base", rotary, "inv_freq", frequencies) for frequencies in others),
     ]
     for name, *changed in settings:
@@ -227,8 +228,7 @@ def _of_all_layers(case: Case) -> Iterator[Alteration]:
     for what, step in (("more", 1), ("less", -1)):  # some libraries keep how far weights are from 1
         change = lambda it, inputs, _, step=step: F.rms_norm(inputs[0], it.weight.shape, it.weight + step)  # noqa: E731
         yield Alteration.of(f"with weights of all norms one {what}", "wrong offset of norms", change, *norms)
-    biased = [kind for kind, members in kinds.items() if getattr(members[0], "bias", None) is not None]
-    for kind in biased:
+    for kind in (kind for kind, members in kinds.items() if getattr(members[0], "bias", None) is not None):
         change = lambda module, inputs, output: output - module.bias  # noqa: E731
         yield Alteration.of(f"without the biases of {kind}", "wrong biases", change, *kinds[kind])
     turned = lambda module, inputs, _: F.linear(inputs[0].to(module.weight), module.weight.T, module.bias)  # noqa: E731
@@ -237,7 +237,7 @@ def _of_all_layers(case: Case) -> Iterator[Alteration]:
         square = [x for x in linear if x.weight.shape == 2 * (x.in_features,) and x.weight.is_floating_point()]
         yield Alteration.of(f"with square matrices of {where} transposed", "transposed weights", turned, *square)
     order = torch.arange(layers[0].self_attn.head_dim).view(2, -1).T.flatten()
-    for what, of_biases in (("q and k", False), ("the biases of q and k", True))[: 1 + ("q_proj" in biased)]:
+    for what, of_biases in (("q and k", False), ("the biases of q and k", True)):
         for way in (order, order.argsort()):
             change = partial(_rotated, order=way, of_biases=of_biases)
             members = kinds["q_proj"] + kinds["k_proj"]

@@ -205,7 +205,7 @@ def familiar(check: Finding, case: Case) -> Finding:
     by_pictures = mean > SURPRISING / 2 and z_score(whole) > SIGNIFICANT or outliers > FEW * len(whole)
     is_strange, first = bool(strange or by_pictures), next(iter(strange), "")
     usual = max((mean for name, mean in means.items() if name != first), default=0.0)
-    is_one_scale = len(strange) == 1 and first != "text" and usual < SURPRISING / 2 < 2 < means[first]
+    is_one_scale = len(strange) == 1 and first != "text" and usual < SURPRISING / 2 and means[first] > 2
     what = "pictures" if "text" not in strange else "texts" if len(strange) == 1 else "documents"
     way = _likelier(case, mean) if is_strange and what == "pictures" and not is_one_scale else None
     is_of_texts = not by_pictures and z_score(apart) > SIGNIFICANT and float(apart.mean()) > SURPRISING
