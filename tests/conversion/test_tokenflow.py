@@ -200,6 +200,8 @@ def test_the_siglip_variant_reads_one_size_and_says_its_scaling(tmp_path):
         assert torch.equal(converted.state_dict()[name], tensor), name
     scaling = {"semantic_mean": shift.flatten().tolist(), "semantic_deviation": scale.flatten().tolist()}
     assert converted.config.to_dict() == NextFlowVQConfig(**sizes | schedules | own | scaling).to_dict()
+    wide = {"encoder_vqkd.vision_model.embeddings.patch_embedding.weight": torch.empty(1152, 3, 14, 14)}
+    assert config_of(state, Shapes(state | wide)).semantic_config.num_attention_heads == 16  # of the released size
     torch.save({name: each for name, each in state.items() if name != "scaling_layer.scale"}, tmp_path / "siglip.pt")
     with pytest.raises(ValueError, match="lacks scaling_layer.scale of 4 dimensions"):
         convert(tmp_path / "siglip.pt")
