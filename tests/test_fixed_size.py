@@ -196,7 +196,6 @@ def config(**changes) -> NextFlowVQConfig:
     [
         ({"image_size": 60}, r"needs exactly one scale schedule, which ends in the grid \(4, 4\)"),
         ({"scale_schedules": None}, "needs exactly one scale schedule"),
-        ("needs exactly one scale schedule",),
         ({"scale_schedules": [[[1, 1], [2, 2], [3, 3]]] * 2}, "needs exactly one scale schedule"),
         ({"scale_schedules": [[[1, 1], [2, 2], [3, 4]]]}, "needs exactly one scale schedule"),
         ({"levels": {"20": 2, "40": 3}}, "needs exactly one scale schedule"),
