@@ -23,6 +23,9 @@ SCHEDULES = [
 ]
 LEVELS = {"24": 3}
 PATCH_SIZE = 8
+# Workers of data that stay are ended with their loader, by a collection of garbage; their pipes are often collected
+# before, and each is waited for as long as this
+torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.5
 LONG = ("test_wheel.py", "test_from_pictures_to_a_model.py", "test_sharding.py")  # of few tests
 
 

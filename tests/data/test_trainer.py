@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import itertools
 import json
+from multiprocessing import active_children
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -356,17 +357,31 @@ def test_held_out_packs_alone_are_evaluated(dataset, data_model, tmp_path):
     assert alone["eval_a_loss"] == both["eval_loss"]
 
 
-def test_datasets_by_name_are_told_apart_by_workers_that_stay(dataset, data_model, tmp_path):
-    """The Trainer keeps the loaders of all of them under one name."""
+def test_datasets_are_told_apart_by_workers_that_stay(dataset, data_model, tmp_path):
+    """The Trainer keeps one loader for all datasets without a name; those with one keep theirs."""
     halves = {name: Subset(dataset, range(at, 8, 2)) for at, name in enumerate(("even", "odd"))}
-    losses = []
+    losses, before = [], active_children()
+    started = lambda: len({*active_children()} - {*before})  # noqa: E731
     for workers in ({}, {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}):
         arguments = NextFlowTrainingArguments(str(tmp_path), use_cpu=True, report_to="none", **workers)
         trainer = NextFlowTrainer(data_model, arguments, PackCollator(dataset), eval_dataset=halves)
-        losses.append([trainer.evaluate()[f"eval_{name}_loss"] for name in halves])
+        for _ in range(2):
+            losses.append([trainer.evaluate()[f"eval_{name}_loss"] for name in halves])
+        of_names = started()
         losses.append([trainer.evaluate(half)["eval_loss"] for half in halves.values()])
+        assert trainer.evaluate(halves["odd"])["eval_loss"] == losses[-1][1]
+    assert (of_names, started()) == (len(halves), 2 * len(halves))
     assert losses[0][0] != losses[0][1]
-    assert losses[1:] == [losses[0]] * 3
+    assert losses[1:] == [losses[0]] * 5
+
+
+def test_the_one_dataset_is_told_from_others_by_workers_that_stay(dataset, data_model, tmp_path):
+    kept = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    arguments = NextFlowTrainingArguments(str(tmp_path), use_cpu=True, report_to="none", **kept)
+    half = Subset(dataset, range(4))
+    trainer = NextFlowTrainer(data_model, arguments, PackCollator(dataset), eval_dataset=half)
+    losses = [trainer.evaluate(each)["eval_loss"] for each in (None, half, dataset, None)]
+    assert losses[0] == losses[1] == losses[3] != losses[2]
 
 
 def test_other_datasets_than_packs_are_named(dataset, data_model, tmp_path):

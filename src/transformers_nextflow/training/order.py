@@ -166,9 +166,15 @@ class OrderedTrainer(SavingTrainer):
         """An item of an evaluation that does not count."""
         raise NotImplementedError
 
+    _unnamed: Dataset | None = None
+
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None):
-        """See `Trainer.get_eval_dataloader`, which would keep the loaders of several datasets under one name."""
-        self._eval_dataloaders = {}
+        """See `Trainer.get_eval_dataloader`, which takes one loader of workers that stay for all unnamed datasets."""
+        if not isinstance(eval_dataset, str):
+            unnamed = self.eval_dataset if eval_dataset is None else eval_dataset
+            if unnamed is not self._unnamed:
+                vars(self).get("_eval_dataloaders", {}).pop("eval", None)
+            self._unnamed = unnamed
         return super().get_eval_dataloader(eval_dataset)
 
     def _get_dataloader(self, dataset, description, batch_size, sampler_fn=None, is_training=False, **kwargs):

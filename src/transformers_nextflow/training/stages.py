@@ -6,7 +6,7 @@ from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import yaml
+from yaml import YAMLError, safe_load
 
 from ..modeling_nextflow import NextFlowForConditionalGeneration
 
@@ -109,8 +109,8 @@ def load_stages(path: str | Path | None = None) -> dict[str, Stage]:
         ValueError: naming the stage and what it lacks or has too much, or the file if it holds no such list.
     """
     try:
-        listed = yaml.safe_load((Path(path) if path else files(__package__).joinpath("stages.yaml")).read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        listed = safe_load((Path(path) if path else files(__package__).joinpath("stages.yaml")).read_text())
+    except (YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no YAML file: {error}") from error
     if not isinstance(listed, list) or not all(isinstance(values, dict) for values in listed):
         raise ValueError(f"{path} must hold a list of stages, each with its fields")
