@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -35,12 +36,6 @@ from benchmarks.reached import Reached, run_all
 
 ROOT = Path(__file__).parents[1]
 BUDGET = 90.0  # seconds of tests for a fault
-# what the package imports, some of it late
-LIBRARIES = (
-    "datasets diffusers fastapi hypothesis matplotlib.pyplot peft torch._dynamo transformers.trainer trl typer "
-    "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl transformers.models.siglip.modeling_siglip "
-    "trl.trainer.grpo_trainer trl.trainer.sft_trainer trl.trainer.dpo_trainer"
-).split()
 Span = tuple[tuple[int, int], tuple[int, int]]  # (line, column) of begin and end
 
 
@@ -92,10 +87,8 @@ def are_passed(tests: list[str], output: Path) -> bool:
     process = multiprocessing.get_context("fork").Process(target=run_tests, args=(output,))
     process.start()
     process.join(120 + 5 * BUDGET)
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)  # with all that its tests have left
-    except ProcessLookupError:
-        pass
     process.join()
     return process.exitcode == 0
 
@@ -116,6 +109,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file (default: runs/mutants/seed-SEED.json)")
     args = parser.parse_args()
     output = (args.output or ROOT / f"runs/mutants/seed-{args.seed}.json").resolve()
+    output.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory() as name:
         folder = Path(name)
         found = ROOT / "runs/mutants" / copy_repository(folder)
@@ -126,8 +120,9 @@ def main() -> None:
         own = ("", str(ROOT), str(ROOT / "src"))
         sys.path[:] = [f"{folder}/src", name, *(path for path in sys.path if path not in own)]
         sys.dont_write_bytecode = True  # a fault may come faster than the clock of files ticks
-        for library in LIBRARIES:
-            importlib.import_module(library)
+        for library in importlib.import_module("tests.fresh").IMPORTED:  # of the copy, as all that tests import
+            with suppress(ImportError):  # of an extra
+                importlib.import_module(library)
         reached, report = Reached(found), resumed(output, code=found.name, seed=args.seed, files=args.files)
         files = args.files or sorted(str(path) for path in Path("src").rglob("*.py"))
         for fault in sample(files, args.number, args.seed)[len(report["survivors"] + report["noticed"]) :]:

@@ -391,6 +391,7 @@ def extents_of(tokens, pairs=None, targets=None) -> Extents:
     [
         (ComputeBudget(100, fill=1.0), extents_of([1] * 1000), 1, 11),  # at most 97% full
         (ComputeBudget(100), extents_of([51] * 105), 1, 105),  # no two of which find room in a pack
+        (ComputeBudget(100), extents_of([51] * 106), 1, 106),  # which steps of 2% pass over
         (ComputeBudget(100), extents_of([51] * 105), 7, 105),
         (ComputeBudget(100, budget=10), extents_of([10] * 10), 1, 10),
         (ComputeBudget(100, budget=40), extents_of([10] * 100), 1, 25),

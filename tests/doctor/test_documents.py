@@ -20,6 +20,11 @@ def costing(targets: list[int], cost: float, scale: int = -1) -> Reading:
     return Reading(torch.tensor(targets), torch.full((count,), scale), costs, torch.zeros(count))
 
 
+def together(*readings: Reading) -> Reading:
+    """The positions of all of them, of one document."""
+    return Reading(*(torch.cat(each, dim=-1) for each in zip(*readings)))
+
+
 @pytest.mark.parametrize("cost, fault", [(0.2, None), (3.0, "worse than the unigram")])
 def test_losses_stand_beside_those_by_frequency_in_the_other_documents(cost, fault):
     words = [[number % 2, 0, 0, 0] for number in range(16)]
@@ -187,7 +192,7 @@ def test_pictures_that_were_turned_are_likelier_turned_back(way):
 
     row_of = lambda document: dict.fromkeys(CODES, document.images[0][1][0])  # noqa: E731
     documents = [Document(np.array([0]), np.array([True]), [((2, 2), codes, None)], [True]) for codes in stored]
-    both = [Reading(*(torch.cat(pair, dim=-1) for pair in zip(costing([1], 3.0, 0), costing([1], 3.0, 1))))] * 24
+    both = [together(costing([1], 3.0, 0), costing([1], 3.0, 1))] * 24
     case = SimpleNamespace(documents=documents, readings=both, read=read, row_of=row_of)
     case.decoded = lambda row: row["image_codes"][None]
     case.vq_model = SimpleNamespace(decode=decode, encode=lambda pixels: pixels.flatten(1))
@@ -216,7 +221,7 @@ def test_what_turns_pictures_back_saves_half_of_what_they_cost_too_much(gain, sp
         Document(np.array([n]), np.array([True]), [((2, 2), it.flatten(1), None)], [True])
         for n, it in enumerate(pixels)
     ]
-    both = [Reading(*(torch.cat(pair, dim=-1) for pair in zip(costing([1], 3.0, 0), costing([1], 3.0, 1))))] * 24
+    both = [together(costing([1], 3.0, 0), costing([1], 3.0, 1))] * 24
     case = SimpleNamespace(documents=documents, readings=both, read=read, row_of=row_of)
     case.decoded = lambda row: row["image_codes"][None]
     case.vq_model = SimpleNamespace(
@@ -323,7 +328,7 @@ def conditions_of(documents: list[Document], rises=None) -> tuple[Finding, int]:
         if not len(codes):
             return costing([5, 6], 1.0 + next(rises, 1.0))
         wrong = float(prompt + 100 != codes[4]) + float(codes[0] + 100 != codes[4])
-        return Reading(*(torch.cat(pair, dim=-1) for pair in zip(costing([1], 1.0 + wrong, 0), costing([1], 7.0))))
+        return together(costing([1], 1.0 + wrong, 0), costing([1], 7.0))
 
     def row_of(document):
         codes = [torch.from_numpy(targets[0]) for _, targets, _ in document.images]

@@ -33,43 +33,30 @@ def chatted(**given) -> ChatRequest:
 
 
 @pytest.mark.parametrize(
-    "name, allowed, refused",
+    "request_of, name, allowed, refused",
     [
-        ("prompt", ["a", "a" * 32_000], ["", "a" * 32_001]),
-        ("negative_prompt", ["", "a" * 32_000], ["a" * 32_001]),
-        ("user", ["", "a"], [5]),
-        ("n", [1, 2], [0]),
-        ("seed", [0, 2**63 - 1], [-1, 2**63]),
-        ("guidance_scale", [0.0, 1.0, 100.0], [-0.01, 100.01]),
-        ("temperature", [0.0, 2.0], [-0.01, 2.01]),
-        ("top_k", [0, 1, 2**31 - 1], [-1, 2**31]),
-        ("top_p", [1e-6, 1.0], [0.9e-6, 1.01]),
+        (asked, "prompt", ["a", "a" * 32_000], ["", "a" * 32_001]),
+        (asked, "negative_prompt", ["", "a" * 32_000], ["a" * 32_001]),
+        (asked, "user", ["", "a"], [5]),
+        (asked, "n", [1, 2], [0]),
+        (asked, "seed", [0, 2**63 - 1], [-1, 2**63]),
+        (asked, "guidance_scale", [0.0, 1.0, 100.0], [-0.01, 100.01]),
+        (asked, "temperature", [0.0, 2.0], [-0.01, 2.01]),
+        (asked, "top_k", [0, 1, 2**31 - 1], [-1, 2**31]),
+        (asked, "top_p", [1e-6, 1.0], [0.9e-6, 1.01]),
+        (chatted, "max_tokens", [1, 2], [0]),
+        (chatted, "max_completion_tokens", [1, 2], [0]),
+        (chatted, "max_images", [1, 2], [0]),
+        (chatted, "n", [1], [0, 2]),
+        (chatted, "modalities", [["text"], ["image", "text"]], [[], ["text", "text"], ["text", "image", "text"]]),
     ],
 )
-def test_bounds_of_what_is_asked(name, allowed, refused):
+def test_bounds_of_what_is_asked(request_of, name, allowed, refused):
     for value in allowed:
-        assert getattr(asked(**{name: value}), name) == value
+        assert getattr(request_of(**{name: value}), name) == value
     for value in refused:
         with pytest.raises(ValidationError, match=name):
-            asked(**{name: value})
-
-
-@pytest.mark.parametrize(
-    "name, allowed, refused",
-    [
-        ("max_tokens", [1, 2], [0]),
-        ("max_completion_tokens", [1, 2], [0]),
-        ("max_images", [1, 2], [0]),
-        ("n", [1], [0, 2]),
-        ("modalities", [["text"], ["image", "text"]], [[], ["text", "text"], ["text", "image", "text"]]),
-    ],
-)
-def test_bounds_of_a_chat(name, allowed, refused):
-    for value in allowed:
-        assert getattr(chatted(**{name: value}), name) == value
-    for value in refused:
-        with pytest.raises(ValidationError, match=name):
-            chatted(**{name: value})
+            request_of(**{name: value})
 
 
 def test_without_chance_only_what_changes_nothing_is_taken():

@@ -162,11 +162,11 @@ class OrderedTrainer(SavingTrainer):
     Devices share an evaluation, or a prediction, by [`EvenShares`].
     """
 
+    _unnamed: Dataset | None = None  # that a loader may be kept of
+
     def blank(self, item: dict) -> dict:
         """An item of an evaluation that does not count."""
         raise NotImplementedError
-
-    _unnamed: Dataset | None = None
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None):
         """See `Trainer.get_eval_dataloader`, which takes one loader of workers that stay for all unnamed datasets."""
