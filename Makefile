@@ -18,12 +18,13 @@ runs/emoji/data: | $(INSTALLED)
 	$(PYTHON) -m pip install -c constraints.txt -e '.[emoji]'
 	PYTHONPATH=src:. $(PYTHON) -m examples.emoji.data --output $@
 
-# two files at a time in the order of tests/conftest.py, one thread each: what is tested is tiny
+# three files at a time in the order of tests/conftest.py, one thread each: what is tested is tiny, and waits are filled.
+# Bytecode is kept, also where the environment says otherwise: hundreds of processes of tests import the package
 test: $(INSTALLED)
 	$(MAKE) --jobs 2 lint tests
 
 tests: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(PYTHON) -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
 
 # those that take minutes each, and what others show already in a cheaper form
 slow-tests: $(INSTALLED)

@@ -44,7 +44,7 @@ def run_all(folder: Path, output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     settings, data = output / "settings.ini", output / "lines.sqlite"
     settings.write_text(SETTINGS.format(folder=folder, data=data))
-    options = ["-q", "-n", "2", "-p", "benchmarks.reached"]
+    options = ["-q", "-n", "3", "-p", "benchmarks.reached"]
     options += [f"--cov-config={settings}", "--cov", "--cov-context=test", "--cov-report="]
     noted = output / "partial.json"
     environment = os.environ | {"OMP_NUM_THREADS": "1", NOTED: str(noted)}

@@ -45,6 +45,7 @@ def test_without_a_gpu_there_are_no_figures(capsys):
     assert captured.out == "" and "there is no GPU" in captured.err
 
 
+@pytest.mark.slow
 def test_what_is_taken_away_changes_no_picture(drawing):
     """Otherwise seconds would be compared of different work."""
     expected = drawing.tokens()
