@@ -32,10 +32,12 @@ class HubStandIn:
         environment |= {"HF_HOME": self.cache.name}
         return environment | {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1"}
 
-    def create(self, body: dict) -> dict:
+    def create(self, body: dict) -> tuple[dict, int]:
+        """A repository, and the status of the answer: another where there is one of its name."""
         repo_id = f"{body['organization']}/{body['name']}"
+        status = 409 if repo_id in self.repositories else 200
         self.repositories.setdefault(repo_id, {})
-        return {"url": f"{self.url}/{repo_id}", "id": repo_id, "name": repo_id}
+        return {"url": f"{self.url}/{repo_id}", "id": repo_id, "name": repo_id}, status
 
     def preupload(self, repo_id: str, body: dict) -> dict:
         files = []
@@ -100,8 +102,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(content)
 
-    def answer_json(self, values) -> None:
-        self.answer(200, json.dumps(values).encode(), Content_Type="application/json")
+    def answer_json(self, values, status: int = 200) -> None:
+        self.answer(status, json.dumps(values).encode(), Content_Type="application/json")
 
     def parts(self) -> list[str]:
         path = unquote(urlsplit(self.path).path)
@@ -114,7 +116,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         parts, body = self.parts(), self.body()
         if parts == ["api", "repos", "create"]:
-            return self.answer_json(self.hub.create(json.loads(body)))
+            return self.answer_json(*self.hub.create(json.loads(body)))
         if parts == ["api", "validate-yaml"]:
             return self.answer_json({"warnings": [], "errors": []})
         if parts[-3:] == ["lfs", "objects", "batch"]:

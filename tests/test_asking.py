@@ -780,6 +780,13 @@ def test_text_is_sampled_where_a_control_says_so(tiny_model, tiny_processor):
             settings(**wrong)
 
 
+@pytest.mark.parametrize("said", [None, [3, 4]])
+def test_text_ends_as_the_model_says_and_else_as_its_tokenizer(said, tiny_model, tiny_processor, monkeypatch):
+    monkeypatch.setattr(tiny_model.generation_config, "eos_token_id", said)
+    expected = said or tiny_processor.tokenizer.eos_token_id
+    assert text_sampling(tiny_model, tiny_processor, 4)["eos_token_id"] == expected
+
+
 def test_no_layer_but_the_last_answers(model):
     inputs, said = batch_of(model, [10, 11]), GenerationConfig(assistant_early_exit=1, max_new_tokens=3)
     for options in ({"assistant_early_exit": 1, "do_sample": False}, {"generation_config": said}):

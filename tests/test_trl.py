@@ -12,6 +12,7 @@ from peft import LoraConfig
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
 
 from transformers_nextflow import NextFlowForConditionalGeneration
+from transformers_nextflow.training import NextFlowDPOTrainer, NextFlowSFTTrainer
 
 PAIRS = Dataset.from_list(
     [
@@ -51,6 +52,19 @@ def test_texts_by_a_path(tiny_checkpoint, text_tokenizer, tmp_path):
     assert type(trainer.model) is NextFlowForConditionalGeneration
     first, last = losses(trainer)
     assert last < first
+
+
+@pytest.mark.parametrize(
+    "trls, ours, config, dataset",
+    [(DPOTrainer, NextFlowDPOTrainer, DPOConfig, PAIRS), (SFTTrainer, NextFlowSFTTrainer, SFTConfig, TEXTS)],
+)
+def test_texts_are_trained_on_as_by_trl(trls, ours, config, dataset, tiny_checkpoint, text_tokenizer, tmp_path):
+    def history(trainer_class) -> list[float]:
+        model = NextFlowForConditionalGeneration.from_pretrained(tiny_checkpoint)
+        args = config(**options(tmp_path))
+        return losses(trainer_class(model, args=args, train_dataset=dataset, processing_class=text_tokenizer))
+
+    assert history(ours) == history(trls)
 
 
 def test_a_copy_of_a_model_in_training_has_weights_of_its_own(tiny_checkpoint, text_tokenizer, tmp_path):

@@ -735,7 +735,8 @@ from transformers_nextflow.data import push_to_hub
 from transformers_nextflow.data.shards import open_shards
 from transformers_nextflow.doctor import examination
 
-print(push_to_hub("packs", "someone/packs"))
+push_to_hub("packs", "someone/packs")
+print(push_to_hub("packs", "someone/packs"))  # again, where they are
 folder, manifest = open_shards("someone/packs", "packs")
 print(folder)
 try:
