@@ -125,15 +125,15 @@ def main() -> None:
         folder = Path(name)
         found = ROOT / "runs/mutants" / copy_repository(folder)
         os.chdir(folder)
-        os.environ |= {"PYTHONPATH": f"{folder}/src{os.pathsep}{name}", "PYTHONDONTWRITEBYTECODE": "1"}
+        os.environ |= {"PYTHONPATH": f"{folder}/src{os.pathsep}{name}", "PYTHONDONTWRITEBYTECODE": ""}
         if not (found / "seconds.json").exists():
             run_all(folder, found)
-        kept = os.environ | {"PYTHONDONTWRITEBYTECODE": ""}  # what faults do not touch is read from bytecode
-        collect = [sys.executable, "-m", "pytest", "-q", "--collect-only"]
-        subprocess.run(collect, env=kept, check=True, stdout=subprocess.DEVNULL)
+        # what faults do not touch is read from bytecode; none is written from here on, as a fault may come faster than
+        # the clock of files ticks
+        subprocess.run([sys.executable, "-m", "pytest", "--collect-only"], check=True, stdout=subprocess.DEVNULL)
+        os.environ["PYTHONDONTWRITEBYTECODE"], sys.dont_write_bytecode = "1", True
         own = ("", str(ROOT), str(ROOT / "src"))
         sys.path[:] = [f"{folder}/src", name, *(path for path in sys.path if path not in own)]
-        sys.dont_write_bytecode = True  # a fault may come faster than the clock of files ticks
         for library in importlib.import_module("tests.fresh").IMPORTED:  # of the copy, as all that tests import
             with suppress(ImportError):  # of an extra
                 importlib.import_module(library)
