@@ -208,7 +208,7 @@ def _of_all_layers(case: Case) -> Iterator[Alteration]:
     """What conversion and merging get wrong in all layers at once: sizes, biases, square matrices, the rotary order of
     queries and keys, halves of code embeddings; and every two layers, of many neighbours, in each other's place."""
     inner = case.model.model
-    layers, kinds = inner.language_model.layers, defaultdict(list)
+    layers, table, kinds = inner.language_model.layers, inner.code_embeddings, defaultdict(list)
     apply: Callable[[], AbstractContextManager]
     change: Callable
     for name, module in layers.named_modules():
@@ -244,7 +244,7 @@ def _of_all_layers(case: Case) -> Iterator[Alteration]:
             yield Alteration.of(f"with {what} in the other rotary order", "wrong rotary order", change, *members)
     for width in {inner.config.vq_config.semantic_dim, inner.config.vq_config.pixel_dim}:
         change = lambda module, inputs, output, width=width: output.roll(width, -1)  # noqa: E731
-        yield Alteration.of("with halves of embeddings exchanged", "halves exchanged", change, inner.code_embeddings)
+        yield Alteration.of("with halves of code_embeddings exchanged", "halves exchanged", change, table)
     numbers = range(len(layers))
     for a, b in combinations(numbers, 2) if len(layers) <= MOST_LAYERS else zip(numbers, numbers[1:]):
         apply = partial(exchanged, str(a), str(b), layers)
